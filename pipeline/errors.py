@@ -1,0 +1,100 @@
+"""Errors a user can cause or must act on: one small tree, one exit code each.
+
+    PipelineError            1  a fault of this program (never raised as such)
+    ├── UsageError           2  wrong command line, configuration or unknown run
+    ├── DataError            3  dataset missing, damaged, or not of the expected form
+    ├── CheckpointError      4  no checkpoint that verifies, or one of another configuration
+    ├── DivergedError        5  loss or gradient became NaN or infinite
+    ├── StorageError         6  a folder cannot be written, or is full
+    ├── TrackingError        7  the tracking server refuses, and the user asked for strictness
+    ├── ClusterError         8  cluster unavailable or too small, or retries exhausted
+    ├── RunLockedError       9  another process holds the run
+    ├── RefusedError        10  a comparison or a metric that would mislead
+    └── InterruptedRunError 75  stopped by a signal with the state saved (130 for Ctrl-C, 143 if nothing was saved)
+
+Every message is one line: what was got, what was expected, what to do. `pipeline.cli.main` alone turns an error into that line and an
+exit code. Instances travel between processes, so each is built from its message alone and pickles.
+"""
+
+from __future__ import annotations
+
+
+class PipelineError(Exception):
+    """Base of every error this package raises on purpose; `str(error)` is the line for the user."""
+
+    exit_code = 1
+
+
+class UsageError(PipelineError):
+    """The command line, an experiment or profile file, or a run reference is wrong."""
+
+    exit_code = 2
+
+
+class DataError(PipelineError):
+    """A dataset is missing, damaged or not what was declared."""
+
+    exit_code = 3
+
+
+class CheckpointError(PipelineError):
+    """No checkpoint verifies, or the one asked for belongs to another configuration or format."""
+
+    exit_code = 4
+
+
+class DivergedError(PipelineError):
+    """Training produced a loss or gradient that is not finite."""
+
+    exit_code = 5
+
+
+class StorageError(PipelineError):
+    """A place that must be written cannot be: read-only, full, or not a folder."""
+
+    exit_code = 6
+
+
+class TrackingError(PipelineError):
+    """The tracking store cannot be used and the user asked to stop in that case."""
+
+    exit_code = 7
+
+
+class ClusterError(PipelineError):
+    """The cluster is absent or too small, or attempts are exhausted."""
+
+    exit_code = 8
+
+
+class RunLockedError(PipelineError):
+    """Another live process is working on the same run."""
+
+    exit_code = 9
+
+
+class RefusedError(PipelineError):
+    """A number that would mislead was asked for: unlike metrics, or an extractor that cannot judge these images."""
+
+    exit_code = 10
+
+
+class InterruptedRunError(PipelineError):
+    """The user or the system asked the work to stop; `exit_code` says how it ended."""
+
+    exit_code = 75
+
+    def __init__(self, message: str, exit_code: int = 75) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+    def __reduce__(self) -> tuple[type[InterruptedRunError], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" when none is close."""
+    import difflib
+
+    match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f" (did you mean {match[0]!r}?)" if match else ""
