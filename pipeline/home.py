@@ -1,0 +1,57 @@
+"""Where state lives: one folder, `$DDPM_PIPE_HOME` or the current directory, as MLflow itself does.
+
+    <home>/mlflow.db     runs, parameters, metrics     (a bare `mlflow ui` in the folder shows them)
+    <home>/mlartifacts/  pictures, scores, models
+    <home>/runs/<id>/    checkpoints, log, spool
+    <home>/datasets/     ingested datasets
+
+Every path and address is absolute: Ray's workers run in another directory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pipeline.errors import StorageError
+
+
+def home() -> Path:
+    """Return the absolute folder that holds all state; it need not exist yet."""
+    return Path(os.environ.get("DDPM_PIPE_HOME") or ".").expanduser().absolute()
+
+
+def runs_dir(root: Path) -> Path:
+    """Return the folder of run folders."""
+    return root / "runs"
+
+
+def datasets_dir(root: Path) -> Path:
+    """Return the folder of ingested datasets."""
+    return root / "datasets"
+
+
+def artifacts_dir(root: Path) -> Path:
+    """Return the folder of the artifacts that go with the default tracking store."""
+    return root / "mlartifacts"
+
+
+def database_path(root: Path) -> Path:
+    """Return the SQLite file of the default tracking store."""
+    return root / "mlflow.db"
+
+
+def default_tracking_uri(root: Path) -> str:
+    """Return the address of the default tracking store, absolute: `sqlite:////home/mlflow.db`."""
+    return f"sqlite:///{database_path(root).absolute().as_posix()}"
+
+
+def make_folder(folder: Path) -> Path:
+    """Create a folder and its parents, and return it; StorageError where that is impossible."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{folder}: cannot be created ({error.strerror}); set DDPM_PIPE_HOME to a folder you can write"
+        ) from error
+    return folder

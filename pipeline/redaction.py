@@ -1,0 +1,79 @@
+"""Secrets never reach a record: run folders, spools, MLflow's parameters, tags and text files pass through here.
+
+Three nets, each alone incomplete: known shapes (cloud and forge tokens, passwords in addresses), names that announce a
+secret (`api_key`, `password`), and strings that look random. The values of environment variables with such names are
+removed wherever they appear. Long hexadecimal strings stay: fingerprints and hashes are what a record is for.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping
+from itertools import pairwise
+from typing import Any
+
+HIDDEN = "<redacted>"
+
+# `key` alone names many harmless things, so it counts with a companion only
+SECRET_NAME = re.compile(r"(?i)passw(or)?d|passphrase|secret|credential|token|(api|access|private|signing)[_-]?key")
+KNOWN_SHAPES = re.compile(
+    r"(?:AKIA|ASIA)[A-Z0-9]{12,}"
+    r"|hf_[A-Za-z0-9]{16,}"
+    r"|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|dapi[a-f0-9]{32}|AIza[A-Za-z0-9_-]{30,}"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]*)?"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
+)
+USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+ASSIGNMENT = re.compile(
+    r"(?i)([\w-]*(?:passw(?:or)?d|passphrase|secret|credential|token|(?:api|access|private|signing)[_-]?key|signature)[\w-]*"
+    r"[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]+)"
+)
+RANDOM_CANDIDATE = re.compile(r"[A-Za-z0-9+/=_-]{20,}")
+
+
+def redact(text: str) -> str:
+    """Return the text with everything that looks like a secret replaced by `<redacted>`."""
+    for value in _environment_secrets():
+        text = text.replace(value, HIDDEN)
+    text = USERINFO.sub("", text)
+    text = KNOWN_SHAPES.sub(HIDDEN, text)
+    text = ASSIGNMENT.sub(lambda match: match[1] + HIDDEN, text)
+    return RANDOM_CANDIDATE.sub(lambda match: HIDDEN if _looks_random(match[0]) else match[0], text)
+
+
+def redact_value(name: str, value: str) -> str:
+    """Return a named value ready to be recorded: hidden where its name announces a secret, else redacted as text."""
+    last = name.rsplit(".", 1)[-1]
+    return HIDDEN if value and value != "None" and SECRET_NAME.search(last) else redact(value)
+
+
+def redact_tree(content: Any, name: str = "") -> Any:
+    """Return nested plain data (mappings, lists, scalars) with every string redacted; numbers stay as they are."""
+    if isinstance(content, Mapping):
+        return {key: redact_tree(value, str(key)) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [redact_tree(value, name) for value in content]
+    return redact_value(name, content) if isinstance(content, str) else content
+
+
+def _environment_secrets() -> list[str]:
+    return [value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)]
+
+
+def _looks_random(word: str) -> bool:
+    """Whether a word mixes upper case, lower case and digits as only generated tokens do.
+
+    In random base64 about six of ten neighbours differ in kind (letter case, digit); in names and paths fewer than
+    three do.
+    """
+    kinds = ["u" if c.isupper() else "l" if c.islower() else "d" if c.isdigit() else "" for c in word]
+    kinds = [kind for kind in kinds if kind]
+    if not {"u", "l", "d"} <= set(kinds):
+        return False
+    changes = sum(a != b for a, b in pairwise(kinds))
+    entropy = -sum(n / len(word) * math.log2(n / len(word)) for n in Counter(word).values())
+    return changes >= 0.45 * len(kinds) and entropy > 3.3
