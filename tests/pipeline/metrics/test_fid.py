@@ -28,7 +28,8 @@ def gaussian(count: int, width: int, seed: int, mean: float = 0.0) -> Array:
     """Return correlated features [count, width]."""
     rng = np.random.default_rng(seed)
     mixing = np.random.default_rng(width).normal(size=(width, width)) / np.sqrt(width)
-    return rng.normal(size=(count, width)) @ mixing + mean
+    features: Array = rng.normal(size=(count, width)) @ mixing + mean
+    return features
 
 
 def orthogonal(width: int, seed: int) -> Array:
