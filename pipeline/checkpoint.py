@@ -1,0 +1,262 @@
+"""Checkpoints that are either complete or invisible: safetensors and JSON in a folder whose manifest is written last.
+
+    checkpoints/step-0000001000-1/       step, and the attempt that wrote it: never overwritten
+        model.safetensors ema.safetensors optimizer.safetensors
+        state.json                       what else training needs, and what tells a reader which run this is
+        MANIFEST.json                    sizes and SHA-256 of the others; its presence is the commit
+
+Every file is written through our own handle, flushed to the disk and hashed; the manifest follows under a temporary name, is flushed,
+renamed, and the folder flushed. A kill at any moment leaves the folder without a manifest, which no reader sees. Readers check sizes
+and hashes before parsing a byte, so that a damaged checkpoint is passed over for the one before it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+from pipeline.errors import CheckpointError, StorageError
+
+FORMAT = 1
+MANIFEST = "MANIFEST.json"
+STATE = "state.json"
+GROUPS = ("model", "ema", "optimizer")
+NAME = re.compile(r"step-(\d{10})-(\d+)")
+ROOM = 2.2  # free space wanted before writing, in checkpoints
+
+Tensors = dict[str, dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint on disk."""
+
+    folder: Path
+    step: int
+    attempt: int
+
+    def state(self) -> dict[str, Any]:
+        """Return the JSON state."""
+        content: dict[str, Any] = json.loads((self.folder / STATE).read_bytes())
+        return content
+
+    def tensors(self, *groups: str) -> Tensors:
+        """Return the named groups of tensors (all by default), on the CPU; CheckpointError if a file is not what was committed."""
+        manifest = _manifest(self.folder)
+        return {
+            group: parse_safetensors(_verified(self.folder, f"{group}.safetensors", manifest))
+            for group in groups or GROUPS
+        }
+
+    def verify(self) -> None:
+        """Read every file against the manifest; CheckpointError names the first that differs."""
+        manifest = _manifest(self.folder)
+        for name in manifest["files"]:
+            _verified(self.folder, name, manifest)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files together."""
+        return sum(entry["bytes"] for entry in _manifest(self.folder)["files"].values())
+
+
+@dataclass
+class Found:
+    """The newest checkpoint that verifies, and what was passed over on the way to it."""
+
+    checkpoint: Checkpoint | None
+    warnings: list[str] = field(default_factory=list)
+
+
+def name_of(step: int, attempt: int) -> str:
+    """Return the folder name of a checkpoint; later in step, then in attempt, sorts later."""
+    return f"step-{step:010d}-{attempt}"
+
+
+def save(
+    root: Path, step: int, attempt: int, tensors: Tensors, state: dict[str, Any], *, may_commit: Callable[[], bool]
+) -> Checkpoint:
+    """Write and commit one checkpoint.
+
+    `may_commit` is asked just before the commit: a writer that has been replaced by a later attempt must not commit any more
+    (CheckpointError). StorageError says what was needed and what there was when the place is full or read-only; nothing that was
+    there before is touched.
+    """
+    folder = root / name_of(step, attempt)
+    with _storage_errors(root):
+        root.mkdir(parents=True, exist_ok=True)
+        _require_room(root, tensors)
+        if folder.exists():  # the remains of a write that was cut off: a committed one is never written twice
+            if (folder / MANIFEST).exists():
+                return Checkpoint(folder, step, attempt)
+            shutil.rmtree(folder)
+        folder.mkdir()
+        try:
+            files = {
+                f"{group}.safetensors": _write(folder / f"{group}.safetensors", _serialised(tensors[group]))
+                for group in GROUPS
+            }
+            files[STATE] = _write(folder / STATE, json.dumps(state).encode())
+            _flush_folder(folder)
+            if not may_commit():
+                raise CheckpointError(
+                    f"attempt {attempt} was replaced by a later one while it saved step {step}; nothing was committed"
+                )
+            manifest = {"format": FORMAT, "step": step, "attempt": attempt, "files": files}
+            temporary = folder / (MANIFEST + ".tmp")
+            _write(temporary, json.dumps(manifest, indent=1).encode())
+            temporary.rename(folder / MANIFEST)
+            _flush_folder(folder)
+            _flush_folder(root)
+        except BaseException:
+            if not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+    return Checkpoint(folder, step, attempt)
+
+
+def committed(root: Path) -> list[Checkpoint]:
+    """Return the committed checkpoints under a folder, newest first, without reading their files."""
+    found: list[Checkpoint] = []
+    for folder in root.iterdir() if root.is_dir() else ():
+        match = NAME.fullmatch(folder.name)
+        if match and (folder / MANIFEST).is_file():
+            found.append(Checkpoint(folder, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda c: (c.step, c.attempt), reverse=True)
+
+
+def newest_verified(root: Path) -> Found:
+    """Return the newest checkpoint every byte of which verifies; one of a newer format raises CheckpointError."""
+    found = Found(None)
+    for checkpoint in committed(root):
+        try:
+            checkpoint.verify()
+        except _NewerFormatError:
+            raise
+        except CheckpointError as error:
+            found.warnings.append(f"{error}; an older checkpoint is used")
+            continue
+        found.checkpoint = checkpoint
+        return found
+    return found
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all but the newest `keep` committed checkpoints, once the newest verifies; and the remains of cut-off writes."""
+    checkpoints = committed(root)
+    if not checkpoints:
+        return
+    try:
+        checkpoints[0].verify()
+    except CheckpointError:
+        return
+    for checkpoint in checkpoints[keep:]:
+        # without its manifest it is no checkpoint any more, whatever happens next
+        (checkpoint.folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(checkpoint.folder, ignore_errors=True)
+    newest = checkpoints[0]
+    for folder in root.iterdir():
+        match = NAME.fullmatch(folder.name)
+        if match and not (folder / MANIFEST).exists() and int(match[2]) < newest.attempt:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def num_bytes(tensors: Tensors) -> int:
+    """Return the bytes of data in groups of tensors."""
+    return sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
+
+
+class _NewerFormatError(CheckpointError):
+    """The checkpoint was written by a later version of this package."""
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        version = manifest["format"]
+        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"checkpoint {folder.name}: its manifest cannot be read ({type(error).__name__})"
+        ) from None
+    if version > FORMAT:
+        raise _NewerFormatError(
+            f"checkpoint {folder} was written in format {version}, and this ddpm-pipe reads up to {FORMAT}; install the newer release"
+        )
+    if not {f"{group}.safetensors" for group in GROUPS} | {STATE} <= entries.keys():
+        raise CheckpointError(f"checkpoint {folder.name}: its manifest does not name all files")
+    return manifest
+
+
+def _verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
+    """Return the bytes of one file, which are those that were committed."""
+    entry = manifest["files"][name]
+    if Path(name).name != name:
+        raise CheckpointError(f"checkpoint {folder.name}: its manifest names a file outside it")
+    try:
+        size = (folder / name).stat().st_size
+        data = (folder / name).read_bytes() if size == entry["bytes"] else b""
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {folder.name}: {name} cannot be read ({error.strerror})") from None
+    if size != entry["bytes"]:
+        raise CheckpointError(f"checkpoint {folder.name}: {name} has {size} bytes, {entry['bytes']} were committed")
+    if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise CheckpointError(f"checkpoint {folder.name}: {name} is damaged (its SHA-256 is not the committed one)")
+    return data
+
+
+def _serialised(group: dict[str, Tensor]) -> bytes:
+    return to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()})
+
+
+def _write(path: Path, data: bytes) -> dict[str, Any]:
+    """Write one file down to the disk, and return its entry for the manifest."""
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_room(root: Path, tensors: Tensors) -> None:
+    """Refuse to begin what will not fit."""
+    need, have = int(num_bytes(tensors) * ROOM), shutil.disk_usage(root).free
+    if have < need:
+        raise StorageError(
+            f"storage full: need {need / 1e6:.1f} MB for a checkpoint, have {have / 1e6:.1f} MB at {root}; free some space"
+        )
+
+
+@contextlib.contextmanager
+def _storage_errors(root: Path) -> Iterator[None]:
+    """Turn what the operating system says about a place into one line."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(root).free if root.exists() else 0
+            raise StorageError(f"storage full: {free / 1e6:.1f} MB left at {root}; free some space") from None
+        raise StorageError(
+            f"{root}: cannot be written ({error.strerror}); make the folder writable or choose another"
+        ) from None

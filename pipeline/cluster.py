@@ -1,0 +1,114 @@
+"""Ray as this package uses it: started here for one command, closed to the outside, and gone afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cluster_profile import Profile
+from pipeline.errors import ClusterError
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are read from the shards by each worker
+# Ray decides these from its environment when it is first imported or started
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_AUTH_MODE": "token",
+}
+
+
+def require_resources(profile: Profile, num_workers: int) -> None:
+    """Refuse at once what this machine cannot hold: Ray itself would wait for it for ever (ClusterError)."""
+    cpus, have = profile.cpus_per_worker(num_workers) * num_workers, os.cpu_count() or 1
+    if cpus > have + 1e-9:
+        fit = int(have / profile.cpus_per_worker(num_workers))
+        remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"
+        raise ClusterError(
+            f"profile {profile.name!r}: {num_workers} workers with {profile.cpus_per_worker(num_workers):g} CPUs each need {cpus:g} "
+            f"CPUs, this machine has {have}; {remedy}, or leave resources_per_worker.CPU out to share them"
+        )
+    if profile.use_gpu:
+        import torch
+
+        need, gpus = profile.resources_per_worker.GPU * num_workers, torch.cuda.device_count()
+        if need > gpus:
+            raise ClusterError(
+                f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need:g} "
+                f"GPUs, this machine has {gpus}; use --cluster local to train on its CPUs"
+            )
+
+
+@contextlib.contextmanager
+def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
+    """Start Ray on this machine for the time of the context, bound to loopback and guarded by a token of its own.
+
+    The token lives in the environment of Ray's processes alone: no file, no argument list. Nothing that the user has set for other
+    clusters (an address file, RAY_ADDRESS) is looked at.
+    """
+    settings = QUIET | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} | profile.env
+    if not profile.use_gpu:
+        # gloo would otherwise look the machine's name up and talk over the network card
+        settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp"))
+    with _environment(settings, without=["RAY_ADDRESS"]):
+        try:
+            _start(profile, num_workers, folder)
+            yield
+        finally:
+            import ray
+
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _start(profile: Profile, num_workers: int, folder: Path) -> None:
+    import ray
+
+    gpus = profile.resources_per_worker.GPU * num_workers
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, -int(-profile.cpus_per_worker(num_workers) * num_workers // 1)),
+            num_gpus=int(gpus),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level="ERROR",
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(folder),
+        )
+    except (RuntimeError, OSError, ValueError, ConnectionError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"Ray did not start on this machine: {reason}; is there memory and room in {folder.parent}?"
+        ) from None
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str], without: list[str]) -> Iterator[None]:
+    """Set and unset variables for the time of the context."""
+    names = [*settings, *without]
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(settings)
+    for name in without:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

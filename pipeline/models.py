@@ -1,0 +1,95 @@
+"""From an experiment to its objects: the network and the diffusion process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from ddpm import BetaSchedule, GaussianDiffusion, UNet
+from pipeline.config import Experiment
+from pipeline.errors import UsageError, nearest
+from pipeline.randomness import seed_of
+
+Shape = tuple[int, int, int]
+
+
+def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
+    """Return the diffusion process of an experiment; UsageError where the process refuses the settings."""
+    settings = experiment.diffusion
+    try:
+        schedule = BetaSchedule.named(settings.schedule, num_timesteps=settings.num_timesteps)
+        return GaussianDiffusion(
+            schedule,
+            prediction=settings.prediction,
+            variance=settings.variance,
+            clip_x0=settings.clip_x0,
+        )
+    except ValueError as error:
+        raise UsageError(f"diffusion: {error}") from None
+
+
+def build_model(experiment: Experiment, shape: Shape, device: str = "cpu") -> nn.Module:
+    """Return the network of an experiment for images (C, H, W), with initial weights that are a function of the seed.
+
+    With device "meta" nothing is allocated: for counting parameters. UsageError where the network cannot be built.
+    """
+    torch.manual_seed(seed_of("weights", experiment.seed))
+    with torch.device(device):
+        return _unet(experiment, shape) if experiment.model.type == "unet" else _own_network(experiment)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of trainable numbers in a network."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _unet(experiment: Experiment, shape: Shape) -> nn.Module:
+    settings = experiment.model
+    try:
+        return UNet(
+            in_channels=shape[0],
+            channels=settings.channels,
+            channel_multipliers=settings.channel_multipliers,
+            num_res_blocks=settings.num_res_blocks,
+            attention_resolutions=settings.attention_resolutions,
+            image_size=(shape[1], shape[2]),
+            dropout=settings.dropout,
+            num_timesteps=experiment.diffusion.num_timesteps,
+            norm_groups=settings.norm_groups,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
+
+
+def _own_network(experiment: Experiment) -> nn.Module:
+    """Import and build the network that an experiment names as `package.module:Class`."""
+    settings = experiment.model
+    module_name, _, class_name = settings.type.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"model.type: cannot import {module_name!r} ({reason}); it must be installed or stand in the current directory"
+        ) from None
+    network: Any = getattr(module, class_name, None)
+    if network is None:
+        known = [name for name, value in vars(module).items() if isinstance(value, type)]
+        raise UsageError(f"model.type: {module_name!r} has no {class_name!r}{nearest(class_name, known)}")
+    try:
+        model = network(**settings.arguments)
+    except Exception as error:
+        raise UsageError(f"model.arguments: {settings.type} refused them ({type(error).__name__}: {error})") from None
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model.type: {settings.type} made a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def allow_modules_in(folder: str) -> None:
+    """Let `package.module:Class` name a file in a folder (the one the command was typed in)."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)

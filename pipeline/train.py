@@ -1,0 +1,299 @@
+"""The driver of a training: attempts on Ray Train, each from the newest checkpoint, until the last step is done.
+
+Ray's own retries are off. An attempt is a new `fit()` under a new name; our fencing number keeps a worker that was thought dead from
+committing a checkpoint later. Errors of ours (damaged data, divergence, full storage) end the run at once: another attempt would meet
+them again. Anything else, such as a killed worker, is tried again while attempts last and checkpoints advance.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from pipeline import checkpoint as checkpoints
+from pipeline.cluster import local_ray
+from pipeline.cluster_profile import Profile
+from pipeline.console import Console, duration
+from pipeline.errors import ClusterError, InterruptedRunError, PipelineError
+from pipeline.runs import Run
+from pipeline.worker import Job
+
+POLL_S = 0.2
+NAMESPACE = "ddpm-pipe"
+
+
+class Board:
+    """A notice board in the cluster: workers write how far they are, the driver writes that they should stop."""
+
+    def __init__(self) -> None:
+        self._progress: dict[str, Any] = {}
+        self._warnings: list[str] = []
+        self._error: PipelineError | None = None
+        self._outcome: str | None = None
+        self._stop = False
+
+    def publish(self, progress: dict[str, Any]) -> bool:
+        """Take rank 0's progress, or a warning; return whether the workers should stop."""
+        if "warning" in progress:
+            self._warnings.append(progress["warning"])
+        else:
+            self._progress = progress
+        return self._stop
+
+    def fail(self, error: PipelineError) -> None:
+        """Keep the first error that a worker raised on purpose."""
+        self._error = self._error or error
+
+    def finish(self, outcome: str) -> None:
+        """Keep how training ended."""
+        self._outcome = outcome
+
+    def stop(self) -> None:
+        """Ask the workers to save and stop."""
+        self._stop = True
+
+    def read(self) -> dict[str, Any]:
+        """Return everything, and forget the warnings."""
+        warnings, self._warnings = self._warnings, []
+        return {"progress": self._progress, "warnings": warnings, "error": self._error, "outcome": self._outcome}
+
+
+class BoardLink:
+    """A worker's line to the board. The answer to one message is read when the next one is due, so that nobody waits."""
+
+    def __init__(self, board: Any) -> None:
+        self._board = board
+        self._answer: Any = None
+        self._stop = False
+
+    def publish(self, progress: dict[str, Any]) -> None:
+        """Send progress or a warning."""
+        self.stop_requested()
+        self._answer = self._board.publish.remote(progress)
+
+    def stop_requested(self) -> bool:
+        """Return whether an answer that has arrived said to stop."""
+        import ray
+
+        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
+            self._stop = self._stop or bool(ray.get(self._answer))
+            self._answer = None
+        return self._stop
+
+
+def run_worker(config: dict[str, Any]) -> None:
+    """Be one worker of an attempt: what Ray Train calls in each of its processes."""
+    import ray
+    import ray.train
+
+    from pipeline.team import Team
+    from pipeline.worker import Worker
+
+    board = ray.get_actor(config["board"], namespace=NAMESPACE)
+    try:
+        team = Team.join()
+        local_rank = ray.train.get_context().get_local_rank()
+        outcome = Worker(Job(**config["job"]), team, BoardLink(board), local_rank).work()
+    except PipelineError as error:
+        ray.get(board.fail.remote(error))
+        raise
+    if team.leads:
+        ray.get(board.finish.remote(outcome))
+
+
+@dataclass
+class Signals:
+    """What the user or the system has asked for since the context began: SIGINT or SIGTERM, and how often."""
+
+    received: list[int]
+
+    @property
+    def first(self) -> int | None:
+        """The first signal, which asks for saving and stopping; a second one stops at once."""
+        return self.received[0] if self.received else None
+
+
+@contextmanager
+def listening() -> Iterator[Signals]:
+    """Collect SIGINT and SIGTERM instead of dying of them."""
+    signals = Signals([])
+
+    def note(number: int, frame: FrameType | None) -> None:
+        signals.received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_attempts(run: Run, job: Job, profile: Profile, console: Console) -> None:
+    """Train a run to its last step, holding its lock.
+
+    Raises the worker's own error where there is one, ClusterError when attempts are exhausted or two in a row die without a new
+    checkpoint, InterruptedRunError when the user or the system asked to stop.
+    """
+    causes: list[tuple[int, str]] = []
+    for _ in range(profile.retries.max_attempts):
+        attempt = run.next_attempt()
+        run.update(status="RUNNING", reason="")
+        with local_ray(profile, job.num_workers), listening() as signals:
+            ended = _attempt(run, replace(job, attempt=attempt), profile, console, signals)
+        if ended.outcome == "finished":
+            return
+        step = _newest_step(run)
+        if signals.first is not None:
+            raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
+        run.log(f"attempt {attempt} failed: {ended.cause}")
+        if causes and causes[-1][0] == step:
+            raise ClusterError(
+                f"run {run.id} died twice after step {step} without a new checkpoint: {ended.cause}; see {run.log_path}, then "
+                f"`ddpm-pipe resume {run.id}`"
+            )
+        causes.append((step, ended.cause))
+        console.say(f"attempt {attempt} failed ({ended.cause}); going on from step {max(step, 0)}")
+    raise ClusterError(
+        f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
+        f"`ddpm-pipe resume {run.id}` goes on from step {max(causes[-1][0], 0)}"
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended: with an outcome, or with the cause of its failure."""
+
+    outcome: str | None
+    cause: str = ""
+
+
+def _attempt(run: Run, job: Job, profile: Profile, console: Console, signals: Signals) -> Ended:
+    """Run one `fit()` in a thread, and watch it; a PipelineError of a worker is raised here."""
+    import ray
+
+    name = f"board-{run.id}-{job.attempt}"
+    board = ray.remote(Board).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
+    trainer = _trainer(job, profile, name, Path(job.run_folder) / "ray")
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except BaseException as error:  # passed on to the watching thread, which tells one kind from another
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="fit", daemon=True)
+    thread.start()
+    _watch(thread, board, console, signals, profile)
+    if thread.is_alive():  # a second signal, or a stop that took too long: ray.shutdown ends the workers
+        return Ended(None, "stopped at once")
+    seen = ray.get(board.read.remote())
+    for warning in seen["warnings"]:
+        console.say(f"warning: {warning}")
+    if seen["error"] is not None:
+        raise seen["error"]
+    if failure:
+        return Ended(None, cause_of(failure[0]))
+    return Ended(seen["outcome"])
+
+
+def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    resources: dict[str, float] = {"CPU": profile.cpus_per_worker(job.num_workers)}
+    if profile.use_gpu:
+        resources["GPU"] = profile.resources_per_worker.GPU
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": asdict(job), "board": board},
+        torch_config=TorchConfig(
+            backend="nccl" if profile.use_gpu else "gloo", timeout_s=int(profile.timeouts.collective_s)
+        ),
+        scaling_config=ScalingConfig(
+            num_workers=job.num_workers, use_gpu=profile.use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{job.attempt}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=2),
+        ),
+    )
+
+
+def _watch(thread: threading.Thread, board: Any, console: Console, signals: Signals, profile: Profile) -> None:
+    """Show progress until the thread ends; pass a first signal on as a request to stop, and leave on a second."""
+    import ray
+
+    asked_at: float | None = None
+    begin: tuple[int, float] | None = None
+    while thread.is_alive():
+        thread.join(timeout=POLL_S)
+        try:
+            seen = ray.get(board.read.remote(), timeout=5)
+        except ray.exceptions.RayError:  # the board goes with its cluster; fit() tells the cause
+            continue
+        for warning in seen["warnings"]:
+            console.say(f"warning: {warning}")
+        progress = seen["progress"]
+        if progress:
+            begin = begin or (progress["step"], time.monotonic())
+            console.progress(progress_line(progress, begin), done=progress["step"] == progress["steps"])
+        if len(signals.received) > 1 or (
+            asked_at is not None and time.monotonic() - asked_at > profile.timeouts.stop_s
+        ):
+            return
+        if signals.first is not None and asked_at is None:
+            asked_at = time.monotonic()
+            console.say("stopping after this step, and saving; once more to stop at once")
+            board.stop.remote()
+
+
+def progress_line(progress: dict[str, Any], begin: tuple[int, float]) -> str:
+    """Return one line: steps, loss, images per second, time left (by the pace since `begin`)."""
+    step, steps = progress["step"], progress["steps"]
+    done = step - begin[0]
+    left = duration((steps - step) * (time.monotonic() - begin[1]) / done) if done else "?"
+    return f"step {step}/{steps}  loss {progress['loss']:.4f}  {progress['images_per_s']:.0f} images/s  {left} left"
+
+
+def cause_of(error: BaseException) -> str:
+    """Return one line for why an attempt failed: of several workers' errors the one that came first, not its echoes."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return _one_line(error)
+    # a killed worker shows up as a failed health check; its peers only lose their connection to it
+    ranks = sorted(
+        failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
+    )
+    return f"worker {ranks[0]}: {_one_line(failures[ranks[0]])}"
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[-1] if lines else type(error).__name__)[:300]
+
+
+def _newest_step(run: Run) -> int:
+    committed = checkpoints.committed(run.checkpoints)
+    return committed[0].step if committed else -1
+
+
+def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> InterruptedRunError:
+    where = (
+        f"saved at step {step}"
+        if saved
+        else f"the newest checkpoint is of step {step}"
+        if step >= 0
+        else "nothing was saved yet"
+    )
+    code = 130 if signals.first == signal.SIGINT else 75 if saved else 143
+    return InterruptedRunError(f"stopped, {where}; go on with: ddpm-pipe resume {run.id}", code)

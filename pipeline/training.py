@@ -1,0 +1,165 @@
+"""The training loop: learning rate, loss, gradient, clip, step, average. Torch only; the caller's `for` body does everything else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm import ExponentialMovingAverage, GaussianDiffusion, simple_loss
+from pipeline.batches import Batch
+from pipeline.config import TrainingConfig
+from pipeline.device import Compute
+from pipeline.errors import DivergedError
+from pipeline.images import flip, to_float
+from pipeline.randomness import seed_dropout
+
+
+@dataclass
+class Learner:
+    """What training changes: the weights, the optimizer's moments, the average of the weights, and the number of steps done."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: ExponentialMovingAverage
+    step: int = 0
+
+    @classmethod
+    def create(cls, model: nn.Module, settings: TrainingConfig) -> Learner:
+        """Return a learner at step 0 for a network that is on its device already."""
+        optimizer = torch.optim.Adam(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            eps=settings.adam_eps,
+            fused=True,
+        )
+        return cls(model, optimizer, ExponentialMovingAverage(model, settings.ema_decay, ramp_up=settings.ema_ramp_up))
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return everything that a checkpoint must hold, as named groups of tensors."""
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{key}/{name}"] = value
+        return {"model": dict(self.model.state_dict()), "ema": self.ema.state_dict(), "optimizer": moments}
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+        """Go back to what `tensors` returned at a step."""
+        self.model.load_state_dict(tensors["model"])
+        self.ema.load_state_dict(tensors["ema"])
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            kind, _, name = key.partition("/")
+            moments.setdefault(name, {})[kind] = value
+        for name, parameter in self.model.named_parameters():
+            if name in moments:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in moments[name].items()
+                }
+        self.step = step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished step of one worker; losses, timesteps and the gradient's norm stay on the device until somebody looks."""
+
+    step: int  # steps done, this one included
+    losses: Tensor  # float32 [b], weight 1 each
+    timesteps: Tensor  # int64 [b]
+    grad_norm: Tensor  # over all workers, before clipping
+    learning_rate: float
+
+    def require_finite(self) -> None:
+        """Raise DivergedError unless this step's gradient was finite; the norm is the same on every worker, so all raise together."""
+        if not torch.isfinite(self.grad_norm):
+            raise DivergedError(
+                f"training diverged at step {self.step}: gradient norm is {self.grad_norm.item()} at learning rate "
+                f"{self.learning_rate:.3g}; lower training.learning_rate, or raise training.warmup_steps"
+            )
+
+
+def learning_rate_at(step: int, settings: TrainingConfig) -> float:
+    """Return the rate of the step after `step` finished ones: linear warm-up from 0, then constant (Ho et al.'s code)."""
+    if settings.warmup_steps == 0:
+        return settings.learning_rate
+    return settings.learning_rate * min(step / settings.warmup_steps, 1.0)
+
+
+def fit(
+    learner: Learner,
+    network: nn.Module,
+    diffusion: GaussianDiffusion,
+    batches: Iterable[Batch],
+    settings: TrainingConfig,
+    compute: Compute,
+    *,
+    seed: int,
+    rank: int = 0,
+    horizontal_flip: bool = False,
+) -> Iterator[StepResult]:
+    """Train on one batch after another, and yield after each step, when weights, moments and average belong together.
+
+    `network` is `learner.model` as it is to be called: itself, compiled, or wrapped for data parallelism. A gradient that is not
+    finite raises DivergedError; it is looked at one step late, so that a GPU never waits, and `StepResult.require_finite` looks at once.
+    """
+    result: StepResult | None = None
+    for batch in batches:
+        rate = learning_rate_at(learner.step, settings)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        seed_dropout(seed, learner.step, rank)
+        losses, timesteps = _backward(network, diffusion, batch, settings, compute, horizontal_flip)
+        limit = settings.grad_clip if settings.grad_clip is not None else float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
+        if result is not None:
+            result.require_finite()
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+        learner.ema.update()
+        learner.step += 1
+        result = StepResult(learner.step, losses, timesteps, grad_norm, rate)
+        yield result
+
+
+def _backward(
+    network: nn.Module,
+    diffusion: GaussianDiffusion,
+    batch: Batch,
+    settings: TrainingConfig,
+    compute: Compute,
+    horizontal_flip: bool,
+) -> tuple[Tensor, Tensor]:
+    """Add up the gradient of the batch's mean loss, over micro-batches where asked; return losses [b] and timesteps [b]."""
+    images, eps = compute.send(batch.images), compute.send(batch.draws.eps)
+    timesteps = compute.send(batch.draws.timesteps(diffusion.num_timesteps))
+    mirrored = compute.send(batch.draws.u_flip < 0.5) if horizontal_flip else None
+    count = len(images)
+    size = settings.micro_batch_size or count
+    losses: list[Tensor] = []
+    for begin in range(0, count, size):
+        part = slice(begin, begin + size)
+        x0 = to_float(images[part])
+        if mirrored is not None:
+            x0 = flip(x0, mirrored[part])
+        if compute.channels_last:
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        with _gradients_stay_local(network, begin + size < count):
+            with compute.autocast():
+                part_losses = simple_loss(diffusion, network, x0, timesteps[part], eps[part])
+            (part_losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+        losses.append(part_losses.detach())
+    return torch.cat(losses), timesteps
+
+
+def _gradients_stay_local(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which workers do not yet average their gradients: for all micro-batches but the last."""
+    if stay and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()

@@ -1,0 +1,349 @@
+"""The body of one training worker: what happens around the loop of training.py. No Ray: it runs in a test as it runs on a cluster."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline import checkpoint as checkpoints
+from pipeline.batches import Batch, Prefetch, training_batches
+from pipeline.cluster_profile import Profile
+from pipeline.config import Experiment, SamplingConfig, experiment_from
+from pipeline.device import Compute, training_compute
+from pipeline.errors import CheckpointError, StorageError
+from pipeline.generation import generate
+from pipeline.models import allow_modules_in, build_diffusion, build_model
+from pipeline.monitor import SystemMonitor
+from pipeline.order import Order, streams_of_worker
+from pipeline.pictures import save_grid
+from pipeline.runs import Run
+from pipeline.shards import Dataset
+from pipeline.team import Team
+from pipeline.tracking import Tracker
+from pipeline.training import Learner, StepResult, fit
+from pipeline.yaml_files import validate
+
+PUBLISH_EVERY_S = 0.25
+MISSED_SAVES = 3  # storage may come back: so many intervals are waited for
+
+
+class Link(Protocol):
+    """The worker's line to the driver."""
+
+    def publish(self, progress: dict[str, Any]) -> None:
+        """Tell where training is; must not wait."""
+
+    def stop_requested(self) -> bool:
+        """Return whether the driver asks to save and stop; must not wait."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the workers of one attempt are told: plain data, the same for all of them."""
+
+    run_folder: str
+    dataset_folder: str
+    experiment: dict[str, Any]
+    profile: dict[str, Any]
+    num_workers: int
+    num_streams: int
+    attempt: int
+    code_folder: str
+    tracking: dict[str, Any]
+    initial_weights: str | None = None
+
+
+@dataclass
+class LossMeter:
+    """Loss summed since the last report, by quartile of t: row 0 sums, row 1 counts; float64 so that order hardly matters."""
+
+    num_timesteps: int
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+
+    def add(self, result: StepResult) -> None:
+        """Count one step of this worker, on the device where its losses are."""
+        quartile = result.timesteps * 4 // self.num_timesteps
+        values = torch.stack([result.losses.double(), torch.ones_like(result.losses, dtype=torch.float64)])
+        self.sums = self.sums.to(values.device).index_add(1, quartile, values)
+
+    def gather(self, team: Team) -> None:
+        """Move the sums of all workers to rank 0."""
+        total = team.add_up(self.sums.cpu())
+        self.sums = total if team.leads else torch.zeros_like(total)
+
+    def report(self) -> dict[str, float]:
+        """Return the means since the last report, and start again."""
+        sums, counts = self.sums.cpu()
+        metrics = {"loss": float(sums.sum() / counts.sum())}
+        for i in range(4):
+            if counts[i] > 0:
+                metrics[f"loss_t_quartile_{i + 1}"] = float(sums[i] / counts[i])
+        self.sums = torch.zeros_like(self.sums)
+        return metrics
+
+
+class Worker:
+    """One worker of one attempt, from the newest checkpoint to the last step, or to a request to stop."""
+
+    def __init__(self, job: Job, team: Team, link: Link, local_rank: int = 0) -> None:
+        self.job, self.team, self.link = job, team, link
+        self.experiment: Experiment = experiment_from(job.experiment)
+        self.run = Run.open(Path(job.run_folder))
+        self.root = Path(job.run_folder) / "checkpoints"
+        profile = validate(Profile, job.profile, "profile")
+        self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, local_rank)
+        self.compute.start()
+        allow_modules_in(job.code_folder)
+        self.dataset = Dataset.open(Path(job.dataset_folder))
+        self.diffusion = build_diffusion(self.experiment)
+        model = self.compute.place(build_model(self.experiment, self.dataset.manifest.shape))
+        self.learner = Learner.create(model, self.experiment.training)
+        self.meter = LossMeter(self.experiment.diffusion.num_timesteps)
+        self.elapsed_before_s = 0.0
+        self.missed_saves = 0
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+        self.tracker = Tracker(Path(job.run_folder), job.tracking) if team.leads else None
+        self.sampling_model: nn.Module | None = None
+
+    def work(self) -> str:
+        """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
+        try:
+            self._restore()
+            outcome = self._train()
+        finally:
+            if self.tracker is not None:
+                self.tracker.close(timeout=10.0)
+        return outcome
+
+    # -- the loop's body ------------------------------------------------------------------------------------------------------
+
+    def _train(self) -> str:
+        settings, total = self.experiment.training, self.experiment.training.steps
+        network: nn.Module = self.team.share_gradients(self.learner.model, self.compute)
+        if self.compute.compile:
+            network = torch.compile(network)  # type: ignore[assignment]
+        self.learner.model.train()
+        if self.learner.step == 0:
+            self._draw_grid()
+        if self.learner.step >= total:
+            return "finished"
+        begin = time.monotonic()
+        with Prefetch(self._batches()) as batches:
+            pace = Pace(self.learner.step, batches)
+            steps = fit(
+                self.learner,
+                network,
+                self.diffusion,
+                batches,
+                settings,
+                self.compute,
+                seed=self.experiment.seed,
+                rank=self.team.rank,
+                horizontal_flip=self.experiment.data.horizontal_flip,
+            )
+            for result in steps:
+                self.meter.add(result)
+                stop, save = self.team.decide(self.link.stop_requested(), self._save_is_due(result.step))
+                last = result.step == total
+                if save or stop or last or result.step % self.experiment.logging.every_steps == 0:
+                    result.require_finite()
+                    self.meter.gather(self.team)
+                if result.step % self.experiment.logging.every_steps == 0 or last:
+                    self._log(result, pace)
+                if self._grid_is_due(result.step):
+                    self._draw_grid()
+                if save or stop or last:
+                    self._save(self.elapsed_before_s + time.monotonic() - begin, must=stop or last)
+                self._publish(result, pace)
+                if last:
+                    return "finished"
+                if stop:
+                    return "stopped"
+        raise AssertionError("the batches never end")
+
+    def _batches(self) -> Any:
+        job, data = self.job, self.experiment.data
+        order = Order(
+            row_groups=self.dataset.manifest.row_groups,
+            seed=self.experiment.seed,
+            num_streams=job.num_streams,
+            batch_size=self.experiment.training.batch_size,
+            window=data.shuffle_window,
+        )
+        streams = streams_of_worker(self.team.rank, self.team.size, job.num_streams)
+        batches = training_batches(self.dataset, order, streams, self.learner.step, self.experiment.seed)
+        return map(Batch.pin, batches) if self.compute.on_gpu else batches
+
+    def _log(self, result: StepResult, pace: Pace) -> None:
+        """Record the means since the last report; rank 0 alone."""
+        if self.tracker is None:
+            return
+        metrics = self.meter.report()
+        metrics |= {"grad_norm": float(result.grad_norm), "learning_rate": result.learning_rate}
+        metrics |= pace.report(result.step, self.experiment.training.batch_size)
+        metrics |= SystemMonitor.sample()
+        self.tracker.metrics(result.step, metrics, family="loss")
+        self.run.log(
+            f"step {result.step}/{self.experiment.training.steps}  loss {metrics['loss']:.5f}  "
+            f"grad norm {metrics['grad_norm']:.3f}  {metrics['images_per_s']:.0f} images/s"
+        )
+
+    def _publish(self, result: StepResult, pace: Pace) -> None:
+        """Tell the driver, now and then."""
+        total = self.experiment.training.steps
+        if self.team.leads and pace.speak(result.step == total):
+            self.link.publish(
+                {
+                    "step": result.step,
+                    "steps": total,
+                    "loss": float(result.losses.mean()),
+                    "images_per_s": pace.images_per_s(result.step, self.experiment.training.batch_size),
+                }
+            )
+
+    # -- pictures -------------------------------------------------------------------------------------------------------------
+
+    def _grid_is_due(self, step: int) -> bool:
+        every = self.experiment.logging.grid_every_steps
+        return every is not None and (step % every == 0 or step == self.experiment.training.steps)
+
+    def _draw_grid(self) -> None:
+        """Draw images from the averaged weights, the same noise every time; rank 0 alone, the others wait at the next step."""
+        if self.tracker is None or self.experiment.logging.grid_every_steps is None:
+            return
+        if self.sampling_model is None:
+            self.sampling_model = copy.deepcopy(self.learner.model)
+        self.learner.ema.copy_to(self.sampling_model)
+        count = self.experiment.logging.grid_images
+        sampling = self.experiment.sampling.model_copy(
+            update={"batch_size": min(count, self.experiment.sampling.batch_size)}
+        )
+        images = self._generate(self.sampling_model, count, sampling)
+        path = Path(self.job.run_folder) / "pictures" / f"samples-step-{self.learner.step:010d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images, path)
+        self.tracker.image("samples", self.learner.step, path)
+
+    def _generate(self, model: nn.Module, count: int, sampling: SamplingConfig) -> Tensor:
+        shape = self.dataset.manifest.shape
+        return torch.cat(
+            list(generate(self.diffusion, model, shape, count, sampling, self.experiment.seed, self.compute))
+        )
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> None:
+        """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same."""
+        found = checkpoints.newest_verified(self.root) if self.team.leads else checkpoints.Found(None)
+        for warning in found.warnings:
+            self.run.log(f"warning: {warning}")
+            self.link.publish({"warning": warning})
+        checkpoint: checkpoints.Checkpoint | None = self.team.told(found.checkpoint)
+        if checkpoint is None:
+            if self.job.initial_weights is not None:
+                self._take_weights(Path(self.job.initial_weights))
+            return
+        state = checkpoint.state()
+        if state["config_hash"] != self.experiment.hash():
+            raise CheckpointError(
+                f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
+            )
+        self.learner.restore(checkpoint.tensors(), checkpoint.step)
+        self.elapsed_before_s = state["elapsed_s"]
+        self.saved_step = checkpoint.step
+        if self.team.leads:
+            self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64)
+            assert self.tracker is not None
+            self.tracker.restore(state["undelivered"])
+            self.run.log(f"attempt {self.job.attempt} continues from step {checkpoint.step}")
+
+    def _take_weights(self, folder: Path) -> None:
+        """Begin a new run from another run's weights; the average and the optimizer start afresh."""
+        name = checkpoints.NAME.fullmatch(folder.name)
+        assert name is not None
+        origin = checkpoints.Checkpoint(folder, int(name[1]), int(name[2]))
+        self.learner.model.load_state_dict(origin.tensors("ema")["ema"], strict=False)
+        self.learner = Learner.create(self.learner.model, self.experiment.training)
+
+    def _save_is_due(self, step: int) -> bool:
+        due = self.experiment.checkpoint
+        if due.every_steps is not None and step % due.every_steps == 0:
+            return True
+        return due.every_minutes is not None and time.monotonic() - self.saved_at >= due.every_minutes * 60
+
+    def _save(self, elapsed_s: float, *, must: bool) -> None:
+        """Save once per step; a place that is full is tried again at later intervals, `MISSED_SAVES` times."""
+        self.saved_at = time.monotonic()
+        if self.tracker is None or self.saved_step == self.learner.step:
+            return
+        state = {
+            "step": self.learner.step,
+            "attempt": self.job.attempt,
+            "config_hash": self.experiment.hash(),
+            "dataset_fingerprint": self.dataset.manifest.fingerprint,
+            "shape": list(self.dataset.manifest.shape),
+            "elapsed_s": elapsed_s,
+            "meter": self.meter.sums.cpu().tolist(),
+            "undelivered": self.tracker.undelivered(),
+            "num_workers": self.team.size,
+            "threads": self.compute.threads,
+            "torch": torch.__version__,
+        }
+        attempt = self.job.attempt
+        owns: Callable[[], bool] = lambda: self.run.current_attempt() == attempt  # noqa: E731
+        try:
+            checkpoints.save(self.root, self.learner.step, attempt, self.learner.tensors(), state, may_commit=owns)
+        except StorageError as error:
+            self.missed_saves += 1
+            if must or self.missed_saves >= MISSED_SAVES:
+                raise
+            self.run.log(f"warning: {error}")
+            self.link.publish({"warning": f"{error}; trying again at the next interval"})
+            return
+        self.missed_saves = 0
+        self.saved_step = self.learner.step
+        checkpoints.prune(self.root, self.experiment.checkpoint.keep)
+        self.run.set_status(step=self.learner.step)
+
+
+class Pace:
+    """How fast training goes: since the last report for the record, smoothed for the eye."""
+
+    def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
+        self._batches = batches
+        self._start = self._reported = (step, time.monotonic(), 0.0)
+        self._spoke = 0.0
+        self._recent: list[tuple[int, float]] = [(step, time.monotonic())]
+
+    def report(self, step: int, batch_size: int) -> dict[str, float]:
+        """Return images per second and the share of time spent waiting for data, since the last report."""
+        now, waited = time.monotonic(), self._batches.waited_s
+        before_step, before, before_waited = self._reported
+        self._reported = (step, now, waited)
+        wall = max(now - before, 1e-9)
+        return {
+            "images_per_s": (step - before_step) * batch_size / wall,
+            "data_wait_share": (waited - before_waited) / wall,
+        }
+
+    def images_per_s(self, step: int, batch_size: int) -> float:
+        """Return images per second over the last few seconds."""
+        self._recent = [*self._recent, (step, time.monotonic())][-40:]
+        (first_step, first), (last_step, last) = self._recent[0], self._recent[-1]
+        return (last_step - first_step) * batch_size / max(last - first, 1e-9)
+
+    def speak(self, now_please: bool) -> bool:
+        """Return whether it is time to publish again."""
+        now = time.monotonic()
+        if not now_please and now - self._spoke < PUBLISH_EVERY_S:
+            return False
+        self._spoke = now
+        return True

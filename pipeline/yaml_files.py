@@ -1,0 +1,164 @@
+"""Reading YAML and checking it against a schema, with every complaint in one line that names the field and the remedy."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from pipeline.errors import UsageError, nearest
+
+MAX_BYTES = 1 << 20
+
+
+class Section(BaseModel):
+    """A frozen group of settings in which unknown keys and numbers that are not finite are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that refuses duplicate keys and aliases (a few of which can expand to gigabytes), and reads 1e-4 as a number."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.constructor.ConstructorError(
+                None, None, "aliases (*name) are not supported; write the value out", mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[Hashable, int] = {}
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            line = key_node.start_mark.line + 1
+            if not isinstance(key, Hashable):
+                raise yaml.constructor.ConstructorError(None, None, "keys must be plain words", key_node.start_mark)
+            if key in seen:
+                problem = f"key {key!r} appears twice (first on line {seen[key]}); keep one"
+                raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+            seen[key] = line
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 takes 1e-4 for a word, since it has no point; every reader of a learning rate takes it for a number
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Return the plain data of one YAML document; `where` names it in errors (UsageError)."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{where}, line {line}: {error.problem or 'not valid YAML'}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping that a YAML file holds (an empty file is an empty mapping)."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file") from None
+    if len(data) > MAX_BYTES:
+        raise UsageError(
+            f"{path}: {len(data)} bytes is too large for a settings file (at most {MAX_BYTES}); is it the right file?"
+        )
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: not a text file in UTF-8; give the path of a YAML file") from None
+    content = parse_yaml(text, str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(
+            f"{path}: expected a mapping of settings, got {type(content).__name__}; write lines such as 'seed: 0'"
+        )
+    return content
+
+
+def set_override(content: dict[str, Any], assignment: str) -> None:
+    """Apply one `-s dotted.key=value` to nested settings; the value is read as YAML."""
+    key, equals, text = assignment.partition("=")
+    key = key.strip()
+    if not equals or not key:
+        raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.steps=1000")
+    *parents, last = key.split(".")
+    node = content
+    for parent in parents:
+        child = node.get(parent)
+        if child is None:
+            child = node[parent] = {}
+        if not isinstance(child, dict):
+            raise UsageError(f"-s {assignment!r}: {parent!r} is a single value, not a group of settings")
+        node = child
+    node[last] = parse_yaml(text, f"-s {key}")
+
+
+def validate(schema: type[SectionT], content: dict[str, Any], where: str) -> SectionT:
+    """Return the settings as a checked object; the first fault becomes a UsageError naming field, value and remedy."""
+    try:
+        return schema.model_validate(content)
+    except ValidationError as error:
+        raise UsageError(f"{where}: {_explain(schema, error)}") from None
+
+
+def _explain(schema: type[Section], error: ValidationError) -> str:
+    """Return one line for the first fault, unknown keys before others (a misspelt key often causes the rest)."""
+    faults = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    fault = faults[0]
+    # a member of a union carries the union's tag in its location: only names that are settings are shown
+    field = ".".join(str(part) for part in fault["loc"] if not str(part).endswith((")", "]")))
+    rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    if fault["type"] == "extra_forbidden":
+        parent = _section_at(schema, fault["loc"][:-1])
+        known = list(parent.model_fields) if parent else []
+        name = str(fault["loc"][-1])
+        return f"unknown key {field!r}{nearest(name, known)}; known here: {', '.join(known)}{rest}"
+    if fault["type"] == "missing":
+        return f"{field} is missing; it has no default{rest}"
+    message = fault["msg"].removeprefix("Value error, ")
+    got = fault.get("input")
+    if isinstance(got, dict) or fault["type"] == "value_error":
+        return f"{field + ': ' if field else ''}{message}{rest}"
+    shown = "a number that is not finite" if isinstance(got, float) and not math.isfinite(got) else repr(got)
+    return f"{field}: got {shown}; {message[0].lower() + message[1:]}{rest}"
+
+
+def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:
+    """Return the nested section that a pydantic error location points at."""
+    section: Any = schema
+    for part in location:
+        field = section.model_fields.get(part)
+        if field is None:
+            continue
+        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
+        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        if section is None:
+            return None
+    return section  # type: ignore[no-any-return]
+
+
+def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings as one level of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
