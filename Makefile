@@ -1,0 +1,64 @@
+# ddpm-pipe: everything a checkout needs. Works with GNU make 3.81 (macOS) and later; `make help` lists the targets.
+#
+#   make train ARGS="--preset mnist"            arguments for `ddpm-pipe train`
+#   make test PYTEST_ARGS="-k schedule -x"      arguments for pytest
+#   make PYTHON=/opt/python3.11/bin/python3 ... a Python 3.11 that isn't on PATH
+
+SHELL := /bin/sh
+ARGS ?=
+PYTEST_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+# Two stamps, each named by a checksum of what it stands for: another lock file makes the environment anew, from nothing, so that it holds
+# exactly what the lock says; another pyproject.toml installs the project again.
+LOCK_ID := $(shell cksum < requirements.lock | tr ' ' '-')
+PROJECT_ID := $(shell cksum < pyproject.toml | tr ' ' '-')
+LOCKED := $(VENV)/.locked-$(LOCK_ID)
+INSTALLED := $(VENV)/.installed-$(LOCK_ID)-$(PROJECT_ID)
+
+.PHONY: help setup train test lint lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(INSTALLED) ## make .venv from the hashed lock file and install the project into it
+
+train: $(INSTALLED) ## train on the embedded digits, draw samples and score them (about 4 minutes on two cores)
+	@$(BIN)/ddpm-pipe train $(ARGS)
+
+test: lint ## lint, types and the whole test suite, shut off from the network and from your files
+	@$(BIN)/python tests/hermetic.py $(PYTEST_ARGS)
+
+lint: $(INSTALLED) ## formatting, lint and types only
+	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ." >&2; exit 1; }
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+
+lock: ## resolve pyproject.toml anew into requirements.lock (needs uv and the network)
+	@command -v uv >/dev/null || { echo "make lock needs uv: pip install uv" >&2; exit 1; }
+	uv pip compile pyproject.toml --universal --extra test --generate-hashes --python-version 3.11 \
+	    --no-emit-index-url --no-header -o requirements.lock
+
+clean: ## remove .venv, caches and built files; runs, datasets and mlflow.db stay
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamps' names say all, so no file times: switching branches back and forth rebuilds nothing.
+$(LOCKED):
+	@python=""; for candidate in $(or $(PYTHON),python3.11 python3); do \
+	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+	    echo "Python 3.11 is needed; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>/dev/null || echo missing). Install it, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	    exit 1; \
+	fi; \
+	echo "Making $(VENV) from requirements.lock with $$("$$python" --version): some minutes and several GB the first time"; \
+	"$$python" -m venv --clear $(VENV) || { echo "this Python has no venv module: on Debian and Ubuntu, apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements.lock
+	@touch $@
+
+$(INSTALLED): | $(LOCKED)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@rm -f $(VENV)/.installed-*
+	@touch $@

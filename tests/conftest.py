@@ -1,0 +1,111 @@
+"""What every test stands on: a safe environment, and fixtures for the command line, real data and Ray."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import settings
+
+from tests.guard import network_guard
+from tests.hermetic import MARKER, hermetic_environment, make_root
+
+# Before anything else is imported: a plain `pytest` gets the environment that `make test` gives (tests/hermetic.py).
+if MARKER not in os.environ:
+    _root = make_root()
+    _environment = hermetic_environment(_root, os.environ)
+    os.environ.clear()
+    os.environ.update(_environment)
+    atexit.register(shutil.rmtree, _root, ignore_errors=True)
+network_guard.install()
+# One thread in the test process: bit-exactness is promised per thread count, and the machine is shared with the test's own workers.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+settings.load_profile("seeded")
+
+
+class CliResult(NamedTuple):
+    """What a `ddpm-pipe` process returned and printed."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty DDPM_PIPE_HOME of this test's own."""
+    path = tmp_path / "home"
+    path.mkdir()
+    monkeypatch.setenv("DDPM_PIPE_HOME", str(path))
+    return path
+
+
+@pytest.fixture
+def cli(home: Path) -> Callable[..., CliResult]:
+    """Run `ddpm-pipe ARGUMENTS` as users do, in its own process: cli("runs", "--json", cwd=..., env={...}, timeout_s=...).
+
+    The process works in `home` unless told otherwise, with the threads a user has. One that outlasts `timeout_s` is
+    ended with its children.
+    """
+
+    def run(
+        *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout_s: float = 300
+    ) -> CliResult:
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | (env or {})
+        command = [str(Path(sys.executable).with_name("ddpm-pipe")), *map(str, arguments)]
+        with subprocess.Popen(
+            command,
+            cwd=cwd or home,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=timeout_s)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return CliResult(process.returncode, stdout, stderr)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder with real image sets (`mnist/`, `cifar10/`, Hugging Face style Parquet); skips where it isn't."""
+    beside = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    path = Path(os.environ.get("DDPM_PIPE_TEST_DATA", beside))
+    if not path.is_dir():
+        pytest.skip("no real image sets here: name their folder in DDPM_PIPE_TEST_DATA")
+    return path
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[Any]:
+    """One local Ray of two CPUs for the whole test session, bound to loopback; yields the `ray` module."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        object_store_memory=150 * 2**20,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        _temp_dir=str(Path(os.environ["RAY_TMPDIR"]) / "ray"),
+    )
+    yield ray
+    ray.shutdown()
