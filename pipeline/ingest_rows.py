@@ -1,0 +1,119 @@
+"""From images of any source to rows of a dataset: decode, convert as asked, check, encode; in this process or in a pool.
+
+The module is what pool processes import, so it stays free of torch and pyarrow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError
+from pipeline.images import MAX_PIXELS, decode_image
+from pipeline.manifest import RAW_LIMIT, ContentHash
+
+Pixels = npt.NDArray[np.uint8]
+Shape = tuple[int, int, int]  # C, H, W
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image on its way in: an encoded file, its path, or uint8 pixels [H, W, C]; `where` names it in messages."""
+
+    where: str
+    image: bytes | Path | Pixels
+    label: int = 0
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to each image besides decoding it: nothing, unless asked."""
+
+    mode: str | None = None
+    image_size: tuple[int, int] | None = None  # H, W
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive finished rows: the stored form of each image, its digest, labels, and sums for the statistics."""
+
+    shape: Shape
+    images: list[bytes]
+    digests: bytes
+    labels: npt.NDArray[np.int64]
+    sums: tuple[int, ...]
+    sums_of_squares: tuple[int, ...]
+
+
+def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] | None) -> Rows:
+    """Turn items into rows of one shape: that of `first` (the dataset's first row), or of the first item without it.
+
+    Raises:
+        DataError: an image cannot be taken, or shapes differ; names the item.
+    """
+    images, digests = [], []
+    total: npt.NDArray[np.int64] | None = None
+    for item in items:
+        pixels = _pixels(item, treatment)
+        shape = (pixels.shape[2], pixels.shape[0], pixels.shape[1])
+        first = first or (item.where, shape)
+        if shape != first[1]:
+            raise DataError(_mixed(item.where, shape, *first))
+        chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        digests.append(ContentHash.of_row(chw.data))
+        images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
+        flat = chw.reshape(shape[0], -1).astype(np.int64)
+        sums = np.stack([flat.sum(axis=1), (flat * flat).sum(axis=1)])
+        total = sums if total is None else total + sums
+    assert first is not None
+    assert total is not None
+    labels = np.array([item.label for item in items], dtype=np.int64)
+    sums_list = total.tolist()
+    return Rows(first[1], images, b"".join(digests), labels, tuple(sums_list[0]), tuple(sums_list[1]))
+
+
+def stored_raw(shape: Shape) -> bool:
+    """Whether images of this shape are stored as raw pixels (small ones) or as PNG."""
+    return max(shape[1:]) <= RAW_LIMIT
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Encode uint8 [H, W, C] with one or three channels as a PNG file."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", compress_level=4)
+    return file.getvalue()
+
+
+def _pixels(item: Item, treatment: Treatment) -> Pixels:
+    if isinstance(item.image, np.ndarray):
+        return item.image
+    data = item.image if isinstance(item.image, bytes) else item.image.read_bytes()
+    return decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, where=item.where)
+
+
+def _mixed(where: str, shape: Shape, first_where: str, first_shape: Shape) -> str:
+    def text(s: Shape) -> str:
+        return f"{s[1]}x{s[2]} with {s[0]} channel{'s' if s[0] > 1 else ''}"
+
+    return f"{where} is {text(shape)}, but {first_where} is {text(first_shape)}: give --image-size or --mode to make them equal"
+
+
+def in_chunks(items: Iterable[Item], num_rows: int = 256) -> Iterator[list[Item]]:
+    """Cut a stream of items into lists."""
+    chunk: list[Item] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == num_rows:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk

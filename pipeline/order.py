@@ -1,0 +1,224 @@
+"""The order in which a training reads the rows of a dataset: pure functions, nothing to save, any step found at once.
+
+    epoch      one permutation of the dataset's rows, a pure function of (row groups, seed, epoch, window):
+               the row groups are permuted, their concatenation is cut into windows of consecutive whole row groups
+               holding at least `window` rows (the last may hold fewer), and rows are permuted inside each window
+    stream k   of S reads slice [k N // S, (k + 1) N // S) of epoch 0, then the same slice of epoch 1, and so on
+    step s     the next batch_size / S rows of each stream, streams in order: the batch does not depend on the workers
+    worker r   of R owns the streams r, r + R, r + 2 R, ...
+
+A stream touches the row groups of one window at a time, so a worker that reads from disk holds a bounded part of the
+dataset; the order is the same where the whole of it is in memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import UsageError
+
+Rows = npt.NDArray[np.int64]
+
+# Part of every draw: another way to permute gets another tag, so that it cannot pass for this one.
+_TAG = "ddpm-pipe order 1"
+_WINDOW_MEMORY_BYTES = 512 * 2**20
+_LEAST_WINDOW, _MOST_WINDOW = 256, 16384
+
+
+class Segment(NamedTuple):
+    """Positions [start, stop) inside one window of one epoch."""
+
+    epoch: int
+    window: int
+    start: int
+    stop: int
+
+
+class _Plan(NamedTuple):
+    """One epoch: its row groups in permuted order, and where each window begins, counted in groups and in rows."""
+
+    groups: Rows
+    first_group: Rows  # [num_windows + 1]
+    first_row: Rows  # [num_windows + 1]
+
+
+@dataclass(frozen=True)
+class Order:
+    """The rows that every step of a training reads.
+
+    Args:
+        row_groups: rows of every row group of the dataset, in the manifest's order.
+        seed: any integer; another seed is another order.
+        num_streams: slices of an epoch that advance side by side; divides `batch_size`.
+        batch_size: rows of one step over all workers; at most the number of rows.
+        window: rows that are shuffled together at least; the number of rows or more shuffles all of them together.
+
+    Raises:
+        UsageError: a value outside what is said above.
+    """
+
+    row_groups: tuple[int, ...]
+    seed: int
+    num_streams: int
+    batch_size: int
+    window: int
+    # Derived and cached, no part of what an order is: neither compared nor pickled.
+    _group_starts: Rows = field(init=False, repr=False, compare=False)
+    _plan: Callable[[int], _Plan] = field(init=False, repr=False, compare=False)
+    _permuted: Callable[[int, int], Rows] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_group_starts", _starts(np.asarray(self.row_groups, dtype=np.int64)))
+        _check(self)
+        windows_in_use = min(2 * self.num_streams, 2 * (self.num_rows // self.window + 1))
+        object.__setattr__(self, "_plan", lru_cache(maxsize=4)(self._make_plan))
+        object.__setattr__(self, "_permuted", lru_cache(maxsize=windows_in_use)(self._permute_window))
+
+    def __reduce__(self) -> tuple[type[Order], tuple[tuple[int, ...], int, int, int, int]]:
+        return Order, (self.row_groups, self.seed, self.num_streams, self.batch_size, self.window)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the dataset, and of one epoch."""
+        return int(self._group_starts[-1])
+
+    @property
+    def rows_per_stream(self) -> int:
+        """Rows that each stream gives to each step."""
+        return self.batch_size // self.num_streams
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps in which the streams together read as many rows as the dataset has; rarely a whole number."""
+        return self.num_rows / self.batch_size
+
+    def rows_for(self, step: int, stream: int) -> Rows:
+        """Dataset rows that `stream` gives to `step`: int64 [batch_size / num_streams], found without earlier steps."""
+        parts = [self.window_rows(s.epoch, s.window)[s.start : s.stop] for s in self.segments(step, stream)]
+        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+
+    def segments(self, step: int, stream: int) -> Iterator[Segment]:
+        """The same rows as places in the windows of an epoch, for a reader that loads window by window."""
+        first, last = self.slice_of(stream)
+        start, wanted = step * self.rows_per_stream, self.rows_per_stream
+        while wanted > 0:
+            epoch, offset = divmod(start, last - first)
+            taken = min(wanted, last - first - offset)
+            yield from self._inside_windows(epoch, first + offset, first + offset + taken)
+            start, wanted = start + taken, wanted - taken
+
+    def slice_of(self, stream: int) -> tuple[int, int]:
+        """Positions [first, last) of every epoch that belong to `stream`."""
+        if not 0 <= stream < self.num_streams:
+            raise ValueError(f"stream {stream} is outside 0..{self.num_streams - 1}")
+        return stream * self.num_rows // self.num_streams, (stream + 1) * self.num_rows // self.num_streams
+
+    def window_bounds(self, epoch: int, window: int) -> tuple[int, int]:
+        """Positions [first, last) of `epoch` that lie in `window`."""
+        starts = self._plan(epoch).first_row
+        return int(starts[window]), int(starts[window + 1])
+
+    def window_rows(self, epoch: int, window: int) -> Rows:
+        """Dataset rows of one window of one epoch in their shuffled order: int64, shared, not to be written to."""
+        return self._permuted(epoch, window)
+
+    def _inside_windows(self, epoch: int, first: int, last: int) -> Iterator[Segment]:
+        starts = self._plan(epoch).first_row
+        window = int(np.searchsorted(starts, first, side="right")) - 1
+        while first < last:
+            begin, end = int(starts[window]), int(starts[window + 1])
+            stop = min(last, end)
+            yield Segment(epoch, window, first - begin, stop - begin)
+            first, window = stop, window + 1
+
+    def _make_plan(self, epoch: int) -> _Plan:
+        sizes = np.asarray(self.row_groups, dtype=np.int64)
+        groups = _permutation(len(sizes), "row groups", self.seed, epoch)
+        starts = _starts(sizes[groups])
+        first_group = [0]
+        while first_group[-1] < len(sizes):  # the fewest further groups that make up a window, or all that are left
+            full = np.searchsorted(starts, starts[first_group[-1]] + self.window, side="left")
+            first_group.append(min(int(full), len(sizes)))
+        edges = np.asarray(first_group, dtype=np.int64)
+        return _Plan(groups, edges, starts[edges])
+
+    def _permute_window(self, epoch: int, window: int) -> Rows:
+        plan = self._plan(epoch)
+        groups = plan.groups[plan.first_group[window] : plan.first_group[window + 1]]
+        rows = np.concatenate([np.arange(self._group_starts[g], self._group_starts[g + 1]) for g in groups])
+        permuted = rows[_permutation(len(rows), "rows", self.seed, epoch, window)]
+        permuted.setflags(write=False)
+        return permuted
+
+
+def default_num_streams(batch_size: int) -> int:
+    """Largest power of two up to 16 that divides `batch_size`."""
+    return next(n for n in (16, 8, 4, 2, 1) if batch_size % n == 0)
+
+
+def default_window(image_bytes: int, num_streams: int) -> int:
+    """Rows of a window such that one worker with all the streams holds about 512 MiB: a power of two, 256 to 16,384."""
+    fitting = max(1, _WINDOW_MEMORY_BYTES // (image_bytes * num_streams))
+    return int(min(_MOST_WINDOW, max(_LEAST_WINDOW, 1 << (fitting.bit_length() - 1))))
+
+
+def streams_of_worker(rank: int, world: int, num_streams: int) -> range:
+    """Streams that worker `rank` of `world` owns.
+
+    Raises:
+        UsageError: the workers do not divide the streams.
+    """
+    if num_streams % world:
+        raise UsageError(
+            f"{world} workers cannot share num_streams = {num_streams} evenly: use {_divisors(num_streams)} workers, "
+            "or another num_streams"
+        )
+    if not 0 <= rank < world:
+        raise ValueError(f"rank {rank} is outside 0..{world - 1}")
+    return range(rank, num_streams, world)
+
+
+def _check(order: Order) -> None:
+    if not order.row_groups or min(order.row_groups) < 1:
+        raise ValueError(f"row_groups must be a non-empty tuple of positive counts, not {order.row_groups!r}")
+    for name in ("num_streams", "batch_size", "window"):
+        if getattr(order, name) < 1:
+            raise UsageError(f"{name} = {getattr(order, name)} is not a positive whole number")
+    if order.batch_size > order.num_rows:
+        raise UsageError(
+            f"batch_size = {order.batch_size} is larger than the dataset's {order.num_rows} rows: "
+            f"use a batch_size of at most {order.num_rows}"
+        )
+    if order.batch_size % order.num_streams:
+        raise UsageError(
+            f"num_streams = {order.num_streams} does not divide batch_size = {order.batch_size}: "
+            f"use {_divisors(order.batch_size)}"
+        )
+
+
+def _divisors(n: int) -> str:
+    found = [str(d) for d in range(1, n + 1) if n % d == 0]
+    return found[0] if len(found) == 1 else ", ".join(found[:-1]) + " or " + found[-1]
+
+
+def _starts(sizes: Rows) -> Rows:
+    return np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(sizes, dtype=np.int64)])
+
+
+def _permutation(n: int, *purpose: str | int) -> Rows:
+    """A permutation of range(n) drawn for `purpose` alone, the same on every machine and numpy release.
+
+    Raw words of a counter-based generator and a stable sort are fixed by definition; `Generator.permutation` may change
+    between releases of numpy (NEP 19).
+    """
+    name = "|".join(map(str, (_TAG, *purpose)))
+    key = np.frombuffer(hashlib.sha256(name.encode()).digest()[:16], dtype="<u8").astype(np.uint64)
+    words = np.random.Philox(key=key).random_raw(n)
+    return np.argsort(words, kind="stable").astype(np.int64, copy=False)
