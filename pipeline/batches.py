@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipeline.order import Order
 
 if TYPE_CHECKING:
-    from pipeline.shards import Dataset, Encoded
+    from pipeline.shards import Dataset
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -77,7 +77,6 @@ class _DiskStream:
     def __init__(self, dataset: Dataset, order: Order, stream: int) -> None:
         self._dataset, self._order, self._stream = dataset, order, stream
         self._at: tuple[int, int, int] | None = None  # epoch, window, first position held
-        self._encoded: Encoded = []
 
     def take(self, step: int) -> Iterator[tuple[Pixels, Ints | None, Ints]]:
         for epoch, window, start, stop in self._order.segments(step, self._stream):

@@ -17,8 +17,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.batches import RawBatch as RawBatch
-from pipeline.batches import read_batches as read_batches
+from pipeline.shard_batches import RawBatch as RawBatch
+from pipeline.shard_batches import read_batches as read_batches
 from pipeline.errors import DataError, UsageError
 from pipeline.images import decode_image
 from pipeline.manifest import ContentHash as ContentHash
