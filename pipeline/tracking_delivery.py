@@ -1,0 +1,321 @@
+"""Delivery: the events of a spool, put into an MLflow store so that each is there once, whatever died in between.
+
+What makes a second delivery harmless: an MLflow run is looked up by our run id before one is made; a metric with the same step,
+time and value is stored once by MLflow itself; a step that training repeats after a resume is skipped by asking the store for the
+last step of that metric; a picture is skipped where one of its key and step exists; the rest replaces itself.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.redaction import redact
+from pipeline.tracking_spool import Event
+
+RUN_ID_TAG = "ddpm_pipe.run_id"
+MAX_METRICS_PER_CALL = 1000
+MAX_PARAMS_PER_CALL = 100
+MAX_VALUE_LENGTH = 6000
+MAX_DIGEST_LENGTH = 36
+REDACTED_SUFFIXES = {".json", ".yaml", ".yml", ".txt", ".md", ".log", ".csv", ".html"}
+REDACTED_MAX_BYTES = 4 << 20
+
+
+class RejectedError(Exception):
+    """The store refused an event for good: trying again cannot help."""
+
+
+class NoRunError(Exception):
+    """There is no MLflow run to deliver to, and none can be made now."""
+
+
+class Delivery:
+    """A connection to one MLflow store for one run. Every method may raise whatever MLflow raises."""
+
+    def __init__(self, uri: str, run_dir: Path, artifacts: Path | None) -> None:
+        from mlflow import MlflowClient
+
+        self._run_dir = run_dir
+        self._artifacts = artifacts
+        with _first_use(uri):
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.run_id = ""
+        self.experiment_id = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is known about the store's content: another process may have changed it."""
+        self._last_steps: dict[str, int] = {}
+        self._images: set[str] | None = None
+        self._is_new = False
+
+    # finding or making the run
+
+    def attach(self, known: str | None, start: Event | None, our_id: str) -> bool:
+        """Use the MLflow run `known`, else the one tagged with our id, else a new one; return whether the known one was used.
+
+        Raises NoRunError where the run was deleted by somebody, or there is no start event to make one from.
+        """
+        self._forget()
+        run = self._get_run(known) if known else None
+        was_known = run is not None
+        if run is None:
+            if start is None:
+                raise NoRunError(
+                    "the spool holds no start event; sync from the run folder that the training was started in"
+                )
+            experiment_id = self._experiment(start["experiment"])
+            run = (
+                self._get_run(start.get("mlflow_run_id"))
+                or self._search(experiment_id, our_id)
+                or self._create(experiment_id, start, our_id)
+            )
+        if run.info.lifecycle_stage == "deleted":
+            raise NoRunError(
+                f"MLflow run {run.info.run_id} was deleted; `mlflow runs restore --run-id {run.info.run_id}` brings it back"
+            )
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        return was_known
+
+    def _get_run(self, run_id: str | None) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        if not run_id:
+            return None
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def _search(self, experiment_id: str, our_id: str) -> Any:
+        found = self.client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{our_id}'", max_results=1)
+        return found[0] if found else None
+
+    def _create(self, experiment_id: str, start: Event, our_id: str) -> Any:
+        run = self.client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"])
+        self._is_new = True
+        return run
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            location = (
+                None if self._artifacts is None else (self._artifacts / re.sub(r"[^A-Za-z0-9._-]", "-", name)).as_uri()
+            )
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+                experiment = self.client.get_experiment_by_name(name)
+        if experiment.lifecycle_stage == "deleted":
+            raise NoRunError(
+                f"experiment {name!r} was deleted in MLflow; restore it (`mlflow experiments restore`) or name another"
+            )
+        return str(experiment.experiment_id)
+
+    # delivering
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Put events into the store: one of any kind, or several of kind `metrics` (see `groups`).
+
+        Raises RejectedError where the store refuses them for good.
+        """
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+
+        try:
+            getattr(self, f"_deliver_{events[0]['kind']}")(events)
+        except MlflowException as error:
+            if error.error_code in {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"} and self._is_active():
+                raise RejectedError(_first_line(error)) from error
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(
+                error, RequestException
+            ):  # an answer that is no JSON is the server's trouble, not the event's
+                raise
+            raise RejectedError(_first_line(error)) from error
+
+    def _is_active(self) -> bool:
+        run = self._get_run(self.run_id)
+        if run is None or run.info.lifecycle_stage == "deleted":
+            raise NoRunError(f"MLflow run {self.run_id} was deleted")
+        return True
+
+    def _deliver_metrics(self, events: Sequence[Event]) -> None:
+        from mlflow.entities import Metric
+
+        steps: dict[str, int] = {}
+        metrics = []
+        for event in events:
+            step, repeatable = event["step"], event["family"] == "train"
+            for key, value in event["values"].items():
+                if repeatable and step <= steps.get(key, self._last_step(key)):
+                    continue
+                if not repeatable and self._has(key, step, value):
+                    continue
+                metrics.append(Metric(key, value, event["time"], step))
+                if repeatable:
+                    steps[key] = step
+        for first in range(0, len(metrics), MAX_METRICS_PER_CALL):
+            self.client.log_batch(self.run_id, metrics=metrics[first : first + MAX_METRICS_PER_CALL], synchronous=True)
+        self._last_steps.update(steps)
+
+    def _last_step(self, key: str) -> int:
+        if key not in self._last_steps:
+            history = [] if self._is_new else self.client.get_metric_history(self.run_id, key)
+            self._last_steps[key] = max((metric.step for metric in history), default=-1)
+        return self._last_steps[key]
+
+    def _has(self, key: str, step: int, value: float) -> bool:
+        history = [] if self._is_new else self.client.get_metric_history(self.run_id, key)
+        same = [metric.value for metric in history if metric.step == step]
+        return value in same or (value != value and any(other != other for other in same))
+
+    def _deliver_start(self, events: Sequence[Event]) -> None:
+        event = events[0]
+        run = self.client.get_run(self.run_id)
+        self.client.update_run(self.run_id, None if event.get("restored") else "RUNNING", event["run_name"])
+        self._log_params(event["params"], run.data.params)
+        tags = {**event["tags"], RUN_ID_TAG: event["our_id"], "mlflow.note.content": event["description"]}
+        self._set_tags(tags)
+        if event["dataset"]:
+            self._log_dataset(event["dataset"])
+
+    def _log_params(self, params: dict[str, str], present: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = []
+        for name, value in params.items():
+            # a name that `mlflow run` or an earlier start gave another value to is immutable: ours stands beside it
+            for candidate in (name, f"ddpm_pipe.{name}"):
+                if candidate not in present:
+                    new.append(Param(candidate, value))
+                if present.get(candidate, value) == value:
+                    break
+        for first in range(0, len(new), MAX_PARAMS_PER_CALL):
+            self.client.log_batch(self.run_id, params=new[first : first + MAX_PARAMS_PER_CALL], synchronous=True)
+
+    def _log_dataset(self, dataset: dict[str, str]) -> None:
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.data.sources import LocalArtifactDatasetSource
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = LocalArtifactDatasetSource(dataset["source"])
+        meta = MetaDataset(source, name=dataset["name"], digest=dataset["fingerprint"][:MAX_DIGEST_LENGTH])
+        tags = [InputTag("mlflow.data.context", dataset["context"])]
+        self.client.log_inputs(self.run_id, [DatasetInput(Dataset.from_dictionary(meta.to_dict()), tags)])
+
+    def _set_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(name, value) for name, value in tags.items()]
+        self.client.log_batch(self.run_id, tags=entities, synchronous=True)
+
+    def _deliver_tags(self, events: Sequence[Event]) -> None:
+        self._set_tags(events[0]["tags"])
+
+    def _deliver_image(self, events: Sequence[Event]) -> None:
+        from PIL import Image
+
+        event = events[0]
+        if self._images is None:
+            self._images = (
+                set() if self._is_new else {item.path for item in self.client.list_artifacts(self.run_id, "images")}
+            )
+        # MLflow's own naming: key with ~ for /, step, time, and the small picture for the slider comes last
+        prefix = f"images/{event['key'].replace('/', '~')}+step+{event['step']}+"
+        if any(path.startswith(prefix) and "+compressed" in path for path in self._images):
+            return
+        try:
+            picture = Image.open(self._local(event["path"]))
+        except OSError as error:
+            raise RejectedError(_first_line(error)) from error
+        with picture:
+            self.client.log_image(
+                self.run_id, picture, key=event["key"], step=event["step"], timestamp=event["time"], synchronous=True
+            )
+        self._images.add(f"{prefix}+compressed")
+
+    def _deliver_artifact(self, events: Sequence[Event]) -> None:
+        path, folder = self._local(events[0]["path"]), events[0]["folder"] or None
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder)
+        elif path.suffix in REDACTED_SUFFIXES and path.stat().st_size <= REDACTED_MAX_BYTES:
+            with tempfile.TemporaryDirectory() as clean:
+                copy = Path(clean) / path.name
+                copy.write_text(redact(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+                self.client.log_artifact(self.run_id, str(copy), folder)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def _deliver_model(self, events: Sequence[Event]) -> None:
+        from pipeline.tracking_model import log_model
+
+        event = events[0]
+        log_model(
+            self.client, self.run_id, self.experiment_id, self._local(event["folder"]), event["name"], event["step"]
+        )
+
+    def _deliver_finish(self, events: Sequence[Event]) -> None:
+        self.client.set_terminated(self.run_id, events[0]["status"], events[0]["time"])
+
+    def _local(self, path: str) -> Path:
+        """Return the file of an event; paths inside the run folder are kept relative to it, so that it may be moved."""
+        found = self._run_dir / path
+        if not found.exists():
+            raise RejectedError(f"{found}: is no longer there")
+        return found
+
+
+def groups(events: Sequence[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:
+    """Yield what one call delivers, with the offset behind it: runs of metrics up to the limit, whole records; else one event."""
+    batch: list[Event] = []
+    count = end = 0
+    for event, offset in events:
+        size = len(event["values"]) if event.get("kind") == "metrics" else 0
+        if batch and (not size or count + size > MAX_METRICS_PER_CALL):
+            yield batch, end
+            batch, count = [], 0
+        end = offset
+        if size:
+            batch.append(event)
+            count += size
+        else:
+            yield ([event] if event else []), offset
+    if batch:
+        yield batch, end
+
+
+@contextmanager
+def _first_use(uri: str) -> Iterator[None]:
+    """Make a SQLite store readable by its owner alone, and let one process at a time set up its tables."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    os.close(descriptor)
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _first_line(error: Exception) -> str:
+    return redact(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:400])
