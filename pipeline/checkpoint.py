@@ -219,7 +219,8 @@ def _verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
 
 
 def _serialised(group: dict[str, Tensor]) -> bytes:
-    return to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()})
+    data: bytes = to_safetensors({name: tensor.detach().cpu().contiguous() for name, tensor in group.items()})
+    return data
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:

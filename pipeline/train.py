@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -100,7 +100,7 @@ def run_worker(config: dict[str, Any]) -> None:
     try:
         team = Team.join()
         local_rank = ray.train.get_context().get_local_rank()
-        outcome = Worker(Job(**config["job"]), team, BoardLink(board), local_rank).work()
+        outcome = Worker(config["job"], team, BoardLink(board), local_rank).work()
     except PipelineError as error:
         ray.get(board.fail.remote(error))
         raise
@@ -214,7 +214,7 @@ def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
         resources["GPU"] = profile.resources_per_worker.GPU
     return TorchTrainer(
         run_worker,
-        train_loop_config={"job": asdict(job), "board": board},
+        train_loop_config={"job": job, "board": board},
         torch_config=TorchConfig(
             backend="nccl" if profile.use_gpu else "gloo", timeout_s=int(profile.timeouts.collective_s)
         ),

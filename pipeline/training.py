@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import ExponentialMovingAverage, GaussianDiffusion, simple_loss
+from ddpm import ExponentialMovingAverage, GaussianDiffusion, l_simple
 from pipeline.batches import Batch
 from pipeline.config import TrainingConfig
 from pipeline.device import Compute
@@ -47,12 +47,12 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{key}/{name}"] = value
-        return {"model": dict(self.model.state_dict()), "ema": self.ema.state_dict(), "optimizer": moments}
+        return {"model": dict(self.model.state_dict()), "ema": dict(self.ema.shadow), "optimizer": moments}
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
         """Go back to what `tensors` returned at a step."""
         self.model.load_state_dict(tensors["model"])
-        self.ema.load_state_dict(tensors["ema"])
+        self.ema.load_state_dict({"num_updates": step, "shadow": tensors["ema"]})  # one update a step
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
             kind, _, name = key.partition("/")
@@ -152,8 +152,8 @@ def _backward(
             x0 = x0.contiguous(memory_format=torch.channels_last)
         with _gradients_stay_local(network, begin + size < count):
             with compute.autocast():
-                part_losses = simple_loss(diffusion, network, x0, timesteps[part], eps[part])
-            (part_losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+                part_losses = l_simple(diffusion, network, x0, timesteps[part], eps[part])
+            (part_losses.sum() / count).backward()
         losses.append(part_losses.detach())
     return torch.cat(losses), timesteps
 

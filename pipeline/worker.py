@@ -26,7 +26,7 @@ from pipeline.pictures import save_grid
 from pipeline.runs import Run
 from pipeline.shards import Dataset
 from pipeline.team import Team
-from pipeline.tracking import Tracker
+from pipeline.tracking import Tracker, TrackingSettings
 from pipeline.training import Learner, StepResult, fit
 from pipeline.yaml_files import validate
 
@@ -56,7 +56,7 @@ class Job:
     num_streams: int
     attempt: int
     code_folder: str
-    tracking: dict[str, Any]
+    tracking: TrackingSettings
     initial_weights: str | None = None
 
 
@@ -95,8 +95,8 @@ class Worker:
     def __init__(self, job: Job, team: Team, link: Link, local_rank: int = 0) -> None:
         self.job, self.team, self.link = job, team, link
         self.experiment: Experiment = experiment_from(job.experiment)
-        self.run = Run.open(Path(job.run_folder))
-        self.root = Path(job.run_folder) / "checkpoints"
+        self.run = Run(Path(job.run_folder))
+        self.root = self.run.checkpoints
         profile = validate(Profile, job.profile, "profile")
         self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, local_rank)
         self.compute.start()
@@ -190,7 +190,7 @@ class Worker:
         metrics |= {"grad_norm": float(result.grad_norm), "learning_rate": result.learning_rate}
         metrics |= pace.report(result.step, self.experiment.training.batch_size)
         metrics |= SystemMonitor.sample()
-        self.tracker.metrics(result.step, metrics, family="loss")
+        self.tracker.metrics(result.step, metrics)
         self.run.log(
             f"step {result.step}/{self.experiment.training.steps}  loss {metrics['loss']:.5f}  "
             f"grad norm {metrics['grad_norm']:.3f}  {metrics['images_per_s']:.0f} images/s"
@@ -311,7 +311,7 @@ class Worker:
         self.missed_saves = 0
         self.saved_step = self.learner.step
         checkpoints.prune(self.root, self.experiment.checkpoint.keep)
-        self.run.set_status(step=self.learner.step)
+        self.run.update(step=self.learner.step)
 
 
 class Pace:

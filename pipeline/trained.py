@@ -1,0 +1,91 @@
+"""A trained model, ready to use: from a run's checkpoint, or from a folder of its own that needs neither the run nor its data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save_file
+from torch import nn
+
+from ddpm import GaussianDiffusion
+from pipeline import checkpoint as checkpoints
+from pipeline.config import Experiment, experiment_from
+from pipeline.errors import CheckpointError, UsageError
+from pipeline.models import Shape, build_diffusion, build_model
+from pipeline.runs import Run
+
+Weights = Literal["ema", "raw"]
+EXPERIMENT_FILE = "experiment.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in eval mode with its process, and where it comes from."""
+
+    model: nn.Module
+    diffusion: GaussianDiffusion
+    experiment: Experiment
+    shape: Shape  # (C, H, W)
+    step: int
+    weights: Weights
+
+    @classmethod
+    def from_run(cls, run: Run, step: int | None = None, weights: Weights = "ema") -> Trained:
+        """Load a run's newest checkpoint that verifies, or that of a step; CheckpointError where there is none."""
+        checkpoint = _choose(run, step)
+        experiment = experiment_from(run.record.experiment, f"run {run.id}")
+        state = checkpoint.state()
+        shape: Shape = tuple(state["shape"])
+        model = build_model(experiment, shape)
+        # buffers, of a network that has them, are not averaged: they come from the model itself
+        tensors = checkpoint.tensors("model", "ema")
+        model.load_state_dict(tensors["model"] | (tensors["ema"] if weights == "ema" else {}))
+        return cls(model.eval(), build_diffusion(experiment), experiment, shape, checkpoint.step, weights)
+
+    @classmethod
+    def load(cls, folder: Path) -> Trained:
+        """Load what `save` wrote."""
+        try:
+            about = json.loads((folder / EXPERIMENT_FILE).read_text())
+            tensors = parse_safetensors((folder / WEIGHTS_FILE).read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{folder}: not a saved model ({error.filename} cannot be read)") from None
+        experiment = experiment_from(about["experiment"], EXPERIMENT_FILE)
+        shape: Shape = tuple(about["shape"])
+        model = build_model(experiment, shape)
+        model.load_state_dict(tensors)
+        return cls(model.eval(), build_diffusion(experiment), experiment, shape, about["step"], about["weights"])
+
+    def save(self, folder: Path) -> Path:
+        """Write weights and settings into a new folder, without pickle, and return it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
+        about = {
+            "experiment": self.experiment.to_dict(),
+            "shape": self.shape,
+            "step": self.step,
+            "weights": self.weights,
+        }
+        (folder / EXPERIMENT_FILE).write_text(json.dumps(about, indent=1))
+        return folder
+
+
+def _choose(run: Run, step: int | None) -> checkpoints.Checkpoint:
+    if step is None:
+        found = checkpoints.newest_verified(run.checkpoints)
+        if found.checkpoint is None:
+            why = found.warnings[0] if found.warnings else f"there is none in {run.checkpoints}"
+            raise CheckpointError(f"run {run.id} has no checkpoint that verifies: {why}; ddpm-pipe resume {run.id}")
+        return found.checkpoint
+    committed = checkpoints.committed(run.checkpoints)
+    for checkpoint in committed:
+        if checkpoint.step == step:
+            checkpoint.verify()
+            return checkpoint
+    steps = ", ".join(str(s) for s in sorted({c.step for c in committed})) or "none"
+    raise UsageError(f"run {run.id} has no checkpoint of step {step}; there are: {steps}")
