@@ -1,0 +1,263 @@
+"""What a user installs: the wheel and what is in it, the lock file, the Makefile's set-up, and the MLproject."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+CASES = [
+    {},
+    {"preset": "digits", "overrides": "training.steps=5 seed=1", "dry_run": "yes"},
+    {
+        "experiment": "my files/it's $(touch gone) {x}.yaml",
+        "data": "a b",
+        "cluster": 'q"uote',
+        "overrides": "a=* b=[1,2]",
+    },
+]
+WANTED = [
+    ["train"],
+    ["train", "--preset", "digits", "--dry-run", "-s", "training.steps=5", "-s", "seed=1"],
+    [
+        "train",
+        "my files/it's $(touch gone) {x}.yaml",
+        "--data",
+        "a b",
+        "--cluster",
+        'q"uote',
+        "-s",
+        "a=*",
+        "-s",
+        "b=[1,2]",
+    ],
+]
+
+
+def run(*command: str | Path, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    out = subprocess.run([str(word) for word in command], cwd=cwd, capture_output=True, text=True, check=False)
+    assert not check or out.returncode == 0, out.stdout + out.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", folder, cwd=REPOSITORY)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A throw-away environment with the wheel in it; third-party packages are those of the running one."""
+    folder = tmp_path_factory.mktemp("venv")
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        folder,
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+    ]
+    run(*pip, "--disable-pip-version-check", wheel, cwd=folder)
+    # A folder named in a .pth file is searched, but the .pth files in it are not read: the checkout stays out of sight.
+    site_packages = next(folder.glob("lib/python*/site-packages"))
+    (site_packages / "third-party.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def tracked(folder: str, suffix: str) -> set[str]:
+    """Return the files below `folder` that belong in the package, as paths from the checkout."""
+    paths = (REPOSITORY / folder).rglob(f"*{suffix}")
+    return {path.relative_to(REPOSITORY).as_posix() for path in paths if "__pycache__" not in path.parts}
+
+
+def test_the_wheel_holds_the_packages_presets_profiles_and_weights_and_nothing_else_at_the_top(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    info = f"ddpm_pipe-{PROJECT['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"ddpm", "pipeline", info}
+    assert tracked("ddpm", ".py") | tracked("pipeline", ".py") <= names
+    assert {
+        f"pipeline/shipped/{name}" for name in tracked("experiments", ".yaml") | tracked("cluster", ".yaml")
+    } <= names
+    weights = tracked("pipeline", ".safetensors")
+    assert weights, "the classifiers for digits and mnist ship with the package"
+    assert weights <= names
+    assert f"{info}/licenses/LICENSE" in names
+    assert not [name for name in names if re.search(r"__pycache__|\.pyc$|/\.", name)]
+
+
+def test_the_wheel_runs_outside_the_checkout_from_its_own_files(installed: Path, tmp_path: Path) -> None:
+    code = "import pipeline, ddpm, json; from pipeline import presets as p;"
+    code += "print(json.dumps([pipeline.__file__, ddpm.__file__, *(str(p.folder_of(k)) for k in ('experiments', 'cluster'))]))"
+    for path in json.loads(run(installed / "bin" / "python", "-c", code, cwd=tmp_path).stdout):
+        assert Path(path).is_relative_to(installed)
+
+
+def test_the_installed_command_answers_and_resolves_a_shipped_preset(installed: Path, tmp_path: Path) -> None:
+    command = installed / "bin" / "ddpm-pipe"
+    assert "Usage: ddpm-pipe" in run(command, "--help", cwd=tmp_path).stdout
+    assert PROJECT["version"] in run(command, "--version", cwd=tmp_path).stdout
+    out = run(command, "train", "--preset", "mnist", "--cluster", "local", "--dry-run", cwd=tmp_path)
+    assert "mnist" in out.stdout
+    assert not list(tmp_path.iterdir()), "a dry run writes nothing"
+
+
+# --- the lock file
+
+
+def lock_blocks() -> Iterator[tuple[Requirement, str]]:
+    """Yield each pinned requirement of the lock and the text that follows it."""
+    for block in re.split(r"\n(?=\S)", (REPOSITORY / "requirements.lock").read_text()):
+        if block.strip():
+            yield Requirement(block.split("\n")[0].removesuffix("\\").strip()), block
+
+
+def test_every_line_of_the_lock_is_pinned_and_hashed() -> None:
+    blocks = list(lock_blocks())
+    assert len(blocks) > 100
+    for requirement, block in blocks:
+        assert re.fullmatch(r"==[^*,]+", str(requirement.specifier)), requirement
+        assert re.search(r"--hash=sha256:[0-9a-f]{64}\b", block), requirement
+        assert "://" not in block, f"{requirement} names a place"
+
+
+def test_the_lock_holds_what_pyproject_asks_for() -> None:
+    """As `make lock` writes it, each entry says who asked for it: those asked for by us are exactly pyproject's, within its bounds."""
+    declared = [Requirement(text) for text in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["test"]]
+    ours = {canonicalize_name(pin.name) for pin, block in lock_blocks() if "ddpm-pipe (pyproject.toml)" in block}
+    assert ours == {canonicalize_name(requirement.name) for requirement in declared}
+    for requirement in declared:
+        pins = [pin for pin, _ in lock_blocks() if canonicalize_name(pin.name) == canonicalize_name(requirement.name)]
+        for pin in pins:
+            (version,) = pin.specifier
+            assert requirement.specifier.contains(version.version), f"{pin} is outside {requirement}: run `make lock`"
+
+
+def test_the_lock_serves_linux_and_macos() -> None:
+    """Nothing in it is for one system only, apart from what says so in a marker: CUDA's libraries on Linux."""
+    for requirement, _ in lock_blocks():
+        mac = {"sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64"}
+        on_mac = requirement.marker is None or requirement.marker.evaluate(mac)
+        assert not (on_mac and requirement.name.startswith("nvidia-")), requirement
+    names = {requirement.name for requirement, _ in lock_blocks() if requirement.marker is None}
+    assert {"torch", "ray", "mlflow", "pyarrow"} <= names
+
+
+# --- the Makefile
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The Makefile and what it reads, in a folder whose set-up seems done."""
+    for name in ("Makefile", "requirements.lock", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    (tmp_path / ".venv").mkdir()
+    database = run("make", "-pn", "setup", cwd=tmp_path).stdout
+    for variable in ("LOCKED", "INSTALLED"):
+        (stamp,) = re.findall(rf"^{variable} := (\S+)$", database, re.MULTILINE)
+        (tmp_path / stamp).touch()
+    return tmp_path
+
+
+def test_set_up_is_done_once_and_again_only_where_the_lock_or_the_project_changed(checkout: Path) -> None:
+    def plan() -> tuple[bool, bool]:
+        out = run("make", "-n", "setup", cwd=checkout).stdout
+        return "--require-hashes" in out, "-e ." in out
+
+    assert plan() == (False, False)
+    (checkout / "requirements.lock").touch()
+    assert plan() == (False, False)
+    with (checkout / "pyproject.toml").open("a") as file:
+        file.write("# another project\n")
+    assert plan() == (False, True)
+    with (checkout / "requirements.lock").open("a") as file:
+        file.write("# another lock\n")
+    assert plan() == (True, True)
+
+
+def test_another_python_is_refused_in_one_line(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".venv")
+    python = checkout / "python3.12"
+    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.12.1 && exit 0\nexit 1\n')
+    python.chmod(0o755)
+    out = run("make", "setup", f"PYTHON={python}", cwd=checkout, check=False)
+    assert out.returncode != 0
+    assert out.stderr.splitlines()[0] == (
+        f"Python 3.11 is needed; {python} is Python 3.12.1. Install it, or name it: make PYTHON=/path/to/python3.11"
+    )
+    assert not (checkout / ".venv").exists()
+
+
+def test_help_lists_every_target() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    (targets,) = re.findall(r"^\.PHONY: (.*)$", makefile, re.MULTILINE)
+    listed = re.findall(r"^  make (\w+)", run("make", "help", cwd=REPOSITORY).stdout, re.MULTILINE)
+    assert sorted(listed) == sorted(targets.split())
+
+
+# --- the MLproject
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wanted"), list(zip(CASES, WANTED, strict=True)), ids=["empty", "usual", "hostile"]
+)
+def test_mlproject_hands_its_parameters_over_unharmed(
+    parameters: dict[str, str], wanted: list[str], tmp_path: Path
+) -> None:
+    """MLflow's own command, run by the shell it uses, where a `ddpm-pipe` that only prints its arguments comes first."""
+    from mlflow.projects import load_project
+
+    command = load_project(str(REPOSITORY)).get_entry_point("train").compute_command(parameters, None)
+    printer = tmp_path / "ddpm-pipe"
+    printer.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
+    printer.chmod(0o755)
+    (tmp_path / "a=file").touch()  # what an unguarded `*` would pick up
+    out = run("env", f"PATH={tmp_path}:/usr/bin:/bin", "bash", "-c", command, cwd=tmp_path)
+    assert json.loads(out.stdout) == wanted
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.slow
+def test_mlflow_run_starts_train(home: Path) -> None:
+    mlflow = Path(sys.executable).with_name("mlflow")
+    words: list[str | Path] = [
+        "run",
+        REPOSITORY,
+        "-e",
+        "train",
+        "--env-manager",
+        "local",
+        "-P",
+        "preset=digits",
+        "-P",
+        "dry_run=yes",
+    ]
+    path = f"PATH={mlflow.parent}:/usr/bin:/bin"  # as in the activated environment
+    out = run("env", path, f"MLFLOW_TRACKING_URI=sqlite:///{home}/mlflow.db", mlflow, *words, cwd=home)
+    assert "digits" in out.stdout
+
+
+def test_the_environment_file_names_the_lock_and_a_python_that_the_project_allows() -> None:
+    environment = yaml.safe_load((REPOSITORY / "python_env.yaml").read_text())
+    assert environment["dependencies"] == ["-r requirements.lock", "-e ."]
+    assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(f"{environment['python']}.0")
