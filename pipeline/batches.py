@@ -1,97 +1,96 @@
-"""The batches of a training: a worker's rows of every step, read from memory or window by window from the shards."""
+"""The batch of a step: rows from the shards and the random numbers that go with them, prepared ahead by a thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from pipeline.order import Order
+from pipeline.randomness import Draws, concatenate, training_draws
+from pipeline.shards import Dataset, read_batches
 
-if TYPE_CHECKING:
-    from pipeline.shards import Dataset
-
-Pixels = npt.NDArray[np.uint8]
-Ints = npt.NDArray[np.int64]
-
-MEMORY_BUDGET_BYTES = 2 * 2**30
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RawBatch:
-    """One worker's part of a step: uint8 images [b, C, H, W], int64 labels [b] or None, int64 dataset rows [b]."""
+class Batch:
+    """One worker's part of the batch of one step: uint8 images [b, C, H, W], int64 labels [b] where known, and their chance."""
 
     step: int
-    images: Pixels
-    labels: Ints | None
-    rows: Ints
+    images: Tensor
+    labels: Tensor | None
+    rows: Tensor
+    draws: Draws
+
+    def pin(self) -> Batch:
+        """Return the batch in page-locked memory, from which a GPU copies without waiting."""
+        draws = Draws(*(getattr(self.draws, f).pin_memory() for f in ("u_t", "u_flip", "u_label", "eps")))
+        return replace(self, images=self.images.pin_memory(), draws=draws)
 
 
-def read_batches(
-    dataset: Dataset,
-    order: Order,
-    streams: Sequence[int],
-    start_step: int = 0,
-    *,
-    memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
-) -> Iterator[RawBatch]:
-    """The batches of one worker's streams from `start_step` on, without end: rows of its first stream, its second, ...
+def training_batches(dataset: Dataset, order: Order, streams: range, start_step: int, seed: int) -> Iterator[Batch]:
+    """Yield one worker's batches from `start_step` on, without end: rows and chance are functions of (seed, step, stream)."""
+    shape, count = dataset.manifest.shape, order.rows_per_stream
+    for raw in read_batches(dataset, order, streams, start_step):
+        draws = concatenate([training_draws(seed, raw.step, stream, count, shape) for stream in streams])
+        labels = None if raw.labels is None else torch.from_numpy(raw.labels)
+        yield Batch(raw.step, torch.from_numpy(raw.images), labels, torch.from_numpy(raw.rows), draws)
 
-    A dataset whose decoded images fit `memory_budget_bytes` is held in memory, any other is read window by window; the
-    batches are the same.
 
-    Raises:
-        DataError: while iterating, when a row is damaged.
+class Prefetch(Generic[T]):
+    """Iterate over what another thread prepares ahead; `waited_s` sums the time the consumer had to wait.
+
+    An exception of the producer is raised in the consumer, at the item it belongs to. Use as a context manager: leaving it ends the
+    thread.
     """
-    if order.row_groups != dataset.manifest.row_groups:
-        raise ValueError("the order was made for a dataset with other row groups")
-    if dataset.manifest.num_bytes_decoded <= memory_budget_bytes:
-        dataset.hold_in_memory()
-    reader = _from_memory if dataset.in_memory else _from_disk
-    return reader(dataset, order, streams, start_step)
 
+    def __init__(self, items: Iterator[T], depth: int = 3) -> None:
+        self.waited_s = 0.0
+        self._queue: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, args=(items,), name="prefetch", daemon=True)
 
-def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
-    while True:
-        rows = np.concatenate([order.rows_for(step, stream) for stream in streams])
-        yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
-        step += 1
+    def __enter__(self) -> Prefetch[T]:
+        self._thread.start()
+        return self
 
+    def __exit__(self, *exc: object) -> None:
+        self._closed.set()
+        self._thread.join()
 
-def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
-    readers = [_DiskStream(dataset, order, stream) for stream in streams]
-    while True:
-        parts = [part for reader in readers for part in reader.take(step)]
-        images, labels, rows = zip(*parts, strict=True)
-        joined = np.concatenate(labels) if dataset.manifest.has_labels else None
-        yield RawBatch(step, np.concatenate(images), joined, np.concatenate(rows))
-        step += 1
+    def __iter__(self) -> Iterator[T]:
+        while True:
+            begin = time.perf_counter()
+            item = self._queue.get()
+            self.waited_s += time.perf_counter() - begin
+            if item is None:
+                return
+            if isinstance(item, BaseException):
+                raise item
+            yield item
 
+    def _produce(self, items: Iterator[T]) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    return
+            self._put(None)
+        except BaseException as error:
+            self._put(error)
 
-class _DiskStream:
-    """One stream read window by window: holds, as stored, the rows that it still needs of its current window."""
-
-    def __init__(self, dataset: Dataset, order: Order, stream: int) -> None:
-        self._dataset, self._order, self._stream = dataset, order, stream
-        self._at: tuple[int, int, int] | None = None  # epoch, window, first position held
-
-    def take(self, step: int) -> Iterator[tuple[Pixels, Ints | None, Ints]]:
-        for epoch, window, start, stop in self._order.segments(step, self._stream):
-            if self._at is None or self._at[:2] != (epoch, window):
-                self._load(epoch, window, start)
-            assert self._at is not None
-            part = slice(start - self._at[2], stop - self._at[2])
-            rows = self._rows[part]
-            labels = None if self._labels is None else self._labels[part]
-            yield self._dataset.decode(self._encoded[part], rows), labels, rows
-
-    def _load(self, epoch: int, window: int, start: int) -> None:
-        begin, end = self._order.window_bounds(epoch, window)
-        stop = min(end, self._order.slice_of(self._stream)[1]) - begin
-        self._encoded = []  # let go of the last window before the next is read
-        self._rows = self._order.window_rows(epoch, window)[start:stop]
-        self._encoded, self._labels = self._dataset.gather(self._rows)
-        self._at = epoch, window, start
+    def _put(self, item: T | BaseException | None) -> bool:
+        """Put unless the consumer has left; return whether it was put."""
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
