@@ -67,7 +67,7 @@ SCHEDULES: tuple[str, ...] = (*_BY_ENDS, *(f"{name}_raw" for name in _BY_ENDS), 
 
 
 def named_betas(name: str, T: int) -> Tensor:
-    """The T betas, float64, of one of `SCHEDULES`; ValueError for another name, or a T that a scaled schedule is too short for."""
+    """The T betas, float64, of one of `SCHEDULES`; ValueError for another name, or a T too short for its scaling."""
     if name in _BY_LENGTH:
         return _BY_LENGTH[name](T)
     if name.removesuffix("_raw") not in _BY_ENDS:
@@ -81,7 +81,6 @@ def named_betas(name: str, T: int) -> Tensor:
     if BETA_LAST * scale >= 1:
         raise ValueError(
             f"schedule {name!r} with num_timesteps={T}: its last beta, 0.02 * 1000 / T = {BETA_LAST * scale:.3g}, is "
-            "not "
-            f"below 1; use num_timesteps above {int(1000 * BETA_LAST)}, or 'cosine', or '{name}_raw'"
+            f"not below 1; use num_timesteps above {int(1000 * BETA_LAST)}, or 'cosine', or '{name}_raw'"
         )
     return curve(T, BETA_FIRST * scale, BETA_LAST * scale)

@@ -60,10 +60,7 @@ def normal_noise(shape: Sequence[int], generator: Generators, device: torch.devi
     """
     if isinstance(generator, torch.Generator):
         return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
-    if len(generator) != shape[0]:
-        raise ValueError(
-            f"{len(generator)} generators for a batch of {shape[0]} images, expected one per image, or a single one"
-        )
+    _check_generators(generator, shape[0])
     return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]).to(device)
 
 
@@ -80,6 +77,7 @@ def ancestral(
     On a subset the betas are recomputed from the kept abar, while the network still gets the original t. The last step
     returns the mean, without noise.
     """
+    _check_generators(generator, len(x_T))
     kept = _kept(diffusion, timesteps)
     chain = replace(diffusion, schedule=diffusion.schedule.respaced(kept))
     return _ancestral(diffusion, chain, model, x_T, generator, kept)
@@ -99,7 +97,7 @@ def _ancestral(
         p = chain.p_from(denoised, x, _filled(i, x))
         x = p.mean
         if i > 0:
-            x = x + (p.log_variance / 2).exp() * normal_noise(x.shape, generator, x.device)
+            x = x + (p.log_variance / 2).exp() * _noise_for(x, generator)
         yield Step(kept[i], x)
 
 
@@ -120,6 +118,7 @@ def ddim(
         raise ValueError(f"eta={eta}, expected 0 (deterministic) .. 1 (ancestral)")
     if eta > 0 and generator is None:
         raise ValueError(f"eta={eta} draws noise, and no generator was given; pass generator=..., or eta=0")
+    _check_generators(generator, len(x_T))
     return _ddim(diffusion, model, x_T, generator, _kept(diffusion, timesteps), eta)
 
 
@@ -139,7 +138,7 @@ def _ddim(
         sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
         x = before**0.5 * denoised.x0 + max(1 - before - sigma**2, 0.0) ** 0.5 * denoised.eps
         if sigma > 0 and generator is not None:
-            x = x + sigma * normal_noise(x.shape, generator, x.device)
+            x = x + sigma * _noise_for(x, generator)
         yield Step(kept[i], x)
 
 
@@ -170,6 +169,17 @@ def _kept(diffusion: GaussianDiffusion, timesteps: Sequence[int] | None) -> tupl
             "noise; use the rule 'trailing' or 'linspace'"
         )
     return kept
+
+
+def _check_generators(generator: Generators | None, images: int) -> None:
+    if isinstance(generator, Sequence) and len(generator) != images:
+        raise ValueError(
+            f"{len(generator)} generators for a batch of {images} images, expected one per image, or a single one"
+        )
+
+
+def _noise_for(x: Tensor, generator: Generators) -> Tensor:
+    return normal_noise(x.shape, generator, x.device).to(x.dtype)
 
 
 def _filled(t: int, x: Tensor) -> Tensor:

@@ -31,15 +31,13 @@ def _check(betas: Tensor) -> None:
         t = int((~inside).nonzero()[0])
         raise ValueError(
             f"betas[{t}] = {float(betas[t]):.6g}, expected every beta inside (0, 1) and above {MIN_BETA:g}, 1 itself "
-            "at the last "
-            "step only; change the number of steps or the table"
+            "at the last step only; change the number of steps or the table"
         )
     lost = ((1 - betas).cumprod(0) < MIN_ABAR) & (betas < 1)
     if bool(lost.any()):
         raise ValueError(
             f"abar falls below {MIN_ABAR:g} at t={int(lost.nonzero()[0])} of {len(betas)}: the image is lost long "
-            "before the end; "
-            "use fewer steps or smaller betas"
+            "before the end; use fewer steps or smaller betas"
         )
 
 
@@ -180,7 +178,7 @@ class BetaSchedule:
         if last == 0:
             return ("the last step holds no signal: only predictions v and x0 are defined there",)
         if 1 / last > 65504:
-            return (f"1/sqrt(abar_T) = {1 / last:.6g} exceeds half precision; x0 is formed in float32",)
+            return (f"1/sqrt(abar_T) = {1 / last:,.0f} exceeds half precision; x0 is formed in float32",)
         return ()
 
     def with_zero_terminal_snr(self) -> BetaSchedule:

@@ -139,18 +139,13 @@ class UNet(nn.Module):
             fit = " or ".join(f"{_multiple(height, m, up)}x{_multiple(width, m, up)}" for up in (False, True))
             raise ValueError(
                 f"image size {height}x{width} does not fit a UNet whose levels halve it to 1/{m}: both sides must be "
-                "multiples "
-                f"of {m}; use {fit}, or fewer channel_multipliers"
+                f"multiples of {m}; use {fit}, or fewer channel_multipliers"
             )
 
 
 def _check_widths(in_channels: int, channels: int, multipliers: Sequence[int], blocks: int, num_timesteps: int) -> None:
-    counts = {
-        "in_channels": in_channels,
-        "channels": channels,
-        "num_res_blocks": blocks,
-        "num_timesteps": num_timesteps,
-    }
+    counts = {"in_channels": in_channels, "channels": channels, "num_res_blocks": blocks}
+    counts["num_timesteps"] = num_timesteps
     counts |= {f"channel_multipliers[{i}]": m for i, m in enumerate(multipliers)}
     for name, count in counts.items():
         if count < 1:
