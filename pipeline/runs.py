@@ -69,7 +69,10 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class RunState:
-    """How far a run came: `summary` holds the final figures by name, `reason` why it ended as it did."""
+    """How far a run came: `summary` holds the final figures by name, `reason` why it ended as it did.
+
+    `overrides` are the `key=value` settings that resumes have changed since the record was written.
+    """
 
     status: RunStatus = RunStatus.CREATED
     step: int = 0
@@ -77,6 +80,7 @@ class RunState:
     reason: str = ""
     summary: dict[str, float] = field(default_factory=dict)
     updated: str = ""
+    overrides: list[str] = field(default_factory=list)
 
 
 class Run:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ddpm import GaussianDiffusion
 from pipeline import checkpoint as checkpoints
-from pipeline.config import Experiment, experiment_from
+from pipeline.config import Experiment, experiment_from, with_overrides
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.models import Shape, build_diffusion, build_model
 from pipeline.runs import Run
@@ -38,7 +38,7 @@ class Trained:
     def from_run(cls, run: Run, step: int | None = None, weights: Weights = "ema") -> Trained:
         """Load a run's newest checkpoint that verifies, or that of a step; CheckpointError where there is none."""
         checkpoint = _choose(run, step)
-        experiment = experiment_from(run.record.experiment, f"run {run.id}")
+        experiment = experiment_of(run)
         state = checkpoint.state()
         shape: Shape = tuple(state["shape"])
         model = build_model(experiment, shape)
@@ -73,6 +73,11 @@ class Trained:
         }
         (folder / EXPERIMENT_FILE).write_text(json.dumps(about, indent=1))
         return folder
+
+
+def experiment_of(run: Run) -> Experiment:
+    """Return a run's experiment, with what a resume has changed since (settings that do not decide the weights)."""
+    return with_overrides(experiment_from(run.record.experiment, f"run {run.id}"), run.state().overrides)
 
 
 def _choose(run: Run, step: int | None) -> checkpoints.Checkpoint:

@@ -153,7 +153,7 @@ def _backward(
         with _gradients_stay_local(network, begin + size < count):
             with compute.autocast():
                 part_losses = l_simple(diffusion, network, x0, timesteps[part], eps[part])
-            (part_losses.sum() / count).backward()
+            (part_losses.sum() / count).backward()  # type: ignore[no-untyped-call]
         losses.append(part_losses.detach())
     return torch.cat(losses), timesteps
 

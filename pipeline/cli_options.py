@@ -1,0 +1,74 @@
+"""Options that several commands share, and how results are printed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def example(text: str) -> str:
+    """Return the last part of a command's help: examples, kept line by line."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines())
+
+
+def cluster_option(command: F) -> F:
+    """Add `--cluster`."""
+    return click.option(
+        "--cluster", metavar="PROFILE", help="Where to run: a profile's name or YAML file. Default: local (Ray on this machine)."
+    )(command)
+
+
+def set_option(command: F) -> F:
+    """Add `-s key=value`."""
+    return click.option(
+        "-s", "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one setting, such as training.steps=1000."
+    )(command)
+
+
+def json_option(command: F) -> F:
+    """Add `--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)
+
+
+def dry_run_option(command: F) -> F:
+    """Add `--dry-run`."""
+    return click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")(command)
+
+
+def sampling_options(command: F) -> F:
+    """Add the options that change how images are generated; what is not given is as the run's experiment says."""
+    options = (
+        click.option("--sampler", type=click.Choice(["ddim", "ancestral"]), help="Default: as the run's experiment says."),
+        click.option("--steps", type=click.IntRange(min=1), help="Network calls along one image."),
+        click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise: 0 is none, 1 is ancestral."),
+        click.option("--seed", type=click.IntRange(min=0), help="Image i is a function of this and i. Default: the experiment's."),
+        click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True),
+        click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON on stdout."""
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+    """Print rows as an aligned table; a missing value is a dash."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(list(columns), *cells, strict=True)]
+    for line in [list(columns), *cells]:
+        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _cell(value: object) -> str:
+    if value is None or value == "":
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,135 @@
+"""Commands about runs and what came out of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import click
+
+from pipeline.cli_options import (
+    cluster_option,
+    dry_run_option,
+    example,
+    json_option,
+    print_json,
+    print_table,
+    sampling_options,
+)
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe sample latest
+ddpm-pipe sample k7m2 -n 1000 --format png --out digits/
+ddpm-pipe sample k7m2 --sampler ancestral --seed 7 --format parquet
+""")
+)
+@click.argument("run")
+@click.option("-n", "--num-images", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="A new folder. Default: RUN's own, under samples/.")
+@click.option("--format", "form", type=click.Choice(["grid", "png", "parquet"]), default="grid", show_default=True)
+@sampling_options
+@cluster_option
+@dry_run_option
+@json_option
+def sample(
+    run: str,
+    num_images: int,
+    out: Path | None,
+    form: Literal["grid", "png", "parquet"],
+    cluster: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Generate images from RUN. Image i depends on the seed and i alone, whatever -n is."""
+    from pipeline import result_commands
+    from pipeline.sample import SampleRequest
+
+    request = SampleRequest(num_images=num_images, **how)
+    result = result_commands.sample(run, request, out, form, cluster, dry_run=dry_run)
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe evaluate latest
+ddpm-pipe evaluate k7m2 --sampler ddim --steps 100 --num-images 600
+ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
+""")
+)
+@click.argument("run")
+@click.option("--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says.")
+@click.option("-n", "--num-images", type=click.IntRange(min=2), help="Images on each side of the comparison.")
+@click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
+@sampling_options
+@cluster_option
+@dry_run_option
+@json_option
+def evaluate(
+    run: str,
+    extractor: str | None,
+    num_images: int | None,
+    inception_weights: str | None,
+    cluster: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Score RUN: FID and KID, beside what real images and noise get by the same code."""
+    from pipeline import result_commands
+    from pipeline.evaluate import ScoreRequest
+
+    request = ScoreRequest(extractor=extractor, num_images=num_images, inception_weights=inception_weights, **how)
+    result = result_commands.evaluate(run, request, cluster, dry_run=dry_run)
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe runs
+ddpm-pipe runs --json
+""")
+)
+@json_option
+def runs(as_json: bool) -> None:
+    """List the runs: id, name, dataset, schedule, T, steps, score, status."""
+    from pipeline.home import home
+    from pipeline.runs_table import COLUMNS, runs_table
+
+    rows = runs_table(home())
+    if as_json:
+        print_json(rows)
+    elif rows:
+        print_table(rows, COLUMNS)
+    else:
+        click.echo(f"no runs in {home()} yet; start one with: ddpm-pipe train")
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe ui
+ddpm-pipe ui --port 5001
+""")
+)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+def ui(port: int) -> None:
+    """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
+    from pipeline.home import home
+    from pipeline.ui import serve_ui
+
+    serve_ui(home(), port)
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe sync latest
+""")
+)
+@click.argument("run")
+def sync(run: str) -> None:
+    """Deliver to the tracking store what RUN recorded while the store was away."""
+    from pipeline import result_commands
+
+    click.echo(result_commands.sync(run))

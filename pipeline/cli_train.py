@@ -1,0 +1,77 @@
+"""Commands that train."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from pipeline.cli_options import cluster_option, dry_run_option, example, json_option, print_json, set_option
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe train
+ddpm-pipe train --preset mnist
+ddpm-pipe train experiments/cifar10.yaml --cluster gpu -s training.steps=200000
+ddpm-pipe train --preset mnist --data ~/images/mnist --dry-run
+""")
+)
+@click.argument("experiment", required=False, metavar="[EXPERIMENT.yaml]")
+@click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, cifar10, ...")
+@click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
+@cluster_option
+@set_option
+@dry_run_option
+@json_option
+def train(
+    experiment: str | None,
+    preset: str | None,
+    data: str | None,
+    cluster: str | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train a model, and end with samples and scores.
+
+    Results do not depend on the number of workers. Ctrl-C saves and stops; `ddpm-pipe resume` goes on from there.
+    """
+    from pipeline import training_run
+
+    request = training_run.request(experiment, preset, data, cluster, overrides)
+    if dry_run:
+        plan = training_run.plan(request)
+        print_json(plan.to_dict()) if as_json else click.echo(plan.to_text())
+        return
+    result = training_run.start(request, command=_command_line())
+    print_json(result.to_dict()) if as_json else click.echo(result.to_text())
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe resume latest
+ddpm-pipe resume k7m2 -s training.steps=20000
+ddpm-pipe resume k7m2 --fork -s training.learning_rate=1e-4
+""")
+)
+@click.argument("run")
+@cluster_option
+@set_option
+@click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
+@json_option
+def resume(run: str, cluster: str | None, overrides: tuple[str, ...], fork: bool, as_json: bool) -> None:
+    """Go on with RUN from its newest checkpoint that verifies, bit for bit.
+
+    RUN is a run id, MLflow's, a unique prefix of either, or `latest`. Settings that decide the weights cannot change, unless the run
+    is forked.
+    """
+    from pipeline import training_run
+
+    result = training_run.go_on(run, cluster, overrides, fork=fork, command=_command_line())
+    print_json(result.to_dict()) if as_json else click.echo(result.to_text())
+
+
+def _command_line() -> list[str]:
+    """Return the command as typed, by its name rather than its path."""
+    return ["ddpm-pipe", *sys.argv[1:]]

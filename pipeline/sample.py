@@ -1,0 +1,166 @@
+"""Samples of a run for people and programs: a grid, PNG files, or a Parquet set."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pipeline.cluster_profile import Profile
+from pipeline.config import Experiment, SamplingConfig
+from pipeline.console import Console, Rate
+from pipeline.device import Compute, sampling_compute
+from pipeline.errors import StorageError, UsageError
+from pipeline.generation import generate, trajectory
+from pipeline.models import Shape
+from pipeline.pictures import save_grid, save_strip
+from pipeline.runs import Run
+from pipeline.trained import Trained, Weights
+from pipeline.yaml_files import validate
+
+Format = Literal["grid", "png", "parquet"]
+MOST_IN_A_GRID = 400
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """How to generate; None is as the run's experiment says."""
+
+    num_images: int = 64
+    sampler: str | None = None
+    steps: int | None = None
+    eta: float | None = None
+    seed: int | None = None
+    weights: Weights = "ema"
+    checkpoint: int | None = None
+
+    def settings(self, experiment: Experiment) -> tuple[SamplingConfig, int]:
+        """Return the sampling settings and the seed, checked; UsageError where they do not fit the process."""
+        total = experiment.diffusion.num_timesteps
+        if self.steps is not None and self.steps > total:
+            raise UsageError(f"--steps: got {self.steps}, but this model has T = {total}; give at most {total}")
+        given = {key: value for key, value in asdict(self).items() if key in ("sampler", "steps", "eta") and value is not None}
+        if given.get("sampler") == "ancestral" and self.steps is None:
+            given["steps"] = None  # the ancestral sampler takes all T steps unless told otherwise
+        sampling = validate(SamplingConfig, {**experiment.sampling.model_dump(), **given}, "sampling")
+        return sampling, experiment.seed if self.seed is None else self.seed
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images and how they came about."""
+
+    images: Tensor  # uint8 [n, C, H, W]
+    trained: Trained
+    sampling: SamplingConfig
+    seed: int
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes these images these: equal identities give equal bytes on equal machines."""
+        total = self.trained.experiment.diffusion.num_timesteps
+        return {
+            "checkpoint_step": self.trained.step,
+            "weights": self.trained.weights,
+            "sampler": self.sampling.sampler,
+            "steps": min(self.sampling.steps or total, total),
+            "spacing": self.sampling.spacing,
+            "eta": self.sampling.eta,
+            "seed": self.seed,
+            "num_images": len(self.images),
+            "chunk": self.sampling.batch_size,
+        }
+
+
+def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
+    """Generate images from a run's checkpoint, with progress."""
+    compute = sampling_compute(profile)
+    compute.start()
+    trained = Trained.from_run(run, request.checkpoint, request.weights)
+    compute.place(trained.model)
+    sampling, seed = request.settings(trained.experiment)
+    images = with_progress(trained, request.num_images, sampling, seed, compute, console)
+    return Samples(images, trained, sampling, seed)
+
+
+def with_progress(
+    trained: Trained, num_images: int, sampling: SamplingConfig, seed: int, compute: Compute, console: Console
+) -> Tensor:
+    """Generate uint8 images [n, C, H, W], showing progress after each chunk."""
+    rate, parts, done = Rate(console, "sampling", num_images), [], 0
+    for part in generate(trained.diffusion, trained.model, trained.shape, num_images, sampling, seed, compute):
+        parts.append(part)
+        done += len(part)
+        rate(done)
+    return torch.cat(parts)
+
+
+def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
+    """Write images into a folder that does not hold others yet, with a JSON file of their identity; return the paths."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: exists and is not an empty folder; give another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        paths = _WRITERS[form](samples.images, out)
+        about = out / "samples.json"
+        about.write_text(json.dumps(samples.identity(), indent=1))
+    except OSError as error:
+        raise StorageError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
+    return [*paths, about]
+
+
+def draw_strip(
+    trained: Trained, sampling: SamplingConfig, seed: int, compute: Compute, path: Path, num_images: int = 8
+) -> Path:
+    """Draw how images come out of noise: rows are images, columns are times."""
+    frames, labels = trajectory(trained.diffusion, trained.model, trained.shape, num_images, sampling, seed, compute)
+    save_strip(frames, path, labels)
+    return path
+
+
+def _write_grid(images: Tensor, out: Path) -> list[Path]:
+    path = out / "grid.png"
+    save_grid(images[:MOST_IN_A_GRID], path)
+    return [path]
+
+
+def _write_png(images: Tensor, out: Path) -> list[Path]:
+    from PIL import Image
+
+    paths = []
+    for index, image in enumerate(images):
+        path = out / f"{index:06d}.png"
+        _picture(Image, image).save(path)
+        paths.append(path)
+    return paths
+
+
+def _picture(pillow: Any, image: Tensor) -> Any:
+    """Return a Pillow image; more channels than colours have are refused, since a PNG cannot hold them."""
+    channels = image.shape[0]
+    if channels not in (1, 3):
+        raise UsageError(f"images with {channels} channels have no PNG form; use --format parquet")
+    array = image.numpy()
+    return pillow.fromarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
+
+
+def _write_parquet(images: Tensor, out: Path) -> list[Path]:
+    """Write one Parquet file of raw rows, with page checksums, in the shards' own layout."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    shape: Shape = tuple(images.shape[1:])  # type: ignore[assignment]
+    width = shape[0] * shape[1] * shape[2]
+    column = pa.FixedSizeBinaryArray.from_buffers(
+        pa.binary(width), len(images), [None, pa.py_buffer(images.contiguous().numpy().tobytes())]
+    )
+    table = pa.table({"image": column}).replace_schema_metadata({"shape": "x".join(map(str, shape))})
+    path = out / "samples.parquet"
+    pq.write_table(table, path, write_page_checksum=True, compression="zstd")
+    return [path]
+
+
+_WRITERS = {"grid": _write_grid, "png": _write_png, "parquet": _write_parquet}

@@ -1,0 +1,242 @@
+"""A training from its command line to its scores: prepare, record, train in attempts, evaluate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline import checkpoint as checkpoints
+from pipeline import presets
+from pipeline.cluster import require_resources
+from pipeline.cluster_profile import Profile, load_profile
+from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
+from pipeline.console import Console, duration
+from pipeline.errors import CheckpointError, DataError, InterruptedRunError, PipelineError, UsageError
+from pipeline.evaluate import Outcome, conclude
+from pipeline.home import datasets_dir, home
+from pipeline.ingest import IngestOptions, availability, ensure_ingested
+from pipeline.models import allow_modules_in
+from pipeline.plan import Plan, choose_workers, make_plan
+from pipeline.runs import Run, RunStatus
+from pipeline.shards import Dataset
+from pipeline.tracking import TrackedDataset, Tracker, TrackingSettings
+from pipeline.tracking_text import describe
+from pipeline.train import run_attempts
+from pipeline.trained import experiment_of
+from pipeline.worker import Job
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked to train, and where. `own_data`: the data was named on the command line."""
+
+    experiment: Experiment
+    profile: Profile
+    own_data: bool
+
+
+def request(
+    experiment: str | None, preset: str | None, data: str | None, cluster: str | None, overrides: Sequence[str]
+) -> Request:
+    """Read experiment and profile; UsageError where they are wrong."""
+    if experiment is not None and preset is not None:
+        raise UsageError(f"got both the file {experiment} and --preset {preset}; give one of them")
+    path = presets.find("experiments", experiment or preset or DEFAULT_PRESET)
+    if data is not None and Path(data).exists():
+        data = str(Path(data).absolute())
+    allow_modules_in(os.getcwd())
+    return Request(load_experiment(path, overrides, data), load_profile(cluster), data is not None)
+
+
+def plan(asked: Request) -> Plan:
+    """Work out and check a training without downloading, ingesting or writing anything."""
+    num_workers = choose_workers(asked.experiment, asked.profile)
+    require_resources(asked.profile, num_workers)
+    found = availability(asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()))
+    if not found.here and asked.own_data:
+        raise DataError(found.message)
+    return make_plan(
+        asked.experiment, asked.profile, num_workers, data=found.message, num_rows=found.num_rows, shape=found.shape
+    )
+
+
+def start(asked: Request, command: Sequence[str], console: Console | None = None) -> Outcome:
+    """Train a new run to its end and evaluate it."""
+    console = console or Console()
+    num_workers = choose_workers(asked.experiment, asked.profile)
+    require_resources(asked.profile, num_workers)
+    # what can be refused without the images is refused before they are fetched
+    make_plan(asked.experiment, asked.profile, num_workers, data="", num_rows=None, shape=None)
+    dataset = ensure_ingested(asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()), console.say)
+    checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
+    run = _create(checked, dataset, command)
+    return _carry_out(run, checked, dataset, console)
+
+
+def go_on(
+    reference: str,
+    cluster: str | None,
+    overrides: Sequence[str],
+    *,
+    fork: bool,
+    command: Sequence[str],
+    console: Console | None = None,
+) -> Outcome:
+    """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights."""
+    console = console or Console()
+    run = Run.find(home(), reference)
+    allow_modules_in(os.getcwd())
+    old = experiment_of(run)
+    new = with_overrides(old, overrides)
+    profile = _profile_of(run, cluster)
+    dataset = _dataset_of(run)
+    num_workers = choose_workers(new, profile)
+    require_resources(profile, num_workers)
+    checked = _plan_for(new, profile, num_workers, dataset)
+    if fork:
+        origin = checkpoints.newest_verified(run.checkpoints).checkpoint
+        if origin is None:
+            raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
+        forked = _create(checked, dataset, command)
+        console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {origin.step}")
+        return _carry_out(forked, checked, dataset, console, initial_weights=str(origin.folder))
+    changed = differences(old, new)
+    if changed:
+        raise CheckpointError(
+            f"run {run.id} cannot go on with other settings ({'; '.join(changed)}); leave them, or start a new run from its "
+            "weights with --fork"
+        )
+    state = run.state()
+    if state.status is RunStatus.FINISHED and state.step >= new.training.steps:
+        raise UsageError(
+            f"run {run.id} is finished at step {state.step}; train longer with -s training.steps={2 * state.step}, "
+            f"or see: ddpm-pipe evaluate {run.id}"
+        )
+    if overrides:
+        run.update(overrides=[*state.overrides, *overrides])
+    return _carry_out(run, checked, dataset, console)
+
+
+def _carry_out(
+    run: Run, checked: Plan, dataset: Dataset, console: Console, initial_weights: str | None = None
+) -> Outcome:
+    """Train and evaluate under the run's lock, and leave its status true whatever happens."""
+    profile = checked.profile
+    settings = TrackingSettings.resolve(
+        home(), profile.mlflow.tracking_uri, profile.mlflow.experiment, profile.mlflow.strict
+    )
+    job = Job(
+        run_folder=str(run.folder),
+        dataset_folder=str(dataset.folder),
+        experiment=checked.experiment.to_dict(),
+        profile=profile.to_dict(),
+        num_workers=checked.num_workers,
+        num_streams=checked.num_streams,
+        attempt=0,
+        code_folder=os.getcwd(),
+        tracking=replace(settings, mlflow_run_id=None),
+        initial_weights=initial_weights,
+    )
+    with run.lock():
+        _open_tracking(run, checked, dataset, settings)
+        console.say(f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps, in {run.folder}")
+        try:
+            run_attempts(run, job, profile, console)
+            outcome = conclude(run, profile, settings, console)
+        except InterruptedRunError as error:
+            _close(run, settings, RunStatus.INTERRUPTED, str(error))
+            raise
+        except KeyboardInterrupt:
+            _close(run, settings, RunStatus.INTERRUPTED, "stopped by the user")
+            raise InterruptedRunError(f"stopped; go on with: ddpm-pipe resume {run.id}", 130) from None
+        except PipelineError as error:
+            _close(run, settings, RunStatus.FAILED, str(error))
+            raise
+        run.update(status=RunStatus.FINISHED, reason="", step=checked.experiment.training.steps)
+    return outcome
+
+
+def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings) -> None:
+    """Open the MLflow run, or leave that in the spool for when the store is there."""
+    experiment, manifest = checked.experiment, dataset.manifest
+    tracker = Tracker(run.folder, settings)
+    tracker.start(
+        settings.experiment,
+        run.record.name,
+        tags={
+            "dataset": manifest.name,
+            "schedule": experiment.diffusion.schedule,
+            "num_timesteps": str(experiment.diffusion.num_timesteps),
+            "profile": checked.profile.name,
+            "num_workers": str(checked.num_workers),
+            "code_version": run.record.code_version,
+            "checkpoints": str(run.checkpoints),
+        },
+        params={**experiment.flat(), "num_parameters": checked.num_parameters, "num_streams": checked.num_streams},
+        description=describe(run.record, {}),
+        dataset=TrackedDataset(manifest.name, manifest.fingerprint, str(dataset.folder)),
+    )
+    tracker.close(timeout=20.0)
+
+
+def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:
+    run.update(status=status, reason=reason)
+    tracker = Tracker(run.folder, settings)
+    tracker.finish("FAILED" if status is RunStatus.FAILED else "KILLED")
+    tracker.close(timeout=10.0)
+
+
+def _create(checked: Plan, dataset: Dataset, command: Sequence[str]) -> Run:
+    manifest = dataset.manifest
+    about: dict[str, Any] = {"path": str(dataset.folder), "fingerprint": manifest.fingerprint, "name": manifest.name}
+    return Run.create(
+        home(),
+        name=checked.experiment.name,
+        experiment=checked.experiment.to_dict(),
+        config_hash=checked.experiment.hash(),
+        dataset=about,
+        profile=checked.profile.to_dict(),
+        command=list(command),
+    )
+
+
+def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, dataset: Dataset) -> Plan:
+    manifest = dataset.manifest
+    return make_plan(
+        experiment, profile, num_workers, data=str(dataset.folder), num_rows=manifest.num_rows, shape=manifest.shape
+    )
+
+
+def _profile_of(run: Run, cluster: str | None) -> Profile:
+    """Return the profile asked for, or the one that the run was started with."""
+    from pipeline.yaml_files import validate
+
+    return load_profile(cluster) if cluster is not None else validate(Profile, run.record.profile, f"run {run.id}")
+
+
+def _dataset_of(run: Run) -> Dataset:
+    """Open the dataset a run was started on; CheckpointError where it has become another one."""
+    about = run.record.dataset
+    dataset = Dataset.open(about["path"])
+    if dataset.manifest.fingerprint != about["fingerprint"]:
+        raise CheckpointError(
+            f"run {run.id} was trained on other images: dataset.fingerprint: {about['fingerprint'][:12]} -> "
+            f"{dataset.manifest.fingerprint[:12]} in {about['path']}; restore them, or start a new run"
+        )
+    return dataset
+
+
+def _options(data: DataConfig) -> IngestOptions:
+    return IngestOptions(
+        image_size=data.image_size,
+        mode=data.mode,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split=data.split,
+    )
+
+
+__all__ = ["Outcome", "Request", "duration", "go_on", "plan", "request", "start"]
