@@ -56,6 +56,8 @@ class UNet(nn.Module):
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         _check_widths(in_channels, channels, channel_multipliers, num_res_blocks, num_timesteps)
         _check_norm(channels, norm_groups, freq_shift)
+        if num_classes is not None and num_classes < 1:
+            raise ValueError(f"num_classes={num_classes}, expected a positive integer, or None for no labels")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}, expected a number in [0, 1)")
         self.in_channels, self.num_classes = in_channels, num_classes

@@ -30,7 +30,9 @@ def test_oracle_1_posterior_is_bayes_product(name: str) -> None:
         before = math.prod((1 - s.betas[:t]).tolist())  # abar_{t-1}
         # q(x_t | x_{t-1}) as a Gaussian in x_{t-1}, times q(x_{t-1} | x_0): precisions add, means weigh by precision
         precision = (1 - beta) / beta + 1 / (1 - before)
-        mean = (math.sqrt(1 - beta) * float(x_t[t]) / beta + math.sqrt(before) * float(x0[t]) / (1 - before)) / precision
+        mean = (
+            math.sqrt(1 - beta) * float(x_t[t]) / beta + math.sqrt(before) * float(x0[t]) / (1 - before)
+        ) / precision
         assert float(q.mean[t]) == pytest.approx(mean, abs=1e-12)
         assert float(q.variance[t]) == pytest.approx(1 / precision, abs=1e-12)
     assert float(q.variance[0]) == 0
@@ -169,7 +171,9 @@ def test_refused_choices(arguments: dict[str, str], says: str) -> None:
 def test_an_output_of_the_wrong_shape_is_refused(variance: str, channels: int) -> None:
     diffusion = GaussianDiffusion(BetaSchedule.named("linear", 50), variance=variance)
     with pytest.raises(ValueError, match=rf"returned shape \(2, {channels}, 4, 4\) for x_t of shape \(2, 1, 4, 4\)"):
-        diffusion.p_mean_variance(lambda x, t: torch.zeros(2, channels, 4, 4), torch.zeros(2, 1, 4, 4), torch.tensor([1, 2]))
+        diffusion.p_mean_variance(
+            lambda x, t: torch.zeros(2, channels, 4, 4), torch.zeros(2, 1, 4, 4), torch.tensor([1, 2])
+        )
 
 
 def test_noise_of_another_shape_is_refused_not_broadcast() -> None:

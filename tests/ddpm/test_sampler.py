@@ -35,7 +35,9 @@ def test_oracle_2_variance_on_normal_data(variance: str, steps: int, end: float)
     variances = [float((weights**2).sum()) for _, weights in response]
     assert variances[-1] == pytest.approx(end, abs=6e-5)
     if variance == "fixed_large":
-        assert variances[:-1] == pytest.approx([1.0] * (steps - 1), abs=1e-5)  # log-variances pass through float64 tables
+        assert variances[:-1] == pytest.approx(
+            [1.0] * (steps - 1), abs=1e-5
+        )  # log-variances pass through float64 tables
 
 
 @pytest.mark.parametrize(("steps", "rule"), [(50, "linspace"), (50, "trailing"), (10, "leading"), (7, "quad")])
@@ -122,7 +124,9 @@ def test_the_network_gets_the_original_steps_when_respaced() -> None:
     assert seen == [[t, t] for t in yielded]
 
 
-@pytest.mark.parametrize(("T", "S"), [(1000, 10), (1000, 50), (1000, 400), (1000, 999), (1000, 1000), (50, 7), (50, 1), (100, 30)])
+@pytest.mark.parametrize(
+    ("T", "S"), [(1000, 10), (1000, 50), (1000, 400), (1000, 999), (1000, 1000), (50, 7), (50, 1), (100, 30)]
+)
 def test_subsets_equal_a_peers_and_the_formula(T: int, S: int) -> None:
     from diffusers import DDIMScheduler
 
@@ -139,7 +143,11 @@ def test_subsets_equal_a_peers_and_the_formula(T: int, S: int) -> None:
 
 @pytest.mark.parametrize(
     ("S", "rule", "says"),
-    [(0, "trailing", "steps=0, expected 1 .. 10"), (11, "trailing", "steps=11"), (5, "even", "rule='even', expected one of")],
+    [
+        (0, "trailing", "steps=0, expected 1 .. 10"),
+        (11, "trailing", "steps=11"),
+        (5, "even", "rule='even', expected one of"),
+    ],
 )
 def test_subsets_that_do_not_exist(S: int, rule: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):

@@ -85,7 +85,9 @@ def test_the_curves_themselves() -> None:
     np.testing.assert_allclose(BetaSchedule.named("jsd", T).alphas_cumprod, 1 - u[1:], rtol=1e-12, atol=1e-15)
     cosine = np.cos((u + 0.008) / 1.008 * np.pi / 2) ** 2
     # abar telescopes to the curve, over its start, wherever the cap of 0.999 does not act: all but the last step
-    np.testing.assert_allclose(BetaSchedule.named("cosine", T).alphas_cumprod[:-1], (cosine / cosine[0])[1:-1], rtol=1e-10)
+    np.testing.assert_allclose(
+        BetaSchedule.named("cosine", T).alphas_cumprod[:-1], (cosine / cosine[0])[1:-1], rtol=1e-10
+    )
     logistic = 1 / (1 + np.exp(-(-3 + 6 * u)))
     sigmoid = (logistic[-1] - logistic) / (logistic[-1] - logistic[0])
     np.testing.assert_allclose(BetaSchedule.named("sigmoid", T).alphas_cumprod[:-1], sigmoid[1:-1], rtol=1e-10)
@@ -107,7 +109,11 @@ def test_cosine_equals_a_peers(T: int) -> None:
         ("linear", -3, "at least 2"),
         ("linear", 10.0, "expected an integer"),
         ("linear", True, "expected an integer"),
-        ("linear", 20, "last beta, 0.02 * 1000 / T = 1, is not below 1; use num_timesteps above 20, or 'cosine', or 'linear_raw'"),
+        (
+            "linear",
+            20,
+            "last beta, 0.02 * 1000 / T = 1, is not below 1; use num_timesteps above 20, or 'cosine', or 'linear_raw'",
+        ),
         ("quadratic", 5, "is not below 1"),
         ("constant", 20, "is not below 1"),
         ("warmup10", 19, "is not below 1"),
@@ -175,7 +181,9 @@ def test_beyond_half_precision_is_a_note_not_a_warning() -> None:
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x_prev"])
-@pytest.mark.parametrize("schedule", [BetaSchedule.named("jsd", 30), BetaSchedule.named("linear", 30, zero_terminal_snr=True)])
+@pytest.mark.parametrize(
+    "schedule", [BetaSchedule.named("jsd", 30), BetaSchedule.named("linear", 30, zero_terminal_snr=True)]
+)
 def test_no_signal_at_the_end_needs_v_or_x0(schedule: BetaSchedule, prediction: str) -> None:
     with pytest.raises(ValueError, match="use prediction 'v' or 'x0'"):
         GaussianDiffusion(schedule, prediction=prediction)
@@ -190,7 +198,9 @@ def test_zero_terminal_snr_keeps_the_first_step_and_loses_the_last(name: str) ->
     torch.testing.assert_close(zero.alphas_cumprod[0], plain.alphas_cumprod[0], rtol=1e-12, atol=0)
     # an affine map of sqrt(abar): three points on a line
     a, b = plain.sqrt_alphas_cumprod, zero.sqrt_alphas_cumprod
-    torch.testing.assert_close((b[:-1] - b[-1]) / (b[0] - b[-1]), (a[:-1] - a[-1]) / (a[0] - a[-1]), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        (b[:-1] - b[-1]) / (b[0] - b[-1]), (a[:-1] - a[-1]) / (a[0] - a[-1]), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_zero_terminal_snr_equals_a_peers() -> None:
