@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_oracle_3_from_the_prior_the_end_point_holds(sampler: str) -> None:
     if sampler == "ancestral":
         *_, (t, x) = ancestral(diffusion, model, x, generator=seeded())
     else:
-        *_, (t, x) = ddim(diffusion, model, x, timesteps=timestep_subset(60, 7))
+        *_, (_t, x) = ddim(diffusion, model, x, timesteps=timestep_subset(60, 7))
     torch.testing.assert_close(x, torch.full_like(x, -0.3), rtol=0, atol=1e-9)
 
 
@@ -91,7 +92,7 @@ def test_oracle_4_ddim_on_normal_data_multiplies_by_cosines(rule: str, gain: flo
     kept = timestep_subset(1000, 50, rule)
     *_, (_, x) = ddim(diffusion, normal_data(diffusion), torch.ones(1, 1, 1, 1).double(), timesteps=kept)
     phi = [0.0, *(math.acos(math.sqrt(diffusion.schedule.alphas_cumprod[t])) for t in kept)]
-    product = math.prod(math.cos(b - a) for a, b in zip(phi, phi[1:], strict=False))
+    product = math.prod(math.cos(b - a) for a, b in itertools.pairwise(phi))
     assert float(x) == pytest.approx(product, abs=1e-9)
     assert float(x) == pytest.approx(gain, abs=6e-6)
 
