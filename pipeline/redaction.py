@@ -60,6 +60,16 @@ def redact_tree(content: Any, name: str = "") -> Any:
     return redact_value(name, content) if isinstance(content, str) else content
 
 
+def public_uri(uri: str) -> str:
+    """Return an address without user name and password."""
+    return USERINFO.sub("", uri)
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's first line, without secrets and short enough for a terminal."""
+    return redact((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+
+
 def _environment_secrets() -> list[str]:
     return [value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)]
 

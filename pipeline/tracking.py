@@ -12,25 +12,22 @@ import logging
 import os
 import re
 import secrets
-import threading
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import TrackingError, UsageError
 from pipeline.home import artifacts_dir, default_tracking_uri
-from pipeline.redaction import USERINFO, redact, redact_value
-from pipeline.tracking_spool import Event, Position, Spool
+from pipeline.redaction import one_line, public_uri, redact, redact_value
+from pipeline.tracking_spool import Event, Spool
+from pipeline.tracking_writer import Writer
 
 log = logging.getLogger(__name__)
 
 Family = Literal["train", "result"]
-GRACE_S = 3.0  # how long closing waits for a store that has not answered
-GRACE_KNOWN_DEAD_S = 0.3  # ... and where an earlier process found it dead already
 START_TIMEOUT_S = 20.0  # strict: how long the first contact may take
-MAX_BACKOFF_S = 30.0
 MAX_VALUE_LENGTH = 6000  # MLflow's limit for parameters
 
 
@@ -61,11 +58,6 @@ class TrackingSettings:
         local = address.startswith("sqlite:")
         return cls(address, experiment, artifacts_dir(home).absolute() if local else None, strict, opened)
 
-    @property
-    def public_uri(self) -> str:
-        """The address without user name and password."""
-        return USERINFO.sub("", self.uri)
-
 
 @dataclass(frozen=True)
 class TrackedDataset:
@@ -87,7 +79,9 @@ class Tracker:
         self._token = secrets.token_hex(4)
         self._count = 0
         self._start: Event | None = None
-        self._writer = Writer(run_dir, settings, self._spool, self._token)
+        self._writer = Writer(
+            run_dir, settings.uri, settings.artifacts, self._spool, self._token, settings.batch_interval_s
+        )
 
     # recording
 
@@ -112,7 +106,7 @@ class Tracker:
             dataset=None if dataset is None else {key: redact(value) for key, value in asdict(dataset).items()},
             mlflow_run_id=self._settings.mlflow_run_id,
         )
-        if self._settings.strict and not self.flush(START_TIMEOUT_S, grace_s=START_TIMEOUT_S):
+        if self._settings.strict and not self.flush(START_TIMEOUT_S, patient=True):
             raise TrackingError(self._complaint("does not take the run"))
 
     def metrics(self, step: int, values: Mapping[str, float], family: Family = "train") -> None:
@@ -164,8 +158,8 @@ class Tracker:
     def undelivered(self) -> list[Event]:
         """Return the events that no store is known to have, for a checkpoint; `restore` on another machine merges them."""
         position = self._spool.position()
-        pending = list(self._spool.events(position.offset))
-        start = self._start = self._start or _last_start(self._spool)
+        pending = self._spool.pending(position)
+        start = self._start = self._start or self._spool.last_start()
         if start is not None and all(event["id"] != start["id"] for event in pending):
             pending.insert(0, {**start, "restored": True})
         return pending
@@ -176,18 +170,21 @@ class Tracker:
         for event in events:
             if event["id"] not in present:
                 self._spool.append(event)
-        self._writer.wake()
+        self._writer.start()
 
-    def flush(self, timeout: float = 60.0, grace_s: float | None = None) -> bool:
-        """Wait until all that was recorded is delivered, or it is clear that the store is away; return whether it is."""
-        return self._writer.drain(timeout, grace_s)
+    def flush(self, timeout: float = 60.0, patient: bool = False) -> bool:
+        """Wait until all that was recorded is delivered, and return whether it is.
+
+        Returns early where the store is found to be away, unless `patient`.
+        """
+        return self._writer.drain(timeout, patient)
 
     def close(self, timeout: float = 60.0) -> bool:
         """Deliver what is left, stop, and return whether everything was delivered.
 
         A store that is away costs a few seconds at most. Strict: TrackingError where something is left.
         """
-        done = self._writer.drain(timeout, None)
+        done = self._writer.drain(timeout)
         self._writer.stop()
         if not done:
             complaint = self._complaint("has not taken everything")
@@ -199,7 +196,7 @@ class Tracker:
     def _complaint(self, what: str) -> str:
         reason = self.problem or "no answer yet"
         return (
-            f"tracking: {self._settings.public_uri} {what} ({reason}); nothing is lost, "
+            f"tracking: {public_uri(self._settings.uri)} {what} ({reason}); nothing is lost, "
             f"deliver it later with `ddpm-pipe sync {self._run_dir.name}`"
         )
 
@@ -214,180 +211,19 @@ class Tracker:
         return str(path.relative_to(self._run_dir)) if path.is_relative_to(self._run_dir) else str(path)
 
 
-class Writer:
-    """The one thread that talks to the store."""
-
-    def __init__(self, run_dir: Path, settings: TrackingSettings, spool: Spool, token: str) -> None:
-        self._run_dir = run_dir
-        self._settings = settings
-        self._spool = spool
-        self._token = token
-        self._wake = threading.Event()
-        self._stopping = False
-        self._thread: threading.Thread | None = None
-        self._delivery: Any = None
-        self._failures = 0
-        self._last_failure = 0.0
-        self._answered = settings.uri.startswith("sqlite:")
-        self.problem: str | None = None
-
-    def start(self) -> None:
-        """Start the thread unless it runs."""
-        if self._thread is None or not self._thread.is_alive():
-            self._stopping = False
-            self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
-            self._thread.start()
-
-    def wake(self) -> None:
-        """Deliver now instead of at the next interval."""
-        self.start()
-        self._wake.set()
-
-    def stop(self) -> None:
-        """Ask the thread to end; a call to a hanging server is left behind in it."""
-        self._stopping = True
-        self._wake.set()
-        if self._thread is not None:
-            self._thread.join(0.5)
-
-    def drain(self, timeout: float, grace_s: float | None) -> bool:
-        """Wait until the store has all that the spool holds now; give up early where the store is away."""
-        if grace_s is None:
-            grace_s = GRACE_KNOWN_DEAD_S if self._spool.unreachable else GRACE_S
-        begin = time.monotonic()
-        end = self._spool.size()
-        self.wake()
-        while self._spool.unwritten or self.offset() < end:
-            waited = time.monotonic() - begin
-            failed_since = self._last_failure > begin and grace_s <= GRACE_S
-            if waited > timeout or failed_since or (waited > grace_s and not self._answered):
-                return False
-            time.sleep(0.02)
-            self._spool.write_unwritten()
-        return True
-
-    def offset(self) -> int:
-        """Return how far delivery to this store has come."""
-        position = self._spool.position()
-        return position.offset if position.uri == self._settings.public_uri else 0
-
-    def _run(self) -> None:
-        while not self._stopping:
-            pause = min(self._settings.batch_interval_s * 2 ** min(self._failures, 10), MAX_BACKOFF_S)
-            self._wake.wait(pause)
-            self._wake.clear()
-            try:
-                while not self._stopping and self.deliver_some():
-                    pass
-            except Exception as error:
-                self._note_failure(error)
-
-    def deliver_some(self) -> bool:
-        """Deliver the next part of the spool; return whether there may be more. Raises whatever MLflow raises."""
-        with self._spool.delivering() as mine:
-            if not mine:
-                return False
-            position = self._spool.position()
-            if position.uri == self._settings.public_uri and position.offset >= self._spool.size():
-                return False
-            position = self._attached(position)
-            batch = self._spool.read(position.offset)
-            self._deliver(batch, position)
-            return bool(batch)
-
-    def _attached(self, position: Position) -> Position:
-        """Make sure that there is a run to deliver to, and return where to go on."""
-        from pipeline.tracking_delivery import Delivery
-
-        if self._delivery is None:
-            prepare_environment()
-            self._delivery = Delivery(self._settings.uri, self._run_dir, self._settings.artifacts)
-        elif position.writer == self._token and position.mlflow_run_id == self._delivery.run_id:
-            return position
-        same_store = position.uri == self._settings.public_uri
-        known = position.mlflow_run_id if same_store else None
-        was_known = self._delivery.attach(known, _last_start(self._spool), self._run_dir.name)
-        self._answered = True
-        offset = position.offset if was_known else 0
-        return Position(self._settings.public_uri, offset, self._delivery.run_id, self._token)
-
-    def _deliver(self, batch: list[tuple[Event, int]], position: Position) -> None:
-        from pipeline.tracking_delivery import RejectedError, groups
-
-        for events, offset in groups(batch):
-            try:
-                if events:
-                    self._delivery.deliver(events)
-            except RejectedError as error:
-                self._reject(events, error)
-            position = replace(position, offset=offset)
-            self._spool.save_position(position)
-            self._note_success()
-
-    def _reject(self, events: list[Event], error: Exception) -> None:
-        """Set aside what the store refuses for good; of several, only those that it refuses one by one."""
-        from pipeline.tracking_delivery import RejectedError
-
-        if len(events) > 1:
-            for event in events:
-                try:
-                    self._delivery.deliver([event])
-                except RejectedError as one:
-                    self._reject([event], one)
-            return
-        log.warning("tracking: an event of kind %r was refused: %s", events[0]["kind"], error)
-        self._spool.reject(events[0], str(error))
-
-    def _note_success(self) -> None:
-        self._failures = 0
-        self._answered = True
-        self.problem = None
-        self._spool.mark_unreachable(False)
-
-    def _note_failure(self, error: Exception) -> None:
-        if self._failures == 0:
-            log.warning("tracking: %s: %s; training goes on", self._settings.public_uri, one_line(error))
-        self._failures += 1
-        self._answered = False
-        self._delivery = None
-        self.problem = one_line(error)
-        self._last_failure = time.monotonic()
-        self._spool.mark_unreachable(True)
-
-
 def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> int:
     """Deliver what a run's spool still holds and return the number of events; TrackingError where the store is away."""
     spool = Spool(run_dir / "spool")
-    writer = Writer(run_dir, settings, spool, secrets.token_hex(4))
-    pending = sum(1 for _ in spool.events(writer.offset()))
-    deadline = time.monotonic() + timeout
+    writer = Writer(run_dir, settings.uri, settings.artifacts, spool, secrets.token_hex(4))
+    pending = len(spool.pending(writer.position()))
     try:
-        while writer.offset() < spool.size():
-            if not writer.deliver_some():  # the run's own process is delivering
-                time.sleep(0.2)
-            if time.monotonic() > deadline:
-                raise TimeoutError(f"not everything was taken within {timeout:.0f} s")
+        writer.deliver_all(timeout)
     except Exception as error:
         raise TrackingError(
-            f"tracking: {settings.public_uri} cannot be used ({one_line(error)}); "
+            f"tracking: {public_uri(settings.uri)} cannot be used ({one_line(error)}); "
             f"check the address and run `ddpm-pipe sync {run_dir.name}` again"
         ) from error
     return pending
-
-
-def prepare_environment() -> None:
-    """Set what MLflow reads from the environment: short waits, no telemetry, no pickle. The user's own values stay."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
-    os.environ["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"
-
-
-def one_line(error: Exception) -> str:
-    """Return an error's first line, without secrets, short enough for a terminal."""
-    return redact((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
 
 
 def _absolute(uri: str) -> str:
@@ -397,17 +233,9 @@ def _absolute(uri: str) -> str:
     if re.match(r"^[a-z][a-z0-9+.-]*://", uri) and not uri.startswith("file:"):
         return uri
     raise UsageError(
-        f"tracking address {USERINFO.sub('', uri)!r}: expected http(s)://..., sqlite:///... or a database; "
+        f"tracking address {public_uri(uri)!r}: expected http(s)://..., sqlite:///... or a database; "
         "MLflow no longer writes to plain folders"
     )
-
-
-def _last_start(spool: Spool) -> Event | None:
-    last = None
-    for event in spool.events():
-        if event["kind"] == "start":
-            last = event
-    return last
 
 
 def _source_tags() -> dict[str, str]:

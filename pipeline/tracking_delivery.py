@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.redaction import redact
+from pipeline.redaction import one_line, redact
 from pipeline.tracking_spool import Event
 
 RUN_ID_TAG = "ddpm_pipe.run_id"
@@ -24,12 +24,19 @@ MAX_METRICS_PER_CALL = 1000
 MAX_PARAMS_PER_CALL = 100
 MAX_VALUE_LENGTH = 6000
 MAX_DIGEST_LENGTH = 36
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+FILE_KINDS = {"image", "artifact", "model"}
+FILE_TIMEOUT_S = 300
 REDACTED_SUFFIXES = {".json", ".yaml", ".yml", ".txt", ".md", ".log", ".csv", ".html"}
 REDACTED_MAX_BYTES = 4 << 20
 
 
 class RejectedError(Exception):
     """The store refused an event for good: trying again cannot help."""
+
+
+class DeferredError(Exception):
+    """A file could not be stored now, while the rest can go on."""
 
 
 class NoRunError(Exception):
@@ -130,29 +137,33 @@ class Delivery:
     def deliver(self, events: Sequence[Event]) -> None:
         """Put events into the store: one of any kind, or several of kind `metrics` (see `groups`).
 
-        Raises RejectedError where the store refuses them for good.
+        Raises RejectedError where trying again cannot help, DeferredError where a file cannot be stored although the
+        tracking server answers (its artifact store is another machine's trouble), and otherwise what MLflow raises.
         """
         from mlflow.exceptions import MlflowException
         from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
 
+        kind = events[0]["kind"]
         try:
-            getattr(self, f"_deliver_{events[0]['kind']}")(events)
-        except MlflowException as error:
-            if error.error_code in {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"} and self._is_active():
-                raise RejectedError(_first_line(error)) from error
+            with _patience(FILE_TIMEOUT_S if kind in FILE_KINDS else None):
+                getattr(self, f"_deliver_{kind}")(events)
+        except RejectedError:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            if isinstance(
-                error, RequestException
-            ):  # an answer that is no JSON is the server's trouble, not the event's
+        except Exception as error:
+            self._require_run()
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+                raise RejectedError(one_line(error)) from error
+            if kind in FILE_KINDS:
+                raise DeferredError(one_line(error)) from error
+            if isinstance(error, MlflowException | RequestException | SQLAlchemyError | OSError):
                 raise
-            raise RejectedError(_first_line(error)) from error
+            raise RejectedError(one_line(error)) from error
 
-    def _is_active(self) -> bool:
+    def _require_run(self) -> None:
         run = self._get_run(self.run_id)
         if run is None or run.info.lifecycle_stage == "deleted":
             raise NoRunError(f"MLflow run {self.run_id} was deleted")
-        return True
 
     def _deliver_metrics(self, events: Sequence[Event]) -> None:
         from mlflow.entities import Metric
@@ -242,7 +253,7 @@ class Delivery:
         try:
             picture = Image.open(self._local(event["path"]))
         except OSError as error:
-            raise RejectedError(_first_line(error)) from error
+            raise RejectedError(one_line(error)) from error
         with picture:
             self.client.log_image(
                 self.run_id, picture, key=event["key"], step=event["step"], timestamp=event["time"], synchronous=True
@@ -300,6 +311,20 @@ def groups(events: Sequence[tuple[Event, int]]) -> Iterator[tuple[list[Event], i
 
 
 @contextmanager
+def _patience(timeout_s: int | None) -> Iterator[None]:
+    """Let a server take its time over a large file; MLflow reads the variable at each call, and only here is it called."""
+    before = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    if timeout_s is None or before is None:
+        yield
+        return
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(timeout_s, int(before)))
+    try:
+        yield
+    finally:
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
+
+
+@contextmanager
 def _first_use(uri: str) -> Iterator[None]:
     """Make a SQLite store readable by its owner alone, and let one process at a time set up its tables."""
     if not uri.startswith("sqlite:///"):
@@ -315,7 +340,3 @@ def _first_use(uri: str) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-def _first_line(error: Exception) -> str:
-    return redact(f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:400])

@@ -29,12 +29,16 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Position:
-    """How far delivery to one store has come: `offset` bytes of the spool are there. `writer` is who delivered last."""
+    """How far delivery to one store has come: `offset` bytes of the spool are there, but for the events at `deferred`.
+
+    `writer` is who delivered last.
+    """
 
     uri: str = ""
     offset: int = 0
     mlflow_run_id: str | None = None
     writer: str = ""
+    deferred: tuple[int, ...] = ()
 
 
 class Spool:
@@ -134,11 +138,25 @@ class Spool:
             offset = batch[-1][1]
             yield from (event for event, _ in batch if event)
 
+    def pending(self, position: Position) -> list[Event]:
+        """Return the events that the store lacks at `position`."""
+        late = [self.read(offset)[:1] for offset in position.deferred]
+        return [event for found in late for event, _ in found] + list(self.events(position.offset))
+
+    def last_start(self) -> Event | None:
+        """Return the newest event of kind `start`, which says what an MLflow run is made from."""
+        last = None
+        for event in self.events():
+            if event["kind"] == "start":
+                last = event
+        return last
+
     def position(self) -> Position:
         """Return how far delivery has come; the beginning where that is unknown, since delivery skips what is there."""
         try:
-            position = Position(**json.loads(self._position_path.read_text()))
-        except (OSError, ValueError, TypeError):
+            content = json.loads(self._position_path.read_text())
+            position = Position(**{**content, "deferred": tuple(content["deferred"])})
+        except (OSError, ValueError, TypeError, KeyError):
             return Position()
         return position if 0 <= position.offset <= self.size() else Position(position.uri, 0, position.mlflow_run_id)
 
