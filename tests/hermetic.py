@@ -154,7 +154,12 @@ def run_pytest(arguments: list[str], environment: dict[str, str]) -> int:
     ) as pytest:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: pytest.send_signal(signal.SIGINT))
-        return pytest.wait()
+        while True:
+            # Adopted orphans are ours to reap; as zombies they would look alive to a test that waits for their end.
+            pid, status = os.waitpid(-1, 0)
+            if pid == pytest.pid:
+                pytest.returncode = os.waitstatus_to_exitcode(status)
+                return pytest.returncode
 
 
 def say(line: str) -> None:

@@ -153,6 +153,23 @@ def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> Non
     assert f"{pid}: sleep 987" in out.stderr
 
 
+def test_an_orphan_that_ends_is_gone_for_a_test_that_waits_for_it(tmp_path: Path) -> None:
+    out = run_hermetic(
+        tmp_path / "test_waits_for_an_orphan.py",
+        """
+        import subprocess, time, psutil
+        def test_passes():
+            orphan = int(subprocess.run(["sh", "-c", "sleep 0.2 >/dev/null & echo $!"], capture_output=True, check=True).stdout)
+            for _ in range(300):
+                if not psutil.pid_exists(orphan):
+                    return
+                time.sleep(0.1)
+            raise AssertionError(psutil.Process(orphan).status())
+        """,
+    )
+    assert out.returncode == 0, out.stdout
+
+
 def test_a_run_that_leaves_nothing_passes_and_removes_its_root(tmp_path: Path) -> None:
     out = run_hermetic(
         tmp_path / "test_leaves_nothing.py",
