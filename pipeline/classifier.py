@@ -1,0 +1,284 @@
+"""A small convolutional network fitted on a dataset's own labels: the feature extractor where Inception means nothing.
+
+It is fitted on a part of the images that is chosen by their content (`FitRule`), and everything it then judges lies
+outside that part. Noise and scrambled images are shown to it as belonging to no class (Hendrycks et al. 2019, outlier
+exposure), so that its confidence says something about images that are not of the dataset, as those of an untrained
+model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pipeline.durable import write_atomically
+from pipeline.errors import DataError, RefusedError
+from pipeline.features import Extracted, Images, check_images, concatenate, exact_inference, in_batches
+from pipeline.images import to_float
+
+MIN_ACCURACY = 0.95
+CONFIDENT = 0.9
+SALT = "ddpm-pipe classifier 1"
+
+_METADATA_KEY = "ddpm-pipe"
+_FORMAT = 1
+_BATCH_SIZE = 500
+
+Hashes = npt.NDArray[np.uint64]
+Labels = npt.NDArray[np.int64]
+
+
+def content_hashes(images: Images, salt: str = SALT) -> Hashes:
+    """Return uint64 [n]: the first 8 bytes of blake2b(salt, shape, pixels) of each image [C, H, W] of uint8 [n, C, H, W].
+
+    Equal images have equal hashes wherever they stand, so two copies of a dataset in different order, or a dataset and
+    its superset, agree on each image.
+    """
+    prefix = hashlib.blake2b(f"{salt}\0{'x'.join(map(str, images.shape[1:]))}\0".encode(), digest_size=64)
+    hashes = np.empty(len(images), dtype=np.uint64)
+    for i, image in enumerate(np.ascontiguousarray(images)):
+        digest = prefix.copy()
+        digest.update(image)
+        hashes[i] = int.from_bytes(digest.digest()[:8], "big")
+    return hashes
+
+
+@dataclass(frozen=True)
+class FitRule:
+    """Which images a classifier is fitted on: those whose content hash lies below `fraction` of the range of hashes."""
+
+    fraction: float
+    salt: str = SALT
+
+    def chosen(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
+        """Return bool [n]: whether each image belongs to the part that is fitted on."""
+        return hashes < np.uint64(int(self.fraction * 2**64))
+
+    def __str__(self) -> str:
+        return f"content hash below {self.fraction:.6g}, salt {self.salt!r}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a classifier's file says about itself; it is stored in the header of the safetensors file.
+
+    Attributes:
+        shape: (C, H, W) of the images it judges.
+        class_names: of the dataset it was fitted on, in the order of its logits.
+        width: number of features.
+        rule: which images it was fitted on, by content.
+        fitted_on: name of that dataset.
+        fingerprint: of that dataset.
+        num_fitted: images fitted on.
+        num_held_out: images that `accuracy` was measured on, none of them fitted on.
+        accuracy: share of those whose label is its first choice.
+        confident: share of those with a confidence above 0.9.
+        sketch: the smallest content hashes among the images fitted on: a dataset that holds those images is known by
+        them. seed: of initialisation, order and augmentation. command: that made the file. torch: version that fitted
+        it.
+    """
+
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    width: int
+    rule: FitRule
+    fitted_on: str
+    fingerprint: str
+    num_fitted: int
+    num_held_out: int
+    accuracy: float
+    confident: float
+    sketch: tuple[int, ...]
+    seed: int
+    command: str
+    torch: str
+
+
+class SmallNetwork(nn.Module):
+    """3x3 convolutions with halvings down to at most 4x4, then a layer of `width` features, then logits."""
+
+    def __init__(self, shape: tuple[int, int, int], num_classes: int, width: int) -> None:
+        super().__init__()
+        channels, *grid = shape
+        layers: list[nn.Module] = []
+        out = 16 if max(grid) > 16 else 32
+        while max(grid) > 4:
+            kernel = tuple(2 if size > 4 else 1 for size in grid)
+            layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU()]
+            layers += [nn.MaxPool2d(kernel, ceil_mode=True)]
+            grid = [math.ceil(size / step) for size, step in zip(grid, kernel, strict=True)]
+            channels, out = out, min(2 * out, 64)
+        layers += [nn.Conv2d(channels, out, 3, padding=1), nn.GroupNorm(8, out), nn.ReLU(), nn.Flatten()]
+        # Features are normalised per image, which keeps KID's cubic kernel in range, and not yet rectified, which keeps
+        # what distinguishes images of one class.
+        norm = nn.LayerNorm(width, elementwise_affine=False)
+        self.body = nn.Sequential(*layers, nn.Linear(out * grid[0] * grid[1], width), norm)
+        self.head = nn.Sequential(nn.ReLU(), nn.Linear(width, num_classes))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features [n, width] and logits [n, classes] of uint8 images [n, C, H, W]."""
+        features = self.body(to_float(images))
+        return features, self.head(features)
+
+
+class Classifier:
+    """A fitted network as a `FeatureExtractor`: features are its last layer but one."""
+
+    name = "classifier"
+
+    def __init__(self, network: SmallNetwork, card: Card, sha256: str, device: torch.device | None = None) -> None:
+        self.card = card
+        self.sha256 = sha256
+        self._device = device or torch.device("cpu")
+        self._network = network.to(self._device).eval()
+
+    @property
+    def width(self) -> int:
+        """Number of features per image."""
+        return self.card.width
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of the dataset it was fitted on."""
+        return len(self.card.class_names)
+
+    def resize_rule(self, shape: tuple[int, int, int]) -> str:
+        """Return "none": images are judged as they are; RefusedError for another shape than it was fitted on."""
+        if shape != self.card.shape:
+            raise RefusedError(
+                f"the classifier was fitted on images of shape {self.card.shape}, got {shape}; evaluate with a dataset of that shape"
+            )
+        return "none"
+
+    def __call__(self, images: Images) -> Extracted:
+        """Extract from uint8 images [n, C, H, W] of the shape it was fitted on."""
+        check_images(images, (self.card.shape[0],))
+        return concatenate([self._extract(batch) for batch in in_batches(images, _BATCH_SIZE)], self)
+
+    def _extract(self, images: Images) -> Extracted:
+        with exact_inference():
+            features, logits = self._network(torch.from_numpy(np.ascontiguousarray(images)).to(self._device))
+            return Extracted(features.cpu().numpy(), logits.cpu().numpy())
+
+    @classmethod
+    def load(cls, path: Path, *, sha256: str | None = None, device: torch.device | None = None) -> Classifier:
+        """Read a file that `save` wrote; DataError where it is missing, damaged or not the one with this hash."""
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"classifier {path}: cannot be read ({error.strerror}); fit it again") from None
+        got = hashlib.sha256(data).hexdigest()
+        if sha256 is not None and got != sha256:
+            raise DataError(
+                f"classifier {path}: sha256 is {got[:16]}, expected {sha256[:16]}; remove it and fit it again"
+            )
+        try:
+            card = _card(data)
+            network = SmallNetwork(card.shape, len(card.class_names), card.width)
+            network.load_state_dict(safetensors.torch.load(data), strict=True)
+        except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"classifier {path}: not a classifier of this release ({str(error).splitlines()[0]}); fit it again"
+            ) from None
+        return cls(network, card, got, device)
+
+
+def save(network: SmallNetwork, card: Card, path: Path) -> str:
+    """Write weights and card to one safetensors file, whole or not at all, and return its sha256."""
+    # One metadata key: safetensors does not keep the order of several, and equal content must give equal bytes.
+    header = {_METADATA_KEY: json.dumps({"format": _FORMAT, **asdict(card)}, sort_keys=True)}
+    data = safetensors.torch.save({k: v.contiguous() for k, v in network.state_dict().items()}, metadata=header)
+    write_atomically(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def _card(data: bytes) -> Card:
+    """Read the card from the header of a safetensors file; its layout is a length (8 bytes, little endian) and JSON."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + min(length, len(data))])
+    content: dict[str, Any] = json.loads(header["__metadata__"][_METADATA_KEY])
+    if content.pop("format") != _FORMAT:
+        raise ValueError("another format")
+    content["rule"] = FitRule(**content["rule"])
+    for key in ("shape", "class_names", "sketch"):
+        content[key] = tuple(content[key])
+    return Card(**content)
+
+
+def fit(
+    images: Images,
+    labels: Labels,
+    num_classes: int,
+    *,
+    width: int,
+    num_steps: int,
+    batch_size: int = 128,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> SmallNetwork:
+    """Fit a network on uint8 images [n, C, H, W] and labels int64 [n] in 0 .. num_classes - 1.
+
+    The same weights, bit for bit, for the same arguments, number of threads, torch release and kind of processor.
+    """
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = SmallNetwork(shape, num_classes, width)
+    generator = torch.Generator().manual_seed(seed)
+    pool, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=num_steps, pct_start=0.2)
+    for step in range(num_steps):
+        rows = torch.randint(len(pool), (batch_size,), generator=generator)
+        real = _jitter(pool[rows], generator)
+        strange = _outliers(pool[rows[: batch_size // 4]], generator)
+        _, logits = network(torch.cat([real, strange]))
+        log_p = functional.log_softmax(logits, dim=1)
+        loss = functional.nll_loss(log_p[:batch_size], targets[rows]) - log_p[batch_size:].mean()
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        if progress is not None:
+            progress(step + 1, num_steps)
+    return network.eval()
+
+
+def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Turn, stretch and shear each image by up to 0.15, shift it by up to a tenth, add faint noise. No flips: 2 is not 5."""
+    n = len(images)
+    angle, zoom_x, zoom_y, shear = 0.15 * (2 * torch.rand(4, n, generator=generator) - 1)
+    shift = 0.2 * (2 * torch.rand(n, 2, generator=generator) - 1)
+    turn = torch.stack([1 + zoom_x, shear - angle, angle, 1 + zoom_y], dim=1).view(n, 2, 2)
+    grid = functional.affine_grid(torch.cat([turn, shift[:, :, None]], dim=2), list(images.shape), align_corners=False)
+    moved = functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
+    scale = 16 * torch.rand(n, 1, 1, 1, generator=generator)
+    return (moved + scale * torch.randn(moved.shape, generator=generator)).clamp(0, 255)
+
+
+def _outliers(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Return as many images that belong to no class: a third noise of any contrast, a third smooth noise, a third scrambled pixels."""
+    n, channels, height, width = images.shape
+    third = max(1, n // 3)
+    contrast = 64 * torch.exp(torch.randn(2 * third, 1, 1, 1, generator=generator))
+    level = 255 * torch.rand(2 * third, channels, 1, 1, generator=generator)
+    noise = torch.randn(third, channels, height, width, generator=generator)
+    coarse = torch.randn(third, channels, math.ceil(height / 3), math.ceil(width / 3), generator=generator)
+    smooth = functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=False) * 1.5
+    scrambled = images[2 * third :].float().flatten(2)
+    order = torch.rand(len(scrambled), 1, height * width, generator=generator).argsort(-1)
+    scrambled = scrambled.gather(2, order.expand_as(scrambled)).view(-1, channels, height, width)
+    return torch.cat([(level + contrast * torch.cat([noise, smooth])).clamp(0, 255), scrambled])
