@@ -259,5 +259,5 @@ def test_mlflow_run_starts_train(home: Path) -> None:
 
 def test_the_environment_file_names_the_lock_and_a_python_that_the_project_allows() -> None:
     environment = yaml.safe_load((REPOSITORY / "python_env.yaml").read_text())
-    assert environment["dependencies"] == ["-r requirements.lock", "-e ."]
+    assert environment["dependencies"] == ["-r requirements.lock", "."]
     assert Requirement(f"python{PROJECT['requires-python']}").specifier.contains(f"{environment['python']}.0")
