@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import random
 import re
@@ -18,17 +19,20 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.durable import write_atomically, write_json
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.home import make_folder, runs_dir
 from pipeline.redaction import redact, redact_tree
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
 
 ID_LENGTH = 8
 LETTERS = "abcdefghjkmnpqrstuvwxyz"  # no i, l, o: they look like 1 and 0
@@ -79,8 +83,8 @@ class RunState:
     attempt: int = 0
     reason: str = ""
     summary: dict[str, float] = field(default_factory=dict)
-    updated: str = ""
     overrides: list[str] = field(default_factory=list)
+    updated: str = ""
 
 
 class Run:
@@ -136,7 +140,14 @@ class Run:
             return []
         folders = [entry for entry in root.iterdir() if NAME.fullmatch(entry.name) and not entry.is_symlink()]
         runs = [cls(folder) for folder in folders if (folder / "run.json").is_file()]
-        return sorted(runs, key=lambda run: (run.record.created, run.id))
+        return sorted((run for run in runs if run._is_readable()), key=lambda run: (run.record.created, run.id))
+
+    def _is_readable(self) -> bool:
+        try:
+            return bool(self.record.id)
+        except StorageError as error:  # one damaged folder must not hide the others
+            log.warning("%s", error)
+            return False
 
     @classmethod
     def find(cls, home: Path, reference: str) -> Run:
@@ -168,12 +179,11 @@ class Run:
     @cached_property
     def record(self) -> RunRecord:
         """What was asked for."""
-        return RunRecord(**_read_json(self.folder / "run.json"))
+        return _built(RunRecord, self.folder / "run.json")
 
     def state(self) -> RunState:
         """Return how far the run came; one left RUNNING by a process that is gone is INTERRUPTED."""
-        content = _read_json(self.folder / "status.json")
-        state = RunState(**{**content, "status": RunStatus(content["status"])})
+        state = self._written_state()
         if state.status is RunStatus.RUNNING and not self.is_locked():
             return replace(state, status=RunStatus.INTERRUPTED, reason=state.reason or "its process is gone")
         return state
@@ -181,11 +191,14 @@ class Run:
     def update(self, **changes: Any) -> RunState:
         """Change fields of the state (see RunState), replacing the file as a whole; StorageError if it cannot be."""
         with self._folder_lock():
-            content = {**_read_json(self.folder / "status.json"), **changes, "updated": _now()}
-            content["reason"] = redact(content["reason"])
-            state = RunState(**{**content, "status": RunStatus(content["status"])})
+            state = replace(self._written_state(), **{**changes, "updated": _now()})
+            state = replace(state, status=RunStatus(state.status), reason=redact(state.reason))
             write_json(self.folder / "status.json", asdict(state))
         return state
+
+    def _written_state(self) -> RunState:
+        state = _built(RunState, self.folder / "status.json")
+        return replace(state, status=RunStatus(state.status))
 
     @property
     def mlflow_run_id(self) -> str | None:
@@ -306,6 +319,15 @@ def _holder(file: Any) -> str:
 def _listing(runs: list[Run], limit: int = 5) -> str:
     shown = ", ".join(f"{run.id} ({run.record.name})" for run in runs[:limit])
     return shown + (f" and {len(runs) - limit} more" if len(runs) > limit else "")
+
+
+def _built(kind: type[T], path: Path) -> T:
+    """Build a dataclass from a JSON file; fields of a later version are left out."""
+    content = _read_json(path)
+    try:
+        return kind(**{item.name: content[item.name] for item in fields(kind) if item.name in content})  # type: ignore[arg-type]
+    except TypeError as error:
+        raise StorageError(f"{path}: {error}; the run folder is damaged, restore it or remove it") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

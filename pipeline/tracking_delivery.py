@@ -51,7 +51,7 @@ class Delivery:
 
         self._run_dir = run_dir
         self._artifacts = artifacts
-        with _first_use(uri):
+        with prepare_store(uri):
             self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
         self.run_id = ""
         self.experiment_id = ""
@@ -325,7 +325,7 @@ def _patience(timeout_s: int | None) -> Iterator[None]:
 
 
 @contextmanager
-def _first_use(uri: str) -> Iterator[None]:
+def prepare_store(uri: str) -> Iterator[None]:
     """Make a SQLite store readable by its owner alone, and let one process at a time set up its tables."""
     if not uri.startswith("sqlite:///"):
         yield

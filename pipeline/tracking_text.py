@@ -1,0 +1,86 @@
+"""The description of a run in MLflow's pages: what it was, what came out, and the command that does it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.runs import RunRecord
+
+
+def describe(record: RunRecord, summary: Mapping[str, Any]) -> str:
+    """Return Markdown for a reader who has only this page; `summary` holds figures by name, yardsticks among them."""
+    parts = [
+        _opening(record),
+        _settings(record),
+        "### What came out",
+        _results(summary),
+        "### Do it again",
+        _again(record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _opening(record: RunRecord) -> str:
+    training = record.experiment.get("training", {})
+    return (
+        f"**{record.name}**: a denoising diffusion model of the images of `{_dataset(record)}`, "
+        f"{_get(training, 'steps')} steps at a batch of {_get(training, 'batch_size')}."
+    )
+
+
+def _settings(record: RunRecord) -> str:
+    model, diffusion, training, sampling = (
+        record.experiment.get(section, {}) for section in ("model", "diffusion", "training", "sampling")
+    )
+    network = _get(model, "type")
+    if network == "unet":
+        multipliers = ", ".join(str(m) for m in model.get("channel_multipliers", []))
+        network = f"U-Net, {_get(model, 'channels')} channels x ({multipliers}), dropout {_get(model, 'dropout')}"
+    rows = {
+        "dataset": f"`{_dataset(record)}`, fingerprint `{str(record.dataset.get('fingerprint', ''))[:16]}`",
+        "network": network,
+        "schedule": f"{_get(diffusion, 'schedule')}, T = {_get(diffusion, 'num_timesteps')}",
+        "predicts": f"{_get(diffusion, 'prediction')}; variance {_get(diffusion, 'variance')}",
+        "training": f"learning rate {_get(training, 'learning_rate')}, EMA {_get(training, 'ema_decay')}, "
+        f"{_get(training, 'precision')}, seed {_get(record.experiment, 'seed')}",
+        "sampling": f"{_get(sampling, 'sampler')}, {_get(sampling, 'steps')} steps",
+    }
+    return _table(("setting", "value"), rows)
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    if not summary:
+        return "Nothing is scored yet."
+    return _table(("figure", "value"), {f"`{name}`": _figure(value) for name, value in summary.items()})
+
+
+def _again(record: RunRecord) -> str:
+    words = list(record.command)
+    if words and not words[0].endswith("ddpm-pipe"):
+        words.insert(0, "ddpm-pipe")
+    libraries = ", ".join(f"{name} {record.libraries[name]}" for name in ("torch", "ray") if name in record.libraries)
+    return (
+        f"```\n{shlex.join(words)}\n```\n\n"
+        f"Code {record.code_version}; {libraries}; settings `{record.config_hash}`. "
+        f"More of this run: `ddpm-pipe sample {record.id}`, `ddpm-pipe evaluate {record.id}`, `ddpm-pipe resume {record.id}`."
+    )
+
+
+def _dataset(record: RunRecord) -> str:
+    return str(record.dataset.get("name") or record.dataset.get("path", "?"))
+
+
+def _get(section: Any, key: str) -> str:
+    value = section.get(key) if isinstance(section, Mapping) else None
+    return "all" if key == "steps" and value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()])
