@@ -1,9 +1,7 @@
 """A small convolutional network fitted on a dataset's own labels: the feature extractor where Inception means nothing.
 
-It is fitted on a part of the images that is chosen by their content (`FitRule`), and everything it then judges lies
-outside that part. Noise and scrambled images are shown to it as belonging to no class (Hendrycks et al. 2019, outlier
-exposure), so that its confidence says something about images that are not of the dataset, as those of an untrained
-model.
+The network, the file that holds it, and its use as a `FeatureExtractor`; `pipeline.classifier_fit` fits one and
+`pipeline.classifier_store` finds the right one for a dataset.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,53 +19,21 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from pipeline.durable import write_atomically
 from pipeline.errors import DataError, RefusedError
 from pipeline.features import Extracted, Images, check_images, concatenate, exact_inference, in_batches
+from pipeline.fit_rule import FitRule
 from pipeline.images import to_float
 
 MIN_ACCURACY = 0.95
 CONFIDENT = 0.9
-SALT = "ddpm-pipe classifier 1"
 
 _METADATA_KEY = "ddpm-pipe"
 _FORMAT = 1
 _BATCH_SIZE = 500
 
-Hashes = npt.NDArray[np.uint64]
 Labels = npt.NDArray[np.int64]
-
-
-def content_hashes(images: Images, salt: str = SALT) -> Hashes:
-    """Return uint64 [n]: the first 8 bytes of blake2b(salt, shape, pixels) of each image [C, H, W] of uint8 [n, C, H, W].
-
-    Equal images have equal hashes wherever they stand, so two copies of a dataset in different order, or a dataset and
-    its superset, agree on each image.
-    """
-    prefix = hashlib.blake2b(f"{salt}\0{'x'.join(map(str, images.shape[1:]))}\0".encode(), digest_size=64)
-    hashes = np.empty(len(images), dtype=np.uint64)
-    for i, image in enumerate(np.ascontiguousarray(images)):
-        digest = prefix.copy()
-        digest.update(image)
-        hashes[i] = int.from_bytes(digest.digest()[:8], "big")
-    return hashes
-
-
-@dataclass(frozen=True)
-class FitRule:
-    """Which images a classifier is fitted on: those whose content hash lies below `fraction` of the range of hashes."""
-
-    fraction: float
-    salt: str = SALT
-
-    def chosen(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Return bool [n]: whether each image belongs to the part that is fitted on."""
-        return hashes < np.uint64(int(self.fraction * 2**64))
-
-    def __str__(self) -> str:
-        return f"content hash below {self.fraction:.6g}, salt {self.salt!r}"
 
 
 @dataclass(frozen=True)
@@ -218,67 +183,9 @@ def _card(data: bytes) -> Card:
     return Card(**content)
 
 
-def fit(
-    images: Images,
-    labels: Labels,
-    num_classes: int,
-    *,
-    width: int,
-    num_steps: int,
-    batch_size: int = 128,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> SmallNetwork:
-    """Fit a network on uint8 images [n, C, H, W] and labels int64 [n] in 0 .. num_classes - 1.
-
-    The same weights, bit for bit, for the same arguments, number of threads, torch release and kind of processor.
-    """
-    shape = (images.shape[1], images.shape[2], images.shape[3])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = SmallNetwork(shape, num_classes, width)
-    generator = torch.Generator().manual_seed(seed)
-    pool, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=num_steps, pct_start=0.2)
-    for step in range(num_steps):
-        rows = torch.randint(len(pool), (batch_size,), generator=generator)
-        real = _jitter(pool[rows], generator)
-        strange = _outliers(pool[rows[: batch_size // 4]], generator)
-        _, logits = network(torch.cat([real, strange]))
-        log_p = functional.log_softmax(logits, dim=1)
-        loss = functional.nll_loss(log_p[:batch_size], targets[rows]) - log_p[batch_size:].mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        if progress is not None:
-            progress(step + 1, num_steps)
-    return network.eval()
-
-
-def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, stretch and shear each image by up to 0.15, shift it by up to a tenth, add faint noise. No flips: 2 is not 5."""
-    n = len(images)
-    angle, zoom_x, zoom_y, shear = 0.15 * (2 * torch.rand(4, n, generator=generator) - 1)
-    shift = 0.2 * (2 * torch.rand(n, 2, generator=generator) - 1)
-    turn = torch.stack([1 + zoom_x, shear - angle, angle, 1 + zoom_y], dim=1).view(n, 2, 2)
-    grid = functional.affine_grid(torch.cat([turn, shift[:, :, None]], dim=2), list(images.shape), align_corners=False)
-    moved = functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
-    scale = 16 * torch.rand(n, 1, 1, 1, generator=generator)
-    return (moved + scale * torch.randn(moved.shape, generator=generator)).clamp(0, 255)
-
-
-def _outliers(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return as many images that belong to no class: a third noise of any contrast, a third smooth noise, a third scrambled pixels."""
-    n, channels, height, width = images.shape
-    third = max(1, n // 3)
-    contrast = 64 * torch.exp(torch.randn(2 * third, 1, 1, 1, generator=generator))
-    level = 255 * torch.rand(2 * third, channels, 1, 1, generator=generator)
-    noise = torch.randn(third, channels, height, width, generator=generator)
-    coarse = torch.randn(third, channels, math.ceil(height / 3), math.ceil(width / 3), generator=generator)
-    smooth = functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=False) * 1.5
-    scrambled = images[2 * third :].float().flatten(2)
-    order = torch.rand(len(scrambled), 1, height * width, generator=generator).argsort(-1)
-    scrambled = scrambled.gather(2, order.expand_as(scrambled)).view(-1, channels, height, width)
-    return torch.cat([(level + contrast * torch.cat([noise, smooth])).clamp(0, 255), scrambled])
+def decide(found: Extracted) -> tuple[Labels, npt.NDArray[np.float64]]:
+    """Return each image's most likely class, int64 [n], and its probability, float64 [n]."""
+    assert found.logits is not None, "only a classifying network decides"
+    logits = found.logits.astype(np.float64)
+    odds = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return logits.argmax(axis=1), odds.max(axis=1) / odds.sum(axis=1)

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.manifest import Manifest
+
 Images = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
@@ -19,6 +21,20 @@ class Extracted(NamedTuple):
 
     features: Floats
     logits: Floats | None
+
+
+class ImageSet(Protocol):
+    """What the metrics need of a dataset; `pipeline.shards.Dataset` is one."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its card: name, shape, number of rows, class names, fingerprint."""
+
+    def read(self, rows: npt.NDArray[np.int64], /) -> Images:
+        """Return the images of these rows, uint8 [n, C, H, W]."""
+
+    def labels(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64] | None:
+        """Return the labels of these rows, int64 [n], or None where the dataset has none."""
 
 
 class FeatureExtractor(Protocol):
