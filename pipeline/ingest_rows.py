@@ -5,7 +5,6 @@ The module is what pool processes import, so it stays free of torch and pyarrow.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError
-from pipeline.images import MAX_PIXELS, decode_image
+from pipeline.images import MAX_BYTES, MAX_PIXELS, convert_array, crop_and_resize, decode_image
 from pipeline.manifest import RAW_LIMIT, ContentHash
 
 Pixels = npt.NDArray[np.uint8]
@@ -62,8 +61,7 @@ def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] 
         pixels = _pixels(item, treatment)
         shape = (pixels.shape[2], pixels.shape[0], pixels.shape[1])
         first = first or (item.where, shape)
-        if shape != first[1]:
-            raise DataError(_mixed(item.where, shape, *first))
+        _check_shape(item.where, shape, *first)
         chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         digests.append(ContentHash.of_row(chw.data))
         images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
@@ -95,25 +93,31 @@ def encode_png(pixels: Pixels) -> bytes:
 
 def _pixels(item: Item, treatment: Treatment) -> Pixels:
     if isinstance(item.image, np.ndarray):
-        return item.image
-    data = item.image if isinstance(item.image, bytes) else item.image.read_bytes()
-    return decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, where=item.where)
+        pixels = convert_array(item.image, treatment.mode, item.where)
+    else:
+        data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
+        pixels = decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, where=item.where)
+    return pixels if treatment.image_size is None else crop_and_resize(pixels, treatment.image_size)
 
 
-def _mixed(where: str, shape: Shape, first_where: str, first_shape: Shape) -> str:
-    def text(s: Shape) -> str:
-        return f"{s[1]}x{s[2]} with {s[0]} channel{'s' if s[0] > 1 else ''}"
+def _read(path: Path, where: str) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:  # before it is read
+            raise DataError(f"{where}: more bytes than the limit of {MAX_BYTES}: leave it out or shrink it")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror})") from None
 
-    return f"{where} is {text(shape)}, but {first_where} is {text(first_shape)}: give --image-size or --mode to make them equal"
+
+def _check_shape(where: str, shape: Shape, first_where: str, first_shape: Shape) -> None:
+    if shape != first_shape:
+        raise DataError(
+            f"{where} is {_text(shape)}, but {first_where} is {_text(first_shape)}: all must be equal; "
+            "--image-size N crops and resizes them, --mode L or RGB converts them"
+        )
+    if shape[0] not in (1, 3) and not stored_raw(shape):
+        raise DataError(f"{where} is {_text(shape)}: images above {RAW_LIMIT}x{RAW_LIMIT} need 1 or 3 channels")
 
 
-def in_chunks(items: Iterable[Item], num_rows: int = 256) -> Iterator[list[Item]]:
-    """Cut a stream of items into lists."""
-    chunk: list[Item] = []
-    for item in items:
-        chunk.append(item)
-        if len(chunk) == num_rows:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _text(shape: Shape) -> str:
+    return f"{shape[1]}x{shape[2]} with {shape[0]} channel{'s' if shape[0] > 1 else ''}"

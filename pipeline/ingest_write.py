@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest_rows import Rows, Shape, stored_raw
 from pipeline.manifest import FORMAT, ContentHash, Manifest, Shard
 from pipeline.shards import shard_schema
@@ -30,57 +33,66 @@ def rows_per_group(shape: Shape) -> int:
 
 
 class ShardWriter:
-    """Collects rows, writes them as shards of whole row groups, and ends in a manifest."""
+    """Collects rows, writes them as shards of whole row groups, and ends in a manifest. Use it in a `with` block."""
 
-    def __init__(self, folder: Path, shape: Shape, has_labels: bool, rows_per_shard: int | None = None) -> None:
-        self._folder, self._shape, self._has_labels = folder, shape, has_labels
-        self._group_rows = rows_per_group(shape)
-        groups = _ROW_GROUPS_PER_SHARD if rows_per_shard is None else math.ceil(rows_per_shard / self._group_rows)
-        self._groups_per_shard = groups
+    def __init__(self, folder: Path, has_labels: bool, rows_per_shard: int | None = None) -> None:
+        self._folder, self._has_labels, self._rows_per_shard = folder, has_labels, rows_per_shard
+        self._shape: Shape | None = None
         self._images: list[bytes] = []
         self._labels: list[int] = []
         self._content = ContentHash()
-        self._sums = np.zeros((2, shape[0]), dtype=object)  # Python integers: exact for any number of rows
+        self._sums: Any = 0  # [2, C], of values and of squares: Python integers, exact for any number of rows
         self._writer: Any = None
         self._written: list[int] = []
         self._shards: list[Shard] = []
 
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
     def add(self, rows: Rows) -> None:
-        """Add consecutive rows."""
+        """Add consecutive rows, all of one shape."""
+        self._shape = rows.shape
         self._content.add(rows.digests, rows.labels.astype("<i8").tobytes() if self._has_labels else b"")
-        self._sums += np.array([rows.sums, rows.sums_of_squares], dtype=object)
+        self._sums = self._sums + np.array([rows.sums, rows.sums_of_squares], dtype=object)
         self._images += rows.images
         self._labels += rows.labels.tolist()
-        while len(self._images) >= self._group_rows:
-            self._write_group(self._group_rows)
+        while len(self._images) >= rows_per_group(rows.shape):
+            self._write_group(rows.shape, rows_per_group(rows.shape))
 
     def finish(self, name: str, source: str, class_names: tuple[str, ...] | None) -> Manifest:
         """Write what is left, and the manifest last."""
+        shape = self._shape
+        if shape is None:
+            raise DataError(f"{source} has no images, expected one at least: check the source")
         if self._images:
-            self._write_group(len(self._images))
+            self._write_group(shape, len(self._images))
         self._close_shard()
-        count = self._content.num_rows * self._shape[1] * self._shape[2]
+        count = self._content.num_rows * shape[1] * shape[2]
         means = [s / count for s in self._sums[0]]
         deviations = [math.sqrt(max(0, q * count - s * s)) / count for s, q in zip(*self._sums, strict=True)]
         manifest = Manifest(
             format=FORMAT,
             name=name,
             source=source,
-            shape=self._shape,
-            encoding="raw" if stored_raw(self._shape) else "png",
+            shape=shape,
+            encoding="raw" if stored_raw(shape) else "png",
             num_rows=self._content.num_rows,
             shards=tuple(self._shards),
             class_names=class_names,
             has_labels=self._has_labels,
             mean=tuple(m / 127.5 - 1 for m in means),
             std=tuple(d / 127.5 for d in deviations),
-            fingerprint=self._content.fingerprint(self._shape, class_names, self._has_labels),
+            fingerprint=self._content.fingerprint(shape, class_names, self._has_labels),
         )
         manifest.save(self._folder)
         return manifest
 
-    def _write_group(self, num_rows: int) -> None:
-        width = math.prod(self._shape) if stored_raw(self._shape) else None
+    def _write_group(self, shape: Shape, num_rows: int) -> None:
+        width = math.prod(shape) if stored_raw(shape) else None
         schema = shard_schema(width, self._has_labels)
         images, self._images = self._images[:num_rows], self._images[num_rows:]
         labels, self._labels = self._labels[:num_rows], self._labels[num_rows:]
@@ -100,7 +112,7 @@ class ShardWriter:
             )
         self._writer.write_table(pa.Table.from_arrays(columns, schema=schema), row_group_size=num_rows)
         self._written.append(num_rows)
-        if len(self._written) == self._groups_per_shard:
+        if sum(self._written) >= (self._rows_per_shard or _ROW_GROUPS_PER_SHARD * rows_per_group(shape)):
             self._close_shard()
 
     def _close_shard(self) -> None:
@@ -119,11 +131,70 @@ class ShardWriter:
 
 @contextmanager
 def new_folder(dest: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `dest` when the block ends, and is removed when it raises."""
-    partial = dest.parent / f".{dest.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
+    """A folder to fill that becomes `dest` when the block ends, and of which nothing is left when it raises.
+
+    The caller holds `sole_writer(dest)`.
+
+    Raises:
+        StorageError: the place cannot be written, or is full.
+    """
+    partial = dest.parent / f".{dest.name}.partial"
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        partial.mkdir()
         yield partial
         partial.rename(dest)
+    except OSError as error:
+        raise _unwritable(dest, error) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def sole_writer(dest: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
+    """Hold the right to write `dest`, whose parents are made; where another process has it, say so and wait, or refuse.
+
+    Raises:
+        UsageError: another process has it, and `waiting` is None.
+        StorageError: the place cannot be written.
+    """
+    made = [folder for folder in dest.parents if not folder.exists()]
+    lock = dest.parent / f".{dest.name}.lock"
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        file = _locked(lock, dest, waiting)
+    except OSError as error:
+        raise _unwritable(dest, error) from None
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)  # while it is held, so that nobody can hold it unseen
+        file.close()
+        if not dest.exists():
+            for folder in made:
+                with suppress(OSError):  # another process uses it by now
+                    folder.rmdir()
+
+
+def _locked(lock: Path, dest: Path, waiting: Callable[[], None] | None) -> IO[bytes]:
+    told = False
+    while True:
+        file = lock.open("ab")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                return file
+            file.close()  # its holder removed it just now: take the new one
+            continue
+        except BlockingIOError:
+            file.close()
+        if waiting is None:
+            raise UsageError(f"another process is writing {dest}: wait for it, or give another folder")
+        if not told:
+            waiting()
+            told = True
+        time.sleep(0.2)
+
+
+def _unwritable(dest: Path, error: OSError) -> StorageError:
+    return StorageError(f"{dest} cannot be written ({error.strerror or error}): free space, or give another folder")

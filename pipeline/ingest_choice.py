@@ -1,0 +1,91 @@
+"""Which part of a source to take: splits by their names, columns by what they hold, unless the user names them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError, UsageError
+
+NO_LABELS = "none"  # as --label-column: leave the labels out
+ALL_SPLITS = "all"
+SPLITS = ("train", "validation", "test")
+_SPLIT_WORD = re.compile(r"(?:^|[_./-])(?:(train|training)|(val|valid|validation|dev)|(test))(?=[_./-]|$)")
+
+
+def split_of(name: str) -> str | None:
+    """Which split a file, folder or array is named for: "train", "validation", "test", or None."""
+    words = _SPLIT_WORD.search(name.lower())
+    return None if words is None else next(s for s, word in zip(SPLITS, words.groups(), strict=True) if word)
+
+
+def choose_split(names: Iterable[str], asked: str | None, where: str) -> tuple[str | None, str]:
+    """The split to take: the one asked for, else train, else the only one; None = everything. And what to tell the user.
+
+    Raises:
+        UsageError: the split asked for is not there, or none was asked for and it is not clear which to take.
+    """
+    found = {split_of(name) for name in names}
+    there = [split for split in SPLITS if split in found]
+    if asked is not None:
+        if asked == ALL_SPLITS:
+            return None, ""
+        if split_of(asked) not in there:
+            raise UsageError(f"{where} has no split {asked!r}: give one of {', '.join([*there, ALL_SPLITS])}")
+        return split_of(asked), ""
+    if not there:
+        return None, ""
+    if None in found or (len(there) > 1 and "train" not in there):
+        more = " and more" if None in found else ""
+        raise UsageError(f"{where} holds {', '.join(there)}{more}: name a split with --split, or --split {ALL_SPLITS}")
+    taken = "train" if "train" in there else there[0]
+    others = ", ".join(split for split in there if split != taken)
+    return taken, f"taking split {taken!r} of {where} (also there: {others})" if others else ""
+
+
+def pick_column(what: str, named: str | None, candidates: list[str], there: list[str], where: str) -> str:
+    """The column (or array) of `what`, "image" or "label": the one named, else the only candidate.
+
+    Raises:
+        UsageError: several candidates and none named, or the one named is no candidate.
+        DataError: no candidate.
+    """
+    listing = ", ".join(candidates) or "none"
+    if named is not None and named not in candidates:
+        problem = f"holds no {what}s" if named in there else "does not exist"
+        raise UsageError(f"{where}: column {named!r} {problem}: columns of {what}s are {listing}")
+    if named is not None:
+        return named
+    if not candidates:
+        raise DataError(
+            f"{where} has no column of {what}s, its columns are {', '.join(there) or 'none'}: check the source"
+        )
+    if len(candidates) > 1:
+        raise UsageError(f"{where} has several columns of {what}s ({listing}): name one with --{what}-column")
+    return candidates[0]
+
+
+def pick_label(named: str | None, candidates: list[str], there: list[str], where: str) -> str | None:
+    """As `pick_column`; None where there are no labels, or none are wanted."""
+    if named == NO_LABELS or (named is None and not candidates):
+        return None
+    return pick_column("label", named, candidates, there, where)
+
+
+def check_labels(
+    labels: Any, class_names: tuple[str, ...] | None, where: str, first_row: int = 0
+) -> npt.NDArray[np.int64]:
+    """Labels as int64 [n]; DataError names the first row whose label is no class."""
+    values: npt.NDArray[np.int64] = np.asarray(labels).reshape(len(labels)).astype(np.int64)
+    wrong = np.flatnonzero((values < 0) | (values >= (len(class_names) if class_names else 2**31)))
+    if len(wrong):
+        expected = f"0..{len(class_names) - 1}" if class_names else "0 or more"
+        raise DataError(
+            f"{where}, row {first_row + int(wrong[0])}: label {values[wrong[0]]}, expected {expected}: "
+            f"correct it, or give --label-column {NO_LABELS}"
+        )
+    return values
