@@ -11,12 +11,15 @@ import sysconfig
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.test_architecture import MODULES, imports
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
@@ -151,6 +154,20 @@ def test_the_lock_holds_what_pyproject_asks_for() -> None:
         for pin in pins:
             (version,) = pin.specifier
             assert requirement.specifier.contains(version.version), f"{pin} is outside {requirement}: run `make lock`"
+
+
+def test_every_package_that_the_code_imports_is_declared() -> None:
+    """One that is only there because a dependency needs it would go away with that need."""
+    distributions = packages_distributions()
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    for module in MODULES:
+        packages = (
+            {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"ddpm", "pipeline"}
+        )
+        undeclared = [
+            name for name in packages if not declared & set(map(canonicalize_name, distributions.get(name, [])))
+        ]
+        assert not undeclared, f"{module} imports {undeclared}, which pyproject.toml doesn't ask for"
 
 
 def test_the_lock_serves_linux_and_macos() -> None:
