@@ -2,29 +2,57 @@
 
 from ddpm.betas import SCHEDULES
 from ddpm.diffusion import Denoised, Gaussian, GaussianDiffusion, Model, Prediction, ReverseStep, Variance
-from ddpm.ema import ExponentialMovingAverage
-from ddpm.objective import l_simple
-from ddpm.sampler import Step, ancestral, ddim, few_steps_warning, normal_noise, timestep_subset
+from ddpm.ema import ExponentialMovingAverage, WeightAverage
+from ddpm.guidance import ConditionalModel, conditioned, drop_labels, guided
+from ddpm.likelihood import BitsPerDim, bits_per_dim
+from ddpm.noise import Generators, normal_noise
+from ddpm.objective import Objective, ObjectiveKind, l_simple
+from ddpm.posthoc_ema import PowerFunctionEMA, Profile, posthoc_weights, reconstruct
+from ddpm.respacing import RULES, timestep_subset
+from ddpm.sampler import Step, ancestral, ddim, ddim_invert, dpm_solver, few_steps_warning, slerp
 from ddpm.schedule import BetaSchedule
+from ddpm.timesteps import Draw, LossAwareTimesteps, TimestepSampler, UniformTimesteps
 from ddpm.unet import UNet
 
 __all__ = [
+    "RULES",
     "SCHEDULES",
     "BetaSchedule",
+    "BitsPerDim",
+    "ConditionalModel",
     "Denoised",
+    "Draw",
     "ExponentialMovingAverage",
     "Gaussian",
     "GaussianDiffusion",
+    "Generators",
+    "LossAwareTimesteps",
     "Model",
+    "Objective",
+    "ObjectiveKind",
+    "PowerFunctionEMA",
     "Prediction",
+    "Profile",
     "ReverseStep",
     "Step",
+    "TimestepSampler",
     "UNet",
+    "UniformTimesteps",
     "Variance",
+    "WeightAverage",
     "ancestral",
+    "bits_per_dim",
+    "conditioned",
     "ddim",
+    "ddim_invert",
+    "dpm_solver",
+    "drop_labels",
     "few_steps_warning",
+    "guided",
     "l_simple",
     "normal_noise",
+    "posthoc_weights",
+    "reconstruct",
+    "slerp",
     "timestep_subset",
 ]

@@ -1,7 +1,8 @@
-"""Exponential moving average of a model's parameters, for sampling."""
+"""Moving averages of a model's parameters, for sampling."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,25 +10,21 @@ import torch
 from torch import Tensor, nn
 
 
-class ExponentialMovingAverage:
-    """Averages parameters, never buffers, in float32 on their device. Call `update` after the optimizer's step.
+class WeightAverage(ABC):
+    """Averages parameters, never buffers, in float32 on their device.
 
-    shadow <- decay * shadow + (1 - decay) * parameters, with decay min(decay, (1 + n) / (10 + n)) after n updates when
-    `ramp_up`, so that the initial weights do not linger. `model` may be wrapped by DDP or torch.compile: names are
-    those of the bare module.
+    shadow <- decay * shadow + (1 - decay) * parameters, in float32 at least. Call `update` after the optimizer's step.
+    The model may be wrapped by DDP or torch.compile: names are those of the bare module.
     """
 
-    def __init__(self, model: nn.Module, decay: float = 0.9999, *, ramp_up: bool = True) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay={decay}, expected a number in [0, 1)")
-        self.decay, self.ramp_up, self.num_updates = decay, ramp_up, 0
+    def __init__(self, model: nn.Module) -> None:
+        self.num_updates = 0
         self._parameters = dict(bare(model).named_parameters())
         self.shadow = {name: _wide(p.detach()).clone() for name, p in self._parameters.items()}
 
+    @abstractmethod
     def next_decay(self) -> float:
         """The decay that the next update will use."""
-        n = self.num_updates
-        return min(self.decay, (1 + n) / (10 + n)) if self.ramp_up else self.decay
 
     @torch.no_grad()
     def update(self) -> None:
@@ -58,6 +55,21 @@ class ExponentialMovingAverage:
         for name, tensor in self.shadow.items():
             tensor.copy_(state["shadow"][name])
         self.num_updates = int(state["num_updates"])
+
+
+class ExponentialMovingAverage(WeightAverage):
+    """Decay min(decay, (1 + n) / (10 + n)) after n updates: the initial weights fade. Without `ramp_up`, `decay`."""
+
+    def __init__(self, model: nn.Module, decay: float = 0.9999, *, ramp_up: bool = True) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"decay={decay}, expected a number in [0, 1)")
+        super().__init__(model)
+        self.decay, self.ramp_up = decay, ramp_up
+
+    def next_decay(self) -> float:
+        """The decay that the next update will use."""
+        n = self.num_updates
+        return min(self.decay, (1 + n) / (10 + n)) if self.ramp_up else self.decay
 
 
 def bare(model: nn.Module) -> nn.Module:

@@ -59,7 +59,7 @@ class TimeEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """norm, swish, convolution; plus the projected embedding; norm, swish, dropout, convolution; plus the input.
 
-    With `scale_shift` the embedding instead scales and shifts the second norm (Nichol & Dhariwal 2021, section 3).
+    With `scale_shift` the embedding instead scales and shifts the second norm (Nichol & Dhariwal 2021).
     """
 
     def __init__(

@@ -10,6 +10,7 @@ does not depend on the batch it is computed in.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import GaussianDiffusion, Model, Variance
-
-Generators = torch.Generator | Sequence[torch.Generator]
-RULES = ("trailing", "linspace", "leading", "quad")
+from ddpm.noise import Generators, check_generators, normal_noise
+from ddpm.respacing import kept_timesteps
 
 
 class Step(NamedTuple):
@@ -28,40 +28,6 @@ class Step(NamedTuple):
 
     t: int
     x: Tensor
-
-
-def timestep_subset(num_timesteps: int, steps: int, rule: str = "trailing") -> tuple[int, ...]:
-    """`steps` code indices out of 0 .. T-1, ascending.
-
-    trailing  round(arange(T, 0, -T/S)) - 1, reaches T-1 linspace  round(linspace(0, T-1, S)), reaches T-1 leading
-    arange(S) * (T // S), misses T-1 unless S = T quad      floor(linspace(0, sqrt(0.8 T), S)^2), DDIM's choice on
-    CIFAR-10; ends near 0.8 T. Steps that fall on one index are taken
-              once (a step from an index to itself changes nothing), so that there can be fewer than S
-    """
-    T, S = num_timesteps, steps
-    if not 1 <= S <= T:
-        raise ValueError(f"steps={S}, expected 1 .. {T}, the number of steps the schedule has")
-    if rule == "trailing":
-        return tuple(round(T - i * T / S) - 1 for i in reversed(range(S)))
-    if rule == "linspace":
-        return tuple(round(i * (T - 1) / (S - 1)) for i in range(S)) if S > 1 else (T - 1,)
-    if rule == "leading":
-        return tuple(i * (T // S) for i in range(S))
-    if rule == "quad":
-        # 4/5 T (i / (S-1))^2 in integers: in floats an exact square may come out just below itself.
-        return tuple(sorted({4 * T * i * i // (5 * max(S - 1, 1) ** 2) for i in range(S)}))
-    raise ValueError(f"rule={rule!r}, expected one of {', '.join(RULES)}")
-
-
-def normal_noise(shape: Sequence[int], generator: Generators, device: torch.device | str = "cpu") -> Tensor:
-    """Standard normal float32 [B,C,H,W]; with a sequence of generators image i is drawn from the i-th alone.
-
-    Drawn where the generator lives and then moved, so that a CPU generator gives one noise on every device.
-    """
-    if isinstance(generator, torch.Generator):
-        return torch.randn(tuple(shape), generator=generator, device=generator.device).to(device)
-    _check_generators(generator, shape[0])
-    return torch.stack([torch.randn(tuple(shape[1:]), generator=g, device=g.device) for g in generator]).to(device)
 
 
 def ancestral(
@@ -77,8 +43,8 @@ def ancestral(
     On a subset the betas are recomputed from the kept abar, while the network still gets the original t. The last step
     returns the mean, without noise.
     """
-    _check_generators(generator, len(x_T))
-    kept = _kept(diffusion, timesteps)
+    check_generators(generator, len(x_T))
+    kept = kept_timesteps(diffusion.schedule, timesteps)
     chain = replace(diffusion, schedule=diffusion.schedule.respaced(kept))
     return _ancestral(diffusion, chain, model, x_T, generator, kept)
 
@@ -118,8 +84,8 @@ def ddim(
         raise ValueError(f"eta={eta}, expected 0 (deterministic) .. 1 (ancestral)")
     if eta > 0 and generator is None:
         raise ValueError(f"eta={eta} draws noise, and no generator was given; pass generator=..., or eta=0")
-    _check_generators(generator, len(x_T))
-    return _ddim(diffusion, model, x_T, generator, _kept(diffusion, timesteps), eta)
+    check_generators(generator, len(x_T))
+    return _ddim(diffusion, model, x_T, generator, kept_timesteps(diffusion.schedule, timesteps), eta)
 
 
 @torch.no_grad()
@@ -142,6 +108,77 @@ def _ddim(
         yield Step(kept[i], x)
 
 
+def dpm_solver(
+    diffusion: GaussianDiffusion, model: Model, x_T: Tensor, *, timesteps: Sequence[int] | None = None
+) -> Iterator[Step]:
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, over ascending code indices `timesteps`; deterministic.
+
+    First order at the first step, and at the last, which lands on x0: the log-SNR of clean data is infinite.
+    """
+    return _dpm_solver(diffusion, model, x_T, kept_timesteps(diffusion.schedule, timesteps))
+
+
+@torch.no_grad()
+def _dpm_solver(diffusion: GaussianDiffusion, model: Model, x: Tensor, kept: tuple[int, ...]) -> Iterator[Step]:
+    abar = [1.0, *diffusion.schedule.alphas_cumprod[list(kept)].tolist()]
+    x0_last, h_last = x, math.inf
+    for i in reversed(range(len(kept))):
+        x0 = diffusion.denoise(model, x, _filled(kept[i], x)).x0
+        now, after = abar[i + 1], abar[i]
+        h = _log_snr_half(after) - _log_snr_half(now)
+        # D = (1 + 1/(2r)) x0 - x0_last/(2r) with 1/r = h/h_last, which is 0 after a first step from no signal at all
+        step_ratio = h / h_last if 0 < i < len(kept) - 1 else 0.0
+        d = x0 + step_ratio / 2 * (x0 - x0_last)
+        x = ((1 - after) / (1 - now)) ** 0.5 * x - after**0.5 * math.expm1(-h) * d
+        x0_last, h_last = x0, h
+        yield Step(kept[i], x)
+
+
+def _log_snr_half(abar: float) -> float:
+    """lambda = ln(sqrt(abar) / sqrt(1 - abar))."""
+    if abar <= 0 or abar >= 1:
+        return -math.inf if abar <= 0 else math.inf
+    return 0.5 * (math.log(abar) - math.log1p(-abar))
+
+
+def ddim_invert(
+    diffusion: GaussianDiffusion, model: Model, x0: Tensor, *, timesteps: Sequence[int] | None = None
+) -> Iterator[Step]:
+    """DDIM run backwards, from images to the noise that makes them (Song, Meng & Ermon 2021, section 4.3).
+
+    Yields (t, x_t) for ascending `timesteps`; the last x is the noise. Exact in the limit of many steps. x0 is not
+    clipped, whatever `clip_x0` says: a clipped pixel could not be undone.
+    """
+    return _ddim_invert(replace(diffusion, clip_x0=False), model, x0, kept_timesteps(diffusion.schedule, timesteps))
+
+
+@torch.no_grad()
+def _ddim_invert(diffusion: GaussianDiffusion, model: Model, x: Tensor, kept: tuple[int, ...]) -> Iterator[Step]:
+    # The network knows no clean images (t = 0 is one step of noise): its eps at the first kept step stands in.
+    x0, eps = x, diffusion.denoise(model, x, _filled(kept[0], x)).eps
+    for i, t in enumerate(kept):
+        if i > 0:
+            x0, eps, _ = diffusion.denoise(model, x, _filled(kept[i - 1], x))
+        x = diffusion.q_sample(x0, _filled(t, x), eps)
+        yield Step(t, x)
+
+
+def slerp(x: Tensor, y: Tensor, weight: float) -> Tensor:
+    """From noise x (weight 0) to noise y (1) along the sphere, per image (Song, Meng & Ermon 2021, section 5.3)."""
+    a, b = _direction(x), _direction(y)
+    angle = (a * b).sum(1).clamp(-1, 1).acos().view(-1, *[1] * (x.dim() - 1))
+    # Of (nearly) parallel noises the arc is a line.
+    straight = angle.sin() < 1e-6
+    divisor = torch.where(straight, torch.ones_like(angle), angle.sin())
+    from_x = torch.where(straight, torch.full_like(angle, 1 - weight), ((1 - weight) * angle).sin() / divisor)
+    from_y = torch.where(straight, torch.full_like(angle, weight), (weight * angle).sin() / divisor)
+    return from_x * x + from_y * y
+
+
+def _direction(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x.flatten(1), dim=1)
+
+
 def few_steps_warning(diffusion: GaussianDiffusion, steps: int) -> str | None:
     """Why an ancestral sample of few steps would disappoint, or None.
 
@@ -154,28 +191,6 @@ def few_steps_warning(diffusion: GaussianDiffusion, steps: int) -> str | None:
         f"ancestral sampling with fixed_large over {steps} of {diffusion.num_timesteps} steps leaves noise in images; "
         "use ddim, or variance fixed_small"
     )
-
-
-def _kept(diffusion: GaussianDiffusion, timesteps: Sequence[int] | None) -> tuple[int, ...]:
-    """The checked code indices to visit, ascending; all of them by default."""
-    if timesteps is None:
-        return tuple(range(diffusion.num_timesteps))
-    kept = tuple(int(t) for t in timesteps)
-    diffusion.schedule.respaced(kept)  # checks the indices
-    if diffusion.schedule.has_zero_terminal_snr and kept[-1] != diffusion.num_timesteps - 1:
-        raise ValueError(
-            f"timesteps end at {kept[-1]}, expected {diffusion.num_timesteps - 1}: with zero terminal SNR only the "
-            "last step is pure "
-            "noise; use the rule 'trailing' or 'linspace'"
-        )
-    return kept
-
-
-def _check_generators(generator: Generators | None, images: int) -> None:
-    if isinstance(generator, Sequence) and len(generator) != images:
-        raise ValueError(
-            f"{len(generator)} generators for a batch of {images} images, expected one per image, or a single one"
-        )
 
 
 def _noise_for(x: Tensor, generator: Generators) -> Tensor:

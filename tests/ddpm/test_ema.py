@@ -141,7 +141,8 @@ def test_resumed_it_goes_on_bit_for_bit() -> None:
 
 
 def test_wrapped_models_have_the_bare_names() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = nn.Linear(2, 2)
         wrapped = nn.parallel.DistributedDataParallel(torch.compile(model, backend="eager"))
@@ -149,7 +150,9 @@ def test_wrapped_models_have_the_bare_names() -> None:
         assert sorted(ema.shadow) == ["bias", "weight"]
         ema.update()
         ema.copy_to(nn.Linear(2, 2))
-        ema.copy_to(torch.compile(nn.Linear(2, 2), backend="eager"))
+        compiled = torch.compile(nn.Linear(2, 2), backend="eager")
+        assert isinstance(compiled, nn.Module)
+        ema.copy_to(compiled)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -80,7 +80,7 @@ def test_oracle_3_from_the_prior_the_end_point_holds(sampler: str) -> None:
     diffusion = linear(60, variance="fixed_small")
     model, x = point_mass(diffusion, -0.3), randn(2, 1, 4, 4)
     if sampler == "ancestral":
-        *_, (t, x) = ancestral(diffusion, model, x, generator=seeded())
+        *_, (_t, x) = ancestral(diffusion, model, x, generator=seeded())
     else:
         *_, (_t, x) = ddim(diffusion, model, x, timesteps=timestep_subset(60, 7))
     torch.testing.assert_close(x, torch.full_like(x, -0.3), rtol=0, atol=1e-9)

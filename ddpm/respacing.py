@@ -1,0 +1,47 @@
+"""Which steps of a chain a sampler visits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ddpm.schedule import BetaSchedule
+
+RULES = ("trailing", "linspace", "leading", "quad")
+
+
+def timestep_subset(num_timesteps: int, steps: int, rule: str = "trailing") -> tuple[int, ...]:
+    """`steps` code indices out of 0 .. T-1, ascending.
+
+    trailing  round(arange(T, 0, -T/S)) - 1, reaches T-1 linspace  round(linspace(0, T-1, S)), reaches T-1 leading
+    arange(S) * (T // S), misses T-1 unless S = T quad      floor(linspace(0, sqrt(0.8 T), S)^2), DDIM's choice on
+    CIFAR-10; ends near 0.8 T. Steps that fall on one index are taken
+              once (a step from an index to itself changes nothing), so that there can be fewer than S
+    """
+    T, S = num_timesteps, steps
+    if not 1 <= S <= T:
+        raise ValueError(f"steps={S}, expected 1 .. {T}, the number of steps the schedule has")
+    if rule == "trailing":
+        return tuple(round(T - i * T / S) - 1 for i in reversed(range(S)))
+    if rule == "linspace":
+        return tuple(round(i * (T - 1) / (S - 1)) for i in range(S)) if S > 1 else (T - 1,)
+    if rule == "leading":
+        return tuple(i * (T // S) for i in range(S))
+    if rule == "quad":
+        # 4/5 T (i / (S-1))^2 in integers: in floats an exact square may come out just below itself.
+        return tuple(sorted({4 * T * i * i // (5 * max(S - 1, 1) ** 2) for i in range(S)}))
+    raise ValueError(f"rule={rule!r}, expected one of {', '.join(RULES)}")
+
+
+def kept_timesteps(schedule: BetaSchedule, timesteps: Sequence[int] | None) -> tuple[int, ...]:
+    """The code indices to visit, ascending: all by default; ValueError unless they are a subset one can start from."""
+    if timesteps is None:
+        return tuple(range(schedule.num_timesteps))
+    kept = tuple(int(t) for t in timesteps)
+    schedule.respaced(kept)  # checks the indices
+    if schedule.has_zero_terminal_snr and kept[-1] != schedule.num_timesteps - 1:
+        raise ValueError(
+            f"timesteps end at {kept[-1]}, expected {schedule.num_timesteps - 1}: with zero terminal SNR only the "
+            "last step is pure "
+            "noise; use the rule 'trailing' or 'linspace'"
+        )
+    return kept

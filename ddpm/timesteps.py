@@ -1,0 +1,114 @@
+"""How training draws its steps: uniformly, or more often where the loss is large."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+HISTORY = 10  # losses remembered per step (Nichol & Dhariwal 2021, section 3.3)
+UNIFORM_SHARE = 0.001  # so that no step is ever forgotten
+
+
+class Draw(NamedTuple):
+    """Code indices t [B] int64, and the weight [B] float32 that makes the mean loss unbiased."""
+
+    t: Tensor
+    weight: Tensor
+
+
+class TimestepSampler(Protocol):
+    """What the training loop needs: draw, tell the losses, save and load."""
+
+    def draw(self, num: int, generator: torch.Generator) -> Draw:
+        """`num` steps, a function of this sampler's state and of the generator alone."""
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Take in the unweighted losses [N] at steps t [N], from all workers, in one order that all of them use."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What must be in a checkpoint."""
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a `state_dict`."""
+
+
+class UniformTimesteps:
+    """Every step alike, weight 1; it has no state."""
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+
+    def draw(self, num: int, generator: torch.Generator) -> Draw:
+        """`num` steps, on the generator's device."""
+        t = torch.randint(self.num_timesteps, (num,), generator=generator, device=generator.device)
+        return Draw(t, torch.ones(num, device=generator.device))
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Nothing is learned from losses."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Empty."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """ValueError for the state of another kind of sampler."""
+        if state:
+            raise ValueError(
+                f"state {sorted(state)} is not that of uniform timesteps; resume with the sampling it was made by"
+            )
+
+
+class LossAwareTimesteps:
+    """Importance sampling of Nichol & Dhariwal 2021, eq. 18, made for the `vlb` objective.
+
+    p_t = 0.999 w_t / sum(w) + 0.001 / T, with w_t the root mean square of the last ten losses at t; uniform until every
+    step has ten. The history is kept on the CPU in float64. It is the same on all workers as long as each `update` gets
+    the losses of all of them, in one order.
+    """
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self.losses = torch.zeros(
+            num_timesteps, HISTORY, dtype=torch.float64
+        )  # the oldest first, among those that are there
+        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """p_t [T] float64, which sum to 1."""
+        weights = self.losses.square().mean(1).sqrt()
+        if bool((self.counts < HISTORY).any()) or float(weights.sum()) == 0:
+            return torch.full_like(weights, 1 / self.num_timesteps)
+        return (1 - UNIFORM_SHARE) * weights / weights.sum() + UNIFORM_SHARE / self.num_timesteps
+
+    def draw(self, num: int, generator: torch.Generator) -> Draw:
+        """`num` steps on the generator's device, with weights 1 / (T p_t)."""
+        p = self.probabilities()
+        on_device = p.float().to(generator.device)
+        t = torch.multinomial(on_device, num, replacement=True, generator=generator)
+        return Draw(t, (1 / (self.num_timesteps * p)).float().to(generator.device)[t])
+
+    def update(self, t: Tensor, losses: Tensor) -> None:
+        """Remember the unweighted losses [N] at steps t [N], the last ten of each step."""
+        for step, loss in zip(t.tolist(), losses.detach().double().tolist(), strict=True):
+            count = int(self.counts[step])
+            if count == HISTORY:
+                self.losses[step] = self.losses[step].roll(-1)
+            self.losses[step, min(count, HISTORY - 1)] = loss
+            self.counts[step] = min(count + 1, HISTORY)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """{"losses": [T,10] float64, "counts": [T] int64}, copies."""
+        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """ValueError where the state is of another kind or another number of steps."""
+        if sorted(state) != ["counts", "losses"] or state["losses"].shape != self.losses.shape:
+            shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+            raise ValueError(
+                f"state {shapes} does not fit {self.num_timesteps} loss-aware steps; use the same sampling and T"
+            )
+        self.losses.copy_(state["losses"])
+        self.counts.copy_(state["counts"])
