@@ -24,7 +24,13 @@ if MARKER not in os.environ:
     _environment = hermetic_environment(_root, os.environ)
     os.environ.clear()
     os.environ.update(_environment)
-    atexit.register(shutil.rmtree, _root, ignore_errors=True)
+    _owner = os.getpid()
+
+    def _remove_root() -> None:
+        if os.getpid() == _owner:  # not a forked child's to remove
+            shutil.rmtree(_root, ignore_errors=True)
+
+    atexit.register(_remove_root)
 network_guard.install()
 # One thread in the test process: bit-exactness is promised per thread count, and the machine is shared with the test's own workers.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,11 +130,24 @@ def test_the_environment_is_scrubbed_and_every_place_lies_below_the_root(tmp_pat
         assert Path(environment[name]).is_dir()
 
 
+def hermetic_command(test_file: Path) -> list[str]:
+    runner = [sys.executable, str(REPOSITORY / "tests" / "hermetic.py")]
+    return [
+        *runner,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(test_file.parent),
+        str(test_file),
+    ]
+
+
 def run_hermetic(test_file: Path, body: str) -> subprocess.CompletedProcess[str]:
     test_file.write_text(textwrap.dedent(body))
-    runner = [sys.executable, str(REPOSITORY / "tests" / "hermetic.py")]
-    options = ["-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(test_file.parent), str(test_file)]
-    return subprocess.run([*runner, *options], capture_output=True, text=True, check=False)
+    return subprocess.run(hermetic_command(test_file), capture_output=True, text=True, check=False)
 
 
 def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> None:
@@ -151,6 +166,28 @@ def test_a_process_left_behind_fails_the_run_and_is_ended(tmp_path: Path) -> Non
     pid = int(out.stderr.split("(ended now):")[1].split(":")[0])
     assert not psutil.pid_exists(pid)
     assert f"{pid}: sleep 987" in out.stderr
+
+
+def test_stopping_the_runner_stops_pytest_and_removes_the_root(tmp_path: Path) -> None:
+    test_file = tmp_path / "test_sleeps.py"
+    started = tmp_path / "started"
+    test_file.write_text(
+        f"import os, pathlib, time\n"
+        f"def test_sleeps():\n"
+        f"    pathlib.Path({str(started)!r}).write_text(os.environ['HOME'])\n"
+        f"    time.sleep(600)\n"
+    )
+    with subprocess.Popen(
+        hermetic_command(test_file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as runner:
+        while not (started.exists() and started.read_text()):
+            assert runner.poll() is None
+            time.sleep(0.1)
+        runner.send_signal(signal.SIGTERM)
+        stdout, _ = runner.communicate(timeout=60)
+    assert "KeyboardInterrupt" in stdout
+    assert runner.returncode == pytest.ExitCode.INTERRUPTED
+    assert not Path(started.read_text()).parent.exists()
 
 
 def test_an_orphan_that_ends_is_gone_for_a_test_that_waits_for_it(tmp_path: Path) -> None:
