@@ -235,6 +235,7 @@ def _watch(thread: threading.Thread, board: Any, console: Console, signals: Sign
 
     asked_at: float | None = None
     begin: tuple[int, float] | None = None
+    shown: dict[str, Any] = {}
     while thread.is_alive():
         thread.join(timeout=POLL_S)
         try:
@@ -244,7 +245,8 @@ def _watch(thread: threading.Thread, board: Any, console: Console, signals: Sign
         for warning in seen["warnings"]:
             console.say(f"warning: {warning}")
         progress = seen["progress"]
-        if progress:
+        if progress and progress != shown:
+            shown = progress
             begin = begin or (progress["step"], time.monotonic())
             console.progress(progress_line(progress, begin), done=progress["step"] == progress["steps"])
         if len(signals.received) > 1 or (

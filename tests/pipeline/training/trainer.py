@@ -1,14 +1,14 @@
-"""A training in a process of its own, without Ray: `python -m tests.pipeline.training.trainer RUN_FOLDER`.
-
-The same worker that Ray starts; tests kill this process where they like, and start it again.
-"""
+"""A training in a process of its own, without Ray: the worker that Ray starts, in a process that tests may kill where they like."""
 
 from __future__ import annotations
 
-import sys
+import hashlib
+import json
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from pipeline import checkpoint as checkpoints
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
 from pipeline.home import default_tracking_uri
@@ -35,16 +35,19 @@ SETTINGS: dict[str, Any] = {
 
 
 class Alone:
-    """A link to nobody; prints each step so that a test can kill at one."""
+    """A link to nobody: tells a pipe of each step, and asks for a stop after `stop_after` steps of this process."""
 
-    def __init__(self, stop_at: int | None = None) -> None:
-        self.stop_at, self.step = stop_at, 0
+    def __init__(self, told: Connection | None = None, stop_after: int | None = None) -> None:
+        self.told, self.stop_after, self.steps = told, stop_after, 0
 
     def publish(self, progress: dict[str, Any]) -> None:
-        self.step = progress.get("step", self.step)
+        pass
 
     def stop_requested(self) -> bool:
-        return self.stop_at is not None and self.step >= self.stop_at
+        self.steps += 1
+        if self.told is not None:
+            self.told.send(self.steps)
+        return self.stop_after is not None and self.steps >= self.stop_after
 
 
 def make_run(home: Path, **changes: Any) -> Run:
@@ -78,6 +81,28 @@ def job_of(run: Run) -> Job:
     )
 
 
-if __name__ == "__main__":
-    run = Run(Path(sys.argv[1]))
-    print(Worker(job_of(run), Team(), Alone()).work())
+def train(folder: str, told: Connection | None = None, stop_after: int | None = None) -> str:
+    """Be the worker of a run's next attempt, until the end, a stop or a kill."""
+    return Worker(job_of(Run(Path(folder))), Team(), Alone(told, stop_after)).work()
+
+
+def final_digests(run: Run) -> dict[str, str]:
+    """Return the SHA-256 of the newest checkpoint's tensors, by group."""
+    checkpoint = checkpoints.newest_verified(run.checkpoints).checkpoint
+    assert checkpoint is not None
+    assert checkpoint.step == run.record.experiment["training"]["steps"]
+    return {
+        group: hashlib.sha256((checkpoint.folder / f"{group}.safetensors").read_bytes()).hexdigest()
+        for group in checkpoints.GROUPS
+    }
+
+
+def logged_losses(run: Run) -> dict[int, float]:
+    """Return the recorded loss of each logged step, from the spool; two records of one step must agree."""
+    losses: dict[int, float] = {}
+    for line in (run.folder / "spool" / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["kind"] == "metrics":
+            loss = event["values"]["loss"]
+            assert losses.setdefault(event["step"], loss) == loss
+    return losses

@@ -1,0 +1,100 @@
+"""Oracle 11: training, stopped or killed anywhere and gone on with, ends with the bytes of an undisturbed training. Dropout is on."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+
+import pytest
+
+from pipeline.errors import CheckpointError
+from pipeline.runs import Run
+from tests.pipeline.training import trainer
+
+# the children start from a process that has everything imported already, so that a training takes a second, not five
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.pipeline.training.trainer"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[dict[str, str], dict[int, float]]:
+    run = trainer.make_run(tmp_path_factory.mktemp("undisturbed"))
+    to_the_end(run)
+    return trainer.final_digests(run), trainer.logged_losses(run)
+
+
+def to_the_end(run: Run, stop_after: int | None = None) -> None:
+    process = PROCESSES.Process(target=trainer.train, args=(str(run.folder), None, stop_after))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+
+
+def killed_after(run: Run, steps: int) -> None:
+    """Start a training in another process and kill it once it has told of so many steps."""
+    mine, its = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=trainer.train, args=(str(run.folder), its))
+    process.start()
+    its.close()
+    while mine.recv() < steps:
+        pass
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(20))
+def test_oracle_11_killed_at_a_random_step_and_resumed_ends_with_the_same_bytes(tmp_path, undisturbed, trial):
+    run = trainer.make_run(tmp_path)
+    killed_after(run, random.Random(trial).randint(1, 29))
+    to_the_end(run)
+    assert (trainer.final_digests(run), trainer.logged_losses(run)) == undisturbed
+
+
+def test_oracle_11_killed_again_and_again_still_ends_with_the_same_bytes(tmp_path, undisturbed):
+    run = trainer.make_run(tmp_path)
+    for steps in (3, 6, 1, 9, 5):
+        killed_after(run, steps)
+    to_the_end(run)
+    assert (trainer.final_digests(run), trainer.logged_losses(run)) == undisturbed
+
+
+def test_oracle_11_asked_to_stop_loses_no_step(tmp_path, undisturbed):
+    run = trainer.make_run(tmp_path)
+    to_the_end(run, stop_after=7)
+    assert max(int(path.name.split("-")[1]) for path in run.checkpoints.iterdir()) == 7
+    to_the_end(run)
+    assert (trainer.final_digests(run), trainer.logged_losses(run)) == undisturbed
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, undisturbed):
+    run = trainer.make_run(tmp_path)
+    killed_after(run, 15)
+    newest = max(run.checkpoints.iterdir())
+    model = newest / "model.safetensors"
+    data = bytearray(model.read_bytes())
+    data[len(data) // 2] ^= 1
+    model.write_bytes(data)
+    to_the_end(run)
+    assert trainer.final_digests(run) == undisturbed[0]
+    assert "model.safetensors is damaged" in run.log_path.read_text()
+
+
+def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
+    run = trainer.make_run(tmp_path)
+    to_the_end(run, stop_after=4)
+    other = trainer.make_run(tmp_path, seed=1)
+    run.checkpoints.rename(other.checkpoints)
+    with pytest.raises(CheckpointError, match="other settings"):
+        trainer.train(str(other.folder))
+
+
+def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):
+    # the comparison above would mean nothing if every training ended alike
+    run = trainer.make_run(tmp_path, seed=1)
+    to_the_end(run)
+    assert trainer.final_digests(run) != undisturbed[0]
