@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 HALF_BIN = 1 / 255  # half the distance of two neighbouring levels of a uint8 image scaled to [-1, 1]
 END = 0.999  # beyond it lies level 0 or 255, whose bin reaches to infinity
+FAR_TAIL = -1e5
 LEAST_LOG_RATIO = -1e-15  # a bin much narrower than the Gaussian has log Phi(upper) - log Phi(lower) = 0 in float64
 
 
@@ -27,9 +30,16 @@ def discretized_log_likelihood(x: Tensor, mean: Tensor, log_variance: Tensor) ->
     # Mirrored where x lies above the mean: Phi(b) - Phi(a) = Phi(-a) - Phi(-b), and the second keeps its digits.
     below = -centred.abs()
     upper, lower = (below + HALF_BIN) * scale, (below - HALF_BIN) * scale
-    log_upper = torch.special.log_ndtr(upper)
-    log_ratio = (torch.special.log_ndtr(lower) - log_upper).clamp(max=LEAST_LOG_RATIO)
+    log_upper = log_phi(upper)
+    log_ratio = (log_phi(lower) - log_upper).clamp(max=LEAST_LOG_RATIO)
     inside = log_upper + torch.log(-torch.expm1(log_ratio))
-    first = torch.special.log_ndtr((centred + HALF_BIN) * scale)
-    last = torch.special.log_ndtr((HALF_BIN - centred) * scale)
+    first = log_phi((centred + HALF_BIN) * scale)
+    last = log_phi((HALF_BIN - centred) * scale)
     return torch.where(x < -END, first, torch.where(x > END, last, inside))
+
+
+def log_phi(z: Tensor) -> Tensor:
+    """log of the normal distribution function, with finite gradients: torch's overflow in the far tail."""
+    far = z.clamp(max=FAR_TAIL)
+    asymptotic = -0.5 * far**2 - torch.log(-far) - 0.5 * math.log(2 * math.pi)  # relative error 1 / z^2
+    return torch.where(z < FAR_TAIL, asymptotic, torch.special.log_ndtr(z.clamp(min=FAR_TAIL)))

@@ -97,7 +97,7 @@ def bits_per_dim(
     the levels.
     """
     levels = (x0.double().cpu() + 1) * 127.5
-    if bool((levels - levels.round()).abs().max() > 1e-3) or bool((x0.abs() > 1 + 1e-6).any()):
+    if not bool((levels - levels.round()).abs().max() < 1e-3) or not bool(x0.abs().max() < 1 + 1e-6):  # NaN is off too
         raise ValueError(
             "x0 holds values off the 256 levels of [-1, 1]; bits/dim are defined for x / 127.5 - 1 of uint8 images"
         )

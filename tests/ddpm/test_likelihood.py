@@ -1,0 +1,235 @@
+"""Bits per dimension: oracles 6 and 12 of MATHS, closed forms, and a second derivation of the whole bound."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, bits_per_dim, normal_noise
+from ddpm.gaussian import discretized_log_likelihood, normal_kl
+from ddpm.likelihood import prior_bits, vlb_term
+from tests.ddpm.closed_forms import ignorant, normal_data, point_mass, randn, seeded
+
+LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
+
+
+@pytest.mark.parametrize("std", [1e-3, 0.01, 0.1, 1.0, 30.0])
+@pytest.mark.parametrize("mean", [-1.3, -1.0, -0.30101, 0.0, 0.9, 1.0, 2.0])
+def test_oracle_12_256_probabilities_sum_to_1(mean: float, std: float) -> None:
+    log_variance = torch.full_like(LEVELS, 2 * math.log(std))
+    mass = discretized_log_likelihood(LEVELS, torch.full_like(LEVELS, mean), log_variance).exp()
+    assert float(mass.sum()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("std", [0.004, 0.01, 0.3, 50.0])
+@pytest.mark.parametrize("mean", [-1.0, -0.3, 0.7, 1.4])
+def test_oracle_12_level_by_level_in_50_digits(mean: float, std: float) -> None:
+    """Deep in the tails too, where the tanh approximation is off by whole nats."""
+    ours = discretized_log_likelihood(LEVELS, torch.full_like(LEVELS, mean), torch.full_like(LEVELS, 2 * math.log(std)))
+    with mpmath.workdps(50):
+        half, deviation = mpmath.mpf(1) / 255, mpmath.mpf(std)
+        for level in (0, 1, 2, 30, 89, 90, 127, 128, 200, 216, 217, 253, 254, 255):
+            x = mpmath.mpf(2 * level) / 255 - 1 - mpmath.mpf(mean)
+            upper = mpmath.ncdf((x + half) / deviation) if level < 255 else mpmath.mpf(1)
+            lower = mpmath.ncdf((x - half) / deviation) if level > 0 else mpmath.mpf(0)
+            if x > 0 and level < 255:  # mirrored: 1 minus something below 1e-50 has no digits left
+                lower, upper = mpmath.ncdf(-(x + half) / deviation), mpmath.ncdf(-(x - half) / deviation)
+            if level == 255:
+                lower, upper = mpmath.mpf(0), mpmath.ncdf(-(x - half) / deviation)
+            assert float(ours[level]) == pytest.approx(float(mpmath.log(upper - lower)), rel=1e-9, abs=1e-9)
+
+
+def test_the_decoder_has_finite_gradients_everywhere() -> None:
+    x = LEVELS.float().repeat(5, 1)
+    mean = torch.tensor([-40.0, -1.0, 0.0, 0.5, 40.0]).view(-1, 1).expand_as(x).clone().requires_grad_()
+    log_variance = torch.tensor([-40.0, -11.0, -9.0, 0.0, 40.0]).view(-1, 1).expand_as(x).clone().requires_grad_()
+    log = discretized_log_likelihood(x, mean, log_variance)
+    assert bool(torch.isfinite(log).all())
+    for gradient in torch.autograd.grad(log.sum(), (mean, log_variance)):
+        assert bool(torch.isfinite(gradient).all())
+
+
+def test_kl_equals_torchs() -> None:
+    a, b, c, d = (randn(50, seed=i) for i in range(4))
+    one, two = torch.distributions.Normal(a, (b / 2).exp()), torch.distributions.Normal(c, (d / 2).exp())
+    torch.testing.assert_close(
+        normal_kl(a, b, c, d), torch.distributions.kl_divergence(one, two), rtol=1e-12, atol=1e-12
+    )
+
+
+def expected_terms(diffusion: GaussianDiffusion, decoder_variance: float) -> tuple[float, float]:
+    """(prior, sum of KLs + continuous decoder), in nats, of the optimal network where x0 ~ N(0, 1).
+
+    Every term is quadratic in (x0, eps) without linear part: its expectation is its mean over the four signs.
+    """
+    T = diffusion.num_timesteps
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=2)), dtype=torch.float64)
+    x0, eps = signs[:, 0].view(4, 1, 1, 1), signs[:, 1].view(4, 1, 1, 1)
+    model, total = normal_data(diffusion), 0.0
+    for step in range(T):
+        t = torch.full((4,), step)
+        x_t = diffusion.q_sample(x0, t, eps)
+        p = diffusion.p_mean_variance(model, x_t, t)
+        if step > 0:
+            total += float(vlb_term(diffusion, x0, x_t, t, p).mean()) * math.log(2)
+        else:
+            squares = float(((x0 - p.mean) ** 2).mean())
+            total += 0.5 * (math.log(2 * math.pi * decoder_variance) + squares / decoder_variance)
+    return float(prior_bits(diffusion, x0).mean()) * math.log(2), total
+
+
+@pytest.mark.parametrize(
+    ("variance", "decoder", "nats"),
+    [
+        ("fixed_large", "beta_0", 1.41894),
+        ("fixed_large", "posterior_1", 1.53264),
+        ("fixed_small", "posterior_1", 1.99753),
+    ],
+)
+def test_oracle_6_the_bound_of_the_optimal_network_on_normal_data(variance: str, decoder: str, nats: float) -> None:
+    schedule = BetaSchedule.named("linear", 1000)
+    diffusion = GaussianDiffusion(schedule, variance=variance, clip_x0=False)
+    decoder_variance = float(schedule.betas[0] if decoder == "beta_0" else schedule.posterior_variance[1])
+    prior, rest = expected_terms(diffusion, decoder_variance)
+    assert prior + rest == pytest.approx(nats, abs=6e-6)
+    if decoder == "beta_0":
+        assert prior + rest == pytest.approx(
+            0.5 * math.log(2 * math.pi * math.e), abs=1e-9
+        )  # the entropy: the bound is tight
+
+
+def images(B: int, C: int = 1, side: int = 4, seed: int = 0) -> Tensor:
+    levels = torch.randint(256, (B, C, side, side), generator=seeded(seed))
+    return levels.double() / 127.5 - 1
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
+@pytest.mark.parametrize(("prediction", "clip"), [("eps", True), ("v", False), ("x_prev", True)])
+@pytest.mark.parametrize("kept", [None, (0, 5, 6, 20, 29)])
+def test_the_whole_bound_by_a_second_derivation(
+    variance: str, prediction: str, clip: bool, kept: tuple[int, ...] | None
+) -> None:
+    """Each term again with torch's distributions, on the noise the generator gives, without our q_posterior or KL."""
+    T, normal = 30, torch.distributions.Normal
+    schedule = BetaSchedule.named("linear", T)
+    diffusion = GaussianDiffusion(schedule, prediction, variance, clip)
+    x0, model = images(3), ignorant(1, 2 if variance == "learned_range" else 1)
+    result = bits_per_dim(diffusion, model, x0, generator=seeded(4), timesteps=kept)
+    steps = kept or tuple(range(T))
+    assert result.timesteps == steps
+    abar = [1.0] + [math.prod((1 - schedule.betas[: t + 1]).tolist()) for t in steps]
+    g = seeded(4)
+    for i, t in enumerate(steps):
+        now, before = abar[i + 1], abar[i]
+        beta = 1 - now / before
+        x_t = math.sqrt(now) * x0 + math.sqrt(1 - now) * normal_noise(x0.shape, g).double()
+        denoised = diffusion.denoise(model, x_t, torch.full((3,), t))
+        coef1, coef2 = beta * math.sqrt(before) / (1 - now), (1 - before) * math.sqrt(1 - beta) / (1 - now)
+        small = beta * (1 - before) / (1 - now)
+        if i == 0:
+            beta1 = 1 - abar[2] / now
+            small = beta1 * (1 - now) / (1 - abar[2])
+        large = beta if i > 0 or variance == "learned_range" else small
+        fraction = {"fixed_small": 0.0, "fixed_large": 1.0}.get(variance, denoised.variance_fraction)
+        std = torch.exp(
+            0.5 * (torch.as_tensor(fraction) * math.log(large) + (1 - torch.as_tensor(fraction)) * math.log(small))
+        )
+        p = normal(coef1 * denoised.x0 + coef2 * x_t, std.double())
+        if i > 0:
+            q = normal(coef1 * x0 + coef2 * x_t, torch.tensor(math.sqrt(small), dtype=torch.float64))
+            term = torch.distributions.kl_divergence(q, p)
+        else:
+            upper = torch.where(x0 > 0.999, 1.0, p.cdf(x0 + 1 / 255))
+            term = -torch.log(upper - torch.where(x0 < -0.999, 0.0, p.cdf(x0 - 1 / 255)))
+            fine = torch.exp(-term) > 1e-6  # differences of plain Phi have too few digits beyond
+            assert bool(fine.any())
+            ours = -discretized_log_likelihood(x0, p.mean, 2 * p.stddev.log())
+            torch.testing.assert_close(ours[fine], term[fine], rtol=1e-5, atol=1e-5)
+            term = ours
+        bits = term.mean((1, 2, 3)) / math.log(2)
+        torch.testing.assert_close(result.terms[:, i], bits, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(result.x0_mse[:, i], ((denoised.x0 - x0) ** 2).mean((1, 2, 3)))
+    last = normal(math.sqrt(abar[-1]) * x0, math.sqrt(1 - abar[-1]))
+    prior = torch.distributions.kl_divergence(last, normal(torch.zeros_like(x0), 1.0)).mean((1, 2, 3)) / math.log(2)
+    torch.testing.assert_close(result.prior, prior, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(result.total, prior + result.terms.sum(1), rtol=1e-9, atol=1e-9)
+
+
+def test_a_known_image_costs_its_decoder_and_the_prior() -> None:
+    """Point mass, fixed_small: q and p are the same at every step, so that nothing is left but L_T and L_0."""
+    mu, s = 25 / 127.5 - 1, BetaSchedule.named("cosine", 40)
+    diffusion = GaussianDiffusion(s, variance="fixed_small")
+    x0 = torch.full((2, 1, 3, 3), mu, dtype=torch.float64)
+    result = bits_per_dim(diffusion, point_mass(diffusion, mu), x0, generator=seeded())
+    assert float(result.terms[:, 1:].abs().max()) < 1e-9
+    mass = math.erf(1 / 255 / math.sqrt(2 * float(s.posterior_variance[1])))  # the bin is centred on the mean
+    torch.testing.assert_close(
+        result.decoder, torch.full((2,), -math.log2(mass), dtype=torch.float64), rtol=1e-6, atol=1e-9
+    )
+    rate, rmse = result.rate_distortion()
+    torch.testing.assert_close(rate, result.prior.mean().expand(40), rtol=0, atol=1e-9)
+    assert float(rmse.max()) < 1e-6
+
+
+def test_rate_and_distortion_by_hand() -> None:
+    result = BitsPerDim(
+        prior=torch.tensor([0.5, 1.5]),
+        terms=torch.tensor([[1.0, 2.0, 4.0], [3.0, 6.0, 8.0]]),
+        x0_mse=torch.tensor([[0.0, 1.0, 4.0], [2.0, 7.0, 4.0]]),
+        timesteps=(0, 1, 2),
+    )
+    rate, rmse = result.rate_distortion()
+    torch.testing.assert_close(rate, torch.tensor([11.0, 7.0, 1.0]))  # 1 + (4 + 6), 1 + 6, 1
+    torch.testing.assert_close(rmse, 127.5 * torch.tensor([1.0, 2.0, 2.0]))
+    assert result.total.tolist() == [7.5, 18.5]
+
+
+def test_a_degenerate_schedule_pays_in_the_prior() -> None:
+    x0 = images(4)
+    good, bad = (GaussianDiffusion(BetaSchedule.named(n, 50)) for n in ("linear", "linear_raw"))
+    assert float(prior_bits(good, x0).max()) < 1e-4
+    assert float(prior_bits(bad, x0).min()) > 0.01
+    zero = GaussianDiffusion(BetaSchedule.named("jsd", 50), "v")
+    assert float(prior_bits(zero, x0).max()) == 0
+
+
+def test_an_images_bits_do_not_depend_on_its_batch() -> None:
+    diffusion, x0 = GaussianDiffusion(BetaSchedule.named("linear", 25)), images(5)
+    model = point_mass(diffusion, 0.25)  # element-wise arithmetic: the same in any batch
+    together = bits_per_dim(diffusion, model, x0, generator=[seeded(i) for i in range(5)])
+    parts = [
+        bits_per_dim(diffusion, model, x0[a:b], generator=[seeded(i) for i in range(a, b)]) for a, b in ((0, 2), (2, 5))
+    ]
+    joined = BitsPerDim.cat(parts)
+    for name in ("prior", "terms", "x0_mse"):
+        torch.testing.assert_close(getattr(joined, name), getattr(together, name), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="different timesteps"):
+        BitsPerDim.cat([parts[0], bits_per_dim(diffusion, model, x0, generator=seeded(), timesteps=(3, 24))])
+
+
+@pytest.mark.parametrize("value", [0.5001, 1.01, float("nan")])
+def test_images_off_the_levels_are_refused(value: float) -> None:
+    x0 = images(2)
+    x0[0, 0, 0, 0] = value
+    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 25))
+    with pytest.raises(ValueError, match="off the 256 levels"):
+        bits_per_dim(diffusion, ignorant(), x0, generator=seeded())
+
+
+def test_float32_images_of_a_loader_are_on_the_levels_and_keep_their_dtype() -> None:
+    x0 = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).float() / 127.5 - 1
+    seen = set()
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        seen.add(x.dtype)
+        assert not torch.is_grad_enabled()
+        return torch.zeros_like(x)
+
+    result = bits_per_dim(GaussianDiffusion(BetaSchedule.named("linear", 25)), model, x0, generator=seeded())
+    assert seen == {torch.float32}
+    assert result.total.dtype == torch.float64
