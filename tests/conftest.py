@@ -34,6 +34,9 @@ if MARKER not in os.environ:
 network_guard.install()
 # One thread in the test process: bit-exactness is promised per thread count, and the machine is shared with the test's own workers.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Ray reads this when first imported; on Linux it alone makes Ray listen on loopback only, whatever `_node_ip_address` says.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+_IN_PROCESS_ONLY = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
 
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
 settings.load_profile("seeded")
@@ -57,7 +60,13 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cli(home: Path) -> Callable[..., CliResult]:
+def user_environment(home: Path) -> dict[str, str]:
+    """The environment for a process that stands for a user's own: isolated, but without what eases tests in this process."""
+    return {name: value for name, value in os.environ.items() if name not in _IN_PROCESS_ONLY}
+
+
+@pytest.fixture
+def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult]:
     """Run `ddpm-pipe ARGUMENTS` as users do, in its own process: cli("runs", "--json", cwd=..., env={...}, timeout_s=...).
 
     The process works in `home` unless told otherwise, with the threads a user has. One that outlasts `timeout_s` is
@@ -67,12 +76,11 @@ def cli(home: Path) -> Callable[..., CliResult]:
     def run(
         *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout_s: float = 300
     ) -> CliResult:
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | (env or {})
         command = [str(Path(sys.executable).with_name("ddpm-pipe")), *map(str, arguments)]
         with subprocess.Popen(
             command,
             cwd=cwd or home,
-            env=environment,
+            env=user_environment | (env or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

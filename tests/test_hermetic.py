@@ -101,8 +101,18 @@ def test_ray_workers_are_guarded(ray_session: Any) -> None:
     assert ray_session.get(ray_session.remote(attempt).remote()) == ("ENETUNREACH", True)
 
 
+def listening_addresses(process: psutil.Process) -> set[str]:
+    """Return the addresses on which `process` and its descendants accept connections."""
+    family = [process, *process.children(recursive=True)]
+    sockets = [connection for member in family for connection in member.net_connections(kind="inet")]
+    return {connection.laddr.ip for connection in sockets if connection.status == psutil.CONN_LISTEN}
+
+
 @pytest.mark.ray
-def test_ray_listens_on_loopback(ray_session: Any) -> None:
+def test_the_shared_ray_listens_on_loopback_alone(ray_session: Any) -> None:
+    addresses = listening_addresses(psutil.Process())
+    assert addresses
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
     assert {node["NodeManagerAddress"] for node in ray_session.nodes()} == {"127.0.0.1"}
 
 
