@@ -29,10 +29,12 @@ KNOWN_SHAPES = re.compile(
 )
 USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
 ASSIGNMENT = re.compile(
-    r"(?i)([\w-]*(?:passw(?:or)?d|passphrase|secret|credential|token|(?:api|access|private|signing)[_-]?key|signature)[\w-]*"
+    r"(?i)(?<![\w-])([\w-]{0,40}?(?:passw(?:or)?d|passphrase|secret|credential|token|(?:api|access|private|signing)[_-]?key"
+    r"|x-amz-signature)[\w-]{0,40}"
     r"[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]+)"
 )
-RANDOM_CANDIDATE = re.compile(r"[A-Za-z0-9+/=_-]{20,}")
+# longer ones are pictures in base64, not secrets
+RANDOM_CANDIDATE = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{20,512}(?![A-Za-z0-9+/=_-])")
 
 
 def redact(text: str) -> str:
@@ -71,7 +73,15 @@ def one_line(error: Exception) -> str:
 
 
 def _environment_secrets() -> list[str]:
-    return [value for name, value in os.environ.items() if len(value) >= 8 and SECRET_NAME.search(name)]
+    """Return the values of variables whose names announce a secret; not those that say where one is kept, nor plain words."""
+    return [
+        value
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name)
+        and not name.endswith(("_PATH", "_FILE", "_DIR"))
+        and len(value) >= 8
+        and not value.isalpha()
+    ]
 
 
 def _looks_random(word: str) -> bool:

@@ -289,8 +289,8 @@ def new_id() -> str:
 
 
 def normalise_name(name: str) -> str:
-    """Return the name with only `A-Za-z0-9._-`, at most 64 characters, no leading dot; UsageError if none is left."""
-    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-").lstrip(".")[:64]
+    """Return the name with only `A-Za-z0-9._-`, 1 to 64 characters, no leading dot or dash; UsageError if none is left."""
+    kept = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-").lstrip(".-")[:64]
     if not kept:
         raise UsageError(f"name {name!r}: expected letters, digits, '.', '_' or '-'")
     return kept

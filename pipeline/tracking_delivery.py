@@ -8,16 +8,20 @@ last step of that metric; a picture is skipped where one of its key and step exi
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.redaction import one_line, redact
 from pipeline.tracking_spool import Event
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
 
 RUN_ID_TAG = "ddpm_pipe.run_id"
 MAX_METRICS_PER_CALL = 1000
@@ -169,13 +173,15 @@ class Delivery:
         from mlflow.entities import Metric
 
         steps: dict[str, int] = {}
-        metrics = []
+        metrics: list[Metric] = []
         for event in events:
             step, repeatable = event["step"], event["family"] == "train"
             for key, value in event["values"].items():
                 if repeatable and step <= steps.get(key, self._last_step(key)):
                     continue
-                if not repeatable and self._has(key, step, value):
+                if not repeatable and any(
+                    _same(metric, key, step, value) for metric in [*metrics, *self._history(key)]
+                ):
                     continue
                 metrics.append(Metric(key, value, event["time"], step))
                 if repeatable:
@@ -186,14 +192,12 @@ class Delivery:
 
     def _last_step(self, key: str) -> int:
         if key not in self._last_steps:
-            history = [] if self._is_new else self.client.get_metric_history(self.run_id, key)
+            history = [] if self._is_new else self._history(key)
             self._last_steps[key] = max((metric.step for metric in history), default=-1)
         return self._last_steps[key]
 
-    def _has(self, key: str, step: int, value: float) -> bool:
-        history = [] if self._is_new else self.client.get_metric_history(self.run_id, key)
-        same = [metric.value for metric in history if metric.step == step]
-        return value in same or (value != value and any(other != other for other in same))
+    def _history(self, key: str) -> list[Metric]:
+        return list(self.client.get_metric_history(self.run_id, key))
 
     def _deliver_start(self, events: Sequence[Event]) -> None:
         event = events[0]
@@ -289,6 +293,11 @@ class Delivery:
         if not found.exists():
             raise RejectedError(f"{found}: is no longer there")
         return found
+
+
+def _same(metric: Metric, key: str, step: int, value: float) -> bool:
+    equal = metric.value == value or (math.isnan(metric.value) and math.isnan(value))
+    return equal and metric.key == key and metric.step == step
 
 
 def groups(events: Sequence[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:

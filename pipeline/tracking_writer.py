@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -41,9 +42,11 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._delivery: Delivery | None = None
         self._failures = 0
-        self._last_failure = 0.0
+        self._attempt = 0.0  # when the thread last began to deliver ...
+        self._failed_attempt = -1.0  # ... and when it began the last time that failed
         self._retry_files_at = 0.0
         self._answers = uri.startswith("sqlite:")
+        self._asked_at = math.inf  # when the store was first asked: importing MLflow is not the store's fault
         self.problem: str | None = None
 
     # the thread
@@ -66,6 +69,7 @@ class Writer:
         while not self._stopping:
             self._wake.wait(min(self._interval_s * 2 ** min(self._failures, 10), MAX_BACKOFF_S))
             self._wake.clear()
+            self._attempt = time.monotonic()
             try:
                 while not self._stopping and self.deliver_some():
                     pass
@@ -76,9 +80,9 @@ class Writer:
         """Wait until the store has all that the spool holds now; give up early where it is away, unless `patient`."""
         grace_s = GRACE_KNOWN_DEAD_S if self._spool.unreachable else GRACE_S
         begin = moved = time.monotonic()
+        woken = 0.0
         end, offset = self._spool.size(), -1
         self._retry_files_at = 0.0
-        self._wake.set()
         while True:
             position = self.position()
             if position.offset >= end and not position.deferred and not self._spool.unwritten:
@@ -86,11 +90,14 @@ class Writer:
             now = time.monotonic()
             if position.offset != offset:  # by this process or another one
                 offset, moved = position.offset, now
-            gone = self._last_failure > begin or (now - moved > grace_s and not self._answers)
-            if now - begin > timeout or (gone and not patient):
+            hangs = not self._answers and now - max(moved, self._asked_at) > grace_s
+            if now - begin > timeout or (not patient and (hangs or self._failed_attempt >= begin)):
                 return False
-            self.start()
-            self._spool.write_unwritten()
+            if now - woken > 0.5:
+                woken = now
+                self.start()
+                self._wake.set()
+                self._spool.write_unwritten()
             time.sleep(0.02)
 
     def deliver_all(self, timeout: float) -> None:
@@ -137,6 +144,7 @@ class Writer:
         if self._delivery is None:
             prepare_environment()
             self._delivery = Delivery(self._uri, self._run_dir, self._artifacts)
+            self._asked_at = min(self._asked_at, time.monotonic())
         elif position.writer == self._token and position.mlflow_run_id == self._delivery.run_id:
             return self._delivery, position
         was_known = self._delivery.attach(position.mlflow_run_id, self._spool.last_start(), self._run_dir.name)
@@ -207,8 +215,8 @@ class Writer:
         if self.problem is None:
             log.warning("tracking: %s: a file cannot be stored: %s; training goes on", self._public_uri, error)
         self.problem = one_line(error)
-        self._last_failure = time.monotonic()
-        self._retry_files_at = self._last_failure + MAX_BACKOFF_S
+        self._failed_attempt = self._attempt
+        self._retry_files_at = time.monotonic() + MAX_BACKOFF_S
 
     def _note_failure(self, error: Exception) -> None:
         if self._failures == 0:
@@ -217,7 +225,7 @@ class Writer:
         self._answers = False
         self._delivery = None
         self.problem = one_line(error)
-        self._last_failure = time.monotonic()
+        self._failed_attempt = self._attempt
         self._spool.mark_unreachable(True)
 
 

@@ -1,0 +1,102 @@
+"""What the tracking tests ask real stores, the processes they start, and a way to cut a server off."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from pipeline.tracking import TrackingSettings
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+def client_of(settings: TrackingSettings) -> Any:
+    """MLflow's own client, which says what the store holds."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(settings.uri, settings.uri)
+
+
+def history(settings: TrackingSettings, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    """Every stored (step, value) of a metric, as the store lists them."""
+    return [(metric.step, metric.value) for metric in client_of(settings).get_metric_history(run_id, key)]
+
+
+def runs_in(settings: TrackingSettings) -> list[Any]:
+    """Every MLflow run of the store."""
+    client = client_of(settings)
+    return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
+
+
+def python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Start a Python process in the repository, its output piped."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    """A port that nothing listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Gate:
+    """A TCP relay in front of the server, with a door: `open`, `refusing` (nobody listens) or `hanging` (never an answer)."""
+
+    def __init__(self, target: int) -> None:
+        self.port = free_port()
+        self.requests = 0
+        self._target = target
+        self._state = "refusing"
+        self._listener: socket.socket | None = None
+        self._sockets: list[socket.socket] = []
+
+    def set(self, state: str) -> None:
+        """Change the door; connections that are open are cut."""
+        self.close()
+        self._state = state
+        if state != "refusing":
+            self._listener = socket.create_server(("127.0.0.1", self.port))
+            threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
+
+    def close(self) -> None:
+        """Close everything."""
+        for item in [self._listener, *self._sockets]:
+            if item is not None:
+                with contextlib.suppress(OSError):
+                    item.shutdown(socket.SHUT_RDWR)
+                item.close()
+        self._sockets.clear()
+
+    def _accept(self, listener: socket.socket) -> None:
+        while True:
+            try:
+                near, _ = listener.accept()
+            except OSError:
+                return
+            self._sockets.append(near)
+            self.requests += 1
+            if self._state == "open":
+                far = socket.create_connection(("127.0.0.1", self._target))
+                self._sockets.append(far)
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._relay, args=(source, sink), daemon=True).start()
+
+    def _relay(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                sink.sendall(data)
+            sink.shutdown(socket.SHUT_WR)

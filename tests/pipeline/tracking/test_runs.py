@@ -1,0 +1,230 @@
+"""Run folders: lookup, locks between real processes, fencing, and files that are never half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from pipeline.durable import write_atomically
+from pipeline.errors import RunLockedError, StorageError, UsageError
+from pipeline.runs import Run, RunStatus, new_id, normalise_name
+from tests.pipeline.tracking.stores import python
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from pipeline.runs import Run
+run = Run(Path(sys.argv[1]))
+with run.lock():
+    run.update(status="RUNNING", step=7)
+    print("held", flush=True)
+    time.sleep(600)
+"""
+RACE = """
+import sys, time
+from pathlib import Path
+from pipeline.errors import RunLockedError
+from pipeline.runs import Run
+run = Run(Path(sys.argv[1]))
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    with run.lock():
+        print("won", run.next_attempt(), flush=True)
+        time.sleep(3)
+except RunLockedError as error:
+    print("lost", error.exit_code, flush=True)
+"""
+
+
+def test_ids_are_short_letter_first_and_free_of_look_alikes() -> None:
+    ids = {new_id() for _ in range(2000)}
+    assert len(ids) == 2000
+    assert all(re.fullmatch(r"[a-z][a-z2-9]{7}", name) and not set(name) & set("ilo") for name in ids)
+
+
+def test_the_record_is_what_was_asked_for(run: Run, home: Path) -> None:
+    again = Run(run.folder)
+    assert again.record == run.record
+    assert run.record.name == "test"
+    assert run.record.dataset["fingerprint"] == "ab" * 32
+    assert run.record.libraries["torch"].startswith("2.")
+    assert run.state().status is RunStatus.CREATED
+    assert run.folder == home / "runs" / run.id
+
+
+def test_names_keep_only_what_is_safe_everywhere() -> None:
+    assert normalise_name("My run: 1/2") == "My-run-1-2"
+    assert normalise_name("../../etc/passwd") == "etc-passwd"
+    assert len(normalise_name("x" * 100)) == 64
+    for empty in ("", "...", "///"):
+        with pytest.raises(UsageError):
+            normalise_name(empty)
+
+
+def test_a_run_is_found_by_id_prefix_mlflow_id_and_latest(new_run: Callable[..., Run], home: Path) -> None:
+    first, second = new_run(name="first"), new_run(name="second")
+    (first.folder / "spool").mkdir()
+    (first.folder / "spool" / "delivered.json").write_text(json.dumps({"mlflow_run_id": "0" * 20 + "f" * 12}))
+    assert Run.find(home, first.id).id == first.id
+    assert Run.find(home, "0" * 20 + "f" * 12).id == first.id
+    assert Run.find(home, "000").id == first.id
+    assert Run.find(home, "latest").id == second.id
+    for length in range(1, 9):
+        prefix = second.id[:length]
+        if not first.id.startswith(prefix):
+            assert Run.find(home, prefix).id == second.id
+    assert [run.id for run in Run.all(home)] == [first.id, second.id]
+
+
+def test_an_unknown_or_ambiguous_reference_lists_the_candidates(new_run: Callable[..., Run], home: Path) -> None:
+    with pytest.raises(UsageError, match="there are no runs"):
+        Run.find(home, "latest")
+    runs = [new_run(name=f"n{i}") for i in range(3)]
+    for i, run in enumerate(runs):  # ids that share a prefix
+        run.folder.rename(run.folder.with_name(f"abcdefg{i + 2}"))
+    with pytest.raises(UsageError, match=r"ambiguous.*abcdefg2 \(n0\), abcdefg3 \(n1\), abcdefg4 \(n2\)"):
+        Run.find(home, "abc")
+    with pytest.raises(UsageError, match=r"no such run.*did you mean 'abcdefg2'.*abcdefg4"):
+        Run.find(home, "abcdefh2")
+
+
+@pytest.mark.parametrize("reference", ["../x", "/etc", "a/b", "..", ".", "", "x" * 65, "a\nb", "runs/*"])
+def test_a_reference_never_leads_out_of_the_runs_folder(reference: str, run: Run, home: Path) -> None:
+    outside = home / "x"
+    shutil.copytree(run.folder, outside)
+    with pytest.raises(UsageError):
+        Run.find(home, reference)
+
+
+def test_links_in_the_runs_folder_are_not_followed(run: Run, home: Path) -> None:
+    shutil.copytree(run.folder, home / "elsewhere")
+    (home / "runs" / "abcdefgh").symlink_to(home / "elsewhere")
+    assert [found.id for found in Run.all(home)] == [run.id]
+    with pytest.raises(UsageError):
+        Run.find(home, "abcdefgh")
+
+
+def test_a_damaged_folder_does_not_hide_the_others(
+    new_run: Callable[..., Run], home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, good = new_run(), new_run()
+    (broken.folder / "run.json").write_text("{")
+    (home / "runs" / "notarun").mkdir()
+    assert [run.id for run in Run.all(home)] == [good.id]
+    assert broken.id in caplog.text
+    with pytest.raises(StorageError, match=r"run\.json"):
+        _ = Run(broken.folder).record
+
+
+def test_a_second_process_is_refused_at_once_and_told_who_holds_the_run(run: Run) -> None:
+    with python(HOLD, run.folder) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(RunLockedError, match=rf"process {holder.pid} on .* since 20") as caught, run.lock():
+            pass
+        assert caught.value.exit_code == 9
+        assert run.is_locked()
+        assert run.state().status is RunStatus.RUNNING
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        assert run.state().status is RunStatus.INTERRUPTED
+        assert run.state().step == 7
+        with run.lock():  # a killed holder leaves nothing behind
+            assert run.state().status is RunStatus.RUNNING
+    assert not run.is_locked()
+
+
+def test_of_processes_that_start_together_exactly_one_gets_the_run(run: Run) -> None:
+    begin = time.time() + 2.0
+    racers = [python(RACE, run.folder, begin) for _ in range(4)]
+    outputs = [racer.communicate(timeout=60) for racer in racers]
+    assert sorted(out for out, _ in outputs) == ["lost 9\n"] * 3 + ["won 1\n"], outputs
+
+
+def test_attempts_count_up_and_a_stale_one_is_known(run: Run) -> None:
+    assert run.current_attempt() == 0
+    assert [run.next_attempt() for _ in range(3)] == [1, 2, 3]
+    assert Run(run.folder).current_attempt() == 3
+    assert run.state().attempt == 3
+
+
+def test_attempts_and_updates_from_many_threads_lose_nothing(run: Run) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        numbers = list(pool.map(lambda _: Run(run.folder).next_attempt(), range(40)))
+    assert sorted(numbers) == list(range(1, 41))
+
+
+def test_an_update_changes_only_what_it_names(run: Run) -> None:
+    run.update(status=RunStatus.RUNNING, step=5)
+    run.update(summary={"fid": 1.5, "kid": float("nan")})
+    run.update(status="FINISHED", overrides=["training.steps=9"])
+    state = Run(run.folder).state()
+    assert (state.status, state.step, state.overrides) == (RunStatus.FINISHED, 5, ["training.steps=9"])
+    assert state.summary["fid"] == 1.5
+    assert state.summary["kid"] != state.summary["kid"]
+    with pytest.raises(TypeError):
+        run.update(stpe=6)
+
+
+def test_fields_of_a_later_version_do_not_make_a_run_unreadable(run: Run) -> None:
+    content = json.loads((run.folder / "run.json").read_text())
+    (run.folder / "run.json").write_text(json.dumps({**content, "invented_later": 1}))
+    assert Run(run.folder).record == run.record
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys
+from pathlib import Path
+from pipeline.durable import write_atomically
+from pipeline.errors import StorageError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+try:
+    write_atomically(Path(sys.argv[1]), b"x" * 5000)
+except StorageError as error:
+    print(error)
+"""
+    target = tmp_path / "status.json"
+    write_atomically(target, b"old")
+    with python(code, target) as process:
+        out, err = process.communicate(timeout=60)
+    assert "cannot be written" in out, err
+    assert target.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["status.json"]
+
+
+def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot be created.*DDPM_PIPE_HOME"):
+        Run.create(tmp_path / "file", name="x", experiment={}, config_hash="", dataset={}, profile={}, command=[])
+
+
+def test_secrets_do_not_reach_the_run_folder(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", "correct-horse-9")
+    run = new_run(
+        command=["ddpm-pipe", "train", "--data", "s3://u:hunter22@bucket/x", "-s", "name=hf_abcdefghijklmnop1234"],
+        profile={"env": {"API_KEY": "zyxwvuts"}, "note": "uses correct-horse-9"},
+    )
+    run.update(reason="https://u:hunter22@host refused AKIAABCDEFGHIJKLMNOP")
+    run.log("token=plainvalue")
+    written = b"".join(path.read_bytes() for path in run.folder.iterdir())
+    for secret in (
+        b"hunter22",
+        b"hf_abcdefghijklmnop1234",
+        b"zyxwvuts",
+        b"correct-horse-9",
+        b"AKIAABCDE",
+        b"plainvalue",
+    ):
+        assert secret not in written
