@@ -76,7 +76,7 @@ def _result(chunk: list[Item], future: Future[Rows]) -> Rows:
     except BrokenProcessPool:
         raise DataError(
             f"a process died while decoding {chunk[0].where} to {chunk[-1].where}: "
-            "decode in one process (--num-workers 1) to find out more"
+            "decode in one process (--workers 1) to find out more"
         ) from None
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from pipeline.order import Order
 
 if TYPE_CHECKING:
-    from pipeline.shards import Dataset, Encoded
+    from pipeline.shards import Dataset, StoredRows
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -63,11 +63,15 @@ def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: i
 
 def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
     readers = [_DiskStream(dataset, order, stream) for stream in streams]
+    count = order.rows_per_stream
     while True:
-        parts = [part for reader in readers for part in reader.take(step)]
-        images, labels, rows = zip(*parts, strict=True)
-        joined = np.concatenate(labels) if dataset.manifest.has_labels else None
-        yield RawBatch(step, np.concatenate(images), joined, np.concatenate(rows))
+        images = np.empty((len(streams) * count, *dataset.manifest.shape), dtype=np.uint8)
+        rows = np.empty(len(images), dtype=np.int64)
+        labels = np.empty(len(images), dtype=np.int64) if dataset.manifest.has_labels else None
+        for i, reader in enumerate(readers):
+            part = slice(i * count, (i + 1) * count)
+            reader.fill(step, images[part], rows[part], None if labels is None else labels[part])
+        yield RawBatch(step, images, labels, rows)
         step += 1
 
 
@@ -76,23 +80,30 @@ class _DiskStream:
 
     def __init__(self, dataset: Dataset, order: Order, stream: int) -> None:
         self._dataset, self._order, self._stream = dataset, order, stream
-        self._at: tuple[int, int, int] | None = None  # epoch, window, first position held
-        self._encoded: Encoded = []
+        self._held: StoredRows | None = None
+        self._at = (-1, -1)  # epoch and window
+        self._first = 0  # position in the window of the first row held
 
-    def take(self, step: int) -> Iterator[tuple[Pixels, Ints | None, Ints]]:
+    def fill(self, step: int, images: Pixels, rows: Ints, labels: Ints | None) -> None:
+        done = 0
         for epoch, window, start, stop in self._order.segments(step, self._stream):
-            if self._at is None or self._at[:2] != (epoch, window):
-                self._load(epoch, window, start)
-            assert self._at is not None
-            part = slice(start - self._at[2], stop - self._at[2])
-            rows = self._rows[part]
-            labels = None if self._labels is None else self._labels[part]
-            yield self._dataset.decode(self._encoded[part], rows), labels, rows
+            held = self._window(epoch, window, start)
+            part = slice(start - self._first, stop - self._first)
+            place = slice(done, done + stop - start)
+            held.decode(part, images[place])
+            rows[place] = held.rows[part]
+            if labels is not None and held.labels is not None:
+                labels[place] = held.labels[part]
+            done = place.stop
 
-    def _load(self, epoch: int, window: int, start: int) -> None:
-        begin, end = self._order.window_bounds(epoch, window)
-        stop = min(end, self._order.slice_of(self._stream)[1]) - begin
-        self._encoded = []  # let go of the last window before the next is read
-        self._rows = self._order.window_rows(epoch, window)[start:stop]
-        self._encoded, self._labels = self._dataset.gather(self._rows)
-        self._at = epoch, window, start
+    def _window(self, epoch: int, window: int, start: int) -> StoredRows:
+        """Rows of a window from `start` to its end or that of the stream's slice."""
+        if self._held is None or self._at != (epoch, window):
+            begin, end = self._order.window_bounds(epoch, window)
+            stop = min(end, self._order.slice_of(self._stream)[1]) - begin
+            buffer = self._held.images if self._held is not None else None
+            self._held = None  # lets go of PNG files before the next are read
+            rows = self._order.window_rows(epoch, window)[start:stop]
+            self._held = self._dataset.load(rows, buffer if isinstance(buffer, np.ndarray) else None)
+            self._at, self._first = (epoch, window), start
+        return self._held

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,13 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.shard_batches import RawBatch as RawBatch
-from pipeline.shard_batches import read_batches as read_batches
 from pipeline.errors import DataError, UsageError
 from pipeline.images import decode_image
 from pipeline.manifest import ContentHash as ContentHash
 from pipeline.manifest import Manifest as Manifest
 from pipeline.manifest import Shard as Shard
+from pipeline.shard_batches import RawBatch as RawBatch
+from pipeline.shard_batches import read_batches as read_batches
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -75,7 +77,7 @@ class Dataset:
         labels = np.empty(len(self), dtype=np.int64)
         for group, encoded, group_labels in self._every_group():
             start, stop = self._bounds(group)
-            held[start:stop] = self.decode(encoded, np.arange(start, stop))
+            self.decode(encoded, np.arange(start, stop), held[start:stop])
             if group_labels is not None:
                 labels[start:stop] = group_labels
         self._held, self._labels = held, labels if self.manifest.has_labels else None
@@ -89,7 +91,9 @@ class Dataset:
         wanted = self._checked(rows)
         if self._held is not None:
             return np.take(self._held, wanted, axis=0)
-        return self.decode(self.gather(wanted)[0], wanted)
+        images = np.empty((len(wanted), *self.manifest.shape), dtype=np.uint8)
+        self.load(wanted).decode(slice(None), images)
+        return images
 
     def labels(self, rows: npt.ArrayLike | None = None) -> Ints | None:
         """Labels of the given rows (all rows by default), int64 [n]; None where the dataset has none."""
@@ -100,43 +104,50 @@ class Dataset:
             self._labels = np.concatenate([part for part in parts if part is not None])
         return self._labels[slice(None) if rows is None else self._checked(rows)]
 
-    def gather(self, rows: Ints) -> tuple[Encoded, Ints | None]:
-        """Rows as stored, and their labels, in the given order; each row group that holds some is read once."""
+    def load(self, rows: Ints, buffer: Pixels | None = None) -> StoredRows:
+        """Read the given rows as they are stored, to be decoded later; each row group that holds some is read once.
+
+        Args:
+            rows: int64 [n], any order.
+            buffer: of an earlier load, to be written over if it is large enough.
+        """
         groups = np.searchsorted(self._group_starts, rows, side="right") - 1
         by_group = np.argsort(groups, kind="stable")
-        first = np.flatnonzero(np.diff(groups[by_group], prepend=-1))
-        raw = self.manifest.encoding == "raw"
-        images: Encoded = np.empty((len(rows), self.manifest.image_bytes), dtype=np.uint8) if raw else [b""] * len(rows)
+        firsts = np.flatnonzero(np.diff(groups[by_group], prepend=-1))
         labels = np.empty(len(rows), dtype=np.int64)
-        for places in np.split(by_group, first[1:]):
-            if not len(places):
-                continue
-            group = int(groups[places[0]])
+        images: Encoded = []
+        if self.manifest.encoding == "raw":
+            fits = buffer is not None and len(buffer) >= len(rows)
+            images = (
+                buffer if buffer is not None and fits else np.empty((len(rows), self.manifest.image_bytes), np.uint8)
+            )
+        for begin, end in pairwise([*firsts.tolist(), len(rows)]):
+            group = int(groups[by_group[begin]])
             encoded, group_labels = self._read_group(group)
-            inside = rows[places] - self._group_starts[group]
-            if isinstance(images, np.ndarray) and isinstance(encoded, np.ndarray):
-                images[places] = encoded[inside]
+            inside = rows[by_group[begin:end]] - self._group_starts[group]
+            if isinstance(images, list):
+                images += [encoded[i] for i in inside]
             else:
-                for place, row in zip(places, inside, strict=True):
-                    images[place] = encoded[row]
+                np.take(encoded, inside, axis=0, out=images[begin:end], mode="clip")  # unlike "raise", not buffered
             if group_labels is not None:
-                labels[places] = group_labels[inside]
-        return images, labels if self.manifest.has_labels else None
+                labels[by_group[begin:end]] = group_labels[inside]
+        at = np.empty(len(rows), dtype=np.int64)
+        at[by_group] = np.arange(len(rows))
+        return StoredRows(self, rows, labels if self.manifest.has_labels else None, images, at)
 
-    def decode(self, encoded: Encoded, rows: Ints) -> Pixels:
-        """Decode what `gather` gave for `rows`: uint8 [n, C, H, W]."""
+    def decode(self, encoded: Encoded, rows: Ints, out: Pixels) -> None:
+        """Decode images as they are stored into `out`, uint8 [n, C, H, W]; `rows` names them in messages."""
         channels, height, width = self.manifest.shape
         if isinstance(encoded, np.ndarray):
-            return encoded.reshape(-1, channels, height, width)
-        images = np.empty((len(encoded), channels, height, width), dtype=np.uint8)
-        for i, (data, row) in enumerate(zip(encoded, rows, strict=True)):
+            out[...] = encoded.reshape(out.shape)
+            return
+        for data, row, place in zip(encoded, rows, out, strict=True):
             image = decode_image(data, max_pixels=height * width, where=self.locate(int(row)))
             if image.shape != (height, width, channels):
                 raise DataError(
                     f"{self.locate(int(row))}: image is {image.shape}, expected {(height, width, channels)}"
                 )
-            images[i] = image.transpose(2, 0, 1)
-        return images
+            place[...] = image.transpose(2, 0, 1)
 
     def locate(self, row: int) -> str:
         """Where a row lies, for messages: its shard, row group and row."""
@@ -152,7 +163,8 @@ class Dataset:
         content = ContentHash()
         for group, encoded, labels in self._every_group():
             start, stop = self._bounds(group)
-            images = self.decode(encoded, np.arange(start, stop))
+            images = np.empty((stop - start, *self.manifest.shape), dtype=np.uint8)
+            self.decode(encoded, np.arange(start, stop), images)
             digests = b"".join(ContentHash.of_row(image.tobytes()) for image in images)
             content.add(digests, b"" if labels is None else labels.astype("<i8").tobytes())
             if progress:
@@ -223,6 +235,32 @@ class Dataset:
     def _place(self, group: int) -> str:
         shard, index = self._groups[group]
         return f"{self.folder / self.manifest.shards[shard].file}, row group {index}"
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows as they are stored, decoded when they are wanted.
+
+    Attributes:
+        rows: the dataset rows asked for, int64 [n].
+        labels: theirs, int64 [n], or None.
+        images: raw [>= n, C*H*W] or PNG files, in the order in which they were read.
+        at: where each of `rows` lies in `images`, int64 [n].
+    """
+
+    dataset: Dataset
+    rows: Ints
+    labels: Ints | None
+    images: Encoded
+    at: Ints
+
+    def decode(self, part: slice, out: Pixels) -> None:
+        """Write the images of `rows[part]` to `out`, uint8 [len, C, H, W]."""
+        at = self.at[part]
+        if isinstance(self.images, np.ndarray):
+            np.take(self.images, at, axis=0, out=out.reshape(len(at), -1), mode="clip")
+        else:
+            self.dataset.decode([self.images[i] for i in at], self.rows[part], out)
 
 
 def shard_schema(image_bytes: int | None, has_labels: bool) -> Any:
