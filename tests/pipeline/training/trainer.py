@@ -11,7 +11,6 @@ from typing import Any
 from pipeline import checkpoint as checkpoints
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
-from pipeline.home import default_tracking_uri
 from pipeline.ingest import IngestOptions, ensure_ingested
 from pipeline.runs import Run
 from pipeline.team import Team
@@ -77,7 +76,7 @@ def job_of(run: Run) -> Job:
         num_streams=16,
         attempt=run.next_attempt(),
         code_folder=str(home),
-        tracking=TrackingSettings(default_tracking_uri(home), artifacts=home / "mlartifacts"),
+        tracking=TrackingSettings("http://127.0.0.1:9"),  # nobody listens there: training must not care
     )
 
 

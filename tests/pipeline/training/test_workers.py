@@ -1,0 +1,165 @@
+"""Results do not depend on the number of workers: real DDP processes over gloo, on loopback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from pipeline.batches import Batch, training_batches
+from pipeline.config import Experiment, experiment_from
+from pipeline.device import Compute
+from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.models import build_diffusion, build_model
+from pipeline.order import Order, streams_of_worker
+from pipeline.shards import Dataset
+from pipeline.team import Team
+from pipeline.training import Learner, fit
+from tests.pipeline.training import trainer
+
+STEPS = 20
+STREAMS = 8
+CPU = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
+
+
+def experiment(**training: Any) -> Experiment:
+    settings = dict(trainer.SETTINGS)
+    settings["model"] = settings["model"] | {"dropout": 0.0}
+    settings["training"] = settings["training"] | {"batch_size": 32, "num_streams": STREAMS} | training
+    settings["data"] = {"horizontal_flip": True}
+    return experiment_from(settings)
+
+
+def order_of(dataset: Dataset, chosen: Experiment) -> Order:
+    return Order(
+        dataset.manifest.row_groups, chosen.seed, STREAMS, chosen.training.batch_size, chosen.data.shuffle_window
+    )
+
+
+def train(dataset: Dataset, chosen: Experiment, team: Team) -> tuple[list[torch.Tensor], list[Batch], Learner]:
+    """Train 20 steps as one worker of a team; return its losses and batches by step, and the learner."""
+    torch.set_num_threads(1)
+    learner = Learner.create(build_model(chosen, dataset.manifest.shape), chosen.training)
+    seen: list[Batch] = []
+    streams = streams_of_worker(team.rank, team.size, STREAMS)
+    batches = training_batches(dataset, order_of(dataset, chosen), streams, 0, chosen.seed)
+
+    def noted():
+        for batch in batches:
+            seen.append(batch)
+            yield batch
+
+    network = team.share_gradients(learner.model, CPU)
+    losses = []
+    for result in fit(
+        learner,
+        network,
+        build_diffusion(chosen),
+        noted(),
+        chosen.training,
+        CPU,
+        seed=chosen.seed,
+        rank=team.rank,
+        horizontal_flip=chosen.data.horizontal_flip,
+    ):
+        losses.append(result.losses)
+        if result.step == STEPS:
+            break
+    return losses, seen, learner
+
+
+def be_a_worker(rank: int, size: int, folder: str, data: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join())
+    words = ("u_t", "u_flip", "u_label", "eps")
+    told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
+    torch.save({"losses": losses, "told": told, "ema": learner.ema.shadow}, f"{folder}/{size}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory) -> Dataset:
+    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def alone(dataset):
+    return train(dataset, experiment(), Team())
+
+
+def gathered(folder: Path, size: int) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
+
+
+def by_stream(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Put the workers' parts of a step back into the order of streams: worker r of R holds streams r, r + R, ..."""
+    per_worker = STREAMS // len(parts)
+    pieces = [part.reshape(per_worker, -1, *part.shape[1:]) for part in parts]
+    return torch.stack(pieces, dim=1).flatten(0, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_same(tmp_path, dataset, alone, size):
+    torch.multiprocessing.spawn(be_a_worker, args=(size, str(tmp_path), str(dataset.folder)), nprocs=size)
+    losses, seen, learner = alone
+    workers = gathered(tmp_path, size)
+    for step in range(STEPS):
+        batch = seen[step]
+        for word in ("rows", "images", "u_t", "u_flip", "u_label", "eps"):
+            expected = getattr(batch.draws, word) if hasattr(batch.draws, word) else getattr(batch, word)
+            assert torch.equal(by_stream([w["told"][step][word] for w in workers]), expected), (step, word)
+        together = torch.cat([w["losses"][step] for w in workers]).mean()
+        torch.testing.assert_close(together, losses[step].mean(), rtol=1e-5, atol=0)
+    for name, average in learner.ema.shadow.items():
+        assert all(torch.equal(w["ema"][name], workers[0]["ema"][name]) for w in workers)
+        torch.testing.assert_close(workers[0]["ema"][name], average, rtol=1e-3, atol=1e-5)
+
+
+def test_micro_batches_add_up_to_the_batch(dataset, alone):
+    losses, _, learner = train(dataset, experiment(micro_batch_size=5), Team())
+    for mine, theirs in zip(losses, alone[0], strict=True):
+        torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=1e-5, atol=0)
+    for name, average in learner.ema.shadow.items():
+        torch.testing.assert_close(average, alone[2].ema.shadow[name], rtol=1e-3, atol=1e-5)
+
+
+def test_warm_up_begins_at_zero_and_ends_at_the_rate(dataset):
+    from pipeline.training import learning_rate_at
+
+    settings = experiment(learning_rate=0.1, warmup_steps=4).training
+    assert [learning_rate_at(step, settings) for step in range(6)] == [0.0, 0.025, 0.05, pytest.approx(0.075), 0.1, 0.1]
+
+
+def test_the_gradient_is_clipped_to_its_norm(dataset):
+    """With plain gradient descent's direction kept, a clip to c scales Adam's first moment after one step by c / norm."""
+    free = train_one(dataset, experiment(grad_clip=None))
+    clipped = train_one(dataset, experiment(grad_clip=0.01))
+    assert free[1] > 0.01
+    for name, moment in free[0].items():
+        if name.startswith("exp_avg/"):
+            torch.testing.assert_close(clipped[0][name], moment * (0.01 / free[1]), rtol=1e-3, atol=1e-9)
+
+
+def train_one(dataset: Dataset, chosen: Experiment) -> tuple[dict[str, torch.Tensor], float]:
+    learner = Learner.create(build_model(chosen, dataset.manifest.shape), chosen.training)
+    batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
+    steps = fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, CPU, seed=0)
+    result = next(iter(steps))
+    return learner.tensors()["optimizer"], float(result.grad_norm)
+
+
+def test_bf16_keeps_weights_average_and_moments_in_float32(dataset):
+    chosen = experiment(precision="bf16")
+    compute = Compute(torch.device("cpu"), "gloo", torch.bfloat16, compile=False, channels_last=True, threads=1)
+    learner = Learner.create(compute.place(build_model(chosen, dataset.manifest.shape)), chosen.training)
+    batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
+    for result in fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, compute, seed=0):
+        assert torch.isfinite(result.losses).all()
+        if result.step == 3:
+            break
+    for group in learner.tensors().values():
+        assert {tensor.dtype for tensor in group.values()} == {torch.float32}
