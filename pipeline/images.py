@@ -68,8 +68,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None 
     except ValueError as error:
         raise DataError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or convert it") from None
     if header.width * header.height > max_pixels:
-        raise DataError(f"{where}: {header.width}x{header.height} pixels, more than the limit of {max_pixels}: "
-                        "leave it out or shrink it")  # fmt: skip
+        raise DataError(
+            f"{where}: {header.width}x{header.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
+        )
     try:
         with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
             if image.size != (header.width, header.height):

@@ -210,14 +210,17 @@ def resolve_source(
     if "://" in source or path.suffix == ".parquet" or (not path.exists() and any(c in source for c in "*[")):
         return parquet(source, *columns)
     if not path.exists():
-        raise DataError(f"{source} does not exist: give a file, a folder, a URI, or one of {', '.join(BUILT_IN)}"
-                        f"{nearest(source, list(BUILT_IN))}")  # fmt: skip
+        raise DataError(
+            f"{source} does not exist: give a file, a folder, a URI, or one of {', '.join(BUILT_IN)}"
+            f"{nearest(source, list(BUILT_IN))}"
+        )
     if path.is_dir():
         return _folder(path, *columns)
     if path.suffix == ".npz":
         return npz(path, *columns)
-    raise DataError(f"{source} is no source of images: give an image folder, .parquet or .npz files, or one of "
-                    f"{', '.join(BUILT_IN)}")  # fmt: skip
+    raise DataError(
+        f"{source} is no source of images: give an image folder, .parquet or .npz files, or one of {', '.join(BUILT_IN)}"
+    )
 
 
 def _folder(path: Path, image_column: str | None, label_column: str | None, split: str | None) -> Source:
@@ -231,8 +234,9 @@ def _folder(path: Path, image_column: str | None, label_column: str | None, spli
         if has_parquet:
             return parquet(str(path), image_column, label_column, split)
         if image_column is not None or label_column is not None:
-            raise UsageError(f"{path} is a folder of image files, which have no columns: leave out --image-column and "
-                             "--label-column")  # fmt: skip
+            raise UsageError(
+                f"{path} is a folder of image files, which have no columns: leave out --image-column and --label-column"
+            )
         return image_folder(path, split)
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): make it readable") from None

@@ -13,6 +13,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.errors import DataError
+from pipeline.shards_format import reason_of
 
 _PYARROW_SCHEMES = {"file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss"}
 _WILDCARD = re.compile(r"[*\[]")
@@ -79,12 +80,6 @@ def without_credentials(uri: str) -> str:
         return uri
     parts = urlsplit(uri)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
-
-
-def reason_of(error: BaseException) -> str:
-    """The first line of an error, as short as it can be said."""
-    strerror = error.strerror if isinstance(error, OSError) else None
-    return strerror or (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _cut_at_wildcard(source: str) -> tuple[str, str | None]:

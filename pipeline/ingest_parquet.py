@@ -19,10 +19,10 @@ import pyarrow.parquet as pq
 
 from pipeline.errors import DataError
 from pipeline.ingest_choice import NO_LABELS, check_labels, choose_split, pick_column, pick_label, split_of
-from pipeline.ingest_files import StoredFile, find_files, reason_of, without_credentials
+from pipeline.ingest_files import StoredFile, find_files, without_credentials
 from pipeline.ingest_rows import Item
 from pipeline.ingest_sources import Source, content_key, short_name
-from pipeline.shards import refuse_unsafe_environment
+from pipeline.shards_format import reason_of, refuse_unsafe_environment
 
 _BATCH_ROWS = 64
 # Extension types that run Python code of the file's choosing, or once did (CVE-2026-41486, CVE-2023-47248).

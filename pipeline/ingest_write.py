@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest_rows import Rows, Shape, stored_raw
 from pipeline.manifest import FORMAT, ContentHash, Manifest, Shard
-from pipeline.shards import shard_schema
+from pipeline.shards_format import shard_schema
 
 _ROW_GROUP_BYTES = 3 * 2**19
 _ROW_GROUPS_PER_SHARD = 32

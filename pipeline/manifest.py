@@ -97,15 +97,17 @@ class Manifest:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise DataError(f"{folder} is not an ingested dataset (no {MANIFEST_FILE}): make one with "
-                            f"`ddpm-pipe ingest SOURCE DEST`") from None  # fmt: skip
+            raise DataError(
+                f"{folder} is not an ingested dataset (no {MANIFEST_FILE}): make one with `ddpm-pipe ingest SOURCE DEST`"
+            ) from None
         except (OSError, ValueError) as error:
             raise DataError(f"{path} cannot be read ({error}): ingest the dataset again") from None
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise DataError(f"{path} is not a dataset manifest: ingest the dataset again")
         if content["format"] > FORMAT:
-            raise DataError(f"{path} has dataset format {content['format']}, this release reads up to {FORMAT}: "
-                            "update ddpm-pipe")  # fmt: skip
+            raise DataError(
+                f"{path} has dataset format {content['format']}, this release reads up to {FORMAT}: update ddpm-pipe"
+            )
         if content.pop("checksum", None) != _checksum(content):
             raise DataError(f"{path} was changed after it was written (its checksum differs): ingest the dataset again")
         try:

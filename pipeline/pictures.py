@@ -24,8 +24,18 @@ _BACKGROUND = (255, 255, 255)
 _INK = (0, 0, 0)
 _FONT_SIZE = 11
 _LINE = _FONT_SIZE + 4
-_CARD = (
-    "name source images shape classes labels mean std encoding shards bytes_on_disk bytes_in_memory fingerprint".split()
+_DESCRIBED = (
+    "name",
+    "source",
+    "images",
+    "shape",
+    "classes",
+    "labels",
+    "mean",
+    "std",
+    "encoding",
+    "shards",
+    "fingerprint",
 )
 
 
@@ -114,7 +124,7 @@ def card_lines(card: dict[str, Any]) -> list[str]:
         f"{'s' if card['shards'] > 1 else ''}, {card['bytes_in_memory'] / 1e6:.2f} MB in memory",
         "fingerprint": card["fingerprint"],
     }
-    facts |= {name: str(value) for name, value in card.items() if name not in _CARD}
+    facts |= {name: str(value) for name, value in card.items() if name not in _DESCRIBED and "bytes" not in name}
     return [f"{name:12} {value}" for name, value in facts.items()]
 
 

@@ -1,13 +1,8 @@
-"""Ingested datasets on disk: Parquet shards with page checksums, opened, verified, and read in a training's order.
-
-A shard has one layout and no other: `image`, FixedSizeBinary of the C*H*W raw bytes or binary PNG, and where there are
-labels `label`, int64; both required, and no key-value metadata at all, so that opening one has nothing to interpret.
-"""
+"""Ingested datasets on disk: opened, verified, and read by row."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,21 +12,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError
 from pipeline.images import decode_image
 from pipeline.manifest import ContentHash as ContentHash
 from pipeline.manifest import Manifest as Manifest
 from pipeline.manifest import Shard as Shard
 from pipeline.shard_batches import RawBatch as RawBatch
 from pipeline.shard_batches import read_batches as read_batches
+from pipeline.shards_format import Encoded, read_footer, read_row_group, reason_of, refuse_unsafe_environment
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Encoded = Pixels | list[bytes]  # rows as stored: raw [n, C*H*W], or PNG files
-
-_UNSAFE_SETTING = "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE"
 
 
 class Dataset:
@@ -59,7 +51,7 @@ class Dataset:
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder: give one that `ddpm-pipe ingest SOURCE DEST` wrote")
         manifest = Manifest.load(folder)
-        return cls(folder, manifest, [_footer(folder / shard.file, shard, manifest) for shard in manifest.shards])
+        return cls(folder, manifest, [read_footer(folder / s.file, s, manifest) for s in manifest.shards])
 
     def __len__(self) -> int:
         return self.manifest.num_rows
@@ -100,7 +92,7 @@ class Dataset:
         if not self.manifest.has_labels:
             return None
         if self._labels is None:
-            parts = [self._read_group(group, columns=["label"])[1] for group in range(len(self._groups))]
+            parts = [self._read_group(group, labels_only=True)[1] for group in range(len(self._groups))]
             self._labels = np.concatenate([part for part in parts if part is not None])
         return self._labels[slice(None) if rows is None else self._checked(rows)]
 
@@ -117,10 +109,9 @@ class Dataset:
         labels = np.empty(len(rows), dtype=np.int64)
         images: Encoded = []
         if self.manifest.encoding == "raw":
-            fits = buffer is not None and len(buffer) >= len(rows)
-            images = (
-                buffer if buffer is not None and fits else np.empty((len(rows), self.manifest.image_bytes), np.uint8)
-            )
+            if buffer is None or len(buffer) < len(rows):
+                buffer = np.empty((len(rows), self.manifest.image_bytes), dtype=np.uint8)
+            images = buffer
         for begin, end in pairwise([*firsts.tolist(), len(rows)]):
             group = int(groups[by_group[begin]])
             encoded, group_labels = self._read_group(group)
@@ -171,8 +162,10 @@ class Dataset:
                 progress(stop, len(self))
         found = content.fingerprint(self.manifest.shape, self.manifest.class_names, self.manifest.has_labels)
         if found != self.manifest.fingerprint:
-            raise DataError(f"{self.folder}: the content's fingerprint is {found[:12]}, the manifest says "
-                            f"{self.manifest.fingerprint[:12]}: ingest the dataset again")  # fmt: skip
+            raise DataError(
+                f"{self.folder}: the content's fingerprint is {found[:12]}, the manifest says "
+                f"{self.manifest.fingerprint[:12]}: ingest the dataset again"
+            )
 
     def _every_group(self) -> Iterator[tuple[int, Encoded, Ints | None]]:
         """Each row group in order, from files whose sha256 was checked first."""
@@ -193,35 +186,15 @@ class Dataset:
                 yield group, encoded, labels
                 group += 1
 
-    def _read_group(
-        self, group: int, columns: list[str] | None = None, source: Any = None
-    ) -> tuple[Encoded, Ints | None]:
+    def _read_group(self, group: int, labels_only: bool = False, source: Any = None) -> tuple[Encoded, Ints | None]:
         shard, index = self._groups[group]
-        where = source if source is not None else str(self.folder / self.manifest.shards[shard].file)
+        file = str(self.folder / self.manifest.shards[shard].file) if source is None else source
         try:
-            # A fresh handle with the footer already parsed: cheap, and safe from several threads.
-            with pq.ParquetFile(
-                where, metadata=self._footers[shard], page_checksum_verification=True, memory_map=False
-            ) as file:
-                table = file.read_row_group(index, columns=columns, use_threads=False)
-            if table.num_rows != self.manifest.shards[shard].row_group_rows[index]:
-                raise ValueError(f"{table.num_rows} rows")
-            labels = _int64s(table.column("label")) if self.manifest.has_labels else None
-            return (self._stored(table.column("image")) if columns is None else []), labels
+            return read_row_group(file, self._footers[shard], index, self.manifest, labels_only)
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise DataError(
-                f"{self._place(group)} is damaged ({reason}): restore the file or ingest the dataset again"
+                f"{self._place(group)} is damaged ({reason_of(error)}): restore the file or ingest the dataset again"
             ) from None
-
-    def _stored(self, column: Any) -> Encoded:
-        if self.manifest.encoding == "png":
-            images: list[bytes] = column.to_pylist()
-            return images
-        array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-        width = self.manifest.image_bytes
-        flat = np.frombuffer(array.buffers()[1], dtype=np.uint8, count=len(array) * width, offset=array.offset * width)
-        return flat.reshape(len(array), width)
 
     def _checked(self, rows: npt.ArrayLike) -> Ints:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
@@ -258,53 +231,6 @@ class StoredRows:
         """Write the images of `rows[part]` to `out`, uint8 [len, C, H, W]."""
         at = self.at[part]
         if isinstance(self.images, np.ndarray):
-            np.take(self.images, at, axis=0, out=out.reshape(len(at), -1), mode="clip")
+            np.take(self.images, at, axis=0, out=out.reshape(len(at), self.images.shape[1]), mode="clip")
         else:
             self.dataset.decode([self.images[i] for i in at], self.rows[part], out)
-
-
-def shard_schema(image_bytes: int | None, has_labels: bool) -> Any:
-    """Arrow schema of a shard: raw images of `image_bytes` bytes, or PNG files where that is None."""
-    image = pa.binary() if image_bytes is None else pa.binary(image_bytes)
-    fields = [pa.field("image", image, nullable=False)]
-    return pa.schema([*fields, pa.field("label", pa.int64(), nullable=False)] if has_labels else fields)
-
-
-def refuse_unsafe_environment() -> None:
-    """Refuse to read Parquet where a setting of Ray Data would let a file's metadata run code (CVE-2026-41486)."""
-    if os.environ.get(_UNSAFE_SETTING, "0").lower() not in ("", "0", "false"):
-        raise UsageError(f"{_UNSAFE_SETTING} is set, with which opening a Parquet file can run code: unset it")
-
-
-def _footer(path: Path, shard: Shard, manifest: Manifest) -> Any:
-    """Parse a shard's footer and compare it with the manifest."""
-    try:
-        num_bytes = path.stat().st_size
-        if num_bytes != shard.num_bytes:
-            raise ValueError(f"{num_bytes} bytes, the manifest says {shard.num_bytes}")
-        footer = pq.read_metadata(path)
-        _check_footer(footer, shard, manifest)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        raise DataError(f"{path} is missing or damaged ({reason}): restore it or ingest the dataset again") from None
-    return footer
-
-
-def _check_footer(footer: Any, shard: Shard, manifest: Manifest) -> None:
-    if footer.metadata:
-        raise ValueError(f"it carries metadata that no shard of ours has: {sorted(footer.metadata)}")
-    fixed = "FIXED_LEN_BYTE_ARRAY" if manifest.encoding == "raw" else "BYTE_ARRAY"
-    expected = [("image", fixed), ("label", "INT64")][: 2 if manifest.has_labels else 1]
-    columns = [footer.schema.column(i) for i in range(footer.num_columns)]
-    found = [(c.path, c.physical_type) for c in columns]
-    plain = all(c.max_definition_level == 0 and c.logical_type.type == "NONE" for c in columns)
-    if found != expected or not plain or (manifest.encoding == "raw" and columns[0].length != manifest.image_bytes):
-        raise ValueError(f"its columns are {found}, expected {expected}")
-    rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
-    if rows != shard.row_group_rows or footer.num_rows != shard.num_rows:
-        raise ValueError(f"its row groups hold {sum(rows)} rows, the manifest says {shard.num_rows}")
-
-
-def _int64s(column: Any) -> Ints:
-    array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-    return np.asarray(array.to_numpy(zero_copy_only=False), dtype=np.int64)
