@@ -7,7 +7,6 @@ The network, the file that holds it, and its use as a `FeatureExtractor`; `pipel
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,21 +14,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from pipeline.durable import write_atomically
 from pipeline.errors import DataError, RefusedError
-from pipeline.features import Extracted, Images, check_images, concatenate, exact_inference, in_batches
-from pipeline.fit_rule import FitRule
+from pipeline.features import Extracted, check_images, concatenate, exact_inference, in_batches
+from pipeline.fit_rule import SALT, FitRule
+from pipeline.image_set import Images
 from pipeline.images import to_float
+from pipeline.tensor_file import pack, unpack
 
 MIN_ACCURACY = 0.95
 CONFIDENT = 0.9
+MIN_PER_FEATURE = 4
+"""Fewest images per feature on each side of a comparison: below, FID is mostly the bias of two estimated covariances."""
 
-_METADATA_KEY = "ddpm-pipe"
 _FORMAT = 1
 _BATCH_SIZE = 500
 
@@ -120,6 +120,16 @@ class Classifier:
         """Number of classes of the dataset it was fitted on."""
         return len(self.card.class_names)
 
+    @property
+    def min_images(self) -> int:
+        """Fewest images on each side of a comparison."""
+        return MIN_PER_FEATURE * self.width
+
+    @property
+    def fit_rule(self) -> FitRule:
+        """Which images it was fitted on and must not judge."""
+        return self.card.rule
+
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Return "none": images are judged as they are; RefusedError for another shape than it was fitted on."""
         if shape != self.card.shape:
@@ -151,33 +161,30 @@ class Classifier:
                 f"classifier {path}: sha256 is {got[:16]}, expected {sha256[:16]}; remove it and fit it again"
             )
         try:
-            card = _card(data)
+            content, arrays = unpack(data)
+            card = _card(content)
             network = SmallNetwork(card.shape, len(card.class_names), card.width)
-            network.load_state_dict(safetensors.torch.load(data), strict=True)
-        except (safetensors.SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+            network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()}, strict=True)
+        except (RuntimeError, KeyError, TypeError, ValueError) as error:
+            reason = str(error).splitlines()[0]
             raise DataError(
-                f"classifier {path}: not a classifier of this release ({str(error).splitlines()[0]}); fit it again"
+                f"classifier {path}: not one of this release ({reason}); remove it and fit it again"
             ) from None
         return cls(network, card, got, device)
 
 
 def save(network: SmallNetwork, card: Card, path: Path) -> str:
     """Write weights and card to one safetensors file, whole or not at all, and return its sha256."""
-    # One metadata key: safetensors does not keep the order of several, and equal content must give equal bytes.
-    header = {_METADATA_KEY: json.dumps({"format": _FORMAT, **asdict(card)}, sort_keys=True)}
-    data = safetensors.torch.save({k: v.contiguous() for k, v in network.state_dict().items()}, metadata=header)
+    arrays = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
+    data = pack(arrays, {"format": _FORMAT, **asdict(card)})
     write_atomically(path, data)
     return hashlib.sha256(data).hexdigest()
 
 
-def _card(data: bytes) -> Card:
-    """Read the card from the header of a safetensors file; its layout is a length (8 bytes, little endian) and JSON."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + min(length, len(data))])
-    content: dict[str, Any] = json.loads(header["__metadata__"][_METADATA_KEY])
-    if content.pop("format") != _FORMAT:
-        raise ValueError("another format")
+def _card(content: dict[str, Any]) -> Card:
     content["rule"] = FitRule(**content["rule"])
+    if content.pop("format") != _FORMAT or content["rule"].salt != SALT:
+        raise ValueError("another format")
     for key in ("shape", "class_names", "sketch"):
         content[key] = tuple(content[key])
     return Card(**content)

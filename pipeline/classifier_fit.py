@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline.classifier import Labels, SmallNetwork
-from pipeline.features import Images
+from pipeline.image_set import Images
 
 
 def fit(

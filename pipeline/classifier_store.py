@@ -19,19 +19,18 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.classifier import CONFIDENT, MIN_ACCURACY, Card, Classifier, Labels, decide, save
+from pipeline.classifier import CONFIDENT, MIN_ACCURACY, MIN_PER_FEATURE, Card, Classifier, Labels, decide, save
 from pipeline.classifier_fit import fit
 from pipeline.errors import RefusedError
-from pipeline.features import ImageSet, extract
-from pipeline.fit_rule import FitRule, Hashes, Progress, Rows, hash_rows, held_out_rows, row_chunks
+from pipeline.features import extract
+from pipeline.fit_rule import FitRule, Hashes, hash_rows, held_out_rows
 from pipeline.home import make_folder
+from pipeline.image_set import ImageSet, Progress, Rows, row_chunks
 
 MAX_SIZE = 64
 MIN_SIZE = 8
-# Reference images per feature, in each of the two halves that are compared (`pipeline.scoring`).
-MIN_PER_FEATURE = 4
 
-SHIPPED = {"digits": "5e3b540b265c7cf1d0ed641977ab77537e474695b2d3af2a0f1bedc200c89b48"}
+SHIPPED = {"digits": "267ca970537d9676b29c2d9aa44b281dcc67dbc5d6c04da709e4292362d4a387"}
 """Classifiers in `pipeline/weights/`, by file name, with their sha256."""
 
 _CHECKED_ROWS = 2000
@@ -200,7 +199,7 @@ def _require_accuracy(classifier: Classifier, dataset: ImageSet, hashes: Hashes)
 
 def _measure(classifier: Classifier, dataset: ImageSet, rows: Rows) -> tuple[float, float]:
     """Return the share of rows whose label is the first choice, and the share with a confidence above 0.9."""
-    found = extract(classifier, (dataset.read(chunk) for chunk in row_chunks(rows)))
+    found = extract(classifier, (dataset.read(chunk) for chunk in row_chunks(dataset, rows)))
     choice, confidence = decide(found)
     return float((choice == _labels(dataset, rows)).mean()), float((confidence > CONFIDENT).mean())
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.manifest import Manifest
+from pipeline.fit_rule import FitRule
+from pipeline.image_set import Images
 
-Images = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 
@@ -22,19 +22,9 @@ class Extracted(NamedTuple):
     features: Floats
     logits: Floats | None
 
-
-class ImageSet(Protocol):
-    """What the metrics need of a dataset; `pipeline.shards.Dataset` is one."""
-
-    @property
-    def manifest(self) -> Manifest:
-        """Its card: name, shape, number of rows, class names, fingerprint."""
-
-    def read(self, rows: npt.NDArray[np.int64], /) -> Images:
-        """Return the images of these rows, uint8 [n, C, H, W]."""
-
-    def labels(self, rows: npt.NDArray[np.int64], /) -> npt.NDArray[np.int64] | None:
-        """Return the labels of these rows, int64 [n], or None where the dataset has none."""
+    def part(self, which: slice | npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Extracted:
+        """Return what was extracted from some of the images."""
+        return Extracted(self.features[which], None if self.logits is None else self.logits[which])
 
 
 class FeatureExtractor(Protocol):
@@ -54,7 +44,15 @@ class FeatureExtractor(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of logits, or None where the network gives none that mean anything for these images."""
+        """Number of logits, or None where the network gives none."""
+
+    @property
+    def min_images(self) -> int:
+        """Fewest images on each side of a comparison of its features."""
+
+    @property
+    def fit_rule(self) -> FitRule | None:
+        """Which images of the dataset it was fitted on, and so cannot judge; None where it was fitted on other data."""
 
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Say what is done to images of shape (C, H, W) first; RefusedError where the network cannot judge them."""

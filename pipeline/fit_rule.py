@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.features import Images, ImageSet
+from pipeline.image_set import Images, ImageSet, Progress, Rows, row_chunks
 
 SALT = "ddpm-pipe classifier 1"
 
-_READ_ROWS = 4096
-
 Hashes = npt.NDArray[np.uint64]
-Rows = npt.NDArray[np.int64]
-Progress = Callable[[str, int, int], None]  # what is being done, how much is done, of how much
 
 
 def content_hashes(images: Images, salt: str = SALT) -> Hashes:
@@ -60,14 +55,8 @@ def hash_rows(dataset: ImageSet, progress: Progress | None = None) -> Hashes:
     """Return the content hash of every row, uint64 [num_rows]."""
     total = dataset.manifest.num_rows
     parts = []
-    for rows in row_chunks(np.arange(total)):
+    for rows in row_chunks(dataset, np.arange(total)):
         parts.append(content_hashes(dataset.read(rows)))
         if progress is not None:
             progress("reading the images", int(rows[-1]) + 1, total)
     return np.concatenate(parts)
-
-
-def row_chunks(rows: Rows) -> Iterator[Rows]:
-    """Cut row numbers into chunks that are read at once."""
-    for start in range(0, len(rows), _READ_ROWS):
-        yield rows[start : start + _READ_ROWS]

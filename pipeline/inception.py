@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import DataError, RefusedError, StorageError
-from pipeline.features import Extracted, Images, check_images, concatenate, exact_inference, in_batches
+from pipeline.features import Extracted, check_images, concatenate, exact_inference, in_batches
+from pipeline.image_set import Images
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -42,6 +43,8 @@ class Inception:
     name = "inception"
     width = 2048
     num_classes = 1008
+    min_images = 4096  # twice the width; FID's custom is 10,000 or 50,000
+    fit_rule = None
 
     def __init__(self, network: nn.Module, sha256: str, *, device: torch.device | None = None, batch_size: int = 32):
         self.sha256 = sha256
