@@ -101,8 +101,7 @@ class GaussianDiffusion:
         if schedule.has_zero_terminal_snr and self.prediction in (Prediction.EPS, Prediction.X_PREV):
             raise ValueError(
                 f"prediction={self.prediction.value!r} with schedule {schedule.name!r}, whose last step holds no "
-                "signal: x0 cannot be "
-                "recovered there; use prediction 'v' or 'x0', or a schedule without zero terminal SNR"
+                "signal: x0 cannot be recovered there; use prediction 'v' or 'x0', or a schedule without zero terminal SNR"
             )
 
     @property

@@ -20,12 +20,13 @@ MIN_BETA = 1e-12  # below it 1 - abar has no correct digits in float64
 MIN_ABAR = 1e-70  # below it x_t / sqrt(abar) is not a float32
 
 
-def _check(betas: Tensor) -> None:
+def _check(betas: Tensor, exact_alphas: Tensor | None) -> None:
     """The betas of any chain, one step long or more: each in (0, 1), the last one in (0, 1]."""
     if not isinstance(betas, Tensor) or betas.dtype != torch.float64 or betas.dim() != 1:
         got = f"{betas.dtype} {tuple(betas.shape)}" if isinstance(betas, Tensor) else type(betas).__name__
         raise ValueError(f"betas: got {got}, expected a one-dimensional float64 tensor; use BetaSchedule.from_betas")
-    inside = (betas > MIN_BETA) & (betas < 1)
+    alphas = 1 - betas if exact_alphas is None else exact_alphas
+    inside = (betas > MIN_BETA) & (alphas > 0)
     inside[-1:] |= betas[-1:] == 1
     if not bool(inside.all()):
         t = int((~inside).nonzero()[0])
@@ -33,7 +34,7 @@ def _check(betas: Tensor) -> None:
             f"betas[{t}] = {float(betas[t]):.6g}, expected every beta inside (0, 1) and above {MIN_BETA:g}, 1 itself "
             "at the last step only; change the number of steps or the table"
         )
-    lost = ((1 - betas).cumprod(0) < MIN_ABAR) & (betas < 1)
+    lost = (alphas.cumprod(0) < MIN_ABAR) & (alphas > 0)
     if bool(lost.any()):
         raise ValueError(
             f"abar falls below {MIN_ABAR:g} at t={int(lost.nonzero()[0])} of {len(betas)}: the image is lost long "
@@ -46,24 +47,30 @@ class BetaSchedule:
     """The variances of the forward process and every table derived from them: float64 tensors [T] on the CPU.
 
     Build one by `named`, `from_betas`, `respaced` or `with_zero_terminal_snr`. `kept` is None, or for a respaced
-    schedule the code indices it kept of the schedule it came from. Raises ValueError where a beta lies outside (0, 1)
-    or T is below 2.
+    schedule the code indices it kept of the schedule it came from; there `exact_alphas` stand in for 1 - betas, which
+    loses its digits over long jumps. Raises ValueError where a beta lies outside (0, 1) or T is below 2.
     """
 
     betas: Tensor
     name: str = "custom"
     kept: tuple[int, ...] | None = None
+    exact_alphas: Tensor | None = field(default=None, repr=False)
     _cast: dict[tuple[str, torch.device, torch.dtype], Tensor] = field(default_factory=dict, repr=False, init=False)
 
     def __post_init__(self) -> None:
-        _check(self.betas)
+        _check(self.betas, self.exact_alphas)
         if self.kept is None and len(self.betas) < 2:
             raise ValueError(
                 f"num_timesteps={len(self.betas)}, expected at least 2: a chain of one step is no diffusion"
             )
 
     def __reduce__(self) -> tuple[object, ...]:
-        return BetaSchedule, (self.betas, self.name, self.kept)  # without the tables, which may lie on an accelerator
+        return BetaSchedule, (
+            self.betas,
+            self.name,
+            self.kept,
+            self.exact_alphas,
+        )  # without the tables, which may lie on an accelerator
 
     @classmethod
     def named(cls, name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False) -> BetaSchedule:
@@ -90,7 +97,7 @@ class BetaSchedule:
     @cached_property
     def alphas(self) -> Tensor:
         """1 - betas."""
-        return 1 - self.betas
+        return 1 - self.betas if self.exact_alphas is None else self.exact_alphas
 
     @cached_property
     def alphas_cumprod(self) -> Tensor:
@@ -187,8 +194,8 @@ class BetaSchedule:
             return self
         root = self.sqrt_alphas_cumprod
         abar = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
-        before = torch.cat([abar.new_ones(1), abar[:-1]])
-        return BetaSchedule(1 - abar / before, f"{self.name}+zero_terminal_snr")
+        alphas = abar / torch.cat([abar.new_ones(1), abar[:-1]])
+        return BetaSchedule(1 - alphas, f"{self.name}+zero_terminal_snr", exact_alphas=alphas)
 
     def respaced(self, timesteps: Sequence[int]) -> BetaSchedule:
         """The chain over the kept steps alone, betas recomputed from their abar (Nichol & Dhariwal 2021, section 4).
@@ -204,8 +211,8 @@ class BetaSchedule:
         if kept == tuple(range(self.num_timesteps)):
             return self
         abar = self.alphas_cumprod[list(kept)]
-        before = torch.cat([abar.new_ones(1), abar[:-1]])
-        return BetaSchedule(1 - abar / before, self.name, kept)
+        alphas = abar / torch.cat([abar.new_ones(1), abar[:-1]])
+        return BetaSchedule(1 - alphas, self.name, kept, alphas)
 
     def lookup(self, table: str, t: Tensor, like: Tensor) -> Tensor:
         """table[t] as [B,1,...] for an image batch `like`, on its device and in its dtype, float32 at least.

@@ -71,15 +71,13 @@ class LossAwareTimesteps:
 
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
-        self.losses = torch.zeros(
-            num_timesteps, HISTORY, dtype=torch.float64
-        )  # the oldest first, among those that are there
-        self.counts = torch.zeros(num_timesteps, dtype=torch.int64)
+        self.losses = torch.zeros(num_timesteps, HISTORY, dtype=torch.float64)  # a ring for each step
+        self.seen = torch.zeros(num_timesteps, dtype=torch.int64)
 
     def probabilities(self) -> Tensor:
         """p_t [T] float64, which sum to 1."""
         weights = self.losses.square().mean(1).sqrt()
-        if bool((self.counts < HISTORY).any()) or float(weights.sum()) == 0:
+        if bool((self.seen < HISTORY).any()) or float(weights.sum()) == 0:
             return torch.full_like(weights, 1 / self.num_timesteps)
         return (1 - UNIFORM_SHARE) * weights / weights.sum() + UNIFORM_SHARE / self.num_timesteps
 
@@ -92,23 +90,27 @@ class LossAwareTimesteps:
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the unweighted losses [N] at steps t [N], the last ten of each step."""
-        for step, loss in zip(t.tolist(), losses.detach().double().tolist(), strict=True):
-            count = int(self.counts[step])
-            if count == HISTORY:
-                self.losses[step] = self.losses[step].roll(-1)
-            self.losses[step, min(count, HISTORY - 1)] = loss
-            self.counts[step] = min(count + 1, HISTORY)
+        order = t.cpu().argsort(stable=True)
+        steps, values = t.cpu()[order], losses.detach().cpu().double()[order]
+        unique, group, sizes = torch.unique_consecutive(steps, return_inverse=True, return_counts=True)
+        rank = (
+            torch.arange(len(steps)) - (sizes.cumsum(0) - sizes)[group]
+        )  # how many of this update came before, at this step
+        last = rank >= sizes[group] - HISTORY
+        slot = (self.seen[steps] + rank) % HISTORY
+        self.losses[steps[last], slot[last]] = values[last]
+        self.seen[unique] += sizes
 
     def state_dict(self) -> dict[str, Tensor]:
-        """{"losses": [T,10] float64, "counts": [T] int64}, copies."""
-        return {"losses": self.losses.clone(), "counts": self.counts.clone()}
+        """{"losses": [T,10] float64, "seen": [T] int64}, copies."""
+        return {"losses": self.losses.clone(), "seen": self.seen.clone()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """ValueError where the state is of another kind or another number of steps."""
-        if sorted(state) != ["counts", "losses"] or state["losses"].shape != self.losses.shape:
+        if sorted(state) != ["losses", "seen"] or state["losses"].shape != self.losses.shape:
             shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
             raise ValueError(
                 f"state {shapes} does not fit {self.num_timesteps} loss-aware steps; use the same sampling and T"
             )
         self.losses.copy_(state["losses"])
-        self.counts.copy_(state["counts"])
+        self.seen.copy_(state["seen"])

@@ -218,6 +218,14 @@ def test_oracle_8_respacing_keeps_abar(name: str, kept: tuple[int, ...]) -> None
     torch.testing.assert_close(s.respaced(kept).alphas_cumprod, s.alphas_cumprod[list(kept)], rtol=1e-12, atol=1e-15)
 
 
+def test_oracle_8_respacing_keeps_abar_over_jumps_that_beta_cannot_tell_from_1() -> None:
+    s = BetaSchedule.named("constant", 21)
+    for kept in ((20,), (14, 20), (0, 15, 20)):
+        again = s.respaced(kept)
+        assert not again.has_zero_terminal_snr
+        torch.testing.assert_close(again.alphas_cumprod, s.alphas_cumprod[list(kept)], rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize("kept", [(), (3, 3), (5, 4), (-1, 4), (4, 30)])
 def test_respacing_refuses_what_is_no_subset(kept: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"strictly ascending code indices inside 0 .. 29"):
@@ -237,5 +245,6 @@ def test_a_schedule_travels_between_processes_without_its_tables() -> None:
     s.lookup("snr", torch.tensor([0]), torch.zeros(1, 1))
     again = pickle.loads(pickle.dumps(s))  # noqa: S301 - our own bytes
     assert torch.equal(again.betas, s.betas)
+    assert torch.equal(again.alphas, s.alphas)
     assert (again.name, again.kept) == (s.name, s.kept)
     assert len(pickle.dumps(s)) < 1500
