@@ -68,8 +68,13 @@ def public_uri(uri: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """Return an error's first line, without secrets and short enough for a terminal."""
-    return redact((str(error).strip() or type(error).__name__).splitlines()[0])[:300]
+    """Return what an error says in a line, without secrets and short enough for a terminal."""
+    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    _, wrapped, cause = text.rpartition("(Caused by ")  # of a failed HTTP request only the cause is of interest
+    if wrapped:
+        kind, _, detail = cause.partition("(")
+        text = f"{kind}: {detail.rpartition(': ')[2]}".rstrip("\"')")
+    return redact(text)[:300]
 
 
 def _environment_secrets() -> list[str]:

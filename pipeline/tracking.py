@@ -27,13 +27,16 @@ from pipeline.tracking_writer import Writer
 log = logging.getLogger(__name__)
 
 Family = Literal["train", "result"]
-START_TIMEOUT_S = 20.0  # strict: how long the first contact may take
 MAX_VALUE_LENGTH = 6000  # MLflow's limit for parameters
 
 
 @dataclass(frozen=True)
 class TrackingSettings:
-    """Where runs are recorded. `artifacts` is the folder of a local store's artifacts, None where a server decides."""
+    """Where runs are recorded.
+
+    `artifacts` is the folder of a local store's artifacts, None where a server decides. `strict` makes a store that is
+    away an error: at the start after `start_timeout_s`, and at the end.
+    """
 
     uri: str
     experiment: str = "ddpm"
@@ -41,6 +44,7 @@ class TrackingSettings:
     strict: bool = False
     mlflow_run_id: str | None = None
     batch_interval_s: float = 1.0
+    start_timeout_s: float = 15.0
 
     @classmethod
     def resolve(
@@ -106,7 +110,7 @@ class Tracker:
             dataset=None if dataset is None else {key: redact(value) for key, value in asdict(dataset).items()},
             mlflow_run_id=self._settings.mlflow_run_id,
         )
-        if self._settings.strict and not self.flush(START_TIMEOUT_S, patient=True):
+        if self._settings.strict and not self.flush(self._settings.start_timeout_s, patient=True):
             raise TrackingError(self._complaint("does not take the run"))
 
     def metrics(self, step: int, values: Mapping[str, float], family: Family = "train") -> None:

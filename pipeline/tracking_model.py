@@ -52,7 +52,6 @@ def _save(target: Path, folder: Path, run_id: str, model: LoggedModel) -> None:
     # importing pyfunc makes MLflow complain of a type hint in its own code
     warnings.filterwarnings("ignore", message=".*type hint", category=UserWarning)
     import mlflow.pyfunc
-    import pandas as pd
     from mlflow.models import Model
 
     mlflow.pyfunc.save_model(
@@ -61,7 +60,7 @@ def _save(target: Path, folder: Path, run_id: str, model: LoggedModel) -> None:
         artifacts={"model": str(folder)},
         code_paths=[str(path) for path in _code(folder)],
         signature=_signature(),
-        input_example=(pd.DataFrame({"n": [4]}), {"seed": 0, "steps": 0}),
+        input_example=({"n": [4]}, {"seed": 0, "steps": 0}),
         pip_requirements=[f"{name}=={version(name)}" for name in REQUIREMENTS],
         mlflow_model=Model(
             artifact_path=model.artifact_location, run_id=run_id, model_uuid=model.model_id, model_id=model.model_id

@@ -91,6 +91,8 @@ class Writer:
             if position.offset != offset:  # by this process or another one
                 offset, moved = position.offset, now
             hangs = not self._answers and now - max(moved, self._asked_at) > grace_s
+            if hangs and not patient:
+                self._spool.mark_unreachable(True)
             if now - begin > timeout or (not patient and (hangs or self._failed_attempt >= begin)):
                 return False
             if now - woken > 0.5:
@@ -124,7 +126,8 @@ class Writer:
     def deliver_some(self) -> bool:
         """Deliver the next part of the spool; return whether there may be more. Raises what MLflow raises."""
         with self._spool.delivering() as mine:
-            if not mine:
+            if not mine:  # another process is asking
+                self._asked_at = min(self._asked_at, time.monotonic())
                 return False
             position = self.position()
             files_due = position.deferred and time.monotonic() >= self._retry_files_at

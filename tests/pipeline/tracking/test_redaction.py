@@ -7,6 +7,7 @@ import random
 import string
 
 import pytest
+import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -105,3 +106,9 @@ def test_redacting_twice_changes_nothing_more(text: str) -> None:
 def test_an_error_becomes_one_line_without_its_secrets() -> None:
     assert one_line(ValueError("cannot reach http://u:p@h/\ntraceback")) == "cannot reach http://h/"
     assert one_line(TimeoutError()) == "TimeoutError"
+
+
+def test_of_a_failed_request_the_cause_is_said() -> None:
+    with pytest.raises(requests.ConnectionError) as caught:
+        requests.get("http://127.0.0.1:9/api", timeout=5)
+    assert one_line(caught.value) == "NewConnectionError: [Errno 111] Connection refused"

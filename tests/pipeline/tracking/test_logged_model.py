@@ -1,0 +1,112 @@
+"""The final model in MLflow: loads with pickle refused, outside the checkout, and gives the images that the run gives."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.config import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
+from pipeline.device import Compute
+from pipeline.generation import generate
+from pipeline.models import build_diffusion, build_model
+from pipeline.runs import Run
+from pipeline.tracking import Tracker, TrackingSettings
+from pipeline.trained import Trained
+from tests.pipeline.tracking.stores import client_of
+
+LOAD = """
+import sys, warnings
+warnings.simplefilter("ignore")  # MLflow's own
+import numpy as np
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model("models:/" + sys.argv[2])
+import pipeline
+assert "mlartifacts" in pipeline.__file__, pipeline.__file__  # the code that came with the model
+np.save(sys.argv[3], model.predict({"n": [3]}, params={"seed": 5, "steps": 3}))
+"""
+OWN_NETWORK = """
+import torch
+
+class Own(torch.nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = torch.nn.Parameter(torch.tensor(gain))
+
+    def forward(self, x, t):
+        return self.gain * x
+"""
+
+
+def trained(experiment: Experiment) -> Trained:
+    torch.manual_seed(0)
+    model = build_model(experiment, (1, 8, 8)).eval()
+    return Trained(model, build_diffusion(experiment), experiment, (1, 8, 8), 100, "ema")
+
+
+def log(run: Run, store: TrackingSettings, model: Trained) -> str:
+    tracker = Tracker(run.folder, store)
+    tracker.start(store.experiment, "model", {}, {}, "")
+    tracker.model(model.save(run.folder / "model"), step=100)
+    assert tracker.close(), tracker.problem
+    client = client_of(store)
+    (found,) = client.search_logged_models([client.get_run(run.mlflow_run_id).info.experiment_id])
+    assert str(found.status) == "READY"
+    (output,) = client.get_run(run.mlflow_run_id).outputs.model_outputs
+    assert (output.model_id, output.step) == (found.model_id, 100)
+    return str(found.model_id)
+
+
+def test_it_loads_without_pickle_and_gives_the_runs_images(
+    run: Run, store: TrackingSettings, home: Path, tmp_path: Path
+) -> None:
+    experiment = Experiment(
+        model=ModelConfig(
+            channels=16, channel_multipliers=(1, 2), num_res_blocks=1, norm_groups=8, attention_resolutions=()
+        ),
+        diffusion=DiffusionConfig(num_timesteps=50),
+        sampling=SamplingConfig(steps=5, batch_size=4),
+    )
+    model = trained(experiment)
+    model_id = log(run, store, model)
+    files = [path for path in (home / "mlartifacts").rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix in {".pkl", ".pickle", ".pt", ".pth", ".pyc"}]
+    environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    command = [sys.executable, "-c", LOAD, store.uri, model_id, str(tmp_path / "images.npy")]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    images = np.load(tmp_path / "images.npy")
+    assert images.dtype == np.uint8
+    sampling = experiment.sampling.model_copy(update={"steps": 3})
+    compute = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
+    with torch.no_grad():
+        parts = list(generate(model.diffusion, model.model, model.shape, 3, sampling, 5, compute))
+    expected = torch.cat(parts).permute(0, 2, 3, 1).numpy()
+    assert images.tolist() == expected.tolist()
+    # its page says how to call it
+    (page,) = (home / "mlartifacts").rglob("MLmodel")
+    assert '"name": "n"' in page.read_text()
+    (example,) = (home / "mlartifacts").rglob("serving_input_example.json")
+    assert json.loads(example.read_text())["params"] == {"seed": 0, "steps": 0}
+
+
+def test_a_network_of_the_users_own_goes_with_it_and_once(
+    run: Run, store: TrackingSettings, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_network.py").write_text(OWN_NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    model = trained(Experiment(model=ModelConfig(type="my_network:Own", arguments={"gain": 0.5})))
+    log(run, store, model)
+    (found,) = (home / "mlartifacts").rglob("my_network.py")
+    assert found.read_text() == OWN_NETWORK
+    (run.folder / "spool" / "delivered.json").unlink()  # as if killed before this was written
+    again = Tracker(run.folder, store)
+    assert again.close()
+    client = client_of(store)
+    assert len(client.search_logged_models([client.get_run(run.mlflow_run_id).info.experiment_id])) == 1

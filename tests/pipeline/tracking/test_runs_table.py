@@ -1,0 +1,85 @@
+"""What `ddpm-pipe runs` lists and what a run's description says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config import Experiment
+from pipeline.monitor import SystemMonitor
+from pipeline.runs import Run
+from pipeline.runs_table import COLUMNS, headline, runs_table
+from pipeline.tracking_text import describe
+from tests.pipeline.tracking.stores import REPOSITORY
+
+
+def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Run], home: Path) -> None:
+    assert runs_table(home) == []
+    first, second = new_run(name="one"), new_run(name="two")
+    first.update(
+        status="FINISHED", step=100, summary={"kid_x": 0.1, "fid_classifier-ab_500": 12.5, "fid_yardstick_real": 1.0}
+    )
+    second.update(status="RUNNING", step=40, overrides=["training.steps=250", "name=x"])
+    rows = runs_table(home)
+    assert [row["id"] for row in rows] == [first.id, second.id]
+    assert set(COLUMNS) <= set(rows[0])
+    assert {key: rows[0][key] for key in ("name", "dataset", "schedule", "T", "steps", "fid", "metric", "status")} == {
+        "name": "one",
+        "dataset": "digits",
+        "schedule": "cosine",
+        "T": 50,
+        "steps": "100/100",
+        "fid": 12.5,
+        "metric": "fid_classifier-ab_500",
+        "status": "FINISHED",
+    }
+    assert (rows[1]["steps"], rows[1]["status"], rows[1]["fid"]) == ("40/250", "INTERRUPTED", None)
+    json.dumps(rows)
+
+
+def test_the_headline_is_the_newest_fid_and_never_a_yardstick() -> None:
+    assert headline({}) is None
+    assert headline({"kid": 1.0, "fid_yardstick_noise": 2.0}) is None
+    assert headline({"fid_a": 1.0, "fid_b": 2.0, "fid_yardstick_noise": 3.0}) == "fid_b"
+
+
+def test_listing_runs_needs_no_mlflow_and_no_torch(run: Run, home: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+from pipeline.runs_table import runs_table
+import pipeline.ui, pipeline.tracking
+assert len(runs_table(Path({str(home)!r}))) == 1
+heavy = {{"mlflow", "torch", "ray", "pandas", "numpy", "PIL"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, timeout=60)
+
+
+def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_it_again(
+    new_run: Callable[..., Run],
+) -> None:
+    run = new_run(
+        experiment=Experiment().to_dict(),
+        command=["ddpm-pipe", "train", "--data", "/my data", "-s", "training.steps=5"],
+    )
+    text = describe(run.record, {"fid_classifier-ab_500": 12.3456789, "fid_yardstick_real": 1.0})
+    for part in (
+        "`digits`", "linear, T = 1,000", "800,000 steps", "batch of 128", "128 channels x (1, 2, 2, 2)", "ddim, 50 steps",
+        "| `fid_classifier-ab_500` | 12.35 |", "| `fid_yardstick_real` | 1 |", "abababab",
+        "ddpm-pipe train --data '/my data' -s training.steps=5", f"ddpm-pipe resume {run.id}", run.record.code_version,
+    ):  # fmt: skip
+        assert part in text, part
+    assert "Nothing is scored yet" in describe(run.record, {})
+
+
+def test_the_machine_is_sampled_in_plausible_figures() -> None:
+    figures = SystemMonitor.sample()
+    assert set(figures) >= {"system/cpu_percent", "system/memory_percent", "system/process_memory_mib"}
+    assert 0 <= figures["system/cpu_percent"] <= 100
+    assert 0 < figures["system/memory_percent"] <= 100
+    mapped = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / 2**20
+    assert abs(figures["system/process_memory_mib"] - mapped) < 50
