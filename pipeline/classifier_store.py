@@ -21,7 +21,7 @@ import torch
 
 from pipeline.classifier import CONFIDENT, MIN_ACCURACY, MIN_PER_FEATURE, Card, Classifier, Labels, decide, save
 from pipeline.classifier_fit import fit
-from pipeline.errors import RefusedError
+from pipeline.errors import DataError, RefusedError
 from pipeline.features import extract
 from pipeline.fit_rule import FitRule, Hashes, hash_rows, held_out_rows
 from pipeline.home import make_folder
@@ -30,9 +30,13 @@ from pipeline.image_set import ImageSet, Progress, Rows, row_chunks
 MAX_SIZE = 64
 MIN_SIZE = 8
 
-SHIPPED = {"digits": "267ca970537d9676b29c2d9aa44b281dcc67dbc5d6c04da709e4292362d4a387"}
+SHIPPED = {
+    "digits": "b851a51a71931f0741e596b5b1db27066cc15dff206013e8e25bf38322998b6b",
+    "mnist": "5ca486836fcfe74d9f78b0f94192849afdcc2b6f8fa12cf04cabee687ac78e3c",
+}
 """Classifiers in `pipeline/weights/`, by file name, with their sha256."""
 
+_RECIPE_FORMAT = 1  # rises with any change to the network or its fitting
 _CHECKED_ROWS = 2000
 _SKETCH_SIZE = 256
 _SKETCH_KNOWN = 16
@@ -42,28 +46,37 @@ def classifier_for(
     dataset: ImageSet,
     cache_dir: Path,
     *,
+    recipe: Recipe | None = None,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> Classifier:
     """Return a classifier that may judge this dataset's images: a shipped one, one of `cache_dir`, or one fitted now.
 
-    A shipped one is taken only for a dataset that holds images it was fitted on (known by their content hashes,
-    whatever the dataset is called). Whichever it is, it must name the labels of images that it was not fitted on.
+    A shipped one is taken only for a dataset that holds images it was fitted on, known by their content hashes whatever
+    the dataset is called, and whose other labels it names. `recipe` replaces the one that the dataset's size suggests.
 
     Raises:
         RefusedError: no labels, images of another size than 8 to 64, too few of them, or an accuracy below 0.95.
     """
-    recipe = Recipe.for_dataset(dataset)
+    suggested = Recipe.for_dataset(dataset)
+    recipe = recipe or suggested
     hashes = hash_rows(dataset, progress=progress)
-    classifier = _shipped(dataset, hashes, device)
+    shipped = _shipped(dataset, hashes, device)
+    if shipped is not None:
+        return shipped
+    path = cache_dir / f"classifier-{recipe.key(dataset)}.safetensors"
+    classifier = _cached(path, device)
     if classifier is None:
-        path = cache_dir / f"classifier-{recipe.key(dataset)}.safetensors"
-        if not path.is_file():
-            make_folder(cache_dir)
-            command = f"python -m pipeline.classifier_store {dataset.manifest.name} {path.name}"
-            fit_and_save(dataset, path, recipe=recipe, hashes=hashes, command=command, progress=progress)
+        make_folder(cache_dir)
+        command = f"python -m pipeline.classifier_store {shlex.quote(dataset.manifest.name)} {path.name}"
+        fit_and_save(dataset, path, recipe=recipe, hashes=hashes, command=command, progress=progress)
         classifier = Classifier.load(path, device=device)
-    _require_accuracy(classifier, dataset, hashes)
+    accuracy = classifier.card.accuracy
+    if accuracy < MIN_ACCURACY:
+        raise RefusedError(
+            f"the classifier of {dataset.manifest.name!r} names {accuracy:.1%} of its {classifier.card.num_held_out} held-out labels, "
+            f"expected at least {MIN_ACCURACY:.0%}: its features would mislead; use the inception extractor"
+        )
     return classifier
 
 
@@ -100,7 +113,7 @@ class Recipe:
 
     def key(self, dataset: ImageSet) -> str:
         """Return a name for this recipe on this content."""
-        content = json.dumps([dataset.manifest.fingerprint, asdict(self), str(FitRule(self.fraction))])
+        content = json.dumps([_RECIPE_FORMAT, dataset.manifest.fingerprint, asdict(self), str(FitRule(self.fraction))])
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
@@ -167,34 +180,29 @@ def class_names(dataset: ImageSet) -> tuple[str, ...]:
 
 
 def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> Classifier | None:
-    """Return the shipped classifier that was fitted on images of this dataset, if there is one.
-
-    The same images with other labels are no obstacle here: `_require_accuracy` finds them out.
-    """
+    """Return the shipped classifier that knows this dataset, if there is one: its images by content, and their labels."""
     for name, sha256 in SHIPPED.items():
-        classifier = Classifier.load(
-            Path(__file__).parent / "weights" / f"{name}.safetensors", sha256=sha256, device=device
-        )
+        path = Path(__file__).parent / "weights" / f"{name}.safetensors"
+        classifier = Classifier.load(path, sha256=sha256, device=device)
         card = classifier.card
         known = np.isin(np.array(card.sketch, dtype=np.uint64), hashes).sum()
+        rows = held_out_rows(hashes, card.rule)[:_CHECKED_ROWS]
+        if card.shape != dataset.manifest.shape or known < _SKETCH_KNOWN or len(rows) == 0:
+            continue
         if (
-            card.shape == dataset.manifest.shape
-            and known >= _SKETCH_KNOWN
-            and len(card.class_names) == len(class_names(dataset))
+            len(card.class_names) == len(class_names(dataset))
+            and _measure(classifier, dataset, rows)[0] >= MIN_ACCURACY
         ):
             return classifier
     return None
 
 
-def _require_accuracy(classifier: Classifier, dataset: ImageSet, hashes: Hashes) -> None:
-    """Refuse a classifier that does not name the labels of this dataset's images, on rows that it was not fitted on."""
-    rows = held_out_rows(hashes, classifier.card.rule)[:_CHECKED_ROWS]
-    accuracy, _ = _measure(classifier, dataset, rows)
-    if accuracy < MIN_ACCURACY:
-        raise RefusedError(
-            f"the classifier of {dataset.manifest.name!r} names {accuracy:.1%} of {len(rows)} held-out labels, expected at "
-            f"least {MIN_ACCURACY:.0%}: its features would mislead; use the inception extractor"
-        )
+def _cached(path: Path, device: torch.device | None) -> Classifier | None:
+    """Return the classifier of a cache file; None where there is none or it is damaged, for then it is fitted again."""
+    try:
+        return Classifier.load(path, device=device)
+    except DataError:
+        return None
 
 
 def _measure(classifier: Classifier, dataset: ImageSet, rows: Rows) -> tuple[float, float]:

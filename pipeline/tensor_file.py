@@ -20,12 +20,12 @@ _KEY = "ddpm-pipe"
 def pack(arrays: Mapping[str, npt.NDArray[Any]], card: Mapping[str, Any]) -> bytes:
     """Return the bytes of a safetensors file; equal arrays and cards give equal bytes. The card must be JSON."""
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    header = json.dumps({"card": card, "sha256": _digest(whole)}, sort_keys=True)
+    header = json.dumps({"card": card, "sha256": _digest(card, whole)}, sort_keys=True)
     return bytes(safetensors.numpy.save(whole, metadata={_KEY: header}))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:
-    """Return card and arrays of what `pack` gave; ValueError for anything else, a single flipped bit included."""
+    """Return card and arrays of what `pack` gave; ValueError for anything else, and where a bit of either flipped."""
     try:
         arrays: Arrays = safetensors.numpy.load(data)
         # The layout of safetensors: the length of a JSON header (8 bytes, little endian), the header, the arrays.
@@ -35,13 +35,13 @@ def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:
         expected = content["sha256"]
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"not a file of arrays with a card ({str(error).splitlines()[0]})") from None
-    if _digest(arrays) != expected:
-        raise ValueError("its arrays are damaged")
+    if _digest(card, arrays) != expected:
+        raise ValueError("its content is damaged")
     return card, arrays
 
 
-def _digest(arrays: Arrays) -> str:
-    digest = hashlib.sha256()
+def _digest(card: Mapping[str, Any], arrays: Arrays) -> str:
+    digest = hashlib.sha256(json.dumps(card, sort_keys=True).encode())
     for name in sorted(arrays):
         digest.update(f"{name}\0{arrays[name].dtype.str}\0{arrays[name].shape}\0".encode())
         digest.update(arrays[name].tobytes())
