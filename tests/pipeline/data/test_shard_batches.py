@@ -1,0 +1,105 @@
+"""Batches in a training's order: the same from memory and from disk, for any number of workers, from any step."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.order import Order, streams_of_worker
+from pipeline.shards import Dataset, RawBatch, read_batches
+from tests.pipeline.data.made_data import dataset_of, some_images
+
+FROM_DISK = 0  # a memory budget that nothing fits
+
+
+@pytest.fixture(scope="module", params=["raw", "png"])
+def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Raw images in row groups of 128 and two shards; PNG without labels in row groups of 64 and four shards."""
+    shape, count = {"raw": ((64, 64, 3), 300), "png": ((72, 72, 3), 200)}[request.param]
+    folder = tmp_path_factory.mktemp(request.param) / "data"
+    labels = np.arange(count) if request.param == "raw" else None
+    return dataset_of(folder, some_images(count, shape), labels, rows_per_shard=128 if request.param == "raw" else 64)
+
+
+def batches(dataset: Dataset, order: Order, streams: range, start: int, count: int, budget: int) -> list[RawBatch]:
+    return list(islice(read_batches(dataset, order, streams, start, memory_budget_bytes=budget), count))
+
+
+def assert_same(a: RawBatch, b: RawBatch) -> None:
+    assert a.step == b.step
+    np.testing.assert_array_equal(a.rows, b.rows)
+    np.testing.assert_array_equal(a.images, b.images)
+    assert (a.labels is None) == (b.labels is None)
+    if a.labels is not None and b.labels is not None:
+        np.testing.assert_array_equal(a.labels, b.labels)
+
+
+@pytest.mark.parametrize("window", [1, 100, 10_000])
+def test_memory_and_disk_give_the_same_batches(dataset: Dataset, window: int) -> None:
+    order = Order(dataset.manifest.row_groups, 5, 4, 12, window)
+    num_steps = 2 * len(dataset) // 12 + 5  # into the third epoch
+    held = Dataset.open(dataset.folder)
+    from_memory = batches(held, order, range(4), 0, num_steps, 2**40)
+    from_disk = batches(dataset, order, range(4), 0, num_steps, FROM_DISK)
+    assert held.in_memory
+    assert not dataset.in_memory
+    for a, b in zip(from_memory, from_disk, strict=True):
+        assert_same(a, b)
+
+
+def test_batches_are_the_rows_of_the_order(dataset: Dataset) -> None:
+    order = Order(dataset.manifest.row_groups, 5, 4, 12, 100)
+    for batch in batches(dataset, order, range(4), 0, 30, FROM_DISK):
+        np.testing.assert_array_equal(batch.rows, np.concatenate([order.rows_for(batch.step, k) for k in range(4)]))
+        np.testing.assert_array_equal(batch.images, dataset.read(batch.rows))
+        if batch.labels is not None:
+            np.testing.assert_array_equal(batch.labels, batch.rows)  # as they were ingested
+
+
+@pytest.mark.parametrize("budget", [FROM_DISK, 2**40], ids=["disk", "memory"])
+def test_starting_later_gives_the_tail(dataset: Dataset, budget: int) -> None:
+    order = Order(dataset.manifest.row_groups, 5, 2, 8, 100)
+    whole = batches(Dataset.open(dataset.folder), order, range(2), 0, 90, budget)
+    for start in (1, 17, 38, 89):
+        tail = batches(Dataset.open(dataset.folder), order, range(2), start, 90 - start, budget)
+        for a, b in zip(whole[start:], tail, strict=True):
+            assert_same(a, b)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_workers_together_read_what_one_reads(dataset: Dataset, world: int) -> None:
+    order = Order(dataset.manifest.row_groups, 5, 8, 24, 100)
+    alone = batches(dataset, order, range(8), 0, 30, FROM_DISK)
+    parts = [
+        batches(Dataset.open(dataset.folder), order, streams_of_worker(rank, world, 8), 0, 30, FROM_DISK)
+        for rank in range(world)
+    ]
+    for step, batch in enumerate(alone):
+        by_stream = {
+            stream: (part[step].rows.reshape(-1, 3)[i], part[step].images.reshape(-1, 3, *dataset.manifest.shape)[i])
+            for rank, part in enumerate(parts)
+            for i, stream in enumerate(streams_of_worker(rank, world, 8))
+        }
+        np.testing.assert_array_equal(np.concatenate([by_stream[k][0] for k in range(8)]), batch.rows)
+        np.testing.assert_array_equal(np.concatenate([by_stream[k][1] for k in range(8)]), batch.images)
+
+
+def test_a_worker_reads_only_the_row_groups_of_its_windows(tmp_path: Path) -> None:
+    """All files but those that hold its first windows may be away."""
+    dataset = dataset_of(tmp_path / "d", some_images(640, (72, 72, 3)), rows_per_shard=64)  # ten shards of one group
+    order = Order(dataset.manifest.row_groups, 5, 2, 4, 128)  # windows of two groups, slices of two and a half windows
+    reader = read_batches(dataset, order, [1], memory_budget_bytes=FROM_DISK)
+    segments = [s for step in range(40) for s in order.segments(step, 1)]  # 80 of the slice's 320 rows
+    needed = {int(row) // 64 for s in segments for row in order.window_rows(s.epoch, s.window)}
+    assert len(needed) == 4
+    for shard in set(range(10)) - needed:
+        (dataset.folder / f"shard-{shard:05d}.parquet").unlink()
+    assert len(list(islice(reader, 40))) == 40
+
+
+def test_an_order_of_another_dataset_is_refused(dataset: Dataset) -> None:
+    with pytest.raises(ValueError, match="other row groups"):
+        read_batches(dataset, Order((8, 8), 0, 1, 4, 8), [0])
