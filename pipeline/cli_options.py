@@ -19,14 +19,21 @@ def example(text: str) -> str:
 def cluster_option(command: F) -> F:
     """Add `--cluster`."""
     return click.option(
-        "--cluster", metavar="PROFILE", help="Where to run: a profile's name or YAML file. Default: local (Ray on this machine)."
+        "--cluster",
+        metavar="PROFILE",
+        help="Where to run: a profile's name or YAML file. Default: local (Ray on this machine).",
     )(command)
 
 
 def set_option(command: F) -> F:
     """Add `-s key=value`."""
     return click.option(
-        "-s", "--set", "overrides", metavar="KEY=VALUE", multiple=True, help="Override one setting, such as training.steps=1000."
+        "-s",
+        "--set",
+        "overrides",
+        metavar="KEY=VALUE",
+        multiple=True,
+        help="Override one setting, such as training.steps=1000.",
     )(command)
 
 
@@ -43,11 +50,17 @@ def dry_run_option(command: F) -> F:
 def sampling_options(command: F) -> F:
     """Add the options that change how images are generated; what is not given is as the run's experiment says."""
     options = (
-        click.option("--sampler", type=click.Choice(["ddim", "ancestral"]), help="Default: as the run's experiment says."),
+        click.option(
+            "--sampler", type=click.Choice(["ddim", "ancestral"]), help="Default: as the run's experiment says."
+        ),
         click.option("--steps", type=click.IntRange(min=1), help="Network calls along one image."),
         click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise: 0 is none, 1 is ancestral."),
-        click.option("--seed", type=click.IntRange(min=0), help="Image i is a function of this and i. Default: the experiment's."),
-        click.option("--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True),
+        click.option(
+            "--seed", type=click.IntRange(min=0), help="Image i is a function of this and i. Default: the experiment's."
+        ),
+        click.option(
+            "--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Averaged or last."
+        ),
         click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest."),
     )
     for option in reversed(options):

@@ -26,7 +26,9 @@ ddpm-pipe sample k7m2 --sampler ancestral --seed 7 --format parquet
 """)
 )
 @click.argument("run")
-@click.option("-n", "--num-images", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "-n", "--num-images", type=click.IntRange(min=1), default=64, show_default=True, help="Images to generate."
+)
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder. Default: RUN's own, under samples/.")
 @click.option("--format", "form", type=click.Choice(["grid", "png", "parquet"]), default="grid", show_default=True)
 @sampling_options
@@ -60,7 +62,9 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
 """)
 )
 @click.argument("run")
-@click.option("--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says.")
+@click.option(
+    "--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says."
+)
 @click.option("-n", "--num-images", type=click.IntRange(min=2), help="Images on each side of the comparison.")
 @click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
 @sampling_options
@@ -113,7 +117,7 @@ ddpm-pipe ui
 ddpm-pipe ui --port 5001
 """)
 )
-@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
 def ui(port: int) -> None:
     """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
     from pipeline.home import home

@@ -53,7 +53,7 @@ class Silent(Console):
 
 
 class Rate:
-    """Progress of countable work, with its rate and the time left."""
+    """Progress of countable work, with its rate and the time left; work of under a second is not worth a line."""
 
     def __init__(self, console: Console, what: str, total: int, unit: str = "images") -> None:
         self._console, self._what, self._total, self._unit = console, what, total, unit
@@ -61,10 +61,16 @@ class Rate:
 
     def __call__(self, count: int) -> None:
         """Show that `count` of the total are done."""
-        wall = max(time.monotonic() - self._begin, 1e-9)
+        wall = time.monotonic() - self._begin
+        if wall < 1.0:
+            return
         left = (self._total - count) * wall / max(count, 1)
-        line = f"{self._what} {count}/{self._total}  {count / wall:.0f} {self._unit}/s  {duration(left)} left"
+        line = f"{self._what} {count}/{self._total}  {_rate(count / wall)} {self._unit}/s  {duration(left)} left"
         self._console.progress(line, done=count >= self._total)
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:.1f}" if per_s < 10 else f"{per_s:.0f}"
 
 
 def duration(seconds: float) -> str:

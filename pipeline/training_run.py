@@ -13,8 +13,8 @@ from pipeline import presets
 from pipeline.cluster import require_resources
 from pipeline.cluster_profile import Profile, load_profile
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
-from pipeline.console import Console, duration
-from pipeline.errors import CheckpointError, DataError, InterruptedRunError, PipelineError, UsageError
+from pipeline.console import Console
+from pipeline.errors import CheckpointError, InterruptedRunError, PipelineError, UsageError
 from pipeline.evaluate import Outcome, conclude
 from pipeline.home import datasets_dir, home
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
@@ -31,11 +31,10 @@ from pipeline.worker import Job
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked to train, and where. `own_data`: the data was named on the command line."""
+    """What the user asked to train, and where."""
 
     experiment: Experiment
     profile: Profile
-    own_data: bool
 
 
 def request(
@@ -48,7 +47,7 @@ def request(
     if data is not None and Path(data).exists():
         data = str(Path(data).absolute())
     allow_modules_in(os.getcwd())
-    return Request(load_experiment(path, overrides, data), load_profile(cluster), data is not None)
+    return Request(load_experiment(path, overrides, data), load_profile(cluster))
 
 
 def plan(asked: Request) -> Plan:
@@ -56,10 +55,14 @@ def plan(asked: Request) -> Plan:
     num_workers = choose_workers(asked.experiment, asked.profile)
     require_resources(asked.profile, num_workers)
     found = availability(asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()))
-    if not found.here and asked.own_data:
-        raise DataError(found.message)
+    manifest = found.manifest
     return make_plan(
-        asked.experiment, asked.profile, num_workers, data=found.message, num_rows=found.num_rows, shape=found.shape
+        asked.experiment,
+        asked.profile,
+        num_workers,
+        data=found.text,
+        num_rows=None if manifest is None else manifest.num_rows,
+        shape=None if manifest is None else manifest.shape,
     )
 
 
@@ -70,7 +73,9 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     require_resources(asked.profile, num_workers)
     # what can be refused without the images is refused before they are fetched
     make_plan(asked.experiment, asked.profile, num_workers, data="", num_rows=None, shape=None)
-    dataset = ensure_ingested(asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()), console.say)
+    dataset = ensure_ingested(
+        asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()), console.say
+    )
     checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
     run = _create(checked, dataset, command)
     return _carry_out(run, checked, dataset, console)
@@ -237,6 +242,3 @@ def _options(data: DataConfig) -> IngestOptions:
         label_column=data.label_column,
         split=data.split,
     )
-
-
-__all__ = ["Outcome", "Request", "duration", "go_on", "plan", "request", "start"]

@@ -1,0 +1,96 @@
+"""What the commands about finished runs do: find the run, act, and return plain results."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster_profile import load_profile
+from pipeline.console import Console
+from pipeline.evaluate import ScoreRequest, evaluate_run, score_lines
+from pipeline.home import home
+from pipeline.models import allow_modules_in
+from pipeline.redaction import public_uri
+from pipeline.runs import Run
+from pipeline.sample import Format, SampleRequest, generate_from, write_samples
+from pipeline.tracking import TrackingSettings
+from pipeline.tracking import sync as deliver
+from pipeline.trained import experiment_of
+
+
+def sample(
+    reference: str,
+    request: SampleRequest,
+    out: Path | None,
+    form: Format,
+    cluster: str | None,
+    *,
+    dry_run: bool,
+) -> dict[str, Any]:
+    """Generate images of a run and write them; return their identity and where they are."""
+    run, profile = _found(reference), load_profile(cluster)
+    sampling, seed = request.settings(experiment_of(run))
+    folder = (out or _fresh(run.folder / "samples")).absolute()
+    if dry_run:
+        return {
+            "run": run.id,
+            **sampling.model_dump(),
+            "seed": seed,
+            "num_images": request.num_images,
+            "would write": str(folder),
+        }
+    samples = generate_from(run, request, profile, Console())
+    paths = write_samples(samples, folder, form)
+    shown = [str(path) for path in paths] if len(paths) <= 3 else [f"{paths[0]} ... ({len(paths) - 1} images)"]
+    return {"run": run.id, **samples.identity(), "written": shown}
+
+
+def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_run: bool) -> dict[str, Any]:
+    """Score a run; return the scores with their identities and where they are."""
+    run, profile = _found(reference), load_profile(cluster)
+    experiment = experiment_of(run)
+    sampling, seed = request.settings(experiment)
+    if dry_run:
+        asked = experiment.evaluation
+        extractor, count = request.extractor or asked.extractor, request.num_images or asked.num_images
+        return {"run": run.id, **sampling.model_dump(), "seed": seed, "extractor": extractor, "at most images": count}
+    settings = TrackingSettings.resolve(
+        home(), profile.mlflow.tracking_uri, profile.mlflow.experiment, profile.mlflow.strict
+    )
+    scores, paths = evaluate_run(run, request, profile, settings, Console())
+    table = score_lines(scores)
+    return {"run": run.id, **scores.to_json(), "written": [str(path) for path in paths.values()], "table": table}
+
+
+def sync(reference: str) -> str:
+    """Deliver a run's undelivered records to the tracking store; return one line on what was done."""
+    run = _found(reference)
+    settings = TrackingSettings.resolve(home())
+    with run.lock():
+        count = deliver(run.folder, settings)
+    return f"run {run.id}: delivered {count} records to {public_uri(settings.uri)}"
+
+
+def to_text(result: dict[str, Any]) -> str:
+    """Return a result as lines for people."""
+    if "table" in result:
+        return "\n".join([f"run {result['run']}", "", *result["table"], "", *result["written"]])
+    lines = []
+    for name, value in result.items():
+        shown = value if isinstance(value, list) else [value]
+        lines += [f"{name + ':' if i == 0 else '':<17}{item}" for i, item in enumerate(shown)]
+    return "\n".join(lines)
+
+
+def _found(reference: str) -> Run:
+    allow_modules_in(os.getcwd())
+    return Run.find(home(), reference)
+
+
+def _fresh(folder: Path) -> Path:
+    """Return the first of folder/1, folder/2, ... that is not there yet."""
+    number = 1
+    while (folder / str(number)).exists():
+        number += 1
+    return folder / str(number)
