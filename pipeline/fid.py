@@ -6,8 +6,9 @@ business, and which images may be compared is `pipeline.scoring`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,15 @@ class Moments:
         mean = x.mean(axis=0)
         centred = x - mean
         return cls(len(x), mean, centred.T @ centred)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], name: str) -> Moments:
+        """Read what `to_arrays` gave under the same name; KeyError where a part is missing."""
+        return cls(int(arrays[f"{name}.count"].item()), arrays[f"{name}.mean"], arrays[f"{name}.scatter"])
+
+    def to_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Return arrays `name.count`, `name.mean` and `name.scatter` for a file."""
+        return {f"{name}.count": np.array([self.count]), f"{name}.mean": self.mean, f"{name}.scatter": self.scatter}
 
     def add(self, features: npt.ArrayLike) -> Moments:
         """Return the moments of this set and `features` [n, width] together."""

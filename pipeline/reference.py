@@ -145,7 +145,7 @@ def _compute(dataset: ImageSet, extractor: FeatureExtractor, plan: _Plan, progre
             progress("features of real images", done, total)
     report = None if progress is None else lambda n: progress("features of noise", n, noisy)
     noise = extract(extractor, _noise(noisy, dataset.manifest.shape), report)
-    arrays = _moment_arrays("rest", rest) | _moment_arrays("last", last) | _as_arrays("noise", noise)
+    arrays = rest.to_arrays("rest") | last.to_arrays("last") | _as_arrays("noise", noise)
     for name, parts in kept.items():
         by_content = np.argsort(np.concatenate([ranks for ranks, _ in parts]))
         arrays |= _as_arrays(name, concatenate([p for _, p in parts], extractor).part(by_content))
@@ -153,10 +153,7 @@ def _compute(dataset: ImageSet, extractor: FeatureExtractor, plan: _Plan, progre
 
 
 def _assemble(plan: _Plan, arrays: Arrays) -> Reference:
-    rest, last = (
-        Moments(int(arrays[f"{name}.count"][0]), arrays[f"{name}.mean"], arrays[f"{name}.scatter"])
-        for name in ("rest", "last")
-    )
+    rest, last = (Moments.from_arrays(arrays, name) for name in ("rest", "last"))
     real, other, noise = (
         Extracted(arrays[f"{name}.features"], arrays.get(f"{name}.logits")) for name in ("real", "other", "noise")
     )
@@ -183,11 +180,3 @@ def _noise(count: int, shape: tuple[int, int, int]) -> Iterator[Images]:
 def _as_arrays(name: str, found: Extracted) -> Arrays:
     arrays: Arrays = {f"{name}.features": found.features}
     return arrays if found.logits is None else arrays | {f"{name}.logits": found.logits}
-
-
-def _moment_arrays(name: str, moments: Moments) -> Arrays:
-    return {
-        f"{name}.count": np.array([moments.count]),
-        f"{name}.mean": moments.mean,
-        f"{name}.scatter": moments.scatter,
-    }
