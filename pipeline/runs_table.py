@@ -46,7 +46,7 @@ def _row(run: Run) -> dict[str, Any]:
 
 def headline(summary: dict[str, float]) -> str | None:
     """Return the name of the figure that stands for a run: its newest FID, not a yardstick's."""
-    names = [name for name in summary if name.lower().startswith("fid") and "yardstick" not in name]
+    names = [name for name in summary if name.startswith("fid")]  # yardsticks start with `yardstick_`
     return names[-1] if names else None
 
 

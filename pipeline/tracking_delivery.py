@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.errors import StorageError
 from pipeline.redaction import one_line, redact
 from pipeline.tracking_spool import Event
 
@@ -172,23 +173,22 @@ class Delivery:
     def _deliver_metrics(self, events: Sequence[Event]) -> None:
         from mlflow.entities import Metric
 
-        steps: dict[str, int] = {}
+        last = dict[str, int]()
         metrics: list[Metric] = []
         for event in events:
-            step, repeatable = event["step"], event["family"] == "train"
+            step = event["step"]
             for key, value in event["values"].items():
-                if repeatable and step <= steps.get(key, self._last_step(key)):
+                if event["family"] != "train":
+                    if any(_same(metric, key, step, value) for metric in [*metrics, *self._history(key)]):
+                        continue
+                elif step <= last.get(key, self._last_step(key)):
                     continue
-                if not repeatable and any(
-                    _same(metric, key, step, value) for metric in [*metrics, *self._history(key)]
-                ):
-                    continue
+                else:
+                    last[key] = step
                 metrics.append(Metric(key, value, event["time"], step))
-                if repeatable:
-                    steps[key] = step
         for first in range(0, len(metrics), MAX_METRICS_PER_CALL):
             self.client.log_batch(self.run_id, metrics=metrics[first : first + MAX_METRICS_PER_CALL], synchronous=True)
-        self._last_steps.update(steps)
+        self._last_steps.update(last)
 
     def _last_step(self, key: str) -> int:
         if key not in self._last_steps:
@@ -265,16 +265,23 @@ class Delivery:
         self._images.add(f"{prefix}+compressed")
 
     def _deliver_artifact(self, events: Sequence[Event]) -> None:
-        path, folder = self._local(events[0]["path"]), events[0]["folder"] or None
-        if path.is_dir():
-            self.client.log_artifacts(self.run_id, str(path), folder)
-        elif path.suffix in REDACTED_SUFFIXES and path.stat().st_size <= REDACTED_MAX_BYTES:
-            with tempfile.TemporaryDirectory() as clean:
-                copy = Path(clean) / path.name
-                copy.write_text(redact(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
-                self.client.log_artifact(self.run_id, str(copy), folder)
-        else:
-            self.client.log_artifact(self.run_id, str(path), folder)
+        path, folder = self._local(events[0]["path"]), events[0]["folder"]
+        if path.is_file():
+            self._store_file(path, folder)
+            return
+        for file in sorted(item for item in path.rglob("*") if item.is_file()):
+            self._store_file(file, (Path(folder) / file.parent.relative_to(path)).as_posix())
+
+    def _store_file(self, path: Path, folder: str) -> None:
+        """Put one file into the run's artifacts; a text is read for secrets first."""
+        target = None if folder in {"", "."} else folder
+        if path.suffix not in REDACTED_SUFFIXES or path.stat().st_size > REDACTED_MAX_BYTES:
+            self.client.log_artifact(self.run_id, str(path), target)
+            return
+        with tempfile.TemporaryDirectory() as clean:
+            copy = Path(clean) / path.name
+            copy.write_text(redact(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+            self.client.log_artifact(self.run_id, str(copy), target)
 
     def _deliver_model(self, events: Sequence[Event]) -> None:
         from pipeline.tracking_model import log_model
@@ -340,9 +347,13 @@ def prepare_store(uri: str) -> Iterator[None]:
         yield
         return
     path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    os.close(descriptor)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); make it writable, or set DDPM_PIPE_HOME"
+        ) from error
     lock = os.open(path.parent, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)

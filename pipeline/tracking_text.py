@@ -8,6 +8,8 @@ from typing import Any
 
 from pipeline.runs import RunRecord
 
+YARDSTICK = "yardstick_"
+
 
 def describe(record: RunRecord, summary: Mapping[str, Any]) -> str:
     """Return Markdown for a reader who has only this page; `summary` holds figures by name, yardsticks among them."""
@@ -51,9 +53,29 @@ def _settings(record: RunRecord) -> str:
 
 
 def _results(summary: Mapping[str, Any]) -> str:
+    """Return a table of the figures, each with its yardsticks (`yardstick_<kind>_<figure>`) beside it."""
     if not summary:
         return "Nothing is scored yet."
-    return _table(("figure", "value"), {f"`{name}`": _figure(value) for name, value in summary.items()})
+    figures = [name for name in summary if not name.startswith(YARDSTICK)]
+    yardsticks = {name: value for name, value in summary.items() if name.startswith(YARDSTICK)}
+    kinds = list(dict.fromkeys(kind for name in yardsticks for kind in [_kind(name, figures)] if kind))
+    head = ["figure", "this model", *(kind.replace("_", " ") for kind in kinds)]
+    rows = [
+        [
+            f"`{name}`",
+            _figure(summary[name]),
+            *(_figure(yardsticks.get(f"{YARDSTICK}{kind}_{name}", "")) for kind in kinds),
+        ]
+        for name in figures
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines) + "\n\nYardsticks are what the same measurement says of images that were not generated."
+
+
+def _kind(name: str, figures: list[str]) -> str:
+    """Return what a yardstick is: `real_half` of `yardstick_real_half_fid_classifier_n559`; "" of no known figure."""
+    fits = [figure for figure in figures if name.endswith(f"_{figure}")]
+    return name.removeprefix(YARDSTICK).removesuffix(f"_{max(fits, key=len)}") if fits else ""
 
 
 def _again(record: RunRecord) -> str:

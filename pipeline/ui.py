@@ -48,36 +48,25 @@ def serve_ui(
         return
     make_folder(home)
     require_free(port)
-    with tempfile.TemporaryFile() as messages, _stopping_on(signal.SIGTERM, signal.SIGHUP):
+    with tempfile.TemporaryFile() as messages, _asked_to_stop() as asked:
         server = _start(home, store, port, messages)
         try:
-            _serve(server, port, experiment, home, open_browser, say)
-        except KeyboardInterrupt:
+            if _wait_until_ready(server, port, asked):
+                address = experiment_address(port, experiment)
+                say(f"serving {home} at {address}\nCtrl-C stops it")
+                if open_browser:
+                    webbrowser.open(address)
+            while not asked and server.poll() is None:
+                time.sleep(0.1)
+            if not asked:
+                raise TrackingError(f"the MLflow server ended by itself with exit code {server.returncode}")
             say("stopped")
         except TrackingError as error:
             messages.seek(0)
             last = messages.read().decode(errors="replace").strip().rpartition("\n")[2]
             raise TrackingError(f"{error}; its last message: {last or 'none'}") from None
         finally:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave the server behind
             stop_group(server)
-
-
-def _serve(
-    server: subprocess.Popen[bytes],
-    port: int,
-    experiment: str,
-    home: Path,
-    open_browser: bool,
-    say: Callable[[str], None],
-) -> None:
-    _wait_until_ready(server, port)
-    address = experiment_address(port, experiment)
-    say(f"serving {home} at {address}\nCtrl-C stops it")
-    if open_browser:
-        webbrowser.open(address)
-    server.wait()
-    raise TrackingError(f"the MLflow server ended by itself with exit code {server.returncode}")
 
 
 def require_free(port: int) -> None:
@@ -129,18 +118,17 @@ def _start(home: Path, store: str, port: int, messages: IO[bytes]) -> subprocess
     )
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, asked: list[int]) -> bool:
+    """Return whether the server answers; False when it was asked to stop, or ended, before."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
-        if server.poll() is not None:
-            raise TrackingError(
-                f"the MLflow server did not start (exit code {server.returncode}); its messages are above"
-            )
+    while not asked and server.poll() is None:
+        if time.monotonic() > deadline:
+            raise TrackingError(f"the MLflow server did not answer on port {port} within {START_TIMEOUT_S:.0f} s")
         with suppress(OSError, http.client.HTTPException):
             if _get(port, "/health")[0] == 200:
-                return
-        time.sleep(0.2)
-    raise TrackingError(f"the MLflow server did not answer on port {port} within {START_TIMEOUT_S:.0f} s")
+                return True
+        time.sleep(0.1)
+    return False
 
 
 def experiment_address(port: int, experiment: str) -> str:
@@ -178,16 +166,13 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _stopping_on(*numbers: signal.Signals) -> Iterator[None]:
-    """Make these signals end the serving as Ctrl-C does; all handlers are put back at the end."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    before[signal.SIGINT] = signal.getsignal(signal.SIGINT)
+def _asked_to_stop() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop; an exception in the wrong place would leave the server behind."""
+    asked: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda received, frame: asked.append(received)) for number in numbers}
     try:
-        yield
+        yield asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -20,7 +20,9 @@ def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Ru
     assert runs_table(home) == []
     first, second = new_run(name="one"), new_run(name="two")
     first.update(
-        status="FINISHED", step=100, summary={"kid_x": 0.1, "fid_classifier-ab_500": 12.5, "fid_yardstick_real": 1.0}
+        status="FINISHED",
+        step=100,
+        summary={"kid_x": 0.1, "fid_classifier-ab_500": 12.5, "yardstick_real_half_fid_b": 1.0},
     )
     second.update(status="RUNNING", step=40, overrides=["training.steps=250", "name=x"])
     rows = runs_table(home)
@@ -42,8 +44,8 @@ def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Ru
 
 def test_the_headline_is_the_newest_fid_and_never_a_yardstick() -> None:
     assert headline({}) is None
-    assert headline({"kid": 1.0, "fid_yardstick_noise": 2.0}) is None
-    assert headline({"fid_a": 1.0, "fid_b": 2.0, "fid_yardstick_noise": 3.0}) == "fid_b"
+    assert headline({"kid": 1.0, "yardstick_noise_fid_b": 2.0}) is None
+    assert headline({"fid_a": 1.0, "fid_b": 2.0, "yardstick_noise_fid_b": 3.0}) == "fid_b"
 
 
 def test_listing_runs_needs_no_mlflow_and_no_torch(run: Run, home: Path) -> None:
@@ -66,10 +68,18 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
         experiment=Experiment().to_dict(),
         command=["ddpm-pipe", "train", "--data", "/my data", "-s", "training.steps=5"],
     )
-    text = describe(run.record, {"fid_classifier-ab_500": 12.3456789, "fid_yardstick_real": 1.0})
+    summary = {
+        "fid_classifier_n500": 12.3456789,
+        "kid_classifier_n500": 0.25,
+        "yardstick_real_half_fid_classifier_n500": 1.0,
+        "yardstick_noise_fid_classifier_n500": 300.0,
+        "yardstick_noise_kid_classifier_n500": 4.0,
+    }
+    text = describe(run.record, summary)
     for part in (
         "`digits`", "linear, T = 1,000", "800,000 steps", "batch of 128", "128 channels x (1, 2, 2, 2)", "ddim, 50 steps",
-        "| `fid_classifier-ab_500` | 12.35 |", "| `fid_yardstick_real` | 1 |", "abababab",
+        "| figure | this model | real half | noise |",
+        "| `fid_classifier_n500` | 12.35 | 1 | 300 |", "| `kid_classifier_n500` | 0.25 |  | 4 |", "abababab",
         "ddpm-pipe train --data '/my data' -s training.steps=5", f"ddpm-pipe resume {run.id}", run.record.code_version,
     ):  # fmt: skip
         assert part in text, part

@@ -286,15 +286,17 @@ def test_no_secret_reaches_the_store(
         description=f"uses {planted[3]} and {planted[0]}",
         dataset=TrackedDataset("digits", FINGERPRINT, "https://me:pa55w0rd!@host/data"),
     )
-    (run.folder / "config.json").write_text(
-        json.dumps({"url": "https://me:pa55w0rd!@host", "key": planted[1], "password": "short-one"})
-    )
+    (run.folder / "evaluations" / "deep").mkdir(parents=True)
+    for config in (run.folder / "config.json", run.folder / "evaluations" / "deep" / "config.json"):
+        config.write_text(json.dumps({"url": "https://me:pa55w0rd!@host", "key": planted[1], "password": "short-one"}))
     tracker.artifact(run.folder / "config.json")
+    tracker.artifact(run.folder / "evaluations", "all")
     tracker.tags({"later": planted[4]})
     assert tracker.close()
     (run.folder / "config.json").unlink()
+    shutil.rmtree(run.folder / "evaluations")
     written = [path for path in home.rglob("*") if path.is_file()]
-    assert any(path.name == "config.json" for path in written)
+    assert sum(path.name == "config.json" for path in written) == 2
     for path in written:
         content = path.read_bytes()
         for secret in [*planted, "short-one"]:
@@ -303,6 +305,20 @@ def test_no_secret_reaches_the_store(
     assert params["data.source"] == "s3://bucket/x"
     assert params["hub.token"] == params["a"] == "<redacted>"
     assert runs_in(store)[0].inputs.dataset_inputs[0].dataset.digest == FINGERPRINT[:36]  # hashes are no secrets
+
+
+def test_the_password_of_a_tracking_server_is_said_nowhere(
+    run: Run, store: TrackingSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = replace(store, uri="http://me:pa55w0rd@127.0.0.1:9")
+    tracker = started(run, settings)
+    assert not tracker.close()
+    with pytest.raises(TrackingError) as caught:
+        sync(run.folder, settings)
+    assert "http://127.0.0.1:9" in str(caught.value)
+    for text in (str(caught.value), caplog.text, str(tracker.problem), *map(str, tracker.undelivered())):
+        assert "pa55w0rd" not in text
+    assert all(b"pa55w0rd" not in path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
 
 
 def test_a_long_parameter_says_that_it_was_cut(run: Run, store: TrackingSettings) -> None:
