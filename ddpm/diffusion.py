@@ -100,8 +100,8 @@ class GaussianDiffusion:
         object.__setattr__(self, "clip_x0", clip_x0)
         if schedule.has_zero_terminal_snr and self.prediction in (Prediction.EPS, Prediction.X_PREV):
             raise ValueError(
-                f"prediction={self.prediction.value!r} with schedule {schedule.name!r}, whose last step holds no "
-                "signal: x0 cannot be recovered there; use prediction 'v' or 'x0', or a schedule without zero terminal SNR"
+                f"prediction={self.prediction.value!r} with schedule {schedule.name!r}: its last step holds no signal, "
+                "so that x0 cannot be recovered there; use prediction 'v' or 'x0', or a schedule that keeps some signal"
             )
 
     @property
@@ -184,8 +184,7 @@ class GaussianDiffusion:
             learned = " (prediction and variance)" if self.variance is Variance.LEARNED_RANGE else ""
             raise ValueError(
                 f"the model returned shape {tuple(output.shape)} for x_t of shape {tuple(x_t.shape)}, expected "
-                f"{expected}{learned} "
-                f"with variance={self.variance.value!r}"
+                f"{expected}{learned} with variance={self.variance.value!r}"
             )
         output = _wide(output)
         if self.variance is not Variance.LEARNED_RANGE:

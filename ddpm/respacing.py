@@ -12,10 +12,13 @@ RULES = ("trailing", "linspace", "leading", "quad")
 def timestep_subset(num_timesteps: int, steps: int, rule: str = "trailing") -> tuple[int, ...]:
     """`steps` code indices out of 0 .. T-1, ascending.
 
-    trailing  round(arange(T, 0, -T/S)) - 1, reaches T-1 linspace  round(linspace(0, T-1, S)), reaches T-1 leading
-    arange(S) * (T // S), misses T-1 unless S = T quad      floor(linspace(0, sqrt(0.8 T), S)^2), DDIM's choice on
-    CIFAR-10; ends near 0.8 T. Steps that fall on one index are taken
-              once (a step from an index to itself changes nothing), so that there can be fewer than S
+    trailing  round(arange(T, 0, -T/S)) - 1, reaches T-1
+    linspace  round(linspace(0, T-1, S)), reaches T-1
+    leading   arange(S) * (T // S), misses T-1 unless S = T
+    quad      floor(linspace(0, sqrt(0.8 T), S)^2), DDIM's choice on CIFAR-10; ends near 0.8 T
+
+    With quad there can be fewer than S: steps that fall on one index are taken once, since a step from an index to
+    itself changes nothing. ValueError unless 1 <= steps <= T.
     """
     T, S = num_timesteps, steps
     if not 1 <= S <= T:
@@ -41,7 +44,6 @@ def kept_timesteps(schedule: BetaSchedule, timesteps: Sequence[int] | None) -> t
     if schedule.has_zero_terminal_snr and kept[-1] != schedule.num_timesteps - 1:
         raise ValueError(
             f"timesteps end at {kept[-1]}, expected {schedule.num_timesteps - 1}: with zero terminal SNR only the "
-            "last step is pure "
-            "noise; use the rule 'trailing' or 'linspace'"
+            "last step is pure noise; use the rule 'trailing' or 'linspace'"
         )
     return kept

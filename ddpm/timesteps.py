@@ -95,7 +95,7 @@ class LossAwareTimesteps:
         unique, group, sizes = torch.unique_consecutive(steps, return_inverse=True, return_counts=True)
         rank = (
             torch.arange(len(steps)) - (sizes.cumsum(0) - sizes)[group]
-        )  # how many of this update came before, at this step
+        )  # earlier losses of this update, at this step
         last = rank >= sizes[group] - HISTORY
         slot = (self.seen[steps] + rank) % HISTORY
         self.losses[steps[last], slot[last]] = values[last]
