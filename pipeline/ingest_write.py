@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import math
@@ -170,6 +171,8 @@ def sole_writer(dest: Path, waiting: Callable[[], None] | None = None) -> Iterat
     made = [folder for folder in dest.parents if not folder.exists()]
     lock = dest.parent / f".{dest.name}.lock"
     try:
+        if dest.parent.is_file():
+            raise NotADirectoryError(errno.ENOTDIR, "")
         dest.parent.mkdir(parents=True, exist_ok=True)
         file = _locked(lock, dest, waiting)
     except OSError as error:
@@ -206,4 +209,5 @@ def _locked(lock: Path, dest: Path, waiting: Callable[[], None] | None) -> IO[by
 
 
 def _unwritable(dest: Path, error: OSError) -> StorageError:
-    return StorageError(f"{dest} cannot be written ({error.strerror or error}): free space, or give another folder")
+    reason = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text is longer
+    return StorageError(f"{dest} cannot be written ({reason}): free space, or give another folder")
