@@ -39,14 +39,14 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive finished rows: the stored form of each image, its digest, labels, and sums for the statistics."""
+    """Consecutive finished rows: the stored form of each image, its digest, labels, and for the statistics how often each
+    of the 256 values occurs in each channel, int64 [C, 256]."""
 
     shape: Shape
     images: list[bytes]
     digests: bytes
     labels: npt.NDArray[np.int64]
-    sums: tuple[int, ...]
-    sums_of_squares: tuple[int, ...]
+    histogram: npt.NDArray[np.int64]
 
 
 def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] | None) -> Rows:
@@ -55,24 +55,20 @@ def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] 
     Raises:
         DataError: an image cannot be taken, or shapes differ; names the item.
     """
-    images, digests = [], []
-    total: npt.NDArray[np.int64] | None = None
+    arrays, images, digests = [], [], []
     for item in items:
         pixels = _pixels(item, treatment)
         shape = (pixels.shape[2], pixels.shape[0], pixels.shape[1])
         first = first or (item.where, shape)
         _check_shape(item.where, shape, *first)
         chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        arrays.append(chw)
         digests.append(ContentHash.of_row(chw.data))
         images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
-        flat = chw.reshape(shape[0], -1).astype(np.int64)
-        sums = np.stack([flat.sum(axis=1), (flat * flat).sum(axis=1)])
-        total = sums if total is None else total + sums
-    assert first is not None
-    assert total is not None
+    together = np.stack(arrays, axis=1)
+    histogram = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in together])
     labels = np.array([item.label for item in items], dtype=np.int64)
-    sums_list = total.tolist()
-    return Rows(first[1], images, b"".join(digests), labels, tuple(sums_list[0]), tuple(sums_list[1]))
+    return Rows(together.shape[:1] + together.shape[2:], images, b"".join(digests), labels, histogram)
 
 
 def stored_raw(shape: Shape) -> bool:

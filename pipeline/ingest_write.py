@@ -14,7 +14,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -42,7 +41,7 @@ class ShardWriter:
         self._images: list[bytes] = []
         self._labels: list[int] = []
         self._content = ContentHash()
-        self._sums: Any = 0  # [2, C], of values and of squares: Python integers, exact for any number of rows
+        self._histogram: Any = 0  # [C, 256]
         self._compression: str | None = None
         self._writer: Any = None
         self._written: list[int] = []
@@ -59,7 +58,7 @@ class ShardWriter:
         """Add consecutive rows, all of one shape."""
         self._shape = rows.shape
         self._content.add(rows.digests, rows.labels.astype("<i8").tobytes() if self._has_labels else b"")
-        self._sums = self._sums + np.array([rows.sums, rows.sums_of_squares], dtype=object)
+        self._histogram = self._histogram + rows.histogram
         self._images += rows.images
         self._labels += rows.labels.tolist()
         while len(self._images) >= rows_per_group(rows.shape):
@@ -73,9 +72,7 @@ class ShardWriter:
         if self._images:
             self._write_group(shape, len(self._images))
         self._close_shard()
-        count = self._content.num_rows * shape[1] * shape[2]
-        means = [s / count for s in self._sums[0]]
-        deviations = [math.sqrt(max(0, q * count - s * s)) / count for s, q in zip(*self._sums, strict=True)]
+        mean, std = zip(*(_mean_and_std(counts.tolist()) for counts in self._histogram), strict=True)
         manifest = Manifest(
             format=FORMAT,
             name=name,
@@ -86,8 +83,8 @@ class ShardWriter:
             shards=tuple(self._shards),
             class_names=class_names,
             has_labels=self._has_labels,
-            mean=tuple(m / 127.5 - 1 for m in means),
-            std=tuple(d / 127.5 for d in deviations),
+            mean=mean,
+            std=std,
             fingerprint=self._content.fingerprint(shape, class_names, self._has_labels),
         )
         manifest.save(self._folder)
@@ -131,6 +128,14 @@ class ShardWriter:
         groups = tuple(self._written)
         self._shards.append(Shard(path.name, sum(groups), groups, path.stat().st_size, sha256))
         self._written = []
+
+
+def _mean_and_std(counts: list[int]) -> tuple[float, float]:
+    """Of pixels on the scale [-1, 1], from how often each of the 256 values occurs; in whole numbers up to the last step."""
+    count = sum(counts)
+    total = sum(n * value for value, n in enumerate(counts))
+    squares = sum(n * value * value for value, n in enumerate(counts))
+    return total / count / 127.5 - 1, math.sqrt(squares * count - total * total) / count / 127.5
 
 
 def _compression(images: list[bytes]) -> str:

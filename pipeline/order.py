@@ -101,42 +101,37 @@ class Order:
 
     def rows_for(self, step: int, stream: int) -> Rows:
         """Dataset rows that `stream` gives to `step`: int64 [batch_size / num_streams], found without earlier steps."""
-        parts = [self.window_rows(s.epoch, s.window)[s.start : s.stop] for s in self.segments(step, stream)]
-        return parts[0].copy() if len(parts) == 1 else np.concatenate(parts)
+        found, wanted = [], self.rows_per_stream
+        for part in self.parts(stream, step):
+            found.append(self.rows_of(part)[:wanted])
+            wanted -= len(found[-1])
+            if wanted == 0:
+                break
+        return np.concatenate(found)
 
-    def segments(self, step: int, stream: int) -> Iterator[Segment]:
-        """The same rows as places in the windows of an epoch, for a reader that loads window by window."""
+    def parts(self, stream: int, step: int = 0) -> Iterator[Segment]:
+        """What `stream` reads from `step` on, without end: one window, or its part of one, after another."""
         first, last = self.slice_of(stream)
-        start, wanted = step * self.rows_per_stream, self.rows_per_stream
-        while wanted > 0:
-            epoch, offset = divmod(start, last - first)
-            taken = min(wanted, last - first - offset)
-            yield from self._inside_windows(epoch, first + offset, first + offset + taken)
-            start, wanted = start + taken, wanted - taken
+        epoch, offset = divmod(step * self.rows_per_stream, last - first)
+        while True:
+            starts = self._plan(epoch).first_row
+            position = first + offset
+            window = int(np.searchsorted(starts, position, side="right")) - 1
+            while position < last:
+                begin, end = int(starts[window]), int(starts[window + 1])
+                yield Segment(epoch, window, position - begin, min(last, end) - begin)
+                position, window = end, window + 1
+            epoch, offset = epoch + 1, 0
+
+    def rows_of(self, part: Segment) -> Rows:
+        """Dataset rows of a part of a window in their shuffled order: int64, shared, not to be written to."""
+        return self._permuted(part.epoch, part.window)[part.start : part.stop]
 
     def slice_of(self, stream: int) -> tuple[int, int]:
         """Positions [first, last) of every epoch that belong to `stream`."""
         if not 0 <= stream < self.num_streams:
             raise ValueError(f"stream {stream} is outside 0..{self.num_streams - 1}")
         return stream * self.num_rows // self.num_streams, (stream + 1) * self.num_rows // self.num_streams
-
-    def window_bounds(self, epoch: int, window: int) -> tuple[int, int]:
-        """Positions [first, last) of `epoch` that lie in `window`."""
-        starts = self._plan(epoch).first_row
-        return int(starts[window]), int(starts[window + 1])
-
-    def window_rows(self, epoch: int, window: int) -> Rows:
-        """Dataset rows of one window of one epoch in their shuffled order: int64, shared, not to be written to."""
-        return self._permuted(epoch, window)
-
-    def _inside_windows(self, epoch: int, first: int, last: int) -> Iterator[Segment]:
-        starts = self._plan(epoch).first_row
-        window = int(np.searchsorted(starts, first, side="right")) - 1
-        while first < last:
-            begin, end = int(starts[window]), int(starts[window + 1])
-            stop = min(last, end)
-            yield Segment(epoch, window, first - begin, stop - begin)
-            first, window = stop, window + 1
 
     def _make_plan(self, epoch: int) -> _Plan:
         sizes = np.asarray(self.row_groups, dtype=np.int64)

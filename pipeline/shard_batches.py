@@ -55,55 +55,69 @@ def read_batches(
 
 
 def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
+    walks = [_Walk(order, stream, step) for stream in streams]
+    count = order.rows_per_stream
     while True:
-        rows = np.concatenate([order.rows_for(step, stream) for stream in streams])
+        rows = np.empty(len(walks) * count, dtype=np.int64)
+        for i, walk in enumerate(walks):
+            for held, place in walk.next(count, i * count):
+                rows[place] = walk.rows[held]
         yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
         step += 1
 
 
 def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
-    readers = [_DiskStream(dataset, order, stream) for stream in streams]
+    walks = [_WalkOnDisk(order, stream, step, dataset) for stream in streams]
     count = order.rows_per_stream
     while True:
-        images = np.empty((len(streams) * count, *dataset.manifest.shape), dtype=np.uint8)
+        images = np.empty((len(walks) * count, *dataset.manifest.shape), dtype=np.uint8)
         rows = np.empty(len(images), dtype=np.int64)
         labels = np.empty(len(images), dtype=np.int64) if dataset.manifest.has_labels else None
-        for i, reader in enumerate(readers):
-            part = slice(i * count, (i + 1) * count)
-            reader.fill(step, images[part], rows[part], None if labels is None else labels[part])
+        for i, walk in enumerate(walks):
+            for held, place in walk.next(count, i * count):
+                rows[place] = walk.rows[held]
+                walk.stored.decode(held, images[place])
+                if labels is not None and walk.stored.labels is not None:
+                    labels[place] = walk.stored.labels[held]
         yield RawBatch(step, images, labels, rows)
         step += 1
 
 
-class _DiskStream:
-    """One stream read window by window: holds, as stored, the rows that it still needs of its current window."""
+class _Walk:
+    """One stream, window by window; `rows` are those of the current window that it reads."""
 
-    def __init__(self, dataset: Dataset, order: Order, stream: int) -> None:
-        self._dataset, self._order, self._stream = dataset, order, stream
-        self._held: StoredRows | None = None
-        self._at = (-1, -1)  # epoch and window
-        self._first = 0  # position in the window of the first row held
+    def __init__(self, order: Order, stream: int, step: int) -> None:
+        self._order, self._parts = order, order.parts(stream, step)
+        self.rows = np.empty(0, dtype=np.int64)
+        self._next = 0
 
-    def fill(self, step: int, images: Pixels, rows: Ints, labels: Ints | None) -> None:
-        done = 0
-        for epoch, window, start, stop in self._order.segments(step, self._stream):
-            held = self._window(epoch, window, start)
-            part = slice(start - self._first, stop - self._first)
-            place = slice(done, done + stop - start)
-            held.decode(part, images[place])
-            rows[place] = held.rows[part]
-            if labels is not None and held.labels is not None:
-                labels[place] = held.labels[part]
-            done = place.stop
+    def next(self, count: int, place: int) -> Iterator[tuple[slice, slice]]:
+        """The stream's next `count` rows: where they lie in the current window, and from `place` on in the batch."""
+        end = place + count
+        while place < end:
+            if self._next == len(self.rows):
+                self.rows, self._next = self._order.rows_of(next(self._parts)), 0
+                self.enter_window()
+            taken = min(end - place, len(self.rows) - self._next)
+            yield slice(self._next, self._next + taken), slice(place, place + taken)
+            self._next, place = self._next + taken, place + taken
 
-    def _window(self, epoch: int, window: int, start: int) -> StoredRows:
-        """Rows of a window from `start` to its end or that of the stream's slice."""
-        if self._held is None or self._at != (epoch, window):
-            begin, end = self._order.window_bounds(epoch, window)
-            stop = min(end, self._order.slice_of(self._stream)[1]) - begin
-            buffer = self._held.images if self._held is not None else None
-            self._held = None  # lets go of PNG files before the next are read
-            rows = self._order.window_rows(epoch, window)[start:stop]
-            self._held = self._dataset.load(rows, buffer if isinstance(buffer, np.ndarray) else None)
-            self._at, self._first = (epoch, window), start
-        return self._held
+    def enter_window(self) -> None:
+        """Make ready what is needed of `rows`."""
+
+
+class _WalkOnDisk(_Walk):
+    """Holds `rows` as they are stored."""
+
+    stored: StoredRows
+
+    def __init__(self, order: Order, stream: int, step: int, dataset: Dataset) -> None:
+        super().__init__(order, stream, step)
+        self._dataset = dataset
+        self._buffer: Pixels | None = None
+
+    def enter_window(self) -> None:
+        if self._buffer is None and hasattr(self, "stored"):
+            del self.stored  # lets go of PNG files before the next are read
+        self.stored = self._dataset.load(self.rows, self._buffer)
+        self._buffer = self.stored.images if isinstance(self.stored.images, np.ndarray) else None

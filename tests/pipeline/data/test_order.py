@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.order import Order, default_num_streams, default_window, streams_of_worker
+from pipeline.order import Order, Segment, default_num_streams, default_window, streams_of_worker
 
 
 @st.composite
@@ -31,7 +31,7 @@ def stream_rows(order: Order, stream: int, num_steps: int) -> list[int]:
 
 def philox_words(key: tuple[int, int], count: int) -> list[int]:
     """Philox4x64-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), counters from 1 on."""
-    mask, words, counter = 2**64 - 1, [], 0
+    mask, words, counter = 2**64 - 1, list[int](), 0
     while len(words) < count:
         counter += 1
         c, k = [counter, 0, 0, 0], list(key)
@@ -92,17 +92,27 @@ def test_a_step_is_found_without_the_steps_before_it(order: Order, step: int) ->
 
 @given(orders())
 def test_windows_are_whole_row_groups_and_no_larger_than_needed(order: Order) -> None:
+    whole = Order(order.row_groups, order.seed, 1, 1, order.window)  # one stream, so that its parts are the windows
     ends = np.cumsum(order.row_groups)
-    position, window, sizes = 0, 0, []
-    while position < order.num_rows:
-        begin, end = order.window_bounds(0, window)
-        assert begin == position
-        groups = np.unique(np.searchsorted(ends, order.window_rows(0, window), side="right"))
-        assert sum(order.row_groups[g] for g in groups) == end - begin  # every row of every group it touches
-        sizes.append(end - begin)
-        position, window = end, window + 1
-    assert all(size >= order.window for size in sizes[:-1])
-    assert all(size < order.window + max(order.row_groups) for size in sizes)
+    windows = [whole.rows_of(part) for part in takewhile(lambda part: part.epoch == 0, whole.parts(0))]
+    for rows in windows:
+        groups = np.unique(np.searchsorted(ends, rows, side="right"))
+        assert sum(order.row_groups[g] for g in groups) == len(rows)  # every row of every group it touches
+    assert sum(map(len, windows)) == order.num_rows
+    assert all(len(rows) >= order.window for rows in windows[:-1])
+    assert all(len(rows) < order.window + max(order.row_groups) for rows in windows)
+
+
+@given(orders(), st.integers(0, 30))
+def test_parts_are_the_same_rows_window_by_window(order: Order, step: int) -> None:
+    for k in range(order.num_streams):
+        wanted = 20 * order.rows_per_stream
+        parts: list[int] = []
+        for part in order.parts(k, step):
+            parts += order.rows_of(part).tolist()
+            if len(parts) >= wanted:
+                break
+        assert parts[:wanted] == [int(row) for s in range(step, step + 20) for row in order.rows_for(s, k)]
 
 
 def test_slices_differ_by_one_row_at_most() -> None:
@@ -115,7 +125,7 @@ def test_slices_differ_by_one_row_at_most() -> None:
 
 def test_seeds_and_epochs_give_other_orders() -> None:
     def epoch(seed: int, number: int, window: int = 10**6) -> list[int]:
-        return list(Order((50, 50, 50, 50), seed, 1, 1, window).window_rows(number, 0))
+        return list(Order((50, 50, 50, 50), seed, 1, 1, window).rows_of(Segment(number, 0, 0, 200)))
 
     drawn = [epoch(seed, number) for seed in range(20) for number in range(20)]
     assert len({tuple(rows) for rows in drawn}) == 400
