@@ -104,7 +104,7 @@ class Tracker:
             our_id=self._run_dir.name,
             experiment=experiment_name,
             run_name=run_name,
-            tags={**_source_tags(), **_clean_tags(tags)},
+            tags={**_source_tags(tags.get("code_version", "")), **_clean_tags(tags)},
             params={_clean_name(name): _clean_param(name, value) for name, value in params.items()},
             description=redact(description),
             dataset=None if dataset is None else {key: redact(value) for key, value in asdict(dataset).items()},
@@ -119,7 +119,12 @@ class Tracker:
         Family `train` is what a resumed training logs again: steps that the store has are skipped. Family `result` is
         measured on purpose, so another value at the same step is kept too.
         """
-        kept = {_clean_name(name): float(value) for name, value in values.items()}
+        kept = {}
+        for name, value in values.items():
+            try:
+                kept[_clean_name(name)] = float(value)
+            except (TypeError, ValueError):
+                log.warning("tracking: %s = %r is no number and is not recorded", name, value)
         if kept:
             self._append("metrics", step=int(step), values=kept, family=family)
 
@@ -242,12 +247,15 @@ def _absolute(uri: str) -> str:
     )
 
 
-def _source_tags() -> dict[str, str]:
+def _source_tags(code_version: str) -> dict[str, str]:
+    """Return what MLflow's list of runs shows in its columns: user, program, commit."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
         user = "unknown"
-    return {"mlflow.user": user, "mlflow.source.name": "ddpm-pipe", "mlflow.source.type": "LOCAL"}
+    tags = {"mlflow.user": user, "mlflow.source.name": "ddpm-pipe", "mlflow.source.type": "LOCAL"}
+    commit = re.search(r"[0-9a-f]{40}", code_version)
+    return tags | ({"mlflow.source.git.commit": commit[0]} if commit else {})
 
 
 def _clean_tags(tags: Mapping[str, str]) -> dict[str, str]:

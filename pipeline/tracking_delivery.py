@@ -7,27 +7,23 @@ last step of that metric; a picture is skipped where one of its key and step exi
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
-import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from pipeline.errors import StorageError
 from pipeline.redaction import one_line, redact
+from pipeline.tracking_run import RUN_ID_TAG, NoRunError, find_or_make, get_run, prepare_store
 from pipeline.tracking_spool import Event
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-RUN_ID_TAG = "ddpm_pipe.run_id"
 MAX_METRICS_PER_CALL = 1000
 MAX_PARAMS_PER_CALL = 100
-MAX_VALUE_LENGTH = 6000
 MAX_DIGEST_LENGTH = 36
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 FILE_KINDS = {"image", "artifact", "model"}
@@ -42,10 +38,6 @@ class RejectedError(Exception):
 
 class DeferredError(Exception):
     """A file could not be stored now, while the rest can go on."""
-
-
-class NoRunError(Exception):
-    """There is no MLflow run to deliver to, and none can be made now."""
 
 
 class Delivery:
@@ -68,76 +60,13 @@ class Delivery:
         self._images: set[str] | None = None
         self._is_new = False
 
-    # finding or making the run
-
     def attach(self, known: str | None, start: Event | None, our_id: str) -> bool:
-        """Use the MLflow run `known`, else the one tagged with our id, else a new one; return whether the known one was used.
-
-        Raises NoRunError where the run was deleted by somebody, or there is no start event to make one from.
-        """
+        """Use the run's entry in the store, made now if need be (see `find_or_make`); return whether it was the known one."""
         self._forget()
-        run = self._get_run(known) if known else None
-        was_known = run is not None
-        if run is None:
-            if start is None:
-                raise NoRunError(
-                    "the spool holds no start event; sync from the run folder that the training was started in"
-                )
-            experiment_id = self._experiment(start["experiment"])
-            run = (
-                self._get_run(start.get("mlflow_run_id"))
-                or self._search(experiment_id, our_id)
-                or self._create(experiment_id, start, our_id)
-            )
-        if run.info.lifecycle_stage == "deleted":
-            raise NoRunError(
-                f"MLflow run {run.info.run_id} was deleted; `mlflow runs restore --run-id {run.info.run_id}` brings it back"
-            )
+        run, how = find_or_make(self.client, self._artifacts, known, start, our_id)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
-        return was_known
-
-    def _get_run(self, run_id: str | None) -> Any:
-        from mlflow.exceptions import MlflowException
-
-        if not run_id:
-            return None
-        try:
-            return self.client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-
-    def _search(self, experiment_id: str, our_id: str) -> Any:
-        found = self.client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{our_id}'", max_results=1)
-        return found[0] if found else None
-
-    def _create(self, experiment_id: str, start: Event, our_id: str) -> Any:
-        run = self.client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"])
-        self._is_new = True
-        return run
-
-    def _experiment(self, name: str) -> str:
-        from mlflow.exceptions import MlflowException
-
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            location = (
-                None if self._artifacts is None else (self._artifacts / re.sub(r"[^A-Za-z0-9._-]", "-", name)).as_uri()
-            )
-            try:
-                return str(self.client.create_experiment(name, artifact_location=location))
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = self.client.get_experiment_by_name(name)
-        if experiment.lifecycle_stage == "deleted":
-            raise NoRunError(
-                f"experiment {name!r} was deleted in MLflow; restore it (`mlflow experiments restore`) or name another"
-            )
-        return str(experiment.experiment_id)
-
-    # delivering
+        self._is_new = how == "made"
+        return how == "known"
 
     def deliver(self, events: Sequence[Event]) -> None:
         """Put events into the store: one of any kind, or several of kind `metrics` (see `groups`).
@@ -166,7 +95,7 @@ class Delivery:
             raise RejectedError(one_line(error)) from error
 
     def _require_run(self) -> None:
-        run = self._get_run(self.run_id)
+        run = get_run(self.client, self.run_id)
         if run is None or run.info.lifecycle_stage == "deleted":
             raise NoRunError(f"MLflow run {self.run_id} was deleted")
 
@@ -338,25 +267,3 @@ def _patience(timeout_s: int | None) -> Iterator[None]:
         yield
     finally:
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before
-
-
-@contextmanager
-def prepare_store(uri: str) -> Iterator[None]:
-    """Make a SQLite store readable by its owner alone, and let one process at a time set up its tables."""
-    if not uri.startswith("sqlite:///"):
-        yield
-        return
-    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-    except OSError as error:
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror}); make it writable, or set DDPM_PIPE_HOME"
-        ) from error
-    lock = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)

@@ -104,7 +104,7 @@ def server_command(port: int) -> list[str]:
 
 
 def _start(home: Path, store: str, port: int, messages: IO[bytes]) -> subprocess.Popen[bytes]:
-    from pipeline.tracking_delivery import prepare_store
+    from pipeline.tracking_run import prepare_store
 
     with prepare_store(store):
         pass

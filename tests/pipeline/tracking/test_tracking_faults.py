@@ -157,6 +157,7 @@ def test_a_server_away_for_ever_costs_seconds_and_loses_nothing(
     assert not driver.close()
     assert f"ddpm-pipe sync {run.id}" in caplog.text
     assert len(worker.undelivered()) == 502
+    gate.set("refusing")
     with pytest.raises(TrackingError, match="cannot be used"):
         sync(run.folder, replace(remote, uri="http://127.0.0.1:9"))
     gate.set("open")

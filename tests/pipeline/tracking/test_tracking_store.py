@@ -83,6 +83,17 @@ def test_many_metrics_arrive_in_batches_complete_and_in_order(run: Run, store: T
         assert history(store, run.mlflow_run_id, f"m{k}") == [(step, step + k / 10) for step in range(1, 1201)]
 
 
+def test_the_columns_of_mlflows_list_are_filled(run: Run, store: TrackingSettings) -> None:
+    commit = "504fc822fd5fa0d0d09eb4ba7dd7212d1c355e99"
+    tracker = started(run, store, tags={"code_version": f"0.1.0+{commit}-dirty"})
+    tracker.metrics(1, {"loss": 0.5, "nonsense": "much"})  # type: ignore[dict-item]
+    assert tracker.close()
+    (found,) = runs_in(store)
+    assert found.data.tags["mlflow.source.name"] == "ddpm-pipe"
+    assert found.data.tags["mlflow.source.git.commit"] == commit
+    assert found.data.metrics == {"loss": 0.5}
+
+
 def test_not_a_number_and_a_record_above_the_batch_limit_arrive(run: Run, store: TrackingSettings) -> None:
     tracker = started(run, store)
     tracker.metrics(1, {"loss": float("nan")})
