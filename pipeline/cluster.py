@@ -23,22 +23,16 @@ QUIET = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
-    "RAY_AUTH_MODE": "token",
     # on, Ray takes a loopback address for a mistake and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
+# Ray reads mode and token when it is first imported and keeps them: one token for the life of this process
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
 
 def require_resources(profile: Profile, num_workers: int) -> None:
     """Refuse at once what this machine cannot hold: Ray itself would wait for it for ever (ClusterError)."""
-    cpus, have = profile.cpus_per_worker(num_workers) * num_workers, os.cpu_count() or 1
-    if cpus > have + 1e-9:
-        fit = int(have / profile.cpus_per_worker(num_workers))
-        remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"
-        raise ClusterError(
-            f"profile {profile.name!r}: {num_workers} workers with {profile.cpus_per_worker(num_workers):g} CPUs each need {cpus:g} "
-            f"CPUs, this machine has {have}; {remedy}, or leave resources_per_worker.CPU out to share them"
-        )
     if profile.use_gpu:
         import torch
 
@@ -48,6 +42,14 @@ def require_resources(profile: Profile, num_workers: int) -> None:
                 f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need:g} "
                 f"GPUs, this machine has {gpus}; use --cluster local to train on its CPUs"
             )
+    each, have = profile.cpus_per_worker(num_workers), os.cpu_count() or 1
+    if each * num_workers > have + 1e-9:
+        fit = int(have / each)
+        remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"
+        raise ClusterError(
+            f"profile {profile.name!r}: {num_workers} workers with {each:g} CPUs each need {each * num_workers:g} CPUs, "
+            f"this machine has {have}; {remedy}, or leave resources_per_worker.CPU out to share them"
+        )
 
 
 @contextlib.contextmanager
@@ -57,7 +59,9 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     The token lives in the environment of Ray's processes alone: no file, no argument list. Nothing that the user has set for other
     clusters (an address file, RAY_ADDRESS) is looked at.
     """
-    settings = QUIET | {"RAY_AUTH_TOKEN": secrets.token_hex(32)} | profile.env
+    settings = QUIET | profile.env
+    if "ray" not in sys.modules:
+        os.environ.update(TOKEN | {k: v for k, v in os.environ.items() if k == "RAY_AUTH_TOKEN" and v})
     if not profile.use_gpu:
         # gloo would otherwise look the machine's name up and talk over the network card
         settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
@@ -72,6 +76,37 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
 
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+class LocalSession:
+    """Ray on this machine for several attempts: started when it is first needed, and again should it have died."""
+
+    def __init__(self, profile: Profile, num_workers: int) -> None:
+        self._profile, self._num_workers = profile, num_workers
+        self._started = contextlib.ExitStack()
+
+    def __enter__(self) -> LocalSession:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._started.close()
+
+    def ensure(self) -> None:
+        """Start Ray unless it is up."""
+        if not _is_up():
+            self._started.close()
+            self._started.enter_context(local_ray(self._profile, self._num_workers))
+
+
+def _is_up() -> bool:
+    if "ray" not in sys.modules:  # importing it here would fix its settings before they are set
+        return False
+    import ray
+
+    try:
+        return ray.is_initialized() and any(node["Alive"] for node in ray.nodes())
+    except Exception:  # whatever a dead Ray answers
+        return False
 
 
 def _start(profile: Profile, num_workers: int, folder: Path) -> None:

@@ -68,7 +68,8 @@ class ModelConfig(Section):
         parts = module.split(".")
         if not colon or not name.isidentifier() or not all(part.isidentifier() for part in parts):
             raise ValueError(f"type: got {self.type!r}; expected 'unet' or 'package.module:Class'")
-        unet_only = sorted(self.model_fields_set - {"type", "arguments"})
+        fields = type(self).model_fields
+        unet_only = sorted(k for k in fields.keys() - {"type", "arguments"} if getattr(self, k) != fields[k].default)
         if unet_only:
             raise ValueError(
                 f"{', '.join(unet_only)} belong to type 'unet'; give {self.type} its settings under 'arguments'"

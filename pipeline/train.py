@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline import checkpoint as checkpoints
-from pipeline.cluster import local_ray
+from pipeline.cluster import LocalSession
 from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
 from pipeline.errors import ClusterError, InterruptedRunError, PipelineError
@@ -143,27 +143,29 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console) -> None
     checkpoint, InterruptedRunError when the user or the system asked to stop.
     """
     causes: list[tuple[int, str]] = []
-    for _ in range(profile.retries.max_attempts):
-        attempt = run.next_attempt()
-        run.update(status="RUNNING", reason="")
-        with local_ray(profile, job.num_workers), listening() as signals:
-            ended = _attempt(run, replace(job, attempt=attempt), profile, console, signals)
-        if ended.outcome == "finished":
-            return
-        step = _newest_step(run)
-        if signals.first is not None:
-            raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
-        run.log(f"attempt {attempt} failed: {ended.cause}")
-        if causes and causes[-1][0] == step:
-            raise ClusterError(
-                f"run {run.id} died twice after step {step} without a new checkpoint: {ended.cause}; see {run.log_path}, then "
-                f"`ddpm-pipe resume {run.id}`"
-            )
-        causes.append((step, ended.cause))
-        console.say(f"attempt {attempt} failed ({ended.cause}); going on from step {max(step, 0)}")
+    with LocalSession(profile, job.num_workers) as session:
+        for _ in range(profile.retries.max_attempts):
+            session.ensure()
+            attempt = run.next_attempt()
+            run.update(status="RUNNING", reason="")
+            with listening() as signals:
+                ended = _attempt(run, replace(job, attempt=attempt), profile, console, signals)
+            if ended.outcome == "finished":
+                return
+            step = _newest_step(run)
+            if signals.first is not None:
+                raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
+            run.log(f"attempt {attempt} failed: {ended.cause}")
+            if causes and causes[-1][0] == step:
+                raise ClusterError(
+                    f"run {run.id} died twice after step {max(step, 0)} without a new checkpoint: {ended.cause}; "
+                    f"see {run.log_path}, then: ddpm-pipe resume {run.id}"
+                )
+            causes.append((step, ended.cause))
+            console.say(f"attempt {attempt} failed ({ended.cause}); going on from step {max(step, 0)}")
     raise ClusterError(
         f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
-        f"`ddpm-pipe resume {run.id}` goes on from step {max(causes[-1][0], 0)}"
+        f"go on from step {max(causes[-1][0], 0)} with: ddpm-pipe resume {run.id}"
     )
 
 
@@ -280,6 +282,8 @@ def cause_of(error: BaseException) -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if "worker process has died" in str(error):
+        return "its process was killed, by hand or for want of memory"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[-1] if lines else type(error).__name__)[:300]
 

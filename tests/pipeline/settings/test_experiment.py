@@ -28,6 +28,11 @@ def test_each_preset_reads_and_survives_a_round_trip(name):
     assert experiment_from(experiment.to_dict()) == experiment
 
 
+def test_a_network_of_ones_own_survives_a_round_trip():
+    experiment = experiment_from({"model": {"type": "a.b:C", "arguments": {"width": 3}}})
+    assert experiment_from(experiment.to_dict()) == experiment
+
+
 @pytest.mark.parametrize("name", presets.names("cluster"))
 def test_each_profile_reads(name):
     assert load_profile(name).name == name

@@ -1,0 +1,230 @@
+"""What a user mistypes or asks for in vain: one line, a documented exit code, nothing half-written. And dry runs, which write nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline.cli import run
+from pipeline.runs import Run
+from tests.pipeline.training import trainer
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    """Run a command line in this process, in an empty folder; return exit code, stdout and stderr."""
+    monkeypatch.chdir(home)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def trained(home: Path) -> Run:
+    """A run with a checkpoint at step 30, trained without Ray."""
+    made = trainer.make_run(home)
+    trainer.train(str(made.folder))
+    return made
+
+
+MISTAKES = {
+    "unknown key": (["-s", "training.learning_rat=1"], 2, "did you mean 'learning_rate'"),
+    "unknown section": (["-s", "trainig.steps=1"], 2, "did you mean 'training'"),
+    "out of range": (["-s", "training.steps=0"], 2, "training.steps: got 0"),
+    "not finite": (["-s", "training.learning_rate=.inf"], 2, "not finite"),
+    "no value": (["-s", "training.steps"], 2, "expected key=value"),
+    "T of one": (["-s", "diffusion.num_timesteps=1"], 2, "num_timesteps"),
+    "refused schedule": (["-s", "diffusion.num_timesteps=15", "-s", "sampling.steps=5"], 2, "linear_raw"),
+    "unknown schedule": (["-s", "diffusion.schedule=cosin"], 2, "cosine"),
+    "unknown prediction": (["-s", "diffusion.prediction=epsilon"], 2, "eps"),
+    "network that does not fit": (["-s", "model.channel_multipliers=[1,2,2,2,2]"], 2, "model:"),
+    "groups that do not divide": (["-s", "model.norm_groups=7"], 2, "model:"),
+    "batch above the dataset": (["-s", "training.batch_size=4096"], 2, "more than the dataset's 1797"),
+    "streams that do not divide": (["-s", "training.num_streams=7"], 2, "does not divide batch_size"),
+    "unknown preset": (["--preset", "digit"], 2, "did you mean 'digits'"),
+    "file and preset": (["x.yaml", "--preset", "digits"], 2, "give one of them"),
+    "missing file": (["x.yaml"], 2, "no such file"),
+    "missing data": (["--data", "nowhere/at/all"], 3, "nowhere/at/all"),
+    "unknown profile": (["--cluster", "gpus"], 2, "did you mean 'gpu'"),
+    "GPUs where there are none": (["--cluster", "gpu"], 8, "--cluster local"),
+    "unknown network module": (["-s", "model={type: 'no_such_module:Net'}"], 2, "cannot import 'no_such_module'"),
+    "unknown network class": (["-s", "model={type: 'torch.nn:Linearr'}"], 2, "did you mean 'Linear'"),
+    "network that refuses its arguments": (
+        ["-s", "model={type: 'torch.nn:Linear', arguments: {a: 1}}"],
+        2,
+        "refused them",
+    ),
+    "something that is no network": (
+        ["-s", "model={type: 'collections:OrderedDict'}"],
+        2,
+        "expected a torch.nn.Module",
+    ),
+    "unknown option": (["--stepz", "1"], 2, "No such option"),
+}
+
+
+@pytest.mark.parametrize("dry", [True, False], ids=["dry", "real"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistyped_training_ends_in_one_line_and_makes_no_run(typed, home, mistake, dry):
+    arguments, code, told = MISTAKES[mistake]
+    needs_images = mistake in {"network that does not fit", "groups that do not divide", "batch above the dataset"}
+    if dry and (needs_images or "network" in mistake):
+        assert run(["ingest", "digits", str(home / "digits")]) == 0  # a dry run knows the shape of what is there
+        arguments = [*arguments, "--data", str(home / "digits")]
+        typed("runs")
+    got, out, err = typed("train", *arguments, *(["--dry-run"] if dry else []))
+    assert (got, out) == (code, ""), err
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("ddpm-pipe: ")
+    assert told in last
+    assert "Traceback" not in err
+    assert not (home / "runs").exists()
+    assert not (home / "mlflow.db").exists()
+
+
+def test_a_dry_run_tells_and_writes_nothing(typed, home):
+    code, out, err = typed("train", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "schedule: linear" in out
+    assert "digits" in out
+    assert list(home.iterdir()) == []
+
+
+def test_a_dry_run_of_a_preset_whose_data_must_be_downloaded_says_so(typed, home):
+    code, out, _ = typed("train", "--preset", "cifar10", "--dry-run")
+    assert code == 0
+    assert "download" in out
+    assert list(home.iterdir()) == []
+
+
+def test_a_dry_run_knows_what_the_papers_network_weighs(typed, home):
+    import numpy as np
+
+    np.savez(home / "images.npz", images=np.random.default_rng(0).integers(0, 256, (130, 32, 32, 3), dtype=np.uint8))
+    assert run(["ingest", "images.npz", "data"]) == 0
+    typed("runs")
+    code, out, _ = typed("train", "--preset", "cifar10", "--data", "data", "--dry-run", "--json")
+    plan = json.loads(out)
+    assert (code, plan["num_parameters"]) == (0, 35_746_307)  # REFERENCE: Ho et al. 2020
+    assert plan["checkpoint_bytes"] == 16 * 35_746_307
+    assert plan["steps_per_epoch"] == 130 / 128
+
+
+def test_more_workers_than_the_machine_holds_are_named_at_once(typed, home):
+    (home / "many.yaml").write_text("workers: 64\nresources_per_worker: {CPU: 1}")
+    code, _, err = typed(
+        "train", "--cluster", "many.yaml", "-s", "training.batch_size=64", "-s", "training.num_streams=64"
+    )
+    assert code == 8
+    assert "64 workers" in err
+    assert "this machine has" in err
+
+
+def test_workers_that_do_not_divide_the_streams_are_told_which_do(typed, home):
+    (home / "three.yaml").write_text("workers: 3")
+    code, _, err = typed("train", "--cluster", "three.yaml")
+    assert code == 2
+    assert "choose one of [1, 2, 4, 8, 16]" in err
+
+
+@pytest.mark.parametrize(
+    "text", ["workers: 0", "worker: 2", "workers: {min: 3, max: 2}", "env: {A: [1]}", "kind: cloud"]
+)
+def test_a_bad_profile_is_told(typed, home, text):
+    (home / "bad.yaml").write_text(text)
+    code, _, err = typed("train", "--cluster", "bad.yaml")
+    assert code == 2
+    assert "bad.yaml" in err
+
+
+def test_a_home_that_cannot_be_written_is_told(typed, home, monkeypatch):
+    (home / "file").write_text("")
+    monkeypatch.setenv("DDPM_PIPE_HOME", str(home / "file" / "home"))
+    code, _, err = typed("train")
+    assert code == 6, err
+    assert str(home / "file") in err
+
+
+@pytest.mark.parametrize("command", ["resume", "sample", "evaluate", "sync"])
+def test_unknown_runs_are_told(typed, trained, command):
+    code, _, err = typed(command, "zzzz")
+    assert code == 2
+    assert trained.id in err
+
+
+def test_a_resume_with_other_settings_is_refused_field_by_field(typed, trained):
+    code, _, err = typed("resume", trained.id, "-s", "diffusion.num_timesteps=500", "-s", "seed=1")
+    assert code == 4
+    assert "diffusion.num_timesteps: 1000 -> 500" in err
+    assert "seed: 0 -> 1" in err
+    assert "--fork" in err
+
+
+def test_a_resume_on_other_images_is_refused(typed, trained, home):
+    import numpy as np
+
+    folder = Path(trained.record.dataset["path"])
+    folder.rename(home / "the real ones")
+    np.savez(home / "other.npz", images=np.zeros((40, 8, 8, 1), dtype=np.uint8))
+    assert run(["ingest", str(home / "other.npz"), str(folder)]) == 0
+    typed("runs")
+    code, _, err = typed("resume", trained.id)
+    assert code == 4
+    assert trained.record.dataset["fingerprint"][:12] in err
+
+
+def test_samples_are_the_same_bytes_however_many_are_asked_for(typed, trained, home):
+    for count in ("3", "7"):
+        code, _, err = typed(
+            "sample", trained.id, "-n", count, "--steps", "4", "--format", "png", "--out", f"out{count}"
+        )
+        assert code == 0, err
+    names = [f"{i:06d}.png" for i in range(3)]
+    assert all((home / "out3" / n).read_bytes() == (home / "out7" / n).read_bytes() for n in names)
+    assert (home / "out3" / names[0]).read_bytes() != (home / "out3" / names[1]).read_bytes()
+    assert json.loads((home / "out7" / "samples.json").read_text())["steps"] == 4
+    code, _, err = typed("sample", trained.id, "--out", "out3")
+    assert code == 2
+    assert "not an empty folder" in err
+
+
+def test_samples_as_parquet_hold_the_bytes_of_the_png_files(typed, trained, home):
+    import numpy as np
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    for form in ("png", "parquet"):
+        assert typed("sample", trained.id, "-n", "4", "--steps", "2", "--format", form, "--out", form)[0] == 0
+    rows = pq.read_table(home / "parquet" / "samples.parquet", page_checksum_verification=True)["image"].to_pylist()
+    for index, row in enumerate(rows):
+        assert np.asarray(Image.open(home / "png" / f"{index:06d}.png")).tobytes() == row
+
+
+def test_sampling_steps_beyond_the_process_are_told(typed, trained):
+    code, _, err = typed("sample", trained.id, "--steps", "1001")
+    assert code == 2
+    assert "T = 1000" in err
+
+
+def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(typed, trained):
+    code, _, err = typed("sample", trained.id, "--checkpoint", "17")
+    assert code == 2
+    assert "there are: 28, 30" in err
+
+
+def test_dry_runs_of_sample_and_evaluate_compute_nothing(typed, trained):
+    before = sorted(path for path in trained.folder.rglob("*"))
+    for command in ("sample", "evaluate"):
+        code, out, _ = typed(command, trained.id, "--dry-run", "--json")
+        assert code == 0
+        assert json.loads(out)["sampler"] == "ddim"
+    assert sorted(path for path in trained.folder.rglob("*")) == before
