@@ -18,94 +18,15 @@ from types import FrameType
 from typing import Any
 
 from pipeline import checkpoint as checkpoints
+from pipeline.board import NAMESPACE, Board, run_worker
 from pipeline.cluster import LocalSession
 from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
-from pipeline.errors import ClusterError, InterruptedRunError, PipelineError
+from pipeline.errors import ClusterError, InterruptedRunError
+from pipeline.job import Job
 from pipeline.runs import Run
-from pipeline.worker import Job
 
 POLL_S = 0.2
-NAMESPACE = "ddpm-pipe"
-
-
-class Board:
-    """A notice board in the cluster: workers write how far they are, the driver writes that they should stop."""
-
-    def __init__(self) -> None:
-        self._progress: dict[str, Any] = {}
-        self._warnings: list[str] = []
-        self._error: PipelineError | None = None
-        self._outcome: str | None = None
-        self._stop = False
-
-    def publish(self, progress: dict[str, Any]) -> bool:
-        """Take rank 0's progress, or a warning; return whether the workers should stop."""
-        if "warning" in progress:
-            self._warnings.append(progress["warning"])
-        else:
-            self._progress = progress
-        return self._stop
-
-    def fail(self, error: PipelineError) -> None:
-        """Keep the first error that a worker raised on purpose."""
-        self._error = self._error or error
-
-    def finish(self, outcome: str) -> None:
-        """Keep how training ended."""
-        self._outcome = outcome
-
-    def stop(self) -> None:
-        """Ask the workers to save and stop."""
-        self._stop = True
-
-    def read(self) -> dict[str, Any]:
-        """Return everything, and forget the warnings."""
-        warnings, self._warnings = self._warnings, []
-        return {"progress": self._progress, "warnings": warnings, "error": self._error, "outcome": self._outcome}
-
-
-class BoardLink:
-    """A worker's line to the board. The answer to one message is read when the next one is due, so that nobody waits."""
-
-    def __init__(self, board: Any) -> None:
-        self._board = board
-        self._answer: Any = None
-        self._stop = False
-
-    def publish(self, progress: dict[str, Any]) -> None:
-        """Send progress or a warning."""
-        self.stop_requested()
-        self._answer = self._board.publish.remote(progress)
-
-    def stop_requested(self) -> bool:
-        """Return whether an answer that has arrived said to stop."""
-        import ray
-
-        if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
-            self._stop = self._stop or bool(ray.get(self._answer))
-            self._answer = None
-        return self._stop
-
-
-def run_worker(config: dict[str, Any]) -> None:
-    """Be one worker of an attempt: what Ray Train calls in each of its processes."""
-    import ray
-    import ray.train
-
-    from pipeline.team import Team
-    from pipeline.worker import Worker
-
-    board = ray.get_actor(config["board"], namespace=NAMESPACE)
-    try:
-        team = Team.join()
-        local_rank = ray.train.get_context().get_local_rank()
-        outcome = Worker(config["job"], team, BoardLink(board), local_rank).work()
-    except PipelineError as error:
-        ray.get(board.fail.remote(error))
-        raise
-    if team.leads:
-        ray.get(board.finish.remote(outcome))
 
 
 @dataclass

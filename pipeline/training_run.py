@@ -18,6 +18,7 @@ from pipeline.errors import CheckpointError, InterruptedRunError, PipelineError,
 from pipeline.evaluate import Outcome, conclude
 from pipeline.home import datasets_dir, home
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
+from pipeline.job import Job
 from pipeline.models import allow_modules_in
 from pipeline.plan import Plan, choose_workers, make_plan
 from pipeline.runs import Run, RunStatus
@@ -26,7 +27,6 @@ from pipeline.tracking import TrackedDataset, Tracker, TrackingSettings
 from pipeline.tracking_text import describe
 from pipeline.train import run_attempts
 from pipeline.trained import experiment_of
-from pipeline.worker import Job
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from pipeline.config import Experiment, SamplingConfig, experiment_from
 from pipeline.device import Compute, training_compute
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.generation import generate
+from pipeline.job import Job
 from pipeline.models import allow_modules_in, build_diffusion, build_model
 from pipeline.monitor import SystemMonitor
 from pipeline.order import Order, streams_of_worker
@@ -26,7 +27,7 @@ from pipeline.pictures import save_grid
 from pipeline.runs import Run
 from pipeline.shards import Dataset
 from pipeline.team import Team
-from pipeline.tracking import Tracker, TrackingSettings
+from pipeline.tracking import Tracker
 from pipeline.training import Learner, StepResult, fit
 from pipeline.yaml_files import validate
 
@@ -42,22 +43,6 @@ class Link(Protocol):
 
     def stop_requested(self) -> bool:
         """Return whether the driver asks to save and stop; must not wait."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """What the workers of one attempt are told: plain data, the same for all of them."""
-
-    run_folder: str
-    dataset_folder: str
-    experiment: dict[str, Any]
-    profile: dict[str, Any]
-    num_workers: int
-    num_streams: int
-    attempt: int
-    code_folder: str
-    tracking: TrackingSettings
-    initial_weights: str | None = None
 
 
 @dataclass

@@ -12,10 +12,11 @@ from pipeline import checkpoint as checkpoints
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
 from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.job import Job
 from pipeline.runs import Run
 from pipeline.team import Team
 from pipeline.tracking import TrackingSettings
-from pipeline.worker import Job, Worker
+from pipeline.worker import Worker
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",
