@@ -65,7 +65,7 @@ def choose_extractor(
 
     Raises:
         RefusedError: no classifier can judge this dataset.
-        DataError: Inception's weights are missing and may not or cannot be downloaded.
+        DataError: Inception's weights are missing and may not or cannot be downloaded, or those named are not them.
     """
     manifest = dataset.manifest
     channels, height, width = manifest.shape
@@ -74,7 +74,7 @@ def choose_extractor(
         try:
             return Inception.load(inception_weights, download=download, device=device)
         except DataError:
-            if kind == "inception" or not small:
+            if kind == "inception" or inception_weights is not None or not small:
                 raise
     return classifier_for(dataset, cache_dir, device=device, progress=progress)
 

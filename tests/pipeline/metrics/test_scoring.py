@@ -378,6 +378,8 @@ def test_auto_is_the_classifier_for_labelled_gray_images_else_inception(data: Ar
     color = ArraySet(np.repeat(data.images[:40], 3, axis=1), np.arange(40) % 10, "color")
     with pytest.raises(RefusedError, match="40 images, too few"):  # no weights, so the classifier was turned to
         choose_extractor(color, tmp_path, download=False)
+    with pytest.raises(DataError, match=r"mine\.pth: cannot be read"):  # weights that were named are not passed over
+        choose_extractor(color, tmp_path, inception_weights=str(tmp_path / "mine.pth"))
 
 
 # Real datasets
