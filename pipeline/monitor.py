@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from typing import ClassVar
 
 import psutil
 
@@ -13,16 +14,30 @@ MIB = 2**20
 class SystemMonitor:
     """Load of this machine and of this process, named as MLflow's "System metrics" tab expects (`system/...`)."""
 
-    @staticmethod
-    def sample() -> dict[str, float]:
-        """Return CPU and memory use, and the GPU's where this process uses one. CPU percent is the mean since the last call."""
-        memory = psutil.virtual_memory()
+    _before: ClassVar[tuple[float, float] | None] = None  # busy and idle CPU seconds of the machine at the last call
+
+    @classmethod
+    def sample(cls) -> dict[str, float]:
+        """Return CPU and memory use, and the GPU's where this process uses one.
+
+        CPU percent is the machine's mean since the last call, so the first call has none.
+        """
         figures = {
-            "system/cpu_percent": psutil.cpu_percent(),
-            "system/memory_percent": memory.percent,
+            "system/memory_percent": psutil.virtual_memory().percent,
             "system/process_memory_mib": psutil.Process().memory_info().rss / MIB,
         }
+        before, now = cls._before, _cpu_seconds()
+        cls._before = now
+        if before is not None and sum(now) > sum(before):
+            figures["system/cpu_percent"] = 100.0 * (now[0] - before[0]) / (sum(now) - sum(before))
         return figures | _gpu()
+
+
+def _cpu_seconds() -> tuple[float, float]:
+    times = psutil.cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    # guest time is counted in user time already
+    return sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0), idle
 
 
 def _gpu() -> dict[str, float]:
