@@ -15,7 +15,9 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
         return None
     parts = value.lower().split("x")
     if not 1 <= len(parts) <= 2 or not all(part.isdigit() and int(part) > 0 for part in parts):
-        raise click.BadParameter(f"got {value!r}; expected a number of pixels such as 32, or HEIGHTxWIDTH such as 32x48")
+        raise click.BadParameter(
+            f"got {value!r}; expected a number of pixels such as 32, or HEIGHTxWIDTH such as 32x48"
+        )
     return int(parts[0]) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
@@ -28,7 +30,9 @@ ddpm-pipe ingest 's3://bucket/cifar10/*.parquet' data/cifar10 --image-column img
 )
 @click.argument("source")
 @click.argument("dest", type=click.Path(path_type=Path))
-@click.option("--image-size", callback=_size, metavar="N|HxW", help="Centre-crop and resize, antialiased. Default: as they are.")
+@click.option(
+    "--image-size", callback=_size, metavar="N|HxW", help="Centre-crop and resize, antialiased. Default: as they are."
+)
 @click.option("--mode", type=click.Choice(["L", "RGB"]), help="Convert to grayscale or colour. Default: as they are.")
 @click.option("--image-column", metavar="NAME", help="Parquet column of the images. Default: found by its type.")
 @click.option("--label-column", metavar="NAME", help="Parquet column of the labels. Default: found by its type.")
@@ -87,7 +91,9 @@ ddpm-pipe inspect data/digits --verify --picture digits.png
 )
 @click.argument("data", type=click.Path(path_type=Path))
 @click.option("--verify", is_flag=True, help="Read every row and compare it with its checksum.")
-@click.option("--picture", type=click.Path(path_type=Path), help="Where to write the grid. Default: DATA's name with .png, here.")
+@click.option(
+    "--picture", type=click.Path(path_type=Path), help="Where to write the grid. Default: DATA's name with .png, here."
+)
 @json_option
 def inspect(data: Path, verify: bool, picture: Path | None, as_json: bool) -> None:
     """Show what an ingested dataset is: a card, and a grid picture of its first images."""

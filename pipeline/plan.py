@@ -68,7 +68,9 @@ class Plan:
             "parameters": f"{parameters:,}" if parameters is not None else unknown,
             "steps per epoch": f"{epoch:.1f}" if epoch is not None else unknown,
             "epochs": f"{self.experiment.training.steps / epoch:.1f}" if epoch is not None else unknown,
-            "checkpoint": f"{size(checkpoint)}, {self.experiment.checkpoint.keep} kept" if checkpoint is not None else unknown,
+            "checkpoint": f"{size(checkpoint)}, {self.experiment.checkpoint.keep} kept"
+            if checkpoint is not None
+            else unknown,
             "workers": f"{self.num_workers} ({self.profile.name}), {self.num_streams} streams, "
             f"{self.experiment.training.batch_size // self.num_workers} images each",
         }

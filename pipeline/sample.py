@@ -43,7 +43,11 @@ class SampleRequest:
         total = experiment.diffusion.num_timesteps
         if self.steps is not None and self.steps > total:
             raise UsageError(f"--steps: got {self.steps}, but this model has T = {total}; give at most {total}")
-        given = {key: value for key, value in asdict(self).items() if key in ("sampler", "steps", "eta") and value is not None}
+        given = {
+            key: value
+            for key, value in asdict(self).items()
+            if key in ("sampler", "steps", "eta") and value is not None
+        }
         if given.get("sampler") == "ancestral" and self.steps is None:
             given["steps"] = None  # the ancestral sampler takes all T steps unless told otherwise
         sampling = validate(SamplingConfig, {**experiment.sampling.model_dump(), **given}, "sampling")
