@@ -132,8 +132,9 @@ def ensure_ingested(
         UsageError, DataError, StorageError: as `ingest` and `Dataset.open`.
     """
     if is_dataset(source):
-        _refuse_options(source, options)
-        return Dataset.open(source)
+        dataset = Dataset.open(source)
+        _refuse_options(source, options, dataset.manifest)
+        return dataset
     found = resolve_source(source, options, downloads=datasets / "downloads", offline=offline, say=say)
     if found.note:
         say(found.note)
@@ -158,8 +159,9 @@ def availability(source: str, options: IngestOptions, datasets: Path) -> Availab
         UsageError, DataError: it is none of the built-in names and not here.
     """
     if is_dataset(source):
-        _refuse_options(source, options)
-        return Availability("ingested", f"{source} is ingested", Manifest.load(Path(source)))
+        manifest = Manifest.load(Path(source))
+        _refuse_options(source, options, manifest)
+        return Availability("ingested", f"{source} is ingested", manifest)
     found = resolve_source(source, options, downloads=datasets / "downloads", offline=True)
     dest = cache_folder(found, options, datasets)
     if is_dataset(dest):
@@ -254,11 +256,17 @@ def _check_dest(source: str, dest: Path) -> None:
         raise UsageError(f"{dest} lies inside the source {source}: give a folder elsewhere")
 
 
-def _refuse_options(source: str, options: IngestOptions) -> None:
-    if options != IngestOptions(max_pixels=options.max_pixels):
+def _refuse_options(source: str, options: IngestOptions, manifest: Manifest) -> None:
+    """Refuse options that an ingested dataset can no longer follow; those that it has followed are no harm."""
+    channels = {None: manifest.shape[0], "L": 1, "RGB": 3}[options.mode]
+    if (channels, options.size or manifest.shape[1:]) != (manifest.shape[0], manifest.shape[1:]):
         raise UsageError(
-            f"{source} is an ingested dataset already: size, mode, columns and split were chosen at ingest"
+            f"{source} is an ingested dataset of {manifest.shape[1]}x{manifest.shape[2]} with {manifest.shape[0]} channels, "
+            "other image size or mode was asked for: ingest its source again, or leave them out"
         )
+    asked = [name for name in ("image_column", "label_column", "split") if getattr(options, name) is not None]
+    if asked:
+        raise UsageError(f"{source} is an ingested dataset, {', '.join(asked)} cannot be chosen any more: leave it out")
 
 
 def _open_cached(dest: Path, say: Say) -> Dataset | None:

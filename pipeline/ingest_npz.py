@@ -57,7 +57,7 @@ def npz(
 
     return Source(
         name=short_name(path),
-        origin=f"{path} ({image})",
+        origin=f"{path.absolute()} ({image})",
         items=items,
         key=lambda: f"{content_key([(path.name, path)])} {image} {label}",
         has_labels=label is not None,

@@ -54,6 +54,7 @@ def parquet(
         files = [file for file in files if chosen is None or split_of(file.name) == chosen]
     num_rows = sum(_num_rows(file) for file in files)
     columns = _columns(files, image_column, label_column)
+    origin = shown if "://" in shown else str(Path(shown).absolute())
 
     def items() -> Iterator[Item]:
         for file in files:
@@ -61,7 +62,7 @@ def parquet(
 
     return Source(
         name=short_name(re.sub(r"[*\[].*", "", shown).removesuffix(".parquet")),
-        origin=shown if chosen is None else f"{shown} (split {chosen})",
+        origin=origin if chosen is None else f"{origin} (split {chosen})",
         items=items,
         key=lambda: f"{_key(files)} {columns}",
         class_names=columns.class_names,

@@ -92,7 +92,7 @@ def image_folder(root: Path, split: str | None = None) -> Source:
 
     return Source(
         name=short_name(root),
-        origin=str(taken),
+        origin=str(taken.absolute()),
         items=items,
         key=lambda: content_key((file.relative_to(taken).as_posix(), file) for file in files),
         class_names=tuple(folders) or None,

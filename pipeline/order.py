@@ -28,8 +28,6 @@ Rows = npt.NDArray[np.int64]
 
 # Part of every draw: another way to permute gets another tag, so that it cannot pass for this one.
 _TAG = "ddpm-pipe order 1"
-_WINDOW_MEMORY_BYTES = 512 * 2**20
-_LEAST_WINDOW, _MOST_WINDOW = 256, 16384
 
 
 class Segment(NamedTuple):
@@ -156,12 +154,6 @@ class Order:
 def default_num_streams(batch_size: int) -> int:
     """Largest power of two up to 16 that divides `batch_size`."""
     return next(n for n in (16, 8, 4, 2, 1) if batch_size % n == 0)
-
-
-def default_window(image_bytes: int, num_streams: int) -> int:
-    """Rows of a window such that one worker with all the streams holds about 512 MiB: a power of two, 256 to 16,384."""
-    fitting = max(1, _WINDOW_MEMORY_BYTES // (image_bytes * num_streams))
-    return int(min(_MOST_WINDOW, max(_LEAST_WINDOW, 1 << (fitting.bit_length() - 1))))
 
 
 def streams_of_worker(rank: int, world: int, num_streams: int) -> range:

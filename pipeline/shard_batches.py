@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.order import Order
+from pipeline.order import Order, Segment
 
 if TYPE_CHECKING:
     from pipeline.shards import Dataset, StoredRows
@@ -67,7 +67,8 @@ def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: i
 
 
 def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
-    walks = [_WalkOnDisk(order, stream, step, dataset) for stream in streams]
+    reader = _WindowReader(dataset, order)
+    reader.walks = walks = [_WalkOnDisk(order, stream, step, reader) for stream in streams]
     count = order.rows_per_stream
     while True:
         images = np.empty((len(walks) * count, *dataset.manifest.shape), dtype=np.uint8)
@@ -84,40 +85,81 @@ def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int
 
 
 class _Walk:
-    """One stream, window by window; `rows` are those of the current window that it reads."""
+    """One stream, part by part; `rows` are those of the current part, `upcoming` is the part after it."""
 
     def __init__(self, order: Order, stream: int, step: int) -> None:
+        self.stream = stream
         self._order, self._parts = order, order.parts(stream, step)
+        self.upcoming = next(self._parts)
         self.rows = np.empty(0, dtype=np.int64)
         self._next = 0
 
     def next(self, count: int, place: int) -> Iterator[tuple[slice, slice]]:
-        """The stream's next `count` rows: where they lie in the current window, and from `place` on in the batch."""
+        """The stream's next `count` rows: where they lie in the current part, and from `place` on in the batch."""
         end = place + count
         while place < end:
             if self._next == len(self.rows):
-                self.rows, self._next = self._order.rows_of(next(self._parts)), 0
-                self.enter_window()
+                part, self.upcoming = self.upcoming, next(self._parts)
+                self.rows, self._next = self._order.rows_of(part), 0
+                self.enter(part)
             taken = min(end - place, len(self.rows) - self._next)
             yield slice(self._next, self._next + taken), slice(place, place + taken)
             self._next, place = self._next + taken, place + taken
 
-    def enter_window(self) -> None:
+    def enter(self, part: Segment) -> None:
         """Make ready what is needed of `rows`."""
 
 
 class _WalkOnDisk(_Walk):
-    """Holds `rows` as they are stored."""
+    """Holds the current part's rows as they are stored."""
 
     stored: StoredRows
 
-    def __init__(self, order: Order, stream: int, step: int, dataset: Dataset) -> None:
+    def __init__(self, order: Order, stream: int, step: int, reader: _WindowReader) -> None:
         super().__init__(order, stream, step)
-        self._dataset = dataset
-        self._buffer: Pixels | None = None
+        self._reader = reader
 
-    def enter_window(self) -> None:
-        if self._buffer is None and hasattr(self, "stored"):
-            del self.stored  # lets go of PNG files before the next are read
-        self.stored = self._dataset.load(self.rows, self._buffer)
-        self._buffer = self.stored.images if isinstance(self.stored.images, np.ndarray) else None
+    def enter(self, part: Segment) -> None:
+        if hasattr(self, "stored"):
+            self._reader.give_back(self.stored)
+            del self.stored  # before the next rows are read, which take its place
+        self.stored = self._reader.take(self.stream, part)
+
+
+class _WindowReader:
+    """Reads windows for the streams of one worker: once for all that enter one now or next.
+
+    Streams enter a window together where it is larger than their slices: reading it for each would read the whole
+    dataset as many times as there are streams.
+    """
+
+    def __init__(self, dataset: Dataset, order: Order) -> None:
+        self.walks: list[_WalkOnDisk] = []
+        self._dataset, self._order = dataset, order
+        self._ready: dict[tuple[int, Segment], StoredRows] = {}
+        self._users: dict[int, int] = {}  # streams that hold rows of an array of raw images, by its id
+        self._free: list[Pixels] = []  # such arrays that nobody needs: new ones would cost the system's zeroing
+
+    def take(self, stream: int, part: Segment) -> StoredRows:
+        if (stream, part) not in self._ready:
+            together = {walk.stream: walk.upcoming for walk in self.walks if walk.upcoming[:2] == part[:2]}
+            self._read([(stream, part), *together.items()])
+        return self._ready.pop((stream, part))
+
+    def give_back(self, stored: StoredRows) -> None:
+        images = stored.images
+        if isinstance(images, np.ndarray):
+            self._users[id(images)] -= 1
+            if self._users[id(images)] == 0:
+                del self._users[id(images)]
+                self._free.append(images)
+
+    def _read(self, wanted: list[tuple[int, Segment]]) -> None:
+        rows = [self._order.rows_of(part) for _, part in wanted]
+        stored = self._dataset.load(np.concatenate(rows), self._free.pop() if self._free else None)
+        if isinstance(stored.images, np.ndarray):
+            self._users[id(stored.images)] = len(wanted)
+        end = 0
+        for key, own in zip(wanted, rows, strict=True):
+            begin, end = end, end + len(own)
+            self._ready[key] = stored.part(slice(begin, end))

@@ -227,6 +227,11 @@ class StoredRows:
     images: Encoded
     at: Ints
 
+    def part(self, part: slice) -> StoredRows:
+        """Some of the rows, sharing the images."""
+        labels = None if self.labels is None else self.labels[part]
+        return StoredRows(self.dataset, self.rows[part], labels, self.images, self.at[part])
+
     def decode(self, part: slice, out: Pixels) -> None:
         """Write the images of `rows[part]` to `out`, uint8 [len, C, H, W]."""
         at = self.at[part]

@@ -336,7 +336,7 @@ for name in ("png", "palette", "jpeg"):
     sound = Path(sys.argv[1], name).read_bytes()
     original = decode_image(sound, mode="RGB")
     chance, count = random.Random(name), {"error": 0, "same": 0, "changed": 0}
-    for _ in range(1000):
+    for _ in range(4000):
         data = bytearray(sound)
         for _ in range(chance.choice([1, 1, 2, 8])):
             data[chance.randrange(len(data))] = chance.randrange(256)

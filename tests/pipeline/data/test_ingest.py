@@ -370,8 +370,18 @@ def test_a_dataset_is_used_as_it_is(tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
     state = availability(str(tmp_path / "d"), IngestOptions(), tmp_path / "cache")
     assert (state.state, state.manifest) == ("ingested", manifest)
-    with pytest.raises(UsageError, match="is an ingested dataset already"):
-        ensure_ingested(str(tmp_path / "d"), IngestOptions(image_size=4), tmp_path / "cache")
+    ensure_ingested(str(tmp_path / "d"), IngestOptions(image_size=8, mode="L"), tmp_path / "cache")  # as it is
+    for options, message in (
+        (
+            IngestOptions(image_size=4),
+            "ingested dataset of 8x8 with 1 channels, other image size or mode was asked for",
+        ),
+        (IngestOptions(mode="RGB"), "other image size or mode was asked for"),
+        (IngestOptions(split="test"), "split cannot be chosen any more"),
+    ):
+        for ask in (ensure_ingested, availability):
+            with pytest.raises(UsageError, match=message):
+                ask(str(tmp_path / "d"), options, tmp_path / "cache")
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import UsageError
-from pipeline.order import Order, Segment, default_num_streams, default_window, streams_of_worker
+from pipeline.order import Order, Segment, default_num_streams, streams_of_worker
 
 
 @st.composite
@@ -150,9 +150,6 @@ def test_workers_share_the_streams() -> None:
 
 def test_defaults() -> None:
     assert [default_num_streams(b) for b in (128, 96, 16, 12, 6, 7, 1)] == [16, 16, 16, 4, 2, 1, 1]
-    assert default_window(3072, 16) == 8192  # 16 streams of 8,192 images of 3,072 bytes are 403 MB, of 16,384 too much
-    assert default_window(8 * 8, 1) == 16384
-    assert default_window(256 * 256 * 3, 16) == 256
 
 
 @pytest.mark.parametrize(

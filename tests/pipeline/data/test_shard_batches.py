@@ -101,6 +101,24 @@ def test_a_worker_reads_only_the_row_groups_of_its_windows(tmp_path: Path) -> No
     assert len(list(islice(reader, 40))) == 40
 
 
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="needs Linux's count of bytes read")
+@pytest.mark.parametrize(("num_streams", "window", "most"), [(8, 10_000, 1.1), (5, 128, 2.1)])
+def test_streams_that_share_a_window_read_it_once(tmp_path: Path, num_streams: int, window: int, most: float) -> None:
+    """An epoch reads the dataset about once, not once for each stream; windows that slices cut are read twice."""
+
+    def bytes_read() -> int:
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    dataset = dataset_of(tmp_path / "d", some_images(1024, (64, 64, 3)))  # row groups of 128
+    size = sum(shard.num_bytes for shard in dataset.manifest.shards)
+    order = Order(dataset.manifest.row_groups, 5, num_streams, num_streams, window)
+    reader = read_batches(dataset, order, range(num_streams), memory_budget_bytes=FROM_DISK)
+    before = bytes_read()
+    for _ in range(1024 // num_streams):
+        next(reader)
+    assert 0.99 * size < bytes_read() - before < most * size
+
+
 def test_an_order_of_another_dataset_is_refused(dataset: Dataset) -> None:
     with pytest.raises(ValueError, match="other row groups"):
         read_batches(dataset, Order((8, 8), 0, 1, 4, 8), [0])
