@@ -7,6 +7,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ def fetch(archive: Archive, downloads: Path, offline: bool, say: Callable[[str],
         raise DataError(f"{archive.file} is not in {downloads} and downloads are off: allow them, or {by_hand}")
     say(f"downloading {archive.url} ({archive.num_bytes / 1e6:.1f} MB)")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
@@ -52,7 +54,7 @@ def fetch(archive: Archive, downloads: Path, offline: bool, say: Callable[[str],
         partial.replace(path)
     except urllib.error.URLError as error:
         raise DataError(
-            f"{archive.url} cannot be downloaded ({error.reason}): check the network, or {by_hand}"
+            f"{archive.url} cannot be downloaded ({_said(error)}): check the network, or {by_hand}"
         ) from None
     except TimeoutError:
         raise DataError(
@@ -62,7 +64,14 @@ def fetch(archive: Archive, downloads: Path, offline: bool, say: Callable[[str],
         raise StorageError(f"{path} cannot be written ({error.strerror}): free space or make it writable") from None
     finally:
         partial.unlink(missing_ok=True)
+        for folder in made if not path.exists() else []:
+            with suppress(OSError):
+                folder.rmdir()
     return path
+
+
+def _said(error: urllib.error.URLError) -> str:
+    return getattr(error.reason, "strerror", None) or str(error.reason)
 
 
 def _download(archive: Archive, file: Any) -> str:
