@@ -43,7 +43,8 @@ class Writer:
         self._delivery: Delivery | None = None
         self._failures = 0
         self._attempt = 0.0  # when the thread last began to deliver ...
-        self._failed_attempt = -1.0  # ... and when it began the last time that failed
+        self._failed_attempt = -1.0  # ... when it began the last time that failed
+        self._failed_files = -1.0  # ... or in which a file could not be stored
         self._retry_files_at = 0.0
         self._answers = uri.startswith("sqlite:")
         self._asked_at = math.inf  # when the store was first asked: importing MLflow is not the store's fault
@@ -82,7 +83,6 @@ class Writer:
         begin = moved = time.monotonic()
         woken = 0.0
         end, offset = self._spool.size(), -1
-        self._retry_files_at = 0.0
         while True:
             position = self.position()
             if position.offset >= end and not position.deferred and not self._spool.unwritten:
@@ -93,10 +93,12 @@ class Writer:
             hangs = not self._answers and now - max(moved, self._asked_at) > grace_s
             if hangs and not patient:
                 self._spool.mark_unreachable(True)
-            if now - begin > timeout or (not patient and (hangs or self._failed_attempt >= begin)):
+            gone = hangs or self._failed_attempt >= begin or (position.offset >= end and self._failed_files >= begin)
+            if now - begin > timeout or (gone and not patient):
                 return False
             if now - woken > 0.5:
                 woken = now
+                self._retry_files_at = 0.0  # also files that failed in an attempt begun before this wait
                 self.start()
                 self._wake.set()
                 self._spool.write_unwritten()
@@ -218,7 +220,7 @@ class Writer:
         if self.problem is None:
             log.warning("tracking: %s: a file cannot be stored: %s; training goes on", self._public_uri, error)
         self.problem = one_line(error)
-        self._failed_attempt = self._attempt
+        self._failed_files = self._attempt
         self._retry_files_at = time.monotonic() + MAX_BACKOFF_S
 
     def _note_failure(self, error: Exception) -> None:

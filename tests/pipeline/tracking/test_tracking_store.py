@@ -240,10 +240,12 @@ def test_files_that_cannot_be_stored_now_wait_while_metrics_go_on(
     (home / "mlartifacts").write_text("in the way")  # a plain file where the folder should be
     tracker = started(run, store)
     tracker.image("samples", 0, picture(run.folder / "s.png"))
-    tracker.metrics(1, {"loss": 1.0})
+    for step in range(1, 56):
+        tracker.metrics(step, {"loss": 1 / step, "filler": 0.0})
+        tracker.tags({"padding": "x" * 20_000})  # more than the writer reads at once
     tracker.finish("FINISHED")
     assert not tracker.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(1, 1.0)]
+    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 56)]
     assert runs_in(store)[0].info.status == "FINISHED"
     assert [event["kind"] for event in Tracker(run.folder, store).undelivered()] == ["start", "image"]
     with pytest.raises(TrackingError, match=rf"ddpm-pipe sync {run.id}"):
