@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pipeline.cluster_profile import Profile
 from pipeline.errors import ClusterError
+from pipeline.watchdog import Watchdog
 
 LOOPBACK = "127.0.0.1"
 OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are read from the shards by each worker
@@ -70,6 +71,7 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
         settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
     folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp"))
+    watchdog = Watchdog(folder)
     with _environment(settings, without=["RAY_ADDRESS"]):
         try:
             _start(profile, num_workers, folder)
@@ -79,6 +81,7 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
 
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+            watchdog.dismiss()
 
 
 class LocalSession:

@@ -1,0 +1,76 @@
+"""Ends what Ray leaves behind when the process that started it is killed: `python -m pipeline.watchdog FOLDER`.
+
+Ray's workers notice that their driver is gone; some of its agents do not, and its folder stays. This process holds the reading end of a
+pipe whose other end is the driver's. When that end closes without a word, the driver is dead: every process that works in Ray's folder
+is ended, and the folder removed. (They are known by their files: the names that they give themselves overwrite their environment.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+ALL_IS_WELL = b"."
+GRACE_S = 3.0  # Ray ends most of its processes by itself, and tells their peers
+
+
+class Watchdog:
+    """The driver's end: start it before Ray, tell it at the end that all is well."""
+
+    def __init__(self, folder: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "pipeline.watchdog", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C in a terminal is not for it
+            cwd="/",
+        )
+
+    def dismiss(self) -> None:
+        """End it: Ray was shut down in good order."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone already
+            self._process.stdin.write(ALL_IS_WELL)
+            self._process.stdin.close()
+        self._process.wait()
+
+
+def main(folder: Path) -> None:
+    """Wait for the driver to end, and clean up if it did not say that all is well."""
+    if sys.stdin.buffer.read() == ALL_IS_WELL:
+        return
+    time.sleep(GRACE_S)
+    for _ in range(5):  # a process may start another while the first are being ended
+        left = list(_working_in(folder))
+        if not left:
+            break
+        for process in left:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        time.sleep(0.2)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _working_in(folder: Path) -> Iterator[psutil.Process]:
+    prefix = str(folder)
+    for process in psutil.process_iter():
+        try:
+            if process.pid == os.getpid():
+                continue
+            if prefix in " ".join(process.cmdline()) or any(f.path.startswith(prefix) for f in process.open_files()):
+                yield process
+        except (psutil.Error, OSError):  # another user's, or gone
+            continue
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
