@@ -307,6 +307,16 @@ def test_what_is_no_source_says_so(
         ingest(name, tmp_path / "out")
 
 
+def test_a_folder_of_both_kinds_is_ambiguous(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "in", some_images(3))
+    write_parquet(folder / "train.parquet", some_images(3), [0, 1, 2], NAMES)
+    with pytest.raises(
+        DataError, match="in holds Parquet files and image files: give a folder, or a glob, of one kind"
+    ):
+        ingest(str(folder), tmp_path / "out")
+    assert ingest(str(folder / "*.parquet"), tmp_path / "out").num_rows == 3
+
+
 def test_a_dataset_is_not_ingested_again(tmp_path: Path) -> None:
     ingest("digits", tmp_path / "d")
     with pytest.raises(UsageError, match="is an ingested dataset already"):
