@@ -18,6 +18,7 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 MEMORY_BUDGET_BYTES = 2 * 2**30
+_NO_IMAGES = np.empty((0, 0, 0, 0), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,7 @@ def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: i
     while True:
         rows = np.empty(len(walks) * count, dtype=np.int64)
         for i, walk in enumerate(walks):
-            for held, place in walk.next(count, i * count):
-                rows[place] = walk.rows[held]
+            walk.read(RawBatch(step, _NO_IMAGES, None, rows), i * count, count)
         yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
         step += 1
 
@@ -70,17 +70,14 @@ def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int
     reader = _WindowReader(dataset, order)
     reader.walks = walks = [_WalkOnDisk(order, stream, step, reader) for stream in streams]
     count = order.rows_per_stream
+    size = len(walks) * count
     while True:
-        images = np.empty((len(walks) * count, *dataset.manifest.shape), dtype=np.uint8)
-        rows = np.empty(len(images), dtype=np.int64)
-        labels = np.empty(len(images), dtype=np.int64) if dataset.manifest.has_labels else None
+        labels = np.empty(size, dtype=np.int64) if dataset.manifest.has_labels else None
+        images = np.empty((size, *dataset.manifest.shape), dtype=np.uint8)
+        batch = RawBatch(step, images, labels, np.empty(size, dtype=np.int64))
         for i, walk in enumerate(walks):
-            for held, place in walk.next(count, i * count):
-                rows[place] = walk.rows[held]
-                walk.stored.decode(held, images[place])
-                if labels is not None and walk.stored.labels is not None:
-                    labels[place] = walk.stored.labels[held]
-        yield RawBatch(step, images, labels, rows)
+            walk.read(batch, i * count, count)
+        yield batch
         step += 1
 
 
@@ -94,20 +91,23 @@ class _Walk:
         self.rows = np.empty(0, dtype=np.int64)
         self._next = 0
 
-    def next(self, count: int, place: int) -> Iterator[tuple[slice, slice]]:
-        """The stream's next `count` rows: where they lie in the current part, and from `place` on in the batch."""
-        end = place + count
-        while place < end:
+    def read(self, batch: RawBatch, place: int, count: int) -> None:
+        """Write the stream's next `count` rows to `batch`, from `place` on."""
+        while count:
             if self._next == len(self.rows):
                 part, self.upcoming = self.upcoming, next(self._parts)
                 self.rows, self._next = self._order.rows_of(part), 0
                 self.enter(part)
-            taken = min(end - place, len(self.rows) - self._next)
-            yield slice(self._next, self._next + taken), slice(place, place + taken)
-            self._next, place = self._next + taken, place + taken
+            taken = min(count, len(self.rows) - self._next)
+            self.copy(slice(self._next, self._next + taken), batch, slice(place, place + taken))
+            self._next, place, count = self._next + taken, place + taken, count - taken
 
     def enter(self, part: Segment) -> None:
         """Make ready what is needed of `rows`."""
+
+    def copy(self, held: slice, batch: RawBatch, place: slice) -> None:
+        """Write what is known of `rows[held]` to `place` of the batch."""
+        batch.rows[place] = self.rows[held]
 
 
 class _WalkOnDisk(_Walk):
@@ -124,6 +124,12 @@ class _WalkOnDisk(_Walk):
             self._reader.give_back(self.stored)
             del self.stored  # before the next rows are read, which take its place
         self.stored = self._reader.take(self.stream, part)
+
+    def copy(self, held: slice, batch: RawBatch, place: slice) -> None:
+        batch.rows[place] = self.rows[held]
+        self.stored.decode(held, batch.images[place])
+        if batch.labels is not None and self.stored.labels is not None:
+            batch.labels[place] = self.stored.labels[held]
 
 
 class _WindowReader:

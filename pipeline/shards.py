@@ -236,6 +236,6 @@ class StoredRows:
         """Write the images of `rows[part]` to `out`, uint8 [len, C, H, W]."""
         at = self.at[part]
         if isinstance(self.images, np.ndarray):
-            np.take(self.images, at, axis=0, out=out.reshape(len(at), self.images.shape[1]), mode="clip")
+            self.images.take(at, axis=0, out=out.reshape(len(at), self.images.shape[1]), mode="clip")
         else:
             self.dataset.decode([self.images[i] for i in at], self.rows[part], out)
