@@ -10,14 +10,16 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from itertools import chain
 from multiprocessing.connection import wait
+from pathlib import Path
 
 from pipeline.errors import DataError
 from pipeline.ingest_rows import Item, Rows, Shape, Treatment, make_rows
 
 _CHUNK_ROWS = 256
-_CHUNK_BYTES = 16 * 2**20
+_CHUNK_BYTES = 4 * 2**20
 _WORTH_A_POOL_BYTES = 64 * 2**20  # of encoded images: some seconds of decoding, against one to start a pool
 _MOST_WORKERS = 16
 
@@ -98,9 +100,17 @@ def _in_chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
     num_bytes = 0
     for item in items:
         chunk.append(item)
-        num_bytes += len(item.image) if isinstance(item.image, bytes) else getattr(item.image, "nbytes", 0)
+        num_bytes += _num_bytes(item)
         if len(chunk) == _CHUNK_ROWS or num_bytes >= _CHUNK_BYTES:
             yield chunk
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
+
+
+def _num_bytes(item: Item) -> int:
+    if isinstance(item.image, Path):
+        with suppress(OSError):  # reading it will tell
+            return item.image.stat().st_size
+        return 0
+    return len(item.image) if isinstance(item.image, bytes) else item.image.nbytes

@@ -15,6 +15,8 @@ from pipeline.errors import DataError
 from pipeline.images import MAX_BYTES, MAX_PIXELS, convert_array, crop_and_resize, decode_image
 from pipeline.manifest import RAW_LIMIT, ContentHash
 
+_TOGETHER_BYTES = 2**22  # of pixels whose statistics are made at once: one by one is slow for small images
+
 Pixels = npt.NDArray[np.uint8]
 Shape = tuple[int, int, int]  # C, H, W
 
@@ -55,20 +57,28 @@ def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] 
     Raises:
         DataError: an image cannot be taken, or shapes differ; names the item.
     """
-    arrays, images, digests = [], [], []
+    images, digests, recent = [], [], list[Pixels]()
+    histogram: npt.NDArray[np.int64] | None = None
     for item in items:
         pixels = _pixels(item, treatment)
         shape = (pixels.shape[2], pixels.shape[0], pixels.shape[1])
         first = first or (item.where, shape)
         _check_shape(item.where, shape, *first)
         chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        arrays.append(chw)
         digests.append(ContentHash.of_row(chw.data))
         images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
-    together = np.stack(arrays, axis=1)
-    histogram = np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in together])
+        recent.append(chw)
+        if len(recent) * chw.nbytes >= _TOGETHER_BYTES or item is items[-1]:
+            histogram = _histogram(recent) + (0 if histogram is None else histogram)
+            recent.clear()
+    assert first is not None
+    assert histogram is not None
     labels = np.array([item.label for item in items], dtype=np.int64)
-    return Rows(together.shape[:1] + together.shape[2:], images, b"".join(digests), labels, histogram)
+    return Rows(first[1], images, b"".join(digests), labels, histogram)
+
+
+def _histogram(images: list[Pixels]) -> npt.NDArray[np.int64]:
+    return np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in np.stack(images, axis=1)])
 
 
 def stored_raw(shape: Shape) -> bool:
