@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 ZERO_GAIN = 1e-5  # Ho's "zero" layers have variance scale 1e-10: every block starts as (about) the identity
+FEW_PIXELS = 256  # 16x16, where the paper attends
 REFERENCE_STEPS = 1000  # the embedding spans this range of t whatever the number of steps
 
 
@@ -103,9 +104,19 @@ class Attention(nn.Module):
         B, C, H, W = x.shape
         pixels = self.norm(x).flatten(2).transpose(1, 2)  # [B,HW,C]: a view where x is channels_last
         q, k, v = self.qkv(pixels).view(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H * W, C)
+        mixed = _attend(q, k, v).transpose(1, 2).reshape(B, H * W, C)
         out: Tensor = self.out(mixed)
         return x + out.transpose(1, 2).reshape(B, C, H, W)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of [B,heads,N,d]."""
+    # The fused kernel's backward is slow on CPUs, four times so in bfloat16, and saves nothing where N x N is small.
+    if q.device.type == "cpu" and q.requires_grad and q.shape[-2] <= FEW_PIXELS:
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(-1, -2)).softmax(-1)
+        mixed: Tensor = weights.to(v.dtype) @ v
+        return mixed
+    return functional.scaled_dot_product_attention(q, k, v)
 
 
 class UNetBlock(nn.Module):
