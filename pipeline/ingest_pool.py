@@ -5,15 +5,17 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from itertools import chain
 from multiprocessing.connection import wait
 from pathlib import Path
+from types import ModuleType
 
 from pipeline.errors import DataError
 from pipeline.ingest_rows import Item, Rows, Shape, Treatment, make_rows
@@ -62,7 +64,8 @@ def _by_pool(
     with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin_worker) as pool:
         try:
             for chunk in chunks:
-                pending.append((chunk, pool.submit(make_rows, chunk, treatment, first)))
+                with _without_main():
+                    pending.append((chunk, pool.submit(make_rows, chunk, treatment, first)))
                 if len(pending) > 2 * num_workers:
                     yield _result(*pending.popleft())
             while pending:
@@ -70,6 +73,18 @@ def _by_pool(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Start processes that do not import this program's main module: they need nothing of it, and a script without the
+    usual guard would run a second time, one from standard input fail."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def _result(chunk: list[Item], future: Future[Rows]) -> Rows:

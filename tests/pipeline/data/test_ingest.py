@@ -85,6 +85,21 @@ def test_processes_and_shards_change_nothing_of_the_content(tmp_path: Path) -> N
     Dataset.open(tmp_path / "pool").verify()
 
 
+@pytest.mark.parametrize("how", ["an unguarded script", "standard input"])
+def test_the_pool_does_not_need_the_main_module(tmp_path: Path, how: str) -> None:
+    folder = write_folder(tmp_path / "in", some_images(600, (4, 4, 1)))
+    code = f"""
+from pathlib import Path
+from pipeline.ingest import ingest
+print(ingest({str(folder)!r}, Path({str(tmp_path / "out")!r}), num_workers=2).num_rows)
+"""
+    (tmp_path / "script.py").write_text(code)
+    command = [sys.executable, str(tmp_path / "script.py") if how == "an unguarded script" else "-"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    process = subprocess.run(command, input=code, capture_output=True, text=True, check=False, env=environment)
+    assert (process.stdout, process.stderr) == ("600\n", "")
+
+
 def test_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
