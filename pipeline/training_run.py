@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,7 @@ def _carry_out(
         tracking=replace(settings, mlflow_run_id=None),
         initial_weights=initial_weights,
     )
-    with run.lock():
-        _open_tracking(run, checked, dataset, settings)
+    with run.lock(), _open_tracking(run, checked, dataset, settings):
         console.say(f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps, in {run.folder}")
         try:
             run_attempts(run, job, profile, console)
@@ -164,8 +164,9 @@ def _carry_out(
     return outcome
 
 
-def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings) -> None:
-    """Open the MLflow run, or leave that in the spool for when the store is there."""
+@contextmanager
+def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings) -> Iterator[None]:
+    """Open the MLflow run, or leave that in the spool for when the store is there; nothing waits for it."""
     experiment, manifest = checked.experiment, dataset.manifest
     tracker = Tracker(run.folder, settings)
     tracker.start(
@@ -184,7 +185,10 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         description=describe(run.record, {}),
         dataset=TrackedDataset(manifest.name, manifest.fingerprint, str(dataset.folder)),
     )
-    tracker.close(timeout=20.0)
+    try:
+        yield
+    finally:
+        tracker.close(timeout=10.0)
 
 
 def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:

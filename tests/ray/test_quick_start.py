@@ -1,0 +1,129 @@
+"""The quick start of README, as a new user types it: once in full, judged by its digits, and the commands after it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+SHORT = (
+    "-s",
+    "training.steps=20",
+    "-s",
+    "logging.every_steps=5",
+    "-s",
+    "logging.grid_every_steps=10",
+    "-s",
+    "sampling.steps=4",
+)
+
+
+def digits_are_good(scores: dict[str, Any]) -> bool:
+    """The acceptance of the default training: nine digits in ten are clear to the classifier, and no class is missing."""
+    return scores["confident"]["generated"] >= 0.9 and min(scores["class_shares"].values()) >= 0.04
+
+
+@pytest.mark.timeout(900)
+def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli):
+    trained = cli("train", "--json", timeout_s=800)
+    assert trained.code == 0, trained.stderr
+    scores = json.loads(trained.stdout)["scores"]
+    assert digits_are_good(scores), scores
+    (fid,) = (value for key, value in scores["values"].items() if key.startswith("fid"))
+    real, noise = (scores["yardsticks"][side]["fid"] for side in ("real_half", "uniform_noise"))
+    assert fid < noise / 10
+    assert fid < 10 * real
+
+    untrained = cli("train", "--json", "-s", "training.steps=1")
+    assert untrained.code == 0, untrained.stderr
+    assert not digits_are_good(json.loads(untrained.stdout)["scores"])
+
+
+def test_a_run_is_found_listed_sampled_scored_and_tracked(cli, home):
+    trained = cli("train", *SHORT)
+    assert trained.code == 0, trained.stderr
+    (folder,) = (home / "runs").iterdir()
+    for said in (
+        "fid_classifier_n559",
+        "real half against real half",
+        "uniform noise",
+        f"ddpm-pipe sample {folder.name}",
+    ):
+        assert said in trained.stdout
+    (row,) = json.loads(cli("runs", "--json").stdout)
+    assert (row["id"], row["status"], row["steps"], row["T"]) == (folder.name, "FINISHED", "20/20", 1000)
+    assert row["metric"] == "fid_classifier_n559"
+
+    sampled = cli("sample", "latest", "-n", "9", "--json")
+    assert sampled.code == 0, sampled.stderr
+    grid = next(Path(path) for path in json.loads(sampled.stdout)["written"] if path.endswith(".png"))
+    assert np.asarray(Image.open(grid)).std() > 10  # there is something to see
+
+    scored = cli("evaluate", folder.name[:5], "--steps", "2", "--json")
+    assert scored.code == 0, scored.stderr
+    identity = json.loads(scored.stdout)["identities"]["fid_classifier_n559"]
+    assert (identity["generation"]["steps"], identity["generation"]["weights"]) == (2, "ema")
+
+    tracked_as_a_reader_finds_it(home, folder)
+
+
+def tracked_as_a_reader_finds_it(home: Path, folder: Path) -> None:
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("ddpm")
+    assert (
+        experiment.artifact_location == f"file://{home}/mlartifacts"
+        or str(home / "mlartifacts") in experiment.artifact_location
+    )
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["ddpm_pipe.run_id"] == folder.name
+    assert (
+        run.data.params["diffusion.schedule"]
+        == json.loads((folder / "run.json").read_text())["experiment"]["diffusion"]["schedule"]
+    )
+    assert "ddpm-pipe train" in run.data.tags["mlflow.note.content"]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [5, 10, 15, 20]
+    wanted = {
+        "grad_norm",
+        "learning_rate",
+        "images_per_s",
+        "data_wait_share",
+        "fid_classifier_n559",
+        "kid_classifier_n559",
+    }
+    assert wanted <= run.data.metrics.keys()
+    assert any(key.startswith("loss_t_quartile_") for key in run.data.metrics)
+    assert any(key.startswith("system/") for key in run.data.metrics)
+    (dataset,) = run.inputs.dataset_inputs
+    assert dataset.dataset.name == "digits"
+    pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]
+    for step in (0, 10, 20):
+        assert any(f"samples+step+{step}+" in p or f"samples%step%{step}%" in p for p in pictures), pictures
+    assert {a.path for a in client.list_artifacts(run.info.run_id, "pictures")} == {
+        "pictures/samples.png",
+        "pictures/denoising.png",
+    }
+    scores = client.list_artifacts(run.info.run_id, "evaluations")
+    assert len(scores) == 2
+    files = {Path(a.path).name for a in client.list_artifacts(run.info.run_id, scores[0].path)}
+    assert files == {"scores.json", "moments.safetensors", "grid.png"}
+    assert len(client.search_logged_models([experiment.experiment_id])) == 1
+
+
+def test_images_without_labels_end_with_samples_and_say_what_was_skipped(cli, home):
+    images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
+    np.savez(home / "noise.npz", images=images)
+    result = cli("train", "--data", "noise.npz", *SHORT, "-s", "training.batch_size=32")
+    assert result.code == 0, result.stderr
+    assert "ingesting" in result.stderr
+    assert "was skipped" in result.stdout
+    assert "ddpm-pipe evaluate" in result.stdout
+    (grid,) = home.glob("runs/*/pictures/samples.png")
+    assert Image.open(grid).mode == "RGB"
