@@ -12,13 +12,12 @@ import numpy.typing as npt
 from pipeline.order import Order, Segment
 
 if TYPE_CHECKING:
-    from pipeline.shards import Dataset, StoredRows
+    from pipeline.shards import Dataset
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 MEMORY_BUDGET_BYTES = 2 * 2**30
-_NO_IMAGES = np.empty((0, 0, 0, 0), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -57,115 +56,157 @@ def read_batches(
 
 def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
     walks = [_Walk(order, stream, step) for stream in streams]
-    count = order.rows_per_stream
     while True:
-        rows = np.empty(len(walks) * count, dtype=np.int64)
-        for i, walk in enumerate(walks):
-            walk.read(RawBatch(step, _NO_IMAGES, None, rows), i * count, count)
+        rows = _next(walks, order.rows_per_stream)
         yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
         step += 1
 
 
 def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
-    reader = _WindowReader(dataset, order)
-    reader.walks = walks = [_WalkOnDisk(order, stream, step, reader) for stream in streams]
-    count = order.rows_per_stream
-    size = len(walks) * count
+    shelf = _Shelf(dataset, order, len(streams))
+    shelf.walks = walks = [_WalkOnDisk(order, stream, step, shelf) for stream in streams]
     while True:
-        labels = np.empty(size, dtype=np.int64) if dataset.manifest.has_labels else None
-        images = np.empty((size, *dataset.manifest.shape), dtype=np.uint8)
-        batch = RawBatch(step, images, labels, np.empty(size, dtype=np.int64))
-        for i, walk in enumerate(walks):
-            walk.read(batch, i * count, count)
-        yield batch
+        places = _next(walks, order.rows_per_stream)
+        yield shelf.batch(step, places)
         step += 1
 
 
+def _next(walks: Sequence[_Walk], count: int) -> Ints:
+    values = np.empty(len(walks) * count, dtype=np.int64)
+    for i, walk in enumerate(walks):
+        walk.read(values[i * count : (i + 1) * count])
+    return values
+
+
 class _Walk:
-    """One stream, part by part; `rows` are those of the current part, `upcoming` is the part after it."""
+    """One stream, part by part: `values` are the rows of the current part, `upcoming` is the part after it."""
 
     def __init__(self, order: Order, stream: int, step: int) -> None:
         self.stream = stream
         self._order, self._parts = order, order.parts(stream, step)
         self.upcoming = next(self._parts)
-        self.rows = np.empty(0, dtype=np.int64)
+        self.values = np.empty(0, dtype=np.int64)
         self._next = 0
 
-    def read(self, batch: RawBatch, place: int, count: int) -> None:
-        """Write the stream's next `count` rows to `batch`, from `place` on."""
-        while count:
-            if self._next == len(self.rows):
+    def read(self, out: Ints) -> None:
+        """Write the stream's next values."""
+        done = 0
+        while done < len(out):
+            if self._next == len(self.values):
                 part, self.upcoming = self.upcoming, next(self._parts)
-                self.rows, self._next = self._order.rows_of(part), 0
-                self.enter(part)
-            taken = min(count, len(self.rows) - self._next)
-            self.copy(slice(self._next, self._next + taken), batch, slice(place, place + taken))
-            self._next, place, count = self._next + taken, place + taken, count - taken
+                self._next = 0
+                self.enter(part, out[:done])
+            taken = min(len(out) - done, len(self.values) - self._next)
+            out[done : done + taken] = self.values[self._next : self._next + taken]
+            self._next, done = self._next + taken, done + taken
 
-    def enter(self, part: Segment) -> None:
-        """Make ready what is needed of `rows`."""
-
-    def copy(self, held: slice, batch: RawBatch, place: slice) -> None:
-        """Write what is known of `rows[held]` to `place` of the batch."""
-        batch.rows[place] = self.rows[held]
+    def enter(self, part: Segment, written: Ints) -> None:
+        """Make `values` those of this part; `written` are those of the part before that the reader has not used yet."""
+        self.values = self._order.rows_of(part)
 
 
 class _WalkOnDisk(_Walk):
-    """Holds the current part's rows as they are stored."""
+    """The same, with the rows' places on the shelf for values."""
 
-    stored: StoredRows
-
-    def __init__(self, order: Order, stream: int, step: int, reader: _WindowReader) -> None:
+    def __init__(self, order: Order, stream: int, step: int, shelf: _Shelf) -> None:
         super().__init__(order, stream, step)
-        self._reader = reader
+        self._shelf = shelf
+        self._board: _Board | None = None
 
-    def enter(self, part: Segment) -> None:
-        if hasattr(self, "stored"):
-            self._reader.give_back(self.stored)
-            del self.stored  # before the next rows are read, which take its place
-        self.stored = self._reader.take(self.stream, part)
-
-    def copy(self, held: slice, batch: RawBatch, place: slice) -> None:
-        batch.rows[place] = self.rows[held]
-        self.stored.decode(held, batch.images[place])
-        if batch.labels is not None and self.stored.labels is not None:
-            batch.labels[place] = self.stored.labels[held]
+    def enter(self, part: Segment, written: Ints) -> None:
+        if self._board is not None:  # given back before the next rows are read, which take its place
+            self._shelf.set_aside(self, written)
+            self._shelf.give_back(self._board)
+        self.values, self._board = self._shelf.take(self.stream, part)
 
 
-class _WindowReader:
-    """Reads windows for the streams of one worker: once for all that enter one now or next.
+@dataclass
+class _Board:
+    """A stretch of the shelf, with how many streams still need it."""
 
-    Streams enter a window together where it is larger than their slices: reading it for each would read the whole
-    dataset as many times as there are streams.
+    start: int
+    size: int
+    users: int
+
+
+class _Shelf:
+    """Holds, as they are stored, the rows of the windows that a worker's streams are in.
+
+    A window is read once for all the streams that enter it now or next: where windows are larger than slices, reading it
+    for each would read the dataset as many times as there are streams. One array holds the rows of all streams, so that a
+    batch is one gathering; its first places, a batch of them, are for rows whose window was left within the batch.
     """
 
-    def __init__(self, dataset: Dataset, order: Order) -> None:
+    def __init__(self, dataset: Dataset, order: Order, num_streams: int) -> None:
         self.walks: list[_WalkOnDisk] = []
         self._dataset, self._order = dataset, order
-        self._ready: dict[tuple[int, Segment], StoredRows] = {}
-        self._users: dict[int, int] = {}  # streams that hold rows of an array of raw images, by its id
-        self._free: list[Pixels] = []  # such arrays that nobody needs: new ones would cost the system's zeroing
+        self._ready: dict[tuple[int, Segment], tuple[Ints, _Board]] = {}
+        slice_rows = order.num_rows // order.num_streams + 1
+        part_rows = min(slice_rows, order.window + max(order.row_groups))
+        first = num_streams * order.rows_per_stream
+        size = first + num_streams * part_rows
+        self._images = dataset.storage(size)
+        self._rows = np.empty(size, dtype=np.int64)
+        self._labels = np.empty(size, dtype=np.int64)
+        self._gaps = [(first, size)]  # free stretches: start and end
 
-    def take(self, stream: int, part: Segment) -> StoredRows:
+    def batch(self, step: int, places: Ints) -> RawBatch:
+        """The batch of the rows at these places."""
+        rows = self._rows[places]
+        images = np.empty((len(places), *self._dataset.manifest.shape), dtype=np.uint8)
+        self._dataset.decode(self._images, places, rows, images)
+        return RawBatch(step, images, self._labels[places] if self._dataset.manifest.has_labels else None, rows)
+
+    def set_aside(self, walk: _WalkOnDisk, places: Ints) -> None:
+        """Copy rows of a part that is left to where they stay for this batch, and change their `places`."""
+        start = self.walks.index(walk) * self._order.rows_per_stream
+        for array in (self._images, self._rows, self._labels):
+            array[start : start + len(places)] = array[places]
+        places[:] = np.arange(start, start + len(places))
+
+    def take(self, stream: int, part: Segment) -> tuple[Ints, _Board]:
+        """Places of the part's rows, read from disk unless they were read with another stream's."""
         if (stream, part) not in self._ready:
             together = {walk.stream: walk.upcoming for walk in self.walks if walk.upcoming[:2] == part[:2]}
             self._read([(stream, part), *together.items()])
         return self._ready.pop((stream, part))
 
-    def give_back(self, stored: StoredRows) -> None:
-        images = stored.images
-        if isinstance(images, np.ndarray):
-            self._users[id(images)] -= 1
-            if self._users[id(images)] == 0:
-                del self._users[id(images)]
-                self._free.append(images)
+    def give_back(self, board: _Board) -> None:
+        """One stream needs the board no more."""
+        board.users -= 1
+        if board.users:
+            return
+        end = board.start + board.size
+        if self._images.dtype == object:
+            self._images[board.start : end] = None  # lets go of the files
+        merged: list[tuple[int, int]] = []
+        for begin, stop in sorted([*self._gaps, (board.start, end)]):
+            if merged and merged[-1][1] == begin:
+                begin = merged.pop()[0]
+            merged.append((begin, stop))
+        self._gaps = merged
 
     def _read(self, wanted: list[tuple[int, Segment]]) -> None:
         rows = [self._order.rows_of(part) for _, part in wanted]
-        stored = self._dataset.load(np.concatenate(rows), self._free.pop() if self._free else None)
-        if isinstance(stored.images, np.ndarray):
-            self._users[id(stored.images)] = len(wanted)
-        end = 0
-        for key, own in zip(wanted, rows, strict=True):
-            begin, end = end, end + len(own)
-            self._ready[key] = stored.part(slice(begin, end))
+        together = np.concatenate(rows)
+        board = self._reserve(len(together), len(wanted))
+        span = slice(board.start, board.start + board.size)
+        places = board.start + self._dataset.load(together, self._images[span], self._labels[span])
+        self._rows[places] = together
+        for key, own in zip(wanted, np.split(places, np.cumsum([len(r) for r in rows])[:-1]), strict=True):
+            self._ready[key] = own, board
+
+    def _reserve(self, size: int, users: int) -> _Board:
+        for i, (start, end) in enumerate(self._gaps):
+            if end - start >= size:
+                self._gaps[i : i + 1] = [(start + size, end)] if start + size < end else []
+                return _Board(start, size, users)
+        start, capacity = len(self._rows), max(len(self._rows) + size, len(self._rows) * 5 // 4)
+        if capacity > start + size:
+            self._gaps.append((start + size, capacity))
+        for name in ("_images", "_rows", "_labels"):
+            old = getattr(self, name)
+            new = np.empty((capacity, *old.shape[1:]), dtype=old.dtype)
+            new[:start] = old
+            setattr(self, name, new)
+        return _Board(start, size, users)

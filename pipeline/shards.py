@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from pipeline.manifest import Manifest as Manifest
 from pipeline.manifest import Shard as Shard
 from pipeline.shard_batches import RawBatch as RawBatch
 from pipeline.shard_batches import read_batches as read_batches
-from pipeline.shards_format import Encoded, read_footer, read_row_group, reason_of, refuse_unsafe_environment
+from pipeline.shards_format import Stored, read_footer, read_row_group, reason_of, refuse_unsafe_environment
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -67,9 +66,9 @@ class Dataset:
             return
         held = np.empty((len(self), *self.manifest.shape), dtype=np.uint8)
         labels = np.empty(len(self), dtype=np.int64)
-        for group, encoded, group_labels in self._every_group():
+        for group, stored, group_labels in self._every_group():
             start, stop = self._bounds(group)
-            self.decode(encoded, np.arange(start, stop), held[start:stop])
+            self.decode(stored, np.arange(stop - start), np.arange(start, stop), held[start:stop])
             if group_labels is not None:
                 labels[start:stop] = group_labels
         self._held, self._labels = held, labels if self.manifest.has_labels else None
@@ -83,8 +82,9 @@ class Dataset:
         wanted = self._checked(rows)
         if self._held is not None:
             return np.take(self._held, wanted, axis=0)
+        stored, labels = self.storage(len(wanted)), np.empty(len(wanted), dtype=np.int64)
         images = np.empty((len(wanted), *self.manifest.shape), dtype=np.uint8)
-        self.load(wanted).decode(slice(None), images)
+        self.decode(stored, self.load(wanted, stored, labels), wanted, images)
         return images
 
     def labels(self, rows: npt.ArrayLike | None = None) -> Ints | None:
@@ -96,43 +96,44 @@ class Dataset:
             self._labels = np.concatenate([part for part in parts if part is not None])
         return self._labels[slice(None) if rows is None else self._checked(rows)]
 
-    def load(self, rows: Ints, buffer: Pixels | None = None) -> StoredRows:
-        """Read the given rows as they are stored, to be decoded later; each row group that holds some is read once.
+    def storage(self, size: int) -> Stored:
+        """Room for `size` images as they are stored: uint8 [size, C*H*W], or PNG files in an array of objects."""
+        if self.manifest.encoding == "raw":
+            return np.empty((size, self.manifest.image_bytes), dtype=np.uint8)
+        return np.empty(size, dtype=object)
+
+    def load(self, rows: Ints, images: Stored, labels: Ints) -> Ints:
+        """Read rows as they are stored, to be decoded later; each row group that holds some is read once.
 
         Args:
             rows: int64 [n], any order.
-            buffer: of an earlier load, to be written over if it is large enough.
+            images: `storage` for n images, filled in the order of reading.
+            labels: int64 [n], filled likewise where there are labels.
+
+        Returns:
+            Where each of `rows` lies in `images` and `labels`, int64 [n].
         """
         groups = np.searchsorted(self._group_starts, rows, side="right") - 1
         by_group = np.argsort(groups, kind="stable")
         firsts = np.flatnonzero(np.diff(groups[by_group], prepend=-1))
-        labels = np.empty(len(rows), dtype=np.int64)
-        images: Encoded = []
-        if self.manifest.encoding == "raw":
-            if buffer is None or len(buffer) < len(rows):
-                buffer = np.empty((len(rows), self.manifest.image_bytes), dtype=np.uint8)
-            images = buffer
         for begin, end in pairwise([*firsts.tolist(), len(rows)]):
             group = int(groups[by_group[begin]])
-            encoded, group_labels = self._read_group(group)
+            stored, group_labels = self._read_group(group)
             inside = rows[by_group[begin:end]] - self._group_starts[group]
-            if isinstance(images, list):
-                images += [encoded[i] for i in inside]
-            else:
-                np.take(encoded, inside, axis=0, out=images[begin:end], mode="clip")  # unlike "raise", not buffered
+            stored.take(inside, axis=0, out=images[begin:end], mode="clip")  # which, unlike "raise", copies once
             if group_labels is not None:
-                labels[by_group[begin:end]] = group_labels[inside]
+                labels[begin:end] = group_labels[inside]
         at = np.empty(len(rows), dtype=np.int64)
         at[by_group] = np.arange(len(rows))
-        return StoredRows(self, rows, labels if self.manifest.has_labels else None, images, at)
+        return at
 
-    def decode(self, encoded: Encoded, rows: Ints, out: Pixels) -> None:
-        """Decode images as they are stored into `out`, uint8 [n, C, H, W]; `rows` names them in messages."""
+    def decode(self, stored: Stored, at: Ints, rows: Ints, out: Pixels) -> None:
+        """Decode the images at places `at` of `stored` into `out`, uint8 [n, C, H, W]; `rows` names them in messages."""
         channels, height, width = self.manifest.shape
-        if isinstance(encoded, np.ndarray):
-            out[...] = encoded.reshape(out.shape)
+        if stored.dtype == np.uint8:
+            stored.take(at, axis=0, out=out.reshape(len(at), self.manifest.image_bytes), mode="clip")
             return
-        for data, row, place in zip(encoded, rows, out, strict=True):
+        for data, row, place in zip(stored[at], rows, out, strict=True):
             image = decode_image(data, max_pixels=height * width, where=self.locate(int(row)))
             if image.shape != (height, width, channels):
                 raise DataError(
@@ -152,10 +153,10 @@ class Dataset:
             DataError: something differs from the manifest.
         """
         content = ContentHash()
-        for group, encoded, labels in self._every_group():
+        for group, stored, labels in self._every_group():
             start, stop = self._bounds(group)
             images = np.empty((stop - start, *self.manifest.shape), dtype=np.uint8)
-            self.decode(encoded, np.arange(start, stop), images)
+            self.decode(stored, np.arange(stop - start), np.arange(start, stop), images)
             digests = b"".join(ContentHash.of_row(image.tobytes()) for image in images)
             content.add(digests, b"" if labels is None else labels.astype("<i8").tobytes())
             if progress:
@@ -167,7 +168,7 @@ class Dataset:
                 f"{self.manifest.fingerprint[:12]}: ingest the dataset again"
             )
 
-    def _every_group(self) -> Iterator[tuple[int, Encoded, Ints | None]]:
+    def _every_group(self) -> Iterator[tuple[int, Stored, Ints | None]]:
         """Each row group in order, from files whose sha256 was checked first."""
         group = 0
         for shard in self.manifest.shards:
@@ -182,11 +183,10 @@ class Dataset:
                 )
             source = pa.py_buffer(data)
             for _ in shard.row_group_rows:
-                encoded, labels = self._read_group(group, source=source)
-                yield group, encoded, labels
+                yield group, *self._read_group(group, source=source)
                 group += 1
 
-    def _read_group(self, group: int, labels_only: bool = False, source: Any = None) -> tuple[Encoded, Ints | None]:
+    def _read_group(self, group: int, labels_only: bool = False, source: Any = None) -> tuple[Stored, Ints | None]:
         shard, index = self._groups[group]
         file = str(self.folder / self.manifest.shards[shard].file) if source is None else source
         try:
@@ -208,34 +208,3 @@ class Dataset:
     def _place(self, group: int) -> str:
         shard, index = self._groups[group]
         return f"{self.folder / self.manifest.shards[shard].file}, row group {index}"
-
-
-@dataclass(frozen=True)
-class StoredRows:
-    """Rows as they are stored, decoded when they are wanted.
-
-    Attributes:
-        rows: the dataset rows asked for, int64 [n].
-        labels: theirs, int64 [n], or None.
-        images: raw [>= n, C*H*W] or PNG files, in the order in which they were read.
-        at: where each of `rows` lies in `images`, int64 [n].
-    """
-
-    dataset: Dataset
-    rows: Ints
-    labels: Ints | None
-    images: Encoded
-    at: Ints
-
-    def part(self, part: slice) -> StoredRows:
-        """Some of the rows, sharing the images."""
-        labels = None if self.labels is None else self.labels[part]
-        return StoredRows(self.dataset, self.rows[part], labels, self.images, self.at[part])
-
-    def decode(self, part: slice, out: Pixels) -> None:
-        """Write the images of `rows[part]` to `out`, uint8 [len, C, H, W]."""
-        at = self.at[part]
-        if isinstance(self.images, np.ndarray):
-            self.images.take(at, axis=0, out=out.reshape(len(at), self.images.shape[1]), mode="clip")
-        else:
-            self.dataset.decode([self.images[i] for i in at], self.rows[part], out)

@@ -19,9 +19,8 @@ import pyarrow.parquet as pq
 from pipeline.errors import DataError, UsageError
 from pipeline.manifest import Manifest, Shard
 
-Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
-Encoded = Pixels | list[bytes]  # rows as they are stored: raw [n, C*H*W], or PNG files
+Stored = npt.NDArray[Any]  # images as they are stored: raw, uint8 [n, C*H*W], or PNG files, objects [n]
 
 _UNSAFE_SETTING = "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE"
 
@@ -70,7 +69,7 @@ def _check_footer(footer: Any, shard: Shard, manifest: Manifest) -> None:
 
 def read_row_group(
     source: Any, footer: Any, index: int, manifest: Manifest, labels_only: bool = False
-) -> tuple[Encoded, Ints | None]:
+) -> tuple[Stored, Ints | None]:
     """Images (none if `labels_only`) and labels of one row group, its page checksums verified.
 
     Raises:
@@ -82,7 +81,7 @@ def read_row_group(
     if table.num_rows != footer.row_group(index).num_rows:
         raise ValueError(f"{table.num_rows} rows, expected {footer.row_group(index).num_rows}")
     labels = _int64s(table.column("label")) if manifest.has_labels else None
-    return [] if labels_only else _images(table.column("image"), manifest), labels
+    return np.empty(0) if labels_only else _images(table.column("image"), manifest), labels
 
 
 def reason_of(error: BaseException) -> str:
@@ -91,9 +90,10 @@ def reason_of(error: BaseException) -> str:
     return strerror or (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _images(column: Any, manifest: Manifest) -> Encoded:
+def _images(column: Any, manifest: Manifest) -> Stored:
     if manifest.encoding == "png":
-        files: list[bytes] = column.to_pylist()
+        files = np.empty(len(column), dtype=object)
+        files[:] = column.to_pylist()
         return files
     array = column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
     width = manifest.image_bytes
