@@ -142,7 +142,7 @@ class SamplingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The scores at the end of training. `extractor: auto` is the classifier for labelled small images, else Inception."""
+    """The scores at the end of training. `extractor: auto` is the classifier for small labelled gray images, else Inception."""
 
     enabled: bool = True
     extractor: Literal["auto", "classifier", "inception"] = "auto"

@@ -130,11 +130,11 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     save_grid(images[:GRID_IMAGES], pictures["samples"])
     draw_strip(trained, sampling, seed, compute, pictures["strip"])
     training_s = float(_state(run, trained)["elapsed_s"])
-    summary = {} if scores is None else scores.flat()
-    run.update(summary={**run.state().summary, **summary})
     tracker = Tracker(run.folder, settings)
+    summary = {}
     if scores is not None:
-        _record_scores(tracker, run, scores, sampling, images, trained.step)
+        summary = _record_scores(tracker, _write_scores(run, scores, sampling, images), scores, trained.step, "")
+    run.update(summary={**run.state().summary, **summary})
     for path in pictures.values():
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
@@ -160,10 +160,11 @@ def evaluate_run(
     scores = _score(judge, images, sampling, seed, trained)
     tracker = Tracker(run.folder, settings)
     paths = _write_scores(run, scores, sampling, images)
+    other = "" if _as_the_run_samples(request, trained) else _label(scores)
     try:
         with run.lock():
-            _record_scores(tracker, run, scores, sampling, images, trained.step)
-            run.update(summary={**run.state().summary, **scores.flat()})
+            figures = _record_scores(tracker, paths, scores, trained.step, other)
+            run.update(summary={**run.state().summary, **figures})
             tracker.describe(describe(run.record, run.state().summary))
             tracker.close()
     except RunLockedError:
@@ -223,13 +224,28 @@ def _score(judge: Judge, images: Tensor, sampling: SamplingConfig, seed: int, tr
     return scoring.score(images.numpy(), judge.dataset, judge.extractor, judge.reference, generation)
 
 
-def _record_scores(
-    tracker: Tracker, run: Run, scores: Scores, sampling: SamplingConfig, images: Tensor, step: int
-) -> None:
-    """Send scores to the tracking store: figures, and as artifacts their identity, moments and grid."""
-    paths = _write_scores(run, scores, sampling, images)
-    tracker.metrics(step, scores.flat() | {f"confident_{k}": v for k, v in scores.confident.items()}, family="result")
+def _record_scores(tracker: Tracker, paths: dict[str, Path], scores: Scores, step: int, other: str) -> dict[str, float]:
+    """Send scores to the tracking store, as artifacts too, and return the figures by their names.
+
+    `other` names how the images were generated where that is not as the run's experiment says: such figures have a series of their own,
+    since they cannot be compared with the run's.
+    """
+    figures = scores.flat() | {f"confident_{k}": v for k, v in scores.confident.items()}
+    named = {f"{name}/{other}" if other else name: value for name, value in figures.items()}
+    tracker.metrics(step, named, family="result")
     tracker.artifact(paths["scores"], f"evaluations/{paths['scores'].name}")
+    return named
+
+
+def _as_the_run_samples(request: ScoreRequest, trained: Trained) -> bool:
+    sampling, seed = request.settings(trained.experiment)
+    return (sampling, seed, request.weights) == (*SampleRequest().settings(trained.experiment), "ema")
+
+
+def _label(scores: Scores) -> str:
+    """Return words for a metric's name on how the scored images were generated."""
+    generation = next(iter(scores.identities.values())).generation
+    return f"{generation.sampler}{generation.steps}_eta{generation.eta:g}_{generation.weights}_seed{generation.seed}"
 
 
 def _write_scores(run: Run, scores: Scores, sampling: SamplingConfig, images: Tensor) -> dict[str, Path]:
