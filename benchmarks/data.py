@@ -24,7 +24,7 @@ import numpy as np
 
 BATCH_SIZE = 128
 NUM_STREAMS = 16
-WINDOW = 2048
+WINDOW = 1024  # each stream's: together they shuffle 16,384 rows at a time
 
 
 def main() -> None:
@@ -153,7 +153,7 @@ def ray_data(folder: Path) -> Iterator[Any]:
         images = ray.data.read_parquet(files).select_columns(["image"]).map_batches(decode, batch_format="pyarrow")
         logging.getLogger("ray.data").setLevel(logging.ERROR)  # which using ray.data at all sets back
         for epoch in iter(range(10**9)):
-            options = {"local_shuffle_buffer_size": WINDOW, "local_shuffle_seed": epoch}
+            options = {"local_shuffle_buffer_size": NUM_STREAMS * WINDOW, "local_shuffle_seed": epoch}
             for batch in images.iter_batches(batch_size=BATCH_SIZE, batch_format="numpy", **options):
                 yield batch["image"]
     finally:
