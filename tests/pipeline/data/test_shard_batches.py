@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from itertools import islice
 from pathlib import Path
 
@@ -37,13 +38,17 @@ def assert_same(a: RawBatch, b: RawBatch) -> None:
         np.testing.assert_array_equal(a.labels, b.labels)
 
 
+@pytest.mark.parametrize(("num_streams", "batch_size"), [(4, 12), (2, 200), (50, 50)])
 @pytest.mark.parametrize("window", [1, 100, 10_000])
-def test_memory_and_disk_give_the_same_batches(dataset: Dataset, window: int) -> None:
-    order = Order(dataset.manifest.row_groups, 5, 4, 12, window)
-    num_steps = 2 * len(dataset) // 12 + 5  # into the third epoch
+def test_memory_and_disk_give_the_same_batches(
+    dataset: Dataset, window: int, num_streams: int, batch_size: int
+) -> None:
+    """Also where a step takes more rows of a stream than a window has, and where slices are shorter than windows."""
+    order = Order(dataset.manifest.row_groups, 5, num_streams, batch_size, window)
+    num_steps = 2 * len(dataset) // batch_size + 5  # into the third epoch
     held = Dataset.open(dataset.folder)
-    from_memory = batches(held, order, range(4), 0, num_steps, 2**40)
-    from_disk = batches(dataset, order, range(4), 0, num_steps, FROM_DISK)
+    from_memory = batches(held, order, range(num_streams), 0, num_steps, 2**40)
+    from_disk = batches(dataset, order, range(num_streams), 0, num_steps, FROM_DISK)
     assert held.in_memory
     assert not dataset.in_memory
     for a, b in zip(from_memory, from_disk, strict=True):
@@ -117,6 +122,20 @@ def test_streams_that_share_a_window_read_it_once(tmp_path: Path, num_streams: i
     for _ in range(1024 // num_streams):
         next(reader)
     assert 0.99 * size < bytes_read() - before < most * size
+
+
+def test_a_worker_holds_no_more_than_its_windows(tmp_path: Path) -> None:
+    """One of eight streams, windows of 128 of 1,024 rows: an eighth of the images, the order's numbers and a batch."""
+    dataset = dataset_of(tmp_path / "d", some_images(1024, (64, 64, 3)))
+    order = Order(dataset.manifest.row_groups, 5, 8, 8, 128)
+    tracemalloc.start()
+    try:
+        for batch in islice(read_batches(dataset, order, [3], memory_budget_bytes=FROM_DISK), 300):
+            assert batch.images.shape == (1, 3, 64, 64)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 0.2 * dataset.manifest.num_bytes_decoded
 
 
 def test_an_order_of_another_dataset_is_refused(dataset: Dataset) -> None:
