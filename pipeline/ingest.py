@@ -13,7 +13,7 @@ from pipeline.images import MAX_PIXELS
 from pipeline.ingest_pool import all_rows, default_num_workers
 from pipeline.ingest_resolve import BUILT_IN, is_dataset, resolve_source
 from pipeline.ingest_resolve import IngestOptions as IngestOptions
-from pipeline.ingest_rows import Treatment
+from pipeline.ingest_rows import Treatment, make_rows
 from pipeline.ingest_sources import Source
 from pipeline.ingest_write import ShardWriter, new_folder, sole_writer
 from pipeline.manifest import Manifest
@@ -27,12 +27,13 @@ Say = Callable[[str], None]
 class Availability:
     """Where a source stands: `state` is "ingested", "cached", "here" or "download"; `text` says it to people.
 
-    `manifest` is there for the first two.
+    `num_rows` and `shape` (C, H, W) are those of the dataset that it is or will be; None where only ingesting tells.
     """
 
     state: str
     text: str
-    manifest: Manifest | None = None
+    num_rows: int | None = None
+    shape: tuple[int, int, int] | None = None
 
 
 def ingest(
@@ -119,14 +120,29 @@ def availability(source: str, options: IngestOptions, datasets: Path) -> Availab
     if is_dataset(source):
         manifest = Manifest.load(Path(source))
         _refuse_options(source, options, manifest)
-        return Availability("ingested", f"{source} is ingested", manifest)
+        return Availability("ingested", f"{source} is ingested", manifest.num_rows, manifest.shape)
     found = resolve_source(source, options, downloads=datasets / "downloads", offline=True)
     dest = cache_folder(found, options, datasets)
     if is_dataset(dest):
-        return Availability("cached", f"{source} is ingested in {dest}", Manifest.load(dest))
+        manifest = Manifest.load(dest)
+        return Availability("cached", f"{source} is ingested in {dest}", manifest.num_rows, manifest.shape)
     if found.download:
-        return Availability("download", f"{source} is not here: it will be downloaded ({found.download}) and ingested")
-    return Availability("here", f"{source} will be ingested into {dest}")
+        text = f"{source} is not here: it will be downloaded ({found.download}) and ingested"
+        return Availability("download", text, found.num_rows, _shape_to_be(found, options))
+    text = f"{source} will be ingested into {dest}"
+    return Availability("here", text, found.num_rows, _shape_to_be(found, options))
+
+
+def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int] | None:
+    """Shape that the first image will have; looks at that image where the source does not tell and is here."""
+    if source.shape is None and source.download:
+        return None
+    if source.shape is None:
+        first = next(iter(source.items()), None)
+        treatment = Treatment(options.mode, options.size, options.max_pixels)
+        return None if first is None else make_rows([first], treatment, None).shape
+    channels = {"L": 1, "RGB": 3}.get(options.mode or "", source.shape[0])
+    return (channels, *(options.size or source.shape[1:]))
 
 
 def source_key(source: str, options: IngestOptions, datasets: Path | None = None) -> str:

@@ -35,6 +35,8 @@ class _Set:
     class_names: tuple[str, ...]
     archives: dict[str, tuple[Archive, ...]]  # by split
     read: Callable[[list[Path], str], tuple[Array, Array]]  # [N, H, W, C] and [N]
+    shape: tuple[int, int, int]  # (C, H, W)
+    num_rows: dict[str, int]  # by split
 
 
 def torchvision_set(name: str, split: str | None, downloads: Path, offline: bool, say: Callable[[str], None]) -> Source:
@@ -78,6 +80,8 @@ def torchvision_set(name: str, split: str | None, downloads: Path, offline: bool
         key=key,
         class_names=known.class_names,
         has_labels=True,
+        shape=known.shape,
+        num_rows=sum(known.num_rows[s] for s in splits),
         note="" if split else f"taking split 'train' of {name} (also there: test)",
         download=f"{megabytes:.0f} MB from {missing[0].url.rpartition('/')[0]}" if missing else "",
     )
@@ -172,8 +176,22 @@ _OBJECTS = "airplane,automobile,bird,cat,deer,dog,frog,horse,ship,truck"
 SETS = {
     known.name: known
     for known in (
-        _Set("mnist", tuple("0123456789"), _MNIST, _read_mnist),
-        _Set("fashion-mnist", tuple(_GARMENTS.split(",")), _FASHION, _read_mnist),
-        _Set("cifar10", tuple(_OBJECTS.split(",")), {"train": (_CIFAR10,), "test": (_CIFAR10,)}, _read_cifar10),
+        _Set("mnist", tuple("0123456789"), _MNIST, _read_mnist, (1, 28, 28), {"train": 60_000, "test": 10_000}),
+        _Set(
+            "fashion-mnist",
+            tuple(_GARMENTS.split(",")),
+            _FASHION,
+            _read_mnist,
+            (1, 28, 28),
+            {"train": 60_000, "test": 10_000},
+        ),
+        _Set(
+            "cifar10",
+            tuple(_OBJECTS.split(",")),
+            {"train": (_CIFAR10,), "test": (_CIFAR10,)},
+            _read_cifar10,
+            (3, 32, 32),
+            {"train": 50_000, "test": 10_000},
+        ),
     )
 }

@@ -33,6 +33,7 @@ class Source:
         class_names: one name per class, or None.
         has_labels: whether items carry labels.
         num_rows: images, where known beforehand.
+        shape: (C, H, W) of every image as it is, where known beforehand.
         num_bytes: bytes of encoded images to decode; 0 where pixels come as arrays.
         note: something the user did not say that was chosen, to be told; "" if nothing.
         download: what must be fetched before, for people; "" if everything is here.
@@ -45,6 +46,7 @@ class Source:
     class_names: tuple[str, ...] | None = None
     has_labels: bool = False
     num_rows: int | None = None
+    shape: tuple[int, int, int] | None = None
     num_bytes: int = 0
     note: str = ""
     download: str = ""

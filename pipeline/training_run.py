@@ -56,14 +56,8 @@ def plan(asked: Request) -> Plan:
     num_workers = choose_workers(asked.experiment, asked.profile)
     require_resources(asked.profile, num_workers)
     found = availability(asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()))
-    manifest = found.manifest
     return make_plan(
-        asked.experiment,
-        asked.profile,
-        num_workers,
-        data=found.text,
-        num_rows=None if manifest is None else manifest.num_rows,
-        shape=None if manifest is None else manifest.shape,
+        asked.experiment, asked.profile, num_workers, data=found.text, num_rows=found.num_rows, shape=found.shape
     )
 
 
