@@ -27,6 +27,7 @@ QUIET = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
+    "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
     "RAY_worker_niceness": "0",  # Ray's own 15 lets anything else on the machine go first
     # on, Ray takes a loopback address for a mistake and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -133,7 +134,7 @@ def _start(profile: Profile, num_workers: int, folder: Path) -> None:
             _node_ip_address=LOOPBACK,
             _temp_dir=str(folder),
         )
-    except (RuntimeError, OSError, ValueError, ConnectionError) as error:
+    except Exception as error:  # Ray raises bare exceptions where its processes do not come up in time
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(
             f"Ray did not start on this machine: {reason}; is there memory and room in {folder.parent}?"

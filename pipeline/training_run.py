@@ -15,7 +15,7 @@ from pipeline.cluster import require_resources
 from pipeline.cluster_profile import Profile, load_profile
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
 from pipeline.console import Console
-from pipeline.errors import CheckpointError, InterruptedRunError, PipelineError, UsageError
+from pipeline.errors import CheckpointError, InterruptedRunError, UsageError
 from pipeline.evaluate import Outcome, conclude
 from pipeline.home import datasets_dir, home
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
@@ -151,7 +151,7 @@ def _carry_out(
         except KeyboardInterrupt:
             _close(run, settings, RunStatus.INTERRUPTED, "stopped by the user")
             raise InterruptedRunError(f"stopped; go on with: ddpm-pipe resume {run.id}", 130) from None
-        except PipelineError as error:
+        except Exception as error:
             _close(run, settings, RunStatus.FAILED, str(error))
             raise
         run.update(status=RunStatus.FINISHED, reason="", step=checked.experiment.training.steps)
