@@ -27,7 +27,6 @@ QUIET = {
     "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
-    "RAY_raylet_start_wait_time_s": "120",  # a busy machine takes its time
     "RAY_worker_niceness": "0",  # Ray's own 15 lets anything else on the machine go first
     # on, Ray takes a loopback address for a mistake and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
