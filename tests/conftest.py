@@ -32,6 +32,9 @@ if MARKER not in os.environ:
 
     atexit.register(_remove_root)
 network_guard.install()
+# A shell's background jobs ignore Ctrl-C, and so would every process that a test starts to interrupt it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # One thread in the test process: bit-exactness is promised per thread count, and the machine is shared with the test's own workers.
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ray reads this when first imported; on Linux it alone makes Ray listen on loopback only, whatever `_node_ip_address` says.
