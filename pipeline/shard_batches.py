@@ -18,6 +18,7 @@ Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
 
 MEMORY_BUDGET_BYTES = 2 * 2**30
+_ROWS_AT_ONCE = 64  # of a stream
 
 
 @dataclass(frozen=True)
@@ -57,25 +58,32 @@ def read_batches(
 def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
     walks = [_Walk(order, stream, step) for stream in streams]
     while True:
-        rows = _next(walks, order.rows_per_stream)
-        yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
-        step += 1
+        for rows in _next_steps(walks, order):
+            yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
+            step += 1
 
 
 def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
     shelf = _Shelf(dataset, order, len(streams))
     shelf.walks = walks = [_WalkOnDisk(order, stream, step, shelf) for stream in streams]
     while True:
-        places = _next(walks, order.rows_per_stream)
-        yield shelf.batch(step, places)
-        step += 1
+        for places in _next_steps(walks, order):
+            yield shelf.batch(step, places)
+            step += 1
 
 
-def _next(walks: Sequence[_Walk], count: int) -> Ints:
-    values = np.empty(len(walks) * count, dtype=np.int64)
-    for i, walk in enumerate(walks):
-        walk.read(values[i * count : (i + 1) * count])
-    return values
+def _next_steps(walks: Sequence[_Walk], order: Order) -> Ints:
+    """Values of some steps, [steps, b]: asking the streams for each step by itself would cost more than reading does."""
+    count = order.rows_per_stream
+    steps = _steps_at_once(order)
+    values = np.empty((len(walks), steps * count), dtype=np.int64)
+    for walk, own in zip(walks, values, strict=True):
+        walk.read(own)
+    return values.reshape(len(walks), steps, count).swapaxes(0, 1).reshape(steps, len(walks) * count)
+
+
+def _steps_at_once(order: Order) -> int:
+    return max(1, _ROWS_AT_ONCE // order.rows_per_stream)
 
 
 class _Walk:
@@ -134,7 +142,7 @@ class _Shelf:
 
     A window is read once for all the streams that enter it now or next: where windows are larger than slices, reading it
     for each would read the dataset as many times as there are streams. One array holds the rows of all streams, so that a
-    batch is one gathering; its first places, a batch of them, are for rows whose window was left within the batch.
+    batch is one gathering. Its first places are for rows whose window is left before the batch they belong to is made.
     """
 
     def __init__(self, dataset: Dataset, order: Order, num_streams: int) -> None:
@@ -143,7 +151,8 @@ class _Shelf:
         self._ready: dict[tuple[int, Segment], tuple[Ints, _Board]] = {}
         slice_rows = order.num_rows // order.num_streams + 1
         part_rows = min(slice_rows, order.window + max(order.row_groups))
-        first = num_streams * order.rows_per_stream
+        self._aside = _steps_at_once(order) * order.rows_per_stream  # places of one stream
+        first = num_streams * self._aside
         size = first + num_streams * part_rows
         self._images = dataset.storage(size)
         self._rows = np.empty(size, dtype=np.int64)
@@ -158,8 +167,8 @@ class _Shelf:
         return RawBatch(step, images, self._labels[places] if self._dataset.manifest.has_labels else None, rows)
 
     def set_aside(self, walk: _WalkOnDisk, places: Ints) -> None:
-        """Copy rows of a part that is left to where they stay for this batch, and change their `places`."""
-        start = self.walks.index(walk) * self._order.rows_per_stream
+        """Copy rows of a part that is left to where they stay until they are used, and change their `places`."""
+        start = self.walks.index(walk) * self._aside
         for array in (self._images, self._rows, self._labels):
             array[start : start + len(places)] = array[places]
         places[:] = np.arange(start, start + len(places))

@@ -75,8 +75,10 @@ def read_row_group(
     Raises:
         pyarrow.ArrowException, OSError, ValueError, KeyError: it is damaged.
     """
-    # A fresh handle with a footer that is parsed already: cheap, and safe from several threads.
-    with pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as file:
+    # A fresh handle with a footer that is parsed already: cheap, and safe from several threads. Given a path, pyarrow would
+    # find out its file system each time; a buffer of its own helps with remote files alone.
+    with pa.OSFile(source) if isinstance(source, str) else pa.BufferReader(source) as handle:
+        file = pq.ParquetFile(handle, metadata=footer, page_checksum_verification=True, pre_buffer=False)
         table = file.read_row_group(index, columns=["label"] if labels_only else None, use_threads=False)
     if table.num_rows != footer.row_group(index).num_rows:
         raise ValueError(f"{table.num_rows} rows, expected {footer.row_group(index).num_rows}")
