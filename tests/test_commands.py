@@ -207,7 +207,8 @@ def test_samples_as_parquet_hold_the_bytes_of_the_png_files(typed, trained, home
         assert typed("sample", trained.id, "-n", "4", "--steps", "2", "--format", form, "--out", form)[0] == 0
     rows = pq.read_table(home / "parquet" / "samples.parquet", page_checksum_verification=True)["image"].to_pylist()
     for index, row in enumerate(rows):
-        assert np.asarray(Image.open(home / "png" / f"{index:06d}.png")).tobytes() == row
+        with Image.open(home / "png" / f"{index:06d}.png") as picture:
+            assert np.asarray(picture).tobytes() == row
 
 
 def test_sampling_steps_beyond_the_process_are_told(typed, trained):

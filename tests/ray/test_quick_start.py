@@ -64,7 +64,8 @@ def test_a_run_is_found_listed_sampled_scored_and_tracked(cli, home):
     sampled = cli("sample", "latest", "-n", "9", "--json")
     assert sampled.code == 0, sampled.stderr
     grid = next(Path(path) for path in json.loads(sampled.stdout)["written"] if path.endswith(".png"))
-    assert np.asarray(Image.open(grid)).std() > 10  # there is something to see
+    with Image.open(grid) as picture:
+        assert np.asarray(picture).std() > 10  # there is something to see
 
     scored = cli("evaluate", folder.name[:5], "--steps", "2", "--json")
     assert scored.code == 0, scored.stderr
@@ -126,4 +127,5 @@ def test_images_without_labels_end_with_samples_and_say_what_was_skipped(cli, ho
     assert "was skipped" in result.stdout
     assert "ddpm-pipe evaluate" in result.stdout
     (grid,) = home.glob("runs/*/pictures/samples.png")
-    assert Image.open(grid).mode == "RGB"
+    with Image.open(grid) as picture:
+        assert picture.mode == "RGB"
