@@ -94,7 +94,10 @@ def start(home: Path, user_environment: dict[str, str]) -> Iterator[Callable[...
     for process in running:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
 
 
 @pytest.fixture
