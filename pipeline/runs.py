@@ -69,6 +69,7 @@ class RunRecord:
     command: list[str]
     code_version: str
     libraries: dict[str, str]
+    initial_weights: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Run:
         dataset: dict[str, Any],
         profile: dict[str, Any],
         command: list[str],
+        initial_weights: str | None = None,
     ) -> Run:
         """Make a run folder with its record, status CREATED. StorageError where it cannot be written."""
         from pipeline.provenance import code_version, library_versions
@@ -126,7 +128,7 @@ class Run:
                 ) from error
         record = RunRecord(
             run.id, name, _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
-            [redact(argument) for argument in command], code_version(), library_versions(),
+            [redact(argument) for argument in command], code_version(), library_versions(), initial_weights,
         )  # fmt: skip
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(run.folder / "run.json", asdict(record))  # last: a folder without it is no run

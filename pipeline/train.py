@@ -118,14 +118,25 @@ def _attempt(run: Run, job: Job, profile: Profile, console: Console, signals: Si
     _watch(thread, board, console, signals, profile)
     if thread.is_alive():  # a second signal, or a stop that took too long: ray.shutdown ends the workers
         return Ended(None, "stopped at once")
-    seen = ray.get(board.read.remote())
-    for warning in seen["warnings"]:
-        console.say(f"warning: {warning}")
-    if seen["error"] is not None:
+    seen = _read(board, console)
+    if seen.get("error") is not None:
         raise seen["error"]
     if failure:
         return Ended(None, cause_of(failure[0]))
-    return Ended(seen["outcome"])
+    return Ended(seen.get("outcome"), "the cluster went away")
+
+
+def _read(board: Any, console: Console) -> dict[str, Any]:
+    """Return what the board says, its warnings told; nothing where it is gone with its cluster, whose cause `fit()` tells."""
+    import ray
+
+    try:
+        seen: dict[str, Any] = ray.get(board.read.remote(), timeout=5)
+    except ray.exceptions.RayError:
+        return {}
+    for warning in seen["warnings"]:
+        console.say(f"warning: {warning}")
+    return seen
 
 
 def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
@@ -154,20 +165,12 @@ def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
 
 def _watch(thread: threading.Thread, board: Any, console: Console, signals: Signals, profile: Profile) -> None:
     """Show progress until the thread ends; pass a first signal on as a request to stop, and leave on a second."""
-    import ray
-
     asked_at: float | None = None
     begin: tuple[int, float] | None = None
     shown: dict[str, Any] = {}
     while thread.is_alive():
         thread.join(timeout=POLL_S)
-        try:
-            seen = ray.get(board.read.remote(), timeout=5)
-        except ray.exceptions.RayError:  # the board goes with its cluster; fit() tells the cause
-            continue
-        for warning in seen["warnings"]:
-            console.say(f"warning: {warning}")
-        progress = seen["progress"]
+        progress = _read(board, console).get("progress")
         if progress and progress != shown:
             shown = progress
             begin = begin or (progress["step"], time.monotonic())

@@ -100,9 +100,9 @@ def go_on(
         origin = checkpoints.newest_verified(run.checkpoints).checkpoint
         if origin is None:
             raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
-        forked = _create(checked, dataset, command)
+        forked = _create(checked, dataset, command, initial_weights=str(origin.folder))
         console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {origin.step}")
-        return _carry_out(forked, checked, dataset, console, initial_weights=str(origin.folder))
+        return _carry_out(forked, checked, dataset, console)
     changed = differences(old, new)
     if changed:
         raise CheckpointError(
@@ -115,14 +115,10 @@ def go_on(
             f"run {run.id} is finished at step {state.step}; train longer with -s training.steps={2 * state.step}, "
             f"or see: ddpm-pipe evaluate {run.id}"
         )
-    if overrides:
-        run.update(overrides=[*state.overrides, *overrides])
-    return _carry_out(run, checked, dataset, console)
+    return _carry_out(run, checked, dataset, console, overrides)
 
 
-def _carry_out(
-    run: Run, checked: Plan, dataset: Dataset, console: Console, initial_weights: str | None = None
-) -> Outcome:
+def _carry_out(run: Run, checked: Plan, dataset: Dataset, console: Console, overrides: Sequence[str] = ()) -> Outcome:
     """Train and evaluate under the run's lock, and leave its status true whatever happens."""
     profile = checked.profile
     settings = TrackingSettings.resolve(
@@ -138,9 +134,11 @@ def _carry_out(
         attempt=0,
         code_folder=os.getcwd(),
         tracking=replace(settings, mlflow_run_id=None),
-        initial_weights=initial_weights,
+        initial_weights=run.record.initial_weights,
     )
     with run.lock(), _open_tracking(run, checked, dataset, settings):
+        if overrides:
+            run.update(overrides=[*run.state().overrides, *overrides])
         console.say(f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps, in {run.folder}")
         try:
             run_attempts(run, job, profile, console)
@@ -192,7 +190,7 @@ def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str)
     tracker.close(timeout=10.0)
 
 
-def _create(checked: Plan, dataset: Dataset, command: Sequence[str]) -> Run:
+def _create(checked: Plan, dataset: Dataset, command: Sequence[str], initial_weights: str | None = None) -> Run:
     manifest = dataset.manifest
     about: dict[str, Any] = {"path": str(dataset.folder), "fingerprint": manifest.fingerprint, "name": manifest.name}
     return Run.create(
@@ -203,6 +201,7 @@ def _create(checked: Plan, dataset: Dataset, command: Sequence[str]) -> Run:
         dataset=about,
         profile=checked.profile.to_dict(),
         command=list(command),
+        initial_weights=initial_weights,
     )
 
 

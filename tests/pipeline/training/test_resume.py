@@ -98,3 +98,16 @@ def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):
     run = trainer.make_run(tmp_path, seed=1)
     to_the_end(run)
     assert trainer.final_digests(run) != undisturbed[0]
+
+
+def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_checkpoint(tmp_path, undisturbed):
+    origin = trainer.make_run(tmp_path)
+    to_the_end(origin)
+    folder = str(max(origin.checkpoints.iterdir()))
+    calm, struck = (trainer.make_run(tmp_path, initial_weights=folder) for _ in range(2))
+    to_the_end(calm)
+    killed_after(struck, 2)
+    assert list(struck.checkpoints.glob("*/MANIFEST.json")) == []
+    to_the_end(struck)
+    assert trainer.final_digests(struck) == trainer.final_digests(calm)
+    assert trainer.final_digests(calm) != undisturbed[0]

@@ -50,8 +50,8 @@ class Alone:
         return self.stop_after is not None and self.steps >= self.stop_after
 
 
-def make_run(home: Path, **changes: Any) -> Run:
-    """Make a run of the tiny experiment; `changes` replace its sections."""
+def make_run(home: Path, initial_weights: str | None = None, **changes: Any) -> Run:
+    """Make a run of the tiny experiment, forked where `initial_weights` says; `changes` replace its sections."""
     experiment = experiment_from(SETTINGS | changes)
     dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
     return Run.create(
@@ -62,6 +62,7 @@ def make_run(home: Path, **changes: Any) -> Run:
         dataset={"path": str(dataset.folder), "fingerprint": dataset.manifest.fingerprint, "name": "digits"},
         profile=Profile(threads_per_worker=1).to_dict(),
         command=["test"],
+        initial_weights=initial_weights,
     )
 
 
@@ -78,6 +79,7 @@ def job_of(run: Run) -> Job:
         attempt=run.next_attempt(),
         code_folder=str(home),
         tracking=TrackingSettings("http://127.0.0.1:9"),  # nobody listens there: training must not care
+        initial_weights=run.record.initial_weights,
     )
 
 
