@@ -78,6 +78,7 @@ def ingest(
         split=split,
         num_workers=workers,
         progress=progress,
+        say=console.say,
     )
     card = dataset_card(manifest)
     print_json(card) if as_json else click.echo("\n".join(card_lines(card)))

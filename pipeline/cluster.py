@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
@@ -123,7 +124,7 @@ def _start(profile: Profile, num_workers: int, folder: Path) -> None:
     try:
         ray.init(
             address="local",
-            num_cpus=max(1, -int(-profile.cpus_per_worker(num_workers) * num_workers // 1)),
+            num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
             num_gpus=int(gpus),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,

@@ -56,7 +56,6 @@ class Timeouts(Section):
     """Seconds. `collective_s`: a worker that hangs longer than this inside an all-reduce fails the attempt."""
 
     collective_s: Seconds = 600.0
-    wait_for_resources_s: NonNegative = 0.0
     stop_s: Seconds = 30.0
 
 
@@ -74,11 +73,6 @@ class Profile(Section):
     retries: Retries = Retries()
     timeouts: Timeouts = Timeouts()
     env: dict[str, str] = Field(default_factory=dict)
-
-    @property
-    def most_workers(self) -> int:
-        """The largest worker count the profile allows."""
-        return self.workers if isinstance(self.workers, int) else self.workers.max
 
     @property
     def use_gpu(self) -> bool:

@@ -78,7 +78,7 @@ class ModelConfig(Section):
 
 
 class DiffusionConfig(Section):
-    """The diffusion process; the names are MATHS' own (docs/diffusion.md)."""
+    """The diffusion process, in the names of the `ddpm` package."""
 
     schedule: str = "linear"
     num_timesteps: Annotated[int, Field(ge=2)] = 1000

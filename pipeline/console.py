@@ -42,16 +42,6 @@ class Console:
             self._width = 0
 
 
-class Silent(Console):
-    """Says nothing."""
-
-    def say(self, line: str) -> None:
-        """Drop the line."""
-
-    def progress(self, line: str, *, done: bool = False) -> None:
-        """Drop the line."""
-
-
 class Rate:
     """Progress of countable work, with its rate and the time left; work of under a second is not worth a line."""
 

@@ -16,7 +16,7 @@ from pipeline.runs import Run
 from pipeline.sample import Format, SampleRequest, generate_from, write_samples
 from pipeline.tracking import TrackingSettings
 from pipeline.tracking import sync as deliver
-from pipeline.trained import experiment_of
+from pipeline.trained import experiment_of, profile_of
 
 
 def sample(
@@ -55,9 +55,7 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
         asked = experiment.evaluation
         extractor, count = request.extractor or asked.extractor, request.num_images or asked.num_images
         return {"run": run.id, **sampling.model_dump(), "seed": seed, "extractor": extractor, "at most images": count}
-    settings = TrackingSettings.resolve(
-        home(), profile.mlflow.tracking_uri, profile.mlflow.experiment, profile.mlflow.strict
-    )
+    settings = TrackingSettings.of_profile(home(), profile_of(run, cluster))
     scores, paths = evaluate_run(run, request, profile, settings, Console())
     table = score_lines(scores)
     return {"run": run.id, **scores.to_json(), "written": [str(path) for path in paths.values()], "table": table}
@@ -66,7 +64,7 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
 def sync(reference: str) -> str:
     """Deliver a run's undelivered records to the tracking store; return one line on what was done."""
     run = _found(reference)
-    settings = TrackingSettings.resolve(home())
+    settings = TrackingSettings.of_profile(home(), profile_of(run, None))
     with run.lock():
         count = deliver(run.folder, settings)
     return f"run {run.id}: delivered {count} records to {public_uri(settings.uri)}"

@@ -16,13 +16,16 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import TrackingError, UsageError
 from pipeline.home import artifacts_dir, default_tracking_uri
 from pipeline.redaction import one_line, public_uri, redact, redact_value
 from pipeline.tracking_spool import Event, Spool
 from pipeline.tracking_writer import Writer
+
+if TYPE_CHECKING:
+    from pipeline.cluster_profile import Profile
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +64,11 @@ class TrackingSettings:
         address = _absolute(chosen) if chosen else default_tracking_uri(home)
         local = address.startswith("sqlite:")
         return cls(address, experiment, artifacts_dir(home).absolute() if local else None, strict, opened)
+
+    @classmethod
+    def of_profile(cls, home: Path, profile: Profile) -> TrackingSettings:
+        """Return the settings of runs under a cluster profile."""
+        return cls.resolve(home, profile.mlflow.tracking_uri, profile.mlflow.experiment, profile.mlflow.strict)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,12 @@ from torch import nn
 
 from ddpm import GaussianDiffusion
 from pipeline import checkpoint as checkpoints
+from pipeline.cluster_profile import Profile, load_profile
 from pipeline.config import Experiment, experiment_from, with_overrides
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.models import Shape, build_diffusion, build_model
 from pipeline.runs import Run
+from pipeline.yaml_files import validate
 
 Weights = Literal["ema", "raw"]
 EXPERIMENT_FILE = "experiment.json"
@@ -78,6 +80,11 @@ class Trained:
 def experiment_of(run: Run) -> Experiment:
     """Return a run's experiment, with what a resume has changed since (settings that do not decide the weights)."""
     return with_overrides(experiment_from(run.record.experiment, f"run {run.id}"), run.state().overrides)
+
+
+def profile_of(run: Run, cluster: str | None) -> Profile:
+    """Return the profile asked for, or the one that the run was started with."""
+    return load_profile(cluster) if cluster is not None else validate(Profile, run.record.profile, f"run {run.id}")
 
 
 def _choose(run: Run, step: int | None) -> checkpoints.Checkpoint:

@@ -27,7 +27,7 @@ from pipeline.shards import Dataset
 from pipeline.tracking import TrackedDataset, Tracker, TrackingSettings
 from pipeline.tracking_text import describe
 from pipeline.train import run_attempts
-from pipeline.trained import experiment_of
+from pipeline.trained import experiment_of, profile_of
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def go_on(
     allow_modules_in(os.getcwd())
     old = experiment_of(run)
     new = with_overrides(old, overrides)
-    profile = _profile_of(run, cluster)
+    profile = profile_of(run, cluster)
     dataset = _dataset_of(run)
     num_workers = choose_workers(new, profile)
     require_resources(profile, num_workers)
@@ -121,9 +121,7 @@ def go_on(
 def _carry_out(run: Run, checked: Plan, dataset: Dataset, console: Console, overrides: Sequence[str] = ()) -> Outcome:
     """Train and evaluate under the run's lock, and leave its status true whatever happens."""
     profile = checked.profile
-    settings = TrackingSettings.resolve(
-        home(), profile.mlflow.tracking_uri, profile.mlflow.experiment, profile.mlflow.strict
-    )
+    settings = TrackingSettings.of_profile(home(), profile)
     job = Job(
         run_folder=str(run.folder),
         dataset_folder=str(dataset.folder),
@@ -210,13 +208,6 @@ def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, datase
     return make_plan(
         experiment, profile, num_workers, data=str(dataset.folder), num_rows=manifest.num_rows, shape=manifest.shape
     )
-
-
-def _profile_of(run: Run, cluster: str | None) -> Profile:
-    """Return the profile asked for, or the one that the run was started with."""
-    from pipeline.yaml_files import validate
-
-    return load_profile(cluster) if cluster is not None else validate(Profile, run.record.profile, f"run {run.id}")
 
 
 def _dataset_of(run: Run) -> Dataset:

@@ -304,7 +304,7 @@ class Pace:
 
     def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
         self._batches = batches
-        self._start = self._reported = (step, time.monotonic(), 0.0)
+        self._reported = (step, time.monotonic(), 0.0)
         self._spoke = 0.0
         self._recent: list[tuple[int, float]] = [(step, time.monotonic())]
 

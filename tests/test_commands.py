@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.cli import run
 from pipeline.runs import Run
+from pipeline.tracking import Tracker, TrackingSettings
 from tests.pipeline.training import trainer
 
 Typed = Callable[..., tuple[int, str, str]]
@@ -230,3 +231,33 @@ def test_dry_runs_of_sample_and_evaluate_compute_nothing(typed, trained):
         assert code == 0
         assert json.loads(out)["sampler"] == "ddim"
     assert sorted(path for path in trained.folder.rglob("*")) == before
+
+
+def test_sync_delivers_to_the_store_of_the_runs_own_profile(typed, home):
+    from pipeline.cluster_profile import Profile
+
+    elsewhere = home / "elsewhere.db"
+    profile = Profile.model_validate({"mlflow": {"tracking_uri": f"sqlite:///{elsewhere}", "experiment": "mine"}})
+    made = trainer.make_run(home, profile=profile)
+    tracker = Tracker(made.folder, TrackingSettings("http://127.0.0.1:9", "mine"))  # nobody listens there
+    tracker.start("mine", "tiny", {}, {}, "", None)
+    tracker.metrics(1, {"loss": 0.5})
+    assert not tracker.close()
+    code, out, err = typed("sync", made.id)
+    assert code == 0, err
+    assert str(elsewhere) in out
+    assert elsewhere.exists()
+    assert not (home / "mlflow.db").exists()
+
+
+def test_ingest_says_which_split_it_took(typed, home):
+    import numpy as np
+    from PIL import Image
+
+    for split in ("train", "test"):
+        folder = home / "set" / split
+        folder.mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(folder / "a.png")
+    code, _, err = typed("ingest", "set", "data")
+    assert code == 0, err
+    assert "taking split 'train'" in err

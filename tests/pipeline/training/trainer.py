@@ -50,8 +50,8 @@ class Alone:
         return self.stop_after is not None and self.steps >= self.stop_after
 
 
-def make_run(home: Path, initial_weights: str | None = None, **changes: Any) -> Run:
-    """Make a run of the tiny experiment, forked where `initial_weights` says; `changes` replace its sections."""
+def make_run(home: Path, initial_weights: str | None = None, profile: Profile | None = None, **changes: Any) -> Run:
+    """Make a run of the tiny experiment; `changes` replace its sections. Forked where `initial_weights` says; one thread by default."""
     experiment = experiment_from(SETTINGS | changes)
     dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
     return Run.create(
@@ -60,7 +60,7 @@ def make_run(home: Path, initial_weights: str | None = None, **changes: Any) -> 
         experiment=experiment.to_dict(),
         config_hash=experiment.hash(),
         dataset={"path": str(dataset.folder), "fingerprint": dataset.manifest.fingerprint, "name": "digits"},
-        profile=Profile(threads_per_worker=1).to_dict(),
+        profile=(profile or Profile(threads_per_worker=1)).to_dict(),
         command=["test"],
         initial_weights=initial_weights,
     )
