@@ -140,6 +140,10 @@ class SamplingConfig(Section):
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     batch_size: PositiveInt = 100
 
+    def num_steps(self, num_timesteps: int) -> int:
+        """Return the network calls along one image: `steps`, or all T of them."""
+        return min(self.steps or num_timesteps, num_timesteps)
+
 
 class EvaluationConfig(Section):
     """The scores at the end of training. `extractor: auto` is the classifier for small labelled gray images, else Inception."""
@@ -172,11 +176,6 @@ class Experiment(Section):
                 f"sampling.steps: got {steps}, more than diffusion.num_timesteps {total}; choose at most {total}"
             )
         return self
-
-    @property
-    def sampling_steps(self) -> int:
-        """Network calls along one sampled image: `sampling.steps`, or all T of them."""
-        return min(self.sampling.steps or self.diffusion.num_timesteps, self.diffusion.num_timesteps)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested data that `experiment_from` reads back to an equal experiment."""

@@ -12,17 +12,17 @@ from torch import Tensor
 
 from pipeline import scoring
 from pipeline.cluster_profile import Profile
-from pipeline.config import SamplingConfig
 from pipeline.console import Console, Rate, duration
-from pipeline.device import Compute, sampling_compute
+from pipeline.device import Compute
 from pipeline.errors import DataError, RefusedError, RunLockedError
 from pipeline.features import FeatureExtractor
+from pipeline.generation import Denoiser
 from pipeline.home import datasets_dir
 from pipeline.image_set import Progress
 from pipeline.pictures import save_grid
 from pipeline.runs import Run
-from pipeline.sample import SampleRequest, draw_strip, with_progress
-from pipeline.scoring import Generation, Reference, Scores
+from pipeline.sample import SampleRequest, draw_strip, load, with_progress
+from pipeline.scoring import Reference, Scores
 from pipeline.shards import Dataset
 from pipeline.tracking import Tracker, TrackingSettings
 from pipeline.tracking_text import describe
@@ -115,51 +115,42 @@ def score_lines(scores: Scores) -> list[str]:
 
 def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Console) -> Outcome:
     """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
-    compute = sampling_compute(profile)
-    compute.start()
-    trained = Trained.from_run(run)
-    compute.place(trained.model)
-    sampling, seed = SampleRequest().settings(trained.experiment)
-    judge, skipped = _judge_or_reason(run, trained, compute, console)
+    trained, denoiser = load(run, SampleRequest(), profile)
+    judge, skipped = _judge_or_reason(run, trained, denoiser.compute, console)
     count = GRID_IMAGES if judge is None else judge.reference.num_images
-    images = with_progress(trained, count, sampling, seed, compute, console)
-    scores = None if judge is None else _score(judge, images, sampling, seed, trained)
+    images = with_progress(denoiser, count, console)
+    scores = None if judge is None else _score(judge, images, trained, denoiser)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     pictures = {"samples": folder / "samples.png", "strip": folder / "denoising.png"}
     save_grid(images[:GRID_IMAGES], pictures["samples"])
-    draw_strip(trained, sampling, seed, compute, pictures["strip"])
-    training_s = float(_state(run, trained)["elapsed_s"])
+    draw_strip(denoiser, pictures["strip"])
     tracker = Tracker(run.folder, settings)
     summary = {}
     if scores is not None:
-        summary = _record_scores(tracker, _write_scores(run, scores, sampling, images), scores, trained.step, "")
+        summary = _record_scores(tracker, _write_scores(run, scores, images), scores, trained.step, "")
     run.update(summary={**run.state().summary, **summary})
     for path in pictures.values():
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
-    tracker.metrics(trained.step, {"training_s": training_s}, family="result")
+    tracker.metrics(trained.step, {"training_s": trained.training_s}, family="result")
     tracker.describe(describe(run.record, summary))
     tracker.finish("FINISHED")
     delivered = tracker.close()
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]
-    return Outcome(run.id, run.record.name, trained.step, training_s, pictures, scores, skipped, notes)
+    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, scores, skipped, notes)
 
 
 def evaluate_run(
     run: Run, request: ScoreRequest, profile: Profile, settings: TrackingSettings, console: Console
 ) -> tuple[Scores, dict[str, Path]]:
     """Score a run as asked, and record the scores; return them and the paths of what was written."""
-    compute = sampling_compute(profile)
-    compute.start()
-    trained = Trained.from_run(run, request.checkpoint, request.weights)
-    compute.place(trained.model)
-    sampling, seed = request.settings(trained.experiment)
-    judge = find_judge(run, trained, compute, console, request, download=True)
-    images = with_progress(trained, judge.reference.num_images, sampling, seed, compute, console)
-    scores = _score(judge, images, sampling, seed, trained)
+    trained, denoiser = load(run, request, profile)
+    judge = find_judge(run, trained, denoiser.compute, console, request, download=True)
+    images = with_progress(denoiser, judge.reference.num_images, console)
+    scores = _score(judge, images, trained, denoiser)
     tracker = Tracker(run.folder, settings)
-    paths = _write_scores(run, scores, sampling, images)
+    paths = _write_scores(run, scores, images)
     other = "" if _as_the_run_samples(request, trained) else _label(scores)
     try:
         with run.lock():
@@ -210,17 +201,8 @@ def _judge_or_reason(run: Run, trained: Trained, compute: Compute, console: Cons
         )
 
 
-def _score(judge: Judge, images: Tensor, sampling: SamplingConfig, seed: int, trained: Trained) -> Scores:
-    total = trained.experiment.diffusion.num_timesteps
-    generation = Generation(
-        sampler=sampling.sampler,
-        steps=min(sampling.steps or total, total),
-        spacing=sampling.spacing,
-        eta=sampling.eta,
-        weights=trained.weights,
-        seed=seed,
-        chunk=sampling.batch_size,
-    )
+def _score(judge: Judge, images: Tensor, trained: Trained, denoiser: Denoiser) -> Scores:
+    generation = denoiser.identity(trained.weights)
     return scoring.score(images.numpy(), judge.dataset, judge.extractor, judge.reference, generation)
 
 
@@ -248,13 +230,11 @@ def _label(scores: Scores) -> str:
     return f"{generation.sampler}{generation.steps}_eta{generation.eta:g}_{generation.weights}_seed{generation.seed}"
 
 
-def _write_scores(run: Run, scores: Scores, sampling: SamplingConfig, images: Tensor) -> dict[str, Path]:
+def _write_scores(run: Run, scores: Scores, images: Tensor) -> dict[str, Path]:
     """Write scores and grid into a folder of the run that is named by their identity."""
-    key = next(iter(scores.identities))
-    identity = json.dumps(scores.identities[key].to_json(), sort_keys=True)
-    steps = scores.identities[key].generation.steps
-    name = f"{key}-{sampling.sampler}{steps}-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
-    folder = run.folder / "evaluations" / name
+    key, identity = next(iter(scores.identities.items()))
+    digest = hashlib.sha256(json.dumps(identity.to_json(), sort_keys=True).encode()).hexdigest()[:8]
+    folder = run.folder / "evaluations" / f"{key}-{identity.generation.sampler}{identity.generation.steps}-{digest}"
     scoring.write_scores(scores, folder)
     save_grid(images[:GRID_IMAGES], folder / "grid.png")
     return {"scores": folder, "grid": folder / "grid.png"}
@@ -268,10 +248,3 @@ def _progress(console: Console) -> Progress:
         rates.setdefault(what, Rate(console, what, total))(done)
 
     return show
-
-
-def _state(run: Run, trained: Trained) -> dict[str, Any]:
-    from pipeline import checkpoint as checkpoints
-
-    found = [c for c in checkpoints.committed(run.checkpoints) if c.step == trained.step]
-    return found[0].state()

@@ -36,7 +36,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         import torch
 
         from pipeline.device import Compute
-        from pipeline.generation import generate
+        from pipeline.generation import Denoiser
 
         n = int(model_input["n"].iloc[0])
         if not 1 <= n <= MAX_IMAGES:
@@ -49,9 +49,8 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         compute = Compute(device, "gloo", None, compile=False, channels_last=False, threads=torch.get_num_threads())
         compute.place(trained.model)
         seed = int(options.get("seed", 0))
-        parts = generate(trained.diffusion, trained.model, trained.shape, n, sampling, seed, compute)
-        with torch.no_grad():
-            return torch.cat(list(parts)).permute(0, 2, 3, 1).numpy()
+        denoiser = Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
+        return torch.cat(list(denoiser.generate(n))).permute(0, 2, 3, 1).numpy()
 
 
 mlflow.models.set_model(LoggedDDPM())

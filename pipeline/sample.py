@@ -13,9 +13,9 @@ from torch import Tensor
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, SamplingConfig
 from pipeline.console import Console, Rate
-from pipeline.device import Compute, sampling_compute
+from pipeline.device import sampling_compute
 from pipeline.errors import StorageError, UsageError
-from pipeline.generation import generate, trajectory
+from pipeline.generation import Denoiser
 from pipeline.models import Shape
 from pipeline.pictures import save_grid, save_strip
 from pipeline.runs import Run
@@ -60,42 +60,34 @@ class Samples:
 
     images: Tensor  # uint8 [n, C, H, W]
     trained: Trained
-    sampling: SamplingConfig
-    seed: int
+    denoiser: Denoiser
 
     def identity(self) -> dict[str, Any]:
         """Return what makes these images these: equal identities give equal bytes on equal machines."""
-        total = self.trained.experiment.diffusion.num_timesteps
-        return {
-            "checkpoint_step": self.trained.step,
-            "weights": self.trained.weights,
-            "sampler": self.sampling.sampler,
-            "steps": min(self.sampling.steps or total, total),
-            "spacing": self.sampling.spacing,
-            "eta": self.sampling.eta,
-            "seed": self.seed,
-            "num_images": len(self.images),
-            "chunk": self.sampling.batch_size,
-        }
+        generation = asdict(self.denoiser.identity(self.trained.weights))
+        return {"checkpoint_step": self.trained.step, **generation, "num_images": len(self.images)}
 
 
-def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
-    """Generate images from a run's checkpoint, with progress."""
+def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
+    """Load a run's model onto the device that a profile says, ready to generate as asked."""
     compute = sampling_compute(profile)
     compute.start()
     trained = Trained.from_run(run, request.checkpoint, request.weights)
     compute.place(trained.model)
     sampling, seed = request.settings(trained.experiment)
-    images = with_progress(trained, request.num_images, sampling, seed, compute, console)
-    return Samples(images, trained, sampling, seed)
+    return trained, Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
 
 
-def with_progress(
-    trained: Trained, num_images: int, sampling: SamplingConfig, seed: int, compute: Compute, console: Console
-) -> Tensor:
+def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
+    """Generate images from a run's checkpoint, with progress."""
+    trained, denoiser = load(run, request, profile)
+    return Samples(with_progress(denoiser, request.num_images, console), trained, denoiser)
+
+
+def with_progress(denoiser: Denoiser, num_images: int, console: Console) -> Tensor:
     """Generate uint8 images [n, C, H, W], showing progress after each chunk."""
     rate, parts, done = Rate(console, "sampling", num_images), [], 0
-    for part in generate(trained.diffusion, trained.model, trained.shape, num_images, sampling, seed, compute):
+    for part in denoiser.generate(num_images):
         parts.append(part)
         done += len(part)
         rate(done)
@@ -116,13 +108,10 @@ def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
     return [*paths, about]
 
 
-def draw_strip(
-    trained: Trained, sampling: SamplingConfig, seed: int, compute: Compute, path: Path, num_images: int = 8
-) -> Path:
+def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8) -> None:
     """Draw how images come out of noise: rows are images, columns are times."""
-    frames, labels = trajectory(trained.diffusion, trained.model, trained.shape, num_images, sampling, seed, compute)
+    frames, labels = denoiser.trajectory(num_images)
     save_strip(frames, path, labels)
-    return path
 
 
 def _write_grid(images: Tensor, out: Path) -> list[Path]:

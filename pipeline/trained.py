@@ -35,6 +35,7 @@ class Trained:
     shape: Shape  # (C, H, W)
     step: int
     weights: Weights
+    training_s: float
 
     @classmethod
     def from_run(cls, run: Run, step: int | None = None, weights: Weights = "ema") -> Trained:
@@ -47,7 +48,9 @@ class Trained:
         # buffers, of a network that has them, are not averaged: they come from the model itself
         tensors = checkpoint.tensors("model", "ema")
         model.load_state_dict(tensors["model"] | (tensors["ema"] if weights == "ema" else {}))
-        return cls(model.eval(), build_diffusion(experiment), experiment, shape, checkpoint.step, weights)
+        return cls(
+            model.eval(), build_diffusion(experiment), experiment, shape, checkpoint.step, weights, state["elapsed_s"]
+        )
 
     @classmethod
     def load(cls, folder: Path) -> Trained:
@@ -61,7 +64,15 @@ class Trained:
         shape: Shape = tuple(about["shape"])
         model = build_model(experiment, shape)
         model.load_state_dict(tensors)
-        return cls(model.eval(), build_diffusion(experiment), experiment, shape, about["step"], about["weights"])
+        return cls(
+            model.eval(),
+            build_diffusion(experiment),
+            experiment,
+            shape,
+            about["step"],
+            about["weights"],
+            about["training_s"],
+        )
 
     def save(self, folder: Path) -> Path:
         """Write weights and settings into a new folder, without pickle, and return it."""
@@ -72,6 +83,7 @@ class Trained:
             "shape": self.shape,
             "step": self.step,
             "weights": self.weights,
+            "training_s": self.training_s,
         }
         (folder / EXPERIMENT_FILE).write_text(json.dumps(about, indent=1))
         return folder

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from pipeline import checkpoint as checkpoints
 from pipeline.batches import Batch, Prefetch, training_batches
 from pipeline.cluster_profile import Profile
-from pipeline.config import Experiment, SamplingConfig, experiment_from
+from pipeline.config import Experiment, experiment_from
 from pipeline.device import Compute, training_compute
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.generation import generate
+from pipeline.generation import Denoiser
 from pipeline.job import Job
 from pipeline.models import allow_modules_in, build_diffusion, build_model
 from pipeline.monitor import SystemMonitor
@@ -211,17 +211,19 @@ class Worker:
         sampling = self.experiment.sampling.model_copy(
             update={"batch_size": min(count, self.experiment.sampling.batch_size)}
         )
-        images = self._generate(self.sampling_model, count, sampling)
+        denoiser = Denoiser(
+            self.diffusion,
+            self.sampling_model,
+            self.dataset.manifest.shape,
+            sampling,
+            self.experiment.seed,
+            self.compute,
+        )
+        images = torch.cat(list(denoiser.generate(count)))
         path = Path(self.job.run_folder) / "pictures" / f"samples-step-{self.learner.step:010d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(images, path)
         self.tracker.image("samples", self.learner.step, path)
-
-    def _generate(self, model: nn.Module, count: int, sampling: SamplingConfig) -> Tensor:
-        shape = self.dataset.manifest.shape
-        return torch.cat(
-            list(generate(self.diffusion, model, shape, count, sampling, self.experiment.seed, self.compute))
-        )
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ import torch
 
 from pipeline.config import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
 from pipeline.device import Compute
-from pipeline.generation import generate
+from pipeline.generation import Denoiser
 from pipeline.models import build_diffusion, build_model
 from pipeline.runs import Run
 from pipeline.tracking import Tracker, TrackingSettings
@@ -48,7 +48,7 @@ class Own(torch.nn.Module):
 def trained(experiment: Experiment) -> Trained:
     torch.manual_seed(0)
     model = build_model(experiment, (1, 8, 8)).eval()
-    return Trained(model, build_diffusion(experiment), experiment, (1, 8, 8), 100, "ema")
+    return Trained(model, build_diffusion(experiment), experiment, (1, 8, 8), 100, "ema", training_s=1.0)
 
 
 def log(run: Run, store: TrackingSettings, model: Trained) -> str:
@@ -86,7 +86,7 @@ def test_it_loads_without_pickle_and_gives_the_runs_images(
     sampling = experiment.sampling.model_copy(update={"steps": 3})
     compute = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
     with torch.no_grad():
-        parts = list(generate(model.diffusion, model.model, model.shape, 3, sampling, 5, compute))
+        parts = list(Denoiser(model.diffusion, model.model, model.shape, sampling, 5, compute).generate(3))
     expected = torch.cat(parts).permute(0, 2, 3, 1).numpy()
     assert images.tolist() == expected.tolist()
     # its page says how to call it
