@@ -96,19 +96,21 @@ ddpm-pipe runs
 ddpm-pipe runs --json
 """)
 )
+@cluster_option
 @json_option
-def runs(as_json: bool) -> None:
+def runs(cluster: str | None, as_json: bool) -> None:
     """List the runs: id, name, dataset, schedule, T, steps, score, status."""
-    from pipeline.home import home
+    from pipeline.cluster_profile import home_of
     from pipeline.runs_table import COLUMNS, runs_table
 
-    rows = runs_table(home())
+    folder = home_of(cluster)
+    rows = runs_table(folder)
     if as_json:
         print_json(rows)
     elif rows:
         print_table(rows, COLUMNS)
     else:
-        click.echo(f"no runs in {home()} yet; start one with: ddpm-pipe train")
+        click.echo(f"no runs in {folder} yet; start one with: ddpm-pipe train")
 
 
 @click.command(
@@ -118,12 +120,14 @@ ddpm-pipe ui --port 5001
 """)
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
-def ui(port: int) -> None:
+@cluster_option
+def ui(port: int, cluster: str | None) -> None:
     """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
-    from pipeline.home import home
+    from pipeline.cluster_profile import load_profile
     from pipeline.ui import serve_ui
 
-    serve_ui(home(), port)
+    profile = load_profile(cluster)
+    serve_ui(profile.home(), port, profile.mlflow.tracking_uri, profile.mlflow.experiment)
 
 
 @click.command(
@@ -132,8 +136,9 @@ ddpm-pipe sync latest
 """)
 )
 @click.argument("run")
-def sync(run: str) -> None:
+@cluster_option
+def sync(run: str, cluster: str | None) -> None:
     """Deliver to the tracking store what RUN recorded while the store was away."""
     from pipeline import result_commands
 
-    click.echo(result_commands.sync(run))
+    click.echo(result_commands.sync(run, cluster))

@@ -27,10 +27,11 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Precision(StrEnum):
-    """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in both."""
+    """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in all."""
 
     FP32 = "fp32"
     BF16 = "bf16"
+    FP16 = "fp16"  # with loss scaling, where a GPU lacks bf16
 
 
 class DataConfig(Section):

@@ -1,4 +1,4 @@
-"""Where state lives: one folder, `$DDPM_PIPE_HOME` or the current directory, as MLflow itself does.
+"""Where state lives: one folder, `$DDPM_PIPE_HOME` or the current directory, as MLflow itself does; on a cluster its profile's storage.
 
     <home>/mlflow.db     runs, parameters, metrics     (a bare `mlflow ui` in the folder shows them)
     <home>/mlartifacts/  pictures, scores, models
@@ -16,8 +16,14 @@ from pathlib import Path
 from pipeline.errors import StorageError
 
 
-def home() -> Path:
-    """Return the absolute folder that holds all state; it need not exist yet."""
+def home(storage: str | None = None) -> Path:
+    """Return the absolute folder that holds all state; it need not exist yet.
+
+    `storage` is a profile's: where it is a folder it takes the place of `$DDPM_PIPE_HOME`; object storage (`s3://`) keeps a local
+    home beside it.
+    """
+    if storage is not None and "://" not in storage:
+        return Path(storage)
     return Path(os.environ.get("DDPM_PIPE_HOME") or ".").expanduser().absolute()
 
 

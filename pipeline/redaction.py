@@ -77,16 +77,19 @@ def one_line(error: Exception) -> str:
     return redact(text)[:300]
 
 
-def _environment_secrets() -> list[str]:
-    """Return the values of variables whose names announce a secret; not those that say where one is kept, nor plain words."""
-    return [
-        value
-        for name, value in os.environ.items()
-        if SECRET_NAME.search(name)
+def announces_secret(name: str, value: str) -> bool:
+    """Whether a variable holds a secret by its name; not where it says where one is kept, nor where it is a plain word."""
+    return bool(
+        SECRET_NAME.search(name)
         and not name.endswith(("_PATH", "_FILE", "_DIR"))
         and len(value) >= 8
         and not value.isalpha()
-    ]
+    )
+
+
+def _environment_secrets() -> list[str]:
+    """Return the values of environment variables that hold secrets."""
+    return [value for name, value in os.environ.items() if announces_secret(name, value)]
 
 
 def _looks_random(word: str) -> bool:

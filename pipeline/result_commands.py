@@ -6,10 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster_profile import load_profile
+from pipeline.cluster_profile import home_of, load_profile
 from pipeline.console import Console
 from pipeline.evaluate import ScoreRequest, evaluate_run, score_lines
-from pipeline.home import home
 from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.runs import Run
@@ -29,7 +28,7 @@ def sample(
     dry_run: bool,
 ) -> dict[str, Any]:
     """Generate images of a run and write them; return their identity and where they are."""
-    run, profile = _found(reference), load_profile(cluster)
+    run, profile = _found(reference, cluster), load_profile(cluster)
     sampling, seed = request.settings(experiment_of(run))
     folder = (out or _fresh(run.folder / "samples")).absolute()
     if dry_run:
@@ -48,23 +47,23 @@ def sample(
 
 def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_run: bool) -> dict[str, Any]:
     """Score a run; return the scores with their identities and where they are."""
-    run, profile = _found(reference), load_profile(cluster)
+    run, profile = _found(reference, cluster), load_profile(cluster)
     experiment = experiment_of(run)
     sampling, seed = request.settings(experiment)
     if dry_run:
         asked = experiment.evaluation
         extractor, count = request.extractor or asked.extractor, request.num_images or asked.num_images
         return {"run": run.id, **sampling.model_dump(), "seed": seed, "extractor": extractor, "at most images": count}
-    settings = TrackingSettings.of_profile(home(), profile_of(run, cluster))
+    settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
     scores, paths = evaluate_run(run, request, profile, settings, Console())
     table = score_lines(scores)
     return {"run": run.id, **scores.to_json(), "written": [str(path) for path in paths.values()], "table": table}
 
 
-def sync(reference: str) -> str:
+def sync(reference: str, cluster: str | None) -> str:
     """Deliver a run's undelivered records to the tracking store; return one line on what was done."""
-    run = _found(reference)
-    settings = TrackingSettings.of_profile(home(), profile_of(run, None))
+    run = _found(reference, cluster)
+    settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
     with run.lock():
         count = deliver(run.folder, settings)
     return f"run {run.id}: delivered {count} records to {public_uri(settings.uri)}"
@@ -81,9 +80,9 @@ def to_text(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _found(reference: str) -> Run:
+def _found(reference: str, cluster: str | None) -> Run:
     allow_modules_in(os.getcwd())
-    return Run.find(home(), reference)
+    return Run.find(home_of(cluster), reference)
 
 
 def _fresh(folder: Path) -> Path:

@@ -12,12 +12,12 @@ from typing import Any
 from pipeline import checkpoint as checkpoints
 from pipeline import presets
 from pipeline.cluster import require_resources
-from pipeline.cluster_profile import Profile, load_profile
+from pipeline.cluster_profile import Profile, home_of, load_profile
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
 from pipeline.console import Console
 from pipeline.errors import CheckpointError, InterruptedRunError, UsageError
 from pipeline.evaluate import Outcome, conclude
-from pipeline.home import datasets_dir, home
+from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job
 from pipeline.models import allow_modules_in
@@ -55,7 +55,9 @@ def plan(asked: Request) -> Plan:
     """Work out and check a training without downloading, ingesting or writing anything."""
     num_workers = choose_workers(asked.experiment, asked.profile)
     require_resources(asked.profile, num_workers)
-    found = availability(asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()))
+    found = availability(
+        asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(asked.profile.home())
+    )
     return make_plan(
         asked.experiment, asked.profile, num_workers, data=found.text, num_rows=found.num_rows, shape=found.shape
     )
@@ -69,7 +71,7 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     # what can be refused without the images is refused before they are fetched
     make_plan(asked.experiment, asked.profile, num_workers, data="", num_rows=None, shape=None)
     dataset = ensure_ingested(
-        asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(home()), console.say
+        asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(asked.profile.home()), console.say
     )
     checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
     run = _create(checked, dataset, command)
@@ -87,7 +89,7 @@ def go_on(
 ) -> Outcome:
     """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights."""
     console = console or Console()
-    run = Run.find(home(), reference)
+    run = Run.find(home_of(cluster), reference)
     allow_modules_in(os.getcwd())
     old = experiment_of(run)
     new = with_overrides(old, overrides)
@@ -121,7 +123,7 @@ def go_on(
 def _carry_out(run: Run, checked: Plan, dataset: Dataset, console: Console, overrides: Sequence[str] = ()) -> Outcome:
     """Train and evaluate under the run's lock, and leave its status true whatever happens."""
     profile = checked.profile
-    settings = TrackingSettings.of_profile(home(), profile)
+    settings = TrackingSettings.of_profile(profile.home(), profile)
     job = Job(
         run_folder=str(run.folder),
         dataset_folder=str(dataset.folder),
@@ -192,7 +194,7 @@ def _create(checked: Plan, dataset: Dataset, command: Sequence[str], initial_wei
     manifest = dataset.manifest
     about: dict[str, Any] = {"path": str(dataset.folder), "fingerprint": manifest.fingerprint, "name": manifest.name}
     return Run.create(
-        home(),
+        checked.profile.home(),
         name=checked.experiment.name,
         experiment=checked.experiment.to_dict(),
         config_hash=checked.experiment.hash(),

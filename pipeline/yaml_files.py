@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -146,11 +146,18 @@ def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[
         field = section.model_fields.get(part)
         if field is None:
             continue
-        candidates = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        section = next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+        section = next(_sections_in(field.annotation), None)
         if section is None:
             return None
     return section  # type: ignore[no-any-return]
+
+
+def _sections_in(annotation: Any) -> Iterator[type[Section]]:
+    """Yield the sections that a type names, in unions and annotated types too."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        yield annotation
+    for part in getattr(annotation, "__args__", ()):
+        yield from _sections_in(part)
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
