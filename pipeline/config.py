@@ -13,17 +13,47 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PlainValidator, model_validator
 
+from pipeline.config_process import DiffusionConfig as DiffusionConfig
+from pipeline.config_process import Fraction, PositiveInt, take_in_betas
+from pipeline.config_process import ModelConfig as ModelConfig
+from pipeline.config_process import SamplingConfig as SamplingConfig
 from pipeline.errors import UsageError
 from pipeline.yaml_files import Section, flatten, read_yaml_mapping, set_override, validate
 
 DEFAULT_PRESET = "digits"
 # settings that do not change the weights at any step: a resumed run may change them
-FREE_TO_CHANGE = ("name", "training.steps", "checkpoint.", "logging.", "sampling.", "evaluation.")
+FREE_TO_CHANGE = (
+    "name",
+    "training.steps",
+    "checkpoint.",
+    "logging.",
+    "sampling.",
+    "evaluation.",
+    "diffusion.betas_file",
+)
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
+# keys that came later: at these values they leave the hash of an experiment what it was before them
+ADDED_LATER: dict[str, Any] = {
+    "model.num_heads": 1,
+    "model.head_channels": None,
+    "model.norm_eps": 1e-6,
+    "model.scale_shift_norm": False,
+    "model.flip_sin_to_cos": False,
+    "model.freq_shift": 1,
+    "model.downsample_padding": 0,
+    "model.class_conditional": False,
+    "diffusion.zero_terminal_snr": False,
+    "diffusion.betas": None,
+    "training.objective": "simple",
+    "training.min_snr_gamma": 5.0,
+    "training.timestep_sampling": "uniform",
+    "training.label_dropout": 0.1,
+    "training.weight_decay": 0.0,
+    "training.ema_widths": [],
+    "training.ema_snapshot_every_steps": None,
+}
 
 
 class Precision(StrEnum):
@@ -47,61 +77,41 @@ class DataConfig(Section):
     shuffle_window: PositiveInt = 65_536
 
 
-class ModelConfig(Section):
-    """The network: the paper's U-Net, or `package.module:Class` called with `arguments`."""
-
-    type: str = "unet"
-    channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 2, 2), min_length=1)
-    num_res_blocks: PositiveInt = 2
-    attention_resolutions: tuple[PositiveInt, ...] = (16,)
-    dropout: Fraction = 0.1
-    norm_groups: PositiveInt = 32
-    arguments: dict[str, Any] = Field(default_factory=dict)
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> ModelConfig:
-        if self.type == "unet":
-            if self.arguments:
-                raise ValueError("'arguments' belong to a network of your own; with type 'unet' set its keys directly")
-            return self
-        module, colon, name = self.type.partition(":")
-        parts = module.split(".")
-        if not colon or not name.isidentifier() or not all(part.isidentifier() for part in parts):
-            raise ValueError(f"type: got {self.type!r}; expected 'unet' or 'package.module:Class'")
-        fields = type(self).model_fields
-        unet_only = sorted(k for k in fields.keys() - {"type", "arguments"} if getattr(self, k) != fields[k].default)
-        if unet_only:
-            raise ValueError(
-                f"{', '.join(unet_only)} belong to type 'unet'; give {self.type} its settings under 'arguments'"
-            )
-        return self
-
-
-class DiffusionConfig(Section):
-    """The diffusion process, in the names of the `ddpm` package."""
-
-    schedule: str = "linear"
-    num_timesteps: Annotated[int, Field(ge=2)] = 1000
-    prediction: str = "eps"
-    variance: str = "fixed_large"
-    clip_x0: bool = True
+def _decays(value: object) -> float | tuple[float, ...]:
+    """Check one decay or several."""
+    values = value if isinstance(value, list | tuple) else [value]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1]
+    if not values or len(numbers) < len(values):
+        raise ValueError(f"got {value!r}; expected a number from 0 to below 1, or a list of such")
+    return tuple(float(n) for n in numbers) if isinstance(value, list | tuple) else float(numbers[0])
 
 
 class TrainingConfig(Section):
-    """The optimisation. `batch_size` is global: it does not change with the number of workers."""
+    """The optimisation. `batch_size` is global: it does not change with the number of workers.
+
+    `ema_decay` may be several decays, all averaged at once: the first is the one that is sampled unless another is asked for.
+    `ema_widths` are power-function averages (Karras et al. 2024), given by their relative widths sigma_rel and stored every
+    `ema_snapshot_every_steps` steps; from two of them an average of any length is made after training (`--weights posthoc:0.1`).
+    """
 
     steps: PositiveInt = 800_000
     batch_size: PositiveInt = 128
     num_streams: PositiveInt | None = None
     micro_batch_size: PositiveInt | None = None
+    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    timestep_sampling: Literal["uniform", "loss_aware"] = "uniform"
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     warmup_steps: Annotated[int, Field(ge=0)] = 5000
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    ema_decay: Annotated[float | tuple[float, ...], PlainValidator(_decays)] = 0.9999
     ema_ramp_up: bool = True
+    ema_widths: tuple[Annotated[float, Field(gt=0, le=0.2886)], ...] = ()
+    ema_snapshot_every_steps: PositiveInt | None = None
     precision: Precision = Precision.FP32
     compile: bool = False
     channels_last: bool = False
@@ -114,6 +124,23 @@ class TrainingConfig(Section):
                 "leave it out or choose a divisor"
             )
         return self
+
+    @model_validator(mode="after")
+    def _averages_are_distinct(self) -> TrainingConfig:
+        for field, values in (("ema_decay", self.ema_decays), ("ema_widths", self.ema_widths)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field}: got {list(values)}, in which one stands twice; leave it out")
+        if bool(self.ema_widths) != (self.ema_snapshot_every_steps is not None):
+            raise ValueError(
+                "ema_widths and ema_snapshot_every_steps belong together: the widths of power-function averages, such as "
+                "[0.05, 0.1], and how often they are stored"
+            )
+        return self
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays averaged at once; the first is the one sampled by default."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
 
 class CheckpointConfig(Section):
@@ -130,20 +157,6 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = 50
     grid_every_steps: PositiveInt | None = 5000
     grid_images: PositiveInt = 64
-
-
-class SamplingConfig(Section):
-    """How images are generated. `batch_size` is the canonical chunk: files are byte-equal only for an equal one."""
-
-    sampler: Literal["ddim", "ancestral"] = "ddim"
-    steps: PositiveInt | None = 50
-    spacing: Literal["trailing", "linspace", "leading", "quad"] = "trailing"
-    eta: Annotated[float, Field(ge=0, le=1)] = 0.0
-    batch_size: PositiveInt = 100
-
-    def num_steps(self, num_timesteps: int) -> int:
-        """Return the network calls along one image: `steps`, or all T of them."""
-        return min(self.steps or num_timesteps, num_timesteps)
 
 
 class EvaluationConfig(Section):
@@ -172,7 +185,8 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _sampler_steps_fit(self) -> Experiment:
         steps, total = self.sampling.steps, self.diffusion.num_timesteps
-        if steps is not None and steps > total and "steps" in self.sampling.model_fields_set:
+        # the default stands for "50 of them, or all": it is no wish, and a recorded experiment names it like any other
+        if steps is not None and steps > total and steps != SamplingConfig().steps:
             raise ValueError(
                 f"sampling.steps: got {steps}, more than diffusion.num_timesteps {total}; choose at most {total}"
             )
@@ -183,12 +197,20 @@ class Experiment(Section):
         return self.model_dump(mode="json")
 
     def flat(self) -> dict[str, Any]:
-        """Return one level of dotted keys, as parameters of a tracked run are."""
-        return flatten(self.to_dict())
+        """Return one level of dotted keys, as parameters of a tracked run are; a table of betas stands as its hash."""
+        flat = flatten(self.to_dict())
+        if self.diffusion.betas is not None:
+            digest = hashlib.sha256(json.dumps(self.diffusion.betas).encode()).hexdigest()
+            flat["diffusion.betas"] = f"sha256:{digest[:16]}"
+        return flat
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits that change with any setting that decides the weights."""
-        kept = {key: value for key, value in self.flat().items() if not key.startswith(FREE_TO_CHANGE)}
+        kept = {
+            key: value
+            for key, value in self.flat().items()
+            if not key.startswith(FREE_TO_CHANGE) and not (key in ADDED_LATER and value == ADDED_LATER[key])
+        }
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -201,8 +223,8 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), data: str | None 
     """Read an experiment file and apply `key=value` overrides and a data source given on the command line."""
     content = read_yaml_mapping(path)
     content.setdefault("name", path.stem)
-    for assignment in overrides:
-        set_override(content, assignment)
+    take_in_betas(content, path.parent)
+    _override(content, overrides)
     if data is not None:
         set_override(content, "data.source=''")
         content["data"]["source"] = data
@@ -219,9 +241,24 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
 def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """Return the experiment with `key=value` overrides applied."""
     content = experiment.to_dict()
+    _override(content, overrides)
+    return experiment_from(content, "-s")
+
+
+def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `key=value` overrides; a table of betas and a schedule replace each other, and a path is relative to the current folder."""
+    keys = {assignment.partition("=")[0].strip() for assignment in overrides}
     for assignment in overrides:
         set_override(content, assignment)
-    return experiment_from(content, "-s")
+    diffusion = content.get("diffusion")
+    if not isinstance(diffusion, dict):
+        return
+    if "diffusion.betas_file" in keys:
+        for key in {"schedule", "num_timesteps", "betas"} - {key.removeprefix("diffusion.") for key in keys}:
+            diffusion.pop(key, None)
+        take_in_betas(content, Path.cwd())
+    elif "diffusion.schedule" in keys and diffusion.get("betas") is not None:
+        diffusion.update(betas=None, betas_file=None)
 
 
 def require_divisible(experiment: Experiment, num_workers: int, num_streams: int) -> None:

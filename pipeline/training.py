@@ -39,7 +39,9 @@ class Learner:
             eps=settings.adam_eps,
             fused=True,
         )
-        return cls(model, optimizer, ExponentialMovingAverage(model, settings.ema_decay, ramp_up=settings.ema_ramp_up))
+        return cls(
+            model, optimizer, ExponentialMovingAverage(model, settings.ema_decays[0], ramp_up=settings.ema_ramp_up)
+        )
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return everything that a checkpoint must hold, as named groups of tensors."""

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipeline import presets
 from pipeline.cluster_profile import Profile, load_profile
-from pipeline.config import Experiment, differences, experiment_from, load_experiment, with_overrides
+from pipeline.config import (
+    ADDED_LATER,
+    DiffusionConfig,
+    Experiment,
+    SamplingConfig,
+    TrainingConfig,
+    differences,
+    experiment_from,
+    load_experiment,
+    with_overrides,
+)
 from pipeline.errors import UsageError
 
 
@@ -55,6 +66,11 @@ def test_cifar10_preset_is_the_papers():
     assert experiment.data.horizontal_flip
 
 
+def test_an_experiment_with_few_timesteps_survives_a_round_trip():
+    experiment = experiment_from({"diffusion": {"num_timesteps": 30}})
+    assert experiment_from(experiment.to_dict()).sampling.num_steps(30) == 30
+
+
 def test_numbers_without_a_point_are_numbers(written):
     assert load_experiment(written("training: {learning_rate: 1e-4}")).training.learning_rate == 1e-4
 
@@ -83,6 +99,18 @@ def test_overrides_win_over_the_file_and_data_over_both(written):
         ("model: {arguments: {a: 1}}", "belong to a network of your own"),
         ("model: {type: 'a.b:C', channels: 3}", "belong to type 'unet'"),
         ("model: {channel_multipliers: []}", "model.channel_multipliers"),
+        ("training: {ema_decay: 1.0}", "training.ema_decay: got 1.0; expected a number from 0 to below 1"),
+        ("training: {ema_decay: []}", "training.ema_decay: got []"),
+        ("training: {ema_decay: [0.9, 0.99, 0.9]}", "one stands twice"),
+        ("training: {ema_widths: [0.05, 0.1]}", "ema_snapshot_every_steps belong together"),
+        ("training: {ema_widths: [0.3], ema_snapshot_every_steps: 10}", "training.ema_widths"),
+        ("training: {objective: l1}", "training.objective: got 'l1'"),
+        ("diffusion: {prediction: epsilon}", "diffusion.prediction: got 'epsilon'"),
+        ("diffusion: {schedule: table}", "needs its betas"),
+        ("diffusion: {betas: [0.1, 0.2], schedule: linear}", "are both given"),
+        ("diffusion: {betas: [0.1, 0.2], num_timesteps: 3}", "the table has 2 betas"),
+        ("diffusion: {betas_file: none.txt}", "none.txt cannot be read"),
+        ("model: {num_heads: 4, head_channels: 16}", "give one of them"),
         ("seed: -1", "seed: got -1"),
         ("name: a/b", "name: got 'a/b'"),
         ("- a\n- b", "expected a mapping"),
@@ -132,3 +160,77 @@ def test_hash_changes_with_what_decides_the_weights_only():
         changed = with_overrides(base, [assignment])
         assert changed.hash() != base.hash()
         assert len(differences(base, changed)) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "hashed"),
+    [
+        ({}, "d81ee5b677d91087"),
+        ({"data": {"source": "mnist"}, "training": {"steps": 7, "learning_rate": 1e-3}}, "85d7f752e7bc6f79"),
+    ],
+)
+def test_settings_that_came_later_leave_the_hash_of_older_experiments_alone(settings, hashed):
+    # what the code of before these settings said of the same experiments
+    assert experiment_from(settings).hash() == hashed
+
+
+def test_every_later_setting_counts_once_it_is_used():
+    base = Experiment().to_dict()
+    for key, default in ADDED_LATER.items():
+        section, name = key.split(".")
+        assert base[section][name] == default, key
+    used = {
+        "model": {"num_heads": 2, "scale_shift_norm": True, "freq_shift": 0, "class_conditional": True},
+        "diffusion": {"zero_terminal_snr": True, "betas": [0.1, 0.2]},
+        "training": {"objective": "vlb", "timestep_sampling": "loss_aware", "label_dropout": 0.2, "weight_decay": 0.1},
+    }
+    hashes = {Experiment().hash()}
+    for section, settings in used.items():
+        for name, value in settings.items():
+            hashes.add(experiment_from({section: {name: value}}).hash())
+    assert len(hashes) == 11
+
+
+def test_a_table_of_betas_travels_with_the_experiment(tmp_path, monkeypatch):
+    (tmp_path / "my.txt").write_text("# three steps\n0.1, 0.2\n3e-1\n")
+    (tmp_path / "e.yaml").write_text("diffusion: {betas_file: my.txt}")
+    experiment = load_experiment(tmp_path / "e.yaml")
+    diffusion = experiment.diffusion
+    assert (diffusion.schedule, diffusion.num_timesteps, diffusion.betas) == ("table", 3, (0.1, 0.2, 0.3))
+    assert diffusion.betas_file == "my.txt"
+    # its content decides the hash, its name and place do not
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "other.json").write_text("[0.1, 0.2, 0.3]")
+    monkeypatch.chdir(tmp_path / "folder")
+    overridden = with_overrides(Experiment(name="e"), ["diffusion.betas_file=other.json"])
+    assert overridden.hash() == experiment.hash()
+    (tmp_path / "folder" / "other.json").write_text("[0.1, 0.2, 0.4]")
+    other = with_overrides(experiment, ["diffusion.betas_file=other.json"])
+    assert other.hash() != experiment.hash()
+    # nothing reads the file again, and a named schedule takes the table's place
+    (tmp_path / "my.txt").unlink()
+    assert experiment_from(experiment.to_dict()) == experiment
+    assert with_overrides(experiment, ["diffusion.schedule=cosine"]).diffusion.betas is None
+    # a tracked parameter is short
+    assert len(experiment.flat()["diffusion.betas"]) < 30
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [("0.1 x", "holds 'x'"), ("0.1", "holds 1 numbers"), ("", "holds 0 numbers")]
+)
+def test_a_file_that_is_no_table_is_told(tmp_path, text, told):
+    (tmp_path / "betas.txt").write_text(text)
+    with pytest.raises(UsageError, match=told):
+        with_overrides(Experiment(), [f"diffusion.betas_file={tmp_path / 'betas.txt'}"])
+
+
+def test_choices_are_those_of_the_core():
+    import ddpm
+
+    def choices(section, field):
+        return set(get_args(section.model_fields[field].annotation))
+
+    assert choices(DiffusionConfig, "prediction") == {p.value for p in ddpm.Prediction}
+    assert choices(DiffusionConfig, "variance") == {v.value for v in ddpm.Variance}
+    assert choices(TrainingConfig, "objective") == {o.value for o in ddpm.ObjectiveKind}
+    assert choices(SamplingConfig, "spacing") == set(ddpm.RULES)
