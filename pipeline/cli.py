@@ -10,7 +10,8 @@ import click
 
 from pipeline import __version__
 from pipeline.cli_data import ingest, inspect
-from pipeline.cli_results import evaluate, runs, sample, sync, ui
+from pipeline.cli_evaluate import evaluate
+from pipeline.cli_results import runs, sample, sync, ui
 from pipeline.cli_train import resume, train
 from pipeline.errors import PipelineError
 

@@ -56,42 +56,6 @@ def sample(
 
 @click.command(
     epilog=example("""
-ddpm-pipe evaluate latest
-ddpm-pipe evaluate k7m2 --sampler ddim --steps 100 --num-images 600
-ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
-""")
-)
-@click.argument("run")
-@click.option(
-    "--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says."
-)
-@click.option("-n", "--num-images", type=click.IntRange(min=2), help="Images on each side of the comparison.")
-@click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
-@sampling_options
-@cluster_option
-@dry_run_option
-@json_option
-def evaluate(
-    run: str,
-    extractor: str | None,
-    num_images: int | None,
-    inception_weights: str | None,
-    cluster: str | None,
-    dry_run: bool,
-    as_json: bool,
-    **how: Any,
-) -> None:
-    """Score RUN: FID and KID, beside what real images and noise get by the same code."""
-    from pipeline import result_commands
-    from pipeline.evaluate import ScoreRequest
-
-    request = ScoreRequest(extractor=extractor, num_images=num_images, inception_weights=inception_weights, **how)
-    result = result_commands.evaluate(run, request, cluster, dry_run=dry_run)
-    print_json(result) if as_json else click.echo(result_commands.to_text(result))
-
-
-@click.command(
-    epilog=example("""
 ddpm-pipe runs
 ddpm-pipe runs --json
 """)

@@ -165,6 +165,7 @@ class EvaluationConfig(Section):
     enabled: bool = True
     extractor: Literal["auto", "classifier", "inception"] = "auto"
     num_images: PositiveInt = 10_000
+    metrics: tuple[Literal["fid", "kid", "is", "prdc", "bpd"], ...] = Field(default=("fid", "kid"), min_length=1)
     inception_weights: str | None = None
 
 

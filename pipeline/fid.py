@@ -1,4 +1,4 @@
-"""Distances of two sets of images by their features: FID, KID, Inception Score, precision/recall, density/coverage.
+"""Distances of two sets of images by their features: FID, KID, and the Inception Score of one set.
 
 Everything here is arithmetic in float64 on arrays [n, width]; where the features come from is `pipeline.features`'
 business, and which images may be compared is `pipeline.scoring`'s.
@@ -6,7 +6,7 @@ business, and which images may be compared is `pipeline.scoring`'s.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,6 @@ import torch
 from torch import Tensor
 
 Array = npt.NDArray[np.float64]
-
-# Distances between two sets are computed in blocks of at most this many float64 values (256 MB).
-_BLOCK_VALUES = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ class Moments:
     @classmethod
     def of(cls, features: npt.ArrayLike) -> Moments:
         """Return the moments of features [n, width], n >= 0; they are converted to float64 first."""
-        x = _features(features, "features")
+        x = as_features(features, "features")
         if len(x) == 0:
             return cls.empty(x.shape[1])
         mean = x.mean(axis=0)
@@ -136,7 +133,7 @@ def kid(
     They are drawn from numpy's legacy generator, whose stream never changes between versions.
     """
     # torch and not numpy: its threads are the ones that the caller set, which matters for 300 small products
-    left, right = map(torch.from_numpy, _pair(x, y))
+    left, right = map(torch.from_numpy, pair_of(x, y))
     subset_size = min(subset_size, len(left), len(right))
     if subset_size < 2 or num_subsets < 1:
         raise ValueError(f"KID needs subsets of at least 2 images and one subset, got {subset_size} and {num_subsets}")
@@ -167,7 +164,7 @@ def inception_score(logits: npt.ArrayLike, *, num_splits: int = 10, seed: int = 
     `logits` [n, classes] are shuffled by `seed`, then cut into `num_splits` parts, p(y) being each
     part's own mean. Ho et al. use one part.
     """
-    x = _features(logits, "logits")
+    x = as_features(logits, "logits")
     if not 1 <= num_splits <= len(x):
         raise ValueError(f"the Inception Score needs 1 to n = {len(x)} splits, got {num_splits}")
     x = x[np.random.RandomState(seed).permutation(len(x))]
@@ -183,71 +180,15 @@ def inception_score(logits: npt.ArrayLike, *, num_splits: int = 10, seed: int = 
     return float(np.mean(scores)), float(np.std(scores))
 
 
-def precision_recall(real: npt.ArrayLike, generated: npt.ArrayLike, *, k: int = 3) -> tuple[float, float]:
-    """Return improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1-2) of features [n, width] each.
-
-    Precision is the share of generated images inside the ball of any real image, its radius the distance to its k-th
-    nearest other real image; recall is the share of real images inside the balls of the generated ones.
-    """
-    real, generated = _pair(real, generated)
-    return _share_inside(generated, real, _radii(real, k)), _share_inside(real, generated, _radii(generated, k))
-
-
-def density_coverage(real: npt.ArrayLike, generated: npt.ArrayLike, *, k: int = 5) -> tuple[float, float]:
-    """Return density and coverage (Naeem et al. 2020, eqs. 3-4) of features [n, width] each, by real images' balls.
-
-    Density is the number of (ball, generated image) memberships over k times the number of generated images, so it may
-    exceed 1; coverage is the share of real images whose ball holds a generated one.
-    """
-    real, generated = _pair(real, generated)
-    radii = _radii(real, k)
-    memberships = 0
-    covered = np.zeros(len(real), dtype=bool)
-    for _, distances in _distances(generated, real):
-        inside = distances <= radii
-        memberships += int(inside.sum())
-        covered |= inside.any(axis=0)
-    return memberships / (k * len(generated)), float(covered.mean())
-
-
-def _share_inside(points: Array, centres: Array, radii: Array) -> float:
-    """Return the share of `points` that lie in a ball around any of `centres`."""
-    return sum(int((d <= radii).any(axis=1).sum()) for _, d in _distances(points, centres)) / len(points)
-
-
-def _radii(points: Array, k: int) -> Array:
-    """Return each point's distance to its k-th nearest other point."""
-    if not 1 <= k < len(points):
-        raise ValueError(f"the {k}-th neighbour needs more than {k} images, got {len(points)}")
-    radii = np.empty(len(points))
-    for start, distances in _distances(points, points):
-        rows = np.arange(len(distances))
-        distances[rows, start + rows] = np.inf  # a point is not its own neighbour
-        radii[start + rows] = np.partition(distances, k - 1, axis=1)[:, k - 1]
-    return radii
-
-
-def _distances(a: Array, b: Array) -> Iterator[tuple[int, Array]]:
-    """Yield (first row, Euclidean distances [rows, len(b)]) over blocks of rows of `a`.
-
-    From differences, not from |a|^2 + |b|^2 - 2 a.b: equal images must be at distance exactly 0, or ties at a ball's
-    edge go astray.
-    """
-    rows = max(1, _BLOCK_VALUES // len(b))
-    right = torch.from_numpy(b)
-    for start in range(0, len(a), rows):
-        left = torch.from_numpy(a[start : start + rows])
-        yield start, torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist").numpy()
-
-
-def _pair(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
-    x, y = _features(x, "features"), _features(y, "features")
+def pair_of(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
+    """Return two sets of features in float64, for each other; ValueError where their widths differ."""
+    x, y = as_features(x, "features"), as_features(y, "features")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of width {x.shape[1]} and {y.shape[1]} cannot be compared")
     return x, y
 
 
-def _features(values: npt.ArrayLike, what: str) -> Array:
+def as_features(values: npt.ArrayLike, what: str) -> Array:
     """Return `values` as a contiguous float64 array [n, width]; another shape and values not finite are refused."""
     x = np.ascontiguousarray(values, dtype=np.float64)
     if x.ndim != 2 or x.shape[1] == 0:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class Generation:
         weights: "ema" or "raw".
         seed: of the images' noise.
         chunk: images per network call.
+        num_seeds: values are means over this many seeds, `seed` the first of them.
     """
 
     sampler: str
@@ -27,6 +29,7 @@ class Generation:
     weights: str = "ema"
     seed: int = 0
     chunk: int = 100
+    num_seeds: int = 1
 
 
 @dataclass(frozen=True)
@@ -58,8 +61,12 @@ class MetricIdentity:
 
     @property
     def key(self) -> str:
-        """Name under which the value is logged: metric, extractor and count, as in `fid_classifier_n559`."""
-        return f"{self.metric}_{self.extractor}_n{self.num_images}"
+        """Name under which the value is logged: metric, extractor and count, as in `fid_classifier_n559`.
+
+        A mean over several seeds says so: `fid_classifier_n559_seeds3`.
+        """
+        seeds = self.generation.num_seeds
+        return f"{self.metric}_{self.extractor}_n{self.num_images}" + (f"_seeds{seeds}" if seeds > 1 else "")
 
     def named(self, metric: str) -> MetricIdentity:
         """Return the identity of a value that comes with this one, such as a standard deviation."""
@@ -75,12 +82,25 @@ class MetricIdentity:
         return cls(**{**data, "generation": Generation(**data["generation"])})
 
 
-def differences(a: MetricIdentity, b: MetricIdentity) -> list[str]:
-    """Return one line "field: a's value, b's value" per field that differs; values of the two compare only if it is empty."""
+LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk"})
+"""What moves a value by chance alone: the images' noise, and how it is cut for the network. It makes no two values unlike."""
+
+
+def differences(a: MetricIdentity, b: MetricIdentity, but: Collection[str] = ()) -> list[str]:
+    """Return one line "field: a's value, b's value" per field that differs, but for those named `but`."""
+    return differing(a.to_json(), b.to_json(), but)
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """Return `differences` of two identities as `to_json` gives them, of whatever kind."""
     left, right = _flat(a), _flat(b)
-    return [f"{name}: {left[name]}, {right[name]}" for name in left if left[name] != right[name]]
+    names = [name for name in {**left, **right} if name not in but]
+    return [f"{name}: {left.get(name)}, {right.get(name)}" for name in names if left.get(name) != right.get(name)]
 
 
-def _flat(identity: MetricIdentity) -> dict[str, Any]:
-    generation = {f"generation.{f.name}": getattr(identity.generation, f.name) for f in fields(Generation)}
-    return {f.name: getattr(identity, f.name) for f in fields(MetricIdentity) if f.name != "generation"} | generation
+def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """One level of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in identity.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat

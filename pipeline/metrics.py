@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pipeline import fid
 from pipeline.errors import RefusedError
 from pipeline.features import Extracted
 from pipeline.fid import Moments
+from pipeline.prdc import prdc
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Values by name, and what was chosen in computing them, in words ("" where there is nothing to choose)."""
+    """Values by name, what was chosen in computing them in words ("" for nothing), and their spreads, where there are any.
+
+    A spread is a standard deviation (ddof 0) over what `over` says, such as "10 splits"; no standard error.
+    """
 
     values: dict[str, float]
     settings: str = ""
+    spreads: dict[str, float] = field(default_factory=dict)
+    over: str = ""
 
 
 def _fid(pair: Pair, seed: int) -> Outcome:
@@ -43,8 +49,8 @@ def _kid(pair: Pair, seed: int) -> Outcome:
     smaller = min(len(pair.real.features), len(pair.judged.features))
     size = 1000 if smaller >= 2000 else smaller // 2
     result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=seed)
-    values = {"kid": result.mean, "kid_std": result.std}
-    return Outcome(values, f"{result.num_subsets} subsets of {result.subset_size}, seed {seed}")
+    subsets = f"{result.num_subsets} subsets of {result.subset_size}"
+    return Outcome({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
 
 
 def _inception_score(pair: Pair, seed: int) -> Outcome:
@@ -52,32 +58,25 @@ def _inception_score(pair: Pair, seed: int) -> Outcome:
         raise RefusedError("the Inception Score needs an extractor with logits; use inception or classifier")
     splits = 10
     mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=seed)
-    return Outcome({"inception_score": mean, "inception_score_std": std}, f"{splits} splits, seed {seed}")
+    chosen = f"{splits} splits"
+    return Outcome({"inception_score": mean}, f"{chosen}, seed {seed}", {"inception_score": std}, chosen)
 
 
-def _precision_recall(pair: Pair, seed: int) -> Outcome:
-    real, judged = _equal(pair)
-    precision, recall = fid.precision_recall(real.features, judged.features)
-    return Outcome({"precision": precision, "recall": recall}, f"3rd neighbour, {len(real.features)} images each")
-
-
-def _density_coverage(pair: Pair, seed: int) -> Outcome:
-    real, judged = _equal(pair)
-    density, coverage = fid.density_coverage(real.features, judged.features)
-    return Outcome({"density": density, "coverage": coverage}, f"5th neighbour, {len(real.features)} images each")
-
-
-def _equal(pair: Pair) -> tuple[Extracted, Extracted]:
-    """Return the first images of both sides, as many of each: these metrics depend on the ratio of the counts."""
+def _prdc(pair: Pair, seed: int) -> Outcome:
+    # equal counts: these metrics depend on their ratio
     n = min(len(pair.real.features), len(pair.judged.features))
-    return pair.real.part(slice(n)), pair.judged.part(slice(n))
+    found = prdc(pair.real.features[:n], pair.judged.features[:n], k_precision=3, k_density=5)
+    settings = f"precision and recall by the 3rd neighbour, density and coverage by the 5th, {n} images each"
+    return Outcome(found._asdict(), settings)
 
 
 METRICS: dict[str, Callable[[Pair, int], Outcome]] = {
     "fid": _fid,
     "kid": _kid,
-    "inception_score": _inception_score,
-    "precision_recall": _precision_recall,
-    "density_coverage": _density_coverage,
+    "is": _inception_score,
+    "prdc": _prdc,
 }
 """Functions of (pair, seed) by the name a user asks for."""
+
+HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall", "density", "coverage"})
+"""Values of which more is better; of all others less is."""

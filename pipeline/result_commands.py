@@ -8,11 +8,12 @@ from typing import Any
 
 from pipeline.cluster_profile import home_of, load_profile
 from pipeline.console import Console
-from pipeline.evaluate import ScoreRequest, evaluate_run, score_lines
+from pipeline.evaluate import ScoreRequest, evaluate_run
 from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.runs import Run
 from pipeline.sample import Format, SampleRequest, generate_from, write_samples
+from pipeline.score_table import score_lines
 from pipeline.tracking import TrackingSettings
 from pipeline.tracking import sync as deliver
 from pipeline.trained import experiment_of, profile_of
@@ -51,9 +52,15 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
     experiment = experiment_of(run)
     sampling, seed = request.settings(experiment)
     if dry_run:
-        asked = experiment.evaluation
-        extractor, count = request.extractor or asked.extractor, request.num_images or asked.num_images
-        return {"run": run.id, **sampling.model_dump(), "seed": seed, "extractor": extractor, "at most images": count}
+        asked = request.evaluation(experiment)
+        return {
+            "run": run.id,
+            **sampling.model_dump(),
+            "seeds": list(range(seed, seed + request.num_seeds)),
+            "metrics": ", ".join(asked.metrics),
+            "extractor": asked.extractor,
+            "at most images": asked.num_images,
+        }
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
     scores, paths = evaluate_run(run, request, profile, settings, Console())
     table = score_lines(scores)

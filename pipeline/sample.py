@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, SamplingConfig
 from pipeline.console import Console, Rate
-from pipeline.device import sampling_compute
+from pipeline.device import Compute, sampling_compute
 from pipeline.errors import StorageError, UsageError
 from pipeline.generation import Denoiser
 from pipeline.models import Shape
@@ -70,12 +70,23 @@ class Samples:
 
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
     """Load a run's model onto the device that a profile says, ready to generate as asked."""
+    trained, compute = load_trained(run, request, profile)
+    return trained, generator_for(trained, request, compute)
+
+
+def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Compute]:
+    """Load the checkpoint and the weights that are asked for onto the device that a profile says."""
     compute = sampling_compute(profile)
     compute.start()
     trained = Trained.from_run(run, request.checkpoint, request.weights)
     compute.place(trained.model)
+    return trained, compute
+
+
+def generator_for(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser:
+    """Return what generates images as asked from a model that is loaded."""
     sampling, seed = request.settings(trained.experiment)
-    return trained, Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
+    return Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
 
 
 def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:

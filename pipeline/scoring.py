@@ -25,7 +25,7 @@ from pipeline.inception import Inception
 from pipeline.metric_identity import Generation, MetricIdentity, differences
 from pipeline.metrics import METRICS, Pair
 from pipeline.reference import Reference, prepare_reference
-from pipeline.scores import Scores, read_scores, write_scores
+from pipeline.scores import Scores, Spread, over_seeds, read_scores, write_scores
 
 __all__ = [
     "METRICS",
@@ -34,8 +34,10 @@ __all__ = [
     "MetricIdentity",
     "Reference",
     "Scores",
+    "Spread",
     "choose_extractor",
     "differences",
+    "over_seeds",
     "prepare_reference",
     "read_scores",
     "score",
@@ -107,17 +109,20 @@ def score(
     outcomes = {side: {name: METRICS[name](pair, seed) for name in metrics} for side, pair in pairs.items()}
     identities: dict[str, MetricIdentity] = {}
     values: dict[str, float] = {}
+    spreads: dict[str, Spread] = {}
     for name, outcome in outcomes["generated"].items():
         identity = _identity(name, outcome.settings, dataset, extractor, reference, generation)
         for value_name, value in outcome.values.items():
             named = identity.named(value_name)
             identities[named.key], values[named.key] = named, value
+            if value_name in outcome.spreads:
+                spreads[named.key] = Spread(outcome.spreads[value_name], outcome.over)
     yardsticks = {
         side: {k: v for outcome in outcomes[side].values() for k, v in outcome.values.items()} for side in YARDSTICKS
     }
     confident, shares = _judgement(pairs, dataset, extractor)
     return Scores(
-        values, identities, yardsticks, confident, shares, pairs["generated"].judged_moments, reference.moments
+        values, identities, spreads, yardsticks, confident, shares, pairs["generated"].judged_moments, reference.moments
     )
 
 

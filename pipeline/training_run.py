@@ -13,10 +13,10 @@ from pipeline import checkpoint as checkpoints
 from pipeline import presets
 from pipeline.cluster import require_resources
 from pipeline.cluster_profile import Profile, home_of, load_profile
+from pipeline.conclude import Outcome, conclude
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
 from pipeline.console import Console
 from pipeline.errors import CheckpointError, InterruptedRunError, UsageError
-from pipeline.evaluate import Outcome, conclude
 from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job

@@ -1,4 +1,4 @@
-"""FID, KID, Inception Score, precision/recall and density/coverage against closed forms and peer libraries."""
+"""FID, KID and Inception Score against closed forms and peer libraries."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from hypothesis import strategies as st
 
 from pipeline.fid import (
     Moments,
-    density_coverage,
     frechet_distance,
     inception_score,
     kid,
-    precision_recall,
 )
 
 Array = npt.NDArray[np.float64]
@@ -204,63 +202,7 @@ def test_inception_score_reaches_its_bounds() -> None:
     assert inception_score(certain, num_splits=1)[0] == pytest.approx(5, abs=1e-12)
 
 
-@pytest.mark.parametrize("k", [1, 3, 5])
-def test_precision_recall_equal_torch_fidelity(k: int) -> None:
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
-    real, generated = gaussian(300, 8, seed=19), gaussian(250, 8, seed=20, mean=0.5) * 0.8
-    theirs = prc_features_to_metric(
-        torch.from_numpy(generated), torch.from_numpy(real), prc_neighborhood=k, save_cpu_ram=False, verbose=False
-    )
-    precision, recall = precision_recall(real, generated, k=k)
-    assert 0 < precision < 1
-    assert precision == pytest.approx(theirs[KEY_METRIC_PRECISION], rel=1e-6)
-    assert recall == pytest.approx(theirs[KEY_METRIC_RECALL], rel=1e-6)
-
-
-def test_precision_and_recall_on_a_line() -> None:
-    """k = 1: radius 1 around the real 0 1 .. 9; around the generated 4.5, 5.2 and 30 it is 0.7, 0.7 and 24.8."""
-    real = np.arange(10.0)[:, None]
-    generated = np.array([[4.5], [5.2], [30.0]])
-    precision, recall = precision_recall(real, generated, k=1)
-    assert precision == pytest.approx(2 / 3)
-    assert recall == pytest.approx(6 / 10)  # 4 and 5 from the first two; 6..9 also from 30 - 24.8 = 5.2 on
-
-
-def test_equal_images_are_inside_balls_of_radius_zero() -> None:
-    """Sets of pairwise duplicates have radius 0 at k = 1: a distance off by rounding would give 0 instead of 1."""
-    points = np.repeat(gaussian(40, 16, seed=21, mean=100.0), 2, axis=0)
-    assert precision_recall(points, points.copy(), k=1) == (1.0, 1.0)
-
-
-def test_density_and_coverage_on_a_line() -> None:
-    """k = 1, radius 1 around 0..9: 4.5 is in the balls of 4 and 5, 5.2 in those of 5 and 6, and 30 in none."""
-    density, coverage = density_coverage(np.arange(10.0)[:, None], np.array([[4.5], [5.2], [30.0]]), k=1)
-    assert density == pytest.approx(4 / 3)
-    assert coverage == pytest.approx(3 / 10)
-
-
-def test_density_and_coverage_of_the_same_distribution() -> None:
-    """Density 1 and coverage 1 - prod (N-j)/(N+M-j), j = 1..k (Naeem et al. 2020, lemma 2), mean over many draws."""
-    n, m, k, draws = 60, 40, 5, 80
-    got = [density_coverage(gaussian(n, 3, seed=s), gaussian(m, 3, seed=5000 + s), k=k) for s in range(draws)]
-    density, coverage = np.mean(got, axis=0)
-    spread = np.std(got, axis=0) / np.sqrt(draws)
-    expected = 1 - np.prod([(n - j) / (n + m - j) for j in range(1, k + 1)])
-    assert abs(density - 1) < 4 * spread[0]
-    assert abs(coverage - expected) < 4 * spread[1]
-
-
-def test_blocks_of_distances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, generated = gaussian(50, 4, seed=22), gaussian(37, 4, seed=23)
-    whole = (precision_recall(real, generated), density_coverage(real, generated))
-    monkeypatch.setattr("pipeline.fid._BLOCK_VALUES", 7 * 50)
-    assert (precision_recall(real, generated), density_coverage(real, generated)) == whole
-
-
-def test_too_few_images_for_the_neighbours_asked_for() -> None:
-    with pytest.raises(ValueError, match="more than 3 images, got 3"):
-        precision_recall(np.zeros((3, 2)), np.zeros((10, 2)), k=3)
+def test_too_few_images_or_splits() -> None:
     with pytest.raises(ValueError, match="at least 2 images"):
         kid(np.zeros((1, 2)), np.zeros((5, 2)))
     with pytest.raises(ValueError, match="1 to n = 4 splits"):

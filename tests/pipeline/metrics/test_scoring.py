@@ -18,10 +18,11 @@ from pipeline.classifier import Classifier
 from pipeline.classifier_store import classifier_for
 from pipeline.errors import DataError, RefusedError
 from pipeline.features import Extracted, FeatureExtractor
-from pipeline.fid import Moments, density_coverage, frechet_distance, inception_score, kid, precision_recall
+from pipeline.fid import Moments, frechet_distance, inception_score, kid
 from pipeline.fit_rule import FitRule, content_hashes, hash_rows
 from pipeline.ingest import ingest
-from pipeline.metric_identity import Generation, MetricIdentity, differences
+from pipeline.metric_identity import LUCK, Generation, MetricIdentity, differences
+from pipeline.prdc import prdc
 from pipeline.reference import Reference, prepare_reference
 from pipeline.scoring import METRICS, choose_extractor, read_scores, score, write_scores
 from pipeline.shards import Dataset
@@ -213,13 +214,14 @@ def test_values_are_those_of_the_formulas_on_the_same_features(
     expected = {
         "fid": frechet_distance(Moments.of(real), Moments.of(judged)),
         "kid": expected_kid.mean,
-        "kid_std": expected_kid.std,
         "inception_score": expected_is[0],
-        "inception_score_std": expected_is[1],
-        **dict(zip(("precision", "recall"), precision_recall(real, judged), strict=True)),
-        **dict(zip(("density", "coverage"), density_coverage(real, judged), strict=True)),
+        **prdc(real, judged, k_precision=3, k_density=5)._asdict(),
     }
     assert got.values == {f"{name}_classifier_n{n}": pytest.approx(v, rel=1e-9) for name, v in expected.items()}
+    spreads = {"kid": (expected_kid.std, f"100 subsets of {n // 2}"), "inception_score": (expected_is[1], "10 splits")}
+    assert {key: (s.value, s.over) for key, s in got.spreads.items()} == {
+        f"{name}_classifier_n{n}": (pytest.approx(value, rel=1e-9), over) for name, (value, over) in spreads.items()
+    }
     assert got.yardsticks["real_half"]["fid"] == pytest.approx(
         frechet_distance(Moments.of(real), Moments.of(reference.other.features)), rel=1e-9
     )
@@ -264,14 +266,14 @@ def test_features_may_be_given_instead_of_images(data: ArraySet, classifier: Cla
 def test_an_extractor_of_other_classes_says_nothing_about_confidence(data: ArraySet, tmp_path: Path) -> None:
     extractor = Means()
     found = prepare_reference(data, extractor, 300, tmp_path)
-    got = score(data.images[:300], data, extractor, found, GENERATION, metrics=("fid", "kid", "precision_recall"))
+    got = score(data.images[:300], data, extractor, found, GENERATION, metrics=("fid", "kid", "prdc"))
     assert got.confident == got.class_shares == {}
     identity = got.identities["fid_means_n300"]
     assert (identity.num_images, identity.num_reference, identity.reference) == (300, 1797, "all 1797 images")
     per_image = got.identities["kid_means_n300"]
     assert (per_image.num_reference, per_image.reference) == (300, "first 300 by content of all 1797 images")
     with pytest.raises(RefusedError, match="extractor with logits"):
-        score(data.images[:300], data, extractor, found, GENERATION, metrics=["inception_score"])
+        score(data.images[:300], data, extractor, found, GENERATION, metrics=["is"])
 
 
 def test_what_cannot_be_scored(data: ArraySet, classifier: Classifier, reference: Reference) -> None:
@@ -291,7 +293,8 @@ def test_names_are_fit_for_mlflow_and_tell_yardsticks_apart(
     flat = got.flat()
     assert flat[f"fid_classifier_n{n}"] == got.values[f"fid_classifier_n{n}"]
     assert flat[f"yardstick_real_half_fid_classifier_n{n}"] == got.yardsticks["real_half"]["fid"]
-    assert len(flat) == 3 * len(got.values)
+    assert flat[f"kid_std_classifier_n{n}"] == got.spreads[f"kid_classifier_n{n}"].value
+    assert len(flat) == 3 * len(got.values) + len(got.spreads)
     assert all(re.fullmatch(r"[A-Za-z0-9_\-. /]{1,250}", name) for name in flat)
     json.dumps(flat, allow_nan=False)
 
@@ -304,12 +307,43 @@ def test_scores_survive_their_files(
     paths = write_scores(got, tmp_path / "scores")
     assert sorted(p.name for p in paths) == ["moments.safetensors", "scores.json"]
     back = read_scores(tmp_path / "scores")
-    for field in ("values", "identities", "yardsticks", "confident", "class_shares"):
+    for field in ("values", "identities", "spreads", "yardsticks", "confident", "class_shares"):
         assert getattr(back, field) == getattr(got, field)
     assert frechet_distance(back.reference, back.generated) == got.values[f"fid_classifier_n{n}"]
     paths[1].write_bytes(paths[1].read_bytes()[:-9])
     with pytest.raises(DataError, match="evaluate again"):
         read_scores(tmp_path / "scores")
+
+
+def test_scores_of_several_seeds_are_their_mean_with_its_deviation(
+    data: ArraySet, classifier: Classifier, reference: Reference
+) -> None:
+    n = reference.num_images
+    noise = np.random.default_rng(1)
+
+    def of_seed(seed: int) -> scoring.Scores:
+        images = (real_images(data, classifier, n) * noise.uniform(0.7, 1, (n, 1, 1, 1))).astype(np.uint8)
+        return score(images, data, classifier, reference, dataclasses.replace(GENERATION, seed=seed))
+
+    each = [of_seed(seed) for seed in (4, 5, 6)]
+    joint = scoring.over_seeds(each)
+    key, old = f"fid_classifier_n{n}_seeds3", f"fid_classifier_n{n}"
+    values = [scores.values[old] for scores in each]
+    assert joint.values[key] == pytest.approx(np.mean(values))
+    assert joint.spreads[key].parts == tuple(values)
+    assert joint.spreads[key].value == pytest.approx(np.std(values, ddof=1))
+    assert joint.spreads[key].over == "3 seeds"
+    assert joint.flat()[f"fid_std_classifier_n{n}_seeds3"] == joint.spreads[key].value
+    generation = joint.identities[key].generation
+    assert (generation.seed, generation.num_seeds) == (4, 3)
+    assert scoring.over_seeds(each[:1]) is each[0]
+    with pytest.raises(ValueError, match="consecutive"):
+        scoring.over_seeds([each[0], each[2]])
+    other = score(
+        real_images(data, classifier, n), data, classifier, reference, dataclasses.replace(GENERATION, seed=5, steps=9)
+    )
+    with pytest.raises(ValueError, match="more than the seed"):
+        scoring.over_seeds([each[0], other])
 
 
 # Identities
@@ -353,6 +387,12 @@ def test_every_part_of_the_generation_makes_two_values_unlike(field: str) -> Non
     generation = dataclasses.replace(GENERATION, **changed)
     (line,) = differences(an_identity(), dataclasses.replace(an_identity(), generation=generation))
     assert line.startswith(f"generation.{field}: {value}, ")
+    by_chance_alone = f"generation.{field}" in LUCK
+    assert by_chance_alone == (field in ("seed", "num_seeds", "chunk"))
+    assert (
+        bool(differences(an_identity(), dataclasses.replace(an_identity(), generation=generation), but=LUCK))
+        != by_chance_alone
+    )
 
 
 # Choice of the extractor

@@ -1,0 +1,108 @@
+"""The end of a training: scores, pictures, the logged model, and the summary that the user reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster_profile import Profile
+from pipeline.console import Console, duration
+from pipeline.device import Compute
+from pipeline.errors import DataError, RefusedError
+from pipeline.evaluate import ScoreRequest, record_scores, score_model, write_scored
+from pipeline.generated import PREVIEW_IMAGES
+from pipeline.judge import Judge, find_judge
+from pipeline.pictures import save_grid
+from pipeline.runs import Run
+from pipeline.sample import draw_strip, generator_for, load_trained, with_progress
+from pipeline.score_table import score_lines
+from pipeline.scores import Scores
+from pipeline.tracking import Tracker, TrackingSettings
+from pipeline.tracking_text import describe
+from pipeline.trained import Trained
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: where its pictures are, and its scores, or why there are none."""
+
+    run_id: str
+    name: str
+    step: int
+    training_s: float
+    pictures: dict[str, Path]
+    scores: Scores | None = None
+    skipped: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return {
+            "run": self.run_id,
+            "name": self.name,
+            "step": self.step,
+            "training_s": round(self.training_s, 3),
+            "pictures": {name: str(path) for name, path in self.pictures.items()},
+            "scores": None if self.scores is None else self.scores.to_json(),
+            "skipped": self.skipped,
+        }
+
+    def to_text(self) -> str:
+        """Return the summary: scores beside their yardsticks, pictures, and what to type next."""
+        lines = [f"run {self.run_id}  {self.name}  {self.step} steps, trained for {duration(self.training_s)}", ""]
+        lines += score_lines(self.scores) if self.scores is not None else [self.skipped]
+        lines += ["", *(f"{name + ':':<9}{path}" for name, path in self.pictures.items()), *self.notes]
+        lines += [
+            "",
+            "next:",
+            "  ddpm-pipe ui                              browse this run in MLflow's pages",
+            f"  ddpm-pipe sample {self.run_id} -n 16          more images",
+            f"  ddpm-pipe evaluate {self.run_id} --steps 100  another sampler setting, scored",
+            f"  ddpm-pipe resume {self.run_id} -s training.steps={2 * self.step}",
+        ]
+        return "\n".join(lines)
+
+
+def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Console) -> Outcome:
+    """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
+    request = ScoreRequest()
+    trained, compute = load_trained(run, request, profile)
+    denoiser = generator_for(trained, request, compute)
+    judge, skipped = _judge_or_reason(run, trained, compute, console)
+    scored = None if judge is None else score_model(run, trained, compute, judge, request, console)
+    folder = run.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    pictures = {"samples": folder / "samples.png", "strip": folder / "denoising.png"}
+    images = with_progress(denoiser, PREVIEW_IMAGES, console).numpy() if scored is None else scored.preview
+    save_grid(images, pictures["samples"])
+    draw_strip(denoiser, pictures["strip"])
+    tracker = Tracker(run.folder, settings)
+    summary = {}
+    if scored is not None:
+        summary = record_scores(tracker, write_scored(run, scored), scored.scores, trained.step)
+    run.update(summary={**run.state().summary, **summary})
+    for path in pictures.values():
+        tracker.artifact(path, "pictures")
+    tracker.model(trained.save(run.folder / "model"), trained.step)
+    tracker.metrics(trained.step, {"training_s": trained.training_s}, family="result")
+    tracker.describe(describe(run.record, summary))
+    tracker.finish("FINISHED")
+    delivered = tracker.close()
+    notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]
+    scores = None if scored is None else scored.scores
+    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, scores, skipped, notes)
+
+
+def _judge_or_reason(run: Run, trained: Trained, compute: Compute, console: Console) -> tuple[Judge | None, str]:
+    """Return what judges the end of a training, or one line on why nothing does and how to add it."""
+    asked = trained.experiment.evaluation
+    if not asked.enabled:
+        return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
+    try:
+        return find_judge(run, asked, compute.device, console, download=False), ""
+    except (DataError, RefusedError) as error:
+        return None, (
+            f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
+            f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
+        )

@@ -1,0 +1,60 @@
+"""What judges the images of a run: its dataset, an extractor, and the reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline import scoring
+from pipeline.config import EvaluationConfig
+from pipeline.console import Console, Rate
+from pipeline.features import FeatureExtractor
+from pipeline.home import datasets_dir
+from pipeline.image_set import Progress
+from pipeline.reference import Reference
+from pipeline.runs import Run
+from pipeline.shards import Dataset
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What images of a dataset are judged by."""
+
+    dataset: Dataset
+    extractor: FeatureExtractor
+    reference: Reference
+
+
+def find_judge(run: Run, asked: EvaluationConfig, device: torch.device, console: Console, *, download: bool) -> Judge:
+    """Return extractor and reference for a run's dataset; DataError or RefusedError says why there is none."""
+    dataset = Dataset.open(run.record.dataset["path"])
+    cache = features_dir(run)
+    progress = progress_on(console)
+    extractor = scoring.choose_extractor(
+        dataset,
+        cache,
+        kind=asked.extractor,
+        inception_weights=asked.inception_weights,
+        download=download,
+        device=device,
+        progress=progress,
+    )
+    reference = scoring.prepare_reference(dataset, extractor, asked.num_images, cache, progress=progress)
+    return Judge(dataset, extractor, reference)
+
+
+def features_dir(run: Run) -> Path:
+    """Return the folder of what is known of real images: it serves all runs of a home."""
+    return datasets_dir(run.folder.parent.parent) / "features"
+
+
+def progress_on(console: Console) -> Progress:
+    """Return a callback that shows a progress line for each thing that is done."""
+    rates: dict[str, Rate] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        rates.setdefault(what, Rate(console, what, total))(done)
+
+    return show
