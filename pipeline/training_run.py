@@ -20,9 +20,10 @@ from pipeline.errors import CheckpointError, InterruptedRunError, UsageError
 from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job
-from pipeline.models import allow_modules_in
+from pipeline.models import allow_modules_in, build_diffusion
 from pipeline.plan import Plan, choose_workers, make_plan
 from pipeline.runs import Run, RunStatus
+from pipeline.schedule_picture import draw_schedules, example_of
 from pipeline.shards import Dataset
 from pipeline.tracking import TrackedDataset, Tracker, TrackingSettings
 from pipeline.tracking_text import describe
@@ -177,6 +178,11 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         description=describe(run.record, {}),
         dataset=TrackedDataset(manifest.name, manifest.fingerprint, str(dataset.folder)),
     )
+    picture = run.folder / "pictures" / "schedule.png"
+    if not picture.exists():  # a resumed run has it
+        picture.parent.mkdir(exist_ok=True)
+        draw_schedules([build_diffusion(experiment).schedule], *example_of(dataset), picture)
+        tracker.artifact(picture, "pictures")
     try:
         yield
     finally:

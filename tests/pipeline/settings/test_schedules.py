@@ -1,0 +1,146 @@
+"""`ddpm-pipe schedule`: its figures against closed forms and draws, its picture, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ddpm import BetaSchedule, GaussianDiffusion
+from ddpm.likelihood import prior_bits
+from pipeline.cli import run
+from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.schedule_picture import draw_schedules, example_digit, example_of
+from pipeline.schedule_report import curves, facts, most_prior_bits
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    monkeypatch.chdir(home)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(["schedule", *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize(("name", "T"), [("linear", 1000), ("linear_raw", 50), ("cosine", 30), ("jsd", 40)])
+def test_the_prior_term_is_that_of_the_bound_for_black_and_white(name: str, T: int) -> None:
+    schedule = BetaSchedule.named(name, T)
+    x0 = torch.where(torch.arange(64) % 3 == 0, -1.0, 1.0).double().view(1, 1, 8, 8)
+    exact = float(prior_bits(GaussianDiffusion(schedule, prediction="x0"), x0))
+    assert most_prior_bits(schedule) == pytest.approx(exact, rel=1e-12, abs=1e-15)
+    assert float(prior_bits(GaussianDiffusion(schedule, prediction="x0"), 0.5 * x0)) <= exact
+
+
+def test_known_values_of_abar_T() -> None:  # MATHS: Schedules
+    known = {
+        ("linear_raw", 50): 0.60, ("linear_raw", 100): 0.364, ("linear_raw", 250): 0.080, ("linear", 1000): 4.036e-05,
+        ("quadratic", 1000): 7.33e-4, ("constant", 1000): 1.68e-9, ("warmup10", 1000): 4.61e-9, ("cosine", 1000): 2.4e-9,
+        ("warmup50", 1000): 2.61e-7, ("sigmoid", 1000): 3.00e-7,
+    }  # fmt: skip
+    for (name, T), value in known.items():
+        (fact,) = facts([name], [T])
+        assert fact.to_dict()["abar_T"] == pytest.approx(value, rel=0.02), name
+        assert bool(fact.to_dict()["warnings"]) is (value > 0.01)
+
+
+def test_curves_are_the_moments_of_what_q_sample_draws() -> None:
+    schedule = BetaSchedule.named("cosine", 20)
+    s, count = 0.6, 200_000
+    g = torch.Generator().manual_seed(0)
+    x0 = s * torch.randn(count, generator=g, dtype=torch.float64)
+    eps = torch.randn(count, generator=g, dtype=torch.float64)
+    drawn = curves(schedule, s**2)
+    diffusion = GaussianDiffusion(schedule)
+    for t in (0, 9, 19):
+        x_t = diffusion.q_sample(x0, torch.full((count,), t), eps)
+        assert float(x_t.var()) == pytest.approx(float(drawn.marginal_variance[t]), rel=0.02)
+        signal = float((x0 @ x_t) / (x0 @ x0))  # regression on x0: sqrt(abar)
+        assert signal**2 == pytest.approx(float(drawn.alphas_cumprod[t]), abs=0.01)
+    abar = drawn.alphas_cumprod[9]
+    assert float(drawn.log_snr[9]) == pytest.approx(math.log(abar) - math.log(1 - abar), rel=1e-12)
+    one, zero = torch.ones(1), torch.zeros(1)
+    posterior = diffusion.q_posterior(one.double(), zero.double(), torch.tensor([9]))
+    assert float(posterior.mean) == pytest.approx(float(drawn.x0_weight[9]), rel=1e-12)
+
+
+def test_the_command_prints_figures_and_draws(typed: Typed, home: Path) -> None:
+    code, out, err = typed("linear", "cosine", "-T", "1000", "-T", "15")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert [line.split()[:2] for line in lines[1:4]] == [["linear", "1000"], ["cosine", "1000"], ["cosine", "15"]]
+    assert "4.036e-05" in lines[1]
+    assert any(line.startswith("refused: linear, T = 15") and "linear_raw" in line for line in lines)
+    with Image.open(home / "schedule.png") as picture:
+        picture.load()
+        assert picture.width > 1000
+
+
+def test_json_has_every_point_and_its_warnings(typed: Typed, home: Path) -> None:
+    code, out, _ = typed("linear_raw", "linear", "-T", "15", "--json", "-o", "a.png")
+    data = json.loads(out)
+    raw, refused = data["schedules"]
+    assert code == 0
+    assert "degenerate" in raw["warnings"][0]
+    assert refused["num_timesteps"] == 15
+    assert "not below 1" in refused["refused"]
+    assert Path(data["picture"]) == home / "a.png"
+    assert (home / "a.png").is_file()
+
+
+def test_a_table_of_betas_and_zero_terminal_snr(typed: Typed, home: Path) -> None:
+    (home / "betas.txt").write_text("\n".join(str(b) for b in np.linspace(1e-4, 0.3, 40)))
+    code, out, _ = typed("--betas", "betas.txt", "--zero-terminal-snr", "--json")
+    (fact,) = json.loads(out)["schedules"]
+    assert code == 0
+    assert (fact["num_timesteps"], fact["abar_T"], fact["prior_bits_per_dim_at_most"]) == (40, 0.0, 0.0)
+    assert fact["snr_first"] == pytest.approx(9999)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["linaer"], 2, "did you mean 'linear'"),
+        (["linear", "-T", "15"], 2, "use num_timesteps above 20"),
+        (["linear", "-T", "1"], 2, "-T"),
+        (["--betas", "nothing.txt"], 2, "nothing.txt"),
+        (["linear", "-o", "no/such/folder.png"], 6, "no/such/folder.png"),
+    ],
+)
+def test_what_cannot_be_is_told_in_a_line(typed: Typed, home: Path, arguments: list[str], code: int, told: str) -> None:
+    got, out, err = typed(*arguments)
+    assert (got, out) == (code, ""), err
+    assert told in err
+    assert len(err.splitlines()) == 1
+    assert list(home.iterdir()) == []
+
+
+def test_a_dataset_of_colour_is_drawn_with_its_own_variance(home: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 12, 16, 3), dtype=np.uint8)
+    np.savez(home / "images.npz", images=pixels)
+    dataset = ensure_ingested(str(home / "images.npz"), IngestOptions(), home / "datasets")
+    image, variance = example_of(dataset)
+    assert image.shape == (3, 12, 16)
+    assert variance == pytest.approx((pixels / 127.5 - 1).var(), rel=1e-6)
+    draw_schedules([BetaSchedule.named("jsd", 30)], image, variance, home / "a.png")
+    with Image.open(home / "a.png") as picture:
+        colours = picture.convert("RGB").getcolors(1 << 24)
+    assert colours is not None
+    assert any(r != g or g != b for _, (r, g, b) in colours)
+
+
+def test_the_digit_needs_no_data() -> None:
+    image, variance = example_digit()
+    assert (image.shape, image.dtype) == ((1, 8, 8), torch.uint8)
+    assert 0 < variance < 1
