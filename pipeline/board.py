@@ -13,6 +13,11 @@ from pipeline.errors import PipelineError
 NAMESPACE = "ddpm-pipe"
 
 
+def board_name(run_id: str, attempt: int) -> str:
+    """Return the name under which an attempt's board is found in the cluster."""
+    return f"board-{run_id}-{attempt}"
+
+
 class Board:
     """A notice board in the cluster: workers write how far they are, the driver writes that they should stop."""
 
@@ -21,15 +26,18 @@ class Board:
         self._warnings: list[str] = []
         self._error: PipelineError | None = None
         self._outcome: str | None = None
-        self._stop = False
+        self._judgements: list[dict[str, Any]] = []
+        self._stop = ""
 
     def publish(self, progress: dict[str, Any]) -> bool:
-        """Take rank 0's progress, or a warning; return whether the workers should stop."""
+        """Take rank 0's progress, a warning, or what a score on the way was; return whether the workers should stop."""
         if "warning" in progress:
             self._warnings.append(progress["warning"])
+        elif "judgement" in progress:
+            self._judgements.append(progress["judgement"])
         else:
             self._progress = progress
-        return self._stop
+        return bool(self._stop)
 
     def fail(self, error: PipelineError) -> None:
         """Keep the first error that a worker raised on purpose."""
@@ -39,14 +47,21 @@ class Board:
         """Keep how training ended."""
         self._outcome = outcome
 
-    def stop(self) -> None:
-        """Ask the workers to save and stop."""
-        self._stop = True
+    def stop(self, reason: str = "asked to stop") -> None:
+        """Ask the workers to save and stop; the first reason is kept."""
+        self._stop = self._stop or reason
 
     def read(self) -> dict[str, Any]:
         """Return everything, and forget the warnings."""
         warnings, self._warnings = self._warnings, []
-        return {"progress": self._progress, "warnings": warnings, "error": self._error, "outcome": self._outcome}
+        return {
+            "progress": self._progress,
+            "warnings": warnings,
+            "judgements": list(self._judgements),
+            "error": self._error,
+            "outcome": self._outcome,
+            "stop": self._stop,
+        }
 
 
 class BoardLink:

@@ -56,7 +56,7 @@ class RunRecord:
     """What was asked for: written once, when the run is made.
 
     `dataset` holds at least `path` and `fingerprint`; `created` is UTC, ISO 8601; `command` is the command line as
-    typed, secrets removed.
+    typed, secrets removed. `trial` says of which sweep the run is a trial, and which one (pipeline/sweep_trial.py).
     """
 
     id: str
@@ -70,6 +70,7 @@ class RunRecord:
     code_version: str
     libraries: dict[str, str]
     initial_weights: str | None = None
+    trial: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Run:
         profile: dict[str, Any],
         command: list[str],
         initial_weights: str | None = None,
+        trial: dict[str, Any] | None = None,
     ) -> Run:
         """Make a run folder with its record, status CREATED. StorageError where it cannot be written."""
         from pipeline.provenance import code_version, library_versions
@@ -128,7 +130,7 @@ class Run:
                 ) from error
         record = RunRecord(
             run.id, name, _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
-            [redact(argument) for argument in command], code_version(), library_versions(), initial_weights,
+            [redact(argument) for argument in command], code_version(), library_versions(), initial_weights, trial,
         )  # fmt: skip
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(run.folder / "run.json", asdict(record))  # last: a folder without it is no run

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 from pipeline import checkpoint as checkpoints
-from pipeline.board import NAMESPACE, Board, run_worker
+from pipeline.board import NAMESPACE, Board, board_name, run_worker
 from pipeline.cluster import LocalSession
 from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
@@ -43,8 +43,11 @@ class Signals:
 
 @contextmanager
 def listening() -> Iterator[Signals]:
-    """Collect SIGINT and SIGTERM instead of dying of them."""
+    """Collect SIGINT and SIGTERM instead of dying of them. They reach a process's main thread; another thread hears of none."""
     signals = Signals([])
+    if threading.current_thread() is not threading.main_thread():
+        yield signals
+        return
 
     def note(number: int, frame: FrameType | None) -> None:
         signals.received.append(number)
@@ -57,8 +60,12 @@ def listening() -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def run_attempts(run: Run, job: Job, profile: Profile, console: Console) -> None:
-    """Train a run to its last step, holding its lock.
+def run_attempts(
+    run: Run, job: Job, profile: Profile, console: Console, observe: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Train a run to its last step, holding its lock, in the Ray that this process is part of or in one of its own.
+
+    `observe` is given what the board says, each time it is read.
 
     Raises the worker's own error where there is one, ClusterError when attempts are exhausted or two in a row die without a new
     checkpoint, InterruptedRunError when the user or the system asked to stop.
@@ -70,11 +77,11 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console) -> None
             attempt = run.next_attempt()
             run.update(status="RUNNING", reason="")
             with listening() as signals:
-                ended = _attempt(run, replace(job, attempt=attempt), profile, console, signals)
+                ended = _attempt(run, replace(job, attempt=attempt), profile, console, signals, observe)
             if ended.outcome == "finished":
                 return
             step = _newest_step(run)
-            if signals.first is not None:
+            if signals.first is not None or ended.outcome == "stopped":
                 raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
             run.log(f"attempt {attempt} failed: {ended.cause}")
             if causes and causes[-1][0] == step:
@@ -98,11 +105,18 @@ class Ended:
     cause: str = ""
 
 
-def _attempt(run: Run, job: Job, profile: Profile, console: Console, signals: Signals) -> Ended:
+def _attempt(
+    run: Run,
+    job: Job,
+    profile: Profile,
+    console: Console,
+    signals: Signals,
+    observe: Callable[[dict[str, Any]], None] | None,
+) -> Ended:
     """Run one `fit()` in a thread, and watch it; a PipelineError of a worker is raised here."""
     import ray
 
-    name = f"board-{run.id}-{job.attempt}"
+    name = board_name(run.id, job.attempt)
     board = ray.remote(Board).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
     trainer = _trainer(job, profile, name, Path(job.run_folder) / "ray")
     failure: list[BaseException] = []
@@ -115,7 +129,7 @@ def _attempt(run: Run, job: Job, profile: Profile, console: Console, signals: Si
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    _watch(thread, board, console, signals, profile)
+    _watch(thread, board, console, signals, profile, observe or (lambda seen: None))
     if thread.is_alive():  # a second signal, or a stop that took too long: ray.shutdown ends the workers
         return Ended(None, "stopped at once")
     seen = _read(board, console)
@@ -163,14 +177,23 @@ def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
     )
 
 
-def _watch(thread: threading.Thread, board: Any, console: Console, signals: Signals, profile: Profile) -> None:
+def _watch(
+    thread: threading.Thread,
+    board: Any,
+    console: Console,
+    signals: Signals,
+    profile: Profile,
+    observe: Callable[[dict[str, Any]], None],
+) -> None:
     """Show progress until the thread ends; pass a first signal on as a request to stop, and leave on a second."""
     asked_at: float | None = None
     begin: tuple[int, float] | None = None
     shown: dict[str, Any] = {}
     while thread.is_alive():
         thread.join(timeout=POLL_S)
-        progress = _read(board, console).get("progress")
+        seen = _read(board, console)
+        observe(seen)
+        progress = seen.get("progress")
         if progress and progress != shown:
             shown = progress
             begin = begin or (progress["step"], time.monotonic())
@@ -225,5 +248,5 @@ def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> Inter
         if step >= 0
         else "nothing was saved yet"
     )
-    code = 130 if signals.first == signal.SIGINT else 75 if saved else 143
+    code = 130 if signals.first == signal.SIGINT else 75 if saved else 143  # another process may have asked, too
     return InterruptedRunError(f"stopped, {where}; go on with: ddpm-pipe resume {run.id}", code)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +29,9 @@ from pipeline.tracking import TrackedDataset, Tracker, TrackingSettings
 from pipeline.tracking_text import describe
 from pipeline.train import run_attempts
 from pipeline.trained import experiment_of, profile_of
+from pipeline.trial import allowance_of, trial_of
+
+Observer = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,21 @@ def go_on(
     return _carry_out(run, checked, dataset, console, overrides)
 
 
-def _carry_out(run: Run, checked: Plan, dataset: Dataset, console: Console, overrides: Sequence[str] = ()) -> Outcome:
+def carry_on(run: Run, console: Console, observe: Observer | None = None) -> Outcome:
+    """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`."""
+    experiment, profile, dataset = experiment_of(run), profile_of(run, None), _dataset_of(run)
+    checked = _plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
+    return _carry_out(run, checked, dataset, console, observe=observe)
+
+
+def _carry_out(
+    run: Run,
+    checked: Plan,
+    dataset: Dataset,
+    console: Console,
+    overrides: Sequence[str] = (),
+    observe: Observer | None = None,
+) -> Outcome:
     """Train and evaluate under the run's lock, and leave its status true whatever happens."""
     profile = checked.profile
     settings = TrackingSettings.of_profile(profile.home(), profile)
@@ -136,13 +153,14 @@ def _carry_out(run: Run, checked: Plan, dataset: Dataset, console: Console, over
         code_folder=os.getcwd(),
         tracking=replace(settings, mlflow_run_id=None),
         initial_weights=run.record.initial_weights,
+        allowance=allowance_of(run),
     )
     with run.lock(), _open_tracking(run, checked, dataset, settings):
         if overrides:
             run.update(overrides=[*run.state().overrides, *overrides])
         console.say(f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps, in {run.folder}")
         try:
-            run_attempts(run, job, profile, console)
+            run_attempts(run, job, profile, console, observe)
             outcome = conclude(run, profile, settings, console)
         except InterruptedRunError as error:
             _close(run, settings, RunStatus.INTERRUPTED, str(error))
@@ -153,7 +171,7 @@ def _carry_out(run: Run, checked: Plan, dataset: Dataset, console: Console, over
         except Exception as error:
             _close(run, settings, RunStatus.FAILED, str(error))
             raise
-        run.update(status=RunStatus.FINISHED, reason="", step=checked.experiment.training.steps)
+        run.update(status=RunStatus.FINISHED, reason="", step=outcome.step)
     return outcome
 
 
@@ -162,10 +180,12 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
     """Open the MLflow run, or leave that in the spool for when the store is there; nothing waits for it."""
     experiment, manifest = checked.experiment, dataset.manifest
     tracker = Tracker(run.folder, settings)
+    trial = trial_of(run.record)
     tracker.start(
         settings.experiment,
-        run.record.name,
+        run.record.name if trial is None else trial.name,
         tags={
+            **({} if trial is None else trial.tags),
             "dataset": manifest.name,
             "schedule": experiment.diffusion.schedule,
             "num_timesteps": str(experiment.diffusion.num_timesteps),

@@ -17,6 +17,7 @@ from pipeline.batches import Batch, Prefetch, training_batches
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, experiment_from
 from pipeline.device import Compute, training_compute
+from pipeline.early_kid import early_kid
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.generation import Denoiser
 from pipeline.job import Job
@@ -97,6 +98,8 @@ class Worker:
         self.saved_at = time.monotonic()
         self.tracker = Tracker(Path(job.run_folder), job.tracking) if team.leads else None
         self.sampling_model: nn.Module | None = None
+        self.judging_s = 0.0
+        self.rungs = list(job.allowance.rungs) if team.leads else []
 
     def work(self) -> str:
         """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
@@ -118,7 +121,9 @@ class Worker:
         self.learner.model.train()
         if self.learner.step == 0:
             self._draw_grid()
-        if self.learner.step >= total:
+        spent = self.job.allowance.share(self.learner.step, total, self.elapsed_before_s)
+        self.rungs = [rung for rung in self.rungs if rung > spent]
+        if spent >= 1:
             return "finished"
         begin = time.monotonic()
         with Prefetch(self._batches()) as batches:
@@ -136,17 +141,21 @@ class Worker:
             )
             for result in steps:
                 self.meter.add(result)
-                stop, save = self.team.decide(self.link.stop_requested(), self._save_is_due(result.step))
-                last = result.step == total
+                elapsed_s = self.elapsed_before_s + time.monotonic() - begin - self.judging_s
+                spent = self.job.allowance.share(result.step, total, elapsed_s)
+                stop, save, last = self.team.decide(
+                    self.link.stop_requested(), self._save_is_due(result.step), spent >= 1
+                )
                 if save or stop or last or result.step % self.experiment.logging.every_steps == 0:
                     result.require_finite()
                     self.meter.gather(self.team)
                 if result.step % self.experiment.logging.every_steps == 0 or last:
                     self._log(result, pace)
-                if self._grid_is_due(result.step):
+                if self._grid_is_due(result.step, last):
                     self._draw_grid()
+                self._judge(spent)
                 if save or stop or last:
-                    self._save(self.elapsed_before_s + time.monotonic() - begin, must=stop or last)
+                    self._save(elapsed_s, must=stop or last)
                 self._publish(result, pace)
                 if last:
                     return "finished"
@@ -196,18 +205,40 @@ class Worker:
 
     # -- pictures -------------------------------------------------------------------------------------------------------------
 
-    def _grid_is_due(self, step: int) -> bool:
+    def _grid_is_due(self, step: int, last: bool) -> bool:
         every = self.experiment.logging.grid_every_steps
-        return every is not None and (step % every == 0 or step == self.experiment.training.steps)
+        return every is not None and (step % every == 0 or last)
 
     def _draw_grid(self) -> None:
         """Draw images from the averaged weights, the same noise every time; rank 0 alone, the others wait at the next step."""
         if self.tracker is None or self.experiment.logging.grid_every_steps is None:
             return
+        images = self._generate(self.experiment.logging.grid_images)
+        path = Path(self.job.run_folder) / "pictures" / f"samples-step-{self.learner.step:010d}.png"
+        path.parent.mkdir(exist_ok=True)
+        save_grid(images, path)
+        self.tracker.image("samples", self.learner.step, path)
+
+    def _judge(self, spent: float) -> None:
+        """Take a KID of few images at each share of the whole that is reached: what a sweep stops hopeless trials by."""
+        reached = [rung for rung in self.rungs if rung <= spent]
+        if not reached or self.tracker is None:
+            return
+        begin = time.monotonic()
+        self.rungs = self.rungs[len(reached) :]
+        images = self._generate(self.job.allowance.rung_images)
+        name, kid = early_kid(
+            self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), self.compute
+        )
+        self.tracker.metrics(self.learner.step, {name: kid}, family="result")
+        self.link.publish({"judgement": {"rung": reached[-1], "step": self.learner.step, "metric": name, "value": kid}})
+        self.judging_s += time.monotonic() - begin
+
+    def _generate(self, count: int) -> Tensor:
+        """Generate uint8 images [count, C, H, W] from the averaged weights, as the experiment samples."""
         if self.sampling_model is None:
             self.sampling_model = copy.deepcopy(self.learner.model)
         self.learner.ema.copy_to(self.sampling_model)
-        count = self.experiment.logging.grid_images
         sampling = self.experiment.sampling.model_copy(
             update={"batch_size": min(count, self.experiment.sampling.batch_size)}
         )
@@ -219,11 +250,7 @@ class Worker:
             self.experiment.seed,
             self.compute,
         )
-        images = torch.cat(list(denoiser.generate(count)))
-        path = Path(self.job.run_folder) / "pictures" / f"samples-step-{self.learner.step:010d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_grid(images, path)
-        self.tracker.image("samples", self.learner.step, path)
+        return torch.cat(list(denoiser.generate(count)))
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
