@@ -25,7 +25,7 @@ from ddpm import ddim, timestep_subset
 from pipeline import presets
 from pipeline.batches import Batch, Prefetch
 from pipeline.config import Experiment, load_experiment
-from pipeline.device import Compute
+from pipeline.device import AUTOCAST, Compute
 from pipeline.images import to_float
 from pipeline.models import build_diffusion, build_model, num_parameters
 from pipeline.randomness import training_draws
@@ -49,7 +49,7 @@ def our_training(
     experiment: Experiment, shape: Shape, compute: Compute, batches: Prefetch[Batch]
 ) -> tuple[Work, nn.Module]:
     model = compute.place(build_model(experiment, shape))
-    learner = Learner.create(model, experiment.training)
+    learner = Learner.create(model, experiment.training, compute)
     steps = fit(
         learner,
         model,
@@ -171,7 +171,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=SHAPES, default="digits")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of training (default: the preset's)")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of training (default: the preset's)")
     parser.add_argument("--steps", type=int, default=10, help="training steps of a round (default 10)")
     parser.add_argument("--denoising-steps", type=int, default=10, help="DDIM steps of a round (default 10)")
     parser.add_argument("--rounds", type=int, default=7)
@@ -184,8 +184,8 @@ def main() -> None:
     precision = [] if asked.precision is None else [f"training.precision={asked.precision}"]
     experiment, shape = load_experiment(presets.find("experiments", asked.preset), precision), SHAPES[asked.preset]
     training, device = experiment.training, torch.device(asked.device)
-    dtype = torch.bfloat16 if training.precision == "bf16" else None
     threads = asked.threads or torch.get_num_threads()
+    dtype = AUTOCAST[training.precision]
     compute = Compute(device, "gloo", dtype, compile=False, channels_last=training.channels_last, threads=threads)
     compute.start()
     torch.manual_seed(0)

@@ -90,7 +90,7 @@ class BoardLink:
 def run_worker(config: dict[str, Any]) -> None:
     """Be one worker of an attempt: what Ray Train calls in each of its processes."""
     import ray
-    import ray.train
+    import ray.train.torch
 
     from pipeline.team import Team
     from pipeline.worker import Worker
@@ -98,8 +98,8 @@ def run_worker(config: dict[str, Any]) -> None:
     board = ray.get_actor(config["board"], namespace=NAMESPACE)
     try:
         team = Team.join()
-        local_rank = ray.train.get_context().get_local_rank()
-        outcome = Worker(config["job"], team, BoardLink(board), local_rank).work()
+        gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none
+        outcome = Worker(config["job"], team, BoardLink(board), gpu).work()
     except PipelineError as error:
         ray.get(board.fail.remote(error))
         raise

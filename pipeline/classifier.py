@@ -17,9 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pipeline.device import exact_inference
 from pipeline.durable import write_atomically
 from pipeline.errors import DataError, RefusedError
-from pipeline.features import Extracted, check_images, concatenate, exact_inference, in_batches
+from pipeline.features import Extracted, check_images, concatenate, in_batches
 from pipeline.fit_rule import SALT, FitRule
 from pipeline.image_set import Images
 from pipeline.images import to_float

@@ -40,9 +40,9 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 def require_resources(profile: Profile, num_workers: int) -> None:
     """Refuse at once what this machine cannot hold: Ray itself would wait for it for ever (ClusterError)."""
     if profile.use_gpu:
-        import torch
+        from pipeline.device import num_gpus
 
-        need, gpus = profile.resources_per_worker.GPU * num_workers, torch.cuda.device_count()
+        need, gpus = profile.resources_per_worker.GPU * num_workers, num_gpus()
         if need > gpus:
             raise ClusterError(
                 f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need:g} "

@@ -27,6 +27,7 @@ NonNegative = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Arithmetic = Literal[Precision.FP32, Precision.BF16, Precision.FP16]  # `mixed` chooses among these
 
 HOST_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
 S3_PREFIX = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^\s?#]*)?")
@@ -124,8 +125,9 @@ class Profile(Section):
     resources_per_worker: Resources = Resources()
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     threads_per_worker: PositiveInt | None = None
-    precisions: tuple[Precision, ...] = (Precision.FP32, Precision.BF16)
+    precisions: tuple[Arithmetic, ...] = Field(default=(Precision.FP32, Precision.BF16, Precision.FP16), min_length=1)
     compile: bool = True
+    cuda_graphs: bool = False
     storage: str | None = None
     cache: Cache = Cache()
     mlflow: MLflowConfig = MLflowConfig()

@@ -53,15 +53,21 @@ ADDED_LATER: dict[str, Any] = {
     "training.weight_decay": 0.0,
     "training.ema_widths": [],
     "training.ema_snapshot_every_steps": None,
+    "training.tf32": False,
+    "training.deterministic": True,
 }
 
 
 class Precision(StrEnum):
-    """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in all."""
+    """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in all of them.
+
+    `fp16` scales the loss. `mixed` is bf16 where the device computes it, else fp16.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
-    FP16 = "fp16"  # with loss scaling, where a GPU lacks bf16
+    FP16 = "fp16"
+    MIXED = "mixed"
 
 
 class DataConfig(Section):
@@ -115,6 +121,8 @@ class TrainingConfig(Section):
     precision: Precision = Precision.FP32
     compile: bool = False
     channels_last: bool = False
+    tf32: bool = False
+    deterministic: bool = True
 
     @model_validator(mode="after")
     def _streams_divide_the_batch(self) -> TrainingConfig:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.fit_rule import FitRule
 from pipeline.image_set import Images
@@ -90,21 +88,6 @@ def in_batches(images: Images, batch_size: int) -> Iterator[Images]:
     """Cut images [n, C, H, W] into consecutive batches; the last one may be smaller, none is dropped."""
     for start in range(0, len(images), batch_size):
         yield images[start : start + batch_size]
-
-
-@contextlib.contextmanager
-def exact_inference() -> Iterator[None]:
-    """Run a network without gradients, and float32 as float32: TF32 would shift the features that GPUs compute."""
-    matmul = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
-        ):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = matmul
 
 
 def check_images(images: Images, channels: Iterable[int]) -> None:

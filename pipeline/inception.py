@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.device import exact_inference
 from pipeline.errors import DataError, RefusedError, StorageError
-from pipeline.features import Extracted, check_images, concatenate, exact_inference, in_batches
+from pipeline.features import Extracted, check_images, concatenate, in_batches
 from pipeline.image_set import Images
 
 INCEPTION_URL = (

@@ -35,7 +35,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         """
         import torch
 
-        from pipeline.device import Compute
+        from pipeline.device import serving_compute
         from pipeline.generation import Denoiser
 
         n = int(model_input["n"].iloc[0])
@@ -45,8 +45,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         trained, sampling = self.trained, self.trained.experiment.sampling
         if options.get("steps"):
             sampling = sampling.model_copy(update={"steps": int(options["steps"])})
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        compute = Compute(device, "gloo", None, compile=False, channels_last=False, threads=torch.get_num_threads())
+        compute = serving_compute()
         compute.place(trained.model)
         seed = int(options.get("seed", 0))
         denoiser = Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)

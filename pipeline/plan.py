@@ -10,7 +10,7 @@ import yaml
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, require_divisible
 from pipeline.console import size
-from pipeline.device import training_compute
+from pipeline.device import require_permission, training_compute
 from pipeline.errors import UsageError
 from pipeline.models import Shape, build_diffusion, build_model, num_parameters
 from pipeline.order import default_num_streams
@@ -85,7 +85,10 @@ def make_plan(
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     require_divisible(experiment, num_workers, streams)
     build_diffusion(experiment)
-    training_compute(experiment, profile, num_workers)
+    if profile.kind == "local":
+        training_compute(experiment, profile, num_workers)
+    else:  # what the cluster's machines can do is theirs to say
+        require_permission(experiment, profile)
     if num_rows is not None and experiment.training.batch_size > num_rows:
         raise UsageError(
             f"training.batch_size: got {experiment.training.batch_size}, more than the dataset's {num_rows} images; "

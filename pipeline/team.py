@@ -62,5 +62,6 @@ class Team:
         """Return the network whose backward pass averages gradients over the workers."""
         if self.size == 1:
             return model
-        devices = [compute.device] if compute.on_gpu else None
-        return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False)
+        return DistributedDataParallel(
+            model, device_ids=compute.ddp_devices, gradient_as_bucket_view=True, broadcast_buffers=False
+        )

@@ -22,6 +22,7 @@ from pipeline.board import NAMESPACE, Board, board_name, run_worker
 from pipeline.cluster import LocalSession
 from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
+from pipeline.device import backend_of
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.job import Job
 from pipeline.runs import Run
@@ -163,9 +164,7 @@ def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
     return TorchTrainer(
         run_worker,
         train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(
-            backend="nccl" if profile.use_gpu else "gloo", timeout_s=int(profile.timeouts.collective_s)
-        ),
+        torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
         scaling_config=ScalingConfig(
             num_workers=job.num_workers, use_gpu=profile.use_gpu, resources_per_worker=resources
         ),

@@ -14,34 +14,35 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm import ExponentialMovingAverage, GaussianDiffusion, l_simple
 from pipeline.batches import Batch
 from pipeline.config import TrainingConfig
-from pipeline.device import Compute
+from pipeline.device import Compute, LossScaler
 from pipeline.errors import DivergedError
 from pipeline.images import flip, to_float
 from pipeline.randomness import seed_dropout
 
+LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left to gain
+
 
 @dataclass
 class Learner:
-    """What training changes: the weights, the optimizer's moments, the average of the weights, and the number of steps done."""
+    """What training changes: the weights, the optimizer's moments, the average of the weights, and the number of steps done.
+
+    The scaler is fp16's: its state travels with the checkpoint, or a resumed training would scale anew. In other precisions it is idle.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ema: ExponentialMovingAverage
+    scaler: LossScaler
     step: int = 0
 
     @classmethod
-    def create(cls, model: nn.Module, settings: TrainingConfig) -> Learner:
+    def create(cls, model: nn.Module, settings: TrainingConfig, compute: Compute) -> Learner:
         """Return a learner at step 0 for a network that is on its device already."""
-        optimizer = torch.optim.Adam(
-            model.parameters(),
-            lr=settings.learning_rate,
-            betas=settings.adam_betas,
-            eps=settings.adam_eps,
-            fused=True,
+        optimizer = compute.optimizer(
+            model.parameters(), lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_eps
         )
-        return cls(
-            model, optimizer, ExponentialMovingAverage(model, settings.ema_decays[0], ramp_up=settings.ema_ramp_up)
-        )
+        ema = ExponentialMovingAverage(model, settings.ema_decays[0], ramp_up=settings.ema_ramp_up)
+        return cls(model, optimizer, ema, compute.loss_scaler())
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return everything that a checkpoint must hold, as named groups of tensors."""
@@ -77,13 +78,26 @@ class StepResult:
     timesteps: Tensor  # int64 [b]
     grad_norm: Tensor  # over all workers, before clipping
     learning_rate: float
+    scaler: LossScaler
 
     def require_finite(self) -> None:
-        """Raise DivergedError unless this step's gradient was finite; the norm is the same on every worker, so all raise together."""
-        if not torch.isfinite(self.grad_norm):
+        """Raise DivergedError unless this step's gradient was finite; the norm is the same on every worker, so all raise together.
+
+        In fp16 the optimizer left out such a step, and the loss is scaled by half as much from then on: to be expected now and then,
+        but divergence once the scale has collapsed.
+        """
+        if torch.isfinite(self.grad_norm):
+            return
+        if not self.scaler.is_enabled():
             raise DivergedError(
                 f"training diverged at step {self.step}: gradient norm is {self.grad_norm.item()} at learning rate "
                 f"{self.learning_rate:.3g}; lower training.learning_rate, or raise training.warmup_steps"
+            )
+        scale = self.scaler.get_scale()
+        if scale < LEAST_LOSS_SCALE:
+            raise DivergedError(
+                f"training diverged at step {self.step}: the gradient overflows fp16 even with its loss scale down to {scale:.3g}; "
+                "lower training.learning_rate, or use -s training.precision=bf16 or fp32"
             )
 
 
@@ -117,20 +131,24 @@ def fit(
         for group in learner.optimizer.param_groups:
             group["lr"] = rate
         seed_dropout(seed, learner.step, rank)
-        losses, timesteps = _backward(network, diffusion, batch, settings, compute, horizontal_flip)
+        compute.begin_step()
+        losses, timesteps = _backward(learner, network, diffusion, batch, settings, compute, horizontal_flip)
+        learner.scaler.unscale_(learner.optimizer)
         limit = settings.grad_clip if settings.grad_clip is not None else float("inf")
         grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
         if result is not None:
             result.require_finite()
-        learner.optimizer.step()
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
         learner.ema.update()
         learner.step += 1
-        result = StepResult(learner.step, losses, timesteps, grad_norm, rate)
+        result = StepResult(learner.step, losses, timesteps, grad_norm, rate, learner.scaler)
         yield result
 
 
 def _backward(
+    learner: Learner,
     network: nn.Module,
     diffusion: GaussianDiffusion,
     batch: Batch,
@@ -155,7 +173,7 @@ def _backward(
         with _gradients_stay_local(network, begin + size < count):
             with compute.autocast():
                 part_losses = l_simple(diffusion, network, x0, timesteps[part], eps[part])
-            (part_losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+            learner.scaler.scale(part_losses.sum() / count).backward()  # type: ignore[no-untyped-call]
         losses.append(part_losses.detach())
     return torch.cat(losses), timesteps
 

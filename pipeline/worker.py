@@ -78,19 +78,19 @@ class LossMeter:
 class Worker:
     """One worker of one attempt, from the newest checkpoint to the last step, or to a request to stop."""
 
-    def __init__(self, job: Job, team: Team, link: Link, local_rank: int = 0) -> None:
+    def __init__(self, job: Job, team: Team, link: Link, gpu: int = 0) -> None:
         self.job, self.team, self.link = job, team, link
         self.experiment: Experiment = experiment_from(job.experiment)
         self.run = Run(Path(job.run_folder))
         self.root = self.run.checkpoints
         profile = validate(Profile, job.profile, "profile")
-        self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, local_rank)
+        self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, gpu)
         self.compute.start()
         allow_modules_in(job.code_folder)
         self.dataset = Dataset.open(Path(job.dataset_folder))
         self.diffusion = build_diffusion(self.experiment)
         model = self.compute.place(build_model(self.experiment, self.dataset.manifest.shape))
-        self.learner = Learner.create(model, self.experiment.training)
+        self.learner = Learner.create(model, self.experiment.training, self.compute)
         self.meter = LossMeter(self.experiment.diffusion.num_timesteps)
         self.elapsed_before_s = 0.0
         self.missed_saves = 0
@@ -115,9 +115,7 @@ class Worker:
 
     def _train(self) -> str:
         settings, total = self.experiment.training, self.experiment.training.steps
-        network: nn.Module = self.team.share_gradients(self.learner.model, self.compute)
-        if self.compute.compile:
-            network = torch.compile(network)  # type: ignore[assignment]
+        network = self.compute.compiled(self.team.share_gradients(self.learner.model, self.compute))
         self.learner.model.train()
         if self.learner.step == 0:
             self._draw_grid()
@@ -174,7 +172,7 @@ class Worker:
         )
         streams = streams_of_worker(self.team.rank, self.team.size, job.num_streams)
         batches = training_batches(self.dataset, order, streams, self.learner.step, self.experiment.seed)
-        return map(Batch.pin, batches) if self.compute.on_gpu else batches
+        return map(Batch.pin, batches) if self.compute.pin_memory else batches
 
     def _log(self, result: StepResult, pace: Pace) -> None:
         """Record the means since the last report; rank 0 alone."""
@@ -182,6 +180,8 @@ class Worker:
             return
         metrics = self.meter.report()
         metrics |= {"grad_norm": float(result.grad_norm), "learning_rate": result.learning_rate}
+        if result.scaler.is_enabled():
+            metrics["loss_scale"] = result.scaler.get_scale()
         metrics |= pace.report(result.step, self.experiment.training.batch_size)
         metrics |= SystemMonitor.sample()
         self.tracker.metrics(result.step, metrics)
@@ -271,6 +271,8 @@ class Worker:
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
             )
         self.learner.restore(checkpoint.tensors(), checkpoint.step)
+        if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
+            self.learner.scaler.load_state_dict(state["loss_scale"])
         self.elapsed_before_s = state["elapsed_s"]
         self.saved_step = checkpoint.step
         if self.team.leads:
@@ -285,7 +287,7 @@ class Worker:
         assert name is not None
         origin = checkpoints.Checkpoint(folder, int(name[1]), int(name[2]))
         self.learner.model.load_state_dict(origin.tensors("ema")["ema"], strict=False)
-        self.learner = Learner.create(self.learner.model, self.experiment.training)
+        self.learner = Learner.create(self.learner.model, self.experiment.training, self.compute)
 
     def _save_is_due(self, step: int) -> bool:
         due = self.experiment.checkpoint
@@ -305,6 +307,7 @@ class Worker:
             "dataset_fingerprint": self.dataset.manifest.fingerprint,
             "shape": list(self.dataset.manifest.shape),
             "elapsed_s": elapsed_s,
+            "loss_scale": self.learner.scaler.state_dict(),
             "meter": self.meter.sums.cpu().tolist(),
             "undelivered": self.tracker.undelivered(),
             "num_workers": self.team.size,

@@ -10,13 +10,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 from hypothesis import settings
 
 from tests.guard import network_guard
 from tests.hermetic import MARKER, hermetic_environment, make_root
+
+if TYPE_CHECKING:
+    from tests.object_store import ObjectStore
 
 # Before anything else is imported: a plain `pytest` gets the environment that `make test` gives (tests/hermetic.py).
 if MARKER not in os.environ:
@@ -108,6 +111,32 @@ def real_data() -> Path:
     if not path.is_dir():
         pytest.skip("no real image sets here: name their folder in DDPM_PIPE_TEST_DATA")
     return path
+
+
+@pytest.fixture(scope="session")
+def _object_store() -> Iterator[ObjectStore]:
+    from tests.object_store import running_store
+
+    with running_store() as store:
+        yield store
+
+
+@pytest.fixture
+def object_store(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
+    """A real S3 server on loopback, one for the session; this process's environment names it and holds credentials."""
+    from tests.object_store import CREDENTIALS
+
+    for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": _object_store.url}).items():
+        monkeypatch.setenv(name, value)
+    _object_store.refuse = lambda method, path: False
+    _object_store.requests.clear()
+    return _object_store
+
+
+@pytest.fixture
+def bucket(object_store: ObjectStore) -> str:
+    """The address of an empty bucket."""
+    return object_store.new_bucket()
 
 
 @pytest.fixture(scope="session")

@@ -175,7 +175,10 @@ def test_the_outside_worlds_are_each_in_few_layers() -> None:
     assert {layer for layer, packages in layers.items() if "click" in packages} == {"cli"}
     assert {layer for layer, packages in layers.items() if "ray" in packages} <= {"edge"}
     assert layers["core"] - set(sys.stdlib_module_names) <= {"torch", "ddpm"}
-    for package, wanted in {"mlflow": r"(tracking|ui|logged_model)", "pyarrow": r"(ingest|shards|sample)"}.items():
+    for package, wanted in {
+        "mlflow": r"(tracking|ui|logged_model)",
+        "pyarrow": r"(ingest|shards|sample|remote)",
+    }.items():
         for module in MODULES:
             known = re.match(rf"pipeline/{wanted}\w*\.py$", module)
             assert known or package not in importers[module], f"{module} imports {package}"

@@ -9,6 +9,7 @@ import signal
 
 import pytest
 
+from pipeline import checkpoint as checkpoints
 from pipeline.errors import CheckpointError
 from pipeline.runs import Run
 from tests.pipeline.training import trainer
@@ -111,3 +112,16 @@ def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_c
     to_the_end(struck)
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
     assert trainer.final_digests(calm) != undisturbed[0]
+
+
+def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
+    """The scale doubles after 2000 steps without an overflow: a resume that began to count anew would double it later."""
+    training = trainer.SETTINGS["training"] | {"precision": "fp16"}
+    calm, struck = (trainer.make_run(tmp_path, training=training) for _ in range(2))
+    to_the_end(calm)
+    killed_after(struck, 10)
+    to_the_end(struck)
+    assert trainer.final_digests(struck) == trainer.final_digests(calm)
+    ends = [checkpoints.newest_verified(run.checkpoints).checkpoint.state()["loss_scale"] for run in (calm, struck)]
+    assert ends[0] == ends[1]
+    assert ends[0]["_growth_tracker"] == 30

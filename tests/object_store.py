@@ -1,0 +1,80 @@
+"""A real S3 server on loopback (moto's), and ways to make it fail."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.remote import RemoteFolder
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+
+
+class ObjectStore:
+    """The server, with faults to order: it answers 503 to the requests that `refuse(method, path)` chooses, and notes all."""
+
+    def __init__(self) -> None:
+        from moto.server import DomainDispatcherApplication, create_backend_app
+
+        self._app = DomainDispatcherApplication(create_backend_app)
+        self._lock = threading.Lock()
+        self.url = ""
+        self.refuse: Callable[[str, str], bool] = lambda method, path: False
+        self.requests: list[tuple[str, str]] = []
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        method, path = environ["REQUEST_METHOD"], environ["PATH_INFO"]
+        with self._lock:
+            self.requests.append((method, path))
+            refused = self.refuse(method, path)
+        if not refused:
+            return self._app(environ, start_response)
+        environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
+        body = b"<Error><Code>ServiceUnavailable</Code><Message>made to fail</Message></Error>"
+        start_response("503 Service Unavailable", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
+        return [body]
+
+    def count(self, method: str, pattern: str) -> int:
+        """Return how many requests of a method there were for paths that match the pattern."""
+        with self._lock:
+            return sum(m == method and re.search(pattern, path) is not None for m, path in self.requests)
+
+    def new_bucket(self) -> str:
+        """Make a bucket of its own for a test; return its address, which needs AWS_ENDPOINT_URL."""
+        from pyarrow import fs
+
+        name = f"test-{secrets.token_hex(4)}"
+        fs.S3FileSystem(endpoint_override=self.url, region="us-east-1", allow_bucket_creation=True).create_dir(name)
+        return f"s3://{name}"
+
+
+@contextmanager
+def running_store() -> Iterator[ObjectStore]:
+    """Run the server in a thread of this process for the time of the context."""
+    from moto.server import MotoRequestHandler
+    from werkzeug.serving import make_server
+
+    class Quiet(MotoRequestHandler):
+        def log(self, kind: str, message: str, *args: Any) -> None:
+            pass
+
+    store = ObjectStore()
+    server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=Quiet)
+    store.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield store
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def objects(folder: str) -> list[str]:
+    """Return the names of the objects below an address."""
+    return [entry.name for entry in RemoteFolder(folder).objects()]

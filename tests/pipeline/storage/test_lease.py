@@ -1,0 +1,133 @@
+"""Fault 19 in an object store: of all that ask at once one wins; a dead holder is passed over; one that comes back has lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection
+
+import pytest
+
+from pipeline import remote_lease
+from pipeline.errors import RunLockedError
+from pipeline.remote import RemoteFolder
+from pipeline.remote_lease import Lease
+
+PROCESSES = multiprocessing.get_context("spawn")
+
+
+def held_by_another(uri: str, beat_s: float, pipe: Connection, elsewhere: bool) -> None:
+    """Hold the lease until killed, as a process of another machine if `elsewhere`, and tell once it is held."""
+    if elsewhere:
+        remote_lease._place = lambda: "another machine"
+    with Lease(RemoteFolder(uri), "run x", beat_s).hold():
+        pipe.send("held")
+        time.sleep(600)
+
+
+@pytest.fixture
+def holder(bucket):
+    """Start a process that holds the lease of the bucket's folder `lease`; it is killed in the end."""
+    started = []
+
+    def start(beat_s: float, elsewhere: bool):
+        mine, its = PROCESSES.Pipe()
+        process = PROCESSES.Process(target=held_by_another, args=(f"{bucket}/lease", beat_s, its, elsewhere))
+        process.start()
+        started.append((process, mine, its))
+        assert mine.recv() == "held"
+        return process
+
+    yield start
+    for process, *pipes in started:
+        process.kill()
+        process.join()
+        process.close()
+        for pipe in pipes:
+            pipe.close()
+
+
+def test_of_several_that_ask_at_once_exactly_one_wins(bucket):
+    for trial in range(8):
+        folder = RemoteFolder(f"{bucket}/lease-{trial}")
+        num, won, refused = 2 + trial % 4, [], []
+        together = threading.Barrier(num)
+
+        def ask(lease, together=together, won=won, refused=refused):
+            together.wait()
+            try:
+                lease.acquire()
+                won.append(lease)
+            except RunLockedError as error:
+                refused.append(str(error))
+
+        threads = [threading.Thread(target=ask, args=(Lease(folder, "run x"),)) for _ in range(num)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(won), len(refused)) == (1, num - 1)
+        assert all(f"process {os.getpid()} on" in told for told in refused)
+        won[0].require()
+
+
+def test_the_lease_is_free_again_after_its_holder_and_nothing_is_left(bucket):
+    folder = RemoteFolder(f"{bucket}/lease")
+    for _ in range(2):
+        lease = Lease(folder, "run x")
+        with lease.hold():
+            lease.require()
+            assert f"process {os.getpid()} on" in (Lease(folder, "run x").holder() or "")
+            with pytest.raises(RunLockedError, match=f"run x is being worked on by process {os.getpid()} on"):
+                Lease(folder, "run x").acquire()
+    assert folder.objects() == []
+    assert Lease(folder, "run x").holder() is None
+
+
+def test_a_holder_of_this_machine_that_was_killed_is_passed_over_at_once(bucket, holder):
+    process = holder(beat_s=600.0, elsewhere=False)
+    waiting = Lease(RemoteFolder(f"{bucket}/lease"), "run x", beat_s=600.0)
+    with pytest.raises(RunLockedError, match=f"process {process.pid} on"):
+        waiting.acquire()
+    process.kill()
+    process.join()
+    waiting.acquire()
+    waiting.require()
+
+
+def test_a_holder_that_beats_is_not_passed_over_and_one_that_was_stopped_has_lost_when_it_comes_back(bucket, holder):
+    beat_s = 0.4
+    process = holder(beat_s, elsewhere=True)
+    time.sleep(5 * beat_s)
+    folder = RemoteFolder(f"{bucket}/lease")
+    with pytest.raises(RunLockedError):
+        Lease(folder, "run x", beat_s).acquire()
+    os.kill(process.pid, signal.SIGSTOP)
+    deadline = time.monotonic() + 20
+    taker = Lease(folder, "run x", beat_s)
+    while True:
+        try:
+            taker.acquire()
+            break
+        except RunLockedError:
+            assert time.monotonic() < deadline
+            time.sleep(beat_s)
+    os.kill(process.pid, signal.SIGCONT)
+    time.sleep(5 * beat_s)  # it beats again, if it thinks that it may
+    taker.require()
+    assert len([entry for entry in folder.objects() if entry.name.startswith("held-")]) == 1
+
+
+def test_whoever_was_taken_over_is_refused(bucket):
+    folder = RemoteFolder(f"{bucket}/lease")
+    stopped = Lease(folder, "run x", beat_s=0.1)
+    stopped.acquire()  # and never beats
+    time.sleep(2)  # the store's clock shows whole seconds
+    other = Lease(folder, "run x", beat_s=0.5)
+    with other.hold():
+        with pytest.raises(RunLockedError, match="run x was taken over by another process"):
+            stopped.require()
+        other.require()
