@@ -131,6 +131,11 @@ class Classifier:
         """Which images it was fitted on and must not judge."""
         return self.card.rule
 
+    def to(self, device: torch.device) -> None:
+        """Move the network to another device."""
+        self._device = device
+        self._network = self._network.to(device)
+
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Return "none": images are judged as they are; RefusedError for another shape than it was fitted on."""
         if shape != self.card.shape:

@@ -146,6 +146,11 @@ class Profile(Section):
         return self.resources_per_worker.GPU > 0
 
     @property
+    def most_workers(self) -> int:
+        """Workers that share out work which comes out the same for any number of them."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
     def is_remote(self) -> bool:
         """Whether the work runs on a cluster that others started."""
         return self.kind != "local"

@@ -15,7 +15,7 @@ from pipeline.generated import PREVIEW_IMAGES
 from pipeline.judge import Judge, find_judge
 from pipeline.pictures import save_grid
 from pipeline.runs import Run
-from pipeline.sample import draw_strip, generator_for, load_trained, with_progress
+from pipeline.sample import draw_strip, generator_for, load_trained, workshop_of
 from pipeline.score_table import score_lines
 from pipeline.scores import Scores
 from pipeline.tracking import Tracker, TrackingSettings
@@ -70,11 +70,12 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     trained, compute = load_trained(run, request, profile)
     denoiser = generator_for(trained, request, compute)
     judge, skipped = _judge_or_reason(run, trained, compute, console)
-    scored = None if judge is None else score_model(run, trained, compute, judge, request, console)
+    workshop = workshop_of(run, trained, profile, console)
+    scored = None if judge is None else score_model(workshop, trained, compute, judge, request)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     pictures = {"samples": folder / "samples.png", "strip": folder / "denoising.png"}
-    images = with_progress(denoiser, PREVIEW_IMAGES, console).numpy() if scored is None else scored.preview
+    images = workshop.images(denoiser, PREVIEW_IMAGES)[0] if scored is None else scored.preview
     save_grid(images, pictures["samples"])
     draw_strip(denoiser, pictures["strip"])
     tracker = Tracker(run.folder, settings)

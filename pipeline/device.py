@@ -176,16 +176,20 @@ def training_compute(experiment: Experiment, profile: Profile, num_workers: int,
     return decide(Capabilities.of_this_machine(), experiment, profile, num_workers, gpu)
 
 
-def sampling_compute(profile: Profile, gpu: int = 0) -> Compute:
-    """Decide for generating images in this process: full float32, so that files repeat."""
-    device = _device(Capabilities.of_this_machine(), profile, gpu)
+def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, here: bool = True) -> Compute:
+    """Decide for generating images: full float32, so that files repeat.
+
+    In one of `num_workers` workers; with `here=False` for a process that prepares and sums up, whose machine may be without a GPU.
+    """
+    found = Capabilities.of_this_machine()
+    device = _device(found, profile, gpu) if here or found.num_gpus else torch.device("cpu")
     return Compute(
         device,
         backend_of(profile),
         None,
         compile=False,
         channels_last=False,
-        threads=profile.threads(1),
+        threads=profile.threads(num_workers),
         deterministic=device.type == "cuda",
     )
 

@@ -18,12 +18,12 @@ from pipeline.config import EvaluationConfig, Experiment
 from pipeline.console import Console
 from pipeline.device import Compute
 from pipeline.errors import RunLockedError
-from pipeline.generated import digest, features_of_generated
+from pipeline.generated import Workshop
 from pipeline.image_set import Images
 from pipeline.judge import Judge, find_judge
 from pipeline.pictures import save_grid
 from pipeline.runs import Run
-from pipeline.sample import SampleRequest, generator_for, load_trained
+from pipeline.sample import SampleRequest, generator_for, load_trained, workshop_of
 from pipeline.scores import Scores, over_seeds
 from pipeline.tracking import Tracker, TrackingSettings
 from pipeline.tracking_text import describe
@@ -65,29 +65,18 @@ def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Consol
     """Score a run as asked, and record nothing but the features of what was generated."""
     trained, compute = load_trained(run, request, profile)
     judge = find_judge(run, request.evaluation(trained.experiment), compute.device, console, download=True)
-    return score_model(run, trained, compute, judge, request, console)
+    return score_model(workshop_of(run, trained, profile, console), trained, compute, judge, request)
 
 
-def score_model(
-    run: Run, trained: Trained, compute: Compute, judge: Judge, request: ScoreRequest, console: Console
-) -> Scored:
+def score_model(workshop: Workshop, trained: Trained, compute: Compute, judge: Judge, request: ScoreRequest) -> Scored:
     """Score a model that is loaded by a judge that is there."""
     evaluation = request.evaluation(trained.experiment)
     metrics = [name for name in evaluation.metrics if name in scoring.METRICS]
     _, first = request.settings(trained.experiment)
-    model = digest(trained.model, trained.experiment.hash())
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
         generator = generator_for(trained, replace(request, seed=seed), compute)
-        made = features_of_generated(
-            generator,
-            judge.extractor,
-            judge.reference.num_images,
-            model=model,
-            weights=trained.weights,
-            folder=run.folder / "features",
-            console=console,
-        )
+        made = workshop.features(generator, judge.extractor, judge.reference.num_images)
         identity = generator.identity(trained.weights)
         each.append(
             scoring.score(made.found, judge.dataset, judge.extractor, judge.reference, identity, metrics=metrics)

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline.fit_rule import FitRule
 from pipeline.image_set import Images
@@ -51,6 +52,9 @@ class FeatureExtractor(Protocol):
     @property
     def fit_rule(self) -> FitRule | None:
         """Which images of the dataset it was fitted on, and so cannot judge; None where it was fitted on other data."""
+
+    def to(self, device: torch.device) -> None:
+        """Move the network to another device."""
 
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Say what is done to images of shape (C, H, W) first; RefusedError where the network cannot judge them."""

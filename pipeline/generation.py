@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion, ancestral, ddim, timestep_subset
+from pipeline.chunks import chunks_of
 from pipeline.config import SamplingConfig
 from pipeline.device import Compute
 from pipeline.images import to_uint8
@@ -16,11 +17,6 @@ from pipeline.metric_identity import Generation
 from pipeline.randomness import image_generators
 
 Shape = tuple[int, int, int]
-
-
-def chunks_of(num_images: int, size: int) -> list[range]:
-    """Return the canonical chunks that hold images 0 .. num_images - 1: whole ones, the last one padded with further indices."""
-    return [range(begin, begin + size) for begin in range(0, num_images, size)]
 
 
 @dataclass(frozen=True)
@@ -54,10 +50,23 @@ class Denoiser:
         The network sees whole chunks only, so that image i is the same bytes however many are asked for.
         """
         for indices in chunks_of(num_images, self.sampling.batch_size):
-            x = torch.empty(0)
-            for _, x in self.denoise(indices):  # noqa: B007 - the last x is the image
-                pass
-            yield to_uint8(x).cpu()[: num_images - indices.start]
+            yield self.images(indices)[: num_images - indices.start]
+
+    @property
+    def chunk_size(self) -> int:
+        """Images that the network sees at once."""
+        return self.sampling.batch_size
+
+    def images(self, indices: range) -> Tensor:
+        """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
+        x = torch.empty(0)
+        for _, x in self.denoise(indices):  # noqa: B007 - the last x is the image
+            pass
+        return to_uint8(x).cpu()
+
+    def on(self, compute: Compute) -> Denoiser:
+        """Return this with its network moved to another device."""
+        return replace(self, model=compute.place(self.model), compute=compute)
 
     def trajectory(self, num_images: int, num_frames: int = 10) -> tuple[list[Tensor], list[str]]:
         """Return about `num_frames` uint8 frames [n, C, H, W] from noise to image, equally spaced over the steps, and their labels."""

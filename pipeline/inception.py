@@ -74,6 +74,11 @@ class Inception:
             ) from None
         return cls(network, hashlib.sha256(data).hexdigest(), device=device)
 
+    def to(self, device: torch.device) -> None:
+        """Move the network to another device."""
+        self._device = device
+        self._network = self._network.to(device)
+
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Say how images of shape (C, H, W) become 3 x 299 x 299; RefusedError where C is neither 1 nor 3."""
         if shape[0] not in (1, 3):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster_profile import home_of, load_profile
 from pipeline.console import Console
+from pipeline.errors import InterruptedRunError
 from pipeline.evaluate import ScoreRequest, evaluate_run
 from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
@@ -40,7 +43,8 @@ def sample(
             "num_images": request.num_images,
             "would write": str(folder),
         }
-    samples = generate_from(run, request, profile, Console())
+    with _kept_when_stopped():
+        samples = generate_from(run, request, profile, Console())
     paths = write_samples(samples, folder, form)
     shown = [str(path) for path in paths] if len(paths) <= 3 else [f"{paths[0]} ... ({len(paths) - 1} images)"]
     return {"run": run.id, **samples.identity(), "written": shown}
@@ -62,7 +66,8 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
             "at most images": asked.num_images,
         }
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
-    scores, paths = evaluate_run(run, request, profile, settings, Console())
+    with _kept_when_stopped():
+        scores, paths = evaluate_run(run, request, profile, settings, Console())
     table = score_lines(scores)
     return {"run": run.id, **scores.to_json(), "written": [str(path) for path in paths.values()], "table": table}
 
@@ -85,6 +90,17 @@ def to_text(result: dict[str, Any]) -> str:
         shown = value if isinstance(value, list) else [value]
         lines += [f"{name + ':' if i == 0 else '':<17}{item}" for i, item in enumerate(shown)]
     return "\n".join(lines)
+
+
+@contextmanager
+def _kept_when_stopped() -> Iterator[None]:
+    """Tell whoever presses Ctrl-C that nothing is lost."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError(
+            "stopped; the images made so far are kept: the same command goes on from there", 130
+        ) from None
 
 
 def _found(reference: str, cluster: str | None) -> Run:

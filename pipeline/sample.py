@@ -10,14 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pipeline.chunks import ChunkStore
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, SamplingConfig
-from pipeline.console import Console, Rate
+from pipeline.console import Console
 from pipeline.device import Compute, sampling_compute
 from pipeline.errors import StorageError, UsageError
+from pipeline.generated import Workshop, digest
 from pipeline.generation import Denoiser
 from pipeline.models import Shape
 from pipeline.pictures import save_grid, save_strip
+from pipeline.pool import runner_of
 from pipeline.runs import Run
 from pipeline.trained import Trained, Weights
 from pipeline.yaml_files import validate
@@ -61,6 +64,7 @@ class Samples:
     images: Tensor  # uint8 [n, C, H, W]
     trained: Trained
     denoiser: Denoiser
+    store: ChunkStore
 
     def identity(self) -> dict[str, Any]:
         """Return what makes these images these: equal identities give equal bytes on equal machines."""
@@ -69,14 +73,14 @@ class Samples:
 
 
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
-    """Load a run's model onto the device that a profile says, ready to generate as asked."""
+    """Load a run's model into this process, ready to generate as asked."""
     trained, compute = load_trained(run, request, profile)
     return trained, generator_for(trained, request, compute)
 
 
 def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Compute]:
-    """Load the checkpoint and the weights that are asked for onto the device that a profile says."""
-    compute = sampling_compute(profile)
+    """Load the checkpoint and the weights that are asked for into this process, whose part is to prepare and to sum up."""
+    compute = sampling_compute(profile, profile.most_workers, here=False)
     compute.start()
     trained = Trained.from_run(run, request.checkpoint, request.weights)
     compute.place(trained.model)
@@ -90,19 +94,16 @@ def generator_for(trained: Trained, request: SampleRequest, compute: Compute) ->
 
 
 def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
-    """Generate images from a run's checkpoint, with progress."""
+    """Generate images from a run's checkpoint over the profile's workers, with progress."""
     trained, denoiser = load(run, request, profile)
-    return Samples(with_progress(denoiser, request.num_images, console), trained, denoiser)
+    images, store = workshop_of(run, trained, profile, console).images(denoiser, request.num_images)
+    return Samples(torch.from_numpy(images), trained, denoiser, store)
 
 
-def with_progress(denoiser: Denoiser, num_images: int, console: Console) -> Tensor:
-    """Generate uint8 images [n, C, H, W], showing progress after each chunk."""
-    rate, parts, done = Rate(console, "sampling", num_images), [], 0
-    for part in denoiser.generate(num_images):
-        parts.append(part)
-        done += len(part)
-        rate(done)
-    return torch.cat(parts)
+def workshop_of(run: Run, trained: Trained, profile: Profile, console: Console) -> Workshop:
+    """Return what generates a run's images as a profile says."""
+    model = digest(trained.model, trained.experiment.hash())
+    return Workshop(run.folder, model, trained.weights, profile, runner_of(profile), console)
 
 
 def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
@@ -114,6 +115,7 @@ def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
         paths = _WRITERS[form](samples.images, out)
         about = out / "samples.json"
         about.write_text(json.dumps(samples.identity(), indent=1))
+        samples.store.clear()
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
     return [*paths, about]

@@ -1,0 +1,88 @@
+"""Chunks over the workers of a Ray cluster: each worker takes the next one that is missing, so that a slow one delays nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.chunks import Runner, Task, in_process
+from pipeline.cluster import local_ray
+from pipeline.cluster_profile import Profile
+from pipeline.errors import ClusterError, PipelineError
+from pipeline.models import allow_modules_in
+from pipeline.tensor_file import Arrays
+
+
+class ChunkWorker:
+    """One worker of the pool: a process with the task ready."""
+
+    def __init__(self, code_folder: str, task: list[Any]) -> None:
+        import ray
+
+        allow_modules_in(code_folder)  # before the task is unpickled: its network may be the user's own
+        self._task: Task = ray.get(task[0])
+        self._task.start()
+
+    def compute(self, indices: range) -> Arrays:
+        """Return one chunk."""
+        return self._task(indices)
+
+
+def runner_of(profile: Profile) -> Runner:
+    """Return what computes chunks as a profile says: this process where it names one worker of this machine, else Ray's workers."""
+    if profile.kind == "local" and profile.most_workers == 1:
+        return in_process
+    return lambda task, chunks: _over_workers(task, chunks, profile)
+
+
+def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> Iterator[tuple[int, Arrays]]:
+    if not chunks:
+        return
+    count = min(profile.most_workers, len(chunks))
+    with local_ray(profile, count):
+        import ray
+
+        shared = [ray.put(task)]
+        retries = profile.retries.max_attempts - 1
+        remote = ray.remote(ChunkWorker).options(
+            num_cpus=profile.cpus_per_worker(profile.most_workers),
+            num_gpus=profile.resources_per_worker.GPU,
+            max_restarts=retries,
+            max_task_retries=retries,
+        )
+        workers = [remote.remote(os.getcwd(), shared) for _ in range(count)]
+        waiting = list(chunks.items())[::-1]
+        running: dict[Any, tuple[int, Any]] = {}
+
+        def give(worker: Any) -> None:
+            if waiting:
+                number, indices = waiting.pop()
+                running[worker.compute.remote(indices)] = (number, worker)
+
+        for worker in workers:
+            give(worker)
+        while running:
+            ready, _ = ray.wait(list(running), num_returns=1)
+            number, worker = running.pop(ready[0])
+            arrays = _result(ready[0])
+            give(worker)
+            yield number, arrays
+
+
+def _result(reference: Any) -> Arrays:
+    """Return a computed chunk; a worker's own error is raised as it was there, its death as a ClusterError."""
+    import ray
+
+    try:
+        arrays: Arrays = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PipelineError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(
+            f"a worker died more often than the profile's retries allow ({reason}); what was computed is kept: run the same command again"
+        ) from None
+    return arrays

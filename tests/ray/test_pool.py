@@ -1,0 +1,128 @@
+"""Generating over several workers, as a user types it: the same files from any number of them, and after any stop."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from pipeline.runs import Run
+from tests.pipeline.training.trainer import make_run, train
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NUM_IMAGES = 75  # seven whole chunks and half of one
+SLOW_NETWORK = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            time.sleep(0.2)
+        return self.net(x)
+"""
+
+
+@pytest.fixture
+def run(home: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """A trained run whose network takes a second per chunk; its module stands in the folder where commands are typed."""
+    (home / "slow_network.py").write_text(SLOW_NETWORK)
+    monkeypatch.syspath_prepend(str(home))
+    made = make_run(
+        home,
+        model={"type": "slow_network:Slow"},
+        training={"steps": 3, "batch_size": 16},
+        sampling={"steps": 5, "batch_size": 10, "eta": 1.0},
+    )
+    assert train(str(made.folder)) == "finished"
+    return made
+
+
+def profile(home: Path, workers: int) -> str:
+    path = home / f"w{workers}.yaml"
+    path.write_text(f"workers: {workers}\nresources_per_worker: {{CPU: {2 / workers}}}\nthreads_per_worker: 1\n")
+    return str(path)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "samples.parquet").read_bytes()).hexdigest()
+
+
+def sampling(run: Run, out: Path, cluster: str) -> list[str]:
+    return [
+        *("sample", run.id, "-n", str(NUM_IMAGES), "--format", "parquet"),
+        *("--out", str(out), "--cluster", cluster),
+    ]
+
+
+def test_files_are_the_same_from_one_two_and_four_workers(run: Run, home: Path, cli: Callable[..., object]) -> None:
+    digests = {}
+    for workers in (1, 2, 4):
+        code, _, stderr = cli(*sampling(run, home / f"out{workers}", profile(home, workers)))  # type: ignore[misc]
+        assert code == 0, stderr
+        digests[workers] = digest(home / f"out{workers}")
+        assert not list((run.folder / "generated").iterdir())  # what was kept for a repeat is gone once written
+    assert len(set(digests.values())) == 1, digests
+
+
+def test_scores_are_the_same_and_a_repeat_computes_nothing(run: Run, home: Path, cli: Callable[..., object]) -> None:
+    scores = {}
+    for name, workers in (("one", 1), ("two", 2), ("again", 2)):
+        if name == "two":
+            shutil.rmtree(run.folder / "features")
+        command = ("evaluate", run.id, "-n", "200", "--json", "--cluster", profile(home, workers))
+        code, stdout, stderr = cli(*command, env={"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})  # type: ignore[misc]
+        assert code == 0, stderr
+        scores[name] = json.loads(stdout)["values"]
+        assert ("sampling" in stderr) == (name != "again"), stderr
+    assert scores["one"] == scores["two"] == scores["again"]
+
+
+@pytest.mark.parametrize("fault", ["ctrl-c", "kill", "worker"])
+def test_what_was_generated_before_a_fault_is_kept(
+    run: Run, home: Path, user_environment: dict[str, str], cli: Callable[..., object], fault: str
+) -> None:
+    code, _, stderr = cli(*sampling(run, home / "whole", profile(home, 1)))  # type: ignore[misc]
+    assert code == 0, stderr
+    command = [str(Path(sys.executable).with_name("ddpm-pipe")), *sampling(run, home / "out", profile(home, 2))]
+    with subprocess.Popen(
+        command, cwd=home, env=user_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        deadline = time.monotonic() + 120
+        while len(chunks := list((run.folder / "generated").glob("*/chunk-*"))) < 2:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        kept = {path.name: path.stat().st_mtime_ns for path in chunks}
+        if fault == "worker":
+            next(w for w in psutil.Process(process.pid).children(recursive=True) if "ChunkWorker" in w.name()).kill()
+        else:
+            os.kill(process.pid, signal.SIGINT if fault == "ctrl-c" else signal.SIGKILL)
+        _, stderr = process.communicate(timeout=120)
+    if fault == "worker":
+        assert process.returncode == 0, stderr
+    else:
+        assert process.returncode == (130 if fault == "ctrl-c" else -signal.SIGKILL), stderr
+        assert fault == "kill" or "the same command goes on" in stderr.splitlines()[-1]
+        now = {path.name: path.stat().st_mtime_ns for path in (run.folder / "generated").glob("*/chunk-*")}
+        assert kept.items() <= now.items()
+        assert len(now) < 8
+        code, _, stderr = cli(*sampling(run, home / "out", profile(home, 2)))  # type: ignore[misc]
+        assert code == 0, stderr
+    assert digest(home / "out") == digest(home / "whole")
