@@ -48,8 +48,7 @@ class BitsPerDim:
         The rate at index i is L_T plus the divergences of the later steps; the distortion the root mean squared error
         on the scale of 0 .. 255 (Ho et al. 2020, section 4.3).
         """
-        later = self.terms.flip(1).cumsum(1).flip(1) - self.terms
-        return (self.prior[:, None] + later).mean(0), 127.5 * self.x0_mse.mean(0).sqrt()
+        return rate_distortion(self.prior.mean(0), self.terms.mean(0), self.x0_mse.mean(0))
 
     @staticmethod
     def cat(results: Sequence[BitsPerDim]) -> BitsPerDim:
@@ -64,13 +63,27 @@ class BitsPerDim:
         return BitsPerDim(prior, terms, x0_mse, results[0].timesteps)
 
 
+def rate_distortion(prior: Tensor, terms: Tensor, x0_mse: Tensor) -> tuple[Tensor, Tensor]:
+    """`BitsPerDim.rate_distortion` from means over images: prior [], terms [steps], x0_mse [steps]."""
+    later = terms.flip(0).cumsum(0).flip(0) - terms
+    return prior + later, 127.5 * x0_mse.sqrt()
+
+
 def vlb_term(diffusion: GaussianDiffusion, x0: Tensor, x_t: Tensor, t: Tensor, p: ReverseStep) -> Tensor:
     """One term of the bound per example [B], bits/dim: L_0 where t = 0, else L_{t-1}, Ho et al. 2020, eqs. 5, 8."""
+    decoder = decoder_bits(x0, p)
+    return torch.where(t == 0, decoder, divergence_bits(diffusion, x0, x_t, t, p).to(decoder.dtype))
+
+
+def decoder_bits(x0: Tensor, p: ReverseStep) -> Tensor:
+    """L_0 per example [B], bits/dim: -log p(x_0 | x_1), eq. 13."""
+    return -discretized_log_likelihood(x0, p.mean, p.log_variance).flatten(1).mean(1) / math.log(2)
+
+
+def divergence_bits(diffusion: GaussianDiffusion, x0: Tensor, x_t: Tensor, t: Tensor, p: ReverseStep) -> Tensor:
+    """L_{t-1} per example [B], bits/dim: KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)), t > 0."""
     q = diffusion.q_posterior(x0, x_t, t)
-    kl = normal_kl(q.mean, q.log_variance, p.mean, p.log_variance)
-    decoder = -discretized_log_likelihood(x0, p.mean, p.log_variance)
-    first = (t == 0).view(-1, *[1] * (x0.dim() - 1))
-    return torch.where(first, decoder, kl.to(decoder.dtype)).flatten(1).mean(1) / math.log(2)
+    return normal_kl(q.mean, q.log_variance, p.mean, p.log_variance).flatten(1).mean(1) / math.log(2)
 
 
 def prior_bits(diffusion: GaussianDiffusion, x0: Tensor) -> Tensor:
@@ -110,6 +123,7 @@ def bits_per_dim(
         index, t = (torch.full((len(x0),), n, dtype=torch.int64, device=x0.device) for n in (i, at))
         x_t = chain.q_sample(exact, index, normal_noise(x0.shape, generator, x0.device).to(exact.dtype))
         denoised = diffusion.read(model(x_t.to(x0.dtype), t).to(exact.dtype), x_t, t)
-        terms.append(vlb_term(chain, exact, x_t, index, chain.p_from(denoised, x_t, index)))
+        p = chain.p_from(denoised, x_t, index)
+        terms.append(decoder_bits(exact, p) if i == 0 else divergence_bits(chain, exact, x_t, index, p))
         errors.append(((denoised.x0 - exact) ** 2).flatten(1).mean(1))
     return BitsPerDim(prior_bits(chain, exact), torch.stack(terms, 1), torch.stack(errors, 1), kept)

@@ -11,19 +11,14 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion
-from pipeline.errors import StorageError
+from pipeline.charts import INK, dress, line_style, new_figure, save_figure
 from pipeline.images import to_float, to_uint8
 from pipeline.schedule_report import curves
 
 if TYPE_CHECKING:
     from pipeline.shards import Dataset
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; line styles tell on where they are used up
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
-_STYLES = ("-", "--", ":", "-.")
 _FRAMES = 11
-_INK, _QUIET = "#222222", "#DDDDDD"
-_DPI = 130
 _LEAST_LOG_SNR, _LEAST_WEIGHT = -25.0, 1e-7  # the axes end here: some schedules go on for ever
 
 
@@ -36,20 +31,15 @@ def draw_schedules(schedules: Sequence[BetaSchedule], image: Tensor, variance: f
         variance: of the pixels of such images, on [-1, 1].
         path: file to write; StorageError where it cannot be.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     height, width = image.shape[1:]
     cell = 9.6 / (_FRAMES + 1.6)
     strip = 0.45 + len(schedules) * cell * min(height / width, 2.0)
-    figure: Any = Figure(figsize=(10.4, 6.9 + strip), layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    figure = new_figure(10.4, 6.9 + strip)
     upper, lower = figure.subfigures(2, 1, height_ratios=[6.9, strip])
     (abar, log_snr), (marginal, weight) = upper.subplots(2, 2)
     alike = len({schedule.num_timesteps for schedule in schedules}) == 1
     for i, schedule in enumerate(schedules):
-        line: dict[str, Any] = {"color": _colour(i), "linestyle": _STYLES[i // len(_COLOURS) % len(_STYLES)], "lw": 1.8}
+        line = line_style(i)
         T = schedule.num_timesteps
         steps = torch.arange(T) if alike else torch.arange(T) / (T - 1)
         curve = curves(schedule, variance)
@@ -57,23 +47,20 @@ def draw_schedules(schedules: Sequence[BetaSchedule], image: Tensor, variance: f
         log_snr.plot(steps, _finite(curve.log_snr), **line)
         marginal.plot(steps, curve.marginal_variance, **line)
         weight.plot(steps, _finite(curve.x0_weight), **line)
-    _dress(abar, "what is left of the image", r"$\bar\alpha_t$")
-    _dress(log_snr, "signal to noise", r"$\log\ \bar\alpha_t / (1 - \bar\alpha_t)$")
-    _dress(marginal, f"variance of a pixel of $x_t$, from {variance:.2f} in the images to 1", r"Var $x_t$")
-    _dress(weight, r"weight of $x_0$ in the mean of $q(x_{t-1} \mid x_t, x_0)$", r"coefficient of $x_0$")
+    dress(abar, "what is left of the image", r"$\bar\alpha_t$")
+    dress(log_snr, "signal to noise", r"$\log\ \bar\alpha_t / (1 - \bar\alpha_t)$")
+    dress(marginal, f"variance of a pixel of $x_t$, from {variance:.2f} in the images to 1", r"Var $x_t$")
+    dress(weight, r"weight of $x_0$ in the mean of $q(x_{t-1} \mid x_t, x_0)$", r"coefficient of $x_0$")
     weight.set_yscale("log")
     abar.set_ylim(-0.02, 1.02)
     bottom, top = log_snr.get_ylim()
     log_snr.set_ylim(max(bottom, _LEAST_LOG_SNR), min(top, float(max(s.snr[0] for s in schedules).log()) + 1))
     weight.set_ylim(bottom=max(weight.get_ylim()[0], _LEAST_WEIGHT), top=2)
     for axes in (marginal, weight):
-        axes.set_xlabel("t" if alike else "t / (T - 1)", color=_INK)
+        axes.set_xlabel("t" if alike else "t / (T - 1)", color=INK)
     upper.legend(loc="outside upper center", ncols=min(len(schedules), 5), frameon=False, fontsize=10)
     _draw_strip(lower, schedules, image, alike)
-    try:
-        figure.savefig(path, dpi=_DPI, format="png")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); give another file") from None
+    save_figure(figure, path)
 
 
 def example_digit() -> tuple[Tensor, float]:
@@ -110,9 +97,15 @@ def _draw_strip(figure: Any, schedules: Sequence[BetaSchedule], image: Tensor, a
                 spine.set_visible(False)
             if i == 0:
                 at = f"t = {t}" if alike else f"{k / (_FRAMES - 1):.0%} of T"
-                axes.set_title(r"$x_0$" if k == 0 else at, fontsize=8.5, color=_INK, pad=3)
+                axes.set_title(r"$x_0$" if k == 0 else at, fontsize=8.5, color=INK, pad=3)
         row[0].set_ylabel(
-            _name(schedule, alike), rotation=0, ha="right", va="center", color=_colour(i), fontsize=9, labelpad=6
+            _name(schedule, alike),
+            rotation=0,
+            ha="right",
+            va="center",
+            color=line_style(i)["color"],
+            fontsize=9,
+            labelpad=6,
         )
 
 
@@ -121,25 +114,9 @@ def _drawable(pixels: Tensor) -> Any:
     return (pixels.permute(1, 2, 0) if len(pixels) == 3 else pixels[0]).numpy()
 
 
-def _dress(axes: Any, title: str, label: str) -> None:
-    axes.set_title(title, fontsize=10.5, color=_INK, loc="left")
-    axes.set_ylabel(label, color=_INK)
-    axes.grid(color=_QUIET, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.margins(x=0.01)
-    axes.tick_params(colors=_INK, labelsize=9)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color("#999999")
-
-
 def _finite(values: Tensor) -> Tensor:
     """Values with a gap where log 0 is not drawn."""
     return torch.where(torch.isfinite(values) & (values != 0), values, math.nan)
-
-
-def _colour(i: int) -> str:
-    return _COLOURS[i % len(_COLOURS)]
 
 
 def _name(schedule: BetaSchedule, alike: bool) -> str:
