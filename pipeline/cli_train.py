@@ -23,6 +23,7 @@ ddpm-pipe train --preset mnist --data ~/images/mnist --dry-run
 @cluster_option
 @set_option
 @dry_run_option
+@click.option("--probe/--no-probe", default=True, help="With --dry-run: whether to time a few training steps.")
 @json_option
 def train(
     experiment: str | None,
@@ -31,6 +32,7 @@ def train(
     cluster: str | None,
     overrides: tuple[str, ...],
     dry_run: bool,
+    probe: bool,
     as_json: bool,
 ) -> None:
     """Train a model, and end with samples and scores.
@@ -41,8 +43,10 @@ def train(
 
     request = training_run.request(experiment, preset, data, cluster, overrides)
     if dry_run:
-        plan = training_run.plan(request)
-        print_json(plan.to_dict()) if as_json else click.echo(plan.to_text())
+        from pipeline.dry_run import dry_run as rehearse
+
+        told = rehearse(request, measure=probe)
+        print_json(told.to_dict()) if as_json else click.echo(told.to_text())
         return
     result = training_run.start(request, command=_command_line())
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())

@@ -90,6 +90,18 @@ class Compute:
         """Copy a host tensor to the device without waiting where that is possible (from pinned memory)."""
         return tensor.to(self.device, non_blocking=self.on_gpu)
 
+    def wait(self) -> None:
+        """Wait until the device has done what it was given: before looking at a clock."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def name(self) -> str:
+        """The device as people call it: "NVIDIA H100", or "CPU, 2 threads"."""
+        if self.on_gpu:
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
     @property
     def pin_memory(self) -> bool:
         """Whether batches are prepared in page-locked memory, from which a GPU copies by itself."""
@@ -101,8 +113,8 @@ class Compute:
         return [self.device] if self.on_gpu else None
 
     def optimizer(self, parameters: Any, **settings: Any) -> torch.optim.Optimizer:
-        """Return AdamW (with no weight decay it is Adam) with one fused kernel for all parameters, which both kinds of device have."""
-        return torch.optim.AdamW(parameters, fused=True, **settings)
+        """Return Adam with one fused kernel for all parameters, which both kinds of device have."""
+        return torch.optim.Adam(parameters, fused=True, **settings)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which the network is called."""

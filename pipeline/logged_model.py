@@ -48,9 +48,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         compute = serving_compute()
         compute.place(trained.model)
         seed = int(options.get("seed", 0))
-        denoiser = Denoiser(
-            trained.diffusion, trained.model, trained.shape, sampling, seed, compute, trained.class_names
-        )
+        denoiser = Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
         return torch.cat(list(denoiser.generate(n))).permute(0, 2, 3, 1).numpy()
 
 

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import yaml
 
 from pipeline.cluster_profile import Profile
-from pipeline.combinations import check_training
 from pipeline.config import Experiment, require_divisible
 from pipeline.console import size
 from pipeline.device import require_permission, training_compute
 from pipeline.errors import UsageError
-from pipeline.models import Shape, build_model, num_parameters
+from pipeline.models import Shape, build_diffusion, build_model, num_parameters
 from pipeline.order import default_num_streams
 
-BYTES_PER_PARAMETER = 4  # float32
+BYTES_PER_PARAMETER = 16  # weights, average, and Adam's two moments, in float32
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,11 @@ class Plan:
     num_rows: int | None
     shape: Shape | None
     num_parameters: int | None
-    warnings: tuple[str, ...] = ()  # what may disappoint
 
     @property
     def checkpoint_bytes(self) -> int | None:
-        """Size of one checkpoint: the weights, Adam's two moments, and the averages."""
-        training = self.experiment.training
-        copies = 3 + len(training.ema_decays) + len(training.ema_widths)
-        return None if self.num_parameters is None else self.num_parameters * BYTES_PER_PARAMETER * copies
+        """Size of one checkpoint."""
+        return None if self.num_parameters is None else self.num_parameters * BYTES_PER_PARAMETER
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -59,7 +56,6 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "checkpoint_bytes": self.checkpoint_bytes,
             "config_hash": self.experiment.hash(),
-            "warnings": list(self.warnings),
         }
 
     def to_text(self) -> str:
@@ -67,7 +63,7 @@ class Plan:
         unknown = "unknown until the data is here"
         epoch, checkpoint, parameters = self.steps_per_epoch, self.checkpoint_bytes, self.num_parameters
         channels_first = "x".join(map(str, self.shape)) if self.shape else unknown
-        lines = {
+        known = {
             "data": self.data,
             "images": f"{self.num_rows:,} of {channels_first}" if self.num_rows else channels_first,
             "parameters": f"{parameters:,}" if parameters is not None else unknown,
@@ -80,27 +76,21 @@ class Plan:
             f"{self.experiment.training.batch_size // self.num_workers} images each",
         }
         resolved = yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, default_flow_style=None, width=110)
-        text = resolved + "\n" + "\n".join(f"{name + ':':<17}{value}" for name, value in lines.items())
-        return text + "".join(f"\nwarning: {warning}" for warning in self.warnings)
+        return resolved + "\n" + lines(known)
+
+
+def lines(named: Mapping[str, str]) -> str:
+    """Return one aligned line for each entry."""
+    return "\n".join(f"{name + ':':<17}{value}" for name, value in named.items())
 
 
 def make_plan(
-    experiment: Experiment,
-    profile: Profile,
-    num_workers: int,
-    *,
-    data: str,
-    num_rows: int | None,
-    shape: Shape | None,
-    num_classes: int | None = None,
+    experiment: Experiment, profile: Profile, num_workers: int, *, data: str, num_rows: int | None, shape: Shape | None
 ) -> Plan:
-    """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit.
-
-    What is not known of the dataset yet is None; `num_classes` matters to class-conditional models only.
-    """
+    """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit."""
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     require_divisible(experiment, num_workers, streams)
-    warnings = check_training(experiment)
+    build_diffusion(experiment)
     if profile.kind == "local":
         training_compute(experiment, profile, num_workers)
     else:  # what the cluster's machines can do is theirs to say
@@ -110,10 +100,8 @@ def make_plan(
             f"training.batch_size: got {experiment.training.batch_size}, more than the dataset's {num_rows} images; "
             f"use -s training.batch_size={_power_of_two_up_to(num_rows)}"
         )
-    parameters = None
-    if shape is not None and not (experiment.model.class_conditional and num_classes is None):
-        parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
-    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings)
+    parameters = None if shape is None else num_parameters(build_model(experiment, shape, device="meta"))
+    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters)
 
 
 def choose_workers(experiment: Experiment, profile: Profile) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,16 +59,6 @@ class Team:
         dist.all_reduce(total, group=self._control)
         return total
 
-    def everyones(self, rows: Tensor, num_streams: int) -> Tensor:
-        """Return the rows of all workers, a CPU tensor, in the order of their streams: the same for any number of workers."""
-        if self.size == 1:
-            return rows
-        parts = [torch.empty_like(rows) for _ in range(self.size)]
-        dist.all_gather(parts, rows.contiguous(), group=self._control)
-        # worker r of R holds the streams r, r + R, ...
-        by_stream = torch.stack([part.view(num_streams // self.size, -1, *rows.shape[1:]) for part in parts], 1)
-        return by_stream.flatten(0, 2)
-
     def share_gradients(self, model: nn.Module, compute: Compute) -> nn.Module:
         """Return the network whose backward pass averages gradients over the workers."""
         if self.size == 1:
@@ -75,3 +66,15 @@ class Team:
         return DistributedDataParallel(
             model, device_ids=compute.ddp_devices, gradient_as_bucket_view=True, broadcast_buffers=False
         )
+
+
+def found_group(rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
+    """Make this process one of a process group where nobody else does, as Ray Train does for a training; all of them call this."""
+    host, port = master
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{f'[{host}]' if ':' in host else host}:{port}",
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
