@@ -6,6 +6,7 @@ little memory, and torch is loaded by the workers alone.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import PipelineError
@@ -18,6 +19,35 @@ def board_name(run_id: str, attempt: int) -> str:
     return f"board-{run_id}-{attempt}"
 
 
+@dataclass(frozen=True)
+class Member:
+    """A worker of an attempt: where it runs, what Ray reserved for it and its peers, and how often memory had run out there before."""
+
+    rank: int
+    node: str
+    node_name: str
+    placement_group: str | None
+    oom_kills: int
+
+    @classmethod
+    def of_this_process(cls) -> Member:
+        """Return what this worker is."""
+        import ray
+        import ray.train
+        from ray.util import get_current_placement_group
+
+        from pipeline.memory import oom_kills
+
+        group = get_current_placement_group()
+        return cls(
+            ray.train.get_context().get_world_rank(),
+            ray.get_runtime_context().get_node_id(),
+            ray.util.get_node_ip_address(),
+            None if group is None else group.id.hex(),
+            oom_kills(),
+        )
+
+
 class Board:
     """A notice board in the cluster: workers write how far they are, the driver writes that they should stop."""
 
@@ -27,7 +57,12 @@ class Board:
         self._error: PipelineError | None = None
         self._outcome: str | None = None
         self._judgements: list[dict[str, Any]] = []
+        self._members: dict[int, Member] = {}
         self._stop = ""
+
+    def join(self, member: Member) -> None:
+        """Note a worker that has come up."""
+        self._members[member.rank] = member
 
     def publish(self, progress: dict[str, Any]) -> bool:
         """Take rank 0's progress, a warning, or what a score on the way was; return whether the workers should stop."""
@@ -58,6 +93,7 @@ class Board:
             "progress": self._progress,
             "warnings": warnings,
             "judgements": list(self._judgements),
+            "members": dict(self._members),
             "error": self._error,
             "outcome": self._outcome,
             "stop": self._stop,
@@ -96,6 +132,7 @@ def run_worker(config: dict[str, Any]) -> None:
     from pipeline.worker import Worker
 
     board = ray.get_actor(config["board"], namespace=NAMESPACE)
+    board.join.remote(Member.of_this_process())
     try:
         team = Team.join()
         gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none

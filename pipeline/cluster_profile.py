@@ -34,10 +34,14 @@ S3_PREFIX = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^\s?#]*)?")
 
 
 class Workers(Section):
-    """Least and most workers of elastic training: each attempt takes as many as the cluster holds."""
+    """Least and most workers of elastic training: each attempt takes as many as the cluster holds.
+
+    Where more could be had for `grow_after_s` seconds, and training is to last longer than that, the workers save and start anew.
+    """
 
     min: PositiveInt
     max: PositiveInt
+    grow_after_s: Seconds = 60.0
 
     @model_validator(mode="after")
     def _in_order(self) -> Workers:
@@ -79,6 +83,13 @@ class Retries(Section):
     """How often a run is started again after a failure that is not the experiment's fault."""
 
     max_attempts: PositiveInt = 3
+
+
+class Preemption(Section):
+    """Whether workers save and go on elsewhere when Ray announces that a node will be taken away; looked for every `poll_s` seconds."""
+
+    watch: bool = True
+    poll_s: Seconds = 2.0
 
 
 class Timeouts(Section):
@@ -132,6 +143,7 @@ class Profile(Section):
     cache: Cache = Cache()
     mlflow: MLflowConfig = MLflowConfig()
     retries: Retries = Retries()
+    preemption: Preemption = Preemption()
     price: Price = Price()
     runtime_env: RuntimeEnv = RuntimeEnv()
     env: dict[VariableName, str] = Field(default_factory=dict)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from pipeline.capacity import fitting_counts
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, require_divisible
 from pipeline.console import size
@@ -105,17 +106,8 @@ def make_plan(
 
 
 def choose_workers(experiment: Experiment, profile: Profile) -> int:
-    """Return the profile's worker count; of an elastic one the largest that divides the streams."""
-    if isinstance(profile.workers, int):
-        return profile.workers
-    streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
-    fitting = [n for n in range(profile.workers.min, profile.workers.max + 1) if streams % n == 0]
-    if not fitting:
-        raise UsageError(
-            f"workers: none of {profile.workers.min} .. {profile.workers.max} divides training.num_streams {streams}; "
-            "widen the profile's range"
-        )
-    return fitting[-1]
+    """Return the profile's worker count; of an elastic one the largest that divides the streams (UsageError where none does)."""
+    return fitting_counts(experiment, profile)[0]
 
 
 def _power_of_two_up_to(limit: int) -> int:

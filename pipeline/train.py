@@ -1,89 +1,66 @@
 """The driver of a training: attempts on Ray Train, each from the newest checkpoint, until the last step is done.
 
-Ray's own retries are off. An attempt is a new `fit()` under a new name; our fencing number keeps a worker that was thought dead from
-committing a checkpoint later. Errors of ours (damaged data, divergence, full storage) end the run at once: another attempt would meet
-them again. Anything else, such as a killed worker, is tried again while attempts last and checkpoints advance.
+Ray's own retries are off. An attempt is a new `fit()` under a new name (attempt.py), with as many workers as the profile allows and the
+cluster holds; our fencing number keeps a worker that was thought dead from committing a checkpoint later. Errors of ours (damaged data,
+divergence, full storage) end the run at once: another attempt would meet them again. Anything else, such as a killed worker or a lost
+node, is tried again while attempts last and checkpoints advance. A node that is taken away with notice, or one that came, is no failure.
 """
 
 from __future__ import annotations
 
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
-from types import FrameType
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 from pipeline import checkpoint as checkpoints
-from pipeline.board import NAMESPACE, Board, board_name, run_worker
+from pipeline import cluster_nodes
+from pipeline.attempt import Attempt, Observer
+from pipeline.capacity import fitting_counts, largest, needs, shortage
 from pipeline.cluster import LocalSession
 from pipeline.cluster_profile import Profile
+from pipeline.config import experiment_from
 from pipeline.console import Console, duration
-from pipeline.device import backend_of
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.job import Job
 from pipeline.runs import Run
+from pipeline.signals import Signals, listening
 
-POLL_S = 0.2
-
-
-@dataclass
-class Signals:
-    """What the user or the system has asked for since the context began: SIGINT or SIGTERM, and how often."""
-
-    received: list[int]
-
-    @property
-    def first(self) -> int | None:
-        """The first signal, which asks for saving and stopping; a second one stops at once."""
-        return self.received[0] if self.received else None
+LOOK_S = 0.5
+GRACE_S = 20.0  # what dead workers held is free after some seconds, and a node that has just started takes as long to be counted
+STEADY_S = 3.0  # fewer workers than could be are taken once nothing has changed for so long
 
 
-@contextmanager
-def listening() -> Iterator[Signals]:
-    """Collect SIGINT and SIGTERM instead of dying of them. They reach a process's main thread; another thread hears of none."""
-    signals = Signals([])
-    if threading.current_thread() is not threading.main_thread():
-        yield signals
-        return
-
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_attempts(
-    run: Run, job: Job, profile: Profile, console: Console, observe: Callable[[dict[str, Any]], None] | None = None
-) -> None:
+def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
     """Train a run to its last step, holding its lock, in the Ray that this process is part of or in one of its own.
 
     `observe` is given what the board says, each time it is read.
 
-    Raises the worker's own error where there is one, ClusterError when attempts are exhausted or two in a row die without a new
-    checkpoint, InterruptedRunError when the user or the system asked to stop.
+    Raises the worker's own error where there is one, ClusterError when attempts are exhausted, two in a row die without a new
+    checkpoint, or the cluster does not hold the workers, InterruptedRunError when the user or the system asked to stop.
     """
+    counts = fitting_counts(experiment_from(job.experiment), profile)
     causes: list[tuple[int, str]] = []
-    with LocalSession(profile, job.num_workers) as session:
-        for _ in range(profile.retries.max_attempts):
+    lost: Collection[str] = ()
+    with LocalSession(profile, job.num_workers) as session, cluster_nodes.wanted() as want:
+        while len(causes) < profile.retries.max_attempts:
             session.ensure()
-            attempt = run.next_attempt()
-            run.update(status="RUNNING", reason="")
             with listening() as signals:
-                ended = _attempt(run, replace(job, attempt=attempt), profile, console, signals, observe)
+                num_workers = gather(counts, profile, console, signals, lost, want, run.id)
+                attempt = run.next_attempt()
+                run.update(status="RUNNING", reason="")
+                here = replace(job, attempt=attempt, num_workers=num_workers)
+                run.log(f"attempt {attempt}: {num_workers} workers")
+                ended = Attempt(run, here, profile, console, signals, counts).run(observe or (lambda seen: None))
             if ended.outcome == "finished":
                 return
             step = _newest_step(run)
+            if ended.outcome == "stopped" and ended.planned and signals.first is None:
+                run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
+                continue
             if signals.first is not None or ended.outcome == "stopped":
                 raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
+            lost = ended.lost
             run.log(f"attempt {attempt} failed: {ended.cause}")
             if causes and causes[-1][0] == step:
                 raise ClusterError(
@@ -98,140 +75,48 @@ def run_attempts(
     )
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How an attempt ended: with an outcome, or with the cause of its failure."""
-
-    outcome: str | None
-    cause: str = ""
-
-
-def _attempt(
-    run: Run,
-    job: Job,
+def gather(
+    counts: Sequence[int],
     profile: Profile,
     console: Console,
     signals: Signals,
-    observe: Callable[[dict[str, Any]], None] | None,
-) -> Ended:
-    """Run one `fit()` in a thread, and watch it; a PipelineError of a worker is raised here."""
-    import ray
+    lost: Collection[str],
+    want: Callable[[dict[str, float], int], None],
+    run_id: str,
+) -> int:
+    """Return how many workers the next attempt takes: the largest of the counts that the cluster holds now, without `lost` nodes.
 
-    name = board_name(run.id, job.attempt)
-    board = ray.remote(Board).options(name=name, namespace=NAMESPACE, num_cpus=0).remote()
-    trainer = _trainer(job, profile, name, Path(job.run_folder) / "ray")
-    failure: list[BaseException] = []
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except BaseException as error:  # passed on to the watching thread, which tells one kind from another
-            failure.append(error)
-
-    thread = threading.Thread(target=fit, name="fit", daemon=True)
-    thread.start()
-    _watch(thread, board, console, signals, profile, observe or (lambda seen: None))
-    if thread.is_alive():  # a second signal, or a stop that took too long: ray.shutdown ends the workers
-        return Ended(None, "stopped at once")
-    seen = _read(board, console)
-    if seen.get("error") is not None:
-        raise seen["error"]
-    if failure:
-        return Ended(None, cause_of(failure[0]))
-    return Ended(seen.get("outcome"), "the cluster went away")
-
-
-def _read(board: Any, console: Console) -> dict[str, Any]:
-    """Return what the board says, its warnings told; nothing where it is gone with its cluster, whose cause `fit()` tells."""
-    import ray
-
-    try:
-        seen: dict[str, Any] = ray.get(board.read.remote(), timeout=5)
-    except ray.exceptions.RayError:
-        return {}
-    for warning in seen["warnings"]:
-        console.say(f"warning: {warning}")
-    return seen
-
-
-def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    resources: dict[str, float] = {"CPU": profile.cpus_per_worker(job.num_workers)}
-    if profile.use_gpu:
-        resources["GPU"] = profile.resources_per_worker.GPU
-    return TorchTrainer(
-        run_worker,
-        train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
-        scaling_config=ScalingConfig(
-            num_workers=job.num_workers, use_gpu=profile.use_gpu, resources_per_worker=resources
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{job.attempt}",
-            storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=2),
-        ),
-    )
-
-
-def _watch(
-    thread: threading.Thread,
-    board: Any,
-    console: Console,
-    signals: Signals,
-    profile: Profile,
-    observe: Callable[[dict[str, Any]], None],
-) -> None:
-    """Show progress until the thread ends; pass a first signal on as a request to stop, and leave on a second."""
-    asked_at: float | None = None
-    begin: tuple[int, float] | None = None
-    shown: dict[str, Any] = {}
-    while thread.is_alive():
-        thread.join(timeout=POLL_S)
-        seen = _read(board, console)
-        observe(seen)
-        progress = seen.get("progress")
-        if progress and progress != shown:
-            shown = progress
-            begin = begin or (progress["step"], time.monotonic())
-            console.progress(progress_line(progress, begin), done=progress["step"] == progress["steps"])
-        if len(signals.received) > 1 or (
-            asked_at is not None and time.monotonic() - asked_at > profile.timeouts.stop_s
-        ):
-            return
-        if signals.first is not None and asked_at is None:
-            asked_at = time.monotonic()
-            console.say("stopping after this step, and saving; once more to stop at once")
-            board.stop.remote()
-
-
-def progress_line(progress: dict[str, Any], begin: tuple[int, float]) -> str:
-    """Return one line: steps, loss, images per second, time left (by the pace since `begin`)."""
-    step, steps = progress["step"], progress["steps"]
-    done = step - begin[0]
-    left = duration((steps - step) * (time.monotonic() - begin[1]) / done) if done else "?"
-    return f"step {step}/{steps}  loss {progress['loss']:.4f}  {progress['images_per_s']:.0f} images/s  {left} left"
-
-
-def cause_of(error: BaseException) -> str:
-    """Return one line for why an attempt failed: of several workers' errors the one that came first, not its echoes."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    if not failures:
-        return _one_line(error)
-    # a killed worker shows up as a failed health check; its peers only lose their connection to it
-    ranks = sorted(
-        failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
-    )
-    return f"worker {ranks[0]}: {_one_line(failures[ranks[0]])}"
-
-
-def _one_line(error: BaseException) -> str:
-    if "worker process has died" in str(error):
-        return "its process was killed, by hand or for want of memory"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[-1] if lines else type(error).__name__)[:300]
+    Waits for the smallest of them as long as the profile says, says what is missing meanwhile, and tells a cluster that scales itself
+    what to `want`; ClusterError after that.
+    InterruptedRunError on a signal.
+    """
+    if profile.kind == "local":  # this machine was looked at before Ray was started on it
+        return counts[0]
+    begin = changed = time.monotonic()
+    found: int | None = None
+    limit = max(profile.wait_for_resources_s, GRACE_S)
+    while True:
+        nodes, now = cluster_nodes.nodes(lost), time.monotonic()
+        before, found = found, largest(counts, nodes, profile)
+        changed = now if found != before else changed
+        if found != counts[0]:
+            want(needs(profile, counts[0]), counts[0])
+        if found == counts[0] or (found is not None and now - changed >= STEADY_S):
+            return found
+        if signals.first is not None:
+            raise InterruptedRunError(
+                f"stopped while waiting for the cluster; go on with: ddpm-pipe resume {run_id}",
+                130 if signals.first == signal.SIGINT else 75,
+            )
+        if found is None:
+            missing = shortage(counts[-1], nodes, profile)
+            if now - begin > limit:
+                raise ClusterError(
+                    f"profile {profile.name!r} wants {missing}; add nodes or lower workers (wait_for_resources_s waits "
+                    f"longer than {duration(limit)}), then: ddpm-pipe resume {run_id}"
+                )
+            console.progress(f"waiting for {missing}; {duration(limit - (now - begin))} left")
+        time.sleep(LOOK_S)
 
 
 def _newest_step(run: Run) -> int:

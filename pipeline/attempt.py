@@ -1,0 +1,252 @@
+"""One attempt of a training: a `fit()` of Ray Train in a thread, watched until it ends or is asked to, and why it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import cluster_nodes
+from pipeline.board import NAMESPACE, Board, Member, board_name, run_worker
+from pipeline.capacity import Growth, needs
+from pipeline.cluster_profile import Profile
+from pipeline.console import Console, duration
+from pipeline.device import backend_of
+from pipeline.job import Job
+from pipeline.memory import REMEDY, SAID, oom_kills
+from pipeline.runs import Run
+from pipeline.signals import Signals
+
+POLL_S = 0.2
+END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
+# why the driver itself asks the workers to save and stop, in order to start them anew
+DRAINED = "a node is about to be taken away"
+GROWN = "the cluster has room for more workers"
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended: with an outcome, or with the cause of its failure.
+
+    `planned` says why the driver stopped it in order to go on at once; `lost` are nodes that no longer answer.
+    """
+
+    outcome: str | None
+    cause: str = ""
+    planned: str = ""
+    lost: frozenset[str] = frozenset()
+
+
+class Attempt:
+    """One attempt of a run, with the worker count that its job says."""
+
+    def __init__(
+        self, run: Run, job: Job, profile: Profile, console: Console, signals: Signals, counts: Sequence[int]
+    ) -> None:
+        self.job, self.profile, self.console, self.signals = job, profile, console, signals
+        self.name = board_name(run.id, job.attempt)
+        self.planned = ""
+        self.asked_at: float | None = None
+        self.members: dict[int, Member] = {}
+        # one machine neither grows nor is taken away from under its own driver
+        watches = profile.kind != "local"
+        self.growth = Growth(counts, job.num_workers, profile) if watches else None
+        self.drains = watches and profile.preemption.watch
+        self.looked_at = time.monotonic()
+
+    def run(self, observe: Observer) -> Ended:
+        """Train until the end, a stop or a failure; a PipelineError of a worker is raised here."""
+        import ray
+
+        self.board = (
+            ray.remote(Board)
+            .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
+            .remote()
+        )
+        trainer = _trainer(self.job, self.profile, self.name, Path(self.job.run_folder) / "ray")
+        failure: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:  # passed on to the watching thread, which tells one kind from another
+                failure.append(error)
+
+        thread = threading.Thread(target=fit, name="fit", daemon=True)
+        thread.start()
+        seen = self._watch(thread, observe)
+        self.members = seen.get("members") or self.members
+        if thread.is_alive():  # a stop that took too long, or a second signal
+            self._end_at_once(thread)
+            return Ended(None, "stopped at once")
+        seen = self._read() or seen
+        self.members = seen.get("members") or self.members
+        if seen.get("error") is not None:
+            raise seen["error"]
+        if failure:
+            return self._why(failure[0])
+        return Ended(seen.get("outcome"), "the cluster went away", self.planned)
+
+    def _watch(self, thread: threading.Thread, observe: Observer) -> dict[str, Any]:
+        """Show progress until the thread ends; ask for a stop where there is reason to, and leave on a second signal."""
+        begin: tuple[int, float] | None = None
+        shown: dict[str, Any] = {}
+        seen: dict[str, Any] = {}
+        while thread.is_alive():
+            thread.join(timeout=POLL_S)
+            seen = self._read() or seen
+            observe(seen)
+            progress = seen.get("progress")
+            if progress and progress != shown:
+                shown = progress
+                begin = begin or (progress["step"], time.monotonic())
+                self.console.progress(progress_line(progress, begin), done=progress["step"] == progress["steps"])
+            if len(self.signals.received) > 1 or (
+                self.asked_at is not None and time.monotonic() - self.asked_at > self.profile.timeouts.stop_s
+            ):
+                break
+            if self.signals.first is not None and self.asked_at is None:
+                self._ask("", "stopping after this step, and saving; once more to stop at once")
+            self._look_around(seen, begin)
+        return seen
+
+    def _look_around(self, seen: dict[str, Any], begin: tuple[int, float] | None) -> None:
+        """Ask for a stop where a node that workers stand on will be taken away, or where more workers could be had."""
+        now = time.monotonic()
+        progress = seen.get("progress")
+        if self.asked_at is not None or not progress or begin is None:
+            return  # workers that are not training yet have nothing to save
+        if now - self.looked_at < self.profile.preemption.poll_s:
+            return
+        self.looked_at = now
+        mine = {member.node: member for member in seen["members"].values()}
+        with contextlib.suppress(Exception):  # the cluster does not answer: if that lasts, the attempt fails of it
+            if self.drains:
+                leaving = cluster_nodes.draining() & mine.keys()
+                if leaving:
+                    names = ", ".join(sorted({mine[node].node_name for node in leaving}))
+                    self._ask(DRAINED, f"node {names} is about to be taken away: saving, to go on elsewhere")
+                    return
+            if self.growth is not None:
+                count = self.growth.after(cluster_nodes.nodes(), set(mine), time_left(progress, begin), now)
+                if count is not None:
+                    self._ask(GROWN, f"the cluster has room for {count} workers now: saving, to go on with them")
+
+    def _ask(self, planned: str, line: str) -> None:
+        """Ask the workers to save and stop."""
+        self.asked_at = time.monotonic()
+        self.planned = planned
+        self.console.say(line)
+        self.board.stop.remote(*([planned] if planned else []))
+
+    def _read(self) -> dict[str, Any]:
+        """Return what the board says, its warnings told; nothing where it is gone with its cluster, whose cause `fit()` tells."""
+        import ray
+
+        try:
+            seen: dict[str, Any] = ray.get(self.board.read.remote(), timeout=5)
+        except ray.exceptions.RayError:
+            return {}
+        for warning in seen["warnings"]:
+            self.console.say(f"warning: {warning}")
+        return seen
+
+    def _end_at_once(self, thread: threading.Thread) -> None:
+        """End the workers, whatever they are doing; on this machine alone, the end of Ray does that."""
+        if self.profile.kind == "local":
+            return
+        for group in {member.placement_group for member in self.members.values()}:
+            cluster_nodes.release(group)
+        thread.join(END_S)
+
+    def _why(self, error: BaseException) -> Ended:
+        """Return why the attempt failed, having looked at the machines that its workers were on, and free what it held."""
+        mine = {member.node for member in self.members.values()}
+        try:
+            for group in {member.placement_group for member in self.members.values()}:
+                cluster_nodes.release(group)
+            answers = cluster_nodes.on_each(mine, oom_kills)
+        except Exception:  # the cluster itself is gone
+            return Ended(None, cause_of(error))
+        lost = frozenset(mine - answers.keys())
+        for member in self.members.values():
+            if member.node in lost:
+                cause = f"worker {member.rank}: its node {member.node_name} was lost"
+                return Ended(None, cause, lost=lost)
+        starved = [member for member in self.members.values() if answers[member.node] > member.oom_kills]
+        cause = cause_of(error)
+        if starved and KILLED in cause:
+            cause = f"{cause.partition(':')[0]}: ended by the system for want of memory; {REMEDY}"
+        return Ended(None, cause, lost=lost)
+
+
+def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    return TorchTrainer(
+        run_worker,
+        train_loop_config={"job": job, "board": board},
+        torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
+        scaling_config=ScalingConfig(
+            num_workers=job.num_workers,
+            use_gpu=profile.use_gpu,
+            resources_per_worker=needs(profile, job.num_workers),
+            placement_strategy=profile.placement.upper(),
+        ),
+        run_config=RunConfig(
+            name=f"attempt-{job.attempt}",
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
+        ),
+    )
+
+
+def time_left(progress: dict[str, Any], begin: tuple[int, float]) -> float | None:
+    """Return the seconds to the last step, by the pace since `begin`; None before there is a pace."""
+    done = progress["step"] - begin[0]
+    left: float | None = (progress["steps"] - progress["step"]) * (time.monotonic() - begin[1]) / done if done else None
+    return left
+
+
+def progress_line(progress: dict[str, Any], begin: tuple[int, float]) -> str:
+    """Return one line: steps, loss, images per second, time left (by the pace since `begin`)."""
+    left = time_left(progress, begin)
+    return (
+        f"step {progress['step']}/{progress['steps']}  loss {progress['loss']:.4f}  "
+        f"{progress['images_per_s']:.0f} images/s  {'?' if left is None else duration(left)} left"
+    )
+
+
+KILLED = "its process was killed"
+
+
+def cause_of(error: BaseException) -> str:
+    """Return one line for why an attempt failed: of several workers' errors the one that came first, not its echoes."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return _one_line(error)
+    # a killed worker shows up as a failed health check; its peers only lose their connection to it
+    ranks = sorted(
+        failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
+    )
+    return f"worker {ranks[0]}: {_one_line(failures[ranks[0]])}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if "worker process has died" in text:
+        return f"{KILLED}, by hand or for want of memory"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = (lines[-1] if lines else type(error).__name__)[:300]
+    if SAID.search(text):
+        return f"out of memory ({last}); {REMEDY}"
+    if "Timed out waiting" in text or "collective operation timeout" in text:
+        return f"another worker did not answer within timeouts.collective_s ({last})"
+    return last

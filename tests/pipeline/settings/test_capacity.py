@@ -1,0 +1,120 @@
+"""How many workers fit on a cluster's nodes, what is missing for more, and when it is time to take more: arithmetic, worked out by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline.capacity import Growth, Node, fitting_counts, largest, room, shortage
+from pipeline.cluster_profile import Profile
+from pipeline.config import Experiment, experiment_from
+from pipeline.errors import UsageError
+from pipeline.yaml_files import validate
+
+
+def profile(workers: Any, **settings: Any) -> Profile:
+    return validate(
+        Profile,
+        {
+            "name": "far",
+            "kind": "connect",
+            "address": "auto",
+            "storage": "/shared",
+            "workers": workers,
+            "resources_per_worker": {"CPU": 2},
+        }
+        | settings,
+        "profile",
+    )
+
+
+def experiment(num_streams: int) -> Experiment:
+    return experiment_from({"training": {"batch_size": 48, "num_streams": num_streams}})
+
+
+def node(name: str, free: float, total: float | None = None, gpus: float = 0) -> Node:
+    return Node(name, name, {"CPU": total or free, "GPU": gpus}, {"CPU": free, "GPU": gpus})
+
+
+@pytest.mark.parametrize(
+    ("workers", "streams", "counts"),
+    [
+        (3, 16, [3]),  # a fixed count is checked against the streams by the plan, which names the remedy
+        ({"min": 1, "max": 8}, 16, [8, 4, 2, 1]),
+        ({"min": 2, "max": 6}, 12, [6, 4, 3, 2]),
+        ({"min": 5, "max": 8}, 16, [8]),
+    ],
+)
+def test_the_counts_of_a_range_divide_the_streams_and_come_largest_first(workers, streams, counts) -> None:
+    assert fitting_counts(experiment(streams), profile(workers)) == counts
+
+
+def test_a_range_without_a_divisor_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"none of 5 \.\. 7 divides training.num_streams 16"):
+        fitting_counts(experiment(16), profile({"min": 5, "max": 7}))
+
+
+def test_workers_fit_on_single_nodes_not_on_their_sum() -> None:
+    nodes = [node("a", 3), node("b", 3), node("c", 4, total=8)]
+    assert room(nodes, {"CPU": 2}, "pack") == 1 + 1 + 2
+    assert room(nodes, {"CPU": 2}, "pack", of_all=True) == 1 + 1 + 4
+    assert room(nodes, {"CPU": 2}, "strict_spread") == 3
+    assert room(nodes, {"CPU": 2, "GPU": 1}, "pack") == 0
+    assert room([node("d", 64, gpus=8)], {"CPU": 2, "GPU": 1}, "pack") == 8  # the scarcer resource decides
+    assert room([node("e", 0.3)], {"CPU": 0.1}, "pack") == 3  # in floating point 0.3 / 0.1 is below 3
+
+
+def test_the_largest_count_that_fits_is_taken() -> None:
+    counts = [8, 4, 2]
+    assert largest(counts, [node("a", 8), node("b", 4)], profile({"min": 2, "max": 8})) == 4
+    assert largest(counts, [node("a", 3)], profile({"min": 2, "max": 8})) is None
+
+
+def test_what_is_missing_is_said_in_numbers() -> None:
+    said = shortage(4, [node("a", 2, total=4), node("b", 3)], profile(4, placement="strict_spread"))
+    assert said == (
+        "4 workers with 2 CPUs each, each on a node of its own (placement: strict_spread); "
+        "the cluster has 5 of 7 CPUs free on 2 nodes, which holds 2"
+    )
+
+
+def grown(placement: str = "pack", **workers: Any) -> Growth:
+    return Growth([4, 2, 1], 2, profile({"min": 1, "max": 4, "grow_after_s": 60} | workers, placement=placement))
+
+
+MINE = {"a"}
+FULL, ROOMY = [node("a", 0, total=4)], [node("a", 0, total=4), node("b", 4)]
+
+
+def test_room_for_more_workers_must_stand_for_a_while() -> None:
+    growth = grown()
+    assert growth.after(FULL, MINE, 900, now=0) is None
+    assert growth.after(ROOMY, MINE, 900, now=10) is None
+    assert growth.after(ROOMY, MINE, 900, now=69) is None
+    assert growth.after(ROOMY, MINE, 900, now=70) == 4
+
+
+def test_a_node_that_comes_and_goes_begins_its_time_anew() -> None:
+    growth = grown()
+    growth.after(ROOMY, MINE, 900, now=0)
+    growth.after(FULL, MINE, 900, now=50)
+    assert growth.after(ROOMY, MINE, 900, now=61) is None
+    assert growth.after(ROOMY, MINE, 900, now=121) == 4
+
+
+def test_a_training_that_is_nearly_done_is_left_alone() -> None:
+    growth = grown()
+    growth.after(ROOMY, MINE, 59, now=0)
+    assert growth.after(ROOMY, MINE, 59, now=1000) is None
+
+
+def test_nothing_grows_past_its_bounds_or_onto_a_node_that_has_its_worker() -> None:
+    for growth, nodes in (
+        (Growth([2, 1], 2, profile({"min": 1, "max": 2, "grow_after_s": 1})), ROOMY),
+        (Growth([2], 2, profile(2)), ROOMY),
+        # the third and fourth worker need nodes of their own, and "a" has one already
+        (grown("strict_spread", grow_after_s=1), [node("a", 4), node("b", 4)]),
+    ):
+        growth.after(nodes, MINE, 900, now=0)
+        assert growth.after(nodes, MINE, 900, now=100) is None
