@@ -6,6 +6,7 @@ A task computes a chunk of consecutive indices; a runner computes the missing ch
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.device import Compute
 from pipeline.durable import write_atomically
 from pipeline.errors import StorageError
 from pipeline.home import make_folder
@@ -22,8 +24,8 @@ from pipeline.tensor_file import Arrays, pack, unpack
 class Task(Protocol):
     """What is computed for a chunk. It must pickle: each worker has a copy."""
 
-    def start(self) -> None:
-        """Get ready, once, in the process that computes."""
+    def start(self, here: Compute) -> None:
+        """Get ready, once, in the process that computes, on its device."""
 
     def __call__(self, indices: range, /) -> Arrays:
         """Return the arrays of one chunk, all with len(indices) rows or fewer; a function of the task and the indices alone."""
@@ -37,12 +39,22 @@ def chunks_of(num_items: int, size: int) -> list[range]:
     return [range(begin, begin + size) for begin in range(0, num_items, size)]
 
 
-def in_process(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
-    """Compute chunks one after the other in this process."""
-    if chunks:
-        task.start()
+def as_it_stands(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
+    """Compute chunks one after the other with a task that is ready."""
     for number, indices in chunks.items():
         yield number, task(indices)
+
+
+def in_process(here: Compute) -> Runner:
+    """Return what computes chunks in this process."""
+
+    def run(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
+        if chunks:
+            here.start()
+            task.start(here)
+        return as_it_stands(task, chunks)
+
+    return run
 
 
 class ChunkStore:
@@ -72,6 +84,8 @@ class ChunkStore:
     def clear(self) -> None:
         """Remove everything that is kept."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # others may keep their chunks beside
+            self.folder.parent.rmdir()
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk-{number:06d}.safetensors"
@@ -82,7 +96,7 @@ def compute(
     num_items: int,
     chunk_size: int,
     store: ChunkStore,
-    runner: Runner = in_process,
+    runner: Runner = as_it_stands,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Arrays]:
     """Yield the arrays of items 0 .. num_items - 1, a canonical chunk at a time and in order, the padding cut off.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.chunks import Runner
 from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
 from pipeline.device import Compute
@@ -69,8 +70,8 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     request = ScoreRequest()
     trained, compute = load_trained(run, request, profile)
     denoiser = generator_for(trained, request, compute)
-    judge, skipped = _judge_or_reason(run, trained, compute, console)
     workshop = workshop_of(run, trained, profile, console)
+    judge, skipped = _judge_or_reason(run, trained, compute, workshop.runner, console)
     scored = None if judge is None else score_model(workshop, trained, compute, judge, request)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
@@ -95,13 +96,15 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, scores, skipped, notes)
 
 
-def _judge_or_reason(run: Run, trained: Trained, compute: Compute, console: Console) -> tuple[Judge | None, str]:
+def _judge_or_reason(
+    run: Run, trained: Trained, compute: Compute, runner: Runner, console: Console
+) -> tuple[Judge | None, str]:
     """Return what judges the end of a training, or one line on why nothing does and how to add it."""
     asked = trained.experiment.evaluation
     if not asked.enabled:
         return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
     try:
-        return find_judge(run, asked, compute.device, console, download=False), ""
+        return find_judge(run, asked, compute.device, console, download=False, runner=runner), ""
     except (DataError, RefusedError) as error:
         return None, (
             f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "

@@ -22,6 +22,7 @@ from pipeline.generated import Workshop
 from pipeline.image_set import Images
 from pipeline.judge import Judge, find_judge
 from pipeline.pictures import save_grid
+from pipeline.pool import runner_of
 from pipeline.runs import Run
 from pipeline.sample import SampleRequest, generator_for, load_trained, workshop_of
 from pipeline.scores import Scores, over_seeds
@@ -64,7 +65,9 @@ class Scored:
 def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Console) -> Scored:
     """Score a run as asked, and record nothing but the features of what was generated."""
     trained, compute = load_trained(run, request, profile)
-    judge = find_judge(run, request.evaluation(trained.experiment), compute.device, console, download=True)
+    judge = find_judge(
+        run, request.evaluation(trained.experiment), compute.device, console, download=True, runner=runner_of(profile)
+    )
     return score_model(workshop_of(run, trained, profile, console), trained, compute, judge, request)
 
 

@@ -52,15 +52,11 @@ class ImageGenerator(Protocol):
 class GenerateTask:
     """The first `num_kept` images and, given an extractor, the features of all: one chunk at a time, in any worker."""
 
-    def __init__(
-        self, generator: ImageGenerator, profile: Profile, num_kept: int, extractor: FeatureExtractor | None
-    ) -> None:
-        self._generator, self._profile, self._num_kept, self._extractor = generator, profile, num_kept, extractor
+    def __init__(self, generator: ImageGenerator, num_kept: int, extractor: FeatureExtractor | None) -> None:
+        self._generator, self._num_kept, self._extractor = generator, num_kept, extractor
 
-    def start(self) -> None:
+    def start(self, here: Compute) -> None:
         """Move the networks to this worker's device."""
-        here = sampling_compute(self._profile, self._profile.most_workers)
-        here.start()
         self._generator = self._generator.on(here)
         if self._extractor is not None:
             self._extractor.to(here.device)
@@ -91,7 +87,7 @@ class Workshop:
     def features(self, generator: ImageGenerator, extractor: FeatureExtractor, num_images: int) -> Generated:
         """Return the features of images 0 .. num_images - 1 and the first images: those that are kept, the others made now."""
         store = ChunkStore(self.folder / "features", self._identity(generator, [extractor.name, extractor.sha256]))
-        task = GenerateTask(generator, self.profile, PREVIEW_IMAGES, extractor)
+        task = GenerateTask(generator, PREVIEW_IMAGES, extractor)
         parts = self._computed(task, generator, num_images, store)
         found = [Extracted(part["features"], part.get("logits")) for part in parts]
         return Generated(concatenate(found, extractor), np.concatenate([part["images"] for part in parts]))
@@ -100,7 +96,7 @@ class Workshop:
         """Return images 0 .. num_images - 1, and what keeps them until it is cleared."""
         store = ChunkStore(self.folder / "generated", self._identity(generator, None))
         whole = -(-num_images // generator.chunk_size) * generator.chunk_size  # so that a kept chunk serves any count
-        parts = self._computed(GenerateTask(generator, self.profile, whole, None), generator, num_images, store)
+        parts = self._computed(GenerateTask(generator, whole, None), generator, num_images, store)
         return np.concatenate([part["images"] for part in parts]), store
 
     def _computed(

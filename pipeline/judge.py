@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from pipeline import scoring
+from pipeline.chunks import Runner, as_it_stands
 from pipeline.config import EvaluationConfig
 from pipeline.console import Console, Rate
 from pipeline.features import FeatureExtractor
@@ -27,7 +28,15 @@ class Judge:
     reference: Reference
 
 
-def find_judge(run: Run, asked: EvaluationConfig, device: torch.device, console: Console, *, download: bool) -> Judge:
+def find_judge(
+    run: Run,
+    asked: EvaluationConfig,
+    device: torch.device,
+    console: Console,
+    *,
+    download: bool,
+    runner: Runner = as_it_stands,
+) -> Judge:
     """Return extractor and reference for a run's dataset; DataError or RefusedError says why there is none."""
     dataset = Dataset.open(run.record.dataset["path"])
     cache = features_dir(run)
@@ -41,7 +50,7 @@ def find_judge(run: Run, asked: EvaluationConfig, device: torch.device, console:
         device=device,
         progress=progress,
     )
-    reference = scoring.prepare_reference(dataset, extractor, asked.num_images, cache, progress=progress)
+    reference = scoring.prepare_reference(dataset, extractor, asked.num_images, cache, runner=runner, progress=progress)
     return Judge(dataset, extractor, reference)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.chunks import Runner, Task, in_process
 from pipeline.cluster import local_ray
 from pipeline.cluster_profile import Profile
+from pipeline.device import sampling_compute
 from pipeline.errors import ClusterError, PipelineError
 from pipeline.models import allow_modules_in
 from pipeline.tensor_file import Arrays
@@ -17,12 +18,14 @@ from pipeline.tensor_file import Arrays
 class ChunkWorker:
     """One worker of the pool: a process with the task ready."""
 
-    def __init__(self, code_folder: str, task: list[Any]) -> None:
+    def __init__(self, profile: Profile, code_folder: str, task: list[Any]) -> None:
         import ray
 
         allow_modules_in(code_folder)  # before the task is unpickled: its network may be the user's own
         self._task: Task = ray.get(task[0])
-        self._task.start()
+        here = sampling_compute(profile, profile.most_workers)
+        here.start()
+        self._task.start(here)
 
     def compute(self, indices: range) -> Arrays:
         """Return one chunk."""
@@ -32,7 +35,7 @@ class ChunkWorker:
 def runner_of(profile: Profile) -> Runner:
     """Return what computes chunks as a profile says: this process where it names one worker of this machine, else Ray's workers."""
     if profile.kind == "local" and profile.most_workers == 1:
-        return in_process
+        return in_process(sampling_compute(profile))
     return lambda task, chunks: _over_workers(task, chunks, profile)
 
 
@@ -51,7 +54,7 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
             max_restarts=retries,
             max_task_retries=retries,
         )
-        workers = [remote.remote(os.getcwd(), shared) for _ in range(count)]
+        workers = [remote.remote(profile, os.getcwd(), shared) for _ in range(count)]
         waiting = list(chunks.items())[::-1]
         running: dict[Any, tuple[int, Any]] = {}
 

@@ -16,19 +16,22 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.chunks import ChunkStore, Runner, as_it_stands, compute
+from pipeline.device import Compute
 from pipeline.durable import write_atomically
 from pipeline.errors import RefusedError
 from pipeline.features import Extracted, FeatureExtractor, concatenate, extract
 from pipeline.fid import Moments
 from pipeline.fit_rule import hash_rows, held_out_rows
 from pipeline.home import make_folder
-from pipeline.image_set import Images, ImageSet, Progress, Rows, row_chunks
+from pipeline.image_set import Images, ImageSet, Progress, Rows
 from pipeline.tensor_file import Arrays, pack, unpack
 
 NOISE_SEED = 0
 
 _FORMAT = 1
 _NOISE_BATCH = 1000
+_ROWS_AT_ONCE = 1024  # a multiple of what the extractors put through their networks at once
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ def prepare_reference(
     num_images: int,
     cache_dir: Path,
     *,
+    runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Reference:
     """Return the reference for a comparison with `num_images` generated images, or as many as the dataset allows.
 
     Take the count from the result: with an extractor that was fitted on part of the dataset it is at most half of what
-    is left.
+    is left. `runner` says where features of real images are taken; the result does not depend on it.
 
     Raises:
         RefusedError: too few images for the extractor's features, or images that it cannot judge.
@@ -88,9 +92,11 @@ def prepare_reference(
     path = cache_dir / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
     arrays = _cached(path, key)
     if arrays is None:
-        arrays = _compute(dataset, extractor, plan, progress)
+        parts = ChunkStore(cache_dir / "parts", key)
+        arrays = _compute(dataset, extractor, plan, parts, runner, progress)
         make_folder(cache_dir)
         write_atomically(path, pack(arrays, key))
+        parts.clear()
     return _assemble(plan, arrays)
 
 
@@ -125,7 +131,30 @@ class _Plan:
         return plan
 
 
-def _compute(dataset: ImageSet, extractor: FeatureExtractor, plan: _Plan, progress: Progress | None) -> Arrays:
+class FeaturesOfRows:
+    """Features of a dataset's images, a chunk of positions in `rows` at a time, in any worker."""
+
+    def __init__(self, dataset: ImageSet, extractor: FeatureExtractor, rows: Rows) -> None:
+        self._dataset, self._extractor, self._rows = dataset, extractor, rows
+
+    def start(self, here: Compute) -> None:
+        """Move the network to this worker's device."""
+        self._extractor.to(here.device)
+
+    def __call__(self, indices: range) -> Arrays:
+        """Return `features` and, as the extractor gives them, `logits`."""
+        found = self._extractor(self._dataset.read(self._rows[indices.start : indices.stop]))
+        return {"features": found.features} | ({} if found.logits is None else {"logits": found.logits})
+
+
+def _compute(
+    dataset: ImageSet,
+    extractor: FeatureExtractor,
+    plan: _Plan,
+    store: ChunkStore,
+    runner: Runner,
+    progress: Progress | None,
+) -> Arrays:
     """Walk once over the rows, in the dataset's order, keeping single features where asked and moments of all."""
     total, noisy = len(plan.rows), plan.num_other
     rank = np.argsort(plan.rows, kind="stable")  # position by content of each row, the rows ascending
@@ -134,15 +163,16 @@ def _compute(dataset: ImageSet, extractor: FeatureExtractor, plan: _Plan, progre
     rest, last = Moments.empty(extractor.width), Moments.empty(extractor.width)
     kept: dict[str, list[tuple[Rows, Extracted]]] = {"real": [], "other": []}
     done = 0
-    for rows in row_chunks(dataset, ascending):
-        found, ranks = extractor(dataset.read(rows)), rank[done : done + len(rows)]
+    tell = None if progress is None else lambda n: progress("features of real images", n, total)
+    task = FeaturesOfRows(dataset, extractor, ascending)
+    for part in compute(task, total, _ROWS_AT_ONCE, store, runner, tell):
+        found = Extracted(part["features"], part.get("logits"))
+        ranks = rank[done : done + len(found.features)]
         is_other = ranks >= first_other
         rest, last = rest.add(found.features[~is_other]), last.add(found.features[is_other])
         for name, chosen in (("real", ranks < plan.num_real), ("other", is_other)):
             kept[name].append((ranks[chosen], found.part(chosen)))
-        done += len(rows)
-        if progress is not None:
-            progress("features of real images", done, total)
+        done += len(found.features)
     report = None if progress is None else lambda n: progress("features of noise", n, noisy)
     noise = extract(extractor, _noise(noisy, dataset.manifest.shape), report)
     arrays = rest.to_arrays("rest") | last.to_arrays("last") | _as_arrays("noise", noise)

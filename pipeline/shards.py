@@ -52,6 +52,9 @@ class Dataset:
         manifest = Manifest.load(folder)
         return cls(folder, manifest, [read_footer(folder / s.file, s, manifest) for s in manifest.shards])
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Dataset.open, (self.folder,)  # a worker that is sent a dataset opens it again
+
     def __len__(self) -> int:
         return self.manifest.num_rows
 
