@@ -49,7 +49,7 @@ def our_training(
     experiment: Experiment, shape: Shape, compute: Compute, batches: Prefetch[Batch]
 ) -> tuple[Work, nn.Module]:
     model = compute.place(build_model(experiment, shape))
-    learner = Learner.create(model, experiment.training, compute)
+    learner = Learner.create(model, experiment.training, experiment.diffusion.num_timesteps, compute)
     steps = fit(
         learner,
         model,

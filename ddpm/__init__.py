@@ -7,7 +7,7 @@ from ddpm.guidance import ConditionalModel, conditioned, drop_labels, guided
 from ddpm.likelihood import BitsPerDim, bits_per_dim
 from ddpm.noise import Generators, normal_noise
 from ddpm.objective import Objective, ObjectiveKind, l_simple
-from ddpm.posthoc_ema import PowerFunctionEMA, Profile, posthoc_weights, reconstruct
+from ddpm.posthoc_ema import PowerFunctionEMA, Profile, posthoc_error, posthoc_weights, reconstruct
 from ddpm.respacing import RULES, timestep_subset
 from ddpm.sampler import Step, ancestral, ddim, ddim_invert, dpm_solver, few_steps_warning, slerp
 from ddpm.schedule import BetaSchedule
@@ -51,6 +51,7 @@ __all__ = [
     "guided",
     "l_simple",
     "normal_noise",
+    "posthoc_error",
     "posthoc_weights",
     "reconstruct",
     "slerp",

@@ -13,12 +13,14 @@ ConditionalModel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_t [B,C,H,W], t [B], y [B] int64) -> prediction."""
 
 
-def drop_labels(y: Tensor, probability: float, null_class: int, generator: torch.Generator) -> Tensor:
-    """Labels [B] of which each is replaced by `null_class` with `probability`, 0.1 to 0.2 in the paper."""
+def drop_labels(y: Tensor, u: Tensor, probability: float, null_class: int) -> Tensor:
+    """Labels [B] of which each is replaced by `null_class` with `probability`, 0.1 to 0.2 in the paper.
+
+    `u` [B] are uniform numbers in [0, 1), one for each label: those below the probability drop theirs.
+    """
     if not 0 <= probability <= 1:
         raise ValueError(f"probability={probability} of dropping a label, expected a number in [0, 1]")
-    drawn = torch.rand(y.shape, generator=generator, device=generator.device).to(y.device)
-    return torch.where(drawn < probability, torch.full_like(y, null_class), y)
+    return torch.where(u < probability, torch.full_like(y, null_class), y)
 
 
 def conditioned(model: ConditionalModel, y: Tensor) -> Model:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -74,14 +75,18 @@ def posthoc_weights(snapshots: Sequence[Profile], target: Profile) -> list[float
         raise ValueError(
             f"target at update {target.num_updates}, expected at most {longest}, that of the last snapshot"
         )
-    gammas = {p.sigma_rel: gamma_of(p.sigma_rel) for p in (*snapshots, target)}
-    gram = [[_inner(a, b, gammas) for b in snapshots] for a in snapshots]
-    A = torch.tensor(gram, dtype=torch.float64)
-    B = torch.tensor([_inner(a, target, gammas) for a in snapshots], dtype=torch.float64)
+    A, B, _ = _products(snapshots, target)
     # Unit diagonal, and of several solutions the smallest: large weights of both signs would magnify rounding.
     scale = A.diagonal().rsqrt()
     solution = torch.linalg.lstsq(scale[:, None] * A * scale, scale * B, rcond=1e-13, driver="gelsd").solution * scale
     return (solution / solution.sum()).tolist()  # type: ignore[no-any-return]
+
+
+def posthoc_error(snapshots: Sequence[Profile], weights: Sequence[float], target: Profile) -> float:
+    """How far the weighted snapshots are from `target`: the norm of the difference of the profiles over that of the target's."""
+    A, B, norm = _products(snapshots, target)
+    X = torch.tensor(list(weights), dtype=torch.float64)
+    return math.sqrt(max(float(X @ A @ X - 2 * B @ X) + norm, 0.0) / norm)
 
 
 def reconstruct(shadows: Iterable[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -94,6 +99,14 @@ def reconstruct(shadows: Iterable[Mapping[str, Tensor]], weights: Sequence[float
             part = weight * tensor.double()
             total[name] = total[name] + part if name in total else part
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}
+
+
+def _products(snapshots: Sequence[Profile], target: Profile) -> tuple[Tensor, Tensor, float]:
+    """The inner products of the snapshots' profiles [n,n], theirs with the target's [n], and the target's with itself."""
+    gammas = {p.sigma_rel: gamma_of(p.sigma_rel) for p in (*snapshots, target)}
+    A = torch.tensor([[_inner(a, b, gammas) for b in snapshots] for a in snapshots], dtype=torch.float64)
+    B = torch.tensor([_inner(a, target, gammas) for a in snapshots], dtype=torch.float64)
+    return A, B, _inner(target, target, gammas)
 
 
 def _inner(a: Profile, b: Profile, gammas: Mapping[float, float]) -> float:

@@ -22,8 +22,8 @@ class Draw(NamedTuple):
 class TimestepSampler(Protocol):
     """What the training loop needs: draw, tell the losses, save and load."""
 
-    def draw(self, num: int, generator: torch.Generator) -> Draw:
-        """`num` steps, a function of this sampler's state and of the generator alone."""
+    def draw(self, u: Tensor) -> Draw:
+        """A step for each of `u` [B], uniform numbers in [0, 1): a function of them and of this sampler's state alone."""
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Take in the unweighted losses [N] at steps t [N], from all workers, in one order that all of them use."""
@@ -41,10 +41,9 @@ class UniformTimesteps:
     def __init__(self, num_timesteps: int) -> None:
         self.num_timesteps = num_timesteps
 
-    def draw(self, num: int, generator: torch.Generator) -> Draw:
-        """`num` steps, on the generator's device."""
-        t = torch.randint(self.num_timesteps, (num,), generator=generator, device=generator.device)
-        return Draw(t, torch.ones(num, device=generator.device))
+    def draw(self, u: Tensor) -> Draw:
+        """The steps floor(u T), on the device of u; float64 there, since float32 may round up to T."""
+        return Draw((u * self.num_timesteps).long(), torch.ones(len(u), device=u.device))
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Nothing is learned from losses."""
@@ -81,12 +80,12 @@ class LossAwareTimesteps:
             return torch.full_like(weights, 1 / self.num_timesteps)
         return (1 - UNIFORM_SHARE) * weights / weights.sum() + UNIFORM_SHARE / self.num_timesteps
 
-    def draw(self, num: int, generator: torch.Generator) -> Draw:
-        """`num` steps on the generator's device, with weights 1 / (T p_t)."""
+    def draw(self, u: Tensor) -> Draw:
+        """The steps at the quantiles u of p, on the device of u, with weights 1 / (T p_t)."""
         p = self.probabilities()
-        on_device = p.float().to(generator.device)
-        t = torch.multinomial(on_device, num, replacement=True, generator=generator)
-        return Draw(t, (1 / (self.num_timesteps * p)).float().to(generator.device)[t])
+        cumulative = p.cumsum(0).to(u.device)
+        t = torch.searchsorted(cumulative, u.to(cumulative.dtype), right=True).clamp(max=self.num_timesteps - 1)
+        return Draw(t, (1 / (self.num_timesteps * p)).float().to(u.device)[t])
 
     def update(self, t: Tensor, losses: Tensor) -> None:
         """Remember the unweighted losses [N] at steps t [N], the last ten of each step."""

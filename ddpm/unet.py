@@ -23,7 +23,7 @@ class UNet(nn.Module):
     always has attention. Both sides of an image must be multiples of 2 ** (levels - 1); sizes other than `image_size`
     that fit are taken too.
 
-    `num_heads` heads, or as many as give `head_width` channels each. `norm_groups` must divide `channels`: narrow
+    `num_heads` heads, or as many as give `head_channels` channels each. `norm_groups` must divide `channels`: narrow
     networks need fewer than 32. `num_classes` adds a label embedding with a learned null class, of index `num_classes`,
     for guidance without a classifier. Nichol & Dhariwal's network has num_heads 4, scale_shift_norm True, norm_eps
     1e-5, flip_sin_to_cos True, freq_shift 0 and downsample_padding 1 (symmetric; 0 pads at right and bottom only).
@@ -44,7 +44,7 @@ class UNet(nn.Module):
         num_timesteps: int = 1000,
         num_classes: int | None = None,
         num_heads: int = 1,
-        head_width: int | None = None,
+        head_channels: int | None = None,
         norm_groups: int = 32,
         norm_eps: float = 1e-6,
         scale_shift_norm: bool = False,
@@ -77,7 +77,7 @@ class UNet(nn.Module):
             if not attends:
                 return UNetBlock(residual, None)
             return UNetBlock(
-                residual, Attention(n_out, _num_heads(n_out, num_heads, head_width), norm_groups, norm_eps)
+                residual, Attention(n_out, _num_heads(n_out, num_heads, head_channels), norm_groups, norm_eps)
             )
 
         self.conv_in = conv(in_channels, channels)
@@ -183,9 +183,9 @@ def _check_attention(resolutions: Sequence[int], sides: Sequence[int]) -> None:
         )
 
 
-def _num_heads(channels: int, num_heads: int, head_width: int | None) -> int:
-    heads = num_heads if head_width is None else channels // head_width
-    if heads < 1 or channels % heads or (head_width is not None and heads * head_width != channels):
-        asked = f"num_heads={num_heads}" if head_width is None else f"head_width={head_width}"
+def _num_heads(channels: int, num_heads: int, head_channels: int | None) -> int:
+    heads = num_heads if head_channels is None else channels // head_channels
+    if heads < 1 or channels % heads or (head_channels is not None and heads * head_channels != channels):
+        asked = f"num_heads={num_heads}" if head_channels is None else f"head_channels={head_channels}"
         raise ValueError(f"{asked} does not divide the {channels} channels of a level with attention; use a divisor")
     return heads

@@ -10,8 +10,11 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ddpm import Draw, Model, conditioned, drop_labels
+from pipeline.device import Compute
+from pipeline.images import flip, to_float
 from pipeline.order import Order
 from pipeline.randomness import Draws, concatenate, training_draws
 from pipeline.shards import Dataset, read_batches
@@ -32,7 +35,8 @@ class Batch:
     def pin(self) -> Batch:
         """Return the batch in page-locked memory, from which a GPU copies without waiting."""
         draws = Draws(*(getattr(self.draws, f).pin_memory() for f in ("u_t", "u_flip", "u_label", "eps")))
-        return replace(self, images=self.images.pin_memory(), draws=draws)
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return replace(self, images=self.images.pin_memory(), labels=labels, draws=draws)
 
 
 def training_batches(dataset: Dataset, order: Order, streams: range, start_step: int, seed: int) -> Iterator[Batch]:
@@ -42,6 +46,49 @@ def training_batches(dataset: Dataset, order: Order, streams: range, start_step:
         draws = concatenate([training_draws(seed, raw.step, stream, count, shape) for stream in streams])
         labels = None if raw.labels is None else torch.from_numpy(raw.labels)
         yield Batch(raw.step, torch.from_numpy(raw.images), labels, torch.from_numpy(raw.rows), draws)
+
+
+@dataclass(frozen=True)
+class PlacedBatch:
+    """A worker's part of a step on the device: uint8 images [b, C, H, W] and what chance decided about each."""
+
+    images: Tensor
+    eps: Tensor
+    timesteps: Tensor
+    weights: Tensor
+    mirrored: Tensor | None
+    labels: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        drawn: Draw,
+        compute: Compute,
+        horizontal_flip: bool,
+        null_class: int | None,
+        label_dropout: float,
+    ) -> PlacedBatch:
+        """Send a batch to the device; with a `null_class` its labels too, each dropped with a probability of `label_dropout`."""
+        draws, send, labels = batch.draws, compute.send, None
+        if null_class is not None:
+            assert batch.labels is not None
+            labels = send(drop_labels(batch.labels, draws.u_label, label_dropout, null_class))
+        mirrored = send(draws.u_flip < 0.5) if horizontal_flip else None
+        return cls(send(batch.images), send(draws.eps), send(drawn.t), send(drawn.weight), mirrored, labels)
+
+    def part(self, rows: slice, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return x0, t and eps of some rows."""
+        x0 = to_float(self.images[rows])
+        if self.mirrored is not None:
+            x0 = flip(x0, self.mirrored[rows])
+        if channels_last:
+            x0 = x0.contiguous(memory_format=torch.channels_last)
+        return x0, self.timesteps[rows], self.eps[rows]
+
+    def told(self, network: nn.Module, rows: slice) -> Model:
+        """Return the network with the labels of some rows, where it is told any."""
+        return network if self.labels is None else conditioned(network, self.labels[rows])
 
 
 class Prefetch(Generic[T]):

@@ -1,7 +1,7 @@
 """Checkpoints that are either complete or invisible: safetensors and JSON in a folder whose manifest is written last.
 
     checkpoints/step-0000001000-1/       step, and the attempt that wrote it: never overwritten
-        model.safetensors ema.safetensors optimizer.safetensors
+        model.safetensors ema.safetensors optimizer.safetensors     one for each group; further ones as the experiment asks
         state.json                       what else training needs, and what tells a reader which run this is
         MANIFEST.json                    sizes and SHA-256 of the others; its presence is the commit
 
@@ -56,9 +56,10 @@ class Checkpoint:
     def tensors(self, *groups: str) -> Tensors:
         """Return the named groups of tensors (all by default), on the CPU; CheckpointError if a file is not what was committed."""
         manifest = _manifest(self.folder)
+        stored = [name.removesuffix(".safetensors") for name in manifest["files"] if name != STATE]
         return {
             group: parse_safetensors(_verified(self.folder, f"{group}.safetensors", manifest))
-            for group in groups or GROUPS
+            for group in groups or stored
         }
 
     def verify(self) -> None:
@@ -107,7 +108,7 @@ def save(
         try:
             files = {
                 f"{group}.safetensors": _write(folder / f"{group}.safetensors", _serialised(tensors[group]))
-                for group in GROUPS
+                for group in tensors
             }
             files[STATE] = _write(folder / STATE, json.dumps(state).encode())
             _flush_folder(folder)
@@ -115,7 +116,7 @@ def save(
                 raise CheckpointError(
                     f"attempt {attempt} was replaced by a later one while it saved step {step}; nothing was committed"
                 )
-            manifest = {"format": FORMAT, "step": step, "attempt": attempt, "files": files}
+            manifest = {"format": FORMAT, "step": step, "attempt": attempt, "groups": sorted(tensors), "files": files}
             temporary = folder / (MANIFEST + ".tmp")
             _write(temporary, json.dumps(manifest, indent=1).encode())
             temporary.rename(folder / MANIFEST)
@@ -196,14 +197,16 @@ def _manifest(folder: Path) -> dict[str, Any]:
         raise _NewerFormatError(
             f"checkpoint {folder} was written in format {version}, and this ddpm-pipe reads up to {FORMAT}; install the newer release"
         )
-    if not {f"{group}.safetensors" for group in GROUPS} | {STATE} <= entries.keys():
+    if not {f"{group}.safetensors" for group in manifest.get("groups", GROUPS)} | {STATE} <= entries.keys():
         raise CheckpointError(f"checkpoint {folder.name}: its manifest does not name all files")
     return manifest
 
 
 def _verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     """Return the bytes of one file, which are those that were committed."""
-    entry = manifest["files"][name]
+    entry = manifest["files"].get(name)
+    if entry is None:
+        raise CheckpointError(f"checkpoint {folder.name}: holds no {name}")
     if Path(name).name != name:
         raise CheckpointError(f"checkpoint {folder.name}: its manifest names a file outside it")
     try:

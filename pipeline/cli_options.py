@@ -51,15 +51,36 @@ def sampling_options(command: F) -> F:
     """Add the options that change how images are generated; what is not given is as the run's experiment says."""
     options = (
         click.option(
-            "--sampler", type=click.Choice(["ddim", "ancestral"]), help="Default: as the run's experiment says."
+            "--sampler",
+            type=click.Choice(["ddim", "ancestral", "dpm_solver"]),
+            help="Default: as the run's experiment says.",
         ),
-        click.option("--steps", type=click.IntRange(min=1), help="Network calls along one image."),
+        click.option("--steps", type=click.IntRange(min=1), help="Timesteps along one image."),
+        click.option(
+            "--spacing",
+            type=click.Choice(["trailing", "linspace", "leading", "quad"]),
+            help="Which timesteps these are.",
+        ),
         click.option("--eta", type=click.FloatRange(0, 1), help="DDIM's noise: 0 is none, 1 is ancestral."),
+        click.option(
+            "--guidance",
+            "guidance_scale",
+            type=click.FloatRange(min=0),
+            metavar="S",
+            help="Classifier-free guidance, S = 1 + w: 1 is none, 2 to 5 is usual. Classes only.",
+        ),
+        click.option(
+            "--label", "labels", metavar="CLASS", help="A class by name or number, `balanced`, or `none`. Classes only."
+        ),
         click.option(
             "--seed", type=click.IntRange(min=0), help="Image i is a function of this and i. Default: the experiment's."
         ),
         click.option(
-            "--weights", type=click.Choice(["ema", "raw"]), default="ema", show_default=True, help="Averaged or last."
+            "--weights",
+            metavar="WHICH",
+            default="ema",
+            show_default=True,
+            help="`ema`, `ema:DECAY`, `raw`, or `posthoc:WIDTH` from stored snapshots.",
         ),
         click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest."),
     )

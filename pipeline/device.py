@@ -113,8 +113,8 @@ class Compute:
         return [self.device] if self.on_gpu else None
 
     def optimizer(self, parameters: Any, **settings: Any) -> torch.optim.Optimizer:
-        """Return Adam with one fused kernel for all parameters, which both kinds of device have."""
-        return torch.optim.Adam(parameters, fused=True, **settings)
+        """Return AdamW (with no weight decay it is Adam) with one fused kernel for all parameters, which both kinds of device have."""
+        return torch.optim.AdamW(parameters, fused=True, **settings)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which the network is called."""

@@ -11,7 +11,6 @@ from pipeline import training_run
 from pipeline.cluster import LocalSession
 from pipeline.console import size
 from pipeline.forecast import Forecast, describe, forecast
-from pipeline.models import build_diffusion
 from pipeline.plan import Plan, lines
 from pipeline.probe import PROBE_S, Probe, probe_training
 from pipeline.shard_batches import MEMORY_BUDGET_BYTES
@@ -55,7 +54,7 @@ class DryRun:
 def dry_run(asked: training_run.Request, *, measure: bool = True) -> DryRun:
     """Plan a training, and measure it unless told not to. Nothing stays behind."""
     plan = training_run.plan(asked)
-    warnings = [w for w in (_busy() if measure else None, _few_steps(plan), _large_window(plan)) if w]
+    warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure else None])]
     if not measure:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
     if plan.shape is None:
@@ -91,16 +90,6 @@ def _busy() -> str | None:
     if load <= cpus:
         return None
     return f"this machine is busy (load {load:.1f} on {cpus} CPUs): it will be faster than measured when it is not"
-
-
-def _few_steps(plan: Plan) -> str | None:
-    from ddpm import few_steps_warning
-
-    sampling, diffusion = plan.experiment.sampling, build_diffusion(plan.experiment)
-    if sampling.sampler != "ancestral":
-        return None
-    warning = few_steps_warning(diffusion, sampling.num_steps(diffusion.num_timesteps))
-    return None if warning is None else f"sampling: {warning}"
 
 
 def _large_window(plan: Plan) -> str | None:

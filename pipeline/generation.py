@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ddpm import GaussianDiffusion, ancestral, ddim, timestep_subset
+from ddpm import GaussianDiffusion, Model, ancestral, conditioned, ddim, dpm_solver, guided, timestep_subset
 from pipeline.chunks import chunks_of
 from pipeline.config import SamplingConfig
 from pipeline.device import Compute
 from pipeline.images import to_uint8
+from pipeline.labels import ClassNames, class_name, labels_of
 from pipeline.metric_identity import Generation
 from pipeline.randomness import image_generators
 
@@ -29,6 +30,7 @@ class Denoiser:
     sampling: SamplingConfig
     seed: int
     compute: Compute
+    class_names: ClassNames = ()  # of a class-conditional network
 
     def denoise(self, indices: range) -> Iterator[tuple[int, Tensor]]:
         """Yield (t, x) along the way from noise to the images of the given indices; x is float32 [len(indices), C, H, W]."""
@@ -37,12 +39,21 @@ class Denoiser:
         generators = image_generators(self.seed, indices)
         x_T = self.compute.send(torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]))
         timesteps = timestep_subset(total, sampling.num_steps(total), sampling.spacing)
+        network = self.network(indices)
         if sampling.sampler == "ancestral":
-            yield from ancestral(self.diffusion, self.model, x_T, generator=generators, timesteps=timesteps)
+            yield from ancestral(self.diffusion, network, x_T, generator=generators, timesteps=timesteps)
+        elif sampling.sampler == "dpm_solver":
+            yield from dpm_solver(self.diffusion, network, x_T, timesteps=timesteps)
         else:
-            yield from ddim(
-                self.diffusion, self.model, x_T, generator=generators, timesteps=timesteps, eta=sampling.eta
-            )
+            yield from ddim(self.diffusion, network, x_T, generator=generators, timesteps=timesteps, eta=sampling.eta)
+
+    def network(self, indices: range) -> Model:
+        """Return (x_t, t) -> prediction for images of the given indices: with their labels and guided, where the model knows classes."""
+        if not self.class_names:
+            return self.model
+        labels = self.compute.send(labels_of(indices, self.sampling.labels, self.class_names))
+        none = torch.full_like(labels, len(self.class_names))
+        return guided(conditioned(self.model, labels), conditioned(self.model, none), self.sampling.guidance_scale)
 
     def generate(self, num_images: int) -> Iterator[Tensor]:
         """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time.
@@ -77,7 +88,14 @@ class Denoiser:
     def identity(self, weights: str) -> Generation:
         """Return what, with the checkpoint, makes the images these: equal identities give equal bytes on equal machines."""
         sampling = self.sampling
-        steps = sampling.num_steps(self.diffusion.num_timesteps)
         return Generation(
-            sampling.sampler, steps, sampling.spacing, sampling.eta, weights, self.seed, chunk=sampling.batch_size
+            sampler=sampling.sampler,
+            steps=sampling.num_steps(self.diffusion.num_timesteps),
+            spacing=sampling.spacing,
+            eta=sampling.eta if sampling.sampler == "ddim" else 0.0,
+            weights=weights,
+            seed=self.seed,
+            chunk=sampling.batch_size,
+            guidance_scale=sampling.guidance_scale,
+            labels=class_name(sampling.labels, self.class_names) if self.class_names else "",
         )

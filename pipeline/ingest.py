@@ -27,13 +27,14 @@ Say = Callable[[str], None]
 class Availability:
     """Where a source stands: `state` is "ingested", "cached", "here" or "download"; `text` says it to people.
 
-    `num_rows` and `shape` (C, H, W) are those of the dataset that it is or will be; None where only ingesting tells.
+    `num_rows`, `shape` (C, H, W) and `num_classes` are those of the dataset that it is or will be; None where only ingesting tells.
     """
 
     state: str
     text: str
     num_rows: int | None = None
     shape: tuple[int, int, int] | None = None
+    num_classes: int | None = None
 
 
 def ingest(
@@ -120,17 +121,22 @@ def availability(source: str, options: IngestOptions, datasets: Path) -> Availab
     if is_dataset(source):
         manifest = Manifest.load(Path(source))
         _refuse_options(source, options, manifest)
-        return Availability("ingested", f"{source} is ingested", manifest.num_rows, manifest.shape)
+        return _there("ingested", f"{source} is ingested", manifest)
     found = resolve_source(source, options, downloads=datasets / "downloads", offline=True)
     dest = cache_folder(found, options, datasets)
     if is_dataset(dest):
         manifest = Manifest.load(dest)
-        return Availability("cached", f"{source} is ingested in {dest}", manifest.num_rows, manifest.shape)
+        return _there("cached", f"{source} is ingested in {dest}", manifest)
     if found.download:
         text = f"{source} is not here: it will be downloaded ({found.download}) and ingested"
         return Availability("download", text, found.num_rows, _shape_to_be(found, options))
     text = f"{source} will be ingested into {dest}"
     return Availability("here", text, found.num_rows, _shape_to_be(found, options))
+
+
+def _there(state: str, text: str, manifest: Manifest) -> Availability:
+    classes = None if manifest.class_names is None else len(manifest.class_names)
+    return Availability(state, text, manifest.num_rows, manifest.shape, classes)
 
 
 def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int] | None:

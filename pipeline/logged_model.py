@@ -48,7 +48,9 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         compute = serving_compute()
         compute.place(trained.model)
         seed = int(options.get("seed", 0))
-        denoiser = Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
+        denoiser = Denoiser(
+            trained.diffusion, trained.model, trained.shape, sampling, seed, compute, trained.class_names
+        )
         return torch.cat(list(denoiser.generate(n))).permute(0, 2, 3, 1).numpy()
 
 

@@ -16,10 +16,12 @@ class Generation:
         steps: network calls per image.
         spacing: which timesteps they are.
         eta: of DDIM.
-        weights: "ema" or "raw".
+        weights: "ema", "ema:0.999", "raw", "posthoc:0.1" (pipeline/averages.py).
         seed: of the images' noise.
         chunk: images per network call.
         num_seeds: values are means over this many seeds, `seed` the first of them.
+        guidance_scale: of classifier-free guidance, s = 1 + w; 1 is none, and other scales call the network twice a step.
+        labels: "balanced", "none" or a class's name; "" of a model that knows no classes.
     """
 
     sampler: str
@@ -30,6 +32,8 @@ class Generation:
     seed: int = 0
     chunk: int = 100
     num_seeds: int = 1
+    guidance_scale: float = 1.0
+    labels: str = ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddpm import BetaSchedule, GaussianDiffusion, UNet
+from ddpm import (
+    BetaSchedule,
+    GaussianDiffusion,
+    Objective,
+    UNet,
+)
 from pipeline.config import Experiment
 from pipeline.errors import UsageError, nearest
 from pipeline.randomness import seed_of
@@ -21,7 +26,12 @@ def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
     """Return the diffusion process of an experiment; UsageError where the process refuses the settings."""
     settings = experiment.diffusion
     try:
-        schedule = BetaSchedule.named(settings.schedule, num_timesteps=settings.num_timesteps)
+        if settings.betas is not None:
+            schedule = BetaSchedule.from_betas(settings.betas, settings.schedule)
+        else:
+            schedule = BetaSchedule.named(settings.schedule, num_timesteps=settings.num_timesteps)
+        if settings.zero_terminal_snr:
+            schedule = schedule.with_zero_terminal_snr()
         return GaussianDiffusion(
             schedule,
             prediction=settings.prediction,
@@ -32,14 +42,26 @@ def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
         raise UsageError(f"diffusion: {error}") from None
 
 
-def build_model(experiment: Experiment, shape: Shape, device: str = "cpu") -> nn.Module:
+def build_objective(experiment: Experiment, diffusion: GaussianDiffusion) -> Objective:
+    """Return what training minimises; UsageError where that makes no sense for the process."""
+    settings = experiment.training
+    try:
+        return Objective(diffusion, settings.objective, gamma=settings.min_snr_gamma)
+    except ValueError as error:
+        raise UsageError(f"training: {error}") from None
+
+
+def build_model(
+    experiment: Experiment, shape: Shape, device: str = "cpu", *, num_classes: int | None = None
+) -> nn.Module:
     """Return the network of an experiment for images (C, H, W), with initial weights that are a function of the seed.
 
-    With device "meta" nothing is allocated: for counting parameters. UsageError where the network cannot be built.
+    `num_classes` is asked for by class-conditional ones. With device "meta" nothing is allocated: for counting parameters.
+    UsageError where the network cannot be built.
     """
     torch.manual_seed(seed_of("weights", experiment.seed))
     with torch.device(device):
-        return _unet(experiment, shape) if experiment.model.type == "unet" else _own_network(experiment)
+        return _unet(experiment, shape, num_classes) if experiment.model.type == "unet" else _own_network(experiment)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -47,11 +69,15 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _unet(experiment: Experiment, shape: Shape) -> nn.Module:
+def _unet(experiment: Experiment, shape: Shape, num_classes: int | None) -> nn.Module:
     settings = experiment.model
+    if settings.class_conditional and num_classes is None:
+        raise ValueError("a class-conditional network needs the number of classes")
+    channels = build_diffusion(experiment).output_channels(shape[0])
     try:
         return UNet(
             in_channels=shape[0],
+            out_channels=channels,
             channels=settings.channels,
             channel_multipliers=settings.channel_multipliers,
             num_res_blocks=settings.num_res_blocks,
@@ -59,7 +85,15 @@ def _unet(experiment: Experiment, shape: Shape) -> nn.Module:
             image_size=(shape[1], shape[2]),
             dropout=settings.dropout,
             num_timesteps=experiment.diffusion.num_timesteps,
+            num_classes=num_classes if settings.class_conditional else None,
+            num_heads=settings.num_heads,
+            head_channels=settings.head_channels,
             norm_groups=settings.norm_groups,
+            norm_eps=settings.norm_eps,
+            scale_shift_norm=settings.scale_shift_norm,
+            flip_sin_to_cos=settings.flip_sin_to_cos,
+            freq_shift=settings.freq_shift,
+            downsample_padding=settings.downsample_padding,
         )
     except ValueError as error:
         raise UsageError(f"model: {error}") from None

@@ -10,14 +10,15 @@ import yaml
 
 from pipeline.capacity import fitting_counts
 from pipeline.cluster_profile import Profile
+from pipeline.combinations import check_training
 from pipeline.config import Experiment, require_divisible
 from pipeline.console import size
 from pipeline.device import require_permission, training_compute
 from pipeline.errors import UsageError
-from pipeline.models import Shape, build_diffusion, build_model, num_parameters
+from pipeline.models import Shape, build_model, num_parameters
 from pipeline.order import default_num_streams
 
-BYTES_PER_PARAMETER = 16  # weights, average, and Adam's two moments, in float32
+BYTES_PER_PARAMETER = 4  # float32
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,14 @@ class Plan:
     num_rows: int | None
     shape: Shape | None
     num_parameters: int | None
+    warnings: tuple[str, ...] = ()  # what may disappoint
 
     @property
     def checkpoint_bytes(self) -> int | None:
-        """Size of one checkpoint."""
-        return None if self.num_parameters is None else self.num_parameters * BYTES_PER_PARAMETER
+        """Size of one checkpoint: the weights, Adam's two moments, and the averages."""
+        training = self.experiment.training
+        copies = 3 + len(training.ema_decays) + len(training.ema_widths)
+        return None if self.num_parameters is None else self.num_parameters * BYTES_PER_PARAMETER * copies
 
     @property
     def steps_per_epoch(self) -> float | None:
@@ -57,6 +61,7 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "checkpoint_bytes": self.checkpoint_bytes,
             "config_hash": self.experiment.hash(),
+            "warnings": list(self.warnings),
         }
 
     def to_text(self) -> str:
@@ -86,12 +91,22 @@ def lines(named: Mapping[str, str]) -> str:
 
 
 def make_plan(
-    experiment: Experiment, profile: Profile, num_workers: int, *, data: str, num_rows: int | None, shape: Shape | None
+    experiment: Experiment,
+    profile: Profile,
+    num_workers: int,
+    *,
+    data: str,
+    num_rows: int | None,
+    shape: Shape | None,
+    num_classes: int | None = None,
 ) -> Plan:
-    """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit."""
+    """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit.
+
+    What is not known of the dataset yet is None; `num_classes` matters to class-conditional models only.
+    """
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     require_divisible(experiment, num_workers, streams)
-    build_diffusion(experiment)
+    warnings = check_training(experiment)
     if profile.kind == "local":
         training_compute(experiment, profile, num_workers)
     else:  # what the cluster's machines can do is theirs to say
@@ -101,8 +116,10 @@ def make_plan(
             f"training.batch_size: got {experiment.training.batch_size}, more than the dataset's {num_rows} images; "
             f"use -s training.batch_size={_power_of_two_up_to(num_rows)}"
         )
-    parameters = None if shape is None else num_parameters(build_model(experiment, shape, device="meta"))
-    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters)
+    parameters = None
+    if shape is not None and not (experiment.model.class_conditional and num_classes is None):
+        parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
+    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings)
 
 
 def choose_workers(experiment: Experiment, profile: Profile) -> int:

@@ -106,10 +106,11 @@ class _Steps:
 
     def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team) -> None:
         self._experiment, self._shape, self._compute, self._team = experiment, shape, compute, team
-        model = compute.place(build_model(experiment, shape))
-        self.learner = Learner.create(model, experiment.training, compute)
-        self._network = model
+        self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
+        model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
         self._diffusion = build_diffusion(experiment)
+        self.learner = Learner.create(model, experiment.training, self._diffusion.num_timesteps, compute)
+        self._network = model
 
     def share_gradients(self) -> None:
         """Average gradients over the workers from now on."""
@@ -130,6 +131,7 @@ class _Steps:
             seed=self._experiment.seed,
             rank=self._team.rank,
             horizontal_flip=self._experiment.data.horizontal_flip,
+            null_class=self._num_classes,
         )
         times: list[float] = []
         begin = time.perf_counter()

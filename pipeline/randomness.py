@@ -40,10 +40,6 @@ class Draws:
     u_label: Tensor
     eps: Tensor
 
-    def timesteps(self, num_timesteps: int) -> Tensor:
-        """Return int64 timesteps [b], uniform over 0 .. num_timesteps - 1."""
-        return (self.u_t * num_timesteps).long()
-
 
 def training_draws(seed: int, step: int, stream: int, count: int, shape: tuple[int, int, int]) -> Draws:
     """Draw for the `count` images of one stream at one step (ARCHITECTURE.md, row 6); `shape` is (C, H, W)."""

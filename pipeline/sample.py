@@ -10,19 +10,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pipeline import averages
 from pipeline.chunks import ChunkStore
 from pipeline.cluster_profile import Profile
+from pipeline.combinations import check_sampling
 from pipeline.config import Experiment, SamplingConfig
 from pipeline.console import Console
 from pipeline.device import Compute, sampling_compute
 from pipeline.errors import StorageError, UsageError
 from pipeline.generated import Workshop, digest
 from pipeline.generation import Denoiser
+from pipeline.labels import class_name
 from pipeline.models import Shape
 from pipeline.pictures import save_grid, save_strip
 from pipeline.pool import runner_of
 from pipeline.runs import Run
-from pipeline.trained import Trained, Weights
+from pipeline.trained import Trained
 from pipeline.yaml_files import validate
 
 Format = Literal["grid", "png", "parquet"]
@@ -36,9 +39,12 @@ class SampleRequest:
     num_images: int = 64
     sampler: str | None = None
     steps: int | None = None
+    spacing: str | None = None
     eta: float | None = None
+    guidance_scale: float | None = None
+    labels: str | int | None = None
     seed: int | None = None
-    weights: Weights = "ema"
+    weights: str = "ema"
     checkpoint: int | None = None
 
     def settings(self, experiment: Experiment) -> tuple[SamplingConfig, int]:
@@ -49,11 +55,15 @@ class SampleRequest:
         given = {
             key: value
             for key, value in asdict(self).items()
-            if key in ("sampler", "steps", "eta") and value is not None
+            if key in ("sampler", "steps", "spacing", "eta", "guidance_scale", "labels") and value is not None
         }
         if given.get("sampler") == "ancestral" and self.steps is None:
             given["steps"] = None  # the ancestral sampler takes all T steps unless told otherwise
         sampling = validate(SamplingConfig, {**experiment.sampling.model_dump(), **given}, "sampling")
+        if self.eta and sampling.sampler != "ddim":
+            raise UsageError(f"--eta: got {self.eta:g}, which is ddim's; the sampler is {sampling.sampler!r}")
+        check_sampling(experiment, sampling)
+        averages.choose(self.weights, experiment.training)
         return sampling, experiment.seed if self.seed is None else self.seed
 
 
@@ -90,7 +100,9 @@ def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Tr
 def generator_for(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser:
     """Return what generates images as asked from a model that is loaded."""
     sampling, seed = request.settings(trained.experiment)
-    return Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute)
+    if trained.class_names:
+        class_name(sampling.labels, trained.class_names)  # refused before anything is generated
+    return Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 
 
 def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:

@@ -59,6 +59,16 @@ class Team:
         dist.all_reduce(total, group=self._control)
         return total
 
+    def everyones(self, rows: Tensor, num_streams: int) -> Tensor:
+        """Return the rows of all workers, a CPU tensor, in the order of their streams: the same for any number of workers."""
+        if self.size == 1:
+            return rows
+        parts = [torch.empty_like(rows) for _ in range(self.size)]
+        dist.all_gather(parts, rows.contiguous(), group=self._control)
+        # worker r of R holds the streams r, r + R, ...
+        by_stream = torch.stack([part.view(num_streams // self.size, -1, *rows.shape[1:]) for part in parts], 1)
+        return by_stream.flatten(0, 2)
+
     def share_gradients(self, model: nn.Module, compute: Compute) -> nn.Module:
         """Return the network whose backward pass averages gradients over the workers."""
         if self.size == 1:

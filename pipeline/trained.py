@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import GaussianDiffusion
+from pipeline import averages
 from pipeline import checkpoint as checkpoints
 from pipeline.cluster_profile import Profile, load_profile
 from pipeline.config import Experiment, experiment_from, with_overrides
 from pipeline.errors import CheckpointError, UsageError
+from pipeline.labels import ClassNames
 from pipeline.models import Shape, build_diffusion, build_model
 from pipeline.runs import Run
 from pipeline.yaml_files import validate
 
-Weights = Literal["ema", "raw"]
 EXPERIMENT_FILE = "experiment.json"
 WEIGHTS_FILE = "weights.safetensors"
 
@@ -34,22 +34,42 @@ class Trained:
     experiment: Experiment
     shape: Shape  # (C, H, W)
     step: int
-    weights: Weights
+    weights: str  # "ema", "ema:0.999", "raw", "posthoc:0.1"
     training_s: float
+    class_names: ClassNames = ()  # of a class-conditional network
 
     @classmethod
-    def from_run(cls, run: Run, step: int | None = None, weights: Weights = "ema") -> Trained:
-        """Load a run's newest checkpoint that verifies, or that of a step; CheckpointError where there is none."""
-        checkpoint = _choose(run, step)
+    def from_run(cls, run: Run, step: int | None = None, weights: str = "ema") -> Trained:
+        """Load a run's newest checkpoint that verifies, or that of a step; CheckpointError where there is none.
+
+        `weights` are as in pipeline/averages.py; those that are made after training are of a snapshot's step.
+        """
         experiment = experiment_of(run)
+        choice = averages.choose(weights, experiment.training)
+        # buffers, of a network that has them, are not averaged: they come from the model itself
+        if choice.sigma_rel is not None:
+            widths = experiment.training.ema_widths
+            averaged, at = averages.posthoc(run.folder, choice.sigma_rel, widths, step)
+            checkpoint = _choose(run, None)
+            tensors = checkpoint.tensors("model")["model"]
+        else:
+            checkpoint = _choose(run, step)
+            groups = checkpoint.tensors("model", choice.group or "model")
+            averaged, at, tensors = groups[choice.group or "model"], checkpoint.step, groups["model"]
         state = checkpoint.state()
         shape: Shape = tuple(state["shape"])
-        model = build_model(experiment, shape)
-        # buffers, of a network that has them, are not averaged: they come from the model itself
-        tensors = checkpoint.tensors("model", "ema")
-        model.load_state_dict(tensors["model"] | (tensors["ema"] if weights == "ema" else {}))
+        class_names = tuple(state.get("class_names", ()))
+        model = build_model(experiment, shape, num_classes=len(class_names))
+        model.load_state_dict(tensors | averaged)
         return cls(
-            model.eval(), build_diffusion(experiment), experiment, shape, checkpoint.step, weights, state["elapsed_s"]
+            model=model.eval(),
+            diffusion=build_diffusion(experiment),
+            experiment=experiment,
+            shape=shape,
+            step=at,
+            weights=choice.name,
+            training_s=state["elapsed_s"],
+            class_names=class_names,
         )
 
     @classmethod
@@ -62,7 +82,8 @@ class Trained:
             raise CheckpointError(f"{folder}: not a saved model ({error.filename} cannot be read)") from None
         experiment = experiment_from(about["experiment"], EXPERIMENT_FILE)
         shape: Shape = tuple(about["shape"])
-        model = build_model(experiment, shape)
+        class_names = tuple(about.get("class_names", ()))
+        model = build_model(experiment, shape, num_classes=len(class_names))
         model.load_state_dict(tensors)
         return cls(
             model.eval(),
@@ -72,6 +93,7 @@ class Trained:
             about["step"],
             about["weights"],
             about["training_s"],
+            class_names,
         )
 
     def save(self, folder: Path) -> Path:
@@ -81,6 +103,7 @@ class Trained:
         about = {
             "experiment": self.experiment.to_dict(),
             "shape": self.shape,
+            "class_names": self.class_names,
             "step": self.step,
             "weights": self.weights,
             "training_s": self.training_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ddpm import ExponentialMovingAverage, GaussianDiffusion, l_simple
-from pipeline.batches import Batch
+from ddpm import (
+    GaussianDiffusion,
+    LossAwareTimesteps,
+    Objective,
+    TimestepSampler,
+    UniformTimesteps,
+    WeightAverage,
+)
+from pipeline.averages import make_averages
+from pipeline.batches import Batch, PlacedBatch
 from pipeline.config import TrainingConfig
 from pipeline.device import Compute, LossScaler
 from pipeline.errors import DivergedError
-from pipeline.images import flip, to_float
 from pipeline.randomness import seed_dropout
 
 LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left to gain
@@ -24,25 +31,36 @@ LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left 
 
 @dataclass
 class Learner:
-    """What training changes: the weights, the optimizer's moments, the average of the weights, and the number of steps done.
+    """What training changes: the weights, the optimizer's moments, the averages of the weights, the losses that loss-aware timesteps
+    remember, and the number of steps done. The first average is the one that is sampled.
 
     The scaler is fp16's: its state travels with the checkpoint, or a resumed training would scale anew. In other precisions it is idle.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    ema: ExponentialMovingAverage
+    averages: dict[str, WeightAverage]
+    timesteps: TimestepSampler
     scaler: LossScaler
     step: int = 0
 
     @classmethod
-    def create(cls, model: nn.Module, settings: TrainingConfig, compute: Compute) -> Learner:
+    def create(cls, model: nn.Module, settings: TrainingConfig, num_timesteps: int, compute: Compute) -> Learner:
         """Return a learner at step 0 for a network that is on its device already."""
         optimizer = compute.optimizer(
-            model.parameters(), lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_eps
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
         )
-        ema = ExponentialMovingAverage(model, settings.ema_decays[0], ramp_up=settings.ema_ramp_up)
-        return cls(model, optimizer, ema, compute.loss_scaler())
+        kind = LossAwareTimesteps if settings.timestep_sampling == "loss_aware" else UniformTimesteps
+        return cls(model, optimizer, make_averages(model, settings), kind(num_timesteps), compute.loss_scaler())
+
+    @property
+    def ema(self) -> WeightAverage:
+        """The average that is sampled."""
+        return self.averages["ema"]
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return everything that a checkpoint must hold, as named groups of tensors."""
@@ -50,12 +68,18 @@ class Learner:
         for name, parameter in self.model.named_parameters():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 moments[f"{key}/{name}"] = value
-        return {"model": dict(self.model.state_dict()), "ema": dict(self.ema.shadow), "optimizer": moments}
+        averages = {name: dict(average.shadow) for name, average in self.averages.items()}
+        history = self.timesteps.state_dict()
+        return {"model": dict(self.model.state_dict()), "optimizer": moments, **averages} | (
+            {"timesteps": history} if history else {}
+        )
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
         """Go back to what `tensors` returned at a step."""
         self.model.load_state_dict(tensors["model"])
-        self.ema.load_state_dict({"num_updates": step, "shadow": tensors["ema"]})  # one update a step
+        for name, average in self.averages.items():
+            average.load_state_dict({"num_updates": step, "shadow": tensors[name]})  # one update a step
+        self.timesteps.load_state_dict(tensors.get("timesteps", {}))
         moments: dict[str, dict[str, Tensor]] = {}
         for key, value in tensors["optimizer"].items():
             kind, _, name = key.partition("/")
@@ -74,7 +98,8 @@ class StepResult:
     """One finished step of one worker; losses, timesteps and the gradient's norm stay on the device until somebody looks."""
 
     step: int  # steps done, this one included
-    losses: Tensor  # float32 [b], weight 1 each
+    losses: Tensor  # float32 [b]
+    weights: Tensor  # float32 [b]: 1, or what makes the mean loss unbiased where timesteps are not drawn uniformly
     timesteps: Tensor  # int64 [b]
     grad_norm: Tensor  # over all workers, before clipping
     learning_rate: float
@@ -119,12 +144,17 @@ def fit(
     seed: int,
     rank: int = 0,
     horizontal_flip: bool = False,
+    null_class: int | None = None,
+    everyones: Callable[[Tensor], Tensor] = lambda mine: mine,
 ) -> Iterator[StepResult]:
     """Train on one batch after another, and yield after each step, when weights, moments and average belong together.
 
     `network` is `learner.model` as it is to be called: itself, compiled, or wrapped for data parallelism. A gradient that is not
     finite raises DivergedError; it is looked at one step late, so that a GPU never waits, and `StepResult.require_finite` looks at once.
+    With a `null_class` the network is told the labels, some of them dropped. `everyones` returns the rows of all workers from the rows
+    of this one, in one order for all: loss-aware timesteps remember the losses of them all.
     """
+    objective = Objective(diffusion, settings.objective, gamma=settings.min_snr_gamma)
     result: StepResult | None = None
     for batch in batches:
         rate = learning_rate_at(learner.step, settings)
@@ -132,7 +162,9 @@ def fit(
             group["lr"] = rate
         seed_dropout(seed, learner.step, rank)
         compute.begin_step()
-        losses, timesteps = _backward(learner, network, diffusion, batch, settings, compute, horizontal_flip)
+        drawn = learner.timesteps.draw(batch.draws.u_t)
+        images = PlacedBatch.of(batch, drawn, compute, horizontal_flip, null_class, settings.label_dropout)
+        losses = _backward(learner, network, objective, images, settings.micro_batch_size, compute)
         learner.scaler.unscale_(learner.optimizer)
         limit = settings.grad_clip if settings.grad_clip is not None else float("inf")
         grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
@@ -141,41 +173,43 @@ def fit(
         learner.scaler.step(learner.optimizer)
         learner.scaler.update()
         learner.optimizer.zero_grad(set_to_none=True)
-        learner.ema.update()
+        for average in learner.averages.values():
+            average.update()
+        if isinstance(learner.timesteps, LossAwareTimesteps):
+            _remember(learner.timesteps, everyones(torch.stack([drawn.t.double(), losses.cpu().double()], 1)))
         learner.step += 1
-        result = StepResult(learner.step, losses, timesteps, grad_norm, rate, learner.scaler)
+        result = StepResult(learner.step, losses, images.weights, images.timesteps, grad_norm, rate, learner.scaler)
         yield result
+
+
+def _remember(timesteps: LossAwareTimesteps, rows: Tensor) -> None:
+    """Tell of losses, rows (t, loss); those of a step that overflows fp16, which is left out, are forgotten."""
+    rows = rows[rows[:, 1].isfinite()]
+    timesteps.update(rows[:, 0].long(), rows[:, 1])
 
 
 def _backward(
     learner: Learner,
     network: nn.Module,
-    diffusion: GaussianDiffusion,
-    batch: Batch,
-    settings: TrainingConfig,
+    objective: Objective,
+    images: PlacedBatch,
+    micro_batch_size: int | None,
     compute: Compute,
-    horizontal_flip: bool,
-) -> tuple[Tensor, Tensor]:
-    """Add up the gradient of the batch's mean loss, over micro-batches where asked; return losses [b] and timesteps [b]."""
-    images, eps = compute.send(batch.images), compute.send(batch.draws.eps)
-    timesteps = compute.send(batch.draws.timesteps(diffusion.num_timesteps))
-    mirrored = compute.send(batch.draws.u_flip < 0.5) if horizontal_flip else None
-    count = len(images)
-    size = settings.micro_batch_size or count
+) -> Tensor:
+    """Add up the gradient of the batch's mean weighted loss, over micro-batches where asked; return the losses [b]."""
+    count = len(images.images)
+    size = micro_batch_size or count
     losses: list[Tensor] = []
     for begin in range(0, count, size):
-        part = slice(begin, begin + size)
-        x0 = to_float(images[part])
-        if mirrored is not None:
-            x0 = flip(x0, mirrored[part])
-        if compute.channels_last:
-            x0 = x0.contiguous(memory_format=torch.channels_last)
+        rows = slice(begin, begin + size)
+        x0, t, eps = images.part(rows, compute.channels_last)
         with _gradients_stay_local(network, begin + size < count):
             with compute.autocast():
-                part_losses = l_simple(diffusion, network, x0, timesteps[part], eps[part])
-            learner.scaler.scale(part_losses.sum() / count).backward()  # type: ignore[no-untyped-call]
+                part_losses = objective(images.told(network, rows), x0, t, eps)
+            weighted = part_losses * images.weights[rows]
+            learner.scaler.scale(weighted.sum() / count).backward()  # type: ignore[no-untyped-call]
         losses.append(part_losses.detach())
-    return torch.cat(losses), timesteps
+    return torch.cat(losses)
 
 
 def _gradients_stay_local(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:

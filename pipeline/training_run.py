@@ -20,6 +20,7 @@ from pipeline.errors import CheckpointError, InterruptedRunError, UsageError
 from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job
+from pipeline.labels import class_name, class_names_of
 from pipeline.models import allow_modules_in, build_diffusion
 from pipeline.plan import Plan, choose_workers, make_plan
 from pipeline.runs import Run, RunStatus
@@ -63,7 +64,13 @@ def plan(asked: Request) -> Plan:
         asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(asked.profile.home())
     )
     return make_plan(
-        asked.experiment, asked.profile, num_workers, data=found.text, num_rows=found.num_rows, shape=found.shape
+        asked.experiment,
+        asked.profile,
+        num_workers,
+        data=found.text,
+        num_rows=found.num_rows,
+        shape=found.shape,
+        num_classes=found.num_classes,
     )
 
 
@@ -158,6 +165,9 @@ def _carry_out(
     with run.lock(), _open_tracking(run, checked, dataset, settings):
         if overrides:
             run.update(overrides=[*run.state().overrides, *overrides])
+        for warning in checked.warnings:
+            console.say(f"warning: {warning}")
+            run.log(f"warning: {warning}")
         console.say(f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps, in {run.folder}")
         try:
             run_attempts(run, job, profile, console, observe)
@@ -189,6 +199,7 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
             "dataset": manifest.name,
             "schedule": experiment.diffusion.schedule,
             "num_timesteps": str(experiment.diffusion.num_timesteps),
+            **({"degenerate_schedule": "true"} if build_diffusion(experiment).schedule.is_degenerate else {}),
             "profile": checked.profile.name,
             "num_workers": str(checked.num_workers),
             "code_version": run.record.code_version,
@@ -233,8 +244,17 @@ def _create(checked: Plan, dataset: Dataset, command: Sequence[str], initial_wei
 
 def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, dataset: Dataset) -> Plan:
     manifest = dataset.manifest
+    class_names = class_names_of(dataset) if experiment.model.class_conditional else ()
+    if class_names:
+        class_name(experiment.sampling.labels, class_names)
     return make_plan(
-        experiment, profile, num_workers, data=str(dataset.folder), num_rows=manifest.num_rows, shape=manifest.shape
+        experiment,
+        profile,
+        num_workers,
+        data=str(dataset.folder),
+        num_rows=manifest.num_rows,
+        shape=manifest.shape,
+        num_classes=len(class_names),
     )
 
 

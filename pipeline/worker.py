@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline import checkpoint as checkpoints
+from pipeline.averages import save_snapshot
 from pipeline.batches import Batch, Prefetch, training_batches
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment, experiment_from
@@ -21,6 +22,7 @@ from pipeline.early_kid import early_kid
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.generation import Denoiser
 from pipeline.job import Job
+from pipeline.labels import class_names_of
 from pipeline.models import allow_modules_in, build_diffusion, build_model
 from pipeline.monitor import SystemMonitor
 from pipeline.order import Order, streams_of_worker
@@ -48,7 +50,8 @@ class Link(Protocol):
 
 @dataclass
 class LossMeter:
-    """Loss summed since the last report, by quartile of t: row 0 sums, row 1 counts; float64 so that order hardly matters."""
+    """Loss summed since the last report, by quartile of t: row 0 weighted sums, row 1 sums of weights (counts, where t is drawn
+    uniformly); float64 so that order hardly matters."""
 
     num_timesteps: int
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
@@ -56,7 +59,8 @@ class LossMeter:
     def add(self, result: StepResult) -> None:
         """Count one step of this worker, on the device where its losses are."""
         quartile = result.timesteps * 4 // self.num_timesteps
-        values = torch.stack([result.losses.double(), torch.ones_like(result.losses, dtype=torch.float64)])
+        weights = result.weights.double()
+        values = torch.stack([result.losses.double() * weights, weights])
         self.sums = self.sums.to(values.device).index_add(1, quartile, values)
 
     def gather(self, team: Team) -> None:
@@ -89,8 +93,10 @@ class Worker:
         allow_modules_in(job.code_folder)
         self.dataset = Dataset.open(Path(job.dataset_folder))
         self.diffusion = build_diffusion(self.experiment)
-        model = self.compute.place(build_model(self.experiment, self.dataset.manifest.shape))
-        self.learner = Learner.create(model, self.experiment.training, self.compute)
+        conditional = self.experiment.model.class_conditional
+        self.class_names = class_names_of(self.dataset) if conditional else ()
+        model = build_model(self.experiment, self.dataset.manifest.shape, num_classes=len(self.class_names))
+        self.learner = self._new_learner(self.compute.place(model))
         self.meter = LossMeter(self.experiment.diffusion.num_timesteps)
         self.elapsed_before_s = 0.0
         self.missed_saves = 0
@@ -100,6 +106,9 @@ class Worker:
         self.sampling_model: nn.Module | None = None
         self.judging_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.leads else []
+
+    def _new_learner(self, model: nn.Module) -> Learner:
+        return Learner.create(model, self.experiment.training, self.diffusion.num_timesteps, self.compute)
 
     def work(self) -> str:
         """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
@@ -136,6 +145,8 @@ class Worker:
                 seed=self.experiment.seed,
                 rank=self.team.rank,
                 horizontal_flip=self.experiment.data.horizontal_flip,
+                null_class=len(self.class_names) or None,
+                everyones=partial(self.team.everyones, num_streams=self.job.num_streams),
             )
             for result in steps:
                 self.meter.add(result)
@@ -152,6 +163,7 @@ class Worker:
                 if self._grid_is_due(result.step, last):
                     self._draw_grid()
                 self._judge(spent)
+                self._store_averages(last)
                 if save or stop or last:
                     self._save(elapsed_s, must=stop or last)
                 self._publish(result, pace)
@@ -198,7 +210,7 @@ class Worker:
                 {
                     "step": result.step,
                     "steps": total,
-                    "loss": float(result.losses.mean()),
+                    "loss": float((result.losses * result.weights).mean()),
                     "images_per_s": pace.images_per_s(result.step, self.experiment.training.batch_size),
                 }
             )
@@ -249,6 +261,7 @@ class Worker:
             sampling,
             self.experiment.seed,
             self.compute,
+            self.class_names,
         )
         return torch.cat(list(denoiser.generate(count)))
 
@@ -286,8 +299,29 @@ class Worker:
         name = checkpoints.NAME.fullmatch(folder.name)
         assert name is not None
         origin = checkpoints.Checkpoint(folder, int(name[1]), int(name[2]))
-        self.learner.model.load_state_dict(origin.tensors("ema")["ema"], strict=False)
-        self.learner = Learner.create(self.learner.model, self.experiment.training, self.compute)
+        try:
+            self.learner.model.load_state_dict(origin.tensors("ema")["ema"], strict=False)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{folder}: these weights do not fit the network of this run ({str(error).splitlines()[-1].strip()}); "
+                "keep the settings of the model, the prediction and the variance"
+            ) from None
+        self.learner = self._new_learner(self.learner.model)
+
+    def _owns(self) -> bool:
+        """Return whether this attempt is still the one that may write."""
+        return self.run.current_attempt() == self.job.attempt
+
+    def _store_averages(self, last: bool) -> None:
+        """Store the power-function averages where that is due; a place that is full costs this snapshot only."""
+        every, step = self.experiment.training.ema_snapshot_every_steps, self.learner.step
+        if self.tracker is None or every is None or not (step % every == 0 or last):
+            return
+        try:
+            save_snapshot(self.run.folder, step, self.job.attempt, self.learner.averages, self._owns)
+        except StorageError as error:
+            self.run.log(f"warning: {error}")
+            self.link.publish({"warning": f"{error}; the averages of step {step} are not stored"})
 
     def _save_is_due(self, step: int) -> bool:
         due = self.experiment.checkpoint
@@ -306,6 +340,7 @@ class Worker:
             "config_hash": self.experiment.hash(),
             "dataset_fingerprint": self.dataset.manifest.fingerprint,
             "shape": list(self.dataset.manifest.shape),
+            "class_names": list(self.class_names),
             "elapsed_s": elapsed_s,
             "loss_scale": self.learner.scaler.state_dict(),
             "meter": self.meter.sums.cpu().tolist(),
@@ -314,10 +349,10 @@ class Worker:
             "threads": self.compute.threads,
             "torch": torch.__version__,
         }
-        attempt = self.job.attempt
-        owns: Callable[[], bool] = lambda: self.run.current_attempt() == attempt  # noqa: E731
         try:
-            checkpoints.save(self.root, self.learner.step, attempt, self.learner.tensors(), state, may_commit=owns)
+            checkpoints.save(
+                self.root, self.learner.step, self.job.attempt, self.learner.tensors(), state, may_commit=self._owns
+            )
         except StorageError as error:
             self.missed_saves += 1
             if must or self.missed_saves >= MISSED_SAVES:

@@ -124,7 +124,7 @@ def train_sample_and_score(choice: Choice) -> list[Tensor]:
     out = []
     for step in range(4):
         g = seeded(1000 + step)
-        x0, (t, weight) = images(16, seed=step).float(), steps.draw(16, g)
+        x0, (t, weight) = images(16, seed=step).float(), steps.draw(torch.rand(16, generator=g, dtype=torch.float64))
         losses = objective(model, x0, t, normal_noise(x0.shape, g))
         assert losses.shape == (16,)
         assert losses.dtype == torch.float32

@@ -12,6 +12,10 @@ from ddpm import LossAwareTimesteps, UniformTimesteps
 from tests.ddpm.closed_forms import seeded
 
 
+def uniform(num: int, seed: int = 0) -> Tensor:
+    return torch.rand(num, generator=seeded(seed), dtype=torch.float64)
+
+
 def filled(losses: list[list[float]]) -> LossAwareTimesteps:
     """A sampler that was told, for each step, these losses in order."""
     sampler = LossAwareTimesteps(len(losses))
@@ -21,7 +25,7 @@ def filled(losses: list[list[float]]) -> LossAwareTimesteps:
 
 
 def test_uniform_draws_every_step_alike_with_weight_1() -> None:
-    t, weight = UniformTimesteps(7).draw(70_000, seeded())
+    t, weight = UniformTimesteps(7).draw(uniform(70_000))
     assert t.dtype == torch.int64
     assert bool((weight == 1).all())
     counts = torch.bincount(t, minlength=7)
@@ -29,10 +33,18 @@ def test_uniform_draws_every_step_alike_with_weight_1() -> None:
     assert float((counts - 10_000).abs().max()) < 5 * math.sqrt(70_000 * (1 / 7) * (6 / 7))
 
 
+def test_draws_are_quantiles() -> None:
+    """p = (0.1, 0.2, 0.7), but for the share that is uniform: u = 0.05, 0.2, 0.9 fall into steps 0, 1 and 2."""
+    sampler = filled([[1.0] * 10, [2.0] * 10, [7.0] * 10])
+    u = torch.tensor([0.9, 0.05, 0.2, 0.0, 1 - 2**-53], dtype=torch.float64)
+    assert sampler.draw(u).t.tolist() == [2, 0, 1, 0, 2]
+    assert UniformTimesteps(4).draw(u).t.tolist() == [3, 0, 0, 0, 3]
+
+
 def test_uniform_until_every_step_has_ten_losses() -> None:
     sampler = filled([[1.0] * 10, [5.0] * 10, [9.0] * 9])
     assert sampler.probabilities().tolist() == pytest.approx([1 / 3] * 3)
-    assert bool((sampler.draw(100, seeded()).weight == 1).all())
+    assert bool((sampler.draw(uniform(100)).weight == 1).all())
     sampler.update(torch.tensor([2]), torch.tensor([9.0]))
     assert sampler.probabilities().tolist() != pytest.approx([1 / 3] * 3)
 
@@ -68,7 +80,7 @@ def test_weights_make_the_mean_unbiased() -> None:
     """Sum over t of p_t * weight_t * L_t is the plain mean of L, whatever p is; and draws follow p."""
     sampler = filled([[v] * 10 for v in (0.1, 1.0, 5.0, 20.0)])
     p = sampler.probabilities()
-    t, weight = sampler.draw(200_000, seeded())
+    t, weight = sampler.draw(uniform(200_000))
     torch.testing.assert_close(weight.double(), 1 / (4 * p[t]), rtol=1e-5, atol=0)
     counts = torch.bincount(t, minlength=4).double()
     assert bool(((counts - 200_000 * p).abs() < 5 * (200_000 * p * (1 - p)).sqrt()).all())
@@ -81,7 +93,7 @@ def test_losses_that_are_all_zero_leave_it_uniform() -> None:
 def run(sampler: LossAwareTimesteps, start: int, stop: int) -> list[Tensor]:
     drawn = []
     for step in range(start, stop):
-        t = sampler.draw(8, seeded(step)).t
+        t = sampler.draw(uniform(8, step)).t
         drawn.append(t)
         sampler.update(t, (t + 1).float() * (1 + step % 3))
     return drawn

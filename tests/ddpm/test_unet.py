@@ -138,7 +138,7 @@ def test_nichol_and_dhariwals_network_equals_diffusers() -> None:
     copy_into_peer(ours, peer, 3)
     x, t = randn(2, 3, 16, 16).float(), torch.tensor([3, 900])
     # theirs has heads of 8 channels everywhere, so 4 at the first level and 8 at the second; ours 4 at both
-    narrow = small(out_channels=6, num_res_blocks=3, attention_resolutions=(8, 16), **(IDDPM | {"head_width": 8}))
+    narrow = small(out_channels=6, num_res_blocks=3, attention_resolutions=(8, 16), **(IDDPM | {"head_channels": 8}))
     narrow.load_state_dict(ours.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(narrow.eval()(x, t), peer(x, t).sample, rtol=1e-5, atol=1e-5)
@@ -209,7 +209,7 @@ def test_any_size_that_fits_keeps_its_shape(size: int | tuple[int, int], channel
             r"attention_resolutions \[7\] are no level's; the levels' longer sides are \[16, 8\]",
         ),
         ({"num_heads": 5}, "num_heads=5 does not divide the 64 channels"),
-        ({"head_width": 48}, "head_width=48 does not divide the 64 channels"),
+        ({"head_channels": 48}, "head_channels=48 does not divide the 64 channels"),
         ({"channel_multipliers": ()}, "channel_multipliers is empty"),
         ({"channel_multipliers": (1, 0)}, r"channel_multipliers\[1\]=0"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),

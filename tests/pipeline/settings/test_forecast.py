@@ -10,7 +10,7 @@ import torch
 
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
-from pipeline.dry_run import DryRun, _few_steps, _large_window
+from pipeline.dry_run import DryRun, _large_window
 from pipeline.forecast import describe, forecast
 from pipeline.plan import Plan
 from pipeline.probe import Probe, _batch_within, _line, probe_training
@@ -133,20 +133,6 @@ def test_each_worker_on_a_node_of_its_own_counts_as_many_nodes():
     asked = plan(gpus(4, placement="strict_spread"), num_workers=4)
     assert forecast(asked, probe(batch=32)).nodes == 4
     assert forecast(plan(gpus(4), num_workers=4), probe(batch=32)).nodes == 1  # eight GPUs to a node are assumed
-
-
-@pytest.mark.parametrize(
-    ("sampling", "variance", "warned"),
-    [
-        ({"sampler": "ancestral", "steps": 50}, "fixed_large", True),
-        ({"sampler": "ancestral", "steps": 50}, "fixed_small", False),
-        ({"sampler": "ancestral", "steps": None}, "fixed_large", False),
-        ({"sampler": "ddim", "steps": 50}, "fixed_large", False),
-    ],
-)
-def test_ancestral_sampling_in_few_steps_is_warned_of(sampling, variance, warned):
-    found = _few_steps(plan(sampling=sampling, diffusion={"variance": variance}))
-    assert (found is not None) == warned
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,9 @@ def train(
 ) -> tuple[list[torch.Tensor], list[Batch], Learner]:
     """Train 20 steps as one worker of a team; return its losses and batches by step, and the learner."""
     torch.set_num_threads(1)
-    learner = Learner.create(build_model(chosen, dataset.manifest.shape), chosen.training, compute)
+    learner = Learner.create(
+        build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, compute
+    )
     seen: list[Batch] = []
     streams = streams_of_worker(team.rank, team.size, STREAMS)
     batches = training_batches(dataset, order_of(dataset, chosen), streams, 0, chosen.seed)
@@ -149,7 +151,9 @@ def test_the_gradient_is_clipped_to_its_norm(dataset):
 
 
 def train_one(dataset: Dataset, chosen: Experiment) -> tuple[dict[str, torch.Tensor], float]:
-    learner = Learner.create(build_model(chosen, dataset.manifest.shape), chosen.training, CPU)
+    learner = Learner.create(
+        build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, CPU
+    )
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
     steps = fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, CPU, seed=0)
     result = next(iter(steps))
@@ -160,7 +164,12 @@ def train_one(dataset: Dataset, chosen: Experiment) -> tuple[dict[str, torch.Ten
 def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, precision):
     chosen = experiment(precision=precision)
     compute = replace(CPU, autocast_dtype=AUTOCAST[precision], channels_last=True)
-    learner = Learner.create(compute.place(build_model(chosen, dataset.manifest.shape)), chosen.training, compute)
+    learner = Learner.create(
+        compute.place(build_model(chosen, dataset.manifest.shape)),
+        chosen.training,
+        chosen.diffusion.num_timesteps,
+        compute,
+    )
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
     for result in fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, compute, seed=0):
         assert torch.isfinite(result.losses).all()
@@ -181,7 +190,9 @@ def test_fp16_learns_what_fp32_learns(dataset, alone):
 def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
     chosen = experiment(precision="fp16", warmup_steps=0)
     compute = replace(CPU, autocast_dtype=torch.float16)
-    learner = Learner.create(build_model(chosen, dataset.manifest.shape), chosen.training, compute)
+    learner = Learner.create(
+        build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, compute
+    )
     with torch.no_grad():
         next(learner.model.parameters()).fill_(float("inf"))  # every gradient from here on is infinite or NaN
     others = {name: p.clone() for name, p in list(learner.model.named_parameters())[1:]}

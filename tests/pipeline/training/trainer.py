@@ -94,8 +94,8 @@ def final_digests(run: Run) -> dict[str, str]:
     assert checkpoint is not None
     assert checkpoint.step == run.record.experiment["training"]["steps"]
     return {
-        group: hashlib.sha256((checkpoint.folder / f"{group}.safetensors").read_bytes()).hexdigest()
-        for group in checkpoints.GROUPS
+        path.stem: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(checkpoint.folder.glob("*.safetensors"))
     }
 
 
