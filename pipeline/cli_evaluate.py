@@ -8,7 +8,7 @@ import click
 
 from pipeline.cli_options import cluster_option, dry_run_option, example, json_option, print_json, sampling_options
 
-METRICS = ("fid", "kid", "is", "prdc")
+METRICS = ("fid", "kid", "is", "prdc", "bpd")
 
 
 def _metrics(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
@@ -28,6 +28,7 @@ def _metrics(context: click.Context, option: click.Parameter, value: str | None)
 ddpm-pipe evaluate latest
 ddpm-pipe evaluate k7m2 --sampler ddim --steps 100 --num-images 600
 ddpm-pipe evaluate k7m2 --metrics fid,kid,is,prdc --seeds 3
+ddpm-pipe evaluate k7m2 --metrics bpd --split test
 ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
 """)
 )
@@ -49,7 +50,15 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
 @click.option(
     "--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says."
 )
-@click.option("-n", "--num-images", type=click.IntRange(min=2), help="Images on each side of the comparison.")
+@click.option(
+    "-n",
+    "--num-images",
+    type=click.IntRange(min=2),
+    help="Images on each side of the comparison; for bpd at most so many, by default all.",
+)
+@click.option(
+    "--split", metavar="NAME", help="For bpd: another split of the run's source. Default: the images trained on."
+)
 @click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
 @sampling_options
 @cluster_option
@@ -61,6 +70,7 @@ def evaluate(
     num_seeds: int,
     extractor: str | None,
     num_images: int | None,
+    split: str | None,
     inception_weights: str | None,
     cluster: str | None,
     dry_run: bool,
@@ -74,6 +84,7 @@ def evaluate(
     kid   kernel distance of the same, without FID's bias
     is    Inception Score
     prdc  precision, recall, density, coverage
+    bpd   bits per dimension of real images: the variational bound, its parts, its curve over t
     """
     from pipeline import result_commands
     from pipeline.evaluate import ScoreRequest
@@ -83,6 +94,7 @@ def evaluate(
         num_seeds=num_seeds,
         extractor=extractor,
         num_images=num_images,
+        split=split,
         inception_weights=inception_weights,
         **how,
     )

@@ -6,19 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.chunks import Runner
 from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
 from pipeline.device import Compute
 from pipeline.errors import DataError, RefusedError
-from pipeline.evaluate import ScoreRequest, record_scores, score_model, write_scored
+from pipeline.evaluate import Evaluation, ScoreRequest, evaluate_model, record, sample_metrics, write_evaluation
 from pipeline.generated import PREVIEW_IMAGES
-from pipeline.judge import Judge, find_judge
+from pipeline.judge import find_judge
 from pipeline.pictures import save_grid
+from pipeline.pool import runner_of
 from pipeline.runs import Run
 from pipeline.sample import draw_strip, generator_for, load_trained, workshop_of
-from pipeline.score_table import score_lines
-from pipeline.scores import Scores
 from pipeline.tracking import Tracker, TrackingSettings
 from pipeline.tracking_text import describe
 from pipeline.trained import Trained
@@ -33,7 +31,7 @@ class Outcome:
     step: int
     training_s: float
     pictures: dict[str, Path]
-    scores: Scores | None = None
+    found: Evaluation | None = None
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
 
@@ -45,14 +43,15 @@ class Outcome:
             "step": self.step,
             "training_s": round(self.training_s, 3),
             "pictures": {name: str(path) for name, path in self.pictures.items()},
-            "scores": None if self.scores is None else self.scores.to_json(),
+            "scores": None if self.found is None else self.found.to_json(),
             "skipped": self.skipped,
         }
 
     def to_text(self) -> str:
         """Return the summary: scores beside their yardsticks, pictures, and what to type next."""
         lines = [f"run {self.run_id}  {self.name}  {self.step} steps, trained for {duration(self.training_s)}", ""]
-        lines += score_lines(self.scores) if self.scores is not None else [self.skipped]
+        lines += [] if self.found is None else self.found.lines
+        lines += [self.skipped] if self.skipped else []
         lines += ["", *(f"{name + ':':<9}{path}" for name, path in self.pictures.items()), *self.notes]
         lines += [
             "",
@@ -70,19 +69,18 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     request = ScoreRequest()
     trained, compute = load_trained(run, request, profile)
     denoiser = generator_for(trained, request, compute)
-    workshop = workshop_of(run, trained, profile, console)
-    judge, skipped = _judge_or_reason(run, trained, compute, workshop.runner, console)
-    scored = None if judge is None else score_model(workshop, trained, compute, judge, request)
+    found, skipped = _evaluate(run, trained, compute, request, profile, console)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     pictures = {"samples": folder / "samples.png", "strip": folder / "denoising.png"}
-    images = workshop.images(denoiser, PREVIEW_IMAGES)[0] if scored is None else scored.preview
+    if found is None or found.scored is None:
+        images, _ = workshop_of(run, trained, profile, console).images(denoiser, PREVIEW_IMAGES)
+    else:
+        images = found.scored.preview
     save_grid(images, pictures["samples"])
     draw_strip(denoiser, pictures["strip"])
     tracker = Tracker(run.folder, settings)
-    summary = {}
-    if scored is not None:
-        summary = record_scores(tracker, write_scored(run, scored), scored.scores, trained.step)
+    summary = {} if found is None else record(tracker, found, write_evaluation(run, found))
     run.update(summary={**run.state().summary, **summary})
     for path in pictures.values():
         tracker.artifact(path, "pictures")
@@ -92,21 +90,24 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     tracker.finish("FINISHED")
     delivered = tracker.close()
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]
-    scores = None if scored is None else scored.scores
-    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, scores, skipped, notes)
+    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, found, skipped, notes)
 
 
-def _judge_or_reason(
-    run: Run, trained: Trained, compute: Compute, runner: Runner, console: Console
-) -> tuple[Judge | None, str]:
-    """Return what judges the end of a training, or one line on why nothing does and how to add it."""
+def _evaluate(
+    run: Run, trained: Trained, compute: Compute, request: ScoreRequest, profile: Profile, console: Console
+) -> tuple[Evaluation | None, str]:
+    """Evaluate as the experiment says; return what was found, and one line on what was left out, why, and how to add it."""
     asked = trained.experiment.evaluation
     if not asked.enabled:
         return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
-    try:
-        return find_judge(run, asked, compute.device, console, download=False, runner=runner), ""
-    except (DataError, RefusedError) as error:
-        return None, (
-            f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
-            f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
-        )
+    judge, skipped = None, ""
+    if sample_metrics(asked):
+        try:
+            judge = find_judge(run, asked, compute.device, console, download=False, runner=runner_of(profile))
+        except (DataError, RefusedError) as error:
+            skipped = (
+                f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
+                f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
+            )
+    found = evaluate_model(run, trained, compute, judge, request, profile, console)
+    return (None if found.scored is None and found.measured is None else found), skipped

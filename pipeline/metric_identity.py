@@ -86,8 +86,51 @@ class MetricIdentity:
         return cls(**{**data, "generation": Generation(**data["generation"])})
 
 
-LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk"})
-"""What moves a value by chance alone: the images' noise, and how it is cut for the network. It makes no two values unlike."""
+@dataclass(frozen=True)
+class BoundIdentity:
+    """Everything that a bound depends on besides the model; its bits compare across schedules, T and parameterisations.
+
+    Attributes:
+        metric: "bits_per_dim", or a part of it.
+        dataset: fingerprint of the images.
+        split: which part of the source they are, in words.
+        num_images: of them that were measured.
+        of_images: how many there are; more than `num_images` only where a cap was asked for.
+        weights: "ema" or "raw".
+        process: of the model: T, and whether x0 was clipped.
+        seed: of the noise.
+        chunk: images per network call.
+    """
+
+    metric: str
+    dataset: str
+    split: str
+    num_images: int
+    of_images: int
+    weights: str
+    process: str
+    seed: int
+    chunk: int
+
+    @property
+    def key(self) -> str:
+        """Name under which the bound is logged: `bits_per_dim_train_n1797`."""
+        return f"{self.metric}_{self.split}_n{self.num_images}"
+
+    def named(self, metric: str) -> BoundIdentity:
+        """Return the identity of a value that comes with this one, such as a part of it."""
+        return replace(self, metric=metric)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk", "seed", "chunk"})
+"""What moves a value by chance alone: the noise, and how images are cut for the network. It makes no two values unlike."""
+
+OF_THE_MODEL = frozenset({"process"})
+"""What an identity tells of the model itself, which is what values are compared for."""
 
 
 def differences(a: MetricIdentity, b: MetricIdentity, but: Collection[str] = ()) -> list[str]:

@@ -16,7 +16,6 @@ from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.runs import Run
 from pipeline.sample import Format, SampleRequest, generate_from, write_samples
-from pipeline.score_table import score_lines
 from pipeline.tracking import TrackingSettings
 from pipeline.tracking import sync as deliver
 from pipeline.trained import experiment_of, profile_of
@@ -64,12 +63,17 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
             "metrics": ", ".join(asked.metrics),
             "extractor": asked.extractor,
             "at most images": asked.num_images,
+            **({"bits/dim of": _images_of_bound(request)} if "bpd" in asked.metrics else {}),
         }
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
     with _kept_when_stopped():
-        scores, paths = evaluate_run(run, request, profile, settings, Console())
-    table = score_lines(scores)
-    return {"run": run.id, **scores.to_json(), "written": [str(path) for path in paths.values()], "table": table}
+        found, paths = evaluate_run(run, request, profile, settings, Console())
+    return {"run": run.id, **found.to_json(), "written": [str(path) for path in paths], "table": found.lines}
+
+
+def _images_of_bound(request: ScoreRequest) -> str:
+    count = "every image" if request.num_images is None else f"at most {request.num_images} images"
+    return f"{count} of {'the images trained on' if request.split is None else f'split {request.split!r}'}"
 
 
 def sync(reference: str, cluster: str | None) -> str:
@@ -99,7 +103,7 @@ def _kept_when_stopped() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         raise InterruptedRunError(
-            "stopped; the images made so far are kept: the same command goes on from there", 130
+            "stopped; what was computed so far is kept: the same command goes on from there", 130
         ) from None
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +28,23 @@ class Spread:
     """How far a value scatters: a standard deviation over what `over` says, such as "3 seeds" or "100 subsets of 279".
 
     Over seeds it is the sample's (ddof 1), and `parts` are the values; over subsets and splits that of the metric's
-    definition (ddof 0). A "standard error" is that of the mean.
+    definition (ddof 0). `standard_error` is that of the mean where one is known: deviations over subsets and splits, which share
+    images, tell none.
     """
 
     value: float
     over: str
     parts: tuple[float, ...] = ()
+    standard_error: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
-        return {"value": self.value, "over": self.over, "parts": list(self.parts)}
+        return {**asdict(self), "parts": list(self.parts)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Spread:
         """Read what `to_json` gave."""
-        return cls(data["value"], data["over"], tuple(data["parts"]))
+        return cls(**{**data, "parts": tuple(data["parts"])})
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def over_seeds(each: Sequence[Scores]) -> Scores:
         joint = replace(identity, generation=replace(identity.generation, num_seeds=count))
         parts = tuple(scores.values[key] for scores in each)
         values[joint.key], identities[joint.key] = statistics.fmean(parts), joint
-        spreads[joint.key] = Spread(statistics.stdev(parts), f"{count} seeds", parts)
+        deviation = statistics.stdev(parts)
+        spreads[joint.key] = Spread(deviation, f"{count} seeds", parts, deviation / math.sqrt(count))
     return Scores(
         values,
         identities,

@@ -128,3 +128,22 @@ def test_what_was_generated_before_a_fault_is_kept(
         code, _, stderr = cli(*sampling(run, home / "out", profile(home, 2)))  # type: ignore[misc]
         assert code == 0, stderr
     assert digest(home / "out") == digest(home / "whole")
+
+
+def test_bits_per_dim_are_the_same_bytes_from_one_two_and_four_workers(home: Path, cli: Callable[..., object]) -> None:
+    run = make_run(
+        home,
+        diffusion={"num_timesteps": 20, "schedule": "cosine"},
+        sampling={"steps": 5, "batch_size": 10},
+        training={"steps": 2, "batch_size": 16},
+    )
+    assert train(str(run.folder)) == "finished"
+    bounds = set()
+    for workers in (1, 2, 4):
+        shutil.rmtree(run.folder / "bound", ignore_errors=True)
+        command = ("evaluate", run.id, "--metrics", "bpd", "-n", "45", "--cluster", profile(home, workers))
+        code, _, stderr = cli(*command)  # type: ignore[misc]
+        assert code == 0, stderr
+        (path,) = run.folder.glob("evaluations/*/bound.safetensors")
+        bounds.add(hashlib.sha256(path.read_bytes()).hexdigest())
+    assert len(bounds) == 1

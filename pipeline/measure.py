@@ -1,0 +1,90 @@
+"""Bits per dimension of a run's model over a split of its data: chunks over the profile's workers, kept as they come."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from pipeline.bound import Bound, BoundTask, Likelihood, join, rows_to_measure
+from pipeline.bound_report import Measured
+from pipeline.chunks import ChunkStore, compute
+from pipeline.cluster_profile import Profile
+from pipeline.config import Experiment
+from pipeline.console import Console, Rate
+from pipeline.device import Compute, sampling_compute
+from pipeline.generated import digest
+from pipeline.home import datasets_dir
+from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.judge import progress_on
+from pipeline.metric_identity import BoundIdentity
+from pipeline.pool import runner_of
+from pipeline.runs import Run
+from pipeline.shards import Dataset
+from pipeline.trained import Trained
+
+METRIC = "bits_per_dim"
+
+_FORMAT = 1
+
+
+def measure_bound(
+    run: Run,
+    trained: Trained,
+    here: Compute,
+    profile: Profile,
+    console: Console,
+    *,
+    seed: int,
+    split: str | None = None,
+    num_images: int | None = None,
+) -> Measured:
+    """Return the bound over a split of the run's source (its own images by default), or over `num_images` of them.
+
+    Raises:
+        UsageError, DataError: the source has no such split, or is not there any more.
+    """
+    dataset = _dataset_of(run, trained.experiment, split, console)
+    rows = rows_to_measure(dataset, num_images, progress_on(console))
+    chunk = trained.experiment.sampling.batch_size
+    process = trained.diffusion
+    identity = BoundIdentity(
+        metric=METRIC,
+        dataset=dataset.manifest.fingerprint,
+        split=split or trained.experiment.data.split or "train",
+        num_images=len(rows),
+        of_images=dataset.manifest.num_rows,
+        weights=trained.weights,
+        process=f"T = {process.num_timesteps}, x0 {'clipped' if process.clip_x0 else 'not clipped'}",
+        seed=seed,
+        chunk=chunk,
+    )
+    likelihood = Likelihood(process, trained.model, bool(trained.class_names), here)
+    task = BoundTask(likelihood, dataset.folder, rows, seed)
+    kept = {
+        "format": _FORMAT,
+        "model": digest(trained.model, trained.experiment.hash()),
+        "bound": asdict(identity),
+        "torch": torch.__version__,
+        "threads": sampling_compute(profile, profile.most_workers, here=False).threads,
+    }
+    store = ChunkStore(run.folder / "bound", kept)
+    rate = Rate(console, "bits/dim", len(rows))
+    return Measured(
+        join(map(Bound.from_arrays, compute(task, len(rows), chunk, store, runner_of(profile), rate))), identity
+    )
+
+
+def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Console) -> Dataset:
+    """Open the images a run was trained on, or another split of their source, ingested as they were."""
+    if split is None:
+        return Dataset.open(run.record.dataset["path"])
+    data = experiment.data
+    options = IngestOptions(
+        image_size=data.image_size,
+        mode=data.mode,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split=split,
+    )
+    return ensure_ingested(data.source, options, datasets_dir(run.folder.parent.parent), console.say)
