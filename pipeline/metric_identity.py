@@ -140,13 +140,13 @@ def differences(a: MetricIdentity, b: MetricIdentity, but: Collection[str] = ())
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
     """Return `differences` of two identities as `to_json` gives them, of whatever kind."""
-    left, right = _flat(a), _flat(b)
+    left, right = flat_identity(a), flat_identity(b)
     names = [name for name in {**left, **right} if name not in but]
     return [f"{name}: {left.get(name)}, {right.get(name)}" for name in names if left.get(name) != right.get(name)]
 
 
-def _flat(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """One level of dotted names."""
+def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity (as `to_json` gives it) as one level of dotted names."""
     flat: dict[str, Any] = {}
     for name, value in identity.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
