@@ -13,7 +13,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from pipeline.config_process import DiffusionConfig as DiffusionConfig
 from pipeline.config_process import Fraction, PositiveInt, take_in_betas
@@ -92,6 +92,10 @@ def _decays(value: object) -> float | tuple[float, ...]:
     return tuple(float(n) for n in numbers) if isinstance(value, list | tuple) else float(numbers[0])
 
 
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
 class TrainingConfig(Section):
     """The optimisation. `batch_size` is global: it does not change with the number of workers.
 
@@ -114,7 +118,7 @@ class TrainingConfig(Section):
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
     warmup_steps: Annotated[int, Field(ge=0)] = 5000
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    ema_decay: Annotated[float | tuple[float, ...], PlainValidator(_decays)] = 0.9999
+    ema_decay: Annotated[float | tuple[float, ...], PlainValidator(_decays), PlainSerializer(_plain)] = 0.9999
     ema_ramp_up: bool = True
     ema_widths: tuple[Annotated[float, Field(gt=0, le=0.2886)], ...] = ()
     ema_snapshot_every_steps: PositiveInt | None = None

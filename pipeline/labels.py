@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeline.classifier_store import class_names
 from pipeline.errors import DataError, UsageError, nearest
 from pipeline.shards import Dataset
 
@@ -26,40 +27,40 @@ def class_names_of(dataset: Dataset) -> ClassNames:
             f"model.class_conditional: {int((labels < 0).sum())} of the {len(labels)} images of {name} have no label; "
             "leave them out, or use -s model.class_conditional=false"
         )
-    names = dataset.manifest.class_names or tuple(str(label) for label in range(highest + 1))
+    names = class_names(dataset)
     if highest >= len(names):
         raise DataError(f"{dataset.folder}: label {highest}, but only {len(names)} classes; ingest the dataset again")
     return names
 
 
-def class_name(labels: str | int, class_names: ClassNames) -> str:
+def class_name(labels: str | int, names: ClassNames) -> str:
     """Return the one name of how images are labelled: "balanced", "none", or a class's; UsageError where it names no class."""
     if labels in (BALANCED, NONE):
         return str(labels)
-    return class_names[_index(labels, class_names)]
+    return names[_index(labels, names)]
 
 
-def labels_of(indices: range, labels: str | int, class_names: ClassNames) -> Tensor:
+def labels_of(indices: range, labels: str | int, names: ClassNames) -> Tensor:
     """Return the labels of generated images, int64 [len(indices)]: functions of (image index, `labels`) alone.
 
     `labels` is "balanced" (index modulo the number of classes), "none" (the null class, which has the number after the last
     class's), or one class: its name, or its number.
     """
     if labels == BALANCED:
-        return torch.arange(indices.start, indices.stop, dtype=torch.int64) % len(class_names)
-    return torch.full((len(indices),), _index(labels, class_names), dtype=torch.int64)
+        return torch.arange(indices.start, indices.stop, dtype=torch.int64) % len(names)
+    return torch.full((len(indices),), _index(labels, names), dtype=torch.int64)
 
 
-def _index(label: str | int, class_names: ClassNames) -> int:
+def _index(label: str | int, names: ClassNames) -> int:
     if label == NONE:
-        return len(class_names)
-    if label in class_names:
-        return class_names.index(str(label))
+        return len(names)
+    if label in names:
+        return names.index(str(label))
     number = int(label) if str(label).isdecimal() else -1
-    if 0 <= number < len(class_names):
+    if 0 <= number < len(names):
         return number
-    shown = ", ".join(class_names[:20]) + (", ..." if len(class_names) > 20 else "")
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise UsageError(
-        f"labels: no class {str(label)!r}{nearest(str(label), list(class_names))}; give {BALANCED!r}, {NONE!r}, or one of "
-        f"the {len(class_names)} classes by name or number: {shown}"
+        f"labels: no class {str(label)!r}{nearest(str(label), list(names))}; give {BALANCED!r}, {NONE!r}, or one of "
+        f"the {len(names)} classes by name or number: {shown}"
     )

@@ -8,6 +8,7 @@ import random
 import signal
 
 import pytest
+import torch
 
 from pipeline import checkpoint as checkpoints
 from pipeline.errors import CheckpointError
@@ -112,6 +113,45 @@ def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_c
     to_the_end(struck)
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
     assert trainer.final_digests(calm) != undisturbed[0]
+
+
+MODES = {
+    "loss_aware": {
+        "training": {"timestep_sampling": "loss_aware", "objective": "vlb"},
+        "diffusion": {"schedule": "cosine", "num_timesteps": 5, "variance": "learned_range"},
+    },
+    "several_averages": {
+        "training": {"ema_decay": [0.9, 0.99], "ema_widths": [0.05, 0.1], "ema_snapshot_every_steps": 5},
+        "diffusion": {"prediction": "v"},
+    },
+    "labels": {"model": {"class_conditional": True}, "training": {"label_dropout": 0.3, "weight_decay": 0.1}},
+}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path, undisturbed, mode):
+    sections = {name: trainer.SETTINGS.get(name, {}) | changes for name, changes in MODES[mode].items()}
+    calm, struck = (trainer.make_run(tmp_path, **sections) for _ in range(2))
+    to_the_end(calm)
+    for steps in (3, 9, 5):
+        killed_after(struck, steps)
+    to_the_end(struck)
+    ends = [trainer.final_digests(run) for run in (calm, struck)]
+    assert ends[0] == ends[1]
+    assert trainer.logged_losses(calm) == trainer.logged_losses(struck)
+    assert set(undisturbed[0]) <= set(ends[0])
+    state = checkpoints.newest_verified(struck.checkpoints).checkpoint.tensors()
+    if mode == "loss_aware":
+        # the history has decided draws: every step has its ten losses, and they are not alike
+        assert int(state["timesteps"]["seen"].min()) >= 10
+        assert int(state["timesteps"]["seen"].sum()) == 30 * 16
+    if mode == "several_averages":
+        assert {"ema", "ema-0.99", "power-0.05", "power-0.1"} <= set(ends[0])
+        stored = [[c.step for c in reversed(checkpoints.committed(r.folder / "snapshots"))] for r in (calm, struck)]
+        assert stored == [[5, 10, 15, 20, 25, 30]] * 2
+        snapshots = [checkpoints.committed(r.folder / "snapshots")[-1].tensors() for r in (calm, struck)]
+        for group, tensors in snapshots[0].items():
+            assert all(torch.equal(tensor, snapshots[1][group][name]) for name, tensor in tensors.items())
 
 
 def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
