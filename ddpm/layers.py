@@ -47,14 +47,17 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """The embedding [B, 4 channels] of code indices t [B]."""
-        weight = self.dense1.weight
         with torch.autocast(t.device.type, enabled=False):
-            index = torch.arange(self.num_waves, dtype=torch.float32, device=t.device)
-            frequencies = torch.exp(index * (-math.log(10000) / (self.num_waves - self.freq_shift)))
-            angles = (t.float() * self.scale)[:, None] * frequencies
-            waves = (angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos())
-            embedding: Tensor = self.dense2(functional.silu(self.dense1(torch.cat(waves, 1).to(weight.dtype))))
+            waves = self.waves(t.float() * self.scale).to(self.dense1.weight.dtype)
+            embedding: Tensor = self.dense2(functional.silu(self.dense1(waves)))
         return embedding
+
+    def waves(self, position: Tensor) -> Tensor:
+        """The sinusoids [B, channels] of positions [B] on the range of 1000 steps, float32."""
+        index = torch.arange(self.num_waves, dtype=torch.float32, device=position.device)
+        frequencies = torch.exp(index * (-math.log(10000) / (self.num_waves - self.freq_shift)))
+        angles = position[:, None] * frequencies
+        return torch.cat((angles.cos(), angles.sin()) if self.flip else (angles.sin(), angles.cos()), 1)
 
 
 class ResidualBlock(nn.Module):

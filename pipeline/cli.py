@@ -11,12 +11,13 @@ import click
 from pipeline import __version__
 from pipeline.cli_data import ingest, inspect
 from pipeline.cli_evaluate import evaluate
+from pipeline.cli_exchange import export, import_
 from pipeline.cli_results import runs, sample, sync, ui
 from pipeline.cli_schedule import schedule
 from pipeline.cli_train import resume, train
 from pipeline.errors import PipelineError
 
-COMMANDS = (train, resume, sample, evaluate, runs, ui, ingest, inspect, schedule, sync)
+COMMANDS = (train, resume, sample, evaluate, runs, ui, ingest, inspect, schedule, export, import_, sync)
 
 
 class InOrder(click.Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -87,6 +88,11 @@ def sampling_options(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def command_line() -> list[str]:
+    """Return the command as typed, by its name rather than its path."""
+    return ["ddpm-pipe", *sys.argv[1:]]
 
 
 def print_json(value: object) -> None:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from pipeline.cli_options import cluster_option, dry_run_option, example, json_option, print_json, set_option
+from pipeline.cli_options import (
+    cluster_option,
+    command_line,
+    dry_run_option,
+    example,
+    json_option,
+    print_json,
+    set_option,
+)
 
 
 @click.command(
@@ -48,7 +54,7 @@ def train(
         told = rehearse(request, measure=probe)
         print_json(told.to_dict()) if as_json else click.echo(told.to_text())
         return
-    result = training_run.start(request, command=_command_line())
+    result = training_run.start(request, command=command_line())
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())
 
 
@@ -57,14 +63,18 @@ def train(
 ddpm-pipe resume latest
 ddpm-pipe resume k7m2 -s training.steps=20000
 ddpm-pipe resume k7m2 --fork -s training.learning_rate=1e-4
+ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 """)
 )
 @click.argument("run")
 @cluster_option
 @set_option
 @click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
+@click.option("--data", metavar="DATA", help="With --fork: other images, an ingested dataset or a source.")
 @json_option
-def resume(run: str, cluster: str | None, overrides: tuple[str, ...], fork: bool, as_json: bool) -> None:
+def resume(
+    run: str, cluster: str | None, overrides: tuple[str, ...], fork: bool, data: str | None, as_json: bool
+) -> None:
     """Go on with RUN from its newest checkpoint that verifies, bit for bit.
 
     RUN is a run id, MLflow's, a unique prefix of either, or `latest`. Settings that decide the weights cannot change, unless the run
@@ -72,10 +82,5 @@ def resume(run: str, cluster: str | None, overrides: tuple[str, ...], fork: bool
     """
     from pipeline import training_run
 
-    result = training_run.go_on(run, cluster, overrides, fork=fork, command=_command_line())
+    result = training_run.go_on(run, cluster, overrides, fork=fork, command=command_line(), data=data)
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())
-
-
-def _command_line() -> list[str]:
-    """Return the command as typed, by its name rather than its path."""
-    return ["ddpm-pipe", *sys.argv[1:]]

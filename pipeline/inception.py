@@ -8,24 +8,22 @@ the weights are read by us: from a path, a URL or the cache, checked against a p
 from __future__ import annotations
 
 import hashlib
-import io
 import os
-import pickle
 import stat
 import tempfile
 import urllib.error
 import urllib.request
-import warnings
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.device import exact_inference
 from pipeline.errors import DataError, RefusedError, StorageError
 from pipeline.features import Extracted, check_images, concatenate, in_batches
+from pipeline.foreign_tensors import load_torch
 from pipeline.image_set import Images
 
 INCEPTION_URL = (
@@ -67,7 +65,9 @@ class Inception:
         data = read_weights(source, sha256=sha256, cache_dir=cache_dir, download=download)
         network = _network()
         try:
-            network.load_state_dict(_tensors(data), strict=True)
+            network.load_state_dict(load_torch(data), strict=True)
+        except ValueError as error:
+            raise DataError(f"Inception weights: {error}; use the published file") from None
         except (RuntimeError, TypeError, AttributeError) as error:
             raise DataError(
                 f"Inception weights {sha256[:8]}: not the 2015-12-05 network ({_first_line(error)})"
@@ -170,21 +170,6 @@ def _layers(port: Any) -> dict[str, nn.Module]:
         "AvgPool": nn.AdaptiveAvgPool2d(1),
         "fc": nn.Linear(2048, 1008),
     }
-
-
-def _tensors(data: bytes) -> dict[str, Tensor]:
-    """Read a torch file as a dictionary of tensors, running nothing that it may hold."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
-            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise DataError(f"Inception weights: not a torch file of tensors alone ({_first_line(error)})") from None
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) and not v.is_sparse for v in state.values()):
-        raise DataError(
-            "Inception weights: expected a dictionary of dense tensors, got something else; use the published file"
-        )
-    return state
 
 
 def _read(path: Path, sha256: str) -> bytes:

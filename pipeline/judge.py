@@ -11,6 +11,7 @@ from pipeline import scoring
 from pipeline.chunks import Runner, as_it_stands
 from pipeline.config import EvaluationConfig
 from pipeline.console import Console, Rate
+from pipeline.errors import DataError
 from pipeline.features import FeatureExtractor
 from pipeline.home import datasets_dir
 from pipeline.image_set import Progress
@@ -38,7 +39,13 @@ def find_judge(
     runner: Runner = as_it_stands,
 ) -> Judge:
     """Return extractor and reference for a run's dataset; DataError or RefusedError says why there is none."""
-    dataset = Dataset.open(run.record.dataset["path"])
+    path = run.record.dataset["path"]
+    if not path:
+        raise DataError(
+            f"run {run.id} was imported without images to compare with; import it again with: "
+            f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
+        )
+    dataset = Dataset.open(path)
     cache = features_dir(run)
     progress = progress_on(console)
     extractor = scoring.choose_extractor(

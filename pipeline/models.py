@@ -73,7 +73,8 @@ def _unet(experiment: Experiment, shape: Shape, num_classes: int | None) -> nn.M
     settings = experiment.model
     if settings.class_conditional and num_classes is None:
         raise ValueError("a class-conditional network needs the number of classes")
-    channels = build_diffusion(experiment).output_channels(shape[0])
+    with torch.device("cpu"):  # tables of numbers are computed even where the network is only counted
+        channels = build_diffusion(experiment).output_channels(shape[0])
     try:
         return UNet(
             in_channels=shape[0],

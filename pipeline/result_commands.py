@@ -12,6 +12,8 @@ from pipeline.cluster_profile import home_of, load_profile
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
 from pipeline.evaluate import ScoreRequest, evaluate_run
+from pipeline.export import Format as ExportFormat
+from pipeline.export import export_run
 from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.runs import Run
@@ -74,6 +76,13 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
 def _images_of_bound(request: ScoreRequest) -> str:
     count = "every image" if request.num_images is None else f"at most {request.num_images} images"
     return f"{count} of {'the images trained on' if request.split is None else f'split {request.split!r}'}"
+
+
+def export(
+    reference: str, folder: Path, form: ExportFormat, step: int | None, weights: str, cluster: str | None
+) -> dict[str, Any]:
+    """Write a run's model into a new folder for other programs; return what was written."""
+    return export_run(_found(reference, cluster), folder, form, step, weights)
 
 
 def sync(reference: str, cluster: str | None) -> str:

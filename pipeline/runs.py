@@ -71,6 +71,7 @@ class RunRecord:
     libraries: dict[str, str]
     initial_weights: str | None = None
     trial: dict[str, Any] | None = None
+    imported_from: str = ""  # the folder that the weights of step 0 came from
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ class Run:
         profile: dict[str, Any],
         command: list[str],
         initial_weights: str | None = None,
+        imported_from: str = "",
         trial: dict[str, Any] | None = None,
     ) -> Run:
         """Make a run folder with its record, status CREATED. StorageError where it cannot be written."""
@@ -131,6 +133,7 @@ class Run:
         record = RunRecord(
             run.id, name, _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
             [redact(argument) for argument in command], code_version(), library_versions(), initial_weights, trial,
+            redact(imported_from),
         )  # fmt: skip
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(run.folder / "run.json", asdict(record))  # last: a folder without it is no run

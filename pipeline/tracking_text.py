@@ -25,6 +25,8 @@ def describe(record: RunRecord, summary: Mapping[str, Any]) -> str:
 
 
 def _opening(record: RunRecord) -> str:
+    if record.imported_from:
+        return f"**{record.name}**: a denoising diffusion model that was trained elsewhere, imported from `{record.imported_from}`."
     training = record.experiment.get("training", {})
     return (
         f"**{record.name}**: a denoising diffusion model of the images of `{_dataset(record)}`, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save_file
@@ -100,7 +101,12 @@ class Trained:
         """Write weights and settings into a new folder, without pickle, and return it."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file({name: t.contiguous() for name, t in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
-        about = {
+        (folder / EXPERIMENT_FILE).write_text(json.dumps(self.about(), indent=1))
+        return folder
+
+    def about(self) -> dict[str, Any]:
+        """Return what must be known of the weights to use them, as plain data."""
+        return {
             "experiment": self.experiment.to_dict(),
             "shape": self.shape,
             "class_names": self.class_names,
@@ -108,8 +114,6 @@ class Trained:
             "weights": self.weights,
             "training_s": self.training_s,
         }
-        (folder / EXPERIMENT_FILE).write_text(json.dumps(about, indent=1))
-        return folder
 
 
 def experiment_of(run: Run) -> Experiment:

@@ -16,7 +16,7 @@ from pipeline.cluster_profile import Profile, home_of, load_profile
 from pipeline.conclude import Outcome, conclude
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
 from pipeline.console import Console
-from pipeline.errors import CheckpointError, InterruptedRunError, UsageError
+from pipeline.errors import CheckpointError, DataError, InterruptedRunError, UsageError
 from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job
@@ -96,16 +96,26 @@ def go_on(
     *,
     fork: bool,
     command: Sequence[str],
+    data: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights."""
+    """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights, on other `data` if given."""
     console = console or Console()
     run = Run.find(home_of(cluster), reference)
     allow_modules_in(os.getcwd())
+    if not fork and data is not None:
+        raise UsageError(f"--data: run {run.id} goes on with its own images; train on others as a new run with --fork")
+    if not fork and run.record.imported_from:
+        raise UsageError(f"run {run.id} was imported, not trained here; fine-tune it as a new run with --fork")
     old = experiment_of(run)
     new = with_overrides(old, overrides)
     profile = profile_of(run, cluster)
-    dataset = _dataset_of(run)
+    if data is None:
+        dataset = _dataset_of(run)
+    else:
+        source = str(Path(data).absolute()) if Path(data).exists() else data
+        new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
+        dataset = ensure_ingested(source, _options(new.data), datasets_dir(profile.home()), console.say)
     num_workers = choose_workers(new, profile)
     require_resources(profile, num_workers)
     checked = _plan_for(new, profile, num_workers, dataset)
@@ -261,6 +271,8 @@ def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, datase
 def _dataset_of(run: Run) -> Dataset:
     """Open the dataset a run was started on; CheckpointError where it has become another one."""
     about = run.record.dataset
+    if not about["path"]:
+        raise DataError(f"run {run.id} was imported without images; name some with --fork --data SOURCE")
     dataset = Dataset.open(about["path"])
     if dataset.manifest.fingerprint != about["fingerprint"]:
         raise CheckpointError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import UNet
+from pipeline.diffusers_unet import to_their_tensors
 from tests.ddpm.closed_forms import randn
 
 SMALL: dict[str, Any] = {"image_size": 16, "channels": 32, "channel_multipliers": (1, 2), "attention_resolutions": (8,)}
@@ -39,51 +39,8 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-def peer_names(ours: UNet, num_res_blocks: int) -> Iterator[tuple[str, str]]:
-    """(our module, diffusers' module) in the layout of `google/ddpm-cifar10-32`."""
-    yield from (("conv_in", "conv_in"), ("norm_out", "conv_norm_out"), ("conv_out", "conv_out"))
-    yield from (("embedding.dense1", "time_embedding.linear_1"), ("embedding.dense2", "time_embedding.linear_2"))
-
-    def block(ours_at: str, resnet: str, attention: str, has: Any) -> Iterator[tuple[str, str]]:
-        for a, b in (
-            ("norm1", "norm1"),
-            ("conv1", "conv1"),
-            ("project", "time_emb_proj"),
-            ("norm2", "norm2"),
-            ("conv2", "conv2"),
-        ):
-            yield f"{ours_at}.residual.{a}", f"{resnet}.{b}"
-        if not isinstance(has.residual.shortcut, nn.Identity):
-            yield f"{ours_at}.residual.shortcut", f"{resnet}.conv_shortcut"
-        if not isinstance(has.attention, nn.Identity):
-            yield f"{ours_at}.attention.norm", f"{attention}.group_norm"
-            yield f"{ours_at}.attention.qkv", f"{attention}.to_q to_k to_v"
-            yield f"{ours_at}.attention.out", f"{attention}.to_out.0"
-
-    for side, per_level in (("down", num_res_blocks), ("up", num_res_blocks + 1)):
-        for i, module in enumerate(getattr(ours, side)):
-            level, j = divmod(i, per_level + 1)
-            at = f"{side}_blocks.{level}"
-            if hasattr(module, "residual"):
-                yield from block(f"{side}.{i}", f"{at}.resnets.{j}", f"{at}.attentions.{j}", module)
-            else:
-                yield f"{side}.{i}.conv", f"{at}.{side}samplers.0.conv"
-    for j, module in enumerate(ours.middle):
-        yield from block(f"middle.{j}", f"mid_block.resnets.{j}", "mid_block.attentions.0", module)
-
-
 def copy_into_peer(ours: UNet, peer: nn.Module, num_res_blocks: int) -> None:
-    mine, theirs = ours.state_dict(), {}
-    for a, b in peer_names(ours, num_res_blocks):
-        for kind in ("weight", "bias"):
-            if " " in b:
-                prefix, *names = re.split(r"\.(?=to_q)| ", b)
-                for name, part in zip(names, mine.pop(f"{a}.{kind}").chunk(3), strict=True):
-                    theirs[f"{prefix}.{name}.{kind}"] = part
-            else:
-                theirs[f"{b}.{kind}"] = mine.pop(f"{a}.{kind}")
-    assert not mine, f"not mapped: {sorted(mine)}"
-    peer.load_state_dict(theirs)  # strict: every parameter of theirs is given
+    peer.load_state_dict(to_their_tensors(ours, num_res_blocks, 1000))  # strict: every parameter of theirs is given
 
 
 def peer_for(

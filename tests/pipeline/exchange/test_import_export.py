@@ -1,0 +1,183 @@
+"""`ddpm-pipe import` and `export` as they are typed: a model travels there and back, and what is not to be taken is told in a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline import export_onnx
+from pipeline.cli import run
+from pipeline.diffusers_folder import write_pipeline
+from pipeline.runs import Run, RunStatus
+from pipeline.trained import Trained
+from tests.pipeline.exchange.models import IDDPM, made
+from tests.pipeline.exchange.test_foreign_tensors import Canary
+
+Typed = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
+    monkeypatch.chdir(home)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def pipeline(home: Path) -> Path:
+    """A folder in diffusers' layout."""
+    folder = home / "theirs"
+    write_pipeline(made(num_timesteps=50, schedule="cosine"), folder)
+    return folder
+
+
+def test_there_and_back_through_every_format_of_tensors(typed: Typed, home: Path, pipeline: Path) -> None:
+    code, out, err = typed("import", "theirs", "--json")
+    assert (code, err) == (0, "")
+    first = json.loads(out)
+    assert (first["images"], first["schedule"]) == ("1x8x8", "cosine, T = 50")
+    imported = Run.find(home, first["run"])
+    assert imported.state().status is RunStatus.FINISHED
+    assert imported.record.imported_from == str(pipeline)
+
+    assert typed("export", first["run"], "again", "--format", "diffusers")[0] == 0
+    for file in sorted(pipeline.rglob("*")):
+        if file.is_file():
+            assert (home / "again" / file.relative_to(pipeline)).read_bytes() == file.read_bytes(), file
+
+    code, out, _ = typed("export", first["run"], "ours", "--format", "safetensors", "--json")
+    assert (code, json.loads(out)["files"]) == (0, ["experiment.json", "weights.safetensors"])
+    code, out, _ = typed("import", "ours", "--name", "twice", "--json")
+    assert code == 0
+    second = Run.find(home, json.loads(out)["run"])
+    assert second.record.name == "twice"
+    one, two = Trained.from_run(imported).model.state_dict(), Trained.from_run(second).model.state_dict()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_an_imported_run_is_sampled_listed_and_not_resumed(typed: Typed, home: Path, pipeline: Path) -> None:
+    typed("import", "theirs")
+    code, _, err = typed("sample", "latest", "-n", "2", "--steps", "3", "--out", "images", "--format", "png")
+    assert code == 0, err
+    assert len(list((home / "images").glob("*.png"))) == 2
+    assert "theirs" in typed("runs")[1]
+    code, _, err = typed("resume", "latest")
+    assert (code, "--fork" in err) == (2, True)
+    code, _, err = typed("resume", "latest", "--fork")
+    assert (code, "--data" in err) == (3, True)
+    code, _, err = typed("evaluate", "latest", "--steps", "2")
+    assert (code, "--data" in err) == (3, True)
+    code, _, err = typed("resume", "latest", "--data", "digits")
+    assert (code, "--fork" in err) == (2, True)
+
+
+def test_with_images_it_is_scored(typed: Typed, home: Path, pipeline: Path) -> None:
+    assert typed("import", "theirs", "--data", "digits")[0] == 0
+    code, out, err = typed("evaluate", "latest", "--steps", "2", "-n", "130", "--json")
+    assert code == 0, err
+    assert json.loads(out)["values"]["fid_classifier_n130"] > 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_it_is_fine_tuned_as_a_new_run(cli: Any, home: Path, pipeline: Path) -> None:
+    assert cli("import", "theirs").code == 0
+    settings = ["training.steps=2", "training.batch_size=16", "training.warmup_steps=0", "evaluation.enabled=false"]
+    changed = [word for setting in settings for word in ("-s", setting)]
+    result = cli("resume", "latest", "--fork", "--data", "digits", *changed, "--json")
+    assert result.code == 0, result.stderr
+    tuned = Run.find(home, json.loads(result.stdout[result.stdout.index("{") :])["run"])
+    assert tuned.record.dataset["name"] == "digits"
+    before = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    after = Trained.from_run(tuned, weights="raw").model.state_dict()["conv_in.weight"]
+    assert 0 < float((after - before).abs().max()) < 1e-3  # two steps of Adam from these weights, not from others
+
+
+@pytest.mark.parametrize("kind", ["canary in .bin", "canary in the network's name", "header bomb", "text", "nothing"])
+def test_a_folder_that_is_not_to_be_taken_ends_with_4_and_leaves_no_run(
+    kind: str, typed: Typed, home: Path, pipeline: Path
+) -> None:
+    canary, weights = home / "canary", pipeline / "unet" / "diffusion_pytorch_model.safetensors"
+    if kind == "canary in .bin":
+        weights.unlink()
+        torch.save({"conv_in.weight": Canary(canary)}, weights.with_suffix(".bin"))
+    elif kind == "canary in the network's name":
+        (home / "canary_module.py").write_text(f"import os\nos.mkdir({str(canary)!r})\n")
+        made().save(home / "own")
+        about = json.loads((home / "own" / "experiment.json").read_text())
+        about["experiment"]["model"] = {"type": "canary_module:Network"}
+        (home / "own" / "experiment.json").write_text(json.dumps(about))
+        pipeline = home / "own"
+    elif kind == "header bomb":
+        weights.write_bytes((10**15).to_bytes(8, "little") + b"{}")
+    elif kind == "text":
+        (pipeline / "unet" / "config.json").write_text("a model card")
+    else:
+        pipeline = home / "empty"
+        pipeline.mkdir()
+    code, out, err = typed("import", str(pipeline))
+    assert (code, out) == (4, ""), err
+    assert len(err.splitlines()) == 1
+    assert not canary.exists()
+    assert not (home / "runs").exists()
+
+
+def test_images_of_another_shape_are_told_and_how_to_make_them(typed: Typed, home: Path) -> None:
+    write_pipeline(made(shape=(3, 16, 8), num_timesteps=50, model={"attention_resolutions": [8]}), home / "tall")
+    code, _, err = typed("import", "tall", "--data", "digits")
+    assert code == 3
+    assert "--image-size 16x8 --mode RGB" in err
+    assert typed("import", "missing")[0] == 2
+
+
+def test_an_export_that_cannot_be_leaves_nothing(typed: Typed, home: Path) -> None:
+    made(prediction="x_prev", num_timesteps=50).save(home / "mean")
+    assert typed("import", "mean")[0] == 0
+    code, _, err = typed("export", "latest", "out")
+    assert (code, "x_prev" in err) == (2, True)
+    assert sorted(p.name for p in home.iterdir() if "out" in p.name) == []
+    (home / "full").mkdir()
+    (home / "full" / "a").touch()
+    code, _, err = typed("export", "latest", "full", "--format", "safetensors")
+    assert (code, "not an empty folder" in err) == (2, True)
+
+
+def test_the_onnx_graph_computes_what_the_network_does(typed: Typed, home: Path) -> None:
+    import onnxruntime
+
+    trained = made(
+        shape=(3, 8, 4), num_timesteps=50, variance="learned_range", model={**IDDPM, "class_conditional": True}
+    )
+    trained.save(home / "labelled")
+    assert typed("import", "labelled")[0] == 0
+    code, out, err = typed("export", "latest", "graph", "--format", "onnx", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["files"] == ["denoiser.onnx", "experiment.json"]
+    session = onnxruntime.InferenceSession(str(home / "graph" / "denoiser.onnx"), providers=["CPUExecutionProvider"])
+    x = torch.randn(5, 3, 8, 4, generator=torch.Generator().manual_seed(1))
+    t, y = torch.tensor([0, 1, 20, 48, 49]), torch.tensor([0, 1, 2, 3, 0])
+    (theirs,) = session.run(["prediction"], {"x_t": x.numpy(), "t": t.numpy(), "y": y.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(theirs), trained.model(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_onnx_packages_a_line_says_what_to_install(
+    typed: Typed, pipeline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed("import", "theirs")
+    monkeypatch.setattr(export_onnx, "find_spec", lambda name: None if name == "onnxscript" else os)
+    code, _, err = typed("export", "latest", "graph", "--format", "onnx")
+    assert code == 2
+    assert "pip install 'ddpm-pipe[onnx]'" in err
