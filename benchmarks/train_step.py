@@ -2,7 +2,7 @@
 
     python benchmarks/train_step.py                              (the digits preset, this machine's CPUs)
     python benchmarks/train_step.py --preset mnist --precision fp32
-    python benchmarks/train_step.py --preset cifar10 --device cuda
+    python benchmarks/train_step.py --preset ddpm-cifar10 --device cuda
 
 Ours is `pipeline.training.fit`, fed by the prefetching thread, with the random numbers that are a function of (seed, step, stream), and
 `ddpm.ddim`. The peer is diffusers' UNet2DModel, its DDPMScheduler, EMAModel and DDIMScheduler in the plain loop of its own tutorial.
@@ -31,7 +31,7 @@ from pipeline.models import build_diffusion, build_model, num_parameters
 from pipeline.randomness import training_draws
 from pipeline.training import Learner, fit
 
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "ddpm-cifar10": (3, 32, 32)}
 Shape = tuple[int, int, int]
 Work = Callable[[int], None]  # does so many steps
 

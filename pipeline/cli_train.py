@@ -19,12 +19,12 @@ from pipeline.cli_options import (
     epilog=example("""
 ddpm-pipe train
 ddpm-pipe train --preset mnist
-ddpm-pipe train experiments/cifar10.yaml --cluster gpu -s training.steps=200000
+ddpm-pipe train experiments/ddpm-cifar10.yaml --cluster gpu -s training.steps=200000
 ddpm-pipe train --preset mnist --data ~/images/mnist --dry-run
 """)
 )
 @click.argument("experiment", required=False, metavar="[EXPERIMENT.yaml]")
-@click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, cifar10, ...")
+@click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, ddpm-cifar10, ...")
 @click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
 @cluster_option
 @set_option

@@ -59,9 +59,12 @@ def build_model(
     `num_classes` is asked for by class-conditional ones. With device "meta" nothing is allocated: for counting parameters.
     UsageError where the network cannot be built.
     """
+    out_channels = build_diffusion(experiment).output_channels(shape[0])
     torch.manual_seed(seed_of("weights", experiment.seed))
     with torch.device(device):
-        return _unet(experiment, shape, num_classes) if experiment.model.type == "unet" else _own_network(experiment)
+        if experiment.model.type == "unet":
+            return _unet(experiment, shape, out_channels, num_classes)
+        return _own_network(experiment)
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -69,16 +72,14 @@ def num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def _unet(experiment: Experiment, shape: Shape, num_classes: int | None) -> nn.Module:
+def _unet(experiment: Experiment, shape: Shape, out_channels: int, num_classes: int | None) -> nn.Module:
     settings = experiment.model
     if settings.class_conditional and num_classes is None:
         raise ValueError("a class-conditional network needs the number of classes")
-    with torch.device("cpu"):  # tables of numbers are computed even where the network is only counted
-        channels = build_diffusion(experiment).output_channels(shape[0])
     try:
         return UNet(
             in_channels=shape[0],
-            out_channels=channels,
+            out_channels=out_channels,
             channels=settings.channels,
             channel_multipliers=settings.channel_multipliers,
             num_res_blocks=settings.num_res_blocks,

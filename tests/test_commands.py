@@ -102,7 +102,7 @@ def test_a_dry_run_tells_and_writes_nothing(typed, home):
 
 
 def test_a_dry_run_of_a_preset_whose_data_must_be_downloaded_says_so(typed, home):
-    code, out, _ = typed("train", "--preset", "cifar10", "--dry-run", "--no-probe")
+    code, out, _ = typed("train", "--preset", "ddpm-cifar10", "--dry-run", "--no-probe")
     assert code == 0
     assert "download" in out
     assert "35,746,307" in out  # the paper's network, known without the images
@@ -115,7 +115,7 @@ def test_a_dry_run_knows_what_the_papers_network_weighs(typed, home):
     np.savez(home / "images.npz", images=np.random.default_rng(0).integers(0, 256, (130, 32, 32, 3), dtype=np.uint8))
     assert run(["ingest", "images.npz", "data"]) == 0
     typed("runs")
-    code, out, _ = typed("train", "--preset", "cifar10", "--data", "data", "--dry-run", "--no-probe", "--json")
+    code, out, _ = typed("train", "--preset", "ddpm-cifar10", "--data", "data", "--dry-run", "--no-probe", "--json")
     plan = json.loads(out)
     assert (code, plan["num_parameters"]) == (0, 35_746_307)  # REFERENCE: Ho et al. 2020
     assert plan["checkpoint_bytes"] == 16 * 35_746_307

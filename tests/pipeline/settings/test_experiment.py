@@ -53,19 +53,6 @@ def test_local_profile_holds_the_defaults():
     assert load_profile("local") == Profile()
 
 
-def test_cifar10_preset_is_the_papers():
-    # Ho et al. 2020, appendix B, and their code's warm-up
-    experiment = load_experiment(presets.find("experiments", "cifar10"))
-    training, model, diffusion = experiment.training, experiment.model, experiment.diffusion
-    assert (model.channels, model.channel_multipliers, model.num_res_blocks) == (128, (1, 2, 2, 2), 2)
-    assert (model.attention_resolutions, model.dropout) == ((16,), 0.1)
-    assert (training.steps, training.batch_size, training.learning_rate) == (800_000, 128, 2e-4)
-    assert (training.warmup_steps, training.grad_clip, training.ema_decay) == (5000, 1.0, 0.9999)
-    assert (training.adam_betas, training.adam_eps) == ((0.9, 0.999), 1e-8)
-    assert (diffusion.schedule, diffusion.num_timesteps, diffusion.variance) == ("linear", 1000, "fixed_large")
-    assert experiment.data.horizontal_flip
-
-
 def test_an_experiment_with_few_timesteps_survives_a_round_trip():
     experiment = experiment_from({"diffusion": {"num_timesteps": 30}})
     assert experiment_from(experiment.to_dict()).sampling.num_steps(30) == 30

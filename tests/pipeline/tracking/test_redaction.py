@@ -63,7 +63,7 @@ def test_a_name_that_announces_a_secret_hides_the_value() -> None:
         "s3://My-Bucket-2024/Team7/Datasets/CIFAR10v2Train",
         "my_models.big_net:UNet2DConditionModelV2Large",
         "0.1.0+504fc822fd5fa0d0d09eb4ba7dd7212d1c355e99-dirty",
-        "ddpm-pipe train --preset cifar10 -s training.steps=100 --data /data/ImageNet2012_Train/n01440764",
+        "ddpm-pipe train --preset ddpm-cifar10 -s training.steps=100 --data /data/ImageNet2012_Train/n01440764",
         "fid_classifier-a1b2c3d4_5000",
         "mlflow-artifacts:/1/c02237c483154a05b98dacb5b5dc184b/artifacts",
         '{"schedule": "cosine", "num_timesteps": 1000, "key": "value"}',
