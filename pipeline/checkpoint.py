@@ -56,11 +56,18 @@ class Checkpoint:
     def tensors(self, *groups: str) -> Tensors:
         """Return the named groups of tensors (all by default), on the CPU; CheckpointError if a file is not what was committed."""
         manifest = _manifest(self.folder)
-        stored = [name.removesuffix(".safetensors") for name in manifest["files"] if name != STATE]
         return {
             group: parse_safetensors(_verified(self.folder, f"{group}.safetensors", manifest))
-            for group in groups or stored
+            for group in groups or self.groups()
         }
+
+    def groups(self) -> list[str]:
+        """Return the names of the groups of tensors."""
+        return [name.removesuffix(".safetensors") for name in _manifest(self.folder)["files"] if name != STATE]
+
+    def manifest(self) -> dict[str, Any]:
+        """Return the manifest: `files` has "bytes" and "sha256" of each file by name; CheckpointError where it is none."""
+        return _manifest(self.folder)
 
     def verify(self) -> None:
         """Read every file against the manifest; CheckpointError names the first that differs."""
@@ -145,7 +152,7 @@ def newest_verified(root: Path) -> Found:
     for checkpoint in committed(root):
         try:
             checkpoint.verify()
-        except _NewerFormatError:
+        except NewerFormatError:
             raise
         except CheckpointError as error:
             found.warnings.append(f"{error}; an older checkpoint is used")
@@ -180,7 +187,7 @@ def num_bytes(tensors: Tensors) -> int:
     return sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
 
 
-class _NewerFormatError(CheckpointError):
+class NewerFormatError(CheckpointError):
     """The checkpoint was written by a later version of this package."""
 
 
@@ -194,11 +201,13 @@ def _manifest(folder: Path) -> dict[str, Any]:
             f"checkpoint {folder.name}: its manifest cannot be read ({type(error).__name__})"
         ) from None
     if version > FORMAT:
-        raise _NewerFormatError(
+        raise NewerFormatError(
             f"checkpoint {folder} was written in format {version}, and this ddpm-pipe reads up to {FORMAT}; install the newer release"
         )
     if not {f"{group}.safetensors" for group in manifest.get("groups", GROUPS)} | {STATE} <= entries.keys():
         raise CheckpointError(f"checkpoint {folder.name}: its manifest does not name all files")
+    if any(Path(name).name != name or name == MANIFEST for name in entries):
+        raise CheckpointError(f"checkpoint {folder.name}: its manifest names a file outside it")
     return manifest
 
 
@@ -207,8 +216,6 @@ def _verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
     entry = manifest["files"].get(name)
     if entry is None:
         raise CheckpointError(f"checkpoint {folder.name}: holds no {name}")
-    if Path(name).name != name:
-        raise CheckpointError(f"checkpoint {folder.name}: its manifest names a file outside it")
     try:
         size = (folder / name).stat().st_size
         data = (folder / name).read_bytes() if size == entry["bytes"] else b""

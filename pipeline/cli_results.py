@@ -64,11 +64,11 @@ ddpm-pipe runs --json
 @json_option
 def runs(cluster: str | None, as_json: bool) -> None:
     """List the runs: id, name, dataset, schedule, T, steps, score, status."""
-    from pipeline.cluster_profile import home_of
+    from pipeline.cluster_profile import home_of, storage_of
     from pipeline.runs_table import COLUMNS, runs_table
 
     folder = home_of(cluster)
-    rows = runs_table(folder)
+    rows = runs_table(folder, storage_of(cluster))
     if as_json:
         print_json(rows)
     elif rows:

@@ -18,6 +18,7 @@ from pipeline.config import Precision
 from pipeline.errors import UsageError
 from pipeline.home import home
 from pipeline.redaction import announces_secret
+from pipeline.remote import RemoteFolder
 from pipeline.yaml_files import Section, read_yaml_mapping, validate
 
 DEFAULT_PROFILE = "local"
@@ -30,7 +31,7 @@ VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Arithmetic = Literal[Precision.FP32, Precision.BF16, Precision.FP16]  # `mixed` chooses among these
 
 HOST_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
-S3_PREFIX = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^\s?#]*)?")
+S3_PREFIX = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^\s?#]*)?(?:\?[^\s#]*)?")
 
 
 class Workers(Section):
@@ -213,6 +214,10 @@ class Profile(Section):
         elif "://" in self.storage:
             if not S3_PREFIX.fullmatch(self.storage):
                 raise ValueError(f"{got}; expected an absolute folder or s3://BUCKET/PREFIX")
+            try:
+                RemoteFolder(self.storage)
+            except UsageError as error:
+                raise ValueError(f"storage: {error}") from None
         elif not Path(self.storage).is_absolute():
             raise ValueError(
                 f"{got}: workers run in other folders, so it must be absolute, such as /mnt/ddpm, or s3://BUCKET/PREFIX"
@@ -277,6 +282,11 @@ def load_profile(reference: str | None) -> Profile:
 def home_of(reference: str | None) -> Path:
     """Return the folder that holds the state of the runs under a profile; without one, as `home.home`."""
     return home() if reference is None else load_profile(reference).home()
+
+
+def storage_of(reference: str | None) -> str | None:
+    """Return the storage of a profile; None without a profile."""
+    return None if reference is None else load_profile(reference).storage
 
 
 def require_tracking(profile: Profile) -> None:

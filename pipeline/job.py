@@ -29,7 +29,10 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers of one attempt are told: plain data, the same for all of them."""
+    """What the workers of one attempt are told: plain data, the same for all of them.
+
+    `run_folder` is the driver's; `run_address` is where the run lasts if that is an object store.
+    """
 
     run_folder: str
     dataset_folder: str
@@ -41,4 +44,5 @@ class Job:
     code_folder: str
     tracking: TrackingSettings
     initial_weights: str | None = None
+    run_address: str | None = None
     allowance: Allowance = Allowance()

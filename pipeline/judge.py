@@ -18,6 +18,7 @@ from pipeline.image_set import Progress
 from pipeline.reference import Reference
 from pipeline.runs import Run
 from pipeline.shards import Dataset
+from pipeline.trained import profile_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def find_judge(
             f"run {run.id} was imported without images to compare with; import it again with: "
             f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
         )
-    dataset = Dataset.open(path)
+    dataset = Dataset.open(path, profile_of(run, None).cache)
     cache = features_dir(run)
     progress = progress_on(console)
     extractor = scoring.choose_extractor(

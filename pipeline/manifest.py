@@ -95,12 +95,23 @@ class Manifest:
         """
         path = folder / MANIFEST_FILE
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = path.read_bytes()
         except FileNotFoundError:
+            return cls.parse(None, str(path), str(folder))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read ({error}): ingest the dataset again") from None
+        return cls.parse(content, str(path), str(folder))
+
+    @classmethod
+    def parse(cls, data: bytes | None, path: str, folder: str) -> Manifest:
+        """Check what `path` of the dataset `folder` holds (None: it is not there); DataError as `load`."""
+        if data is None:
             raise DataError(
                 f"{folder} is not an ingested dataset (no {MANIFEST_FILE}): make one with `ddpm-pipe ingest SOURCE DEST`"
-            ) from None
-        except (OSError, ValueError) as error:
+            )
+        try:
+            content = json.loads(data)
+        except ValueError as error:
             raise DataError(f"{path} cannot be read ({error}): ingest the dataset again") from None
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise DataError(f"{path} is not a dataset manifest: ingest the dataset again")

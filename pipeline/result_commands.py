@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster_profile import home_of, load_profile
+from pipeline.cluster_profile import home_of, load_profile, storage_of
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
 from pipeline.evaluate import ScoreRequest, evaluate_run
@@ -118,7 +118,7 @@ def _kept_when_stopped() -> Iterator[None]:
 
 def _found(reference: str, cluster: str | None) -> Run:
     allow_modules_in(os.getcwd())
-    return Run.find(home_of(cluster), reference)
+    return Run.find(home_of(cluster), reference, storage_of(cluster))
 
 
 def _fresh(folder: Path) -> Path:

@@ -5,6 +5,9 @@ runs/<id>/status.json  how far it came; replaced as a whole at each change
 runs/<id>/attempt      number of the newest attempt, which fences the writes of an older one
 runs/<id>/lock         held (flock) by the process that works on the run; the kernel frees it when that process dies
 runs/<id>/log.txt, checkpoints/, spool/ ...
+
+Where the profile's storage is an object store, the run lasts there (pipeline/remote_run.py) and the folder is this machine's copy:
+brought when the run is found and when its lock is taken, sent when something changes and when the lock is let go.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -30,6 +34,7 @@ from pipeline.durable import write_atomically, write_json
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.home import make_folder, runs_dir
 from pipeline.redaction import redact, redact_tree
+from pipeline.remote_run import RemoteRun, fetch_all_records
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -137,12 +142,23 @@ class Run:
         )  # fmt: skip
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(run.folder / "run.json", asdict(record))  # last: a folder without it is no run
+        if run.remote is not None:
+            try:
+                run.remote.send_records(run.folder)
+            except StorageError:
+                shutil.rmtree(run.folder, ignore_errors=True)
+                raise
         return run
 
     @classmethod
-    def all(cls, home: Path) -> list[Run]:
-        """Return every run, oldest first. Links are not followed, and folders without a record are no runs."""
+    def all(cls, home: Path, storage: str | None = None) -> list[Run]:
+        """Return every run, oldest first, those of an object store (a profile's `storage`) too.
+
+        Links are not followed, and folders without a record are no runs.
+        """
         root = runs_dir(home)
+        if storage is not None:
+            fetch_all_records(storage, root)
         if not root.is_dir():
             return []
         folders = [entry for entry in root.iterdir() if NAME.fullmatch(entry.name) and not entry.is_symlink()]
@@ -157,31 +173,44 @@ class Run:
             return False
 
     @classmethod
-    def find(cls, home: Path, reference: str) -> Run:
-        """Return the run named by our id, MLflow's id, a unique prefix of either, or `latest`; UsageError otherwise."""
+    def find(cls, home: Path, reference: str, storage: str | None = None) -> Run:
+        """Return the run named by our id, MLflow's id, a unique prefix of either, or `latest`; UsageError otherwise.
+
+        `storage` as for `all`. A run of an object store is brought up to date, whichever way it was found.
+        """
         if not NAME.fullmatch(reference):
             raise UsageError(
                 f"run {reference!r}: expected a run id, a prefix of one, or 'latest'; `ddpm-pipe runs` lists them"
             )
-        runs = cls.all(home)
+        runs = cls.all(home, storage)
         if not runs:
             raise UsageError(
                 f"run {reference!r}: there are no runs in {home}; run `ddpm-pipe train`, or set DDPM_PIPE_HOME"
             )
         if reference == "latest":
-            return runs[-1]
+            return runs[-1]._refreshed()
         exact = [run for run in runs if reference in {run.id, run.mlflow_run_id}]
         found = exact or [
             run for run in runs if run.id.startswith(reference) or (run.mlflow_run_id or "").startswith(reference)
         ]
         if len(found) == 1:
-            return found[0]
+            return found[0]._refreshed()
         if found:
             raise UsageError(f"run {reference!r} is ambiguous: it fits {_listing(found)}; give more characters")
         hint = nearest(reference, [run.id for run in runs])
         raise UsageError(f"run {reference!r}: no such run in {home}{hint}; there are {_listing(runs[::-1])}")
 
+    def _refreshed(self) -> Run:
+        if self.remote is not None and not self.remote.fetch_records(self.folder):
+            raise UsageError(f"run {self.id}: is not in {self.remote.folder} any more; its copy here is {self.folder}")
+        return self
+
     # -- what is known
+
+    @cached_property
+    def remote(self) -> RemoteRun | None:
+        """The run in its object store; None where this folder is all there is."""
+        return RemoteRun.of(self.record.profile.get("storage"), self.id)
 
     @cached_property
     def record(self) -> RunRecord:
@@ -198,9 +227,13 @@ class Run:
     def update(self, **changes: Any) -> RunState:
         """Change fields of the state (see RunState), replacing the file as a whole; StorageError if it cannot be."""
         with self._folder_lock():
+            if self.remote is not None:  # a worker elsewhere may have gone on since
+                self.remote.fetch_records(self.folder)
             state = replace(self._written_state(), **{**changes, "updated": _now()})
             state = replace(state, status=RunStatus(state.status), reason=redact(state.reason))
             write_json(self.folder / "status.json", asdict(state))
+            if self.remote is not None:
+                self.remote.send_records(self.folder, "status.json")
         return state
 
     def _written_state(self) -> RunState:
@@ -246,12 +279,47 @@ class Run:
             file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
             file.flush()
             try:
-                yield
+                with self._lock_in_store():
+                    yield
             finally:
                 file.truncate(0)  # closing the file frees the lock
 
+    @contextmanager
+    def _lock_in_store(self) -> Iterator[None]:
+        """Hold the run in its object store too, with the files as they are there; and send them back in the end."""
+        if self.remote is None:
+            yield
+            return
+        with self.remote.lease.hold():
+            self.fetch_files()
+            try:
+                yield
+            finally:
+                self.remote.lease.require()  # what was taken over is the other one's to write
+                self.send_files()
+
+    def fetch_files(self) -> None:
+        """Bring log, spool and pictures from the object store, where another machine wrote them last."""
+        if self.remote is not None:
+            self.remote.fetch_records(self.folder)
+            self.remote.pull(self.folder)
+
+    def send_files(self) -> None:
+        """Send log, spool and pictures to the object store."""
+        if self.remote is not None:
+            self.remote.push(self.folder)
+
     def is_locked(self) -> bool:
-        """Whether a live process holds the run."""
+        """Whether a live process holds the run, here or elsewhere; where a store does not answer, its run counts as held."""
+        if self._is_locked_here() or self.remote is None:
+            return self._is_locked_here()
+        try:
+            return self.remote.lease.holder() is not None
+        except StorageError as error:
+            log.warning("%s", error)
+            return True
+
+    def _is_locked_here(self) -> bool:
         try:
             file = (self.folder / "lock").open(encoding="utf-8")
         except FileNotFoundError:
@@ -265,6 +333,8 @@ class Run:
 
     def current_attempt(self) -> int:
         """Return the number of the newest attempt, 0 before the first. A writer with a smaller one must not commit."""
+        if self.remote is not None:
+            return int(self.remote.folder.read("attempt") or b"0")
         try:
             return int((self.folder / "attempt").read_text())
         except FileNotFoundError:
@@ -275,6 +345,9 @@ class Run:
         with self._folder_lock():
             number = self.current_attempt() + 1
             write_atomically(self.folder / "attempt", f"{number}\n".encode())
+            if self.remote is not None:
+                self.remote.lease.require()
+                self.remote.send_records(self.folder, "attempt")
         self.update(attempt=number)
         return number
 

@@ -10,13 +10,13 @@ from pipeline.runs import Run
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
 
 
-def runs_table(home: Path) -> list[dict[str, Any]]:
-    """Return a row for each run, oldest first.
+def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
+    """Return a row for each run, oldest first; those of an object store (a profile's `storage`) too.
 
     `steps` reads "done/total"; `fid` is the value of the newest FID and `metric` its full name, both None before the
     first evaluation; `created` is UTC. `step`, `total_steps` and `mlflow_run_id` come along for programs.
     """
-    return [_row(run) for run in Run.all(home)]
+    return [_row(run) for run in Run.all(home, storage)]
 
 
 def _row(run: Run) -> dict[str, Any]:

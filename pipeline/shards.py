@@ -1,9 +1,9 @@
-"""Ingested datasets on disk: opened, verified, and read by row."""
+"""Ingested datasets, on disk or in an object store: opened, verified, and read by row."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,45 +12,65 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.cluster_profile import Cache
 from pipeline.errors import DataError
 from pipeline.images import decode_image
 from pipeline.manifest import ContentHash as ContentHash
 from pipeline.manifest import Manifest as Manifest
 from pipeline.manifest import Shard as Shard
+from pipeline.remote import RemoteFolder, is_remote
 from pipeline.shard_batches import RawBatch as RawBatch
 from pipeline.shard_batches import read_batches as read_batches
-from pipeline.shards_format import Stored, read_footer, read_row_group, reason_of, refuse_unsafe_environment
+from pipeline.shards_files import LocalShards, RemoteShards, ShardFiles
+from pipeline.shards_format import Stored, read_row_group, reason_of, refuse_unsafe_environment
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
+
+_READ_AHEAD_SHARDS = 3
 
 
 class Dataset:
     """An ingested dataset; its images come from memory once held there, else from the row groups that are needed."""
 
-    def __init__(self, folder: Path, manifest: Manifest, footers: Sequence[Any]) -> None:
-        self.folder = folder
-        self.manifest = manifest
-        self._footers = footers
+    def __init__(self, files: ShardFiles) -> None:
+        self._files = files
+        self.manifest = manifest = files.manifest
         self._groups = [(s, g) for s, shard in enumerate(manifest.shards) for g in range(len(shard.row_group_rows))]
         self._group_starts = np.concatenate([[0], np.cumsum(manifest.row_groups)]).astype(np.int64)
         self._held: Pixels | None = None
         self._labels: Ints | None = None
 
     @classmethod
-    def open(cls, folder: str | Path) -> Dataset:
-        """Open a folder written by ingest, after comparing every shard's size, schema and row counts with the manifest.
+    def open(cls, location: str | Path, cache: Cache | None = None) -> Dataset:
+        """Open what ingest wrote, after comparing every shard's size, schema and row counts with the manifest.
+
+        Args:
+            location: a folder, or the address of one in an object store; of such a one only sizes are compared at once, and shards
+                are brought here as they are read.
+            cache: where copies of remote shards are kept; the default of a cluster profile if left out.
 
         Raises:
             DataError: something is missing, truncated, or not as the manifest says; the message names the file.
             UsageError: a setting of the environment would make Arrow files run code.
         """
         refuse_unsafe_environment()
-        folder = Path(folder).absolute()
+        if isinstance(location, str) and is_remote(location):
+            return cls(RemoteShards(RemoteFolder(location), cache or Cache()))
+        folder = Path(location).absolute()
         if not folder.is_dir():
             raise DataError(f"{folder} is not a folder: give one that `ddpm-pipe ingest SOURCE DEST` wrote")
-        manifest = Manifest.load(folder)
-        return cls(folder, manifest, [read_footer(folder / s.file, s, manifest) for s in manifest.shards])
+        return cls(LocalShards(folder))
+
+    @property
+    def location(self) -> str:
+        """The path or address of the dataset's folder."""
+        return self._files.location
+
+    @property
+    def folder(self) -> Path:
+        """The folder of a dataset on disk."""
+        return Path(self._files.location)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Dataset.open, (self.folder,)  # a worker that is sent a dataset opens it again
@@ -167,37 +187,46 @@ class Dataset:
         found = content.fingerprint(self.manifest.shape, self.manifest.class_names, self.manifest.has_labels)
         if found != self.manifest.fingerprint:
             raise DataError(
-                f"{self.folder}: the content's fingerprint is {found[:12]}, the manifest says "
+                f"{self.location}: the content's fingerprint is {found[:12]}, the manifest says "
                 f"{self.manifest.fingerprint[:12]}: ingest the dataset again"
             )
 
     def _every_group(self) -> Iterator[tuple[int, Stored, Ints | None]]:
         """Each row group in order, from files whose sha256 was checked first."""
         group = 0
-        for shard in self.manifest.shards:
-            path = self.folder / shard.file
-            try:
-                data = path.read_bytes()
-            except OSError as error:
-                raise DataError(f"{path} cannot be read ({error.strerror}): restore it or ingest again") from None
-            if hashlib.sha256(data).hexdigest() != shard.sha256:
-                raise DataError(
-                    f"{path} is damaged (its sha256 differs from the manifest's): restore it or ingest again"
-                )
-            source = pa.py_buffer(data)
+        for index, shard in enumerate(self.manifest.shards):
+            self._files.expect(range(index, min(index + _READ_AHEAD_SHARDS, len(self.manifest.shards))))
+            source = pa.py_buffer(self._whole(index))
             for _ in shard.row_group_rows:
                 yield group, *self._read_group(group, source=source)
                 group += 1
 
+    def _whole(self, index: int) -> bytes:
+        """All bytes of a shard, whose sha256 is the manifest's."""
+        for again in (True, False):
+            with self._files.opened(index) as (path, _):
+                try:
+                    data: bytes = path.read_bytes()
+                except OSError as error:
+                    raise DataError(f"{path} cannot be read ({error.strerror}): restore it or ingest again") from None
+            if hashlib.sha256(data).hexdigest() == self.manifest.shards[index].sha256:
+                return data
+            if not (again and self._files.discard(index)):
+                break
+        raise DataError(f"{path} is damaged (its sha256 differs from the manifest's): restore it or ingest again")
+
     def _read_group(self, group: int, labels_only: bool = False, source: Any = None) -> tuple[Stored, Ints | None]:
         shard, index = self._groups[group]
-        file = str(self.folder / self.manifest.shards[shard].file) if source is None else source
-        try:
-            return read_row_group(file, self._footers[shard], index, self.manifest, labels_only)
-        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{self._place(group)} is damaged ({reason_of(error)}): restore the file or ingest the dataset again"
-            ) from None
+        reason = ""
+        for again in (True, False):
+            with self._files.opened(shard) as (path, footer):
+                try:
+                    return read_row_group(source or str(path), footer, index, self.manifest, labels_only)
+                except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+                    reason = reason_of(error)
+            if not (again and self._files.discard(shard)):
+                break
+        raise DataError(f"{self._place(group)} is damaged ({reason}): restore the file or ingest the dataset again")
 
     def _checked(self, rows: npt.ArrayLike) -> Ints:
         wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
@@ -210,4 +239,4 @@ class Dataset:
 
     def _place(self, group: int) -> str:
         shard, index = self._groups[group]
-        return f"{self.folder / self.manifest.shards[shard].file}, row group {index}"
+        return f"{self.location.partition('?')[0]}/{self.manifest.shards[shard].file}, row group {index}"

@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
-from pipeline import checkpoint as checkpoints
 from pipeline import cluster_nodes
 from pipeline.attempt import Attempt, Observer
 from pipeline.capacity import fitting_counts, largest, needs, shortage
@@ -23,6 +22,7 @@ from pipeline.config import experiment_from
 from pipeline.console import Console, duration
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.job import Job
+from pipeline.run_checkpoints import RunCheckpoints
 from pipeline.runs import Run
 from pipeline.signals import Signals, listening
 
@@ -51,7 +51,9 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 run.update(status="RUNNING", reason="")
                 here = replace(job, attempt=attempt, num_workers=num_workers)
                 run.log(f"attempt {attempt}: {num_workers} workers")
+                run.send_files()
                 ended = Attempt(run, here, profile, console, signals, counts).run(observe or (lambda seen: None))
+                run.fetch_files()
             if ended.outcome == "finished":
                 return
             step = _newest_step(run)
@@ -120,7 +122,7 @@ def gather(
 
 
 def _newest_step(run: Run) -> int:
-    committed = checkpoints.committed(run.checkpoints)
+    committed = RunCheckpoints(run).committed()
     return committed[0].step if committed else -1
 
 

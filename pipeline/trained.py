@@ -13,12 +13,13 @@ from torch import nn
 
 from ddpm import GaussianDiffusion
 from pipeline import averages
-from pipeline import checkpoint as checkpoints
+from pipeline.checkpoint import Checkpoint
 from pipeline.cluster_profile import Profile, load_profile
 from pipeline.config import Experiment, experiment_from, with_overrides
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.labels import ClassNames
 from pipeline.models import Shape, build_diffusion, build_model
+from pipeline.run_checkpoints import RunCheckpoints
 from pipeline.runs import Run
 from pipeline.yaml_files import validate
 
@@ -126,17 +127,17 @@ def profile_of(run: Run, cluster: str | None) -> Profile:
     return load_profile(cluster) if cluster is not None else validate(Profile, run.record.profile, f"run {run.id}")
 
 
-def _choose(run: Run, step: int | None) -> checkpoints.Checkpoint:
+def _choose(run: Run, step: int | None) -> Checkpoint:
+    saved = RunCheckpoints(run)
     if step is None:
-        found = checkpoints.newest_verified(run.checkpoints)
+        found = saved.newest_verified()
         if found.checkpoint is None:
             why = found.warnings[0] if found.warnings else f"there is none in {run.checkpoints}"
             raise CheckpointError(f"run {run.id} has no checkpoint that verifies: {why}; ddpm-pipe resume {run.id}")
         return found.checkpoint
-    committed = checkpoints.committed(run.checkpoints)
+    committed = saved.committed()
     for checkpoint in committed:
         if checkpoint.step == step:
-            checkpoint.verify()
-            return checkpoint
+            return saved.verified(checkpoint)
     steps = ", ".join(str(s) for s in sorted({c.step for c in committed})) or "none"
     raise UsageError(f"run {run.id} has no checkpoint of step {step}; there are: {steps}")

@@ -9,10 +9,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint as checkpoints
 from pipeline import presets
 from pipeline.cluster import require_resources
-from pipeline.cluster_profile import Profile, home_of, load_profile
+from pipeline.cluster_profile import Profile, home_of, load_profile, storage_of
 from pipeline.conclude import Outcome, conclude
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
 from pipeline.console import Console
@@ -23,6 +22,7 @@ from pipeline.job import Job
 from pipeline.labels import class_name, class_names_of
 from pipeline.models import allow_modules_in, build_diffusion
 from pipeline.plan import Plan, choose_workers, make_plan
+from pipeline.run_checkpoints import RunCheckpoints
 from pipeline.runs import Run, RunStatus
 from pipeline.schedule_picture import draw_schedules, example_of
 from pipeline.shards import Dataset
@@ -101,7 +101,7 @@ def go_on(
 ) -> Outcome:
     """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights, on other `data` if given."""
     console = console or Console()
-    run = Run.find(home_of(cluster), reference)
+    run = Run.find(home_of(cluster), reference, storage_of(cluster))
     allow_modules_in(os.getcwd())
     if not fork and data is not None:
         raise UsageError(f"--data: run {run.id} goes on with its own images; train on others as a new run with --fork")
@@ -111,7 +111,7 @@ def go_on(
     new = with_overrides(old, overrides)
     profile = profile_of(run, cluster)
     if data is None:
-        dataset = _dataset_of(run)
+        dataset = _dataset_of(run, profile)
     else:
         source = str(Path(data).absolute()) if Path(data).exists() else data
         new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
@@ -120,10 +120,11 @@ def go_on(
     require_resources(profile, num_workers)
     checked = _plan_for(new, profile, num_workers, dataset)
     if fork:
-        origin = checkpoints.newest_verified(run.checkpoints).checkpoint
+        saved = RunCheckpoints(run)
+        origin = saved.newest_verified().checkpoint
         if origin is None:
             raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
-        forked = _create(checked, dataset, command, initial_weights=str(origin.folder))
+        forked = _create(checked, dataset, command, initial_weights=saved.name_of(origin))
         console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {origin.step}")
         return _carry_out(forked, checked, dataset, console)
     changed = differences(old, new)
@@ -143,7 +144,8 @@ def go_on(
 
 def carry_on(run: Run, console: Console, observe: Observer | None = None) -> Outcome:
     """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`."""
-    experiment, profile, dataset = experiment_of(run), profile_of(run, None), _dataset_of(run)
+    experiment, profile = experiment_of(run), profile_of(run, None)
+    dataset = _dataset_of(run, profile)
     checked = _plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
     return _carry_out(run, checked, dataset, console, observe=observe)
 
@@ -161,7 +163,7 @@ def _carry_out(
     settings = TrackingSettings.of_profile(profile.home(), profile)
     job = Job(
         run_folder=str(run.folder),
-        dataset_folder=str(dataset.folder),
+        dataset_folder=dataset.location,
         experiment=checked.experiment.to_dict(),
         profile=profile.to_dict(),
         num_workers=checked.num_workers,
@@ -171,6 +173,7 @@ def _carry_out(
         tracking=replace(settings, mlflow_run_id=None),
         initial_weights=run.record.initial_weights,
         allowance=allowance_of(run),
+        run_address=None if run.remote is None else run.remote.folder.uri,
     )
     with run.lock(), _open_tracking(run, checked, dataset, settings):
         if overrides:
@@ -213,11 +216,11 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
             "profile": checked.profile.name,
             "num_workers": str(checked.num_workers),
             "code_version": run.record.code_version,
-            "checkpoints": str(run.checkpoints),
+            "checkpoints": str(run.checkpoints if run.remote is None else run.remote.folder.child("checkpoints")),
         },
         params={**experiment.flat(), "num_parameters": checked.num_parameters, "num_streams": checked.num_streams},
         description=describe(run.record, {}),
-        dataset=TrackedDataset(manifest.name, manifest.fingerprint, str(dataset.folder)),
+        dataset=TrackedDataset(manifest.name, manifest.fingerprint, dataset.location),
     )
     picture = run.folder / "pictures" / "schedule.png"
     if not picture.exists():  # a resumed run has it
@@ -239,7 +242,7 @@ def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str)
 
 def _create(checked: Plan, dataset: Dataset, command: Sequence[str], initial_weights: str | None = None) -> Run:
     manifest = dataset.manifest
-    about: dict[str, Any] = {"path": str(dataset.folder), "fingerprint": manifest.fingerprint, "name": manifest.name}
+    about: dict[str, Any] = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
     return Run.create(
         checked.profile.home(),
         name=checked.experiment.name,
@@ -261,19 +264,19 @@ def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, datase
         experiment,
         profile,
         num_workers,
-        data=str(dataset.folder),
+        data=dataset.location,
         num_rows=manifest.num_rows,
         shape=manifest.shape,
         num_classes=len(class_names),
     )
 
 
-def _dataset_of(run: Run) -> Dataset:
+def _dataset_of(run: Run, profile: Profile) -> Dataset:
     """Open the dataset a run was started on; CheckpointError where it has become another one."""
     about = run.record.dataset
     if not about["path"]:
         raise DataError(f"run {run.id} was imported without images; name some with --fork --data SOURCE")
-    dataset = Dataset.open(about["path"])
+    dataset = Dataset.open(about["path"], profile.cache)
     if dataset.manifest.fingerprint != about["fingerprint"]:
         raise CheckpointError(
             f"run {run.id} was trained on other images: dataset.fingerprint: {about['fingerprint'][:12]} -> "

@@ -27,6 +27,8 @@ from pipeline.models import allow_modules_in, build_diffusion, build_model
 from pipeline.monitor import SystemMonitor
 from pipeline.order import Order, streams_of_worker
 from pipeline.pictures import save_grid
+from pipeline.remote_run import folder_here
+from pipeline.run_checkpoints import RunCheckpoints, Saver, checkpoint_at
 from pipeline.runs import Run
 from pipeline.shards import Dataset
 from pipeline.team import Team
@@ -85,13 +87,12 @@ class Worker:
     def __init__(self, job: Job, team: Team, link: Link, gpu: int = 0) -> None:
         self.job, self.team, self.link = job, team, link
         self.experiment: Experiment = experiment_from(job.experiment)
-        self.run = Run(Path(job.run_folder))
-        self.root = self.run.checkpoints
+        self.run = self._run_here()
         profile = validate(Profile, job.profile, "profile")
         self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, gpu)
         self.compute.start()
         allow_modules_in(job.code_folder)
-        self.dataset = Dataset.open(Path(job.dataset_folder))
+        self.dataset = Dataset.open(job.dataset_folder, profile.cache)
         self.diffusion = build_diffusion(self.experiment)
         conditional = self.experiment.model.class_conditional
         self.class_names = class_names_of(self.dataset) if conditional else ()
@@ -102,7 +103,8 @@ class Worker:
         self.missed_saves = 0
         self.saved_step = -1
         self.saved_at = time.monotonic()
-        self.tracker = Tracker(Path(job.run_folder), job.tracking) if team.leads else None
+        self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.leads else None
+        self.tracker = Tracker(self.run.folder, job.tracking) if team.leads else None
         self.sampling_model: nn.Module | None = None
         self.judging_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.leads else []
@@ -116,9 +118,21 @@ class Worker:
             self._restore()
             outcome = self._train()
         finally:
+            if self.saver is not None:
+                self.saver.close()
             if self.tracker is not None:
                 self.tracker.close(timeout=10.0)
+        if self.team.leads:
+            self.run.send_files()
         return outcome
+
+    def _run_here(self) -> Run:
+        """Return the run as this machine has it; rank 0 alone writes to it."""
+        if self.job.run_address is None or not self.team.leads:
+            return Run(Path(self.job.run_folder))
+        run = Run(folder_here(Path(self.job.run_folder), self.job.run_address))
+        run.fetch_files()
+        return run
 
     # -- the loop's body ------------------------------------------------------------------------------------------------------
 
@@ -226,7 +240,7 @@ class Worker:
         if self.tracker is None or self.experiment.logging.grid_every_steps is None:
             return
         images = self._generate(self.experiment.logging.grid_images)
-        path = Path(self.job.run_folder) / "pictures" / f"samples-step-{self.learner.step:010d}.png"
+        path = self.run.folder / "pictures" / f"samples-step-{self.learner.step:010d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(images, path)
         self.tracker.image("samples", self.learner.step, path)
@@ -269,21 +283,21 @@ class Worker:
 
     def _restore(self) -> None:
         """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same."""
-        found = checkpoints.newest_verified(self.root) if self.team.leads else checkpoints.Found(None)
+        found = RunCheckpoints(self.run).newest_verified() if self.team.leads else checkpoints.Found(None)
         for warning in found.warnings:
             self.run.log(f"warning: {warning}")
             self.link.publish({"warning": warning})
         checkpoint: checkpoints.Checkpoint | None = self.team.told(found.checkpoint)
         if checkpoint is None:
             if self.job.initial_weights is not None:
-                self._take_weights(Path(self.job.initial_weights))
+                self._take_weights(self.job.initial_weights)
             return
-        state = checkpoint.state()
+        state, tensors = self._told(checkpoint)
         if state["config_hash"] != self.experiment.hash():
             raise CheckpointError(
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
             )
-        self.learner.restore(checkpoint.tensors(), checkpoint.step)
+        self.learner.restore(tensors, checkpoint.step)
         if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
             self.learner.scaler.load_state_dict(state["loss_scale"])
         self.elapsed_before_s = state["elapsed_s"]
@@ -294,16 +308,26 @@ class Worker:
             self.tracker.restore(state["undelivered"])
             self.run.log(f"attempt {self.job.attempt} continues from step {checkpoint.step}")
 
-    def _take_weights(self, folder: Path) -> None:
+    def _told(self, checkpoint: checkpoints.Checkpoint) -> tuple[dict[str, Any], checkpoints.Tensors]:
+        """Return a checkpoint's state and tensors: from its files where all workers see them, else from rank 0, which has them."""
+        if self.job.run_address is None or self.team.size == 1:
+            return checkpoint.state(), checkpoint.tensors()
+        state: dict[str, Any] = self.team.told(checkpoint.state() if self.team.leads else None)
+        tensors: checkpoints.Tensors = {}
+        for group in self.team.told(
+            checkpoint.groups() if self.team.leads else None
+        ):  # one at a time: it is held twice meanwhile
+            tensors |= self.team.told(checkpoint.tensors(group) if self.team.leads else None)
+        return state, tensors
+
+    def _take_weights(self, place: str) -> None:
         """Begin a new run from another run's weights; the average and the optimizer start afresh."""
-        name = checkpoints.NAME.fullmatch(folder.name)
-        assert name is not None
-        origin = checkpoints.Checkpoint(folder, int(name[1]), int(name[2]))
+        weights = self.team.told(checkpoint_at(place).tensors("ema")["ema"] if self.team.leads else None)
         try:
-            self.learner.model.load_state_dict(origin.tensors("ema")["ema"], strict=False)
+            self.learner.model.load_state_dict(weights, strict=False)
         except RuntimeError as error:
             raise CheckpointError(
-                f"{folder}: these weights do not fit the network of this run ({str(error).splitlines()[-1].strip()}); "
+                f"{place}: these weights do not fit the network of this run ({str(error).splitlines()[-1].strip()}); "
                 "keep the settings of the model, the prediction and the variance"
             ) from None
         self.learner = self._new_learner(self.learner.model)
@@ -332,7 +356,7 @@ class Worker:
     def _save(self, elapsed_s: float, *, must: bool) -> None:
         """Save once per step; a place that is full is tried again at later intervals, `MISSED_SAVES` times."""
         self.saved_at = time.monotonic()
-        if self.tracker is None or self.saved_step == self.learner.step:
+        if self.tracker is None or self.saver is None or self.saved_step == self.learner.step:
             return
         state = {
             "step": self.learner.step,
@@ -350,9 +374,7 @@ class Worker:
             "torch": torch.__version__,
         }
         try:
-            checkpoints.save(
-                self.root, self.learner.step, self.job.attempt, self.learner.tensors(), state, may_commit=self._owns
-            )
+            self.saver.save(self.learner.step, self.learner.tensors(), state, wait=must)
         except StorageError as error:
             self.missed_saves += 1
             if must or self.missed_saves >= MISSED_SAVES:
@@ -362,8 +384,6 @@ class Worker:
             return
         self.missed_saves = 0
         self.saved_step = self.learner.step
-        checkpoints.prune(self.root, self.experiment.checkpoint.keep)
-        self.run.update(step=self.learner.step)
 
 
 class Pace:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import tempfile
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from pipeline import checkpoint as checkpoints
+from pipeline import remote
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
 from pipeline.ingest import IngestOptions, ensure_ingested
 from pipeline.job import Job
+from pipeline.run_checkpoints import RunCheckpoints
 from pipeline.runs import Run
 from pipeline.team import Team
 from pipeline.tracking import TrackingSettings
@@ -80,6 +85,7 @@ def job_of(run: Run) -> Job:
         code_folder=str(home),
         tracking=TrackingSettings("http://127.0.0.1:9"),  # nobody listens there: training must not care
         initial_weights=run.record.initial_weights,
+        run_address=None if run.remote is None else run.remote.folder.uri,
     )
 
 
@@ -88,9 +94,26 @@ def train(folder: str, told: Connection | None = None, stop_after: int | None = 
     return Worker(job_of(Run(Path(folder))), Team(), Alone(told, stop_after)).work()
 
 
+def train_in_store(
+    home: str, run_id: str, storage: str, environment: dict[str, str], elsewhere: str | None, stop_after: int | None
+) -> None:
+    """Be driver and worker of the next attempt of a run in an object store; the worker has its own folder if `elsewhere` names one."""
+    os.environ.update(environment)
+    remote.PAUSE_S = 0.05
+    run = Run.find(Path(home), run_id, storage)
+    with run.lock():
+        job = job_of(run)
+        run.send_files()
+        if elsewhere is not None:
+            os.environ["TMPDIR"] = tempfile.tempdir = elsewhere
+            job = replace(job, run_folder=f"/nowhere/{run.id}")
+        Worker(job, Team(), Alone(None, stop_after)).work()
+        run.fetch_files()
+
+
 def final_digests(run: Run) -> dict[str, str]:
     """Return the SHA-256 of the newest checkpoint's tensors, by group."""
-    checkpoint = checkpoints.newest_verified(run.checkpoints).checkpoint
+    checkpoint = RunCheckpoints(run).newest_verified().checkpoint
     assert checkpoint is not None
     assert checkpoint.step == run.record.experiment["training"]["steps"]
     return {

@@ -1,0 +1,159 @@
+"""Copies of remote files on this machine's disk, shared by all its processes: fetched once, verified, the longest unused removed first.
+
+    <folder>/<first two of sha256>/<sha256>                    a whole file, whose bytes were verified; its time is that of its last use
+    <folder>/<first two of sha256>/<sha256>.<bytes>.part       one on its way, locked by who fetches it
+    <folder>/lock                                              held while room is made
+
+A file is named by its content, so that equal shards of several datasets, runs and users of one folder are kept once. Who reads one holds
+a shared lock on it; making room passes over files that are locked. The kernel frees the locks of a process that dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from pipeline.errors import DataError, StorageError
+
+PART = ".part"
+
+
+class NodeCache:
+    """A folder of at most `max_bytes`, but for what is in use at one time."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+
+    @contextmanager
+    def use(self, sha256: str, num_bytes: int, where: str, fetch: Callable[[Path], str]) -> Iterator[Path]:
+        """Give the file of that content for the time of the context, in which it is not removed.
+
+        Args:
+            sha256, num_bytes: of its content.
+            where: the file's place, for messages.
+            fetch: writes it to a path and returns the SHA-256 of what it wrote.
+
+        Raises:
+            DataError: what was fetched is not that content, twice.
+            StorageError: the folder cannot be written, or is full.
+        """
+        path = self._path(sha256)
+        file = self._opened(path)
+        while file is None:
+            self._get(path, num_bytes, where, fetch)
+            file = self._opened(path)
+        with file:  # and with it the lock
+            yield path
+
+    def has(self, sha256: str) -> bool:
+        """Whether the file of that content is here now."""
+        return self._path(sha256).is_file()
+
+    def discard(self, sha256: str) -> None:
+        """Remove a file that turned out to be damaged on this disk."""
+        self._path(sha256).unlink(missing_ok=True)
+
+    def _path(self, sha256: str) -> Path:
+        return self._folder / sha256[:2] / sha256
+
+    def _opened(self, path: Path) -> IO[bytes] | None:
+        """Open a file with a shared lock, and note its use; None where it is not here."""
+        try:
+            file = path.open("rb")
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise self._unusable(error) from None
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH)
+            if _is_at(file, path):
+                os.utime(path)
+                return file
+        except FileNotFoundError:
+            pass
+        except BaseException:
+            file.close()
+            raise
+        file.close()  # removed between opening and locking
+        return None
+
+    def _get(self, path: Path, num_bytes: int, where: str, fetch: Callable[[Path], str]) -> None:
+        """Fetch a file unless another process does: then wait for that."""
+        part = path.with_name(f"{path.name}.{num_bytes}{PART}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("ab") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(file, part):  # it became the file, or was given up, while this one waited
+                    return
+                if path.exists():
+                    part.unlink()
+                    return
+                self._make_room()
+                try:
+                    if not any(fetch(part) == path.name for _ in range(2)):
+                        raise DataError(
+                            f"{where} is damaged (its sha256 differs from the manifest's, fetched twice): restore it or ingest again"
+                        )
+                    part.rename(path)
+                finally:
+                    part.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from None
+
+    def _make_room(self) -> None:
+        """Remove what was unused longest until all on its way fits, as far as that is not in use."""
+        with (self._folder / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            whole, coming = self._contents()
+            excess = sum(size for _, size, _ in whole) + coming - self._max_bytes
+            for _, size, path in sorted(whole):
+                if excess <= 0:
+                    return
+                if _remove_unused(path):
+                    excess -= size
+
+    def _contents(self) -> tuple[list[tuple[int, int, Path]], int]:
+        """Return the whole files with time of use and size, and the bytes of those on their way, one's own among them."""
+        whole: list[tuple[int, int, Path]] = []
+        coming = 0
+        for folder in self._folder.iterdir():
+            for path in folder.iterdir() if folder.is_dir() else ():
+                with suppress(FileNotFoundError):
+                    if path.suffix != PART:
+                        status = path.stat()
+                        whole.append((status.st_mtime_ns, status.st_size, path))
+                    elif not _remove_unused(path):  # its process lives
+                        coming += int(path.name.split(".")[1])
+        return whole, coming
+
+    def _unusable(self, error: OSError) -> StorageError:
+        return StorageError(
+            f"{self._folder}: cannot hold copies of remote shards ({error.strerror}); free space, lower cache.max_gb, or set "
+            "cache.folder to a folder on a disk of this machine"
+        )
+
+
+def _is_at(file: IO[bytes], path: Path) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _remove_unused(path: Path) -> bool:
+    """Remove a file that nobody has locked; return whether that was so."""
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        pass
+    return True

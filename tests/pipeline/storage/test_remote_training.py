@@ -1,0 +1,200 @@
+"""Training in an object store: killed at any request, or cut off from the store, and gone on with on another machine, it ends the same."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import MANIFEST
+from pipeline.cluster_profile import Profile
+from pipeline.errors import RunLockedError, UsageError
+from pipeline.remote import RemoteFolder
+from pipeline.run_checkpoints import RunCheckpoints
+from pipeline.runs import Run, RunStatus
+from tests.object_store import CREDENTIALS
+from tests.pipeline.training import trainer
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.pipeline.training.trainer"])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> tuple[dict[str, str], dict[int, float]]:
+    """What a training on a local disk ends with."""
+    run = trainer.make_run(tmp_path_factory.mktemp("undisturbed"))
+    process = PROCESSES.Process(target=trainer.train, args=(str(run.folder),))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    return trainer.final_digests(run), trainer.logged_losses(run)
+
+
+class Site:
+    """A run in a store, and processes that work on it from this machine or that."""
+
+    def __init__(self, root: Path, storage: str, store) -> None:
+        self.root, self.storage, self.store = root, storage, store
+        (root / "first").mkdir()
+        profile = Profile(threads_per_worker=1, storage=storage)
+        self.run = trainer.make_run(root / "first", profile=profile)
+
+    def start(self, home: str = "first", elsewhere: str | None = None, stop_after: int | None = None):
+        (self.root / home).mkdir(exist_ok=True)
+        if elsewhere is not None:
+            (self.root / elsewhere).mkdir(exist_ok=True)
+            elsewhere = str(self.root / elsewhere)
+        environment = CREDENTIALS | {"AWS_ENDPOINT_URL": self.store.url}
+        arguments = (str(self.root / home), self.run.id, self.storage, environment, elsewhere, stop_after)
+        process = PROCESSES.Process(target=trainer.train_in_store, args=arguments)
+        process.start()
+        return process
+
+    def to_the_end(self, *where: str, stop_after: int | None = None) -> None:
+        process = self.start(*where, stop_after=stop_after)
+        process.join()
+        assert process.exitcode == 0
+
+    def killed_at_request(self, number: int) -> None:
+        """Train until the store has been asked to take so many objects, and kill the process then, before or after that is done."""
+        asked, reached = [0], threading.Event()
+
+        def count(method: str, path: str) -> bool:
+            if method in ("PUT", "POST") and "/checkpoints/" in path and not path.endswith("?delete"):
+                asked[0] += 1
+                if asked[0] == number:
+                    reached.set()
+            return False
+
+        self.store.refuse = count
+        process = self.start()
+        assert reached.wait(60)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        self.store.refuse = lambda method, path: False
+
+    def result(self, home: str) -> tuple[dict[str, str], dict[int, float]]:
+        run = Run.find(self.root / home, self.run.id, self.storage)
+        run.fetch_files()
+        return trainer.final_digests(run), trainer.logged_losses(run)
+
+
+@pytest.fixture
+def site(tmp_path, bucket, object_store):
+    return Site(tmp_path, f"{bucket}/ddpm", object_store)
+
+
+def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends_the_same(site, undisturbed):
+    site.to_the_end(stop_after=7)
+    assert Run.find(site.root / "first", site.run.id, site.storage).state().step == 7
+    site.to_the_end("second", "third")
+    assert site.result("second") == undisturbed
+    assert not (site.root / "third" / "datasets").exists()
+    assert site.result("fourth") == undisturbed  # a machine that has seen nothing of it yet
+    state = Run.find(site.root / "fifth", "latest", site.storage).state()
+    assert (state.step, state.attempt) == (30, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", range(4))
+def test_killed_while_sending_and_gone_on_with_elsewhere_ends_the_same(site, undisturbed, trial):
+    rng = random.Random(trial)
+    for _ in range(2):
+        site.killed_at_request(rng.randint(1, 18))
+        # whatever was cut off, what counts as a checkpoint is whole
+        saved = RunCheckpoints(Run.find(site.root / f"look-{rng.random()}", site.run.id, site.storage))
+        assert saved.newest_verified().warnings == []
+    site.to_the_end("second", "third")
+    assert site.result("second") == undisturbed
+
+
+def test_a_store_that_is_away_for_a_while_costs_checkpoints_and_changes_nothing(site, undisturbed):
+    left = [2]  # manifests that do not arrive, however often they are tried
+
+    def refuse(method: str, path: str) -> bool:
+        return (
+            method == "PUT"
+            and path.endswith(MANIFEST)
+            and any(f"step-{s:010d}" in path for s in (8, 12))
+            and bool(left)
+        )
+
+    site.store.refuse = refuse
+    site.to_the_end()
+    site.store.refuse = lambda method, path: False
+    assert site.result("second") == undisturbed
+    log = (site.root / "second" / "runs" / site.run.id / "log.txt").read_text()
+    assert log.count("the store says SERVICE_UNAVAILABLE") == 2
+    assert not [c for c in RunCheckpoints(site.run).committed() if c.step in (8, 12)]
+
+
+def test_a_store_that_stays_away_ends_the_training_with_what_arrived(site):
+    site.store.refuse = lambda method, path: (
+        method == "PUT" and path.endswith(MANIFEST) and "step-0000000004" not in path
+    )
+    process = site.start()
+    process.join()
+    assert process.exitcode == 1  # StorageError, after three intervals
+    site.store.refuse = lambda method, path: False
+    found = RunCheckpoints(Run.find(site.root / "second", site.run.id, site.storage)).newest_verified()
+    assert found.checkpoint is not None
+    assert found.checkpoint.step == 4
+
+
+def test_a_worker_that_was_replaced_commits_nothing_more(site):
+    folder = RemoteFolder(site.storage).child(f"runs/{site.run.id}")
+    seen = threading.Event()
+
+    def replace_it(method: str, path: str) -> bool:
+        if method == "PUT" and "step-0000000008-1/state.json" in path and not seen.is_set():
+            seen.set()
+            threading.Thread(target=folder.write, args=("attempt", b"2\n")).start()
+        return method == "PUT" and path.endswith("nothing")
+
+    site.store.refuse = replace_it
+    process = site.start()
+    process.join()
+    assert process.exitcode == 1
+    assert [c.step for c in RunCheckpoints(site.run).committed()][-1] == 4
+    assert max(c.step for c in RunCheckpoints(site.run).committed()) <= 8
+
+
+def test_one_process_works_on_the_run_whichever_machine_it_is_on(site):
+    elsewhere = Run.find(site.root / "second", site.run.id, site.storage)
+    with site.run.lock():
+        with (
+            pytest.raises(RunLockedError, match=f"run {site.run.id} is being worked on by process {os.getpid()} on"),
+            elsewhere.lock(),
+        ):
+            pass
+        site.run.update(status="RUNNING")
+        assert Run.find(site.root / "second", "latest", site.storage).state().status is RunStatus.RUNNING
+    assert Run.find(site.root / "second", "latest", site.storage).state().status is RunStatus.INTERRUPTED
+
+
+def test_files_follow_the_run_from_machine_to_machine(site):
+    other = Run.find(site.root / "second", site.run.id, site.storage)
+    with site.run.lock():
+        site.run.log("one")
+        (site.run.folder / "pictures").mkdir()
+        (site.run.folder / "pictures" / "grid.png").write_bytes(b"picture")
+        (site.run.folder / "samples").mkdir()
+    with other.lock():
+        assert (other.folder / "pictures" / "grid.png").read_bytes() == b"picture"
+        assert other.log_path.read_text().endswith("one\n")
+        other.log("two")
+        (other.folder / "pictures" / "grid.png").unlink()
+    with site.run.lock():
+        assert site.run.log_path.read_text().endswith("two\n")
+        assert not (site.run.folder / "pictures" / "grid.png").exists()
+
+
+def test_a_run_that_is_not_in_the_store_any_more_is_told(site):
+    RemoteFolder(site.storage).delete_all("runs")
+    with pytest.raises(UsageError, match=r"is not in s3://.* any more"):
+        Run.find(site.root / "first", site.run.id)
