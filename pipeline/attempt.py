@@ -18,6 +18,7 @@ from pipeline.console import Console, duration
 from pipeline.device import backend_of
 from pipeline.job import Job
 from pipeline.memory import REMEDY, SAID, oom_kills
+from pipeline.remote import RemoteFolder
 from pipeline.runs import Run
 from pipeline.signals import Signals
 
@@ -69,7 +70,7 @@ class Attempt:
             .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
             .remote()
         )
-        trainer = _trainer(self.job, self.profile, self.name, Path(self.job.run_folder) / "ray")
+        trainer = _trainer(self.job, self.profile, self.name)
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -186,7 +187,7 @@ class Attempt:
         return Ended(None, cause, lost=lost)
 
 
-def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
+def _trainer(job: Job, profile: Profile, board: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -202,10 +203,18 @@ def _trainer(job: Job, profile: Profile, board: str, storage: Path) -> Any:
         ),
         run_config=RunConfig(
             name=f"attempt-{job.attempt}",
-            storage_path=str(storage),
+            **_ray_storage(job, profile),
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )
+
+
+def _ray_storage(job: Job, profile: Profile) -> dict[str, Any]:
+    """Return where Ray keeps its own few files of an attempt: on a cluster, a place that every node sees."""
+    if job.run_address is None or not profile.is_remote:
+        return {"storage_path": str(Path(job.run_folder) / "ray")}
+    folder = RemoteFolder(job.run_address).child("ray")
+    return {"storage_path": f"{folder.bucket}/{folder.prefix}", "storage_filesystem": folder.filesystem}
 
 
 def time_left(progress: dict[str, Any], begin: tuple[int, float]) -> float | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -138,14 +137,14 @@ class Likelihood:
 class BoundTask:
     """The bound of a dataset's rows, one chunk at a time, in any worker; `indices` are places in `rows`."""
 
-    def __init__(self, likelihood: Likelihood, dataset: Path, rows: Rows, seed: int) -> None:
-        self._likelihood, self._folder, self._rows, self._seed = likelihood, dataset, rows, seed
+    def __init__(self, likelihood: Likelihood, dataset: Dataset, rows: Rows, seed: int) -> None:
+        self._likelihood, self._place, self._rows, self._seed = likelihood, dataset.place, rows, seed
         self._dataset: Dataset | None = None
 
     def start(self, here: Compute) -> None:
         """Move the network to this worker's device, and open the dataset."""
         self._likelihood = replace(self._likelihood, model=here.place(self._likelihood.model), compute=here)
-        self._dataset = Dataset.open(self._folder)
+        self._dataset = Dataset.open(*self._place)
 
     def __call__(self, indices: range) -> Arrays:
         """Return `Bound.to_arrays` of one chunk; the last one holds what rows are left."""

@@ -29,7 +29,7 @@ def class_names_of(dataset: Dataset) -> ClassNames:
         )
     names = class_names(dataset)
     if highest >= len(names):
-        raise DataError(f"{dataset.folder}: label {highest}, but only {len(names)} classes; ingest the dataset again")
+        raise DataError(f"{dataset.location}: label {highest}, but only {len(names)} classes; ingest the dataset again")
     return names
 
 

@@ -60,7 +60,7 @@ def measure_bound(
         chunk=chunk,
     )
     likelihood = Likelihood(process, trained.model, bool(trained.class_names), here)
-    task = BoundTask(likelihood, dataset.folder, rows, seed)
+    task = BoundTask(likelihood, dataset, rows, seed)
     kept = {
         "format": _FORMAT,
         "model": digest(trained.model, trained.experiment.hash()),

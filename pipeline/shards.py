@@ -68,6 +68,11 @@ class Dataset:
         return self._files.location
 
     @property
+    def place(self) -> tuple[str, Cache | None]:
+        """What `open` takes, in any process, to give this dataset again."""
+        return self._files.location, self._files.cache
+
+    @property
     def folder(self) -> Path:
         """The folder of a dataset on disk."""
         return Path(self._files.location)

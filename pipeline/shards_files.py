@@ -18,9 +18,10 @@ from pipeline.shards_format import read_footer
 
 
 class ShardFiles(Protocol):
-    """The files of a dataset; `location` is the path or address of their folder."""
+    """The files of a dataset; `location` is the path or address of their folder, `cache` where copies of remote ones are kept."""
 
     location: str
+    cache: Cache | None
     manifest: Manifest
 
     def opened(self, shard: int) -> Any:
@@ -38,6 +39,7 @@ class LocalShards:
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.location = folder, str(folder)
+        self.cache: Cache | None = None
         self.manifest = Manifest.load(folder)
         self._footers = [read_footer(folder / shard.file, shard, self.manifest) for shard in self.manifest.shards]
 
@@ -59,10 +61,11 @@ class RemoteShards:
 
     def __init__(self, folder: RemoteFolder, cache: Cache) -> None:
         self._remote, self.location = folder, folder.uri
+        self.cache: Cache | None = cache
         self.manifest = read_manifest(folder)
         self._require_all()
         own = own_folder("shards") if cache.folder is None else Path(cache.folder)
-        self._cache = NodeCache(own, int(cache.max_gb * 1e9))
+        self._copies = NodeCache(own, int(cache.max_gb * 1e9))
         self._footers: dict[int, Any] = {}
         self._ahead: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[None]] = {}
@@ -72,7 +75,7 @@ class RemoteShards:
         """Give this machine's copy, which is not removed meanwhile."""
         about = self.manifest.shards[shard]
         where = f"{self._remote}/{about.file}"
-        with self._cache.use(about.sha256, about.num_bytes, where, lambda path: self._fetch(about.file, path)) as path:
+        with self._copies.use(about.sha256, about.num_bytes, where, lambda path: self._fetch(about.file, path)) as path:
             if shard not in self._footers:
                 self._footers[shard] = read_footer(path, about, self.manifest)
             yield path, self._footers[shard]
@@ -81,13 +84,13 @@ class RemoteShards:
         """Begin to fetch in the background."""
         self._coming = {shard: future for shard, future in self._coming.items() if not future.done()}
         for shard in shards:
-            if shard not in self._coming and not self._cache.has(self.manifest.shards[shard].sha256):
+            if shard not in self._coming and not self._copies.has(self.manifest.shards[shard].sha256):
                 self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="shards")
                 self._coming[shard] = self._ahead.submit(self._fetch_ahead, shard)
 
     def discard(self, shard: int) -> bool:
         """Remove this machine's copy, whose disk has damaged it: the store's is fetched again."""
-        self._cache.discard(self.manifest.shards[shard].sha256)
+        self._copies.discard(self.manifest.shards[shard].sha256)
         return True
 
     def _fetch(self, file: str, path: Path) -> str:

@@ -11,7 +11,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint as checkpoints
 from pipeline import remote
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
