@@ -18,6 +18,7 @@ from pipeline.console import Console, duration
 from pipeline.device import backend_of
 from pipeline.job import Job
 from pipeline.memory import REMEDY, SAID, oom_kills
+from pipeline.placement import mark_of
 from pipeline.remote import RemoteFolder
 from pipeline.runs import Run
 from pipeline.signals import Signals
@@ -198,7 +199,7 @@ def _trainer(job: Job, profile: Profile, board: str) -> Any:
         scaling_config=ScalingConfig(
             num_workers=job.num_workers,
             use_gpu=profile.use_gpu,
-            resources_per_worker=needs(profile, job.num_workers),
+            resources_per_worker={**needs(profile, job.num_workers), "memory": mark_of(Path(job.run_folder).name)},
             placement_strategy=profile.placement.upper(),
         ),
         run_config=RunConfig(

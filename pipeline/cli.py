@@ -14,10 +14,11 @@ from pipeline.cli_evaluate import evaluate
 from pipeline.cli_exchange import export, import_
 from pipeline.cli_results import runs, sample, sync, ui
 from pipeline.cli_schedule import schedule
+from pipeline.cli_sweep import serve, sweep
 from pipeline.cli_train import resume, train
 from pipeline.errors import PipelineError
 
-COMMANDS = (train, resume, sample, evaluate, runs, ui, ingest, inspect, schedule, export, import_, sync)
+COMMANDS = (train, resume, sweep, sample, evaluate, runs, ui, ingest, inspect, schedule, export, import_, serve, sync)
 
 
 class InOrder(click.Group):

@@ -13,6 +13,7 @@ from pipeline.cli_options import (
     print_json,
     set_option,
 )
+from pipeline.errors import UsageError
 
 
 @click.command(
@@ -21,10 +22,12 @@ ddpm-pipe train
 ddpm-pipe train --preset mnist
 ddpm-pipe train experiments/ddpm-cifar10.yaml --cluster gpu -s training.steps=200000
 ddpm-pipe train --preset mnist --data ~/images/mnist --dry-run
+ddpm-pipe train --from k7m2
 """)
 )
 @click.argument("experiment", required=False, metavar="[EXPERIMENT.yaml]")
 @click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, ddpm-cifar10, ...")
+@click.option("--from", "origin", metavar="SWEEP", help="The best point of a sweep, at the full length of its base.")
 @click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
 @cluster_option
 @set_option
@@ -34,6 +37,7 @@ ddpm-pipe train --preset mnist --data ~/images/mnist --dry-run
 def train(
     experiment: str | None,
     preset: str | None,
+    origin: str | None,
     data: str | None,
     cluster: str | None,
     overrides: tuple[str, ...],
@@ -45,9 +49,12 @@ def train(
 
     Results do not depend on the number of workers. Ctrl-C saves and stops; `ddpm-pipe resume` goes on from there.
     """
-    from pipeline import training_run
+    from pipeline import sweep_commands, training_run
 
-    request = training_run.request(experiment, preset, data, cluster, overrides)
+    if origin is not None:
+        request = sweep_commands.request_of_winner(origin, experiment or preset or data, cluster, overrides)
+    else:
+        request = training_run.request(experiment, preset, data, cluster, overrides)
     if dry_run:
         from pipeline.dry_run import dry_run as rehearse
 
@@ -75,12 +82,21 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 def resume(
     run: str, cluster: str | None, overrides: tuple[str, ...], fork: bool, data: str | None, as_json: bool
 ) -> None:
-    """Go on with RUN from its newest checkpoint that verifies, bit for bit.
+    """Go on with RUN from its newest checkpoint that verifies, bit for bit, or with what is left of a sweep.
 
-    RUN is a run id, MLflow's, a unique prefix of either, or `latest`. Settings that decide the weights cannot change, unless the run
-    is forked.
+    RUN is a run id, MLflow's, a unique prefix of either, or `latest`; or a sweep's. Settings that decide the weights cannot change,
+    unless the run is forked.
     """
-    from pipeline import training_run
+    from pipeline import sweep_commands, training_run
+    from pipeline.cli_sweep import show
 
+    folder = sweep_commands.sweep_meant(run, cluster)
+    if folder is not None:
+        if overrides or fork or data:
+            raise UsageError(
+                f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
+            )
+        show(sweep_commands.go_on(folder, cluster), as_json=as_json)
+        return
     result = training_run.go_on(run, cluster, overrides, fork=fork, command=command_line(), data=data)
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())

@@ -10,6 +10,7 @@
     ├── ClusterError         8  cluster unavailable or too small, or retries exhausted
     ├── RunLockedError       9  another process holds the run
     ├── RefusedError        10  a comparison or a metric that would mislead
+    ├── FailedTrialsError   11  a sweep ended, and some of its trials failed
     └── InterruptedRunError 75  stopped by a signal with the state saved (130 for Ctrl-C, 143 if nothing was saved)
 
 Every message is one line: what was got, what was expected, what to do. `pipeline.cli.main` alone turns an error into that line and an
@@ -77,6 +78,12 @@ class RefusedError(PipelineError):
     """A number that would mislead was asked for: unlike metrics, or an extractor that cannot judge these images."""
 
     exit_code = 10
+
+
+class FailedTrialsError(PipelineError):
+    """A sweep ended and reported, and some of its trials failed."""
+
+    exit_code = 11
 
 
 class InterruptedRunError(PipelineError):

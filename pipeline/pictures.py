@@ -42,11 +42,15 @@ _DESCRIBED = (
 def save_grid(
     images: Pixels | Tensor, path: Path, columns: int | None = None, captions: Sequence[str] | None = None
 ) -> None:
-    """Write one picture (format by the suffix of `path`) with images side by side, row by row.
+    """Write one picture (format by the suffix of `path`) with images side by side, as `grid_picture` draws it."""
+    grid_picture(images, columns, captions).save(path)
+
+
+def grid_picture(images: Pixels | Tensor, columns: int | None = None, captions: Sequence[str] | None = None) -> Any:
+    """Return a Pillow picture with images side by side, row by row.
 
     Args:
         images: uint8 [n, C, H, W]; tiny ones are enlarged to be legible, without smoothing.
-        path: file to write.
         columns: images in a row; as square as possible by default.
         captions: a text below each image.
     """
@@ -61,7 +65,30 @@ def save_grid(
     for y, row in enumerate(rows):
         for x, i in enumerate(row):
             sheet.draw(y, x, pixels[i], captions[i] if captions else "")
-    sheet.image.save(path)
+    return sheet.image
+
+
+def read_grid(path: Path, shape: tuple[int, int, int], count: int) -> Pixels:
+    """Return the first `count` images of a PNG that `save_grid` wrote without captions: uint8 [n, C, H, W], C 1 or 3, as they were.
+
+    Args:
+        path: the picture.
+        shape: (C, H, W) of its images.
+        count: how many to return at most.
+    """
+    from PIL import Image
+
+    channels, height, width = shape
+    sheet = _Sheet((height, width), 1, 1)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    rows, columns = ((pixels.shape[axis] - _GAP) // sheet.cell[axis] for axis in (0, 1))
+    images = []
+    for i in range(min(count, columns * rows)):
+        top, left = (i // columns) * sheet.cell[0] + _GAP, (i % columns) * sheet.cell[1] + _GAP
+        cell = pixels[top : top + height * sheet.scale : sheet.scale, left : left + width * sheet.scale : sheet.scale]
+        images.append(cell.transpose(2, 0, 1)[: 3 if channels == 3 else 1])
+    return np.stack(images)
 
 
 def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[str] | None = None) -> None:

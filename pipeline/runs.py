@@ -61,7 +61,7 @@ class RunRecord:
     """What was asked for: written once, when the run is made.
 
     `dataset` holds at least `path` and `fingerprint`; `created` is UTC, ISO 8601; `command` is the command line as
-    typed, secrets removed. `trial` says of which sweep the run is a trial, and which one (pipeline/sweep_trial.py).
+    typed, secrets removed. `trial` says of which sweep the run is a trial, and which one (pipeline/trial.py).
     """
 
     id: str

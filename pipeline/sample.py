@@ -146,23 +146,23 @@ def _write_grid(images: Tensor, out: Path) -> list[Path]:
 
 
 def _write_png(images: Tensor, out: Path) -> list[Path]:
-    from PIL import Image
-
     paths = []
     for index, image in enumerate(images):
         path = out / f"{index:06d}.png"
-        _picture(Image, image).save(path)
+        picture_of(image).save(path)
         paths.append(path)
     return paths
 
 
-def _picture(pillow: Any, image: Tensor) -> Any:
-    """Return a Pillow image; more channels than colours have are refused, since a PNG cannot hold them."""
+def picture_of(image: Tensor) -> Any:
+    """Return a Pillow image of uint8 [C, H, W]; more channels than colours have are refused, since a PNG cannot hold them."""
+    from PIL import Image
+
     channels = image.shape[0]
     if channels not in (1, 3):
         raise UsageError(f"images with {channels} channels have no PNG form; use --format parquet")
     array = image.numpy()
-    return pillow.fromarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
+    return Image.fromarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
 
 
 def _write_parquet(images: Tensor, out: Path) -> list[Path]:

@@ -61,7 +61,7 @@ def plan(asked: Request) -> Plan:
     num_workers = choose_workers(asked.experiment, asked.profile)
     require_resources(asked.profile, num_workers)
     found = availability(
-        asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(asked.profile.home())
+        asked.experiment.data.source, ingest_options(asked.experiment.data), datasets_dir(asked.profile.home())
     )
     return make_plan(
         asked.experiment,
@@ -82,7 +82,10 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     # what can be refused without the images is refused before they are fetched
     make_plan(asked.experiment, asked.profile, num_workers, data="", num_rows=None, shape=None)
     dataset = ensure_ingested(
-        asked.experiment.data.source, _options(asked.experiment.data), datasets_dir(asked.profile.home()), console.say
+        asked.experiment.data.source,
+        ingest_options(asked.experiment.data),
+        datasets_dir(asked.profile.home()),
+        console.say,
     )
     checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
     run = _create(checked, dataset, command)
@@ -115,7 +118,7 @@ def go_on(
     else:
         source = str(Path(data).absolute()) if Path(data).exists() else data
         new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
-        dataset = ensure_ingested(source, _options(new.data), datasets_dir(profile.home()), console.say)
+        dataset = ensure_ingested(source, ingest_options(new.data), datasets_dir(profile.home()), console.say)
     num_workers = choose_workers(new, profile)
     require_resources(profile, num_workers)
     checked = _plan_for(new, profile, num_workers, dataset)
@@ -285,7 +288,8 @@ def _dataset_of(run: Run, profile: Profile) -> Dataset:
     return dataset
 
 
-def _options(data: DataConfig) -> IngestOptions:
+def ingest_options(data: DataConfig) -> IngestOptions:
+    """Return how an experiment wants its images ingested."""
     return IngestOptions(
         image_size=data.image_size,
         mode=data.mode,

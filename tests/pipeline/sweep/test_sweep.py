@@ -1,0 +1,361 @@
+"""The parts of a sweep that need no Ray: its space, its order of trials, early stopping, the ledger, and what it says at the end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import ttest_ind_from_stats
+
+from pipeline.cluster_profile import Profile
+from pipeline.config import load_experiment
+from pipeline.errors import StorageError, UsageError
+from pipeline.pictures import read_grid, save_grid
+from pipeline.presets import find
+from pipeline.sweep_config import Axis, Sweep, base_experiment, load_sweep, sweep_from, trial_experiment
+from pipeline.sweep_halving import Halving
+from pipeline.sweep_ledger import Entry, Ledger
+from pipeline.sweep_plan import max_concurrent
+from pipeline.sweep_points import active, check, grid, key_of, title
+from pipeline.sweep_result import differ, pareto, result_of, rows, statement
+from pipeline.sweep_search import DONE, TPE, Listed, Next, Trials
+
+
+def a_sweep(**changes: Any) -> Sweep:
+    space = {"diffusion.schedule": ["linear", "cosine"], "diffusion.num_timesteps": [100, 250]}
+    return sweep_from({"base": "digits", "space": space, "budget": {"steps": 100}, **changes})
+
+
+def entry(point: dict[str, Any], seed: int, value: float | None, **more: Any) -> Entry:
+    status = more.pop("status", "finished" if value is not None else "failed")
+    return Entry(
+        key=f"{title(point)}-{seed}",
+        point=point,
+        title=title(point),
+        seed=seed,
+        run=f"run{seed}",
+        status=status,
+        value=value,
+        metric="fid_x_n1",
+        **more,
+    )
+
+
+# -- the space
+
+
+def test_a_grid_is_every_combination_once_and_conditions_leave_settings_out() -> None:
+    space = {
+        "training.objective": Axis(grid=("simple", "min_snr")),
+        "training.min_snr_gamma": Axis(grid=(1, 5, 9), when={"training.objective": "min_snr"}),
+        "model.dropout": Axis(grid=(0.0, 0.1)),
+    }
+    points = list(grid(space))
+    with_gamma = [point for point in points if "training.min_snr_gamma" in point]
+    assert len(points) == 2 + 3 * 2
+    assert {point["training.objective"] for point in with_gamma} == {"min_snr"}
+    assert len({json.dumps(point) for point in points}) == len(points)
+
+
+@given(u=st.floats(0, 1, exclude_max=True))
+def test_every_axis_stays_inside_its_range(u: float) -> None:
+    assert 1e-4 <= Axis(log=(1e-4, 1e-2)).at(u) <= 1e-2
+    assert -1 <= Axis(uniform=(-1, 3)).at(u) <= 3
+    assert Axis(integer=(16, 64), step=16).at(u) in (16, 32, 48, 64)
+    assert Axis(choice=("a", "b", "c")).at(u) in ("a", "b", "c")
+
+
+def test_a_log_axis_is_uniform_in_the_exponent() -> None:
+    axis = Axis(log=(1e-4, 1e-2))
+    assert axis.at(0.5) == pytest.approx(1e-3, rel=1e-3)
+
+
+MISTAKES = {
+    "training loss": ({"metric": "loss"}, "not comparable"),
+    "range in a grid": ({"space": {"model.dropout": {"uniform": [0, 0.5]}}}, "random or tpe"),
+    "two kinds": ({"space": {"model.dropout": {"uniform": [0, 0.5], "log": [0.1, 1]}}}, "give one of them"),
+    "log from zero": ({"space": {"model.dropout": {"log": [0, 0.5]}}, "search": "tpe", "num_points": 3}, "above 0"),
+    "seed as an axis": ({"space": {"seed": [0, 1]}}, "use 'seeds'"),
+    "two budgets": ({"budget": {"steps": 3, "images": 4}}, "steps and images"),
+    "no budget": ({"budget": {}}, "give steps, images or minutes"),
+    "random without a count": ({"search": "random"}, "num_points"),
+    "condition on nothing": ({"space": {"model.dropout": {"grid": [0], "when": {"x": 1}}}}, "is not in the space"),
+    "unknown key": ({"budgets": {}}, "did you mean 'budget'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_wrong_sweep_is_told_in_one_line(mistake: str) -> None:
+    changes, told = MISTAKES[mistake]
+    with pytest.raises(UsageError, match=told):
+        a_sweep(**changes)
+
+
+def test_the_command_line_stands_above_the_file() -> None:
+    sweep = load_sweep(
+        None, ["diffusion.schedule=linear,cosine"], {"seeds": 3, "metric": None}, ["training.batch_size=32"]
+    )
+    assert list(sweep.space) == ["diffusion.schedule"]
+    assert (sweep.seeds, sweep.overrides["training.batch_size"]) == (3, 32)
+    added = load_sweep("sweep-schedules", ["model.dropout=0,0.1"], {})
+    assert set(added.space) == {"diffusion.schedule", "diffusion.num_timesteps", "model.dropout"}
+    with pytest.raises(UsageError, match=r"did you mean 'diffusion\.schedule'"):
+        base_experiment(load_sweep(None, ["diffusion.schedul=a,b"], {}))
+    with pytest.raises(UsageError, match="is no sweep"):
+        load_sweep("digits", [], {})
+
+
+def test_a_budget_is_the_same_for_every_trial() -> None:
+    base = load_experiment(find("experiments", "digits"))
+    by_images = a_sweep(budget={"images": 6400}, space={"training.batch_size": [32, 64]})
+    steps = [trial_experiment(by_images, base, {"training.batch_size": b}, 0).training.steps for b in (32, 64)]
+    assert steps == [200, 100]
+
+
+def test_refused_points_are_listed_and_the_others_kept() -> None:
+    sweep = a_sweep(space={"diffusion.num_timesteps": [1, 100, 250], "sampling.steps": [50, 200]})
+    base = base_experiment(sweep)
+    found = check(sweep, base, lambda experiment: [])
+    assert [title(point) for point in found.points] == [
+        "T = 100, steps = 50",
+        "T = 250, steps = 50",
+        "T = 250, steps = 200",
+    ]
+    reasons = {title(item.point): item.reason for item in found.refused}
+    assert "more than diffusion.num_timesteps 100" in reasons["T = 100, steps = 200"]
+    assert "T = 1, steps = 50" in reasons
+
+
+def test_a_key_stands_for_all_that_decides_the_number_and_for_nothing_else() -> None:
+    sweep = a_sweep()
+    base = base_experiment(sweep)
+    point = {"diffusion.schedule": "cosine"}  # the base's own schedule, spelled out
+    key = key_of(sweep, trial_experiment(sweep, base, point, 0), "images")
+    same = [trial_experiment(sweep, base, {}, 0), trial_experiment(sweep, base, {"logging.every_steps": 7}, 0)]
+    assert {key_of(sweep, experiment, "images") for experiment in same} == {key}
+    others = [
+        key_of(sweep, trial_experiment(sweep, base, point, 1), "images"),
+        key_of(sweep, trial_experiment(sweep, base, point, 0), "other images"),
+        key_of(sweep, trial_experiment(sweep, base, {"sampling.steps": 20}, 0), "images"),
+        key_of(a_sweep(budget={"steps": 101}), trial_experiment(sweep, base, point, 0), "images"),
+        key_of(a_sweep(metric="kid"), trial_experiment(sweep, base, point, 0), "images"),
+        key_of(sweep, trial_experiment(sweep, base, {"evaluation.num_images": 300}, 0), "images"),
+    ]
+    assert key not in others
+    assert len(set(others)) == len(others)
+
+
+@pytest.mark.parametrize(
+    ("profile", "asked", "expected"),
+    [
+        ({"resources_per_worker": {"CPU": 1}}, None, 2),
+        ({"resources_per_worker": {"CPU": 2}}, None, 1),
+        ({"resources_per_worker": {"CPU": 1}}, 1, 1),
+        ({"resources_per_worker": {"CPU": None}}, None, 2),
+    ],
+)
+def test_trials_at_once_are_those_that_two_cpus_hold(
+    profile: dict[str, Any], asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert max_concurrent(Profile.model_validate(profile), 1, 10, asked) == expected
+
+
+# -- what is tried next
+
+
+def all_of(trials: Trials, value: Any) -> list[Next]:
+    found = []
+    while isinstance(following := trials.next(), Next):
+        found.append(following)
+        trials.ended(following, "finished", value(following))
+    assert following is DONE
+    return found
+
+
+def test_every_point_gets_its_first_seed_before_any_gets_its_second() -> None:
+    points = list(grid(a_sweep().space))
+    found = all_of(Trials(a_sweep(seeds=3), Listed(points)), lambda following: 1.0)
+    assert [following.seed for following in found] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [following.point for following in found[:4]] == points
+
+
+def test_with_early_stopping_only_survivors_are_repeated() -> None:
+    points = list(grid(a_sweep().space))
+    trials = Trials(a_sweep(seeds=2, early_stopping={}), Listed(points))
+    first = [trials.next() for _ in points]
+    assert trials.next() is None  # nothing is known yet: wait
+    for i, following in enumerate(first):
+        assert isinstance(following, Next)
+        trials.ended(following, "stopped" if i else "finished", None if i else 1.0)
+    last = trials.next()
+    assert last == Next(points[0], 1)
+    assert isinstance(last, Next)
+    trials.ended(last, "finished", 1.0)
+    assert trials.next() is DONE
+
+
+def a_space() -> dict[str, Axis]:
+    return {
+        "a": Axis(choice=("x", "y")),
+        "b": Axis(log=(1e-4, 1e-1)),
+        "c": Axis(integer=(2, 10), step=2, when={"a": "x"}),
+    }
+
+
+def value_of(point: dict[str, Any]) -> float:
+    return float((np.log10(point["b"]) + 2.5) ** 2 + (point["a"] == "y"))
+
+
+def tpe(seeds: int = 1) -> tuple[TPE, Trials]:
+    source = TPE(a_space(), 30, 0, lambda point: "too large" if point["b"] > 0.05 else None)
+    sweep = a_sweep(search="tpe", num_points=30, seeds=seeds, space={"model.dropout": {"uniform": [0, 0.5]}})
+    return source, Trials(sweep, source)
+
+
+def test_tpe_finds_the_valley_repeats_itself_and_never_gives_a_refused_point() -> None:
+    found = all_of(tpe()[1], lambda following: value_of(following.point))
+    again = all_of(tpe()[1], lambda following: value_of(following.point))
+    assert found == again
+    assert len(found) == 30
+    assert all(following.point["b"] <= 0.05 for following in found)
+    assert all(("c" in following.point) == (following.point["a"] == "x") for following in found)
+    late, early = ([value_of(f.point) for f in part] for part in (found[20:], found[:10]))
+    assert np.mean(late) < np.mean(early)
+
+
+def test_tpe_takes_up_what_a_killed_driver_had_finished() -> None:
+    before = all_of(tpe()[1], lambda following: value_of(following.point))[:20]
+    _, trials = tpe()
+    trials.known([entry(following.point, 0, value_of(following.point)) for following in before])
+    rest = all_of(trials, lambda following: value_of(following.point))
+    assert len(rest) == 10
+    assert not {json.dumps(f.point) for f in rest} & {json.dumps(f.point) for f in before}
+
+
+def test_tpe_hears_the_mean_over_seeds_and_completes_a_point_first() -> None:
+    _, trials = tpe(seeds=2)
+    found = all_of(trials, lambda following: value_of(following.point) + following.seed)
+    assert [following.seed for following in found] == [0, 1] * 30
+    assert all(a.point == b.point for a, b in zip(found[::2], found[1::2], strict=True))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.floats(-3, 3)), max_size=40),
+    st.integers(2, 4),
+)
+def test_asha_decides_as_ray_tunes_own_bracket(reports: list[tuple[int, float]], factor: int) -> None:
+    from ray.tune.schedulers.async_hyperband import _Bracket
+
+    ours = Halving(factor)
+    theirs = _Bracket(1, 100, factor, 0)
+    milestones = sorted(milestone for milestone, _ in theirs._rungs)
+    stopped = set()
+    seen: dict[int, int] = {}
+    for trial, value in reports:
+        rung = seen.get(trial, 0)
+        if trial in stopped or rung == len(milestones):
+            continue
+        seen[trial] = rung + 1
+        expected = theirs.on_result(SimpleNamespace(trial_id=str(trial)), milestones[rung], -value) == "CONTINUE"
+        assert ours.goes_on(milestones[rung], str(trial), value) == expected
+        if not expected:
+            stopped.add(trial)
+
+
+# -- the ledger
+
+
+def test_a_ledger_survives_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    assert ledger.entries() == {}
+    first = entry({"a": 1}, 0, 0.5, curve={10: 0.7, 50: 0.5}, rungs={0.1: 2.0}, identity={"metric": "fid"})
+    second = entry({"a": 2}, 0, None, reason="killed")
+    ledger.append(first)
+    whole = ledger.path.read_bytes()
+    ledger.append(second)
+    line = ledger.path.read_bytes()[len(whole) :]
+    for cut in range(len(line)):  # 0: nothing was written; all but the newline: not known to be whole
+        ledger.path.write_bytes(whole + line[:cut])
+        assert list(ledger.entries().values()) == [first]
+        ledger.append(second)
+        assert list(ledger.entries().values()) == [first, second]
+
+
+def test_a_damaged_ledger_is_told_with_its_line(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(entry({}, 0, 1.0))
+    ledger.path.write_bytes(b"{}\n" + ledger.path.read_bytes())
+    with pytest.raises(StorageError, match="line 1"):
+        ledger.entries()
+
+
+def test_the_newest_line_of_a_trial_counts(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for value in (None, 0.25):
+        ledger.append(entry({"a": 1}, 0, value))
+    (found,) = ledger.entries().values()
+    assert found.value == 0.25
+
+
+# -- what it says
+
+
+@given(st.lists(st.floats(0, 10), min_size=2, max_size=5), st.lists(st.floats(0, 10), min_size=2, max_size=5))
+def test_points_differ_where_students_t_test_says_so(left: list[float], right: list[float]) -> None:
+    points = result_of(
+        "s", "s", "fid", [entry({"a": i}, s, v) for i, side in enumerate((left, right)) for s, v in enumerate(side)]
+    )
+    a, b = points.points
+    pooled = np.var(left, ddof=1) + np.var(right, ddof=1)
+    if pooled < 1e-12:  # the test divides by it
+        return
+    stats = [x for side in (left, right) for x in (np.mean(side), np.std(side, ddof=1), len(side))]
+    p = ttest_ind_from_stats(*stats).pvalue
+    if abs(p - 0.05) > 1e-6:
+        assert differ(a, b) == (p < 0.05)
+
+
+def test_the_statement_says_what_the_noise_leaves_open() -> None:
+    clear = [entry({"a": a}, s, a + 0.01 * s) for a in (1, 2, 3) for s in range(2)]
+    found = result_of("s", "s", "fid", clear)
+    assert "better than every other point by more than the noise" in statement(found)
+    assert [point.mean for point in found.points] == [1.005, 2.005, 3.005]
+    noisy = [entry({"a": a}, s, a + 3 * s) for a in (1, 2) for s in range(2)]
+    assert "Within the noise (95 %) of it: a = 2" in statement(result_of("s", "s", "fid", noisy))
+    single = [entry({"a": a}, 0, float(a)) for a in (1, 2)]
+    assert "one seed" in statement(result_of("s", "s", "fid", single))
+    assert statement(result_of("s", "s", "fid", [entry({"a": 1}, 0, None)])) == "No trial gave a value."
+
+
+def test_the_table_is_best_first_and_what_has_no_value_comes_last() -> None:
+    found = result_of("s", "s", "fid", [entry({"a": 3}, 0, None), entry({"a": 2}, 0, 0.9), entry({"a": 1}, 0, 0.4)])
+    assert [(row["a"], row["note"]) for row in rows(found)] == [(1, "best"), (2, ""), (3, "failed")]
+    assert len(found.failed) == 1
+
+
+@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), max_size=12))
+def test_the_front_is_what_no_other_point_beats(points: list[tuple[float, float]]) -> None:
+    front = pareto(points)
+    beaten = [p for p in points if any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)]
+    assert set(front) == set(points) - set(beaten)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 28, 28), (3, 70, 70)])
+def test_a_grid_is_read_back_as_it_was(shape: tuple[int, int, int], tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (11, *shape), dtype=np.uint8)
+    save_grid(images, tmp_path / "grid.png")
+    np.testing.assert_array_equal(read_grid(tmp_path / "grid.png", shape, 5), images[:5])
+    np.testing.assert_array_equal(read_grid(tmp_path / "grid.png", shape, 99)[:11], images)
+
+
+def test_conditions_hold_by_value() -> None:
+    space = {"a": Axis(grid=(1, 2)), "b": Axis(grid=(3,), when={"a": [2, 5]})}
+    assert active(space, {"a": 1, "b": 3}) == {"a": 1}
+    assert active(space, {"a": 2, "b": 3}) == {"a": 2, "b": 3}
