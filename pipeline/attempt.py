@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -25,9 +26,14 @@ from pipeline.signals import Signals
 
 POLL_S = 0.2
 END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
+STUMBLE_S = (
+    5.0  # for Ray Train to end the peers of a worker that failed; one that hangs it would wait for half a minute
+)
+SILENCE_S = 30.0  # for a head that restarts; after a minute Ray ends the driver's process without a word
 # why the driver itself asks the workers to save and stop, in order to start them anew
 DRAINED = "a node is about to be taken away"
 GROWN = "the cluster has room for more workers"
+CLUSTER_GONE = "the cluster's head did not answer"
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -60,7 +66,8 @@ class Attempt:
         watches = profile.kind != "local"
         self.growth = Growth(counts, job.num_workers, profile) if watches else None
         self.drains = watches and profile.preemption.watch
-        self.looked_at = time.monotonic()
+        self.looked_at = self.heard_at = time.monotonic()
+        self.stumbled_at: float | None = None
 
     def run(self, observe: Observer) -> Ended:
         """Train until the end, a stop or a failure; a PipelineError of a worker is raised here."""
@@ -71,6 +78,9 @@ class Attempt:
             .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
             .remote()
         )
+        # read by Ray Train at each `fit()`, and handed to its processes on other nodes
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{self.profile.timeouts.start_s:g}"
+        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{self.profile.timeouts.collective_s:g}"
         trainer = _trainer(self.job, self.profile, self.name)
         failure: list[BaseException] = []
 
@@ -84,6 +94,8 @@ class Attempt:
         thread.start()
         seen = self._watch(thread, observe)
         self.members = seen.get("members") or self.members
+        if self._head_is_gone():
+            return Ended(None, f"{CLUSTER_GONE} for {SILENCE_S:g} s")
         if thread.is_alive():  # a stop that took too long, or a second signal
             self._end_at_once(thread)
             return Ended(None, "stopped at once")
@@ -102,7 +114,11 @@ class Attempt:
         seen: dict[str, Any] = {}
         while thread.is_alive():
             thread.join(timeout=POLL_S)
-            seen = self._read() or seen
+            heard = self._read()
+            if heard:
+                seen, self.heard_at = heard, time.monotonic()
+            elif self._head_is_gone():
+                break
             observe(seen)
             progress = seen.get("progress")
             if progress and progress != shown:
@@ -115,8 +131,23 @@ class Attempt:
                 break
             if self.signals.first is not None and self.asked_at is None:
                 self._ask("", "stopping after this step, and saving; once more to stop at once")
+            self._end_peers(seen)
             self._look_around(seen, begin)
         return seen
+
+    def _head_is_gone(self) -> bool:
+        """Whether the cluster has been silent for long, and its head takes no connection."""
+        return time.monotonic() - self.heard_at > SILENCE_S and not cluster_nodes.head_answers()
+
+    def _end_peers(self, seen: dict[str, Any]) -> None:
+        """End the other workers where one failed some seconds ago: one of them may hang."""
+        now = time.monotonic()
+        if seen.get("stumbled") and self.stumbled_at is None:
+            self.stumbled_at = now
+        if self.stumbled_at is not None and now - self.stumbled_at > STUMBLE_S:
+            self.stumbled_at = now
+            for group in {member.placement_group for member in seen["members"].values()}:
+                cluster_nodes.release(group)
 
     def _look_around(self, seen: dict[str, Any], begin: tuple[int, float] | None) -> None:
         """Ask for a stop where a node that workers stand on will be taken away, or where more workers could be had."""
@@ -124,8 +155,8 @@ class Attempt:
         progress = seen.get("progress")
         if self.asked_at is not None or not progress or begin is None:
             return  # workers that are not training yet have nothing to save
-        if now - self.looked_at < self.profile.preemption.poll_s:
-            return
+        if now - self.looked_at < self.profile.preemption.poll_s or not cluster_nodes.head_answers():
+            return  # a head that is gone would keep the questions below waiting for a minute
         self.looked_at = now
         mine = {member.node: member for member in seen["members"].values()}
         with contextlib.suppress(Exception):  # the cluster does not answer: if that lasts, the attempt fails of it
@@ -253,10 +284,12 @@ def _one_line(error: BaseException) -> str:
     text = str(error)
     if "worker process has died" in text:
         return f"{KILLED}, by hand or for want of memory"
+    if "HEALTH_CHECK_TIMEOUT" in text:
+        return "it did not answer within timeouts.collective_s"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = (lines[-1] if lines else type(error).__name__)[:300]
     if SAID.search(text):
         return f"out of memory ({last}); {REMEDY}"
     if "Timed out waiting" in text or "collective operation timeout" in text:
-        return f"another worker did not answer within timeouts.collective_s ({last})"
+        return "another worker did not answer within timeouts.collective_s"
     return last

@@ -58,6 +58,7 @@ class Board:
         self._outcome: str | None = None
         self._judgements: list[dict[str, Any]] = []
         self._members: dict[int, Member] = {}
+        self._stumbled = False
         self._stop = ""
 
     def join(self, member: Member) -> None:
@@ -78,6 +79,10 @@ class Board:
         """Keep the first error that a worker raised on purpose."""
         self._error = self._error or error
 
+    def stumble(self) -> None:
+        """Note that a worker ended with an error, whatever it was: its peers may wait for it until their patience ends."""
+        self._stumbled = True
+
     def finish(self, outcome: str) -> None:
         """Keep how training ended."""
         self._outcome = outcome
@@ -96,6 +101,7 @@ class Board:
             "members": dict(self._members),
             "error": self._error,
             "outcome": self._outcome,
+            "stumbled": self._stumbled,
             "stop": self._stop,
         }
 
@@ -139,6 +145,9 @@ def run_worker(config: dict[str, Any]) -> None:
         outcome = Worker(config["job"], team, BoardLink(board), gpu).work()
     except PipelineError as error:
         ray.get(board.fail.remote(error))
+        raise
+    except BaseException:
+        board.stumble.remote()
         raise
     if team.leads:
         ray.get(board.finish.remote(outcome))

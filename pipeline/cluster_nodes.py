@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import socket
+import time
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -23,6 +25,18 @@ def nodes(without: Collection[str] = ()) -> list[Node]:
         for node in ray.nodes()
         if node["Alive"] and node["NodeID"] not in leaving and node["NodeID"] not in without
     ]
+
+
+def head_answers(timeout_s: float = 2.0) -> bool:
+    """Whether the head of this process's cluster takes connections. Asks its port: Ray itself would wait for it a minute."""
+    import ray
+
+    host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout_s).close()
+    except OSError:
+        return False
+    return True
 
 
 def draining() -> set[str]:
@@ -68,10 +82,10 @@ def wanted() -> Iterator[Callable[[dict[str, float], int], None]]:
     try:
         yield want
     finally:
-        if asked:
+        if asked and head_answers():
             from ray.autoscaler.sdk import request_resources
 
-            with contextlib.suppress(Exception):  # the cluster is gone, and its wishes with it
+            with contextlib.suppress(Exception):  # a cluster that is going takes its wishes with it
                 request_resources(bundles=[])
 
 
@@ -85,8 +99,6 @@ def this_node() -> Any:
 
 def release(placement_group: str | None) -> None:
     """End a placement group with everything in it, and wait until its resources are free: Ray forgets it when its controller dies."""
-    import time
-
     import ray
     from ray._raylet import PlacementGroupID
     from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group

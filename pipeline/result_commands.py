@@ -20,6 +20,7 @@ from pipeline.runs import Run
 from pipeline.sample import Format, SampleRequest, generate_from, write_samples
 from pipeline.tracking import TrackingSettings
 from pipeline.tracking import sync as deliver
+from pipeline.tracking_opened import Opened
 from pipeline.trained import experiment_of, profile_of
 
 
@@ -44,9 +45,11 @@ def sample(
             "num_images": request.num_images,
             "would write": str(folder),
         }
+    opened = Opened.of(TrackingSettings.of_profile(home_of(cluster), profile))
     with _kept_when_stopped():
         samples = generate_from(run, request, profile, Console())
     paths = write_samples(samples, folder, form)
+    _copy(opened, run, {}, [folder])
     shown = [str(path) for path in paths] if len(paths) <= 3 else [f"{paths[0]} ... ({len(paths) - 1} images)"]
     return {"run": run.id, **samples.identity(), "written": shown}
 
@@ -68,9 +71,12 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
             **({"bits/dim of": _images_of_bound(request)} if "bpd" in asked.metrics else {}),
         }
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
+    opened = Opened.of(settings)
     with _kept_when_stopped():
         found, paths = evaluate_run(run, request, profile, settings, Console())
-    return {"run": run.id, **found.to_json(), "written": [str(path) for path in paths], "table": found.lines}
+    result = found.to_json()
+    _copy(opened, run, result["values"], paths)
+    return {"run": run.id, **result, "written": [str(path) for path in paths], "table": found.lines}
 
 
 def _images_of_bound(request: ScoreRequest) -> str:
@@ -83,6 +89,13 @@ def export(
 ) -> dict[str, Any]:
     """Write a run's model into a new folder for other programs; return what was written."""
     return export_run(_found(reference, cluster), folder, form, step, weights)
+
+
+def _copy(opened: Opened | None, run: Run, figures: dict[str, float], files: list[Path]) -> None:
+    """Give what was made to the run that `mlflow run` opened for this command, if it did."""
+    trouble = None if opened is None else opened.record(run, figures, files)
+    if trouble is not None:
+        Console().say(f"warning: {trouble}")
 
 
 def sync(reference: str, cluster: str | None) -> str:

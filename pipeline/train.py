@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from pipeline import cluster_nodes
-from pipeline.attempt import Attempt, Observer
+from pipeline.attempt import CLUSTER_GONE, Attempt, Observer
 from pipeline.capacity import fitting_counts, largest, needs, shortage
 from pipeline.cluster import LocalSession
 from pipeline.cluster_profile import Profile
@@ -50,7 +50,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 attempt = run.next_attempt()
                 run.update(status="RUNNING", reason="")
                 here = replace(job, attempt=attempt, num_workers=num_workers)
-                run.log(f"attempt {attempt}: {num_workers} workers")
+                run.log(f"attempt {attempt}: {num_workers} worker{'s' * (num_workers != 1)}")
                 run.send_files()
                 ended = Attempt(run, here, profile, console, signals, counts).run(observe or (lambda seen: None))
                 run.fetch_files()
@@ -60,6 +60,12 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
             if ended.outcome == "stopped" and ended.planned and signals.first is None:
                 run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
                 continue
+            if ended.cause.startswith(CLUSTER_GONE) and profile.kind != "local":
+                run.log(f"attempt {attempt} failed: {ended.cause}")
+                raise ClusterError(
+                    f"run {run.id}: {ended.cause}; the newest checkpoint is of step {max(step, 0)}, go on once the cluster is back "
+                    f"with: ddpm-pipe resume {run.id}"
+                )
             if signals.first is not None or ended.outcome == "stopped":
                 raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
             lost = ended.lost

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from mlflow import MlflowClient
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -25,6 +26,8 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
 CASES = [
     {},
+    {},
+    {},
     {"preset": "digits", "overrides": "training.steps=5 seed=1", "dry_run": "yes"},
     {
         "experiment": "my files/it's $(touch gone) {x}.yaml",
@@ -32,9 +35,13 @@ CASES = [
         "cluster": 'q"uote',
         "overrides": "a=* b=[1,2]",
     },
+    {"run": "k7m2; touch gone", "num_images": "9", "steps": "20", "seed": "3", "out": "a b", "format": "png"},
+    {"run": "k7m2", "metrics": "fid,kid", "num_images": "600", "seeds": "3", "weights": "raw", "dry_run": "yes"},
 ]
 WANTED = [
     ["train"],
+    ["sample", "latest", "-n", "64"],
+    ["evaluate", "latest", "--seeds", "1"],
     ["train", "--preset", "digits", "--dry-run", "-s", "training.steps=5", "-s", "seed=1"],
     [
         "train",
@@ -48,6 +55,8 @@ WANTED = [
         "-s",
         "b=[1,2]",
     ],
+    ["sample", "k7m2; touch gone", "-n", "9", "--steps", "20", "--seed", "3", "--format", "png", "--out", "a b"],
+    ["evaluate", "k7m2", "--seeds", "3", "--metrics", "fid,kid", "-n", "600", "--weights", "raw", "--dry-run"],
 ]
 
 
@@ -235,16 +244,14 @@ def test_help_lists_every_target() -> None:
 # --- the MLproject
 
 
-@pytest.mark.parametrize(
-    ("parameters", "wanted"), list(zip(CASES, WANTED, strict=True)), ids=["empty", "usual", "hostile"]
-)
+@pytest.mark.parametrize(("parameters", "wanted"), list(zip(CASES, WANTED, strict=True)))
 def test_mlproject_hands_its_parameters_over_unharmed(
     parameters: dict[str, str], wanted: list[str], tmp_path: Path
 ) -> None:
     """MLflow's own command, run by the shell it uses, where a `ddpm-pipe` that only prints its arguments comes first."""
     from mlflow.projects import load_project
 
-    command = load_project(str(REPOSITORY)).get_entry_point("train").compute_command(parameters, None)
+    command = load_project(str(REPOSITORY)).get_entry_point(wanted[0]).compute_command(parameters, None)
     printer = tmp_path / "ddpm-pipe"
     printer.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
     printer.chmod(0o755)
@@ -254,24 +261,44 @@ def test_mlproject_hands_its_parameters_over_unharmed(
     assert not (tmp_path / "gone").exists()
 
 
-@pytest.mark.slow
-def test_mlflow_run_starts_train(home: Path) -> None:
+def mlflow_run(home: Path, entry: str, **parameters: str) -> None:
+    """Type `mlflow run` as in the activated environment."""
     mlflow = Path(sys.executable).with_name("mlflow")
-    words: list[str | Path] = [
-        "run",
-        REPOSITORY,
-        "-e",
-        "train",
-        "--env-manager",
-        "local",
-        "-P",
-        "preset=digits",
-        "-P",
-        "dry_run=yes",
-    ]
-    path = f"PATH={mlflow.parent}:/usr/bin:/bin"  # as in the activated environment
-    out = run("env", path, f"MLFLOW_TRACKING_URI=sqlite:///{home}/mlflow.db", mlflow, *words, cwd=home)
-    assert "digits" in out.stdout
+    words: list[str | Path] = ["run", REPOSITORY, "-e", entry, "--env-manager", "local"]
+    for name, value in parameters.items():
+        words += ["-P", f"{name}={value}"]
+    environment = [f"PATH={mlflow.parent}:/usr/bin:/bin", f"MLFLOW_TRACKING_URI=sqlite:///{home}/mlflow.db"]
+    run("env", *environment, mlflow, *words, cwd=home)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_mlflow_run_trains_samples_and_scores_in_the_runs_that_it_opened(home: Path) -> None:
+    """In the store of its environment, though the profile names another one that nobody serves."""
+    (home / "elsewhere.yaml").write_text("mlflow: {tracking_uri: 'http://127.0.0.1:9'}\n")
+    settings = "training.steps=4 training.batch_size=16 logging.grid_every_steps=null evaluation.enabled=false"
+    sampling = "sampling.steps=2 seed=3"
+    mlflow_run(home, "train", preset="digits", cluster=str(home / "elsewhere.yaml"), overrides=f"{settings} {sampling}")
+    mlflow_run(home, "sample", num_images="4")
+    mlflow_run(home, "evaluate", num_images="200", extractor="classifier", steps="2", seed="7")
+
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    found = {run.data.tags["mlflow.project.entryPoint"]: run for run in client.search_runs(["0"])}
+    assert found.keys() == {"train", "sample", "evaluate"}
+    assert {run.info.status for run in found.values()} == {"FINISHED"}
+    (ours,) = (home / "runs").iterdir()
+    trained = found["train"]
+    assert trained.data.tags["ddpm_pipe.run_id"] == ours.name
+    assert "loss" in trained.data.metrics
+    assert trained.data.params["preset"] == "digits"  # MLflow's own parameters, beside ours
+    assert trained.data.params["training.steps"] == "4"
+    for entry in ("sample", "evaluate"):
+        assert found[entry].data.tags["ddpm_pipe.of_run"] == ours.name
+        assert found[entry].data.tags["ddpm_pipe.of_mlflow_run"] == trained.info.run_id
+    assert [a.path for a in client.list_artifacts(found["sample"].info.run_id)]
+    scores = found["evaluate"].data.metrics
+    assert any(name.startswith("fid_classifier") for name in scores)
+    assert any(a.path.endswith("grid.png") for a in client.list_artifacts(found["evaluate"].info.run_id))
 
 
 def test_the_environment_file_names_the_lock_and_a_python_that_the_project_allows() -> None:
