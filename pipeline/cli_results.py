@@ -23,23 +23,44 @@ from pipeline.cli_options import (
 ddpm-pipe sample latest
 ddpm-pipe sample k7m2 -n 1000 --format png --out digits/
 ddpm-pipe sample k7m2 --sampler ancestral --seed 7 --format parquet
+ddpm-pipe sample k7m2 --label 7 --guidance 3
+ddpm-pipe sample k7m2 --format gif -n 25
+ddpm-pipe sample k7m2 --interpolate 12 ~/seven.png
 """)
 )
 @click.argument("run")
 @click.option(
-    "-n", "--num-images", type=click.IntRange(min=1), default=64, show_default=True, help="Images to generate."
+    "-n",
+    "--num-images",
+    type=click.IntRange(min=1),
+    help="Images to generate. Default: 64; of a strip 8, of an animation 16, between two images 9.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="A new folder. Default: RUN's own, under samples/.")
-@click.option("--format", "form", type=click.Choice(["grid", "png", "parquet"]), default="grid", show_default=True)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["grid", "png", "parquet", "strip", "gif"]),
+    default="grid",
+    show_default=True,
+    help="`strip` and `gif` show how images come out of noise.",
+)
+@click.option(
+    "--interpolate",
+    "between",
+    nargs=2,
+    metavar="A B",
+    help="Draw the way from one image to another: each the number of a training image, or a file.",
+)
 @sampling_options
 @cluster_option
 @dry_run_option
 @json_option
 def sample(
     run: str,
-    num_images: int,
+    num_images: int | None,
     out: Path | None,
-    form: Literal["grid", "png", "parquet"],
+    form: Literal["grid", "png", "parquet", "strip", "gif"],
+    between: tuple[str, str] | None,
     cluster: str | None,
     dry_run: bool,
     as_json: bool,
@@ -49,8 +70,9 @@ def sample(
     from pipeline import result_commands
     from pipeline.sample import SampleRequest
 
-    request = SampleRequest(num_images=num_images, **how)
-    result = result_commands.sample(run, request, out, form, cluster, dry_run=dry_run)
+    usual = 9 if between else {"strip": 8, "gif": 16}.get(form, 64)
+    request = SampleRequest(num_images=num_images or usual, **how)
+    result = result_commands.sample(run, request, out, form, cluster, dry_run=dry_run, between=between)
     print_json(result) if as_json else click.echo(result_commands.to_text(result))
 
 

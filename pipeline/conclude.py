@@ -13,10 +13,11 @@ from pipeline.errors import DataError, RefusedError
 from pipeline.evaluate import Evaluation, ScoreRequest, evaluate_model, record, sample_metrics, write_evaluation
 from pipeline.generated import PREVIEW_IMAGES
 from pipeline.judge import find_judge
+from pipeline.motion import draw_strip
 from pipeline.pictures import save_grid
 from pipeline.pool import runner_of
 from pipeline.runs import Run
-from pipeline.sample import draw_strip, generator_for, load_trained, workshop_of
+from pipeline.sample import generator_for, load_trained, workshop_of
 from pipeline.tracking import Tracker, TrackingSettings
 from pipeline.tracking_text import describe
 from pipeline.trained import Trained

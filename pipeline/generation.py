@@ -32,13 +32,18 @@ class Denoiser:
     compute: Compute
     class_names: ClassNames = ()  # of a class-conditional network
 
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The code indices that are visited, ascending."""
+        total = self.diffusion.num_timesteps
+        return timestep_subset(total, self.sampling.num_steps(total), self.sampling.spacing)
+
     def denoise(self, indices: range) -> Iterator[tuple[int, Tensor]]:
         """Yield (t, x) along the way from noise to the images of the given indices; x is float32 [len(indices), C, H, W]."""
         self.model.eval()
-        sampling, total = self.sampling, self.diffusion.num_timesteps
+        sampling, timesteps = self.sampling, self.timesteps
         generators = image_generators(self.seed, indices)
         x_T = self.compute.send(torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]))
-        timesteps = timestep_subset(total, sampling.num_steps(total), sampling.spacing)
         network = self.network(indices)
         if sampling.sampler == "ancestral":
             yield from ancestral(self.diffusion, network, x_T, generator=generators, timesteps=timesteps)
@@ -78,12 +83,6 @@ class Denoiser:
     def on(self, compute: Compute) -> Denoiser:
         """Return this with its network moved to another device."""
         return replace(self, model=compute.place(self.model), compute=compute)
-
-    def trajectory(self, num_images: int, num_frames: int = 10) -> tuple[list[Tensor], list[str]]:
-        """Return about `num_frames` uint8 frames [n, C, H, W] from noise to image, equally spaced over the steps, and their labels."""
-        steps = list(self.denoise(range(num_images)))
-        picks = sorted({round(i * (len(steps) - 1) / (num_frames - 1)) for i in range(num_frames)})
-        return [to_uint8(steps[i][1]).cpu() for i in picks], [f"t = {steps[i][0]}" for i in picks]
 
     def identity(self, weights: str) -> Generation:
         """Return what, with the checkpoint, makes the images these: equal identities give equal bytes on equal machines."""

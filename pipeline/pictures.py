@@ -113,6 +113,29 @@ def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[s
     sheet.image.save(path)
 
 
+def save_animation(frames: Sequence[Pixels | Tensor], path: Path, frame_ms: int = 80, rest_ms: int = 2000) -> None:
+    """Write an animated GIF that repeats: each frame is a sheet of images side by side, and the last one rests.
+
+    Args:
+        frames: each uint8 [n, C, H, W], all alike.
+        path: file to write.
+        frame_ms: time that a frame is shown, in milliseconds; GIFs count in hundredths of a second.
+        rest_ms: time that the last one is shown.
+    """
+    sheets = [_sheet_of(_array(frame)).image for frame in frames]
+    times = [frame_ms] * (len(sheets) - 1) + [rest_ms]
+    sheets[0].save(path, format="GIF", save_all=True, append_images=sheets[1:], duration=times, loop=0)
+
+
+def _sheet_of(pixels: Pixels) -> _Sheet:
+    """Images on a sheet that is as square as possible."""
+    columns = math.ceil(math.sqrt(len(pixels)))
+    sheet = _Sheet(pixels.shape[2:], math.ceil(len(pixels) / columns), columns)
+    for i, image in enumerate(pixels):
+        sheet.draw(i // columns, i % columns, image)
+    return sheet
+
+
 def dataset_card(manifest: Manifest) -> dict[str, Any]:
     """What `ddpm-pipe inspect` says of a dataset, as plain data."""
     channels, height, width = manifest.shape

@@ -18,6 +18,7 @@ from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.runs import Run
 from pipeline.sample import Format, SampleRequest, generate_from, write_samples
+from pipeline.sample_pictures import Picture, check_picture, passage_between, passage_request, picture_from
 from pipeline.tracking import TrackingSettings
 from pipeline.tracking import sync as deliver
 from pipeline.tracking_opened import Opened
@@ -28,13 +29,18 @@ def sample(
     reference: str,
     request: SampleRequest,
     out: Path | None,
-    form: Format,
+    form: Format | Picture,
     cluster: str | None,
     *,
     dry_run: bool,
+    between: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Generate images of a run and write them; return their identity and where they are."""
+    """Generate images of a run, or pictures of how they come about, and write them; return their identity and where they are."""
     run, profile = _found(reference, cluster), load_profile(cluster)
+    if between is not None:
+        request = passage_request(run, request)
+    elif form in ("strip", "gif"):
+        check_picture(request)
     sampling, seed = request.settings(experiment_of(run))
     folder = (out or _fresh(run.folder / "samples")).absolute()
     if dry_run:
@@ -45,6 +51,12 @@ def sample(
             "num_images": request.num_images,
             "would write": str(folder),
         }
+    if between is not None:
+        about, drawn = passage_between(run, request, profile, between, folder)
+        return {"run": run.id, **about, "written": [str(path) for path in drawn]}
+    if form == "strip" or form == "gif":
+        about, drawn = picture_from(run, request, profile, form, folder)
+        return {"run": run.id, **about, "written": [str(path) for path in drawn]}
     opened = Opened.of(TrackingSettings.of_profile(home_of(cluster), profile))
     with _kept_when_stopped():
         samples = generate_from(run, request, profile, Console())

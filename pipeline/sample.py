@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ from pipeline.generated import Workshop, digest
 from pipeline.generation import Denoiser
 from pipeline.labels import class_name
 from pipeline.models import Shape
-from pipeline.pictures import save_grid, save_strip
+from pipeline.pictures import save_grid
 from pipeline.pool import runner_of
 from pipeline.runs import Run
 from pipeline.trained import Trained
@@ -78,8 +80,12 @@ class Samples:
 
     def identity(self) -> dict[str, Any]:
         """Return what makes these images these: equal identities give equal bytes on equal machines."""
-        generation = asdict(self.denoiser.identity(self.trained.weights))
-        return {"checkpoint_step": self.trained.step, **generation, "num_images": len(self.images)}
+        return identity_of(self.trained, self.denoiser, len(self.images))
+
+
+def identity_of(trained: Trained, denoiser: Denoiser, num_images: int) -> dict[str, Any]:
+    """Return what makes so many images of a model these, as plain data."""
+    return {"checkpoint_step": trained.step, **asdict(denoiser.identity(trained.weights)), "num_images": num_images}
 
 
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
@@ -120,23 +126,30 @@ def workshop_of(run: Run, trained: Trained, profile: Profile, console: Console) 
 
 def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
     """Write images into a folder that does not hold others yet, with a JSON file of their identity; return the paths."""
+    with new_folder(out):
+        paths = _WRITERS[form](samples.images, out)
+        paths.append(write_about(samples.identity(), out))
+        samples.store.clear()
+    return paths
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[None]:
+    """Make a folder to write into; UsageError where it holds something already, StorageError where it cannot be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: exists and is not an empty folder; give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        paths = _WRITERS[form](samples.images, out)
-        about = out / "samples.json"
-        about.write_text(json.dumps(samples.identity(), indent=1))
-        samples.store.clear()
+        yield
     except OSError as error:
         raise StorageError(f"{out}: cannot be written ({error.strerror}); give another --out") from None
-    return [*paths, about]
 
 
-def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8) -> None:
-    """Draw how images come out of noise: rows are images, columns are times."""
-    frames, labels = denoiser.trajectory(num_images)
-    save_strip(frames, path, labels)
+def write_about(identity: dict[str, Any], out: Path) -> Path:
+    """Write what makes images these beside them."""
+    about = out / "samples.json"
+    about.write_text(json.dumps(identity, indent=1))
+    return about
 
 
 def _write_grid(images: Tensor, out: Path) -> list[Path]:
