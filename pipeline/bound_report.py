@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,11 +100,11 @@ class Measured:
         ]
 
 
-def write_measured(measured: Measured, folder: Path) -> list[Path]:
-    """Write figures, per-image bits, curves and their picture into a folder, and return their paths."""
+def write_measured(measured: Measured, folder: Path, model: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write figures, with the `model` they are of, per-image bits, curves and their picture into a folder, and return their paths."""
     make_folder(folder)
     paths = {name: folder / name for name in (SCORES_FILE, BOUND_FILE, CURVES_FILE, PICTURE_FILE)}
-    write_atomically(paths[SCORES_FILE], (json.dumps(measured.to_json(), indent=1) + "\n").encode())
+    write_atomically(paths[SCORES_FILE], (json.dumps({"model": model, **measured.to_json()}, indent=1) + "\n").encode())
     write_atomically(paths[BOUND_FILE], pack(measured.bound.to_arrays(), measured.identity.to_json()))
     write_atomically(paths[CURVES_FILE], curves_csv(measured.bound).encode())
     draw_curves([(measured.identity.key, measured.bound)], paths[PICTURE_FILE])

@@ -10,7 +10,7 @@ import click
 
 from pipeline import __version__
 from pipeline.cli_data import ingest, inspect
-from pipeline.cli_evaluate import evaluate
+from pipeline.cli_evaluate import compare, evaluate
 from pipeline.cli_exchange import export, import_
 from pipeline.cli_results import runs, sample, sync, ui
 from pipeline.cli_schedule import schedule
@@ -18,7 +18,23 @@ from pipeline.cli_sweep import serve, sweep
 from pipeline.cli_train import resume, train
 from pipeline.errors import PipelineError
 
-COMMANDS = (train, resume, sweep, sample, evaluate, runs, ui, ingest, inspect, schedule, export, import_, serve, sync)
+COMMANDS = (
+    train,
+    resume,
+    sweep,
+    sample,
+    evaluate,
+    compare,
+    runs,
+    ui,
+    ingest,
+    inspect,
+    schedule,
+    export,
+    import_,
+    serve,
+    sync,
+)
 
 
 class InOrder(click.Group):

@@ -29,6 +29,7 @@ ddpm-pipe evaluate latest
 ddpm-pipe evaluate k7m2 --sampler ddim --steps 100 --num-images 600
 ddpm-pipe evaluate k7m2 --metrics fid,kid,is,prdc --seeds 3
 ddpm-pipe evaluate k7m2 --metrics bpd --split test
+ddpm-pipe evaluate k7m2 --grid "sampler=ancestral,ddim steps=10,50,1000"
 ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
 """)
 )
@@ -60,6 +61,14 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
     "--split", metavar="NAME", help="For bpd: another split of the run's source. Default: the images trained on."
 )
 @click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
+@click.option(
+    "--neighbours", is_flag=True, help="Also draw generated images beside the training images closest to them."
+)
+@click.option(
+    "--grid",
+    metavar="POINTS",
+    help='Score every combination of settings, such as "sampler=ancestral,ddim steps=10,50": a table and a picture.',
+)
 @sampling_options
 @cluster_option
 @dry_run_option
@@ -71,6 +80,8 @@ def evaluate(
     extractor: str | None,
     num_images: int | None,
     split: str | None,
+    neighbours: bool,
+    grid: str | None,
     inception_weights: str | None,
     cluster: str | None,
     dry_run: bool,
@@ -95,8 +106,41 @@ def evaluate(
         extractor=extractor,
         num_images=num_images,
         split=split,
+        neighbours=neighbours,
         inception_weights=inception_weights,
         **how,
     )
-    result = result_commands.evaluate(run, request, cluster, dry_run=dry_run)
+    if grid is None:
+        result = result_commands.evaluate(run, request, cluster, dry_run=dry_run)
+    else:
+        result = result_commands.grid(run, request, grid, cluster, dry_run=dry_run)
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe compare
+ddpm-pipe compare k7m2 p3xw --metric fid
+ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
+""")
+)
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.option("--metric", metavar="NAME", help="Such as fid, kid, bits_per_dim, precision. Default: one that all have.")
+@click.option(
+    "--across",
+    metavar="FIELDS",
+    default="",
+    help="Fields of the values' identities that may differ, with commas between, such as sampler,steps.",
+)
+@cluster_option
+@json_option
+def compare(runs: tuple[str, ...], metric: str | None, across: str, cluster: str | None, as_json: bool) -> None:
+    """Rank evaluated runs, like with like; values of another kind are refused by what differs.
+
+    Without RUN, all evaluated runs. Of several checkpoints of a run each has its place.
+    """
+    from pipeline import result_commands
+
+    fields = [name.strip() for name in across.split(",") if name.strip()]
+    result = result_commands.compare(runs, metric, fields, cluster)
     print_json(result) if as_json else click.echo(result_commands.to_text(result))

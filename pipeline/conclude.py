@@ -10,7 +10,8 @@ from pipeline.cluster_profile import Profile
 from pipeline.console import Console, duration
 from pipeline.device import Compute
 from pipeline.errors import DataError, RefusedError
-from pipeline.evaluate import Evaluation, ScoreRequest, evaluate_model, record, sample_metrics, write_evaluation
+from pipeline.evaluate import ScoreRequest, evaluate_model, sample_metrics
+from pipeline.evaluation import Evaluation, record, write_evaluation
 from pipeline.generated import PREVIEW_IMAGES
 from pipeline.judge import find_judge
 from pipeline.motion import draw_strip
@@ -81,7 +82,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     save_grid(images, pictures["samples"])
     draw_strip(denoiser, pictures["strip"])
     tracker = Tracker(run.folder, settings)
-    summary = {} if found is None else record(tracker, found, write_evaluation(run, found))
+    summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
     run.update(summary={**run.state().summary, **summary})
     for path in pictures.values():
         tracker.artifact(path, "pictures")

@@ -35,6 +35,11 @@ class Generation:
     guidance_scale: float = 1.0
     labels: str = ""
 
+    @property
+    def network_calls(self) -> int:
+        """Calls for one image: its cost."""
+        return self.steps * (1 if self.guidance_scale == 1 else 2)
+
 
 @dataclass(frozen=True)
 class MetricIdentity:

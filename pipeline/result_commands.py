@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster_profile import home_of, load_profile, storage_of
+from pipeline.compare import compare as rank
+from pipeline.compare import entries_of
 from pipeline.console import Console
-from pipeline.errors import InterruptedRunError
+from pipeline.errors import InterruptedRunError, UsageError
 from pipeline.evaluate import ScoreRequest, evaluate_run
+from pipeline.evaluate_grid import evaluate_grid
 from pipeline.export import Format as ExportFormat
 from pipeline.export import export_run
+from pipeline.grid import parse_grid
 from pipeline.models import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.runs import Run
@@ -91,6 +95,44 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
     return {"run": run.id, **result, "written": [str(path) for path in paths], "table": found.lines}
 
 
+def grid(reference: str, request: ScoreRequest, text: str, cluster: str | None, *, dry_run: bool) -> dict[str, Any]:
+    """Score a run at every point of a grid; return the rows and where table and picture are."""
+    run, profile = _found(reference, cluster), load_profile(cluster)
+    experiment = experiment_of(run)
+    keys, points = parse_grid(text, request)
+    for point in points:  # all of it is checked before any of it is computed
+        point.settings(experiment)
+        point.evaluation(experiment)
+    if dry_run:
+        asked = request.evaluation(experiment)
+        named = [", ".join(f"{key} {getattr(point, key)}" for key in keys) for point in points]
+        return {"run": run.id, "metrics": ", ".join(asked.metrics), "at most images": asked.num_images, "points": named}
+    settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
+    with _kept_when_stopped():
+        found, paths = evaluate_grid(run, keys, points, profile, settings, Console())
+    written = [str(path) for path in paths]
+    return {
+        "run": run.id,
+        "rows": found.rows(),
+        "yardsticks": found.yardsticks,
+        "written": written,
+        "table": found.lines(),
+    }
+
+
+def compare(
+    references: Sequence[str], metric: str | None, across: Sequence[str], cluster: str | None
+) -> dict[str, Any]:
+    """Rank runs by a metric; without any named, all that have been evaluated."""
+    named = [_found(reference, cluster) for reference in references]
+    runs = list({run.id: run for run in named}.values()) or [r for r in Run.all(home_of(cluster)) if entries_of(r)]
+    if not runs:
+        raise UsageError(f"no run in {home_of(cluster)} has been evaluated; ddpm-pipe evaluate RUN")
+    rankings = rank(runs, metric, across)
+    lines = [line for ranking in rankings for line in ["", *ranking.lines()]][1:]
+    return {"rankings": [ranking.to_json() for ranking in rankings], "table": lines}
+
+
 def _images_of_bound(request: ScoreRequest) -> str:
     count = "every image" if request.num_images is None else f"at most {request.num_images} images"
     return f"{count} of {'the images trained on' if request.split is None else f'split {request.split!r}'}"
@@ -122,7 +164,8 @@ def sync(reference: str, cluster: str | None) -> str:
 def to_text(result: dict[str, Any]) -> str:
     """Return a result as lines for people."""
     if "table" in result:
-        return "\n".join([f"run {result['run']}", "", *result["table"], "", *result["written"]])
+        head = [f"run {result['run']}", ""] if "run" in result else []
+        return "\n".join([*head, *result["table"], *(["", *result["written"]] if "written" in result else [])])
     lines = []
     for name, value in result.items():
         shown = value if isinstance(value, list) else [value]
