@@ -54,6 +54,7 @@ ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
 @cluster_option
 @set_option
 @dry_run_option
+@click.option("--probe/--no-probe", default=True, help="With --dry-run: measure a few steps of one trial, or none.")
 @json_option
 def sweep(
     sweep: str | None,
@@ -65,6 +66,7 @@ def sweep(
     cluster: str | None,
     overrides: tuple[str, ...],
     dry_run: bool,
+    probe: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -85,8 +87,10 @@ def sweep(
     else:
         request = sweep_commands.request(sweep, over, options, overrides, cluster, max_concurrent)
         if dry_run:
-            plan = sweep_commands.plan(request)
-            print_json(plan.to_dict()) if as_json else click.echo(plan.to_text())
+            from pipeline.sweep_forecast import forecast_sweep
+
+            forecast = forecast_sweep(request, sweep_commands.plan(request), measure=probe)
+            print_json(forecast.to_dict()) if as_json else click.echo(forecast.to_text())
             return
         result = sweep_commands.start(request, command_line())
     show(result, as_json=as_json)

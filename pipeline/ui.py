@@ -15,11 +15,12 @@ import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
 from pipeline.errors import TrackingError, UsageError
 from pipeline.home import artifacts_dir, make_folder
+from pipeline.ui_columns import choose_columns
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
@@ -132,12 +133,14 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, asked: list[in
 
 
 def experiment_address(port: int, experiment: str) -> str:
-    """Return the address of the experiment's runs in the model-training view (MLflow opens in another one by itself)."""
+    """Return the address of the experiment's runs in the model-training view (MLflow opens in another one by itself), with our columns."""
     status, body = _get(port, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(experiment)}")
     root = f"http://{HOST}:{port}/#/experiments"
     if status != 200:  # no run yet
         return root
-    return f"{root}/{json.loads(body)['experiment']['experiment_id']}/runs?workflowType=machine_learning"
+    experiment_id = json.loads(body)["experiment"]["experiment_id"]
+    view = choose_columns(lambda path, content: _post(port, path, content), experiment_id)
+    return f"{root}/{experiment_id}/runs?workflowType=machine_learning{view}"
 
 
 def _get(port: int, path: str) -> tuple[int, bytes]:
@@ -146,6 +149,16 @@ def _get(port: int, path: str) -> tuple[int, bytes]:
         connection.request("GET", path)
         answer = connection.getresponse()
         return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def _post(port: int, path: str, content: dict[str, Any]) -> dict[str, Any]:
+    connection = http.client.HTTPConnection(HOST, port, timeout=10)
+    try:
+        connection.request("POST", path, json.dumps(content), {"Content-Type": "application/json"})
+        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        return answer
     finally:
         connection.close()
 

@@ -1,0 +1,291 @@
+"""`ddpm-pipe sweep` as a user types it, on real Ray Tune and Ray Train with two CPUs, tiny models, and real kills."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+from pipeline import checkpoint as checkpoints
+from pipeline.sweep_ledger import Entry, Ledger
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+TINY = """
+name: tiny
+model: {channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_resolutions: [], norm_groups: 4, dropout: 0.0}
+diffusion: {num_timesteps: 100}
+training: {steps: 60, batch_size: 16, warmup_steps: 5, ema_decay: 0.9}
+checkpoint: {every_steps: 10, every_minutes: null}
+logging: {every_steps: 10, grid_every_steps: null}
+sampling: {sampler: ddim, steps: 4}
+evaluation: {extractor: classifier, num_images: 128}
+"""
+GRID = """
+name: grid
+base: tiny.yaml
+space:
+  diffusion.schedule: [linear, cosine]
+  diffusion.num_timesteps: [2, 50, 100]
+budget: {steps: 20}
+metric: fid
+more_network_calls: [2]
+overrides: {}
+"""
+RACE = """
+name: race
+base: tiny.yaml
+overrides: {training.grad_clip: null}
+space:
+  training.learning_rate: [3.0e-3, 1.0e-7, 2.0e-7, 1.0e+30]
+budget: {steps: 240}
+metric: kid
+early_stopping: {rungs: 1, reduction_factor: 2, num_images: 64}
+"""
+SLOW_NETWORK = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            time.sleep(0.3)
+        return self.net(x)
+"""
+
+
+def prepare(home: Path) -> None:
+    (home / "tiny.yaml").write_text(TINY)
+    (home / "grid.yaml").write_text(GRID)
+    (home / "race.yaml").write_text(RACE)
+    (home / "slow_network.py").write_text(SLOW_NETWORK)
+    lines = [line for line in TINY.splitlines() if not line.startswith("model:")]
+    (home / "slow.yaml").write_text("\n".join([*lines, "model: {type: 'slow_network:Slow'}"]))
+
+
+class Shell:
+    """A user's shell in a home of its own that tests of this module share."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        hidden = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+        self.environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"DDPM_PIPE_HOME": str(home)}
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
+            cwd=self.home,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        with self.start(*arguments) as process:
+            try:
+                stdout, stderr = process.communicate(timeout=600)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+        return process.returncode, stdout, stderr
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    home = tmp_path_factory.mktemp("swept")
+    prepare(home)
+    return Shell(home)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Shell:
+    prepare(tmp_path)
+    return Shell(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def swept(shell: Shell) -> dict[str, Any]:
+    """The grid sweep, run once in full: its result, as `--json` prints it."""
+    code, stdout, stderr = shell.run("sweep", "grid.yaml", "--json")
+    assert code == 0, stderr
+    found: dict[str, Any] = json.loads(stdout)
+    return found
+
+
+@pytest.fixture
+def ending() -> Iterator[Callable[[subprocess.Popen[str]], subprocess.Popen[str]]]:
+    """End processes that a test started, whatever happens."""
+    started: list[subprocess.Popen[str]] = []
+
+    def note(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        started.append(process)
+        return process
+
+    yield note
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for pipe in (process.stdout, process.stderr):
+            assert pipe is not None
+            pipe.close()
+
+
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 240) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not done():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+def ledger(home: Path) -> dict[str, Entry]:
+    (folder,) = (home / "sweeps").iterdir()
+    return Ledger(folder / "ledger.jsonl").entries()
+
+
+def numbers(result: dict[str, Any]) -> dict[str, Any]:
+    return {point["title"]: (point["values"], point["curve"]) for point in result["points"]}
+
+
+def test_a_grid_is_ranked_and_what_cannot_be_trained_is_named(shell: Shell, swept: dict[str, Any]) -> None:
+    means = [point["mean"] for point in swept["points"]]
+    assert len(means) == 4
+    assert means == sorted(means)
+    assert {tuple(item["point"].values()) for item in swept["refused"]} == {("linear", 2), ("cosine", 2)}
+    assert all("sampling.steps" in item["reason"] for item in swept["refused"])
+    assert all(set(point["curve"]) == {"2", "4"} for point in swept["points"])
+    assert swept["metric"] == "fid_classifier_n128"
+    assert "one seed" in swept["statement"]
+
+
+def test_the_report_needs_nothing_else_and_its_pictures_show_something(shell: Shell, swept: dict[str, Any]) -> None:
+    page = Path(swept["report"])
+    text = page.read_text()
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)", text)
+    assert "<script" not in text
+    for point in swept["points"]:
+        assert f"<td>{point['point']['diffusion.schedule']}</td>" in text
+    for name in ("ranking", "heatmap", "network_calls", "training_time", "parallel_coordinates", "samples"):
+        with Image.open(page.parent / f"{name}.png") as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20, name
+
+
+def test_trials_are_nested_found_by_words_and_the_best_is_registered(shell: Shell, swept: dict[str, Any]) -> None:
+    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    experiment = client.get_experiment_by_name("ddpm")
+    (parent,) = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'")
+    children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
+    assert len(children) == 4
+    assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
+    best = swept["best"]
+    (named,) = client.search_runs([experiment.experiment_id], f"attributes.run_name LIKE '{best['title']}%best FID'")
+    assert named.data.metrics["fid_classifier_n128"] == best["mean"]
+    assert "ddpm-pipe train" in named.data.tags["mlflow.note.content"]
+    files = {item.path for item in client.list_artifacts(parent.info.run_id, "report")}
+    assert {"report/sweep-report.html", "report/heatmap.png", "report/result.json"} <= files
+    assert swept["statement"] in parent.data.tags["mlflow.note.content"]
+    assert [dataset.dataset.name for dataset in parent.inputs.dataset_inputs] == ["digits"]
+    (model,) = client.search_registered_models()
+    (alias,) = model.aliases
+    assert alias.startswith("best-fid-classifier-n128-ddim4-")
+    version = client.get_model_version_by_alias(model.name, alias)
+    assert version.run_id == named.info.run_id
+    assert float(version.tags["ddpm_pipe.value"]) == best["mean"]
+
+
+def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
+    swept: dict[str, Any], elsewhere: Shell, ending: Any
+) -> None:
+    killed = ending(elsewhere.start("sweep", "grid.yaml"))
+    wait_for(lambda: (elsewhere.home / "sweeps").is_dir() and len(ledger(elsewhere.home)) >= 1, killed)
+    processes = psutil.Process(killed.pid).children(recursive=True)
+    killed.kill()
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert alive == []
+    done = ledger(elsewhere.home)
+    assert 1 <= len(done) < 4
+    (folder,) = (elsewhere.home / "sweeps").iterdir()
+
+    code, stdout, stderr = elsewhere.run("resume", folder.name, "--json")
+    assert code == 0, stderr
+    assert numbers(json.loads(stdout)) == numbers(swept)
+    begun = {run.name for run in (elsewhere.home / "runs").iterdir()}
+    assert begun == {entry.run for entry in ledger(elsewhere.home).values()}  # four trials, none begun twice
+    for entry in done.values():
+        assert (elsewhere.home / "runs" / entry.run / "attempt").read_text().strip() == "1"
+    again = elsewhere.run("resume", folder.name, "--json")
+    assert numbers(json.loads(again[1])) == numbers(swept)  # nothing was left to do
+
+
+def test_the_hopeless_are_stopped_early_and_one_that_fails_does_not_end_the_sweep(elsewhere: Shell) -> None:
+    code, stdout, stderr = elsewhere.run("sweep", "race.yaml", "--json")
+    assert code == 11, stderr
+    assert "1 of its trials failed" in stderr
+    result = json.loads(stdout)
+    by_rate = {point["point"]["training.learning_rate"]: point for point in result["points"]}
+    assert result["best"]["point"]["training.learning_rate"] == 3e-3
+    assert "diverged at step" in by_rate[1e30]["reasons"][0]
+    stopped = [point for point in result["points"] if point["status"] == "stopped"]
+    assert stopped  # and the trials after them ran: what they held was given back
+    for point in stopped:
+        (run,) = point["runs"].values()
+        status = json.loads((elsewhere.home / "runs" / run / "status.json").read_text())
+        assert status["status"] == "KILLED"
+        assert "stopped early" in status["reason"]
+        assert 120 <= status["step"] < 240
+        assert point["early_kid"]["0"]["0.5"] > by_rate[3e-3]["early_kid"]["0"]["0.5"]
+
+
+def trial_processes(pid: int) -> list[psutil.Process]:
+    found = psutil.Process(pid).children(recursive=True)
+    return [p for p in found if "ImplicitFunc" in " ".join(p.cmdline()) or "run_trial" in " ".join(p.cmdline())]
+
+
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(elsewhere: Shell, ending: Any) -> None:
+    arguments = (
+        "sweep",
+        "--base",
+        "slow.yaml",
+        "--over",
+        "training.learning_rate=1e-3",
+        "--steps",
+        "40",
+        "--seeds",
+        "1",
+    )
+    sweep = ending(elsewhere.start(*arguments, "-s", "logging.every_steps=20", "--json"))
+
+    def saved() -> int:
+        steps = [c.step for folder in elsewhere.home.glob("runs/*/checkpoints") for c in checkpoints.committed(folder)]
+        return max(steps, default=-1)
+
+    wait_for(lambda: saved() >= 10, sweep)
+    (trial,) = trial_processes(sweep.pid)
+    trial.kill()
+    stdout, stderr = sweep.communicate(timeout=400)
+    assert sweep.returncode == 0, stderr
+    assert json.loads(stdout)["points"][0]["status"] == "finished"
+    (run,) = (elsewhere.home / "runs").iterdir()
+    assert (run / "attempt").read_text().strip() == "2"
+    assert re.search(r"attempt 2 continues from step [1-4]0", (run / "log.txt").read_text())
