@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,14 @@ class SweepRecord:
     code_version: str
 
 
+class _Place(Run):
+    """Status, lock, log and spool of a sweep folder, kept as a run's are, on this machine's side alone."""
+
+    @cached_property
+    def remote(self) -> None:
+        """Nothing: trials, not sweeps, travel to object storage."""
+
+
 class SweepFolder:
     """One sweep folder. Its status, lock, log and spool are those of a run folder."""
 
@@ -48,7 +57,7 @@ class SweepFolder:
         self.folder = folder
         self.id = folder.name
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self._as_run = Run(folder)
+        self._as_run = _Place(folder)
 
     @classmethod
     def create(

@@ -17,6 +17,7 @@ from pipeline.sweep_result import PointResult, Result, pareto, within_noise
 SHOWN = ("diffusion.schedule", "diffusion.num_timesteps")  # what a heat map shows where both vary
 MOST_POINTS = 24  # that a picture with one line of text for each shows
 SHEET_IMAGES = 12
+LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
 GOOD, NOISE, REST = COLOURS[2], COLOURS[4], "#9AA0A6"
 
 
@@ -79,7 +80,7 @@ def _heat_map(result: Result) -> Any:
             y, x = rows.index(point.point[rows_key]), columns.index(point.point[columns_key])
             cells[y, x] = point.mean
             error = "" if point.standard_error is None else f"\n± {point.standard_error:.2g}"
-            texts[y, x] = f"{point.mean:.3g}{error}"
+            texts[y, x] = f"{point.mean:.4g}{error}"
     figure = new_figure(2.4 + 1.25 * len(columns), 1.6 + 0.75 * len(rows))
     axes = figure.add_subplot()
     shown = np.log(cells) if np.nanmin(cells) > 0 and np.nanmax(cells) > 4 * np.nanmin(cells) else cells
@@ -173,7 +174,7 @@ def _parallel_coordinates(result: Result) -> Any:
         ticks = values if len(values) <= 8 else [values[0], values[-1]]
         for value in ticks:
             y = values.index(value) / (len(values) - 1)
-            axes.text(x - 0.05, y, _short(value), ha="right", va="center", fontsize=9, color=INK)
+            axes.text(x - 0.05, y, _short(value), ha="right", va="center", fontsize=9, color=INK, bbox=LABEL)
     for y, mean in ((0.0, min(means)), (1.0, max(means))):
         axes.text(len(keys) + 0.05, y, f"{mean:.3g}", ha="left", va="center", fontsize=9, color=INK)
     for x in range(len(keys) + 1):
@@ -201,8 +202,8 @@ def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
             continue
         shape = _image_shape(run)
         images = read_grid(picture, shape, SHEET_IMAGES)
-        white = np.full((images.shape[1], shape[1], 1), 255, np.uint8)
-        strip = np.concatenate([part for image in images for part in (image, white)][:-1], axis=2)
+        gap = np.full((images.shape[1], shape[1], 1), 128, np.uint8)
+        strip = np.concatenate([part for image in images for part in (image, gap)][:-1], axis=2)
         strips.append((point, strip.transpose(1, 2, 0)))
     if not strips:
         return None
