@@ -26,10 +26,11 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 ddpm-pipe ingest digits data/digits
 ddpm-pipe ingest ~/photos data/photos --image-size 64 --mode RGB
 ddpm-pipe ingest 's3://bucket/cifar10/*.parquet' data/cifar10 --image-column img
+ddpm-pipe ingest ~/photos s3://bucket/data/photos --image-size 64
 """)
 )
 @click.argument("source")
-@click.argument("dest", type=click.Path(path_type=Path))
+@click.argument("dest")
 @click.option(
     "--image-size", callback=_size, metavar="N|HxW", help="Centre-crop and resize, antialiased. Default: as they are."
 )
@@ -41,7 +42,7 @@ ddpm-pipe ingest 's3://bucket/cifar10/*.parquet' data/cifar10 --image-column img
 @json_option
 def ingest(
     source: str,
-    dest: Path,
+    dest: str,
     image_size: int | tuple[int, int] | None,
     mode: str | None,
     image_column: str | None,
@@ -50,7 +51,7 @@ def ingest(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Turn SOURCE into a dataset of verified shards in the new folder DEST.
+    """Turn SOURCE into a dataset of verified shards in the new folder DEST, here or in an object store (s3://bucket/folder).
 
     SOURCE is digits, mnist, fashion-mnist or cifar10, a folder of images (sub-folders are classes), Parquet files (a file, folder,
     glob, or s3:// or gs:// address), or an .npz file.
@@ -90,16 +91,19 @@ ddpm-pipe inspect data/digits
 ddpm-pipe inspect data/digits --verify --picture digits.png
 """)
 )
-@click.argument("data", type=click.Path(path_type=Path))
+@click.argument("data")
 @click.option("--verify", is_flag=True, help="Read every row and compare it with its checksum.")
 @click.option(
-    "--picture", type=click.Path(path_type=Path), help="Where to write the grid. Default: DATA's name with .png, here."
+    "--picture",
+    type=click.Path(path_type=Path),
+    help="Where to write the grid. Default: DATA's name with .png, here; none for a dataset in an object store.",
 )
 @json_option
-def inspect(data: Path, verify: bool, picture: Path | None, as_json: bool) -> None:
+def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> None:
     """Show what an ingested dataset is: a card, and a grid picture of its first images."""
     from pipeline.console import Console, Rate
     from pipeline.pictures import card_lines, dataset_card, inspect_picture
+    from pipeline.remote import is_remote
     from pipeline.shards import Dataset
 
     dataset = Dataset.open(data)
@@ -108,7 +112,9 @@ def inspect(data: Path, verify: bool, picture: Path | None, as_json: bool) -> No
         rate = Rate(Console(), "verifying", dataset.manifest.num_rows, "rows")
         dataset.verify(progress=lambda done, _: rate(done))
         card["verified"] = "every row"
-    path = picture or Path(f"{data.resolve().name}.png")
-    inspect_picture(dataset, path)
-    card["picture"] = str(path.absolute())
+    if picture is None and not is_remote(data):  # whose shards are not fetched unless they are asked for
+        picture = Path(f"{Path(data).resolve().name}.png")
+    if picture is not None:
+        inspect_picture(dataset, picture)
+        card["picture"] = str(picture.absolute())
     print_json(card) if as_json else click.echo("\n".join(card_lines(card)))

@@ -16,9 +16,9 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from pipeline import presets
 from pipeline.config import Precision
 from pipeline.errors import UsageError
-from pipeline.home import home
+from pipeline.home import datasets_dir, home
 from pipeline.redaction import announces_secret
-from pipeline.remote import RemoteFolder
+from pipeline.remote import RemoteFolder, is_remote
 from pipeline.yaml_files import Section, read_yaml_mapping, validate
 
 DEFAULT_PROFILE = "local"
@@ -172,6 +172,12 @@ class Profile(Section):
         """Return the absolute folder that holds all state: the profile's storage where that is a folder, else as `home.home`."""
         return home(self.storage)
 
+    def datasets(self) -> Path | str:
+        """Return where ingested datasets live: a folder, or an address in the object store."""
+        if is_remote(self.storage):
+            return RemoteFolder(str(self.storage)).child("datasets").uri
+        return datasets_dir(self.home())
+
     def cpus_per_worker(self, num_workers: int) -> float:
         """CPUs that Ray reserves for each of `num_workers` workers."""
         if self.resources_per_worker.CPU is not None:
@@ -212,12 +218,12 @@ class Profile(Section):
                     f"storage is missing: with kind {self.kind} every node must see the runs; give a shared folder or s3://BUCKET/PREFIX"
                 )
         elif "://" in self.storage:
-            if not S3_PREFIX.fullmatch(self.storage):
-                raise ValueError(f"{got}; expected an absolute folder or s3://BUCKET/PREFIX")
             try:
                 RemoteFolder(self.storage)
-            except UsageError as error:
+            except UsageError as error:  # without what the address may hold of credentials
                 raise ValueError(f"storage: {error}") from None
+            if not S3_PREFIX.fullmatch(self.storage):
+                raise ValueError(f"{got}; expected an absolute folder or s3://BUCKET/PREFIX")
         elif not Path(self.storage).is_absolute():
             raise ValueError(
                 f"{got}: workers run in other folders, so it must be absolute, such as /mnt/ddpm, or s3://BUCKET/PREFIX"

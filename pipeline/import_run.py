@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline import checkpoint as checkpoints
 from pipeline.cluster_profile import Profile, load_profile
 from pipeline.config import Experiment
 from pipeline.console import Console
 from pipeline.diffusers_folder import ForeignModel, is_pipeline, read_pipeline
 from pipeline.errors import CheckpointError, DataError, UsageError
-from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.run_checkpoints import Saver
 from pipeline.runs import Run, RunStatus, normalise_name
 from pipeline.saved_folder import is_saved, read_saved
 from pipeline.shards import Dataset
@@ -35,9 +34,10 @@ def import_folder(
     profile = load_profile(cluster)
     dataset = None if data is None else _dataset(data, foreign, profile, console)
     run = _create(experiment, dataset, profile, command, folder)
-    _save(run, experiment, foreign, dataset)
-    _track(run, experiment, dataset, profile)
-    run.update(status=RunStatus.FINISHED, reason=f"imported from {folder.name}")
+    with run.lock():
+        _save(run, experiment, foreign, dataset)
+        _track(run, experiment, dataset, profile)
+        run.update(status=RunStatus.FINISHED, reason=f"imported from {folder.name}")
     channels, height, width = foreign.shape
     return {
         "run": run.id,
@@ -78,7 +78,7 @@ def _named(experiment: Experiment, name: str | None, data: str | None) -> Experi
 
 def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Console) -> Dataset:
     source = str(Path(data).absolute()) if Path(data).exists() else data
-    dataset = ensure_ingested(source, IngestOptions(), datasets_dir(profile.home()), console.say)
+    dataset = ensure_ingested(source, IngestOptions(), profile.datasets(), console.say, cache=profile.cache)
     if tuple(dataset.manifest.shape) != foreign.shape:
         got, wanted = ("x".join(map(str, shape)) for shape in (dataset.manifest.shape, foreign.shape))
         mode = {1: " --mode L", 3: " --mode RGB"}.get(foreign.shape[0], "")
@@ -95,7 +95,7 @@ def _create(
     about: dict[str, Any] = {"path": "", "fingerprint": "", "name": "none"}
     if dataset is not None:
         manifest = dataset.manifest
-        about = {"path": str(dataset.folder), "fingerprint": manifest.fingerprint, "name": manifest.name}
+        about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
     return Run.create(
         profile.home(),
         name=experiment.name,
@@ -119,7 +119,7 @@ def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Data
         "elapsed_s": 0.0,
     }
     tensors = {"model": foreign.model, "ema": foreign.ema, "optimizer": {}}
-    checkpoints.save(run.checkpoints, 0, run.next_attempt(), tensors, state, may_commit=lambda: True)
+    Saver(run, run.next_attempt(), keep=1).save(0, tensors, state, wait=True)
 
 
 def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: Profile) -> None:
@@ -137,7 +137,7 @@ def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: P
     }
     tracked = None
     if dataset is not None:
-        tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, str(dataset.folder))
+        tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, dataset.location)
     tracker.start(
         settings.experiment, run.record.name, tags=tags, params=experiment.flat(), description=describe(run.record, {}),
         dataset=tracked,

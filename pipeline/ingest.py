@@ -8,16 +8,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.cluster_profile import Cache
 from pipeline.errors import DataError, UsageError
+from pipeline.home import datasets_dir, home
 from pipeline.images import MAX_PIXELS
 from pipeline.ingest_pool import all_rows, default_num_workers
+from pipeline.ingest_remote import has_dataset, is_empty, new_remote_folder, sole_remote_writer
 from pipeline.ingest_resolve import BUILT_IN, is_dataset, resolve_source
 from pipeline.ingest_resolve import IngestOptions as IngestOptions
 from pipeline.ingest_rows import Treatment, make_rows
 from pipeline.ingest_sources import Source
 from pipeline.ingest_write import ShardWriter, new_folder, sole_writer
 from pipeline.manifest import Manifest
+from pipeline.remote import RemoteFolder, is_remote
 from pipeline.shards import Dataset
+from pipeline.shards_files import manifest_of
 
 Progress = Callable[[int, int | None], None]  # images done, images in all where known
 Say = Callable[[str], None]
@@ -39,7 +44,7 @@ class Availability:
 
 def ingest(
     source: str,
-    dest: Path,
+    dest: Path | str,
     *,
     image_size: int | tuple[int, int] | None = None,
     mode: str | None = None,
@@ -54,7 +59,7 @@ def ingest(
     progress: Progress | None = None,
     say: Say = lambda _: None,
 ) -> Manifest:
-    """Write `source` as a dataset into the new folder `dest`; see `IngestOptions`.
+    """Write `source` as a dataset into the new folder `dest`, here or in an object store (s3://...); see `IngestOptions`.
 
     Args:
         num_workers: processes that decode; by default one for small sources, else one per core.
@@ -68,64 +73,75 @@ def ingest(
         UsageError, DataError, StorageError: nothing is left behind then.
     """
     options = IngestOptions(image_size, mode, image_column, label_column, split, max_pixels)
-    _check_dest(source, dest)
+    place = RemoteFolder(dest) if isinstance(dest, str) and is_remote(dest) else Path(dest)
+    _check_dest(source, place)
     found = resolve_source(source, options, downloads=downloads, offline=offline, say=say)
     if found.note:
         say(found.note)
-    with sole_writer(dest):
-        return _write(found, dest, options, num_workers, rows_per_shard, progress)
+    with sole_remote_writer(place) if isinstance(place, RemoteFolder) else sole_writer(place):
+        return _write(found, place, options, num_workers, rows_per_shard, progress)
 
 
 def ensure_ingested(
     source: str,
     options: IngestOptions,
-    datasets: Path,
+    datasets: Path | str,
     say: Say = lambda _: None,
     *,
     offline: bool = False,
     num_workers: int | None = None,
     progress: Progress | None = None,
+    cache: Cache | None = None,
 ) -> Dataset:
     """Open `source` if it is a dataset, else the one made of it before under `datasets`, else make that now.
+
+    Args:
+        datasets: a folder, or the address of one in an object store.
+        cache: as for `Dataset.open`.
 
     Raises:
         UsageError, DataError, StorageError: as `ingest` and `Dataset.open`.
     """
     if is_dataset(source):
-        dataset = Dataset.open(source)
+        dataset = Dataset.open(source, cache)
         _refuse_options(source, options, dataset.manifest)
         return dataset
-    found = resolve_source(source, options, downloads=datasets / "downloads", offline=offline, say=say)
+    found = resolve_source(source, options, downloads=_downloads(datasets), offline=offline, say=say)
     if found.note:
         say(found.note)
-    dest = cache_folder(found, options, datasets)
-    ready = _open_cached(dest, say)
+    dest = dataset_folder(found, options, datasets)
+    ready = _open_cached(dest, say, cache)
     if ready is not None:
         return ready
-    with sole_writer(dest, lambda: say(f"waiting for another process that ingests {source}")):
-        ready = _open_cached(dest, say)
+
+    def waiting() -> None:
+        say(f"waiting for another process that ingests {source}")
+
+    with sole_remote_writer(dest, waiting) if isinstance(dest, RemoteFolder) else sole_writer(dest, waiting):
+        ready = _open_cached(dest, say, cache)
         if ready is not None:
             return ready
-        shutil.rmtree(dest, ignore_errors=True)
+        if isinstance(dest, Path):
+            shutil.rmtree(dest, ignore_errors=True)
         say(f"ingesting {source} into {dest}, once")
         _write(found, dest, options, num_workers, None, progress)
-    return Dataset.open(dest)
+    return Dataset.open(_place(dest), cache)
 
 
-def availability(source: str, options: IngestOptions, datasets: Path) -> Availability:
+def availability(source: str, options: IngestOptions, datasets: Path | str) -> Availability:
     """Whether `source` is ready, needs ingesting or needs a download; does neither.
 
     Raises:
         UsageError, DataError: it is none of the built-in names and not here.
     """
     if is_dataset(source):
-        manifest = Manifest.load(Path(source))
+        manifest = manifest_of(source)
         _refuse_options(source, options, manifest)
         return _there("ingested", f"{source} is ingested", manifest)
-    found = resolve_source(source, options, downloads=datasets / "downloads", offline=True)
-    dest = cache_folder(found, options, datasets)
-    if is_dataset(dest):
-        manifest = Manifest.load(dest)
+    found = resolve_source(source, options, downloads=_downloads(datasets), offline=True)
+    dest = dataset_folder(found, options, datasets)
+    if is_dataset(_place(dest)):
+        manifest = manifest_of(_place(dest))
         return _there("cached", f"{source} is ingested in {dest}", manifest)
     if found.download:
         text = f"{source} is not here: it will be downloaded ({found.download}) and ingested"
@@ -157,16 +173,29 @@ def source_key(source: str, options: IngestOptions, datasets: Path | None = None
     return _key(resolve_source(source, options, downloads=downloads, offline=True), options)
 
 
-def cache_folder(source: Source, options: IngestOptions, datasets: Path) -> Path:
+def dataset_folder(source: Source, options: IngestOptions, datasets: Path | str) -> Path | RemoteFolder:
     """Where `ensure_ingested` keeps the dataset made of `source`; reads the source's bytes to tell."""
-    return datasets / f"{source.name}-{_key(source, options)[:12]}"
+    name = f"{source.name}-{_key(source, options)[:12]}"
+    return datasets / name if isinstance(datasets, Path) else RemoteFolder(datasets).child(name)
+
+
+def _downloads(datasets: Path | str) -> Path:
+    return (datasets if isinstance(datasets, Path) else datasets_dir(home())) / "downloads"
+
+
+def _place(folder: Path | RemoteFolder) -> Path | str:
+    return folder.uri if isinstance(folder, RemoteFolder) else folder
 
 
 def _key(source: Source, options: IngestOptions) -> str:
     return hashlib.sha256(repr(("ingest 1", source.key(), options.size, options.mode)).encode()).hexdigest()
 
 
-def _check_dest(source: str, dest: Path) -> None:
+def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
+    if isinstance(dest, RemoteFolder):
+        if has_dataset(dest) or not is_empty(dest):
+            raise UsageError(f"{dest} is not empty: give a new folder, or empty it first")
+        return
     if dest.exists() or dest.is_symlink():
         raise UsageError(f"{dest} exists: give a new folder, or remove it first")
     here = Path(source)
@@ -187,11 +216,11 @@ def _refuse_options(source: str, options: IngestOptions, manifest: Manifest) -> 
         raise UsageError(f"{source} is an ingested dataset, {', '.join(asked)} cannot be chosen any more: leave it out")
 
 
-def _open_cached(dest: Path, say: Say) -> Dataset | None:
-    if not dest.exists():
+def _open_cached(dest: Path | RemoteFolder, say: Say, cache: Cache | None) -> Dataset | None:
+    if not (has_dataset(dest) if isinstance(dest, RemoteFolder) else dest.exists()):
         return None
     try:
-        return Dataset.open(dest)
+        return Dataset.open(_place(dest), cache)
     except DataError as error:
         say(f"the cached dataset is made again, for {error}")
         return None
@@ -199,7 +228,7 @@ def _open_cached(dest: Path, say: Say) -> Dataset | None:
 
 def _write(
     source: Source,
-    dest: Path,
+    dest: Path | RemoteFolder,
     options: IngestOptions,
     num_workers: int | None,
     rows_per_shard: int | None,
@@ -208,7 +237,10 @@ def _write(
     treatment = Treatment(options.mode, options.size, options.max_pixels)
     workers = default_num_workers(source.num_bytes) if num_workers is None else num_workers
     done = 0
-    with new_folder(dest) as folder, ShardWriter(folder, source.has_labels, rows_per_shard) as writer:
+    with (
+        new_remote_folder(dest) if isinstance(dest, RemoteFolder) else new_folder(dest) as (folder, sent),
+        ShardWriter(folder, source.has_labels, rows_per_shard, sent) as writer,
+    ):
         for rows in all_rows(source.items(), treatment, workers):
             writer.add(rows)
             done += len(rows.images)

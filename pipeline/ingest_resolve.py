@@ -11,9 +11,11 @@ from pipeline.home import datasets_dir, home
 from pipeline.images import MAX_PIXELS, MODES, PILLOW_MAX_PIXELS
 from pipeline.ingest_npz import npz
 from pipeline.ingest_parquet import parquet
+from pipeline.ingest_remote import has_dataset
 from pipeline.ingest_sets import SETS, torchvision_set
 from pipeline.ingest_sources import IMAGE_SUFFIXES, Source, digits, image_folder, visible
 from pipeline.manifest import MANIFEST_FILE
+from pipeline.remote import RemoteFolder, is_remote
 
 BUILT_IN = ("digits", *SETS)
 
@@ -58,7 +60,9 @@ class IngestOptions:
 
 
 def is_dataset(folder: str | Path) -> bool:
-    """Whether `folder` was written by ingest."""
+    """Whether `folder`, here or in an object store, was written by ingest."""
+    if isinstance(folder, str) and is_remote(folder):
+        return not any(c in folder for c in "*[") and has_dataset(RemoteFolder(folder))
     return (Path(folder) / MANIFEST_FILE).is_file()
 
 

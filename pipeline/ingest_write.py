@@ -33,9 +33,19 @@ def rows_per_group(shape: Shape) -> int:
 
 
 class ShardWriter:
-    """Collects rows, writes them as shards of whole row groups, and ends in a manifest. Use it in a `with` block."""
+    """Collects rows, writes them as shards of whole row groups, and ends in a manifest. Use it in a `with` block.
 
-    def __init__(self, folder: Path, has_labels: bool, rows_per_shard: int | None = None) -> None:
+    `done` is called with the file of each shard that is complete.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        has_labels: bool,
+        rows_per_shard: int | None = None,
+        done: Callable[[Path], None] = lambda _: None,
+    ) -> None:
+        self._done = done
         self._folder, self._has_labels, self._rows_per_shard = folder, has_labels, rows_per_shard
         self._shape: Shape | None = None
         self._images: list[bytes] = []
@@ -127,6 +137,7 @@ class ShardWriter:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         groups = tuple(self._written)
         self._shards.append(Shard(path.name, sum(groups), groups, path.stat().st_size, sha256))
+        self._done(path)
         self._written = []
 
 
@@ -145,8 +156,9 @@ def _compression(images: list[bytes]) -> str:
 
 
 @contextmanager
-def new_folder(dest: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `dest` when the block ends, and of which nothing is left when it raises.
+def new_folder(dest: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
+    """A folder to fill that becomes `dest` when the block ends, and of which nothing is left when it raises; and what to do
+    with each shard that is done, which is nothing.
 
     The caller holds `sole_writer(dest)`.
 
@@ -157,7 +169,7 @@ def new_folder(dest: Path) -> Iterator[Path]:
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
         partial.mkdir()
-        yield partial
+        yield partial, lambda _: None
         partial.rename(dest)
     except OSError as error:
         raise _unwritable(dest, error) from None

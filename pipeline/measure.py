@@ -19,9 +19,10 @@ from pipeline.ingest import IngestOptions, ensure_ingested
 from pipeline.judge import progress_on
 from pipeline.metric_identity import BoundIdentity
 from pipeline.pool import runner_of
+from pipeline.remote import is_remote
 from pipeline.runs import Run
 from pipeline.shards import Dataset
-from pipeline.trained import Trained
+from pipeline.trained import Trained, profile_of
 
 METRIC = "bits_per_dim"
 
@@ -77,8 +78,9 @@ def measure_bound(
 
 def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Console) -> Dataset:
     """Open the images a run was trained on, or another split of their source, ingested as they were."""
+    profile = profile_of(run, None)
     if split is None:
-        return Dataset.open(run.record.dataset["path"])
+        return Dataset.open(run.record.dataset["path"], profile.cache)
     data = experiment.data
     options = IngestOptions(
         image_size=data.image_size,
@@ -87,4 +89,5 @@ def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Co
         label_column=data.label_column,
         split=split,
     )
-    return ensure_ingested(data.source, options, datasets_dir(run.folder.parent.parent), console.say)
+    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
+    return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)

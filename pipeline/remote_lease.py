@@ -51,6 +51,11 @@ class Lease:
         self._since = ""
         self._closing = threading.Event()
 
+    @property
+    def was_held(self) -> bool:
+        """Whether this one has ever been acquired."""
+        return self._held != ""
+
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Hold the lease for the time of the context; RunLockedError, naming the holder, where another one does."""
@@ -64,7 +69,6 @@ class Lease:
             beating.join()
             with suppress(StorageError):  # then it is free once it is seen to be dead
                 self._folder.delete(self._held)
-            self._held = ""
 
     def require(self) -> None:
         """Refuse to go on where the lease was lost to another holder, or could not be kept (RunLockedError)."""
@@ -120,6 +124,7 @@ class Lease:
         if self._folder.stat(self._claim) is not None and self._is_mine():
             return True
         self._folder.delete(self._held)
+        self._held = ""
         return False
 
     def _beat_until_closed(self) -> None:

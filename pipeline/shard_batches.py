@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -202,6 +203,8 @@ class _Shelf:
         span = slice(board.start, board.start + board.size)
         places = board.start + self._dataset.load(together, self._images[span], self._labels[span])
         self._rows[places] = together
+        for walk in self.walks:  # whose next parts are fetched while these rows are used
+            self._dataset.expect(partial(self._order.rows_of, walk.upcoming))
         for key, own in zip(wanted, np.split(places, np.cumsum([len(r) for r in rows])[:-1]), strict=True):
             self._ready[key] = own, board
 

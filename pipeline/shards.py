@@ -155,6 +155,12 @@ class Dataset:
         at[by_group] = np.arange(len(rows))
         return at
 
+    def expect(self, rows: Callable[[], Ints]) -> None:
+        """Tell that these rows will be read soon: of a remote dataset their shards begin to come. Does not wait."""
+        if self._files.cache is not None:
+            groups = np.unique(np.searchsorted(self._group_starts, rows(), side="right") - 1)
+            self._files.expect(dict.fromkeys(self._groups[int(group)][0] for group in groups))
+
     def decode(self, stored: Stored, at: Ints, rows: Ints, out: Pixels) -> None:
         """Decode the images at places `at` of `stored` into `out`, uint8 [n, C, H, W]; `rows` names them in messages."""
         channels, height, width = self.manifest.shape

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from pipeline.cluster_profile import Cache
 from pipeline.errors import DataError, PipelineError, StorageError
 from pipeline.manifest import MANIFEST_FILE, Manifest
-from pipeline.remote import RemoteFolder
+from pipeline.remote import RemoteFolder, is_remote
 from pipeline.remote_cache import NodeCache
 from pipeline.remote_run import own_folder
 from pipeline.shards_format import read_footer
@@ -111,6 +111,13 @@ class RemoteShards:
             if size != shard.num_bytes:
                 has = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.num_bytes}"
                 raise DataError(f"{self._remote}/{shard.file} {has}: restore it or ingest the dataset again")
+
+
+def manifest_of(location: str | Path) -> Manifest:
+    """Read and check the manifest of a dataset, here or in an object store; DataError as `Manifest.load`."""
+    if isinstance(location, str) and is_remote(location):
+        return read_manifest(RemoteFolder(location))
+    return Manifest.load(Path(location))
 
 
 def read_manifest(folder: RemoteFolder) -> Manifest:

@@ -49,7 +49,7 @@ def request(
 def plan(asked: Request) -> SweepPlan:
     """Work out and check a sweep without downloading, ingesting or writing anything."""
     data = asked.base.data
-    found = availability(data.source, training_run.ingest_options(data), datasets_dir(asked.profile.home()))
+    found = availability(data.source, training_run.ingest_options(data), asked.profile.datasets())
     return make_sweep_plan(asked, found.text, found.num_rows, found.shape)
 
 
@@ -59,8 +59,8 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     make_sweep_plan(asked, "", None, None)  # what can be refused without the images is refused before they are fetched
     dataset = _ingested(asked, console)
     manifest = dataset.manifest
-    checked = make_sweep_plan(asked, str(dataset.folder), manifest.num_rows, manifest.shape)
-    about = {"path": str(dataset.folder), "fingerprint": manifest.fingerprint, "name": manifest.name}
+    checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
+    about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
     folder = SweepFolder.create(
         asked.profile.home(), asked.sweep, asked.base, about, asked.profile.to_dict(), list(command)
     )
@@ -84,9 +84,9 @@ def go_on(
     manifest = dataset.manifest
     if manifest.fingerprint != folder.record.dataset["fingerprint"]:
         raise UsageError(
-            f"sweep {folder.id} was run on other images: restore them in {dataset.folder}, or start a new sweep"
+            f"sweep {folder.id} was run on other images: restore them in {dataset.location}, or start a new sweep"
         )
-    checked = make_sweep_plan(asked, str(dataset.folder), manifest.num_rows, manifest.shape)
+    checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
     if changes is not None:
         folder.change(sweep, list(command))
     return _carry_out(folder, asked, checked, dataset, console)
@@ -155,7 +155,7 @@ def require_all_finished(result: Result) -> None:
 def _ingested(asked: Request, console: Console) -> Dataset:
     data = asked.base.data
     return ensure_ingested(
-        data.source, training_run.ingest_options(data), datasets_dir(asked.profile.home()), console.say
+        data.source, training_run.ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
     )
 
 

@@ -55,7 +55,7 @@ class SweepTracking:
                 "base": sweep.base,
             },
             description=describe_sweep(record, sweep, None),
-            dataset=TrackedDataset(manifest.name, manifest.fingerprint, str(self._dataset.folder)),
+            dataset=TrackedDataset(manifest.name, manifest.fingerprint, self._dataset.location),
         )
         self.tracker.flush(PARENT_TIMEOUT_S)
 

@@ -16,7 +16,6 @@ from pipeline.conclude import Outcome, conclude
 from pipeline.config import DEFAULT_PRESET, DataConfig, Experiment, differences, load_experiment, with_overrides
 from pipeline.console import Console
 from pipeline.errors import CheckpointError, DataError, InterruptedRunError, UsageError
-from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job
 from pipeline.labels import class_name, class_names_of
@@ -60,9 +59,7 @@ def plan(asked: Request) -> Plan:
     """Work out and check a training without downloading, ingesting or writing anything."""
     num_workers = choose_workers(asked.experiment, asked.profile)
     require_resources(asked.profile, num_workers)
-    found = availability(
-        asked.experiment.data.source, ingest_options(asked.experiment.data), datasets_dir(asked.profile.home())
-    )
+    found = availability(asked.experiment.data.source, ingest_options(asked.experiment.data), asked.profile.datasets())
     return make_plan(
         asked.experiment,
         asked.profile,
@@ -84,8 +81,9 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     dataset = ensure_ingested(
         asked.experiment.data.source,
         ingest_options(asked.experiment.data),
-        datasets_dir(asked.profile.home()),
+        asked.profile.datasets(),
         console.say,
+        cache=asked.profile.cache,
     )
     checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
     run = _create(checked, dataset, command)
@@ -118,7 +116,9 @@ def go_on(
     else:
         source = str(Path(data).absolute()) if Path(data).exists() else data
         new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
-        dataset = ensure_ingested(source, ingest_options(new.data), datasets_dir(profile.home()), console.say)
+        dataset = ensure_ingested(
+            source, ingest_options(new.data), profile.datasets(), console.say, cache=profile.cache
+        )
     num_workers = choose_workers(new, profile)
     require_resources(profile, num_workers)
     checked = _plan_for(new, profile, num_workers, dataset)

@@ -6,14 +6,8 @@ import hashlib
 
 import pytest
 
-from pipeline import remote
 from pipeline.errors import StorageError, UsageError
 from pipeline.remote import REQUESTS, TRIES, RemoteFolder
-
-
-@pytest.fixture(autouse=True)
-def _no_long_pauses(monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE_S", 0.01)
 
 
 def test_what_is_written_is_read_back_listed_and_removed(bucket, tmp_path):

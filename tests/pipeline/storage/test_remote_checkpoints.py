@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from pipeline import checkpoint as checkpoints
-from pipeline import remote
 from pipeline.checkpoint import MANIFEST, Checkpoint
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.remote import RemoteFolder
@@ -47,8 +46,7 @@ class Place:
 
 
 @pytest.fixture
-def place(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(remote, "PAUSE_S", 0.01)
+def place(bucket, tmp_path):
     return Place(bucket, tmp_path)
 
 
