@@ -10,6 +10,7 @@ import click
 
 from pipeline import __version__
 from pipeline.cli_data import ingest, inspect
+from pipeline.cli_doctor import doctor
 from pipeline.cli_evaluate import compare, evaluate
 from pipeline.cli_exchange import export, import_
 from pipeline.cli_results import runs, sample, sync, ui
@@ -34,6 +35,7 @@ COMMANDS = (
     import_,
     serve,
     sync,
+    doctor,
 )
 
 

@@ -159,6 +159,11 @@ class Profile(Section):
         return self.resources_per_worker.GPU > 0
 
     @property
+    def least_workers(self) -> int:
+        """Workers without which nothing starts."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
     def most_workers(self) -> int:
         """Workers that share out work which comes out the same for any number of them."""
         return self.workers if isinstance(self.workers, int) else self.workers.max

@@ -9,7 +9,7 @@
     ├── TrackingError        7  the tracking server refuses, and the user asked for strictness
     ├── ClusterError         8  cluster unavailable or too small, or retries exhausted
     ├── RunLockedError       9  another process holds the run
-    ├── RefusedError        10  a comparison or a metric that would mislead
+    ├── RefusedError        10  a comparison or a metric that would mislead, or a red doctor
     ├── FailedTrialsError   11  a sweep ended, and some of its trials failed
     └── InterruptedRunError 75  stopped by a signal with the state saved (130 for Ctrl-C, 143 if nothing was saved)
 
@@ -75,7 +75,7 @@ class RunLockedError(PipelineError):
 
 
 class RefusedError(PipelineError):
-    """A number that would mislead was asked for: unlike metrics, or an extractor that cannot judge these images."""
+    """A number that would mislead was asked for (unlike metrics, an unfit extractor), or the doctor found something red."""
 
     exit_code = 10
 

@@ -16,18 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pipeline import checkpoint as checkpoints
 from pipeline.batches import Batch
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment
-from pipeline.device import Compute, training_compute
+from pipeline.device import Compute, sampling_compute, training_compute
 from pipeline.models import Shape, build_diffusion, build_model
 from pipeline.randomness import training_draws
+from pipeline.scaling import BUCKET_BYTES
 from pipeline.team import Team
 from pipeline.training import Learner, fit
 
 PROBE_S = 6.0
+ALL_REDUCES = 6  # the first of which makes the connections
 MOST_STEPS = 20  # timed at one batch size
 NUM_CLASSES = 10  # of a class-conditional network: their number hardly changes its speed
 TRIED_BYTES = 100_000_000  # of a checkpoint: what a larger one takes is worked out
@@ -198,3 +201,29 @@ def _part_of(tensors: checkpoints.Tensors, limit_bytes: int) -> checkpoints.Tens
             if left >= 0:
                 part[group][name] = tensor
     return part
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """One all-reduce of the team: whether the sum was right, and the seconds of a typical one."""
+
+    num_bytes: int
+    seconds: float
+    right: bool
+
+
+def probe_all_reduce(profile: Profile, team: Team, gpu: int = 0) -> AllReduce:
+    """Add up one of DDP's buckets over all workers, some times; all of them call this together."""
+    compute = sampling_compute(profile, gpu)
+    compute.start()
+    numbers = torch.empty(BUCKET_BYTES // 4, device=compute.device)
+    times = []
+    for _ in range(ALL_REDUCES):
+        numbers.fill_(team.rank + 1)
+        compute.wait()
+        begin = time.perf_counter()
+        dist.all_reduce(numbers)
+        compute.wait()
+        times.append(time.perf_counter() - begin)
+    right = bool((numbers == team.size * (team.size + 1) / 2).all())
+    return AllReduce(BUCKET_BYTES, statistics.median(times[1:]), right)

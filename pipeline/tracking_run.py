@@ -35,7 +35,7 @@ def find_or_make(
     if run is None:
         if start is None:
             raise NoRunError("the spool says nothing of the run's start; sync where the training was started")
-        experiment_id = _experiment(client, artifacts, start["experiment"])
+        experiment_id = make_experiment(client, artifacts, start["experiment"])
         run, how = get_run(client, start.get("mlflow_run_id")) or _tagged(client, experiment_id, our_id), "found"
         if run is None:
             run, how = client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"]), "made"
@@ -64,7 +64,7 @@ def _tagged(client: MlflowClient, experiment_id: str, our_id: str) -> Run | None
     return found[0] if found else None
 
 
-def _experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:
+def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:
     """Return the experiment's id. A local store's artifacts get their place here: MLflow's default is the current folder."""
     from mlflow.exceptions import MlflowException
 

@@ -1,0 +1,185 @@
+"""The doctor's judgements, by table: facts in, verdict out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from pipeline import checks
+from pipeline.capacity import Node
+from pipeline.checks import NodeFacts, Reading, Verdict
+from pipeline.cluster_profile import Profile
+from pipeline.doctor import require_healthy
+from pipeline.errors import ClusterError, RefusedError
+from pipeline.limited_checks import begin
+from pipeline.yaml_files import validate
+
+HERE = {"ddpm-pipe": "0.1.0", "python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "pillow": "13.0.0"}
+GB = 10**9
+
+
+def facts(
+    name: str = "a", *, memory: int = 64 * GB, disk: int = 100 * GB, load: float = 0.1, **versions: str
+) -> NodeFacts:
+    return NodeFacts(name, HERE | versions, memory, {"/tmp": disk}, load)
+
+
+def node(name: str, cpus: float, *, free: float | None = None, gpus: float = 0) -> Node:
+    total = {"CPU": cpus, "GPU": gpus}
+    return Node(name * 8, name, total, total if free is None else {"CPU": free, "GPU": gpus})
+
+
+def profile(workers: Any, cpus: float = 2, *, gpus: float = 0, placement: str = "pack") -> Profile:
+    content = {
+        "kind": "connect",
+        "address": "auto",
+        "storage": "/mnt/ddpm",
+        "workers": workers,
+        "placement": placement,
+        "resources_per_worker": {"CPU": cpus, "GPU": gpus},
+    }
+    return validate(Profile, content, "profile")
+
+
+@pytest.mark.parametrize(
+    ("versions", "verdict", "told"),
+    [
+        ({}, Verdict.GREEN, "the same on 2 nodes"),
+        ({"torch": "2.13.0"}, Verdict.RED, "torch 2.13.0 on b, 2.14.1 here"),
+        ({"python": "3.11.6"}, Verdict.RED, "python 3.11.6 on b, 3.11.7 here"),
+        ({"ray": "2.59.0"}, Verdict.RED, "ray 2.59.0 on b"),
+        ({"ddpm_pipe": "x"}, Verdict.YELLOW, "ddpm_pipe x on b, missing here"),
+        ({"pillow": "12.3.0"}, Verdict.YELLOW, "pillow 12.3.0 on b, 13.0.0 here"),
+    ],
+)
+def test_versions(versions, verdict, told):
+    finding = checks.judge_versions(HERE, [facts("a"), facts("b", **versions)])
+    assert finding.verdict is verdict
+    assert told in finding.says
+    assert bool(finding.remedy) == (verdict is not Verdict.GREEN)
+
+
+def test_a_package_that_a_node_lacks_is_red():
+    lacking = NodeFacts("b", {k: v for k, v in HERE.items() if k != "torch"}, GB, {"/": GB})
+    assert "torch missing on b" in checks.judge_versions(HERE, [lacking]).says
+
+
+@pytest.mark.parametrize(
+    ("asked", "nodes", "verdict", "told"),
+    [
+        (profile(2), [node("a", 4)], Verdict.GREEN, "1 node holds 2 of 2 workers"),
+        (profile(4), [node("a", 4), node("b", 4)], Verdict.GREEN, "2 nodes hold 4 of 4"),
+        (profile(3), [node("a", 4)], Verdict.RED, "which holds 2"),
+        (
+            profile(3),
+            [node("a", 3), node("b", 3)],
+            Verdict.RED,
+            "which holds 2",
+        ),  # six CPUs, but two to a worker on each node
+        (profile(2), [node("a", 4, free=2)], Verdict.YELLOW, "others use the rest"),
+        (profile(2, placement="strict_spread"), [node("a", 8)], Verdict.RED, "each on a node of its own"),
+        (profile(2, placement="strict_spread"), [node("a", 2), node("b", 2)], Verdict.GREEN, "hold 2 of 2"),
+        (profile({"min": 1, "max": 8}), [node("a", 4)], Verdict.GREEN, "holds 2 of 8"),  # elastic
+        (profile(1, gpus=1), [node("a", 4)], Verdict.RED, "GPU"),
+        (profile(1, gpus=1), [node("a", 4, gpus=1)], Verdict.GREEN, "1 GPU"),
+    ],
+)
+def test_resources(asked, nodes, verdict, told):
+    finding = checks.judge_resources(asked, nodes, [facts(n.name) for n in nodes])
+    assert (finding.verdict, told in finding.says) == (verdict, True), finding
+    assert bool(finding.remedy) == (verdict is not Verdict.GREEN)
+
+
+def test_little_memory_and_busy_machines_are_yellow():
+    little = checks.judge_resources(profile(2), [node("a", 4)], [facts(memory=GB)])
+    assert (little.verdict, "1.0 GB of memory free" in little.says) == (Verdict.YELLOW, True)
+    busy = checks.judge_resources(profile(2), [node("a", 4)], [facts(load=3.0)])
+    assert (busy.verdict, "busy" in busy.says) == (Verdict.YELLOW, True)
+
+
+@pytest.mark.parametrize(
+    ("skews", "verdict", "told"),
+    [
+        ({"a": 0.0, "b": 0.4}, Verdict.GREEN, "within 0.4 s"),
+        ({"a": 0.0, "b": 5.0}, Verdict.YELLOW, "b is 5 s ahead"),
+        ({"a": -300.0, "b": 5.0}, Verdict.RED, "a is 300 s behind"),
+    ],
+)
+def test_clocks(skews, verdict, told):
+    finding = checks.judge_clocks(skews)
+    assert (finding.verdict, told in finding.says) == (verdict, True), finding
+
+
+@pytest.mark.parametrize(
+    ("free", "checkpoint", "verdict"),
+    [
+        (100 * GB, GB // 100, Verdict.GREEN),
+        (5 * GB, GB // 100, Verdict.YELLOW),
+        (GB, GB // 100, Verdict.RED),
+        (100 * GB, 30 * GB, Verdict.RED),  # two kept, one being written, one to spare: 120 GB
+        (200 * GB, 30 * GB, Verdict.YELLOW),
+    ],
+)
+def test_disk(free, checkpoint, verdict):
+    finding = checks.judge_disk([facts("a", disk=1000 * GB), facts("b", disk=free)], checkpoint, keep=2)
+    assert finding.verdict is verdict
+    assert "on b" in finding.says
+
+
+def test_storage():
+    good = checks.judge_storage("/mnt/ddpm", {}, 2, 100e6, 500e6)
+    assert (good.verdict, "2 nodes, 100 MB/s and 500 MB/s" in good.says) == (Verdict.GREEN, True)
+    bad = checks.judge_storage("/mnt/ddpm", {"b": "cannot be written (Read-only file system)"}, 2, 1.0, 1.0)
+    assert bad.verdict is Verdict.RED
+    assert bad.says == "/mnt/ddpm: cannot be written (Read-only file system) on b"
+
+
+def test_dataset():
+    good = checks.judge_dataset("data", 1000, {"a": Reading(400, 400, 2.0), "b": Reading(500, 500, 5.0)})
+    assert good.verdict is Verdict.GREEN
+    assert "90% of 1,000 images read and checked, 100 images/s on b (the slowest)" in good.says
+    bad = checks.judge_dataset("data", 0, {"a": Reading(400, 400, 2.0), "b": Reading(problem="x.parquet is damaged")})
+    assert (bad.verdict, bad.says) == (Verdict.RED, "x.parquet is damaged (seen on b)")
+
+
+@pytest.mark.parametrize(
+    ("right", "backend", "seconds", "verdict"),
+    [
+        (True, "gloo", 1.0, Verdict.GREEN),  # whatever a CPU's network gives
+        (True, "nccl", 0.001, Verdict.GREEN),
+        (True, "nccl", 1.0, Verdict.YELLOW),
+        (False, "nccl", 0.001, Verdict.RED),
+    ],
+)
+def test_all_reduce(right, backend, seconds, verdict):
+    finding = checks.judge_all_reduce(4, 10**8, seconds, right=right, backend=backend)
+    assert finding.verdict is verdict
+    if right:
+        assert finding.figures["bytes_per_s"] == pytest.approx(
+            2 * 3 / 4 * 10**8 / seconds
+        )  # nccl-tests, doc/PERFORMANCE.md
+
+
+def test_a_check_that_hangs_or_fails_is_red():
+    import threading
+
+    never = threading.Event()
+    hanging = begin("x", lambda: checks.green("x", str(never.wait())), 0.2)()
+    never.set()
+    assert (hanging.verdict, "no answer within" in hanging.says) == (Verdict.RED, True)
+
+    def fail() -> checks.Finding:
+        raise ClusterError("node b is gone; start it again")
+
+    finding = begin("x", fail, 5.0)()
+    assert (finding.verdict, finding.says, finding.remedy) == (Verdict.RED, "node b is gone", "start it again")
+    assert begin("x", lambda: 1 / 0, 5.0)().says == "ZeroDivisionError: division by zero"  # type: ignore[arg-type, return-value]
+
+
+def test_only_red_is_refused():
+    calm = [checks.green("a", ""), checks.yellow("b", "", "r"), checks.skipped("c", "")]
+    require_healthy(calm)
+    with pytest.raises(RefusedError, match=r"1 of 4 checks are red \(d\)") as refused:
+        require_healthy([*calm, checks.red("d", "x", "y")])
+    assert refused.value.exit_code == 10
