@@ -1,0 +1,80 @@
+"""`ddpm-pipe` with its runs and its data in an object store, as a user types it: begun on one machine, gone on with on another."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.checkpoint import MANIFEST
+from tests.object_store import objects
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+TINY = """
+name: tiny
+model: {channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_resolutions: [4], norm_groups: 4}
+training: {steps: 60, batch_size: 16, warmup_steps: 5, ema_decay: 0.9}
+checkpoint: {every_steps: 5, every_minutes: null}
+logging: {every_steps: 4, grid_every_steps: null}
+sampling: {steps: 2}
+evaluation: {enabled: false}
+"""
+
+
+def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, home, tmp_path, user_environment):
+    environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
+    (home / "tiny.yaml").write_text(TINY)
+    (home / "store.yaml").write_text(
+        f"workers: 2\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\nstorage: {bucket}/ddpm\n"
+        f"cache: {{folder: {tmp_path / 'cache'}, max_gb: 1}}\n"
+    )
+    profile = str(home / "store.yaml")
+    data = f"{bucket}/data/digits"
+    assert cli("ingest", "digits", data, env=environment).code == 0
+    command = [
+        str(Path(sys.executable).with_name("ddpm-pipe")),
+        "train",
+        "tiny.yaml",
+        "--cluster",
+        profile,
+        "--data",
+        data,
+    ]
+    with subprocess.Popen(
+        command, cwd=home, env=user_environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 240
+        while not any(name.endswith(f"step-0000000010-1/{MANIFEST}") for name in objects(f"{bucket}/ddpm")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        held = cli("resume", "latest", "--cluster", profile, env=environment)
+        os.killpg(process.pid, signal.SIGKILL)  # the machine is gone, with all that it had
+        process.communicate()
+    assert held.code == 9, held
+    assert f"process {process.pid}" in held.stderr
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    there = environment | {"DDPM_PIPE_HOME": str(elsewhere)}
+    (row,) = json.loads(cli("runs", "--json", "--cluster", profile, cwd=elsewhere, env=there).stdout)
+    assert row["status"] == "INTERRUPTED"
+    went_on = cli("resume", row["id"][:4], "--cluster", profile, cwd=elsewhere, env=there)
+    assert went_on.code == 0, went_on
+    log = (elsewhere / "runs" / row["id"] / "log.txt").read_text()
+    assert "attempt 2 continues from step" in log
+    third = environment | {"DDPM_PIPE_HOME": str(tmp_path / "third")}
+    (row,) = json.loads(cli("runs", "--json", "--cluster", profile, cwd=elsewhere, env=third).stdout)
+    assert (row["status"], row["steps"]) == ("FINISHED", "60/60")
+    sampled = cli("sample", "latest", "-n", "4", "--cluster", profile, "--out", "images", cwd=elsewhere, env=third)
+    assert sampled.code == 0, sampled
+    names = objects(f"{bucket}/ddpm/runs/{row['id']}")
+    assert {"run.json", "status.json", "log.txt", "pictures/samples.png"} <= set(names)
+    assert not any(name.startswith("lease/") for name in names)
