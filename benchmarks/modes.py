@@ -33,7 +33,7 @@ from pipeline.device import sampling_compute
 from pipeline.generation import Denoiser
 from pipeline.images import to_float
 from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.models import build_diffusion, build_model
+from pipeline.models import build_diffusion, build_model, build_objective
 from pipeline.order import Order, default_num_streams
 from pipeline.randomness import image_generators
 from pipeline.shards import Dataset
@@ -98,7 +98,9 @@ def measure(experiment: Experiment, dataset: Dataset, cache: Path) -> dict[str, 
     order = Order(dataset.manifest.row_groups, experiment.seed, streams, size, experiment.data.shuffle_window)
     batches = training_batches(dataset, order, range(streams), 0, experiment.seed)
     begin = time.monotonic()
-    for result in fit(learner, model, diffusion, batches, experiment.training, compute, seed=experiment.seed):
+    for result in fit(
+        learner, model, build_objective(experiment), batches, experiment.training, compute, seed=experiment.seed
+    ):
         if result.step == experiment.training.steps:
             break
     training_s = time.monotonic() - begin

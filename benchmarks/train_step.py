@@ -27,7 +27,7 @@ from pipeline.batches import Batch, Prefetch
 from pipeline.config import Experiment, load_experiment
 from pipeline.device import AUTOCAST, Compute
 from pipeline.images import to_float
-from pipeline.models import build_diffusion, build_model, num_parameters
+from pipeline.models import build_diffusion, build_model, build_objective, num_parameters
 from pipeline.randomness import training_draws
 from pipeline.training import Learner, fit
 
@@ -53,7 +53,7 @@ def our_training(
     steps = fit(
         learner,
         model,
-        build_diffusion(experiment),
+        build_objective(experiment),
         batches,
         experiment.training,
         compute,

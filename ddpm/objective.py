@@ -41,6 +41,11 @@ class Objective:
         _check(diffusion, self.kind, gamma)
         self._unclipped = replace(diffusion, clip_x0=False)
 
+    @property
+    def num_timesteps(self) -> int:
+        """T: t is drawn from 0 .. T - 1."""
+        return self.diffusion.num_timesteps
+
     def __call__(self, model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """The loss of each example [B]."""
         x_t = self.diffusion.q_sample(x0, t, eps)

@@ -24,6 +24,7 @@ from pipeline.images import to_float
 from pipeline.randomness import image_generators
 from pipeline.shards import Dataset
 from pipeline.tensor_file import Arrays
+from pipeline.vae import Vae, elbo
 
 Array = npt.NDArray[np.float64]
 
@@ -134,16 +135,37 @@ class Likelihood:
         return Bound(prior, terms[:, 1:].sum(axis=1), terms[:, 0], Curve.of(terms), Curve.of(x0_mse))
 
 
+@dataclass(frozen=True)
+class VaeLikelihood:
+    """A VAE, ready to measure images: its rate stands as the prior, its distortion as the decoder, and there are no steps between."""
+
+    model: Vae
+    compute: Compute
+
+    @torch.no_grad()
+    def bound(self, dataset: ImageSet, rows: Rows, seed: int) -> Bound:
+        """Return the bound of some rows of a dataset, with one draw of the code for each image."""
+        self.model.eval()
+        x0 = self.compute.send(to_float(torch.from_numpy(dataset.read(rows))))
+        generators = [image_generators(seed, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
+        noise = self.compute.send(torch.stack([torch.randn(self.model.latent_dim, generator=g) for g in generators]))
+        found, image = elbo(self.model, x0, noise), self.model(x0, noise)[0]
+        error = (image - x0).square().flatten(1).mean(1)
+        rate, distortion, x0_mse = (part.double().cpu().numpy() for part in (found.rate, found.distortion, error))
+        return Bound(rate, np.zeros_like(rate), distortion, Curve.of(distortion[:, None]), Curve.of(x0_mse[:, None]))
+
+
 class BoundTask:
     """The bound of a dataset's rows, one chunk at a time, in any worker; `indices` are places in `rows`."""
 
-    def __init__(self, likelihood: Likelihood, dataset: Dataset, rows: Rows, seed: int) -> None:
+    def __init__(self, likelihood: Likelihood | VaeLikelihood, dataset: Dataset, rows: Rows, seed: int) -> None:
         self._likelihood, self._place, self._rows, self._seed = likelihood, dataset.place, rows, seed
         self._dataset: Dataset | None = None
 
     def start(self, here: Compute) -> None:
         """Move the network to this worker's device, and open the dataset."""
-        self._likelihood = replace(self._likelihood, model=here.place(self._likelihood.model), compute=here)
+        here.place(self._likelihood.model)  # moves the network itself
+        self._likelihood = replace(self._likelihood, compute=here)
         self._dataset = Dataset.open(*self._place)
 
     def __call__(self, indices: range) -> Arrays:

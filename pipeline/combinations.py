@@ -6,19 +6,26 @@ from ddpm import GaussianDiffusion, few_steps_warning, timestep_subset
 from pipeline.config import Experiment, ModelConfig, SamplingConfig, TrainingConfig
 from pipeline.errors import UsageError
 from pipeline.labels import BALANCED, NONE
-from pipeline.models import build_diffusion, build_objective
+from pipeline.models import build_diffusion, build_objective, has_process
+from pipeline.yaml_files import Section
 
 
 def check_training(experiment: Experiment) -> tuple[str, ...]:
     """Refuse what cannot be trained or sampled as asked (UsageError); return warnings of what may disappoint."""
+    build_objective(experiment)
+    if not has_process(experiment):
+        _check_no_process(experiment)
+        return ()
     diffusion = build_diffusion(experiment)
-    build_objective(experiment, diffusion)
     _check_unread_settings(experiment.training, experiment.model)
     return (*diffusion.schedule.warnings, *check_sampling(experiment, experiment.sampling))
 
 
 def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[str, ...]:
     """Refuse what a model of this experiment cannot be sampled by (UsageError); return warnings of what may disappoint."""
+    if not has_process(experiment):
+        _refuse_changed("sampling", sampling, {"batch_size"}, "a vae draws an image in one call")
+        return ()
     diffusion = build_diffusion(experiment)
     steps = sampling.num_steps(diffusion.num_timesteps)
     _check_labels(experiment, sampling)
@@ -26,6 +33,22 @@ def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[st
     if sampling.sampler == "ancestral" and (warning := few_steps_warning(diffusion, steps)):
         return (warning,)
     return ()
+
+
+def _check_no_process(experiment: Experiment) -> None:
+    """A vae reads nothing of diffusion: settings that say how are to be left out, not ignored."""
+    _refuse_changed("diffusion", experiment.diffusion, set(), "a vae has no diffusion process")
+    of_process = {"objective", "min_snr_gamma", "timestep_sampling", "label_dropout"}
+    read = set(TrainingConfig.model_fields) - of_process
+    _refuse_changed("training", experiment.training, read, "a vae is trained by its own bound")
+    check_sampling(experiment, experiment.sampling)
+
+
+def _refuse_changed(name: str, section: Section, read: set[str], why: str) -> None:
+    default = type(section)()
+    for key in type(section).model_fields.keys() - read:
+        if getattr(section, key) != getattr(default, key):
+            raise UsageError(f"{name}.{key}: got {getattr(section, key)!r}, but {why}; leave it out")
 
 
 def _check_unread_settings(training: TrainingConfig, model: ModelConfig) -> None:

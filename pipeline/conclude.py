@@ -13,6 +13,7 @@ from pipeline.errors import DataError, RefusedError
 from pipeline.evaluate import ScoreRequest, evaluate_model, sample_metrics
 from pipeline.evaluation import Evaluation, record, write_evaluation
 from pipeline.generated import PREVIEW_IMAGES
+from pipeline.generation import Denoiser
 from pipeline.judge import find_judge
 from pipeline.motion import draw_strip
 from pipeline.pictures import save_grid
@@ -60,7 +61,11 @@ class Outcome:
             "next:",
             "  ddpm-pipe ui                              browse this run in MLflow's pages",
             f"  ddpm-pipe sample {self.run_id} -n 16          more images",
-            f"  ddpm-pipe evaluate {self.run_id} --steps 100  another sampler setting, scored",
+            *(
+                [f"  ddpm-pipe evaluate {self.run_id} --steps 100  another sampler setting, scored"]
+                if "strip" in self.pictures
+                else []
+            ),
             f"  ddpm-pipe resume {self.run_id} -s training.steps={2 * self.step}",
         ]
         return "\n".join(lines)
@@ -70,17 +75,19 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
     request = ScoreRequest()
     trained, compute = load_trained(run, request, profile)
-    denoiser = generator_for(trained, request, compute)
+    generator = generator_for(trained, request, compute)
     found, skipped = _evaluate(run, trained, compute, request, profile, console)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
-    pictures = {"samples": folder / "samples.png", "strip": folder / "denoising.png"}
+    pictures = {"samples": folder / "samples.png"}
     if found is None or found.scored is None:
-        images, _ = workshop_of(run, trained, profile, console).images(denoiser, PREVIEW_IMAGES)
+        images, _ = workshop_of(run, trained, profile, console).images(generator, PREVIEW_IMAGES)
     else:
         images = found.scored.preview
     save_grid(images, pictures["samples"])
-    draw_strip(denoiser, pictures["strip"])
+    if isinstance(generator, Denoiser):  # others draw an image in one step, which leaves no way to look at
+        pictures["strip"] = folder / "denoising.png"
+        draw_strip(generator, pictures["strip"])
     tracker = Tracker(run.folder, settings)
     summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
     run.update(summary={**run.state().summary, **summary})

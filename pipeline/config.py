@@ -44,6 +44,7 @@ ADDED_LATER: dict[str, Any] = {
     "model.freq_shift": 1,
     "model.downsample_padding": 0,
     "model.class_conditional": False,
+    "model.latent_dim": 16,
     "diffusion.zero_terminal_snr": False,
     "diffusion.betas": None,
     "training.objective": "simple",

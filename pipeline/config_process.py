@@ -17,8 +17,26 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
+# the settings that each kind of network of this package reads
+_SHARED = {"channels", "channel_multipliers", "norm_groups"}
+_READ_BY = {
+    "unet": _SHARED
+    | {
+        "num_res_blocks",
+        "attention_resolutions",
+        "num_heads",
+        "head_channels",
+        "dropout",
+        "norm_eps",
+        "scale_shift_norm",
+    }
+    | {"flip_sin_to_cos", "freq_shift", "downsample_padding", "class_conditional"},
+    "vae": _SHARED | {"latent_dim"},
+}
+
+
 class ModelConfig(Section):
-    """The network: the paper's U-Net, or `package.module:Class` called with `arguments`.
+    """The network: the paper's U-Net, `package.module:Class` called with `arguments`, or `vae`, the model to compare with.
 
     The defaults are the U-Net of Ho et al. That of Nichol & Dhariwal has num_heads 4, scale_shift_norm, norm_eps 1e-5, flip_sin_to_cos,
     freq_shift 0 and downsample_padding 1. `head_channels`, where given, decides the number of heads instead of `num_heads`.
@@ -39,28 +57,36 @@ class ModelConfig(Section):
     freq_shift: Literal[0, 1] = 1
     downsample_padding: Literal[0, 1] = 0
     class_conditional: bool = False
+    latent_dim: PositiveInt = 16
     arguments: dict[str, Any] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_kind(self) -> ModelConfig:
         if self.head_channels is not None and self.num_heads != 1:
             raise ValueError("num_heads and head_channels both say how many heads there are; give one of them")
-        if self.type == "unet":
+        if self.type in _READ_BY:
             if self.arguments:
-                raise ValueError("'arguments' belong to a network of your own; with type 'unet' set its keys directly")
+                raise ValueError(
+                    f"'arguments' belong to a network of your own; with type {self.type!r} set its keys directly"
+                )
+            self._refuse_unread(_READ_BY[self.type], "leave them out")
             return self
         module, colon, name = self.type.partition(":")
         parts = module.split(".")
         if not colon or not name.isidentifier() or not all(part.isidentifier() for part in parts):
-            raise ValueError(f"type: got {self.type!r}; expected 'unet' or 'package.module:Class'")
-        fields = type(self).model_fields
-        anyones = {"type", "arguments", "class_conditional"}
-        unet_only = sorted(k for k in fields.keys() - anyones if getattr(self, k) != fields[k].default)
-        if unet_only:
-            raise ValueError(
-                f"{', '.join(unet_only)} belong to type 'unet'; give {self.type} its settings under 'arguments'"
-            )
+            raise ValueError(f"type: got {self.type!r}; expected 'unet', 'vae' or 'package.module:Class'")
+        self._refuse_unread({"class_conditional"}, f"give {self.type} its settings under 'arguments'")
         return self
+
+    def _refuse_unread(self, read: set[str], what_to_do: str) -> None:
+        """Refuse settings that this type of network would not read."""
+        fields = type(self).model_fields
+        unread = sorted(
+            k for k in fields.keys() - read - {"type", "arguments"} if getattr(self, k) != fields[k].default
+        )
+        if unread:
+            owner = next((kind for kind, keys in _READ_BY.items() if set(unread) <= keys), "unet")
+            raise ValueError(f"{', '.join(unread)} belong to type {owner!r}; {what_to_do}")
 
 
 class DiffusionConfig(Section):

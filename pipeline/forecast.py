@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.console import duration, size
+from pipeline.models import has_process
 from pipeline.plan import Plan
 from pipeline.scaling import (
     CPU_NETWORK,
@@ -129,6 +130,8 @@ def _sampling_s(plan: Plan, probe: Probe) -> float:
     if not experiment.evaluation.enabled:
         return 0.0
     images = min(experiment.evaluation.num_images, plan.num_rows or experiment.evaluation.num_images)
+    if not has_process(experiment):
+        return images * probe.image_s * FORWARD_SHARE / plan.num_workers
     guided = 2 if experiment.sampling.guidance_scale != 1 else 1
     calls = images * experiment.sampling.num_steps(experiment.diffusion.num_timesteps) * guided
     return calls * probe.image_s * FORWARD_SHARE / plan.num_workers

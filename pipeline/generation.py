@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -10,18 +11,43 @@ from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion, Model, ancestral, conditioned, ddim, dpm_solver, guided, timestep_subset
 from pipeline.chunks import chunks_of
-from pipeline.config import SamplingConfig
+from pipeline.config import Experiment, SamplingConfig
 from pipeline.device import Compute
 from pipeline.images import to_uint8
 from pipeline.labels import ClassNames, class_name, labels_of
 from pipeline.metric_identity import Generation
+from pipeline.models import build_diffusion
 from pipeline.randomness import image_generators
+from pipeline.vae import Vae
 
 Shape = tuple[int, int, int]
 
 
+class ByChunk(ABC):
+    """What generates images by canonical chunk, whatever kind of model it has."""
+
+    sampling: SamplingConfig
+
+    @property
+    def chunk_size(self) -> int:
+        """Images that the network sees at once."""
+        return self.sampling.batch_size
+
+    @abstractmethod
+    def images(self, indices: range) -> Tensor:
+        """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
+
+    def generate(self, num_images: int) -> Iterator[Tensor]:
+        """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time.
+
+        The network sees whole chunks only, so that image i is the same bytes however many are asked for.
+        """
+        for indices in chunks_of(num_images, self.chunk_size):
+            yield self.images(indices)[: num_images - indices.start]
+
+
 @dataclass(frozen=True)
-class Denoiser:
+class Denoiser(ByChunk):
     """A network with its process, and how it turns noise into images of a shape (C, H, W)."""
 
     diffusion: GaussianDiffusion
@@ -60,19 +86,6 @@ class Denoiser:
         none = torch.full_like(labels, len(self.class_names))
         return guided(conditioned(self.model, labels), conditioned(self.model, none), self.sampling.guidance_scale)
 
-    def generate(self, num_images: int) -> Iterator[Tensor]:
-        """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time.
-
-        The network sees whole chunks only, so that image i is the same bytes however many are asked for.
-        """
-        for indices in chunks_of(num_images, self.sampling.batch_size):
-            yield self.images(indices)[: num_images - indices.start]
-
-    @property
-    def chunk_size(self) -> int:
-        """Images that the network sees at once."""
-        return self.sampling.batch_size
-
     def images(self, indices: range) -> Tensor:
         """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
         x = torch.empty(0)
@@ -98,3 +111,45 @@ class Denoiser:
             guidance_scale=sampling.guidance_scale,
             labels=class_name(sampling.labels, self.class_names) if self.class_names else "",
         )
+
+
+@dataclass(frozen=True)
+class VaeSampler(ByChunk):
+    """A VAE's decoder: image i is the mean of p(x | z) for the i-th code z ~ N(0, I)."""
+
+    model: Vae
+    sampling: SamplingConfig  # of which it reads the chunk alone
+    seed: int
+    compute: Compute
+
+    @torch.no_grad()
+    def images(self, indices: range) -> Tensor:
+        """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
+        self.model.eval()
+        codes = [torch.randn(self.model.latent_dim, generator=g) for g in image_generators(self.seed, indices)]
+        return to_uint8(self.model.decode(self.compute.send(torch.stack(codes)))).cpu()
+
+    def on(self, compute: Compute) -> VaeSampler:
+        """Return this with its network moved to another device."""
+        model = compute.place(self.model)
+        assert isinstance(model, Vae)
+        return replace(self, model=model, compute=compute)
+
+    def identity(self, weights: str) -> Generation:
+        """Return what, with the checkpoint, makes the images these."""
+        return Generation(sampler="vae", steps=1, spacing="", weights=weights, seed=self.seed, chunk=self.chunk_size)
+
+
+def generator_of(
+    experiment: Experiment,
+    model: nn.Module,
+    shape: Shape,
+    sampling: SamplingConfig,
+    seed: int,
+    compute: Compute,
+    class_names: ClassNames = (),
+) -> Denoiser | VaeSampler:
+    """Return what generates images of a shape (C, H, W) from the network of an experiment."""
+    if isinstance(model, Vae):
+        return VaeSampler(model, sampling, seed, compute)
+    return Denoiser(build_diffusion(experiment), model, shape, sampling, seed, compute, class_names)

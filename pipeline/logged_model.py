@@ -36,7 +36,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         import torch
 
         from pipeline.device import serving_compute
-        from pipeline.generation import Denoiser
+        from pipeline.generation import generator_of
 
         n = int(model_input["n"].iloc[0])
         if not 1 <= n <= MAX_IMAGES:
@@ -48,10 +48,10 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         compute = serving_compute()
         compute.place(trained.model)
         seed = int(options.get("seed", 0))
-        denoiser = Denoiser(
-            trained.diffusion, trained.model, trained.shape, sampling, seed, compute, trained.class_names
+        generator = generator_of(
+            trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names
         )
-        return torch.cat(list(denoiser.generate(n))).permute(0, 2, 3, 1).numpy()
+        return torch.cat(list(generator.generate(n))).permute(0, 2, 3, 1).numpy()
 
 
 mlflow.models.set_model(LoggedDDPM())

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import torch
 
-from pipeline.bound import Bound, BoundTask, Likelihood, join, rows_to_measure
+from pipeline.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.bound_report import Measured
 from pipeline.chunks import ChunkStore, compute
 from pipeline.cluster_profile import Profile
@@ -23,6 +23,7 @@ from pipeline.remote import is_remote
 from pipeline.runs import Run
 from pipeline.shards import Dataset
 from pipeline.trained import Trained, profile_of
+from pipeline.vae import Vae
 
 METRIC = "bits_per_dim"
 
@@ -48,7 +49,6 @@ def measure_bound(
     dataset = _dataset_of(run, trained.experiment, split, console)
     rows = rows_to_measure(dataset, num_images, progress_on(console))
     chunk = trained.experiment.sampling.batch_size
-    process = trained.diffusion
     identity = BoundIdentity(
         metric=METRIC,
         dataset=dataset.manifest.fingerprint,
@@ -56,11 +56,15 @@ def measure_bound(
         num_images=len(rows),
         of_images=dataset.manifest.num_rows,
         weights=trained.weights,
-        process=f"T = {process.num_timesteps}, x0 {'clipped' if process.clip_x0 else 'not clipped'}",
+        process=_process(trained),
         seed=seed,
         chunk=chunk,
     )
-    likelihood = Likelihood(process, trained.model, bool(trained.class_names), here)
+    likelihood: Likelihood | VaeLikelihood
+    if isinstance(trained.model, Vae):
+        likelihood = VaeLikelihood(trained.model, here)
+    else:
+        likelihood = Likelihood(trained.diffusion, trained.model, bool(trained.class_names), here)
     task = BoundTask(likelihood, dataset, rows, seed)
     kept = {
         "format": _FORMAT,
@@ -74,6 +78,13 @@ def measure_bound(
     return Measured(
         join(map(Bound.from_arrays, compute(task, len(rows), chunk, store, runner_of(profile), rate))), identity
     )
+
+
+def _process(trained: Trained) -> str:
+    if isinstance(trained.model, Vae):
+        return "vae: prior is the rate of the code, decoder the pixels given the code"
+    process = trained.diffusion
+    return f"T = {process.num_timesteps}, x0 {'clipped' if process.clip_x0 else 'not clipped'}"
 
 
 def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Console) -> Dataset:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import importlib
 import sys
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm import (
     BetaSchedule,
@@ -18,12 +18,33 @@ from ddpm import (
 from pipeline.config import Experiment
 from pipeline.errors import UsageError, nearest
 from pipeline.randomness import seed_of
+from pipeline.vae import Vae, VaeObjective
 
 Shape = tuple[int, int, int]
 
 
+class Loss(Protocol):
+    """What training minimises: for images x0 and noise eps [B,C,H,W] and t [B] in 0 .. num_timesteps - 1, the loss of each [B]."""
+
+    @property
+    def num_timesteps(self) -> int:
+        """From how many t is drawn; 1 for a model that knows no t."""
+
+    def __call__(self, model: Any, x0: Tensor, t: Tensor, eps: Tensor, /) -> Tensor:
+        """Return the losses [B], with gradients."""
+
+
+def has_process(experiment: Experiment) -> bool:
+    """Whether an experiment's model is a diffusion model, and not the autoencoder that they are compared with."""
+    return experiment.model.type != "vae"
+
+
 def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
-    """Return the diffusion process of an experiment; UsageError where the process refuses the settings."""
+    """Return the diffusion process of an experiment; UsageError where there is none, or it refuses the settings."""
+    if not has_process(experiment):
+        raise UsageError(
+            "a vae has no diffusion process; this needs a diffusion model, such as one of model.type 'unet'"
+        )
     settings = experiment.diffusion
     try:
         if settings.betas is not None:
@@ -42,11 +63,13 @@ def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
         raise UsageError(f"diffusion: {error}") from None
 
 
-def build_objective(experiment: Experiment, diffusion: GaussianDiffusion) -> Objective:
+def build_objective(experiment: Experiment) -> Loss:
     """Return what training minimises; UsageError where that makes no sense for the process."""
+    if not has_process(experiment):
+        return VaeObjective()
     settings = experiment.training
     try:
-        return Objective(diffusion, settings.objective, gamma=settings.min_snr_gamma)
+        return Objective(build_diffusion(experiment), settings.objective, gamma=settings.min_snr_gamma)
     except ValueError as error:
         raise UsageError(f"training: {error}") from None
 
@@ -59,9 +82,11 @@ def build_model(
     `num_classes` is asked for by class-conditional ones. With device "meta" nothing is allocated: for counting parameters.
     UsageError where the network cannot be built.
     """
-    out_channels = build_diffusion(experiment).output_channels(shape[0])
+    out_channels = build_diffusion(experiment).output_channels(shape[0]) if has_process(experiment) else shape[0]
     torch.manual_seed(seed_of("weights", experiment.seed))
     with torch.device(device):
+        if experiment.model.type == "vae":
+            return _vae(experiment, shape)
         if experiment.model.type == "unet":
             return _unet(experiment, shape, out_channels, num_classes)
         return _own_network(experiment)
@@ -96,6 +121,20 @@ def _unet(experiment: Experiment, shape: Shape, out_channels: int, num_classes: 
             flip_sin_to_cos=settings.flip_sin_to_cos,
             freq_shift=settings.freq_shift,
             downsample_padding=settings.downsample_padding,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
+
+
+def _vae(experiment: Experiment, shape: Shape) -> nn.Module:
+    settings = experiment.model
+    try:
+        return Vae(
+            shape,
+            channels=settings.channels,
+            channel_multipliers=settings.channel_multipliers,
+            latent_dim=settings.latent_dim,
+            norm_groups=settings.norm_groups,
         )
     except ValueError as error:
         raise UsageError(f"model: {error}") from None

@@ -23,7 +23,7 @@ from pipeline.batches import Batch
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment
 from pipeline.device import Compute, sampling_compute, training_compute
-from pipeline.models import Shape, build_diffusion, build_model
+from pipeline.models import Shape, build_model, build_objective
 from pipeline.randomness import training_draws
 from pipeline.scaling import BUCKET_BYTES
 from pipeline.team import Team
@@ -111,8 +111,8 @@ class _Steps:
         self._experiment, self._shape, self._compute, self._team = experiment, shape, compute, team
         self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
         model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
-        self._diffusion = build_diffusion(experiment)
-        self.learner = Learner.create(model, experiment.training, self._diffusion.num_timesteps, compute)
+        self._objective = build_objective(experiment)
+        self.learner = Learner.create(model, experiment.training, self._objective.num_timesteps, compute)
         self._network = model
 
     def share_gradients(self) -> None:
@@ -127,7 +127,7 @@ class _Steps:
         steps = fit(
             self.learner,
             self._network,
-            self._diffusion,
+            self._objective,
             self._batches(batch),
             self._experiment.training,
             self._compute,

@@ -27,12 +27,13 @@ def _row(run: Run) -> dict[str, Any]:
         key, _, value = override.partition("=")
         total = int(value) if key == "training.steps" else total
     metric = headline(state.summary)
+    is_vae = _setting(settings, "model", "type") == "vae"
     return {
         "id": run.id,
         "name": record.name,
         "dataset": record.dataset.get("name") or Path(str(record.dataset.get("path", ""))).name,
-        "schedule": _setting(settings, "diffusion", "schedule"),
-        "T": _setting(settings, "diffusion", "num_timesteps"),
+        "schedule": None if is_vae else _setting(settings, "diffusion", "schedule"),
+        "T": None if is_vae else _setting(settings, "diffusion", "num_timesteps"),
         "steps": f"{state.step}/{total}",
         "step": state.step,
         "total_steps": total,

@@ -21,7 +21,7 @@ from pipeline.console import Console
 from pipeline.device import Compute, sampling_compute
 from pipeline.errors import StorageError, UsageError
 from pipeline.generated import Workshop, digest
-from pipeline.generation import Denoiser
+from pipeline.generation import Denoiser, VaeSampler, generator_of
 from pipeline.labels import class_name
 from pipeline.models import Shape
 from pipeline.pictures import save_grid
@@ -75,23 +75,33 @@ class Samples:
 
     images: Tensor  # uint8 [n, C, H, W]
     trained: Trained
-    denoiser: Denoiser
+    generator: Denoiser | VaeSampler
     store: ChunkStore
 
     def identity(self) -> dict[str, Any]:
         """Return what makes these images these: equal identities give equal bytes on equal machines."""
-        return identity_of(self.trained, self.denoiser, len(self.images))
+        return identity_of(self.trained, self.generator, len(self.images))
 
 
-def identity_of(trained: Trained, denoiser: Denoiser, num_images: int) -> dict[str, Any]:
+def identity_of(trained: Trained, generator: Denoiser | VaeSampler, num_images: int) -> dict[str, Any]:
     """Return what makes so many images of a model these, as plain data."""
-    return {"checkpoint_step": trained.step, **asdict(denoiser.identity(trained.weights)), "num_images": num_images}
+    return {"checkpoint_step": trained.step, **asdict(generator.identity(trained.weights)), "num_images": num_images}
 
 
-def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
+def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser | VaeSampler]:
     """Load a run's model into this process, ready to generate as asked."""
     trained, compute = load_trained(run, request, profile)
     return trained, generator_for(trained, request, compute)
+
+
+def load_denoiser(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
+    """Load a run's diffusion model; UsageError for a model that draws an image in one call, which leaves no way to look at."""
+    trained, generator = load(run, request, profile)
+    if not isinstance(generator, Denoiser):
+        raise UsageError(
+            f"run {run.id} is a {trained.experiment.model.type}: it draws an image in one call, with no way from noise to image"
+        )
+    return trained, generator
 
 
 def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Compute]:
@@ -103,19 +113,19 @@ def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Tr
     return trained, compute
 
 
-def generator_for(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser:
+def generator_for(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser | VaeSampler:
     """Return what generates images as asked from a model that is loaded."""
     sampling, seed = request.settings(trained.experiment)
     if trained.class_names:
         class_name(sampling.labels, trained.class_names)  # refused before anything is generated
-    return Denoiser(trained.diffusion, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
+    return generator_of(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 
 
 def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
     """Generate images from a run's checkpoint over the profile's workers, with progress."""
-    trained, denoiser = load(run, request, profile)
-    images, store = workshop_of(run, trained, profile, console).images(denoiser, request.num_images)
-    return Samples(torch.from_numpy(images), trained, denoiser, store)
+    trained, generator = load(run, request, profile)
+    images, store = workshop_of(run, trained, profile, console).images(generator, request.num_images)
+    return Samples(torch.from_numpy(images), trained, generator, store)
 
 
 def workshop_of(run: Run, trained: Trained, profile: Profile, console: Console) -> Workshop:

@@ -13,7 +13,7 @@ from pipeline.errors import UsageError
 from pipeline.labels import NONE
 from pipeline.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end
 from pipeline.runs import Run
-from pipeline.sample import SampleRequest, identity_of, load, new_folder, write_about
+from pipeline.sample import SampleRequest, identity_of, load_denoiser, new_folder, write_about
 from pipeline.shards import Dataset
 from pipeline.trained import experiment_of
 
@@ -30,7 +30,7 @@ def check_picture(request: SampleRequest) -> None:
 
 def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Picture, out: Path) -> Written:
     """Draw how a run's images come out of noise; return their identity and the paths written."""
-    trained, denoiser = load(run, request, profile)
+    trained, denoiser = load_denoiser(run, request, profile)
     with new_folder(out):
         path = out / f"denoising.{'png' if form == 'strip' else 'gif'}"
         draw = draw_strip if form == "strip" else draw_animation
@@ -58,7 +58,7 @@ def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tu
     """Draw the way between two images, rows of the run's dataset or files; return what it is and the paths written."""
     dataset = Dataset.open(run.record.dataset["path"])
     given = torch.stack([read_end(end, dataset) for end in ends])
-    trained, denoiser = load(run, request, profile)
+    trained, denoiser = load_denoiser(run, request, profile)
     passage = interpolate(denoiser, given, request.num_images)
     with new_folder(out):
         path = out / "interpolation.png"

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline import checkpoint as checkpoints
 from pipeline.config import Experiment
+from pipeline.models import has_process
 from pipeline.runs import Run, RunStatus
 from pipeline.sweep_ledger import Entry, Status
 from pipeline.trained import experiment_of
@@ -82,8 +83,9 @@ def _calls(identity: Mapping[str, Any]) -> int:
 def _as_asked(identity: Mapping[str, Any], experiment: Experiment) -> bool:
     """Whether a value is of images made as the experiment itself samples."""
     generation, sampling = identity["generation"], experiment.sampling
-    return bool(
-        generation["steps"] == sampling.num_steps(experiment.diffusion.num_timesteps)
-        and generation["sampler"] == sampling.sampler
-        and generation["seed"] == experiment.seed
+    made = (
+        (sampling.sampler, sampling.num_steps(experiment.diffusion.num_timesteps))
+        if has_process(experiment)
+        else ("vae", 1)
     )
+    return (generation["sampler"], generation["steps"], generation["seed"]) == (*made, experiment.seed)

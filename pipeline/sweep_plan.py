@@ -12,7 +12,7 @@ from pipeline.cluster_profile import Profile, Resources
 from pipeline.config import Experiment
 from pipeline.console import size
 from pipeline.errors import UsageError
-from pipeline.models import build_diffusion
+from pipeline.models import build_diffusion, has_process
 from pipeline.plan import Plan, choose_workers, make_plan
 from pipeline.sweep_config import Sweep, trial_experiment
 from pipeline.sweep_points import Checked, check, title
@@ -90,7 +90,7 @@ def make_sweep_plan(asked: Request, data: str, num_rows: int | None, shape: tupl
     def test(experiment: Experiment) -> Sequence[str]:
         make_plan(experiment, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
         require_equal_calls(sweep, base, experiment)
-        return build_diffusion(experiment).schedule.warnings
+        return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
 
     checked = Checked([], [], {}) if sweep.search == "tpe" else check(sweep, base, test)
     if not checked.points and sweep.search != "tpe":

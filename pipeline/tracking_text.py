@@ -28,8 +28,9 @@ def _opening(record: RunRecord) -> str:
     if record.imported_from:
         return f"**{record.name}**: a denoising diffusion model that was trained elsewhere, imported from `{record.imported_from}`."
     training = record.experiment.get("training", {})
+    kind = "variational autoencoder" if _is_vae(record) else "denoising diffusion model"
     return (
-        f"**{record.name}**: a denoising diffusion model of the images of `{_dataset(record)}`, "
+        f"**{record.name}**: a {kind} of the images of `{_dataset(record)}`, "
         f"{_get(training, 'steps')} steps at a batch of {_get(training, 'batch_size')}."
     )
 
@@ -42,6 +43,8 @@ def _settings(record: RunRecord) -> str:
     if network == "unet":
         multipliers = ", ".join(str(m) for m in model.get("channel_multipliers", []))
         network = f"U-Net, {_get(model, 'channels')} channels x ({multipliers}), dropout {_get(model, 'dropout')}"
+    if _is_vae(record):
+        network = f"VAE, {_get(model, 'channels')} channels, a code of {_get(model, 'latent_dim')} numbers"
     rows = {
         "dataset": f"`{_dataset(record)}`, fingerprint `{str(record.dataset.get('fingerprint', ''))[:16]}`",
         "network": network,
@@ -51,7 +54,13 @@ def _settings(record: RunRecord) -> str:
         f"{_get(training, 'precision')}, seed {_get(record.experiment, 'seed')}",
         "sampling": f"{_get(sampling, 'sampler')}, {_get(sampling, 'steps')} steps",
     }
+    if _is_vae(record):
+        rows = {name: text for name, text in rows.items() if name not in ("schedule", "predicts", "sampling")}
     return _table(("setting", "value"), rows)
+
+
+def _is_vae(record: RunRecord) -> bool:
+    return _get(record.experiment.get("model", {}), "type") == "vae"
 
 
 def _results(summary: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +30,20 @@ WEIGHTS_FILE = "weights.safetensors"
 
 @dataclass(frozen=True)
 class Trained:
-    """A network in eval mode with its process, and where it comes from."""
+    """A network in eval mode, what it was trained for, and where it comes from."""
 
     model: nn.Module
-    diffusion: GaussianDiffusion
     experiment: Experiment
     shape: Shape  # (C, H, W)
     step: int
     weights: str  # "ema", "ema:0.999", "raw", "posthoc:0.1"
     training_s: float
     class_names: ClassNames = ()  # of a class-conditional network
+
+    @cached_property
+    def diffusion(self) -> GaussianDiffusion:
+        """The process that the network reverses; UsageError where the model has none."""
+        return build_diffusion(self.experiment)
 
     @classmethod
     def from_run(cls, run: Run, step: int | None = None, weights: str = "ema") -> Trained:
@@ -65,7 +70,6 @@ class Trained:
         model.load_state_dict(tensors | averaged)
         return cls(
             model=model.eval(),
-            diffusion=build_diffusion(experiment),
             experiment=experiment,
             shape=shape,
             step=at,
@@ -89,7 +93,6 @@ class Trained:
         model.load_state_dict(tensors)
         return cls(
             model.eval(),
-            build_diffusion(experiment),
             experiment,
             shape,
             about["step"],

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import (
-    GaussianDiffusion,
     LossAwareTimesteps,
-    Objective,
     TimestepSampler,
     UniformTimesteps,
     WeightAverage,
@@ -24,6 +22,7 @@ from pipeline.batches import Batch, PlacedBatch
 from pipeline.config import TrainingConfig
 from pipeline.device import Compute, LossScaler
 from pipeline.errors import DivergedError
+from pipeline.models import Loss
 from pipeline.randomness import seed_dropout
 
 LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left to gain
@@ -136,7 +135,7 @@ def learning_rate_at(step: int, settings: TrainingConfig) -> float:
 def fit(
     learner: Learner,
     network: nn.Module,
-    diffusion: GaussianDiffusion,
+    objective: Loss,
     batches: Iterable[Batch],
     settings: TrainingConfig,
     compute: Compute,
@@ -154,7 +153,6 @@ def fit(
     With a `null_class` the network is told the labels, some of them dropped. `everyones` returns the rows of all workers from the rows
     of this one, in one order for all: loss-aware timesteps remember the losses of them all.
     """
-    objective = Objective(diffusion, settings.objective, gamma=settings.min_snr_gamma)
     result: StepResult | None = None
     for batch in batches:
         rate = learning_rate_at(learner.step, settings)
@@ -191,7 +189,7 @@ def _remember(timesteps: LossAwareTimesteps, rows: Tensor) -> None:
 def _backward(
     learner: Learner,
     network: nn.Module,
-    objective: Objective,
+    objective: Loss,
     images: PlacedBatch,
     micro_batch_size: int | None,
     compute: Compute,

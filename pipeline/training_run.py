@@ -19,7 +19,7 @@ from pipeline.errors import CheckpointError, DataError, InterruptedRunError, Usa
 from pipeline.ingest import IngestOptions, availability, ensure_ingested
 from pipeline.job import Job
 from pipeline.labels import class_name, class_names_of
-from pipeline.models import allow_modules_in, build_diffusion
+from pipeline.models import allow_modules_in, build_diffusion, has_process
 from pipeline.plan import Plan, choose_workers, make_plan
 from pipeline.run_checkpoints import RunCheckpoints
 from pipeline.runs import Run, RunStatus
@@ -213,9 +213,8 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         tags={
             **({} if trial is None else trial.tags),
             "dataset": manifest.name,
-            "schedule": experiment.diffusion.schedule,
-            "num_timesteps": str(experiment.diffusion.num_timesteps),
-            **({"degenerate_schedule": "true"} if build_diffusion(experiment).schedule.is_degenerate else {}),
+            "model": experiment.model.type,
+            **_process_tags(experiment),
             "profile": checked.profile.name,
             "num_workers": str(checked.num_workers),
             "code_version": run.record.code_version,
@@ -226,7 +225,7 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         dataset=TrackedDataset(manifest.name, manifest.fingerprint, dataset.location),
     )
     picture = run.folder / "pictures" / "schedule.png"
-    if not picture.exists():  # a resumed run has it
+    if has_process(experiment) and not picture.exists():  # a resumed run has it
         picture.parent.mkdir(exist_ok=True)
         draw_schedules([build_diffusion(experiment).schedule], *example_of(dataset), picture)
         tracker.artifact(picture, "pictures")
@@ -234,6 +233,15 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         yield
     finally:
         tracker.close(timeout=10.0)
+
+
+def _process_tags(experiment: Experiment) -> dict[str, str]:
+    """Return what a search for runs may ask of their process; nothing where there is none."""
+    if not has_process(experiment):
+        return {}
+    settings = experiment.diffusion
+    degenerate = {"degenerate_schedule": "true"} if build_diffusion(experiment).schedule.is_degenerate else {}
+    return {"schedule": settings.schedule, "num_timesteps": str(settings.num_timesteps), **degenerate}
 
 
 def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:

@@ -20,10 +20,10 @@ from pipeline.config import Experiment, experiment_from
 from pipeline.device import Compute, training_compute
 from pipeline.early_kid import early_kid
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.generation import Denoiser
+from pipeline.generation import generator_of
 from pipeline.job import Job
 from pipeline.labels import class_names_of
-from pipeline.models import allow_modules_in, build_diffusion, build_model
+from pipeline.models import allow_modules_in, build_model, build_objective
 from pipeline.monitor import SystemMonitor
 from pipeline.order import Order, streams_of_worker
 from pipeline.pictures import save_grid
@@ -74,7 +74,7 @@ class LossMeter:
         """Return the means since the last report, and start again."""
         sums, counts = self.sums.cpu()
         metrics = {"loss": float(sums.sum() / counts.sum())}
-        for i in range(4):
+        for i in range(4 if self.num_timesteps > 1 else 0):
             if counts[i] > 0:
                 metrics[f"loss_t_quartile_{i + 1}"] = float(sums[i] / counts[i])
         self.sums = torch.zeros_like(self.sums)
@@ -93,12 +93,12 @@ class Worker:
         self.compute.start()
         allow_modules_in(job.code_folder)
         self.dataset = Dataset.open(job.dataset_folder, profile.cache)
-        self.diffusion = build_diffusion(self.experiment)
+        self.objective = build_objective(self.experiment)
         conditional = self.experiment.model.class_conditional
         self.class_names = class_names_of(self.dataset) if conditional else ()
         model = build_model(self.experiment, self.dataset.manifest.shape, num_classes=len(self.class_names))
         self.learner = self._new_learner(self.compute.place(model))
-        self.meter = LossMeter(self.experiment.diffusion.num_timesteps)
+        self.meter = LossMeter(self.objective.num_timesteps)
         self.elapsed_before_s = 0.0
         self.missed_saves = 0
         self.saved_step = -1
@@ -110,7 +110,7 @@ class Worker:
         self.rungs = list(job.allowance.rungs) if team.leads else []
 
     def _new_learner(self, model: nn.Module) -> Learner:
-        return Learner.create(model, self.experiment.training, self.diffusion.num_timesteps, self.compute)
+        return Learner.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
 
     def work(self) -> str:
         """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
@@ -152,7 +152,7 @@ class Worker:
             steps = fit(
                 self.learner,
                 network,
-                self.diffusion,
+                self.objective,
                 batches,
                 settings,
                 self.compute,
@@ -268,8 +268,8 @@ class Worker:
         sampling = self.experiment.sampling.model_copy(
             update={"batch_size": min(count, self.experiment.sampling.batch_size)}
         )
-        denoiser = Denoiser(
-            self.diffusion,
+        generator = generator_of(
+            self.experiment,
             self.sampling_model,
             self.dataset.manifest.shape,
             sampling,
@@ -277,7 +277,7 @@ class Worker:
             self.compute,
             self.class_names,
         )
-        return torch.cat(list(denoiser.generate(count)))
+        return torch.cat(list(generator.generate(count)))
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pipeline.config import experiment_from
-from pipeline.models import build_diffusion, build_model
+from pipeline.models import build_model
 from pipeline.trained import Trained
 
 TINY: dict[str, Any] = {
@@ -47,4 +47,4 @@ def made(shape: tuple[int, int, int] = (1, 8, 8), model: dict[str, Any] | None =
     network = build_model(experiment, shape, num_classes=3)
     randomise(network)
     names = ("a", "b", "c") if experiment.model.class_conditional else ()
-    return Trained(network.eval(), build_diffusion(experiment), experiment, shape, 7, "ema", 1.5, names)
+    return Trained(network.eval(), experiment, shape, 7, "ema", 1.5, names)

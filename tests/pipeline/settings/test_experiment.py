@@ -82,7 +82,7 @@ def test_overrides_win_over_the_file_and_data_over_both(written):
         ("training: {batch_size: 6, num_streams: 4}", "does not divide batch_size 6"),
         ("diffusion: {num_timesteps: 1}", "diffusion.num_timesteps: got 1"),
         ("diffusion: {num_timesteps: 10}\nsampling: {steps: 11}", "more than diffusion.num_timesteps 10"),
-        ("model: {type: os.system}", "expected 'unet' or 'package.module:Class'"),
+        ("model: {type: os.system}", "expected 'unet', 'vae' or 'package.module:Class'"),
         ("model: {arguments: {a: 1}}", "belong to a network of your own"),
         ("model: {type: 'a.b:C', channels: 3}", "belong to type 'unet'"),
         ("model: {channel_multipliers: []}", "model.channel_multipliers"),

@@ -15,7 +15,7 @@ import torch
 from pipeline.config import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
 from pipeline.device import Compute
 from pipeline.generation import Denoiser
-from pipeline.models import build_diffusion, build_model
+from pipeline.models import build_model
 from pipeline.runs import Run
 from pipeline.tracking import Tracker, TrackingSettings
 from pipeline.trained import Trained
@@ -48,7 +48,7 @@ class Own(torch.nn.Module):
 def trained(experiment: Experiment) -> Trained:
     torch.manual_seed(0)
     model = build_model(experiment, (1, 8, 8)).eval()
-    return Trained(model, build_diffusion(experiment), experiment, (1, 8, 8), 100, "ema", training_s=1.0)
+    return Trained(model, experiment, (1, 8, 8), 100, "ema", training_s=1.0)
 
 
 def log(run: Run, store: TrackingSettings, model: Trained) -> str:

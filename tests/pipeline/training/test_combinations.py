@@ -20,7 +20,7 @@ from pipeline.config import Experiment, experiment_from
 from pipeline.errors import UsageError
 from pipeline.generation import Denoiser
 from pipeline.images import to_float
-from pipeline.models import build_diffusion, build_model
+from pipeline.models import build_diffusion, build_model, build_objective
 from pipeline.randomness import training_draws
 from pipeline.training import Learner, fit
 from tests.pipeline.training.test_workers import CPU
@@ -156,7 +156,7 @@ def train_sample_and_score(experiment: Experiment) -> list[Tensor]:
     steps = fit(
         learner,
         model,
-        diffusion,
+        build_objective(experiment),
         batches(experiment.seed),
         experiment.training,
         CPU,

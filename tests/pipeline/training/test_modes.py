@@ -15,7 +15,7 @@ from ddpm import GaussianDiffusion, Objective
 from pipeline.batches import training_batches
 from pipeline.config import Experiment, experiment_from
 from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.models import build_diffusion, build_model
+from pipeline.models import build_diffusion, build_model, build_objective
 from pipeline.order import streams_of_worker
 from pipeline.randomness import training_draws
 from pipeline.shards import Dataset
@@ -75,7 +75,7 @@ def train(dataset: Dataset, chosen: Experiment, team: Team) -> Trained:
     steps = fit(
         learner,
         network,
-        build_diffusion(chosen),
+        build_objective(chosen),
         batches,
         chosen.training,
         CPU,
@@ -166,7 +166,7 @@ def test_a_model_without_classes_is_told_no_labels(dataset):
     network = Listening(build_model(chosen, dataset.manifest.shape))
     learner = Learner.create(network.network, chosen.training, T, CPU)
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    next(iter(fit(learner, network, build_diffusion(chosen), batches, chosen.training, CPU, seed=0)))
+    next(iter(fit(learner, network, build_objective(chosen), batches, chosen.training, CPU, seed=0)))
     assert network.labels == [None]
 
 
@@ -194,7 +194,7 @@ def test_every_average_is_its_own_recursion(dataset):
     name, parameter = next(iter(model.named_parameters()))
     start = parameter.detach().double().clone()
     by_hand = {"ema": start, "ema-0.5": start, "power-0.1": start}
-    steps = fit(learner, model, build_diffusion(chosen), batches, chosen.training, CPU, seed=0, null_class=CLASSES)
+    steps = fit(learner, model, build_objective(chosen), batches, chosen.training, CPU, seed=0, null_class=CLASSES)
     gamma = 6.937  # of sigma_rel 0.1, Karras et al. 2024
     for n, _ in zip(range(1, 13), steps, strict=False):
         decays = {"ema": 0.9, "ema-0.5": 0.5, "power-0.1": (1 - 1 / n) ** (gamma + 1)}

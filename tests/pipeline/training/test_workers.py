@@ -15,7 +15,7 @@ from pipeline.config import Experiment, experiment_from
 from pipeline.device import AUTOCAST, Compute
 from pipeline.errors import DivergedError
 from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.models import build_diffusion, build_model
+from pipeline.models import build_model, build_objective
 from pipeline.order import Order, streams_of_worker
 from pipeline.shards import Dataset
 from pipeline.team import Team
@@ -63,7 +63,7 @@ def train(
     for result in fit(
         learner,
         network,
-        build_diffusion(chosen),
+        build_objective(chosen),
         noted(),
         chosen.training,
         compute,
@@ -155,7 +155,7 @@ def train_one(dataset: Dataset, chosen: Experiment) -> tuple[dict[str, torch.Ten
         build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, CPU
     )
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    steps = fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, CPU, seed=0)
+    steps = fit(learner, learner.model, build_objective(chosen), batches, chosen.training, CPU, seed=0)
     result = next(iter(steps))
     return learner.tensors()["optimizer"], float(result.grad_norm)
 
@@ -171,7 +171,7 @@ def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, pr
         compute,
     )
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    for result in fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, compute, seed=0):
+    for result in fit(learner, learner.model, build_objective(chosen), batches, chosen.training, compute, seed=0):
         assert torch.isfinite(result.losses).all()
         if result.step == 3:
             break
@@ -197,7 +197,7 @@ def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapse
         next(learner.model.parameters()).fill_(float("inf"))  # every gradient from here on is infinite or NaN
     others = {name: p.clone() for name, p in list(learner.model.named_parameters())[1:]}
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    steps = fit(learner, learner.model, build_diffusion(chosen), batches, chosen.training, compute, seed=0)
+    steps = fit(learner, learner.model, build_objective(chosen), batches, chosen.training, compute, seed=0)
     done: list[int] = []
     with pytest.raises(DivergedError, match=r"loss scale down to 0\.5"):
         done.extend(result.step for result in steps)
