@@ -53,7 +53,7 @@ def both_images(trained: Trained, pipeline: Any, monkeypatch: pytest.MonkeyPatch
     [
         {"prediction": "eps", "variance": "fixed_large"},
         {"prediction": "v", "variance": "fixed_small"},
-        {"prediction": "x0", "variance": "learned_range"},
+        {"prediction": "x0", "variance": "fixed_large"},
     ],
     ids=lambda settings: settings["prediction"],
 )
