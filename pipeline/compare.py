@@ -17,6 +17,7 @@ from pipeline.ranking import Entry, Ranking, rank
 from pipeline.runs import Run
 from pipeline.scores import SCORES_FILE, Spread
 
+_GO_WITH = {"generation.sampler": ("generation.eta",)}  # what one field means depends on the other
 PREFERRED = ("fid", "bits_per_dim", "kid")  # what is compared where no metric is named, the first that every run has
 
 
@@ -72,7 +73,16 @@ def compare(runs: Sequence[Run], metric: str | None = None, across: Collection[s
     whole = {alike: group for alike, group in groups.items() if {e.run for e in group} == set(chosen)}
     if not whole:
         raise RefusedError(_refusal(chosen, wanted, fields))
-    return [rank(_one_each(group, fields), json.loads(alike), fields) for alike, group in whole.items()]
+    rankings = [rank(_one_each(group, fields), json.loads(alike), fields) for alike, group in whole.items()]
+    several = [ranking for ranking in rankings if len(ranking.ranks) > 1]
+    if not several and len(rankings) > 1:  # one run, each of its values of a kind of its own
+        apart = [name for name in rankings[0].common if len({str(r.common.get(name)) for r in rankings}) > 1]
+        short = ",".join(name.removeprefix("generation.") for name in apart)
+        raise RefusedError(
+            f"run {runs[0].id} has {len(rankings)} values of {wanted!r}, no two of one kind (they differ in {', '.join(apart)}); "
+            f"name another run, or compare them with --across {short}"
+        )
+    return several or rankings
 
 
 def _apart(fields: Collection[str]) -> set[str]:
@@ -89,8 +99,8 @@ def _fields(across: Collection[str], entries: list[Entry]) -> list[str]:
         whole = name if name in known else short.get(name)
         if whole is None or whole == "metric":
             raise UsageError(f"--across: no field {name!r}{nearest(name, list(short))}; there are: {', '.join(short)}")
-        found.append(whole)
-    return found
+        found += [whole, *_GO_WITH.get(whole, ())]
+    return list(dict.fromkeys(found))
 
 
 def _one_each(group: list[Entry], fields: list[str]) -> list[Entry]:

@@ -109,23 +109,20 @@ class Ranking:
     @property
     def statement(self) -> str:
         """One sentence on whether the best one is better."""
-        first, *others = self.ranks
         better = "more" if self.metric in HIGHER_IS_BETTER else "less"
-        if not others:
+        if len(self.ranks) == 1:
             return f"one model alone; {better} {self.metric} is better"
-        tied = [rank.entry for rank in others if rank.within_noise]
-        unknown = [rank.entry for rank in others if rank.within_noise is None]
+        numbered = list(enumerate(self.ranks, 1))[1:]
+        tied = [f"{number} ({rank.entry.run})" for number, rank in numbered if rank.within_noise]
+        first = f"1 ({self.ranks[0].entry.run})"
         if tied:
             return (
-                f"{_named(first.entry)} is not shown to be better than {', '.join(map(_named, tied))}: "
+                f"{first} is not shown to be better than {', '.join(tied)}: "
                 f"such a difference is within the noise ({CONFIDENCE:.0%})"
             )
-        if unknown:
-            return (
-                f"no error bar for {', '.join(map(_named, unknown))}: one draw of samples does not tell noise from difference; "
-                "evaluate each with --seeds 3"
-            )
-        return f"{_named(first.entry)} is better than the others by more than the noise of the measurement ({CONFIDENCE:.0%})"
+        if any(rank.within_noise is None for _, rank in numbered):
+            return "whether the differences are more than noise is not known: one draw of samples has no error bar; evaluate with --seeds 3"
+        return f"{first} is better than the others by more than the noise of the measurement ({CONFIDENCE:.0%})"
 
 
 def rank(entries: Sequence[Entry], common: dict[str, Any], across: Sequence[str]) -> Ranking:
@@ -178,10 +175,6 @@ def _quantile(freedom: float) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(min(freedom, 1e6), 0.5 + CONFIDENCE / 2))
-
-
-def _named(entry: Entry) -> str:
-    return f"{entry.run} at step {entry.step}"
 
 
 def _circumstances(common: dict[str, Any]) -> str:

@@ -120,7 +120,7 @@ def test_seed_and_chunk_are_chance_and_the_most_seeds_stand_for_a_model(new_run)
 def test_fields_may_be_allowed_to_differ_and_then_stand_in_the_table(new_run):
     one, two = new_run(), new_run()
     scored(one, 0.5)
-    scored(two, 0.4, replace(IDENTITY, generation=Generation("vae", 1)))
+    scored(two, 0.4, replace(IDENTITY, generation=Generation("vae", 1, eta=1.0)))
     with pytest.raises(RefusedError, match=r"generation\.steps: 50, 1"):
         compare([one, two], across=["sampler"])
     (ranking,) = compare([one, two], across=["sampler", "steps"])
@@ -142,7 +142,7 @@ def test_differences_within_the_noise_are_called_so_by_welchs_test(new_run):
         assert rank.behind / rank.standard_error == pytest.approx(abs(test.statistic))
         assert rank.within_noise == (test.pvalue >= 0.05)
     assert best.entry.run == runs[0].id
-    assert f"not shown to be better than {runs[1].id}" in ranking.statement
+    assert f"1 ({runs[0].id}) is not shown to be better than 2 ({runs[1].id}):" in ranking.statement
     (clear,) = compare([runs[0], runs[2]])
     assert "better than the others by more than the noise" in clear.statement
 
@@ -170,6 +170,16 @@ def test_checkpoints_of_one_run_have_a_place_each(new_run):
     scored(run, 0.6, step=30)
     (ranking,) = compare([run])
     assert [rank.entry.step for rank in ranking.ranks] == [20, 30, 10]
+
+
+def test_settings_of_one_run_are_compared_only_when_that_is_asked_for(new_run):
+    run = new_run()
+    for steps in (10, 50):
+        scored(run, 1 / steps, replace(IDENTITY, generation=Generation("ddim", steps)))
+    with pytest.raises(RefusedError, match=r"differ in generation\.steps.*--across steps"):
+        compare([run])
+    (ranking,) = compare([run], across=["steps"])
+    assert [rank.entry.value for rank in ranking.ranks] == [0.02, 0.1]
 
 
 def test_every_setting_that_all_runs_share_is_a_ranking(new_run):
