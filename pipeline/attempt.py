@@ -14,7 +14,7 @@ from typing import Any
 from pipeline import cluster_nodes
 from pipeline.board import NAMESPACE, Board, Member, board_name, run_worker
 from pipeline.capacity import Growth, needs
-from pipeline.cluster_profile import Profile
+from pipeline.cluster_profile import Profile, forwarded
 from pipeline.console import Console, duration
 from pipeline.device import backend_of
 from pipeline.job import Job
@@ -76,7 +76,7 @@ class Attempt:
         self.board = (
             ray.remote(Board)
             .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
-            .remote()
+            .remote(forwarded(self.profile))
         )
         # read by Ray Train at each `fit()`, and handed to its processes on other nodes
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{self.profile.timeouts.start_s:g}"

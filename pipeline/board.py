@@ -6,6 +6,7 @@ little memory, and torch is loaded by the workers alone.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,8 @@ class Member:
 class Board:
     """A notice board in the cluster: workers write how far they are, the driver writes that they should stop."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str] | None = None) -> None:
+        self._environment = environment or {}
         self._progress: dict[str, Any] = {}
         self._warnings: list[str] = []
         self._error: PipelineError | None = None
@@ -60,6 +62,10 @@ class Board:
         self._members: dict[int, Member] = {}
         self._stumbled = False
         self._stop = ""
+
+    def environment(self) -> dict[str, str]:
+        """Return variables for the workers that are secret: what Ray itself is told, it shows to anybody let in."""
+        return self._environment
 
     def join(self, member: Member) -> None:
         """Note a worker that has come up."""
@@ -138,6 +144,7 @@ def run_worker(config: dict[str, Any]) -> None:
     from pipeline.worker import Worker
 
     board = ray.get_actor(config["board"], namespace=NAMESPACE)
+    os.environ.update(ray.get(board.environment.remote()))
     board.join.remote(Member.of_this_process())
     try:
         team = Team.join()

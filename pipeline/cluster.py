@@ -1,4 +1,4 @@
-"""Ray as this package uses it: started here for one command, closed to the outside, and gone afterwards."""
+"""Ray as this package uses it: started here for one command, closed to the outside, and gone afterwards; or a cluster that is there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.cluster_join import joined_ray, require_room
 from pipeline.cluster_profile import Profile
 from pipeline.errors import ClusterError
 from pipeline.watchdog import Watchdog
@@ -38,7 +39,16 @@ TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def require_resources(profile: Profile, num_workers: int) -> None:
-    """Refuse at once what this machine cannot hold: Ray itself would wait for it for ever (ClusterError)."""
+    """Refuse at once what this machine or the profile's cluster cannot hold: Ray itself would wait for it for ever (ClusterError).
+
+    A cluster that may grow is asked when the work begins, and waited for as long as its profile says.
+    """
+    if profile.is_remote:
+        least = profile.workers if isinstance(profile.workers, int) else profile.workers.min
+        with joined_ray(profile):
+            if not profile.wait_for_resources_s:
+                require_room(profile, least)
+        return
     if profile.use_gpu:
         from pipeline.device import num_gpus
 
@@ -86,24 +96,29 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
             watchdog.dismiss()
 
 
-class LocalSession:
-    """Ray on this machine for several attempts: started when it is first needed, and again should it have died."""
+def ray_of(profile: Profile, num_workers: int) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which this process drives the Ray of a profile: one started here, or the cluster it names."""
+    return joined_ray(profile) if profile.is_remote else local_ray(profile, num_workers)
+
+
+class Session:
+    """The Ray of a profile for several attempts: started or joined when it is first needed, and again should it have died."""
 
     def __init__(self, profile: Profile, num_workers: int) -> None:
         self._profile, self._num_workers = profile, num_workers
         self._started = contextlib.ExitStack()
 
-    def __enter__(self) -> LocalSession:
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._started.close()
 
     def ensure(self) -> None:
-        """Start Ray unless it is up."""
+        """Start or join Ray unless it is up."""
         if not _is_up():
             self._started.close()
-            self._started.enter_context(local_ray(self._profile, self._num_workers))
+            self._started.enter_context(ray_of(self._profile, self._num_workers))
 
 
 def _is_up() -> bool:

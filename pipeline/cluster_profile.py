@@ -17,7 +17,7 @@ from pipeline import presets
 from pipeline.config import Precision
 from pipeline.errors import UsageError
 from pipeline.home import datasets_dir, home
-from pipeline.redaction import announces_secret
+from pipeline.redaction import DECLARED_SECRETS, announces_secret
 from pipeline.remote import RemoteFolder, is_remote
 from pipeline.yaml_files import Section, read_yaml_mapping, validate
 
@@ -287,7 +287,20 @@ def load_profile(reference: str | None) -> Profile:
     content.setdefault("name", path.stem)
     profile = validate(Profile, content, str(path.name))
     require_tracking(profile)
+    if profile.forward_env:
+        os.environ[DECLARED_SECRETS] = ",".join(profile.forward_env)
     return profile
+
+
+def forwarded(profile: Profile) -> dict[str, str]:
+    """Return the variables whose values are secret, from this environment; UsageError where one is not set."""
+    missing = [name for name in profile.forward_env if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"profile {profile.name!r}: forward_env names {', '.join(missing)}, not set here; export it, or take it out of the profile"
+        )
+    values = {name: os.environ[name] for name in profile.forward_env}
+    return values | ({DECLARED_SECRETS: ",".join(values)} if values else {})
 
 
 def home_of(reference: str | None) -> Path:

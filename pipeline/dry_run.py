@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import training_run
-from pipeline.cluster import LocalSession
+from pipeline.cluster import Session
 from pipeline.console import size
 from pipeline.forecast import Forecast, describe, forecast
 from pipeline.plan import Plan, lines
@@ -69,7 +69,7 @@ def _probe(plan: Plan, shape: tuple[int, int, int]) -> Probe:
     folder = plan.profile.home()
     if plan.num_workers == 1 and not plan.profile.is_remote:
         return probe_training(plan.experiment, shape, plan.profile, 1, folder=folder)
-    with LocalSession(plan.profile, plan.num_workers) as session:
+    with Session(plan.profile, plan.num_workers) as session:
         session.ensure()
         with worker_group(plan.profile, plan.num_workers) as group:
             return group.run(measure_in_worker, plan, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)[0]

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.chunks import Runner, Task, in_process
-from pipeline.cluster import local_ray
+from pipeline.cluster import ray_of
 from pipeline.cluster_profile import Profile
 from pipeline.device import sampling_compute
 from pipeline.errors import ClusterError, PipelineError
@@ -43,7 +43,7 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
     if not chunks:
         return
     count = min(profile.most_workers, len(chunks))
-    with local_ray(profile, count):
+    with ray_of(profile, count):
         import ray
 
         shared = [ray.put(task)]

@@ -16,6 +16,9 @@ from itertools import pairwise
 from typing import Any
 
 HIDDEN = "<redacted>"
+DECLARED_SECRETS = (
+    "DDPM_PIPE_SECRETS"  # names of variables, joined by commas, that hold secrets whatever their names say
+)
 
 # `key` alone names many harmless things, so it counts with a companion only
 SECRET_NAME = re.compile(r"(?i)passw(or)?d|passphrase|secret|credential|token|(api|access|private|signing)[_-]?key")
@@ -88,8 +91,11 @@ def announces_secret(name: str, value: str) -> bool:
 
 
 def _environment_secrets() -> list[str]:
-    """Return the values of environment variables that hold secrets."""
-    return [value for name, value in os.environ.items() if announces_secret(name, value)]
+    """Return the values of environment variables that hold secrets, by their names or because a profile says so."""
+    declared = set(os.environ.get(DECLARED_SECRETS, "").split(","))
+    return [
+        value for name, value in os.environ.items() if announces_secret(name, value) or (value and name in declared)
+    ]
 
 
 def _looks_random(word: str) -> bool:

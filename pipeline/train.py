@@ -16,7 +16,7 @@ from dataclasses import replace
 from pipeline import cluster_nodes
 from pipeline.attempt import CLUSTER_GONE, Attempt, Observer
 from pipeline.capacity import fitting_counts, largest, needs, shortage
-from pipeline.cluster import LocalSession
+from pipeline.cluster import Session
 from pipeline.cluster_profile import Profile
 from pipeline.config import experiment_from
 from pipeline.console import Console, duration
@@ -42,7 +42,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
     counts = fitting_counts(experiment_from(job.experiment), profile)
     causes: list[tuple[int, str]] = []
     lost: Collection[str] = ()
-    with LocalSession(profile, job.num_workers) as session, cluster_nodes.wanted() as want:
+    with Session(profile, job.num_workers) as session, cluster_nodes.wanted() as want:
         while len(causes) < profile.retries.max_attempts:
             session.ensure()
             with listening() as signals:
