@@ -28,7 +28,7 @@ import psutil
 REPOSITORY = Path(__file__).resolve().parent.parent
 MARKER = "DDPM_PIPE_TEST_RUN"  # in the environment of every process that the tests start
 NETWORK_LOG = "DDPM_PIPE_TEST_NETWORK_LOG"
-_KEPT = {"DDPM_PIPE_TEST_DATA"}
+_KEPT = {"DDPM_PIPE_TEST_DATA", "DDPM_PIPE_TEST_SCHEMAS"}
 _SCRUBBED_PREFIXES = ("RAY_", "MLFLOW_", "AWS_", "DDPM_PIPE_", "XDG_", "HF_", "GOOGLE_", "OTEL_", "PYTEST_")
 _SCRUBBED = {
     "PYTHONPATH",
