@@ -15,6 +15,7 @@ from pipeline.cli_evaluate import compare, evaluate
 from pipeline.cli_exchange import export, import_
 from pipeline.cli_results import runs, sample, sync, ui
 from pipeline.cli_schedule import schedule
+from pipeline.cli_submit import jobs
 from pipeline.cli_sweep import serve, sweep
 from pipeline.cli_train import resume, train
 from pipeline.errors import PipelineError
@@ -27,6 +28,7 @@ COMMANDS = (
     evaluate,
     compare,
     runs,
+    jobs,
     ui,
     ingest,
     inspect,
@@ -69,7 +71,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
-        cli.main(args=None if arguments is None else list(arguments), prog_name="ddpm-pipe", standalone_mode=False)
+        words = None if arguments is None else list(arguments)
+        left = cli.main(args=words, prog_name="ddpm-pipe", standalone_mode=False)
+        return left if isinstance(left, int) else 0  # a command that ends by `Context.exit` leaves its code
     except PipelineError as error:
         return _fail(str(error), error.exit_code)
     except click.exceptions.Exit as error:
@@ -82,7 +86,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # whoever read our output has left, as `| head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return 0
 
 
 def _fail(message: str, code: int) -> int:

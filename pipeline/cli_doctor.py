@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli_options import cluster_option, example, json_option, print_json
+from pipeline.cli_options import example, json_option, print_json
+from pipeline.cli_submit import runs_on_cluster
 
 if TYPE_CHECKING:
     from pipeline.checks import Finding
@@ -23,7 +24,7 @@ ddpm-pipe doctor --cluster multi-node-gpu.yaml --data /mnt/ddpm/datasets/photos
 ddpm-pipe doctor --preset cifar10 --json
 """)
 )
-@cluster_option
+@runs_on_cluster(files=["data"])
 @click.option("--data", metavar="DATA", help="An ingested dataset that every node should read.")
 @click.option("--preset", metavar="NAME", help="The experiment whose training step is timed. Default: digits.")
 @json_option

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from pipeline.cli_options import cluster_option, dry_run_option, example, json_option, print_json, sampling_options
+from pipeline.cli_submit import runs_on_cluster
 
 METRICS = ("fid", "kid", "is", "prdc", "bpd")
 
@@ -70,7 +71,7 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
     help='Score every combination of settings, such as "sampler=ancestral,ddim steps=10,50": a table and a picture.',
 )
 @sampling_options
-@cluster_option
+@runs_on_cluster(files=["inception_weights"])
 @dry_run_option
 @json_option
 def evaluate(

@@ -16,6 +16,7 @@ from pipeline.cli_options import (
     print_table,
     sampling_options,
 )
+from pipeline.cli_submit import runs_on_cluster
 
 
 @click.command(
@@ -52,7 +53,7 @@ ddpm-pipe sample k7m2 --interpolate 12 ~/seven.png
     help="Draw the way from one image to another: each the number of a training image, or a file.",
 )
 @sampling_options
-@cluster_option
+@runs_on_cluster(outputs=["out"])
 @dry_run_option
 @json_option
 def sample(

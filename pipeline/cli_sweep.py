@@ -16,6 +16,7 @@ from pipeline.cli_options import (
     print_table,
     set_option,
 )
+from pipeline.cli_submit import runs_on_cluster
 from pipeline.errors import UsageError
 
 
@@ -51,7 +52,7 @@ ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
 @click.option(
     "--max-concurrent", type=click.IntRange(min=1), help="Trials at once. Default: as many as there is room for."
 )
-@cluster_option
+@runs_on_cluster(files=["sweep", "base"])
 @set_option
 @dry_run_option
 @click.option("--probe/--no-probe", default=True, help="With --dry-run: measure a few steps of one trial, or none.")

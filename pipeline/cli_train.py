@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from pipeline.cli_options import (
-    cluster_option,
     command_line,
     dry_run_option,
     example,
@@ -13,6 +12,7 @@ from pipeline.cli_options import (
     print_json,
     set_option,
 )
+from pipeline.cli_submit import runs_on_cluster
 from pipeline.errors import UsageError
 
 
@@ -29,7 +29,7 @@ ddpm-pipe train --from k7m2
 @click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, ddpm-cifar10, ...")
 @click.option("--from", "origin", metavar="SWEEP", help="The best point of a sweep, at the full length of its base.")
 @click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
-@cluster_option
+@runs_on_cluster(files=["experiment", "data"])
 @set_option
 @dry_run_option
 @click.option("--probe/--no-probe", default=True, help="With --dry-run: whether to time a few training steps.")
@@ -74,7 +74,7 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 """)
 )
 @click.argument("run")
-@cluster_option
+@runs_on_cluster(files=["data"])
 @set_option
 @click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
 @click.option("--data", metavar="DATA", help="With --fork: other images, an ingested dataset or a source.")

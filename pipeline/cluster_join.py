@@ -11,9 +11,10 @@ from pathlib import Path
 
 from pipeline import cluster_nodes
 from pipeline.capacity import needs, room, shortage
-from pipeline.cluster_profile import JOB_VARIABLE, Profile
+from pipeline.cluster_profile import Profile
 from pipeline.cluster_token import admission, knock_at_store
 from pipeline.errors import ClusterError, UsageError
+from pipeline.provenance import JOB_VARIABLE
 
 SETTLING_S = 8.0
 # Ray decides these from the driver's environment
@@ -94,7 +95,7 @@ def _init(profile: Profile, address: str) -> None:
 
 
 def require_room(profile: Profile, num_workers: int) -> None:
-    """Refuse what the joined cluster would not hold if nothing else ran on it, given some seconds to nodes that just join (ClusterError)."""
+    """Refuse what the joined cluster would not hold if nothing else ran on it; nodes may be just joining (ClusterError)."""
     need = needs(profile, num_workers)
     deadline = time.monotonic() + SETTLING_S
     while True:

@@ -22,7 +22,6 @@ from pipeline.remote import RemoteFolder, is_remote
 from pipeline.yaml_files import Section, read_yaml_mapping, validate
 
 DEFAULT_PROFILE = "local"
-JOB_VARIABLE = "DDPM_PIPE_JOB"  # set in a submitted job: its driver stands on a node of the cluster already
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]

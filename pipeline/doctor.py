@@ -15,7 +15,7 @@ from functools import partial
 from pipeline import checks, doctor_checks
 from pipeline.capacity import largest
 from pipeline.checks import Finding, Verdict
-from pipeline.cluster import local_ray
+from pipeline.cluster import ray_of
 from pipeline.cluster_profile import Profile
 from pipeline.errors import PipelineError, RefusedError
 from pipeline.examination import ASK_S, Examination
@@ -85,7 +85,7 @@ def _join(examination: Examination, stack: ExitStack) -> Finding:
     profile = examination.profile
     before = time.perf_counter()
     try:
-        stack.enter_context(local_ray(profile, _count_to_start(profile)))
+        stack.enter_context(ray_of(profile, _count_to_start(profile)))
     except PipelineError as error:
         return red_of("cluster", error)
     took = time.perf_counter() - before

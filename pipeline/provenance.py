@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +25,36 @@ LIBRARIES = (
 )
 
 
+# In a job they say of the sender's checkout what the code that was sent cannot tell itself.
+JOB_VARIABLE = "DDPM_PIPE_JOB"  # set in a submitted job: its id. The driver stands on a node of the cluster already
+CODE_VERSION_VARIABLE = "DDPM_PIPE_CODE_VERSION"
+LOCK_HASH_VARIABLE = "DDPM_PIPE_LOCK_HASH"
+
+
 def code_version() -> str:
     """Return the package's version, with the commit (and `-dirty`) where it runs from a checkout: `0.1.0+1a2b3c...`."""
+    if sent := os.environ.get(CODE_VERSION_VARIABLE):
+        return sent
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", "__init__.py") else ""
     if not commit:
         return pipeline.__version__
     dirty = "-dirty" if _git("status", "--porcelain", "--untracked-files=no", "--", "..") else ""
     return f"{pipeline.__version__}+{commit}{dirty}"
+
+
+def lock_hash() -> str:
+    """Return the sha256 of the lock file that a checkout's environment is made from; "" without one."""
+    sent = os.environ.get(LOCK_HASH_VARIABLE)
+    lock = Path(pipeline.__file__).resolve().parent.parent / "requirements.lock"
+    if sent is not None or not lock.is_file():
+        return sent or ""
+    return hashlib.sha256(lock.read_bytes()).hexdigest()
+
+
+def of_submission() -> dict[str, str]:
+    """Return what a run's record says of how it came here, as far as there is something to say: the lock file's hash, the job's id."""
+    known = {"lock_hash": lock_hash(), "job": os.environ.get(JOB_VARIABLE, "")}
+    return {name: value for name, value in known.items() if value}
 
 
 def library_versions() -> dict[str, str]:

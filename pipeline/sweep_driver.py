@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from pipeline import presets
-from pipeline.cluster import LocalSession
+from pipeline.cluster import Session
 from pipeline.cluster_profile import Profile
 from pipeline.config import Experiment
 from pipeline.console import Console
@@ -73,7 +73,7 @@ def run_missing(
     total = None if sweep.search == "tpe" or sweep.early_stopping else len(missing)
     work = Work(folder, trials, begin, console, halving, total)
     os.environ.update(ENVIRONMENT)  # before Ray starts: its processes read it
-    with LocalSession(profile, num_workers * plan.max_concurrent) as session:
+    with Session(profile, num_workers * plan.max_concurrent) as session:
         session.ensure()
         run_trials(
             work, _room(profile, num_workers, plan.max_concurrent), sweep.more_network_calls, profile.timeouts.stop_s

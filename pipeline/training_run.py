@@ -21,6 +21,7 @@ from pipeline.job import Job
 from pipeline.labels import class_name, class_names_of
 from pipeline.models import allow_modules_in, build_diffusion, has_process
 from pipeline.plan import Plan, choose_workers, make_plan
+from pipeline.provenance import of_submission
 from pipeline.run_checkpoints import RunCheckpoints
 from pipeline.runs import Run, RunStatus
 from pipeline.schedule_picture import draw_schedules, example_of
@@ -218,6 +219,7 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
             "profile": checked.profile.name,
             "num_workers": str(checked.num_workers),
             "code_version": run.record.code_version,
+            **of_submission(),
             "checkpoints": str(run.checkpoints if run.remote is None else run.remote.folder.child("checkpoints")),
         },
         params={**experiment.flat(), "num_parameters": checked.num_parameters, "num_streams": checked.num_streams},

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from mlflow import MlflowClient
-from tests.ray.clusters import RayCluster, ray_cluster
 
 from pipeline.cluster_profile import Profile
 from pipeline.cluster_token import admission, knock_at_dashboard, knock_at_store
 from pipeline.errors import ClusterError, UsageError
 from pipeline.yaml_files import validate
+from tests.ray.clusters import RayCluster, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -169,8 +169,8 @@ def test_more_than_the_cluster_holds_fails_soon_and_says_what_is_missing(cli, cl
 
 
 def test_a_cluster_that_grows_is_waited_for_with_progress(cli, cluster, profile_of, tmp_path):
-    profile = profile_of(cluster, workers=3, wait_for_resources_s=8)
+    profile = profile_of(cluster, workers=4, wait_for_resources_s=8)
     refused = cli("train", "--cluster", profile, *SHORT, env=cluster.environment)
     assert refused.code == 8
-    assert "waiting for 3 workers with 1 CPUs each; the cluster has 2 of 2 CPUs free" in refused.stderr
+    assert "waiting for 4 workers with 1 CPUs each; the cluster has 2 of 2 CPUs free" in refused.stderr
     assert "wait_for_resources_s waits longer" in refused.stderr.splitlines()[-1]

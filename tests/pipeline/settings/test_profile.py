@@ -87,7 +87,7 @@ def test_connect_takes_the_heads_address(address):
         (JOB | {"storage": None}, "every node must see the runs"),
         ({"storage": "runs"}, "it must be absolute"),
         ({"storage": "~/runs"}, "it must be absolute"),
-        (JOB | {"storage": "gs://bucket/x"}, "expected an absolute folder or s3://BUCKET/PREFIX"),
+        (JOB | {"storage": "gs://bucket/x"}, "expected an address such as s3://bucket/folder"),
         (JOB | {"storage": "s3://Bucket"}, "expected an absolute folder or s3://BUCKET/PREFIX"),
         ({"cache": {"folder": "cache"}}, "cache.folder: got 'cache'"),
         (JOB | {"mlflow": {"tracking_uri": "sqlite:////x/mlflow.db"}}, "give a server's http(s) address"),

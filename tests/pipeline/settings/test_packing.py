@@ -1,0 +1,211 @@
+"""What is sent with a job, file by file, and how its secrets and its log travel."""
+
+from __future__ import annotations
+
+import io
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import click
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import packing
+from pipeline.cli_submit import command_line
+from pipeline.cli_train import train
+from pipeline.errors import UsageError
+from pipeline.job_secrets import halves, joined
+from pipeline.submit import ENTRY, RESULT_MARK, LogLines
+
+SENT = ["own.py", "net/deep.py", "conf/a b.yaml", "secrets.py", "notes.md", "runs.py"]
+KEPT = [
+    *(
+        ".git/config",
+        "net/__pycache__/deep.pyc",
+        ".venv/bin/python",
+        ".mypy_cache/x",
+        "mlflow.db",
+        "mlruns/0/meta.yaml",
+        "run.log",
+    ),
+    *(
+        "runs/k7m2/run.json",
+        "datasets/d/manifest.json",
+        "data/x.parquet",
+        "weights.safetensors",
+        "photo.png",
+        "set.npz",
+    ),
+    *(
+        ".env",
+        "prod.env",
+        "sub/.env.local",
+        "key.pem",
+        ".ssh/id_rsa",
+        "id_ed25519",
+        ".aws/credentials",
+        "gcp-credentials.json",
+    ),
+    *(".netrc", "auth_token", "my-secret.yaml", "kubeconfig", ".kube/config", "terraform.tfstate", ".pypirc"),
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "mine"
+    for name in (*SENT, *KEPT):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"# {name}\n")
+    return root
+
+
+def test_code_and_settings_travel_and_nothing_else(folder):
+    package, _ = packing.working_folder(folder, ())
+    assert sorted(package.files) == sorted(SENT)
+
+
+def test_a_file_with_a_token_in_it_stays_and_is_named(folder):
+    (folder / "notes.md").write_text("use hf_" + "a1B2c3D4e5F6g7H8i9 for the hub\n")
+    package, _ = packing.working_folder(folder, ())
+    assert "notes.md" not in package.files
+    assert package.left_out == ["notes.md"]
+
+
+def test_links_that_lead_out_of_the_folder_are_not_followed(folder, tmp_path):
+    (tmp_path / "private.txt").write_text("mine")
+    (folder / "link.txt").symlink_to(tmp_path / "private.txt")
+    (folder / "etc").symlink_to("/etc")
+    package, _ = packing.working_folder(folder, ())
+    assert sorted(package.files) == sorted(SENT)
+
+
+def test_what_git_ignores_stays(folder):
+    (folder / ".gitignore").write_text("net/\n")
+    for name in [".git/config"]:
+        (folder / name).unlink()
+    (folder / ".git").rmdir()
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    package, _ = packing.working_folder(folder, ())
+    assert "own.py" in package.files
+    assert "net/deep.py" not in package.files
+
+
+def test_named_files_travel_wherever_they_stand(folder, tmp_path):
+    outside = tmp_path / "x" / "an experiment.yaml"
+    outside.parent.mkdir()
+    outside.write_text("seed: 1\n")
+    inside = folder / "set.npz"
+    package, names = packing.working_folder(folder, (), [outside, inside])
+    assert names == {outside: ".ddpm-pipe/0/an experiment.yaml", inside: "set.npz"}
+    with zipfile.ZipFile(io.BytesIO(package.archive())) as archive:
+        assert archive.read(names[outside]) == b"seed: 1\n"
+    alone, _ = packing.working_folder(folder, (), [outside], whole=False)
+    assert list(alone.files) == [".ddpm-pipe/0/an experiment.yaml"]
+
+
+def test_excludes_name_folders_files_and_patterns(folder):
+    package, _ = packing.working_folder(folder, ["net/", "*.md", "conf/a b.yaml"])
+    assert sorted(package.files) == ["own.py", "runs.py", "secrets.py"]
+
+
+def test_too_much_is_refused_with_the_largest_named(folder):
+    (folder / "blob.dat").write_bytes(b"x" * 3_000_000)
+    package, _ = packing.working_folder(folder, ())
+    package.require_size(4)
+    with pytest.raises(UsageError, match=r"3\.0 MB would be sent.*max_mb 2 \(largest: blob\.dat 3\.0 MB"):
+        package.require_size(2)
+
+
+def test_the_same_files_make_the_same_archive(folder):
+    first = packing.working_folder(folder, ())[0].archive()
+    for path in folder.rglob("*.py"):
+        path.touch()
+    assert packing.working_folder(folder, ())[0].archive() == first
+    (folder / "own.py").write_text("# changed\n")
+    assert packing.package_name(packing.working_folder(folder, ())[0].archive()) != packing.package_name(first)
+
+
+def test_the_code_that_is_sent_runs_without_a_checkout(tmp_path):
+    with zipfile.ZipFile(io.BytesIO(packing.code(["yaml"]).archive())) as archive:
+        archive.extractall(tmp_path)
+    assert (tmp_path / "yaml" / "__init__.py").is_file()
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "pipeline.cli_job",
+            "train",
+            "--preset",
+            "mnist",
+            "--dry-run",
+            "--no-probe",
+            "--json",
+        ],
+        env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 0, told.stderr
+    assert all(line.startswith(RESULT_MARK) for line in told.stdout.splitlines())
+    assert '"name": "mnist"' in told.stdout
+
+
+def test_a_module_that_is_not_there_is_told():
+    with pytest.raises(UsageError, match="no module 'no_such_module' can be imported here"):
+        packing.code(["no_such_module"])
+
+
+@given(st.dictionaries(st.from_regex(r"[A-Z_]{1,9}", fullmatch=True), st.text(min_size=1), min_size=1))
+def test_secrets_need_both_their_halves(values):
+    pad, other = halves(values)
+    assert joined(pad, other) == values
+    assert halves(values)[1] != other  # another pad each time
+
+
+@given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), max_size=4))
+def test_a_shell_hands_arguments_on_as_they_are(arguments):
+    assert shlex.split(shlex.join([*ENTRY, *arguments])) == [*ENTRY, *arguments]
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["--preset", "mnist", "-s", "name=a b", "-s", "seed=1", "--json", "--cluster", "there"],
+        ["my file.yaml", "--cluster=there", "--detach", "--no-probe"],
+        ["--cluster", "there", "--", "--odd.yaml"],
+    ],
+)
+def test_the_command_that_is_sent_is_the_command_that_was_typed(monkeypatch, typed):
+    monkeypatch.setattr("sys.argv", ["ddpm-pipe", "train", *typed])
+    parent = click.Context(click.Group("ddpm-pipe"), info_name="ddpm-pipe")
+    asked = train.make_context("train", list(typed), parent=parent)
+    path, *sent = command_line(asked, {"cluster": "packed/there.yaml"})
+    again = train.make_context("train", sent, parent=parent)
+    assert path == "train"
+    assert again.params == asked.params | {"cluster": "packed/there.yaml", "detach": False}
+
+
+def test_each_line_of_a_log_is_shown_once_however_it_comes():
+    out: list[str] = []
+    log: list[str] = []
+    lines = LogLines(out.append, log.append)
+    whole = (
+        f"Running entrypoint for job x: y\nfirst\n{RESULT_MARK}result\nddpm-pipe: stopped, saved at step 3; go on\nlast"
+    )
+    lines.rewind()
+    for piece in (whole[:35], whole[35:60]):
+        lines.write(piece)
+    lines.rewind()  # the connection was lost
+    lines.write(whole[:80])
+    lines.write_from(whole)
+    lines.close()
+    assert out == ["result"]
+    assert log == ["first", "ddpm-pipe: stopped, saved at step 3; go on", "last"]
+    assert lines.saved
