@@ -6,6 +6,7 @@ evaluate_run(run, request, profile, settings, console)                          
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -170,5 +171,12 @@ def _as_the_run_samples(request: ScoreRequest, experiment: Experiment) -> bool:
 
 def _label(scores: Scores) -> str:
     """Return words for a metric's name on how the scored images were generated."""
-    generation = next(iter(scores.identities.values())).generation
-    return f"{generation.sampler}{generation.steps}_eta{generation.eta:g}_{generation.weights}_seed{generation.seed}"
+    made = next(iter(scores.identities.values())).generation
+    label = f"{made.sampler}{made.steps}_eta{made.eta:g}_{made.weights}_seed{made.seed}"
+    if made.spacing != "trailing":
+        label += f"_{made.spacing}"
+    if made.guidance_scale != 1:
+        label += f"_guidance{made.guidance_scale:g}"
+    if made.labels not in ("", "balanced"):
+        label += "_class_" + re.sub(r"\W", "_", made.labels)
+    return label

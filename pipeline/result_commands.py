@@ -55,19 +55,18 @@ def sample(
             "num_images": request.num_images,
             "would write": str(folder),
         }
-    if between is not None:
-        about, drawn = passage_between(run, request, profile, between, folder)
-        return {"run": run.id, **about, "written": [str(path) for path in drawn]}
-    if form == "strip" or form == "gif":
-        about, drawn = picture_from(run, request, profile, form, folder)
-        return {"run": run.id, **about, "written": [str(path) for path in drawn]}
     opened = Opened.of(TrackingSettings.of_profile(home_of(cluster), profile))
-    with _kept_when_stopped():
-        samples = generate_from(run, request, profile, Console())
-    paths = write_samples(samples, folder, form)
+    if between is not None:
+        about, paths = passage_between(run, request, profile, between, folder)
+    elif form == "strip" or form == "gif":
+        about, paths = picture_from(run, request, profile, form, folder)
+    else:
+        with _kept_when_stopped():
+            samples = generate_from(run, request, profile, Console())
+        about, paths = samples.identity(), write_samples(samples, folder, form)
     _copy(opened, run, {}, [folder])
     shown = [str(path) for path in paths] if len(paths) <= 3 else [f"{paths[0]} ... ({len(paths) - 1} images)"]
-    return {"run": run.id, **samples.identity(), "written": shown}
+    return {"run": run.id, **about, "written": shown}
 
 
 def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_run: bool) -> dict[str, Any]:

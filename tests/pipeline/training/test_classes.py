@@ -1,0 +1,103 @@
+"""A class-conditional model draws the digits that are asked for: the shipped classifier, which it never saw, agrees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import presets, scoring
+from pipeline.batches import training_batches
+from pipeline.config import load_experiment, with_overrides
+from pipeline.errors import UsageError
+from pipeline.generation import Denoiser
+from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.labels import class_name, class_names_of, labels_of
+from pipeline.models import build_diffusion, build_model
+from pipeline.order import Order
+from pipeline.shards import Dataset
+from pipeline.training import Learner, fit
+from tests.pipeline.training.test_workers import CPU
+
+DIGITS = tuple("0123456789")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Dataset) -> Denoiser:
+    """The digits preset for 300 steps, told the labels; about half a minute."""
+    torch.set_num_threads(1)
+    settings = ("model.class_conditional=true", "diffusion.prediction=v", "training.ema_decay=0.98")
+    experiment = with_overrides(load_experiment(presets.find("experiments", "digits")), settings)
+    diffusion = build_diffusion(experiment)
+    model = build_model(experiment, dataset.manifest.shape, num_classes=10)
+    learner = Learner.create(model, experiment.training, diffusion.num_timesteps, CPU)
+    order = Order(dataset.manifest.row_groups, 0, 16, experiment.training.batch_size, 65_536)
+    batches = training_batches(dataset, order, range(16), 0, 0)
+    for result in fit(learner, model, diffusion, batches, experiment.training, CPU, seed=0, null_class=10):
+        if result.step == 300:
+            break
+    learner.ema.copy_to(model)
+    sampling = experiment.sampling.model_copy(update={"sampler": "dpm_solver", "steps": 20})
+    return Denoiser(diffusion, model, dataset.manifest.shape, sampling, 0, CPU, class_names_of(dataset))
+
+
+def decisions(dataset: Dataset, denoiser: Denoiser, tmp_path, **sampling: object) -> np.ndarray:
+    """The classes that the classifier sees in 100 generated images."""
+    chosen = replace(denoiser, sampling=denoiser.sampling.model_copy(update=sampling))
+    images = torch.cat(list(chosen.generate(100))).numpy()
+    logits = scoring.choose_extractor(dataset, tmp_path, kind="classifier")(images).logits
+    assert logits is not None
+    return logits.argmax(1)
+
+
+@pytest.mark.slow
+def test_the_digits_that_are_asked_for_come(tmp_path, dataset, trained):
+    seen = decisions(dataset, trained, tmp_path, guidance_scale=2.0)
+    assert (seen == np.arange(100) % 10).mean() > 0.95  # balanced: image i is of class i mod 10
+    sevens = decisions(dataset, trained, tmp_path, guidance_scale=2.0, labels="7")
+    assert (sevens == 7).mean() > 0.95
+
+
+@pytest.mark.slow
+def test_without_a_label_every_digit_comes(tmp_path, dataset, trained):
+    seen = decisions(dataset, trained, tmp_path, labels="none")
+    assert len(np.unique(seen)) >= 8
+    assert (seen == np.arange(100) % 10).mean() < 0.3
+
+
+@pytest.mark.slow
+def test_guidance_makes_them_more_alike(dataset, trained):
+    """Stronger guidance trades variety for fidelity (Ho & Salimans 2022): the sevens lie closer together."""
+
+    def spread(scale: float) -> float:
+        sampling = trained.sampling.model_copy(update={"labels": "7", "guidance_scale": scale})
+        images = torch.cat(list(replace(trained, sampling=sampling).generate(100))).float()
+        return float(images.var(0).mean())
+
+    assert spread(4.0) < 0.9 * spread(1.0)
+
+
+def test_labels_are_functions_of_the_index():
+    assert labels_of(range(8, 13), "balanced", DIGITS).tolist() == [8, 9, 0, 1, 2]
+    assert labels_of(range(3), "7", DIGITS).tolist() == [7, 7, 7]
+    assert labels_of(range(2), 7, DIGITS).tolist() == [7, 7]
+    assert labels_of(range(2), "none", DIGITS).tolist() == [10, 10]
+    assert labels_of(range(2), "dog", ("cat", "dog")).tolist() == [1, 1]
+    assert class_name(1, ("cat", "dog")) == class_name("dog", ("cat", "dog")) == "dog"
+    for wrong in ("dgo", "2", -1):
+        with pytest.raises(UsageError, match="by name or number: cat, dog"):
+            class_name(wrong, ("cat", "dog"))
+
+
+def test_images_without_labels_cannot_train_classes(tmp_path):
+    np.savez(tmp_path / "images.npz", images=np.zeros((8, 8, 8), np.uint8))
+    unlabelled = ensure_ingested(str(tmp_path / "images.npz"), IngestOptions(), tmp_path / "datasets")
+    with pytest.raises(UsageError, match="have no labels"):
+        class_names_of(unlabelled)
