@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm import UNet
-from pipeline import diffusers_scheduler, diffusers_unet
+from pipeline import diffusers_scheduler, diffusers_unet, diffusers_weights
 from pipeline.config import Experiment, experiment_from
 from pipeline.errors import UsageError
 from pipeline.foreign_tensors import read_json, read_tensors
@@ -48,7 +48,7 @@ def write_pipeline(trained: Trained, folder: Path) -> None:
     unet = diffusers_unet.to_their_config(settings, trained.shape, out_channels, T)
     scheduler = diffusers_scheduler.to_their_config(trained.diffusion)
     assert isinstance(trained.model, UNet)
-    tensors = diffusers_unet.to_their_tensors(trained.model, settings.num_res_blocks, T)
+    tensors = diffusers_weights.to_their_tensors(trained.model, settings.num_res_blocks, T)
     for part in ("unet", "scheduler"):
         (folder / part).mkdir(parents=True)
     index = {
@@ -115,9 +115,9 @@ def _read_unet(folder: Path, config: dict[str, Any], experiment: Experiment, sha
         raise ValueError(str(error)) from None
     assert isinstance(model, UNet)
     learned = config.get("time_embedding_type") == diffusers_unet.LEARNED
-    expected = diffusers_unet.expected_shapes(model, blocks, T, learned=learned)
-    theirs = read_tensors(_found(folder, *WEIGHTS), expected, diffusers_unet.with_current_names)
-    return diffusers_unet.from_their_tensors(theirs, model, blocks)
+    expected = diffusers_weights.expected_shapes(model, blocks, T, learned=learned)
+    theirs = read_tensors(_found(folder, *WEIGHTS), expected, diffusers_weights.with_current_names)
+    return diffusers_weights.from_their_tensors(theirs, model, blocks)
 
 
 def _scheduler_file(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm import SCHEDULES, BetaSchedule, GaussianDiffusion, ancestral, normal_noise
-from pipeline import diffusers_scheduler, diffusers_unet
+from pipeline import diffusers_scheduler, diffusers_weights
 from pipeline.diffusers_folder import read_pipeline, write_pipeline
 from pipeline.models import build_diffusion, build_model
 from pipeline.trained import Trained
@@ -312,7 +312,7 @@ def test_a_learned_table_of_other_times_is_refused(tmp_path: Path) -> None:
     write_pipeline(made(num_timesteps=60), tmp_path)
     file = tmp_path / "unet" / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
-    tensors[diffusers_unet.TIME_TABLE] = tensors[diffusers_unet.TIME_TABLE].flip(0).contiguous()
+    tensors[diffusers_weights.TIME_TABLE] = tensors[diffusers_weights.TIME_TABLE].flip(0).contiguous()
     save_file(tensors, file)
     with pytest.raises(ValueError, match="time embeddings"):
         read_pipeline(tmp_path, "odd")
