@@ -134,10 +134,10 @@ def serve(run: str, port: int, host: str, cluster: str | None) -> None:
     """
     import os
 
-    from pipeline.cluster_profile import home_of
+    from pipeline.cluster_profile import home_of, storage_of
     from pipeline.models import allow_modules_in
     from pipeline.runs import Run
     from pipeline.serve import serve_model
 
     allow_modules_in(os.getcwd())
-    serve_model(Run.find(home_of(cluster), run), host, port, click.echo)
+    serve_model(Run.find(home_of(cluster), run, storage_of(cluster)), host, port, click.echo)

@@ -23,6 +23,7 @@ PREFERRED = ("fid", "bits_per_dim", "kid")  # what is compared where no metric i
 
 def entries_of(run: Run) -> list[Entry]:
     """Return every value of a run's evaluations, oldest first; folders without readable scores are passed over."""
+    run.fetch_files("evaluations")
     files = [path for path in (run.folder / "evaluations").glob(f"*/{SCORES_FILE}") if path.is_file()]
     found = []
     for path in sorted(files, key=lambda path: (path.stat().st_mtime, path)):

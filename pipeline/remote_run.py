@@ -29,7 +29,16 @@ from pipeline.remote_lease import Lease
 
 INDEX = "files.json"
 RECORDS = ("attempt", "status.json", "run.json")
-_NOT_FILES = {*RECORDS, INDEX, "lock", "lease", "checkpoints", "ray"}
+_NOT_FILES = {
+    *RECORDS,
+    INDEX,
+    "lock",
+    "lease",
+    "checkpoints",
+    "ray",
+    "samples",
+}  # samples are for whoever asked for them
+_DELIVERED = "spool/delivered.json"
 _SENDER = ".sender"  # names this machine's folder of the run
 _AT_ONCE = 4
 
@@ -63,6 +72,11 @@ class RemoteRun:
                 _replace(local / name, content)
             elif name != "attempt":  # which there is none of before the first
                 return False
+        if not (local / _DELIVERED).is_file():  # it knows MLflow's name of the run
+            content = self.folder.read(_DELIVERED)
+            if content is not None:
+                (local / _DELIVERED).parent.mkdir(exist_ok=True)
+                _replace(local / _DELIVERED, content)
         return True
 
     def send_records(self, local: Path, *names: str) -> None:
@@ -91,17 +105,19 @@ class RemoteRun:
             if name not in files:
                 self.folder.delete(name)
 
-    def pull(self, local: Path) -> None:
-        """Bring the files as another machine sent them last; nothing where this folder was the last to send."""
+    def pull(self, local: Path, below: str = "") -> None:
+        """Bring the files as another machine sent them last, where they differ; nothing where this folder was the last to send.
+
+        What is here alone stays: it was made without the lock, such as an evaluation, and is sent with the rest.
+        """
         index = self._index()
         if not index or index.get("sender") == _sender(local):
             return
         here = dict(_files(local))
-        wanted = {name for name, sha256 in index["files"].items() if name not in here or _sha256(here[name]) != sha256}
+        files = {name: sha256 for name, sha256 in index["files"].items() if name.startswith(below)}
+        wanted = {name for name, sha256 in files.items() if name not in here or _sha256(here[name]) != sha256}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda name: self._fetch(name, local), sorted(wanted)))
-        for name in here.keys() - index["files"].keys():
-            here[name].unlink(missing_ok=True)
 
     def _send(self, name: str, path: Path) -> tuple[int, int, str] | None:
         """Send a file unless the store has it as it is; None where it has gone meanwhile."""

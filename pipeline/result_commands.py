@@ -124,7 +124,9 @@ def compare(
 ) -> dict[str, Any]:
     """Rank runs by a metric; without any named, all that have been evaluated."""
     named = [_found(reference, cluster) for reference in references]
-    runs = list({run.id: run for run in named}.values()) or [r for r in Run.all(home_of(cluster)) if entries_of(r)]
+    runs = list({run.id: run for run in named}.values()) or [
+        r for r in Run.all(home_of(cluster), storage_of(cluster)) if entries_of(r)
+    ]
     if not runs:
         raise UsageError(f"no run in {home_of(cluster)} has been evaluated; ddpm-pipe evaluate RUN")
     rankings = rank(runs, metric, across)

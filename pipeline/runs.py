@@ -298,11 +298,11 @@ class Run:
                 self.remote.lease.require()  # what was taken over is the other one's to write
                 self.send_files()
 
-    def fetch_files(self) -> None:
-        """Bring log, spool and pictures from the object store, where another machine wrote them last."""
+    def fetch_files(self, below: str = "") -> None:
+        """Bring log, spool and pictures, or one folder of these, from the object store, where another machine wrote them last."""
         if self.remote is not None:
             self.remote.fetch_records(self.folder)
-            self.remote.pull(self.folder)
+            self.remote.pull(self.folder, below)
 
     def send_files(self) -> None:
         """Send log, spool and pictures to the object store."""

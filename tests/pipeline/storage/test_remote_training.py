@@ -188,10 +188,15 @@ def test_files_follow_the_run_from_machine_to_machine(site):
         assert (other.folder / "pictures" / "grid.png").read_bytes() == b"picture"
         assert other.log_path.read_text().endswith("one\n")
         other.log("two")
-        (other.folder / "pictures" / "grid.png").unlink()
+        (other.folder / "pictures" / "grid.png").write_bytes(b"another")
+    (site.run.folder / "evaluations").mkdir()
+    (site.run.folder / "evaluations" / "scores.json").write_text("made without the lock")
     with site.run.lock():
         assert site.run.log_path.read_text().endswith("two\n")
-        assert not (site.run.folder / "pictures" / "grid.png").exists()
+        assert (site.run.folder / "pictures" / "grid.png").read_bytes() == b"another"
+        assert (site.run.folder / "evaluations" / "scores.json").exists()
+    with other.lock():
+        assert (other.folder / "evaluations" / "scores.json").read_text() == "made without the lock"
 
 
 def test_a_run_that_is_not_in_the_store_any_more_is_told(site):
