@@ -17,7 +17,9 @@ from pipeline.ranking import Entry, Ranking, rank
 from pipeline.runs import Run
 from pipeline.scores import SCORES_FILE, Spread
 
-_GO_WITH = {"generation.sampler": ("generation.eta",)}  # what one field means depends on the other
+_GO_WITH = {
+    "generation.sampler": ("generation.eta", "generation.spacing")
+}  # which have a meaning for some samplers alone
 PREFERRED = ("fid", "bits_per_dim", "kid")  # what is compared where no metric is named, the first that every run has
 
 

@@ -110,6 +110,7 @@ def tracked_as_a_reader_finds_it(home: Path, folder: Path) -> None:
     assert {a.path for a in client.list_artifacts(run.info.run_id, "pictures")} == {
         "pictures/samples.png",
         "pictures/denoising.png",
+        "pictures/schedule.png",
     }
     scores = client.list_artifacts(run.info.run_id, "evaluations")
     assert len(scores) == 2

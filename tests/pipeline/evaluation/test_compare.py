@@ -120,7 +120,7 @@ def test_seed_and_chunk_are_chance_and_the_most_seeds_stand_for_a_model(new_run)
 def test_fields_may_be_allowed_to_differ_and_then_stand_in_the_table(new_run):
     one, two = new_run(), new_run()
     scored(one, 0.5)
-    scored(two, 0.4, replace(IDENTITY, generation=Generation("vae", 1, eta=1.0)))
+    scored(two, 0.4, replace(IDENTITY, generation=Generation("vae", 1, "", eta=1.0)))
     with pytest.raises(RefusedError, match=r"generation\.steps: 50, 1"):
         compare([one, two], across=["sampler"])
     (ranking,) = compare([one, two], across=["sampler", "steps"])
