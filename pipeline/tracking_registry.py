@@ -14,7 +14,6 @@ from pipeline.redaction import one_line
 
 log = logging.getLogger(__name__)
 VALUE_TAG = "ddpm_pipe.value"
-RUN_TAG = "ddpm_pipe.run_id"
 
 
 def alias_of(identity: Mapping[str, Any]) -> str:
@@ -59,7 +58,7 @@ def register(
             return None
         version = _version(client, name, mlflow_run_id, models[0].model_id)
         tags = {f"ddpm_pipe.{key}": text for key, text in about.items()}
-        tags |= {VALUE_TAG: repr(value), RUN_TAG: about.get("run", ""), "ddpm_pipe.identity": json.dumps(identity)}
+        tags |= {VALUE_TAG: repr(value), "ddpm_pipe.identity": json.dumps(identity)}
         for key, text in tags.items():
             client.set_model_version_tag(name, version, key, text)
         client.update_model_version(

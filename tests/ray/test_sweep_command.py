@@ -7,7 +7,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,116 +19,15 @@ from PIL import Image
 
 from pipeline import checkpoint as checkpoints
 from pipeline.sweep_ledger import Entry, Ledger
+from tests.ray.swept import Shell, prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
-
-TINY = """
-name: tiny
-model: {channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_resolutions: [], norm_groups: 4, dropout: 0.0}
-diffusion: {num_timesteps: 100}
-training: {steps: 60, batch_size: 16, warmup_steps: 5, ema_decay: 0.9}
-checkpoint: {every_steps: 10, every_minutes: null}
-logging: {every_steps: 10, grid_every_steps: null}
-sampling: {sampler: ddim, steps: 4}
-evaluation: {extractor: classifier, num_images: 128}
-"""
-GRID = """
-name: grid
-base: tiny.yaml
-space:
-  diffusion.schedule: [linear, cosine]
-  diffusion.num_timesteps: [2, 50, 100]
-budget: {steps: 20}
-metric: fid
-more_network_calls: [2]
-overrides: {}
-"""
-RACE = """
-name: race
-base: tiny.yaml
-overrides: {training.grad_clip: null}
-space:
-  training.learning_rate: [3.0e-3, 1.0e-7, 2.0e-7, 1.0e+30]
-budget: {steps: 240}
-metric: kid
-early_stopping: {rungs: 1, reduction_factor: 2, num_images: 64}
-"""
-SLOW_NETWORK = """
-import time
-import torch
-from torch import nn
-
-class Slow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Conv2d(1, 1, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            time.sleep(0.3)
-        return self.net(x)
-"""
-
-
-def prepare(home: Path) -> None:
-    (home / "tiny.yaml").write_text(TINY)
-    (home / "grid.yaml").write_text(GRID)
-    (home / "race.yaml").write_text(RACE)
-    (home / "slow_network.py").write_text(SLOW_NETWORK)
-    lines = [line for line in TINY.splitlines() if not line.startswith("model:")]
-    (home / "slow.yaml").write_text("\n".join([*lines, "model: {type: 'slow_network:Slow'}"]))
-
-
-class Shell:
-    """A user's shell in a home of its own that tests of this module share."""
-
-    def __init__(self, home: Path) -> None:
-        self.home = home
-        hidden = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-        self.environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"DDPM_PIPE_HOME": str(home)}
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
-            cwd=self.home,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        with self.start(*arguments) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=600)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-        return process.returncode, stdout, stderr
-
-
-@pytest.fixture(scope="module")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
-    home = tmp_path_factory.mktemp("swept")
-    prepare(home)
-    return Shell(home)
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> Shell:
     prepare(tmp_path)
     return Shell(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def swept(shell: Shell) -> dict[str, Any]:
-    """The grid sweep, run once in full: its result, as `--json` prints it."""
-    code, stdout, stderr = shell.run("sweep", "grid.yaml", "--json")
-    assert code == 0, stderr
-    found: dict[str, Any] = json.loads(stdout)
-    return found
 
 
 @pytest.fixture

@@ -1,0 +1,210 @@
+"""MLflow's pages as a user sees them, in headless Chromium, over a store with a real sweep and its trainings."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.ray.swept import Shell
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--window-size=1900,1100",
+)
+WAIT_S = 90
+
+
+class Pages:
+    """A browser on the pages that `ddpm-pipe ui` serves."""
+
+    def __init__(self, driver: Any, address: str, pictures: Path) -> None:
+        self.driver, self.address, self.pictures = driver, address, pictures
+        self.root = address.partition("#")[0] + "#"
+
+    def text(self) -> str:
+        return str(self.driver.find_element("tag name", "body").text)
+
+    def wait(self, done: Any) -> None:
+        deadline = time.monotonic() + WAIT_S
+        while not done():
+            assert time.monotonic() < deadline, self.text()
+            time.sleep(0.3)
+
+    def open(self, name: str, address: str, *texts: str) -> str:
+        """Open a page, wait until it shows all the texts, keep a picture of it, and return what it shows."""
+        self.driver.get("about:blank")
+        self.driver.get(address)
+        self.wait(lambda: all(text in self.text() for text in texts))
+        self.driver.save_screenshot(str(self.pictures / f"{name}.png"))
+        return self.text()
+
+
+@pytest.fixture(scope="module")
+def pages(shell: Shell, swept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or chromedriver is None:
+        pytest.skip("no chromium and chromium-driver here: `apt-get install chromium-driver` brings both")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = shell.start("ui", "--port", str(port))
+    assert server.stdout is not None
+    assert server.stderr is not None
+    said = server.stdout.readline()
+    address = re.search(r"http://\S+", said)
+    assert address is not None, said
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in FLAGS:
+        options.add_argument(flag)
+    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+    try:
+        yield Pages(driver, address[0], tmp_path_factory.mktemp("pictures"))
+    finally:
+        driver.quit()
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
+
+
+@pytest.fixture(scope="module")
+def ids(shell: Shell, swept: dict[str, Any]) -> dict[str, str]:
+    """MLflow's ids of the sweep's run and of its best trial's."""
+    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    experiment = client.get_experiment_by_name("ddpm").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.kind = 'sweep'")
+    (best,) = client.search_runs([experiment], "attributes.run_name LIKE '%best FID'")
+    return {"experiment": experiment, "parent": parent.info.run_id, "best": best.info.run_id}
+
+
+def test_the_list_shows_what_matters_and_trials_under_their_sweep(pages: Pages, swept: dict[str, Any]) -> None:
+    columns = ("diffusion.schedule", "diffusion.num_timesteps", swept["metric"])
+    pages.open("list", pages.address, "sweep grid", *columns)
+    (row,) = (row for row in pages.driver.find_elements("css selector", "[role=row]") if "sweep grid" in row.text)
+    row.find_element("css selector", "button").click()
+    titles = [point["title"] for point in swept["points"]]
+    pages.wait(lambda: all(title in pages.text() for title in titles))
+    pages.driver.save_screenshot(str(pages.pictures / "nested.png"))
+    assert f"{swept['best']['title']}, seed 0, best FID" in pages.text()
+
+
+def test_the_best_trial_is_found_by_its_words(pages: Pages, ids: dict[str, str], swept: dict[str, Any]) -> None:
+    words = quote(f"attributes.run_name LIKE '%{swept['best']['title']}%best FID%'")
+    address = f"{pages.root}/experiments/{ids['experiment']}/runs?workflowType=machine_learning&searchFilter={words}"
+    pages.open("search", address, "2 matching runs")  # it, under its sweep
+
+
+def test_a_run_tells_what_it_was_and_how_to_do_it_again(
+    pages: Pages, ids: dict[str, str], swept: dict[str, Any]
+) -> None:
+    run = f"{pages.root}/experiments/{ids['experiment']}/runs/{ids['best']}"
+    said = pages.open("run", run, "best FID", "Description", swept["metric"])
+    assert str(min(swept["best"]["values"].values()))[:8] in said
+    parent = f"{pages.root}/experiments/{ids['experiment']}/runs/{ids['parent']}"
+    assert "digits" in pages.open("sweep", parent, "sweep grid", "Description", "ranked by fid")
+    pages.open("charts", f"{run}/model-metrics", "Model metrics", "Step")
+    section = pages.driver.find_elements("xpath", "//*[text()='Model metrics']")[
+        -1
+    ]  # scores at other samplers come first
+    pages.driver.execute_script("arguments[0].scrollIntoView()", section)
+    pages.wait(lambda: "loss_t_quartile_1" in pages.text())
+    pages.wait(lambda: len(pages.driver.find_elements("css selector", ".js-plotly-plot")) >= 2)
+    pages.driver.save_screenshot(str(pages.pictures / "charts.png"))
+
+
+def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dict[str, str]) -> None:
+    artifacts = f"{pages.root}/experiments/{ids['experiment']}/runs/{{}}/artifacts/{{}}"
+    pages.open(
+        "report", artifacts.format(ids["parent"], "report/sweep-report.html"), "heatmap.png", "sweep-report.html"
+    )
+    pages.wait(lambda: pages.driver.find_elements("tag name", "iframe"))
+    pages.driver.switch_to.frame(pages.driver.find_element("tag name", "iframe"))
+    pages.wait(lambda: "Points, best first" in pages.text())
+    assert len(pages.driver.find_elements("tag name", "img")) == 6
+    pages.driver.switch_to.default_content()
+    pages.open(
+        "samples", artifacts.format(ids["best"], "pictures/samples.png"), "pictures", "evaluations", "samples.png"
+    )
+
+    def shown() -> bool:
+        widths = "return [...document.images].map(i => i.naturalWidth)"
+        return max(pages.driver.execute_script(widths), default=0) > 200
+
+    pages.wait(shown)
+    pages.driver.save_screenshot(str(pages.pictures / "samples.png"))
+
+
+def test_the_best_model_has_a_page_with_its_alias(pages: Pages, swept: dict[str, Any]) -> None:
+    said = pages.open("model", f"{pages.root}/models/ddpm-digits", "ddpm-digits", "Version 1", "best-fid")
+    assert swept["best"]["title"] in said
+    assert swept["sweep"] in said
+
+
+def test_the_best_model_answers_requests_with_pngs(shell: Shell, swept: dict[str, Any]) -> None:
+    import base64
+    import io
+    import urllib.error
+    import urllib.request
+
+    import numpy as np
+    from PIL import Image
+
+    (run,) = swept["best"]["runs"].values()
+    server = shell.start("serve", run, "--port", "0")
+    lines: list[str] = []
+    try:
+        assert server.stdout is not None
+        reader = threading.Thread(target=lambda: lines.append(server.stdout.readline()), daemon=True)
+        reader.start()
+        reader.join(120)
+        (address,) = re.findall(r"http://127.0.0.1:\d+/", lines[0])
+
+        def get(path: str) -> bytes:
+            with urllib.request.urlopen(address + path, timeout=60) as answer:
+                body: bytes = answer.read()
+            return body
+
+        found = json.loads(get("images?n=3&seed=5"))
+        assert (found["run"], found["seed"], len(found["images"])) == (run, 5, 3)
+        pictures = [np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))) for image in found["images"]]
+        assert {picture.shape for picture in pictures} == {(8, 8)}
+        alone = np.asarray(Image.open(io.BytesIO(get("images/2.png?seed=5"))))
+        np.testing.assert_array_equal(alone, pictures[2])
+        assert Image.open(io.BytesIO(get("grid.png?n=9"))).size[0] > 150
+        for wrong, told in {"images?n=0": "expected 1", "images?m=1": "unknown", "images?steps=9999": "T ="}.items():
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                get(wrong)
+            assert refusal.value.code == 400
+            assert told in json.loads(refusal.value.read())["error"]
+            refusal.value.close()
+        strange = urllib.request.Request(address + "images", headers={"Host": "evil.example:80"})
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            urllib.request.urlopen(strange, timeout=60)
+        refusal.value.close()
+    finally:
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=60)
+    assert server.returncode == 0
