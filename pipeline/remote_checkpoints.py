@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ from pipeline.remote import RemoteFolder
 
 DAMAGED = "DAMAGED.json"
 _AT_ONCE = 4
+_FORGOTTEN_S = 24 * 3600
 
 
 class RemoteCheckpoints:
@@ -178,6 +180,9 @@ class RemoteCheckpoints:
     @contextmanager
     def _partial(self, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
         """Make a folder to fetch into, which no reader takes for a checkpoint, and which is gone afterwards."""
+        for old in self._local.glob(".partial-*"):  # of processes that were killed
+            if time.time() - old.stat().st_mtime > _FORGOTTEN_S:
+                shutil.rmtree(old, ignore_errors=True)
         outer = self._local / f".partial-{os.getpid()}-{threading.get_ident()}"
         folder = outer / checkpoint.folder.name
         try:

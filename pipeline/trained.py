@@ -56,6 +56,7 @@ class Trained:
         # buffers, of a network that has them, are not averaged: they come from the model itself
         if choice.sigma_rel is not None:
             widths = experiment.training.ema_widths
+            run.fetch_files(averages.SNAPSHOTS)
             averaged, at = averages.posthoc(run.folder, choice.sigma_rel, widths, step)
             checkpoint = _choose(run, None)
             tensors = checkpoint.tensors("model")["model"]

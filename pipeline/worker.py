@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -124,6 +125,8 @@ class Worker:
                 self.tracker.close(timeout=10.0)
         if self.team.leads:
             self.run.send_files()
+            if self.run.folder != Path(self.job.run_folder):  # a scratch folder: all of it is in the store
+                shutil.rmtree(self.run.folder, ignore_errors=True)
         return outcome
 
     def _run_here(self) -> Run:
