@@ -50,12 +50,15 @@ def _settings(record: RunRecord) -> str:
         "network": network,
         "schedule": f"{_get(diffusion, 'schedule')}, T = {_get(diffusion, 'num_timesteps')}",
         "predicts": f"{_get(diffusion, 'prediction')}; variance {_get(diffusion, 'variance')}",
+        "minimises": f"{training.get('objective', 'simple')}, timesteps {training.get('timestep_sampling', 'uniform')}",
         "training": f"learning rate {_get(training, 'learning_rate')}, EMA {_get(training, 'ema_decay')}, "
         f"{_get(training, 'precision')}, seed {_get(record.experiment, 'seed')}",
         "sampling": f"{_get(sampling, 'sampler')}, {_get(sampling, 'steps')} steps",
     }
     if _is_vae(record):
-        rows = {name: text for name, text in rows.items() if name not in ("schedule", "predicts", "sampling")}
+        rows = {
+            name: text for name, text in rows.items() if name not in ("schedule", "predicts", "minimises", "sampling")
+        }
     return _table(("setting", "value"), rows)
 
 

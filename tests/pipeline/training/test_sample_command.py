@@ -1,0 +1,111 @@
+"""`ddpm-pipe sample` of a model that knows classes: what each option does, and what each mistake is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.cli import run as command
+from pipeline.runs import Run
+from tests.pipeline.training import trainer
+
+FEW = ("--steps", "3")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    home = tmp_path_factory.mktemp("home")
+    made = trainer.make_run(
+        home,
+        model=trainer.SETTINGS["model"] | {"class_conditional": True},
+        training=trainer.SETTINGS["training"] | {"steps": 6, "ema_decay": [0.9, 0.5], "warmup_steps": 0},
+        sampling={"eta": 1.0, "batch_size": 4},
+    )
+    trainer.train(str(made.folder))
+    return made
+
+
+@pytest.fixture
+def typed(trained: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setenv("DDPM_PIPE_HOME", str(trained.folder.parent.parent))
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = command(["sample", trained.id, *arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def about(folder: Path) -> dict[str, object]:
+    content: dict[str, object] = json.loads((folder / "samples.json").read_text())
+    return content
+
+
+def test_every_option_is_part_of_what_the_images_are(typed, tmp_path):
+    options = [
+        "--sampler",
+        "dpm_solver",
+        "--spacing",
+        "linspace",
+        "--guidance",
+        "2",
+        "--label",
+        "7",
+        "--weights",
+        "ema:0.5",
+    ]
+    code, _, err = typed(*FEW, "-n", "4", *options, "--format", "png", "--out", str(tmp_path / "a"))
+    assert (code, "Traceback" in err) == (0, False)
+    expected = {"sampler": "dpm_solver", "steps": 3, "spacing": "linspace", "guidance_scale": 2.0, "labels": "7"}
+    found = about(tmp_path / "a")
+    assert expected.items() <= found.items()
+    # eta is ddim's: the experiment's 1.0 is none of this sampler's business
+    assert (found["weights"], found["eta"]) == ("ema:0.5", 0.0)
+
+
+def test_strips_animations_and_passages_are_drawn(typed, tmp_path):
+    assert typed(*FEW, "--format", "strip", "-n", "2", "--out", str(tmp_path / "strip"))[0] == 0
+    assert typed(*FEW, "--format", "gif", "-n", "3", "--out", str(tmp_path / "gif"))[0] == 0
+    Image.fromarray(np.full((20, 20), 90, np.uint8)).save(tmp_path / "mine.png")
+    code, out, _ = typed(
+        *FEW, "--interpolate", "5", str(tmp_path / "mine.png"), "-n", "4", "--out", str(tmp_path / "way")
+    )
+    assert code == 0
+    assert "error_of_the_ends" in out
+    with Image.open(tmp_path / "gif" / "denoising.gif") as motion:
+        assert motion.n_frames == 3
+    with Image.open(tmp_path / "way" / "interpolation.png") as picture:
+        assert picture.width == 6 * 66 + 2
+    assert about(tmp_path / "way")["labels"] == "none"
+    assert (tmp_path / "strip" / "denoising.png").stat().st_size > 0
+
+
+MISTAKES = {
+    "a class that is none": (["--label", "ten"], "no class 'ten'"),
+    "guidance to no class": (["--label", "none", "--guidance", "2"], "there is no class to guide to"),
+    "eta of another sampler": (["--sampler", "dpm_solver", "--eta", "0.5"], "which is ddim's"),
+    "a decay that was not kept": (["--weights", "ema:0.99"], "this run kept ema:0.9, ema:0.5"),
+    "no snapshots": (["--weights", "posthoc:0.1"], "stored no snapshots"),
+    "nonsense weights": (["--weights", "best"], "expected ema, ema:DECAY, raw, or posthoc:WIDTH"),
+    "a row that is none": (["--interpolate", "5", "99999"], "has rows 0 .. 1796"),
+    "a guided way back": (["--interpolate", "5", "6", "--guidance", "2"], "cannot be run backwards"),
+    "a noisy way back": (["--interpolate", "5", "6", "--eta", "1"], "DDIM without noise"),
+    "one image between two": (["--interpolate", "5", "6", "-n", "1"], "take 2 .. 64"),
+    "too many in a strip": (["--format", "strip", "-n", "65"], "holds at most 64"),
+    "more steps than T": (["--steps", "1001"], "T = 1000"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_each_mistake_is_told_in_one_line(typed, tmp_path, name):
+    arguments, told = MISTAKES[name]
+    code, _, err = typed(*arguments, "--out", str(tmp_path / "out"))
+    assert code == 2
+    assert told in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
