@@ -46,8 +46,8 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, float]) -> str | None:
-    """Return the name of the figure that stands for a run: its newest FID, not a yardstick's."""
-    names = [name for name in summary if name.startswith("fid")]  # yardsticks start with `yardstick_`
+    """Return the name of the figure that stands for a run: its newest FID, not a yardstick's, and not a deviation."""
+    names = [name for name in summary if name.startswith("fid_") and not name.startswith("fid_std_")]
     return names[-1] if names else None
 
 

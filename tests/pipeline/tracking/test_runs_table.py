@@ -51,6 +51,7 @@ def test_the_headline_is_the_newest_fid_and_never_a_yardstick() -> None:
     assert headline({}) is None
     assert headline({"kid": 1.0, "yardstick_noise_fid_b": 2.0}) is None
     assert headline({"fid_a": 1.0, "fid_b": 2.0, "yardstick_noise_fid_b": 3.0}) == "fid_b"
+    assert headline({"fid_a_seeds3": 1.0, "fid_std_a_seeds3": 0.1}) == "fid_a_seeds3"
 
 
 def test_listing_runs_needs_no_mlflow_and_no_torch(run: Run, home: Path) -> None:
