@@ -14,15 +14,17 @@ from typing import Any
 from pipeline import cluster_nodes
 from pipeline.board import NAMESPACE, Board, Member, board_name, run_worker
 from pipeline.capacity import Growth, needs
+from pipeline.causes import cause_of, starved
 from pipeline.cluster_profile import Profile, forwarded
 from pipeline.console import Console, duration
 from pipeline.device import backend_of
 from pipeline.job import Job
-from pipeline.memory import REMEDY, SAID, oom_kills
+from pipeline.memory import oom_kills
 from pipeline.placement import mark_of
 from pipeline.remote import RemoteFolder
 from pipeline.runs import Run
 from pipeline.signals import Signals
+from pipeline.stacks import STACKS, forget_empty
 
 POLL_S = 0.2
 END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
@@ -81,6 +83,7 @@ class Attempt:
         # read by Ray Train at each `fit()`, and handed to its processes on other nodes
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{self.profile.timeouts.start_s:g}"
         os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{self.profile.timeouts.collective_s:g}"
+        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor for what is done here, too
         trainer = _trainer(self.job, self.profile, self.name)
         failure: list[BaseException] = []
 
@@ -200,22 +203,29 @@ class Attempt:
 
     def _why(self, error: BaseException) -> Ended:
         """Return why the attempt failed, having looked at the machines that its workers were on, and free what it held."""
+        while not cluster_nodes.head_answers():
+            if self._head_is_gone():
+                return Ended(None, f"{CLUSTER_GONE} for {SILENCE_S:g} s")
+            time.sleep(1.0)
         mine = {member.node for member in self.members.values()}
         try:
             for group in {member.placement_group for member in self.members.values()}:
                 cluster_nodes.release(group)
             answers = cluster_nodes.on_each(mine, oom_kills)
-        except Exception:  # the cluster itself is gone
+        except Exception:  # the cluster is going
             return Ended(None, cause_of(error))
         lost = frozenset(mine - answers.keys())
         for member in self.members.values():
             if member.node in lost:
                 cause = f"worker {member.rank}: its node {member.node_name} was lost"
                 return Ended(None, cause, lost=lost)
-        starved = [member for member in self.members.values() if answers[member.node] > member.oom_kills]
         cause = cause_of(error)
-        if starved and KILLED in cause:
-            cause = f"{cause.partition(':')[0]}: ended by the system for want of memory; {REMEDY}"
+        if any(answers[member.node] > member.oom_kills for member in self.members.values()):
+            cause = starved(cause)
+        stacks = Path(self.job.run_folder) / STACKS
+        forget_empty(stacks)
+        if stacks.is_dir():
+            cause += f" (what its threads were doing: {stacks})"
         return Ended(None, cause, lost=lost)
 
 
@@ -263,33 +273,3 @@ def progress_line(progress: dict[str, Any], begin: tuple[int, float]) -> str:
         f"step {progress['step']}/{progress['steps']}  loss {progress['loss']:.4f}  "
         f"{progress['images_per_s']:.0f} images/s  {'?' if left is None else duration(left)} left"
     )
-
-
-KILLED = "its process was killed"
-
-
-def cause_of(error: BaseException) -> str:
-    """Return one line for why an attempt failed: of several workers' errors the one that came first, not its echoes."""
-    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
-    if not failures:
-        return _one_line(error)
-    # a killed worker shows up as a failed health check; its peers only lose their connection to it
-    ranks = sorted(
-        failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
-    )
-    return f"worker {ranks[0]}: {_one_line(failures[ranks[0]])}"
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error)
-    if "worker process has died" in text:
-        return f"{KILLED}, by hand or for want of memory"
-    if "HEALTH_CHECK_TIMEOUT" in text:
-        return "it did not answer within timeouts.collective_s"
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    last = (lines[-1] if lines else type(error).__name__)[:300]
-    if SAID.search(text):
-        return f"out of memory ({last}); {REMEDY}"
-    if "Timed out waiting" in text or "collective operation timeout" in text:
-        return "another worker did not answer within timeouts.collective_s"
-    return last

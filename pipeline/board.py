@@ -8,9 +8,14 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+    from pipeline.stacks import Stacks
 
 NAMESPACE = "ddpm-pipe"
 
@@ -84,6 +89,7 @@ class Board:
     def fail(self, error: PipelineError) -> None:
         """Keep the first error that a worker raised on purpose."""
         self._error = self._error or error
+        self._stumbled = True
 
     def stumble(self) -> None:
         """Note that a worker ended with an error, whatever it was: its peers may wait for it until their patience ends."""
@@ -115,8 +121,8 @@ class Board:
 class BoardLink:
     """A worker's line to the board. The answer to one message is read when the next one is due, so that nobody waits."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, board: Any, stacks: Stacks) -> None:
+        self._board, self._stacks = board, stacks
         self._answer: Any = None
         self._stop = False
 
@@ -126,9 +132,10 @@ class BoardLink:
         self._answer = self._board.publish.remote(progress)
 
     def stop_requested(self) -> bool:
-        """Return whether an answer that has arrived said to stop."""
+        """Return whether an answer that has arrived said to stop. Every worker asks once a step."""
         import ray
 
+        self._stacks.step()
         if self._answer is not None and ray.wait([self._answer], timeout=0)[0]:
             self._stop = self._stop or bool(ray.get(self._answer))
             self._answer = None
@@ -140,6 +147,7 @@ def run_worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train.torch
 
+    from pipeline.stacks import Stacks, path_of
     from pipeline.team import Team
     from pipeline.worker import Worker
 
@@ -149,7 +157,10 @@ def run_worker(config: dict[str, Any]) -> None:
     try:
         team = Team.join()
         gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none
-        outcome = Worker(config["job"], team, BoardLink(board), gpu).work()
+        job: Job = config["job"]
+        path = path_of(Path(job.run_folder), job.attempt, team.rank)
+        with Stacks(path, job.profile["timeouts"]["collective_s"]) as stacks:
+            outcome = Worker(job, team, BoardLink(board, stacks), gpu).work()
     except PipelineError as error:
         ray.get(board.fail.remote(error))
         raise

@@ -43,6 +43,7 @@ class Node:
     """One node: `ray start --block` in a session of its own, whose processes all belong to its group."""
 
     process: subprocess.Popen[bytes]
+    id: str = ""
 
     def kill(self) -> None:
         """End all its processes at once."""
@@ -76,7 +77,7 @@ class RayCluster:
         self, *, num_cpus: int = 1, resources: dict[str, float] | None = None, env: dict[str, str] | None = None
     ) -> Node:
         """Start another node and wait until the cluster counts it."""
-        wanted = self.num_alive() + 1
+        before = self.alive()
         agent, agent_grpc, runtime_env, metrics = free_ports(4)
         node = self._start(
             f"--address={self.gcs}",
@@ -86,7 +87,11 @@ class RayCluster:
             f"--temp-dir={self.folder / f'n{agent}'}",  # in a shared one, a node that joins removes what a job has just unpacked
             env=env,
         )
-        self.wait_for_nodes(wanted)
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not (new := self.alive() - before):  # one that was just killed may still be counted
+            assert time.monotonic() < deadline, self.log()
+            time.sleep(0.3)
+        (node.id,) = new
         return node
 
     def remove(self, node: Node) -> None:
@@ -96,10 +101,21 @@ class RayCluster:
 
     def num_alive(self) -> int:
         """Return how many nodes the cluster counts as alive."""
+        return len(self.alive())
+
+    def drain(self, node: Node, notice_s: int = 60) -> None:
+        """Announce that a node will be taken away, as a cloud does with a spot machine."""
+        words = ["drain-node", "--address", self.gcs, "--node-id", node.id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        words += ["--reason-message", "spot", "--deadline-remaining-seconds", str(notice_s)]
+        command = [str(Path(sys.executable).with_name("ray")), *words]
+        subprocess.run(command, env=os.environ | self.environment, check=True, capture_output=True)
+
+    def alive(self) -> set[str]:
+        """Return the nodes that the cluster counts as alive, by Ray's names for them."""
         status, body = self.get("/nodes?view=summary")
         assert status == 200, body
         summary = json.loads(body)["data"]["summary"]
-        return sum(node["raylet"].get("state") == "ALIVE" for node in summary)
+        return {node["raylet"]["nodeId"] for node in summary if node["raylet"].get("state") == "ALIVE"}
 
     def wait_for_nodes(self, count: int) -> None:
         """Wait until the cluster counts this many nodes as alive."""

@@ -1,0 +1,196 @@
+"""A training over several nodes, each a real `ray start`: nodes that come late, die, come and are taken away; a hang; a lost head."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from tests.ray.clusters import RayCluster, ray_cluster
+from tests.ray.test_train_command import SLOW_NETWORK, TINY, Started, digests, newest_step, told
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+
+STEPS = 40
+
+
+@pytest.fixture
+def start(home: Path, user_environment: dict[str, str]) -> Any:
+    """`ddpm-pipe` in the background on a cluster; ended with the test."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(cluster: RayCluster, *arguments: str) -> Started:
+        with (home / "stderr.txt").open("w") as stderr:
+            process = subprocess.Popen(
+                [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
+                cwd=home,
+                env=user_environment | cluster.environment,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                start_new_session=True,
+            )
+        running.append(process)
+        return Started(process)
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def experiment(home: Path, *, steps: int = STEPS, pause: float = 0.15, dropout: float = 0.2) -> str:
+    """Write the experiment: a network that is slow enough to act in the middle of its training. Return its file's name."""
+    (home / "slow_network.py").write_text(SLOW_NETWORK.replace("Dropout(0.2)", f"Dropout({dropout})"))
+    content = yaml.safe_load(TINY)
+    content["model"] = {"type": "slow_network:Slow", "arguments": {"pause": pause}}
+    content["training"]["steps"] = steps
+    (home / "slow.yaml").write_text(yaml.safe_dump(content))
+    return "slow.yaml"
+
+
+def profile(home: Path, cluster: RayCluster, workers: Any, **settings: Any) -> str:
+    """Write a profile that joins a cluster, with one CPU and thread for a worker. Return its file's name."""
+    content = {
+        "kind": "connect",
+        "address": cluster.gcs,
+        "storage": str(home),
+        "workers": workers,
+        "resources_per_worker": {"CPU": 1},
+        "threads_per_worker": 1,
+        "mlflow": {"tracking_uri": "http://127.0.0.1:9"},  # nobody listens there: training must not care
+    }
+    (home / "far.yaml").write_text(yaml.safe_dump(content | settings))
+    return "far.yaml"
+
+
+def undisturbed(home: Path, cli: Any, workers: int) -> Path:
+    """Train the same experiment on this machine alone; return its run's folder, moved away."""
+    (home / "near.yaml").write_text(f"workers: {workers}\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\n")
+    calm = cli("train", "slow.yaml", "--cluster", "near.yaml")
+    assert calm.code == 0, calm.stderr
+    (home / "runs").rename(home / "calm")
+    (run,) = (home / "calm").iterdir()
+    return run
+
+
+def run_of(home: Path) -> Path:
+    (run,) = (home / "runs").iterdir()
+    return run
+
+
+def log_of(home: Path) -> str:
+    logs = list(home.glob("runs/*/log.txt"))
+    return logs[0].read_text() if logs else ""
+
+
+def attempts(home: Path) -> list[int]:
+    """Return the number of workers of each attempt."""
+    return [int(count) for count in re.findall(r"attempt \d+: (\d+) worker", log_of(home))]
+
+
+def said(home: Path) -> str:
+    return (home / "stderr.txt").read_text()
+
+
+def losses(run: Path) -> dict[int, float]:
+    found: dict[int, float] = {}
+    for line in (run / "spool" / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["kind"] == "metrics" and "loss" in event["values"]:
+            found[event["step"]] = event["values"]["loss"]
+    return found
+
+
+def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_machine(home, cli, start):
+    slow = experiment(home)
+    calm = undisturbed(home, cli, workers=2)
+    with ray_cluster(num_cpus=1) as cluster:
+        apart = profile(home, cluster, 2, placement="strict_spread", wait_for_resources_s=90)
+        training = start(cluster, "train", slow, "--cluster", apart)
+        training.wait_for(lambda: "waiting for 2 workers with 1 CPUs each, each on a node of its own" in said(home))
+        node = cluster.add_node(num_cpus=1)
+        training.wait_for(lambda: newest_step(home) >= 10)
+        cluster.remove(node)
+        cluster.add_node(num_cpus=1)
+        assert training.end()[0] == 0, said(home)
+    assert attempts(home) == [2, 2]
+    assert re.search(r"attempt 1 failed \(worker \d: its node \S+ was lost\)", said(home))
+    assert digests(run_of(home)) == digests(calm)
+
+
+def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(home, cli, start):
+    """Four nodes, three, four again, three announced: 4, 2, 4 and 2 workers. One attempt may fail, so that only the loss can have."""
+    slow = experiment(home, steps=200, pause=0.1, dropout=0.0)
+    with ray_cluster(num_cpus=1) as cluster:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+        elastic = {"min": 1, "max": 4, "grow_after_s": 1}
+        far = profile(home, cluster, elastic, retries={"max_attempts": 2}, timeouts={"stop_s": 60})
+        training = start(cluster, "train", slow, "--cluster", far)
+        training.wait_for(lambda: newest_step(home) >= 10)
+        cluster.remove(nodes.pop())
+        training.wait_for(lambda: "attempt 2 continues" in log_of(home))
+        nodes.append(cluster.add_node(num_cpus=1))
+        training.wait_for(lambda: "attempt 3 continues" in log_of(home))
+        reached = newest_step(home)
+        training.wait_for(lambda: newest_step(home) > reached)
+        cluster.drain(nodes[-1])
+        training.wait_for(lambda: "attempt 4 continues" in log_of(home))
+        assert training.end()[0] == 0, said(home)
+    assert attempts(home) == [4, 2, 4, 2]
+    stopped, went_on = (re.findall(pattern, log_of(home)) for pattern in (r"stopped at step (\d+)", r"from step (\d+)"))
+    assert stopped == went_on[1:]  # what was planned lost no step
+    apart = losses(run_of(home))
+    experiment(home, steps=200, pause=0.0, dropout=0.0)
+    together = losses(undisturbed_of(home, cli))
+    assert apart.keys() == together.keys()
+    for step, loss in together.items():
+        assert apart[step] == pytest.approx(loss, rel=1e-4), step
+
+
+def undisturbed_of(home: Path, cli: Any) -> Path:
+    """Train on one worker of this machine, beside the run that is there; with another pause, which is no part of the arithmetic."""
+    (home / "runs").rename(home / "elastic")
+    return undisturbed(home, cli, workers=1)
+
+
+def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from_on_another_cluster(home, cli, start):
+    slow = experiment(home, steps=STEPS)
+    calm = undisturbed(home, cli, workers=2)
+    with ray_cluster(num_cpus=2) as cluster:
+        far = profile(home, cluster, 2, timeouts={"collective_s": 8})
+        training = start(cluster, "train", slow, "--cluster", far)
+        training.wait_for(lambda: newest_step(home) >= 10)
+        head = psutil.Process(cluster.nodes[0].process.pid)
+        workers = [p for p in head.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+        workers[-1].suspend()
+        began = time.monotonic()
+        training.wait_for(lambda: "attempt 2 continues" in log_of(home))
+        assert time.monotonic() - began < 8 + 90  # Ray's own patience is ten minutes, torch's half an hour
+        assert "did not answer within timeouts.collective_s" in said(home)
+        stacks = "".join(path.read_text() for path in run_of(home).glob("stacks/attempt-1-worker-*.txt"))
+        assert "training.py" in stacks  # where the other one waited
+        reached = newest_step(home)
+        training.wait_for(lambda: newest_step(home) > reached)
+        cluster.nodes[0].kill()
+        assert training.end()[0] == 8, said(home)
+    last = told(said(home))
+    assert "head did not answer" in last
+    assert last.endswith(f"ddpm-pipe resume {run_of(home).name}")
+    with ray_cluster(num_cpus=2) as another:
+        went_on = cli("resume", "latest", "--cluster", profile(home, another, 2), env=another.environment)
+        assert went_on.code == 0, went_on.stderr
+    assert digests(run_of(home)) == digests(calm)
