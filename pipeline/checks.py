@@ -198,15 +198,15 @@ def judge_storage(
 
 @dataclass(frozen=True)
 class Reading:
-    """What a node read of a dataset in the time it had: images, bytes decoded, seconds; or what was wrong."""
+    """What a node read of a dataset of `num_rows` in the time it had: images, seconds; or what was wrong."""
 
+    num_rows: int = 0
     num_images: int = 0
-    num_bytes: int = 0
     seconds: float = 0.0
     problem: str = ""
 
 
-def judge_dataset(source: str, num_rows: int, readings: Mapping[str, Reading]) -> Finding:
+def judge_dataset(source: str, readings: Mapping[str, Reading]) -> Finding:
     """Every node must read the dataset as its manifest says."""
     problems = {node: reading.problem for node, reading in readings.items() if reading.problem}
     if problems:
@@ -216,7 +216,7 @@ def judge_dataset(source: str, num_rows: int, readings: Mapping[str, Reading]) -
             problems=problems,
         )  # fmt: skip
     rates = {node: reading.num_images / max(reading.seconds, 1e-9) for node, reading in readings.items()}
-    slowest = min(rates, key=lambda node: rates[node])
+    slowest, num_rows = min(rates, key=lambda node: rates[node]), max(r.num_rows for r in readings.values())
     read = min(1.0, sum(reading.num_images for reading in readings.values()) / max(num_rows, 1))
     return green(
         "dataset",

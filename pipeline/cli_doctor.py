@@ -21,11 +21,11 @@ INDENT = " " * 20
     epilog=example("""
 ddpm-pipe doctor
 ddpm-pipe doctor --cluster multi-node-gpu.yaml --data /mnt/ddpm/datasets/photos
-ddpm-pipe doctor --preset cifar10 --json
+ddpm-pipe doctor --preset ddpm-cifar10 --json
 """)
 )
 @runs_on_cluster(files=["data"])
-@click.option("--data", metavar="DATA", help="An ingested dataset that every node should read.")
+@click.option("--data", metavar="DATA", help="An ingested dataset that every node should read: a folder, or s3://...")
 @click.option("--preset", metavar="NAME", help="The experiment whose training step is timed. Default: digits.")
 @json_option
 def doctor(cluster: str | None, data: str | None, preset: str | None, as_json: bool) -> None:

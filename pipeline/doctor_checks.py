@@ -95,18 +95,17 @@ def storage(examination: Examination) -> Finding:
 
 def dataset(examination: Examination) -> Finding:
     """Let each node read a part of the dataset."""
-    if examination.dataset is None:
+    location, count = examination.dataset, len(examination.nodes)
+    if location is None:
         return checks.skipped("dataset", "none given (--data)")
-    from pipeline.manifest import Manifest
-
-    count = len(examination.nodes)
-    questions = {
-        node.id: partial(node_checks.read_dataset, examination.dataset, part, count, READ_S)
-        for part, node in enumerate(examination.nodes)
-    }
-    readings = examination.ask(questions)
-    rows = 0 if any(r.problem for r in readings.values()) else Manifest.load(Path(examination.dataset)).num_rows
-    return checks.judge_dataset(examination.dataset, rows, {examination.names[n]: r for n, r in readings.items()})
+    cache = examination.profile.cache
+    readings = examination.ask(
+        {
+            node.id: partial(node_checks.read_dataset, location, cache, part, count, READ_S)
+            for part, node in enumerate(examination.nodes)
+        }
+    )
+    return checks.judge_dataset(location, {examination.names[node]: reading for node, reading in readings.items()})
 
 
 def mlflow(examination: Examination) -> Finding:

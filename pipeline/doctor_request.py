@@ -14,6 +14,7 @@ from pipeline.home import datasets_dir
 from pipeline.ingest import IngestOptions, availability
 from pipeline.manifest import Manifest
 from pipeline.models import build_model, num_parameters
+from pipeline.remote import is_remote
 
 NUM_CLASSES = 10  # of a class-conditional network whose dataset is not looked at
 USUAL_SHAPE = (3, 32, 32)  # of images that are not known before they are ingested
@@ -24,10 +25,10 @@ def examination_of(cluster: str | None, data: str | None, preset: str | None) ->
     profile = load_profile(cluster)
     experiment = load_experiment(presets.find("experiments", preset or DEFAULT_PRESET))
     shape = availability(experiment.data.source, IngestOptions(), datasets_dir(profile.home())).shape
-    if data is not None:
+    if data is not None and not is_remote(data):
         if not Path(data).is_dir():
             raise UsageError(
-                f"--data: got {data}, which is no folder; give one that `ddpm-pipe ingest SOURCE DEST` wrote"
+                f"--data: got {data}, which is no folder; give one that `ddpm-pipe ingest SOURCE DEST` wrote, or its s3:// address"
             )
         data = str(Path(data).absolute())
         with contextlib.suppress(DataError):  # which the check itself will tell

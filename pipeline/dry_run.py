@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,20 +60,21 @@ def dry_run(asked: training_run.Request, *, measure: bool = True) -> DryRun:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
     if plan.shape is None:
         return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings))
-    probe = _probe(plan, plan.shape)
-    seen = forecast(plan, probe)
+    probe, num_nodes = _probe(plan, plan.shape)
+    seen = forecast(plan, probe, math.ceil(plan.num_workers / num_nodes))
     return DryRun(plan, probe, seen, "", (*warnings, *seen.warnings))
 
 
-def _probe(plan: Plan, shape: tuple[int, int, int]) -> Probe:
-    """Measure in this process where one worker of this machine would train, else with all workers in the cluster."""
+def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Probe, int]:
+    """Measure in this process where one worker of this machine would train, else with all workers in the cluster, on so many nodes."""
     folder = plan.profile.home()
     if plan.num_workers == 1 and not plan.profile.is_remote:
-        return probe_training(plan.experiment, shape, plan.profile, 1, folder=folder)
+        return probe_training(plan.experiment, shape, plan.profile, 1, folder=folder), 1
     with Session(plan.profile, plan.num_workers) as session:
         session.ensure()
         with worker_group(plan.profile, plan.num_workers) as group:
-            return group.run(measure_in_worker, plan, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)[0]
+            probes = group.run(measure_in_worker, plan, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)
+            return probes[0], group.num_nodes
 
 
 def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path, code_folder: str) -> Probe:

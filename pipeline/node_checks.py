@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pipeline.checks import NodeFacts, Reading
+from pipeline.cluster_profile import Cache
 from pipeline.errors import PipelineError
 
 TEST_BYTES = 8_000_000
@@ -79,13 +80,13 @@ def remove_tests(place: str, folder: str) -> None:
         _store(place).delete_all(folder)
 
 
-def read_dataset(folder: str, part: int, num_parts: int, seconds: float) -> Reading:
+def read_dataset(location: str, cache: Cache, part: int, num_parts: int, seconds: float) -> Reading:
     """Read a part of the dataset's row groups for so long at most, with all checks."""
     from pipeline.shards import Dataset
 
     try:
-        dataset = Dataset.open(folder)
-        groups, image_bytes = dataset.manifest.row_groups, dataset.manifest.image_bytes
+        dataset = Dataset.open(location, cache)
+        groups = dataset.manifest.row_groups
         starts = [sum(groups[:i]) for i in range(len(groups))]
         begin, images = time.perf_counter(), 0
         for start, rows in list(zip(starts, groups, strict=True))[part::num_parts]:
@@ -95,7 +96,7 @@ def read_dataset(folder: str, part: int, num_parts: int, seconds: float) -> Read
                 break
     except (OSError, PipelineError) as error:
         return Reading(problem=_told(error))
-    return Reading(images, images * image_bytes, time.perf_counter() - begin)
+    return Reading(len(dataset), images, time.perf_counter() - begin)
 
 
 def existing(folder: Path) -> Path:

@@ -30,6 +30,12 @@ class Member:
             listener.bind((host, 0))
             return host, listener.getsockname()[1]
 
+    def node(self) -> str:
+        """Return the id of the node that this worker is on."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     def join(self, rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
         """Become one of the group; all of them at once."""
         from pipeline.team import found_group
@@ -46,8 +52,9 @@ class Member:
 class Group:
     """The workers together."""
 
-    def __init__(self, members: list[Any]) -> None:
+    def __init__(self, members: list[Any], num_nodes: int) -> None:
         self._members = members
+        self.num_nodes = num_nodes
 
     def run(self, function: Callable[..., T], *arguments: Any, timeout_s: float) -> list[T]:
         """Call `function(team, *arguments)` in every worker at once; results by rank. ClusterError where one is not done in time."""
@@ -92,7 +99,8 @@ def worker_group(
             _together(
                 [m.join.remote(r, num_workers, master, backend, collective_s) for r, m in enumerate(members)], start_s
             )
-        yield Group(members)
+        nodes = _together([member.node.remote() for member in members], start_s)
+        yield Group(members, len(set(nodes)))
     finally:
         remove_placement_group(place)  # with the actors in it
 

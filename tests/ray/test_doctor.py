@@ -4,19 +4,68 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import yaml
 
+from pipeline.cli import run
+from pipeline.remote import RemoteFolder
 from tests.conftest import CliResult
+from tests.ray.clusters import RayCluster, free_ports, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 ALL = ["cluster", "versions", "resources", "clocks", "disk", "storage", "dataset", "all-reduce", "step", "mlflow"]
 WORKS = {"green", "yellow"}  # a busy or small machine is yellow, and may be the one that tests run on
+# A node whose Python tells another time and has another torch: what its processes really see
+OTHER_NODE = """
+import time
+_true = time.time
+time.time = lambda: _true() + 300.0
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with ray_cluster(num_cpus=1) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    images = np.random.default_rng(0).integers(0, 256, (3000, 8, 8, 1), dtype=np.uint8)
+    np.savez(folder / "images.npz", images=images)
+    assert run(["ingest", str(folder / "images.npz"), str(folder / "set")]) == 0
+    return folder / "set"
+
+
+@pytest.fixture
+def profile(home: Path, mlflow_server: str, tmp_path: Path) -> Callable[..., str]:
+    """Write a profile that joins a cluster; return its path."""
+
+    def write(cluster: RayCluster, **changes: Any) -> str:
+        content = {
+            "kind": "connect",
+            "address": cluster.gcs,
+            "workers": 2,
+            "resources_per_worker": {"CPU": 1},
+            "threads_per_worker": 1,
+            "storage": str(tmp_path / "shared"),
+            "mlflow": {"tracking_uri": mlflow_server, "experiment": "doctor"},
+        }
+        path = tmp_path / "cluster.yaml"
+        path.write_text(yaml.safe_dump(content | changes))
+        return str(path)
+
+    return write
 
 
 def found(result: CliResult) -> dict[str, dict[str, Any]]:
@@ -30,12 +79,95 @@ def reds(result: CliResult) -> set[str]:
     return {name for name, finding in found(result).items() if finding["verdict"] == "red"}
 
 
+def test_a_healthy_cluster_of_two_nodes(cli, cluster, profile, dataset, tmp_path):
+    node = cluster.add_node(num_cpus=1)
+    try:
+        result = cli(
+            "doctor", "--cluster", profile(cluster, placement="strict_spread"), "--data", dataset, "--json",
+            env=cluster.environment,
+        )  # fmt: skip
+    finally:
+        cluster.remove(node)
+        cluster.wait_for_nodes(1)
+    assert result.code == 0, result
+    seen = found(result)
+    assert {finding["verdict"] for finding in seen.values()} <= WORKS
+    assert "2 nodes" in seen["versions"]["says"]
+    assert "100% of 3,000 images" in seen["dataset"]["says"]
+    assert seen["all-reduce"]["figures"]["bytes_per_s"] > 0
+    assert seen["step"]["figures"]["batch"] == 32  # of 64, on two workers
+    assert list((tmp_path / "shared").iterdir()) == [] if (tmp_path / "shared").exists() else True
+
+
+def test_another_clock_and_another_torch_on_a_node(cli, cluster, profile, tmp_path):
+    strange = tmp_path / "strange"
+    (strange / "torch-9.9.9.dist-info").mkdir(parents=True)
+    (strange / "torch-9.9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    (strange / "sitecustomize.py").write_text(OTHER_NODE)
+    node = cluster.add_node(num_cpus=1, env={"PYTHONPATH": str(strange)})
+    try:
+        result = cli("doctor", "--cluster", profile(cluster, workers=1), "--json", env=cluster.environment)
+    finally:
+        cluster.remove(node)
+        cluster.wait_for_nodes(1)
+    assert result.code == 10, result
+    assert reds(result) == {"versions", "clocks"}
+    seen = found(result)
+    assert "torch 9.9.9" in seen["versions"]["says"]
+    assert "300 s ahead" in seen["clocks"]["says"]
+
+
+def test_too_few_cpus_a_damaged_dataset_and_a_dead_tracking_server(cli, cluster, profile, dataset, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(dataset, damaged)
+    (shard,) = damaged.glob("**/*.parquet")
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    path = profile(cluster, workers=4, mlflow={"tracking_uri": f"http://127.0.0.1:{free_ports(1)[0]}"})
+    result = cli("doctor", "--cluster", path, "--data", damaged, "--json", env=cluster.environment)
+    assert result.code == 10, result
+    assert reds(result) == {"resources", "dataset", "mlflow"}
+    seen = found(result)
+    assert "4 workers with 1 CPUs each" in seen["resources"]["says"]
+    assert shard.name in seen["dataset"]["says"]
+    assert (seen["step"]["verdict"], seen["all-reduce"]["verdict"]) == ("skipped", "skipped")
+
+
+def test_a_wrong_token_and_an_absent_cluster(cli, cluster, profile):
+    result = cli("doctor", "--cluster", profile(cluster), env=cluster.environment | {"RAY_AUTH_TOKEN": "0" * 32})
+    assert result.code == 10, result
+    assert result.stdout.startswith("red     cluster")
+    assert "token" in result.stdout.split("versions")[0]
+    assert "skipped versions" in result.stdout
+    absent = cli(
+        "doctor", "--cluster", profile(cluster, address=f"127.0.0.1:{free_ports(1)[0]}"), "--json",
+        env=cluster.environment,
+    )  # fmt: skip
+    assert absent.code == 10, absent
+    assert reds(absent) == {"cluster"}
+    assert found(absent)["mlflow"]["verdict"] == "green"
+
+
 def test_this_machine_needs_no_profile_and_nothing_stays(cli, home):
     result = cli("doctor")
     assert result.code == 0, result
     lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
     assert [line[8:20].strip() for line in lines] == ALL
     assert list(home.iterdir()) == []
+
+
+def test_an_object_store_holds_runs_and_data(cli, home, bucket, dataset):
+    (home / "remote.yaml").write_text(f"storage: {bucket}\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\n")
+    images = dataset.parent / "images.npz"
+    environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+    assert cli("ingest", images, f"{bucket}/set", env=environment).code == 0
+    result = cli("doctor", "--cluster", "remote.yaml", "--data", f"{bucket}/set", "--json", env=environment)
+    assert result.code == 0, result
+    seen = found(result)
+    assert seen["storage"]["says"].startswith(bucket)
+    assert "100% of 3,000 images" in seen["dataset"]["says"]
+    assert {entry.name.split("/")[0] for entry in RemoteFolder(bucket).objects()} == {"set"}
 
 
 def test_a_read_only_place_without_room(home, user_environment):

@@ -136,10 +136,10 @@ def test_storage():
 
 
 def test_dataset():
-    good = checks.judge_dataset("data", 1000, {"a": Reading(400, 400, 2.0), "b": Reading(500, 500, 5.0)})
+    good = checks.judge_dataset("data", {"a": Reading(1000, 400, 2.0), "b": Reading(1000, 500, 5.0)})
     assert good.verdict is Verdict.GREEN
     assert "90% of 1,000 images read and checked, 100 images/s on b (the slowest)" in good.says
-    bad = checks.judge_dataset("data", 0, {"a": Reading(400, 400, 2.0), "b": Reading(problem="x.parquet is damaged")})
+    bad = checks.judge_dataset("data", {"a": Reading(1000, 400, 2.0), "b": Reading(problem="x.parquet is damaged")})
     assert (bad.verdict, bad.says) == (Verdict.RED, "x.parquet is damaged (seen on b)")
 
 
