@@ -92,8 +92,10 @@ def _probe(
     first_s = steps.time(1, 1)[0]  # kernels are chosen and memory is taken here
     large, alone_s, full_s = 1, first_s, first_s
     if first_s < budget_s:
-        alone_s = steps.time(1, MOST_STEPS, within_s=budget_s / 12)[-1]
-        large = _batch_within(budget_s / 6, alone_s, batch)
+        alone_s = full_s = steps.time(1, MOST_STEPS, within_s=budget_s / 12)[-1]
+        while large < batch and full_s <= budget_s / 6:  # a larger one takes four times as long at most
+            large = min(4 * large, batch)
+            full_s = steps.time(large, 1)[0]
         full_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
     shared_s = full_s
     if team.size > 1:
@@ -154,13 +156,6 @@ class _Steps:
         draws = training_draws(self._experiment.seed, 0, self._team.rank, size, self._shape)
         while True:
             yield Batch(self.learner.step, images, labels, torch.arange(size), draws)
-
-
-def _batch_within(seconds: float, image_s: float, batch: int) -> int:
-    """Return the batch, or the largest power of two whose step takes at most `seconds` at so much for an image."""
-    if image_s * batch <= seconds:
-        return batch
-    return min(batch, 1 << max(0, int(seconds / image_s).bit_length() - 1))
 
 
 def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
