@@ -105,6 +105,13 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
     free, all_in_all = room(nodes, need, profile.placement), room(nodes, need, profile.placement, of_all=True)
     each = ", ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in need.items())
     figures = {"workers_that_fit": all_in_all, "workers_that_fit_now": free, "wanted": most}
+    if all_in_all < least and profile.wait_for_resources_s:
+        return yellow(
+            "resources",
+            f"{shortage(least, nodes, profile)}; its profile waits {profile.wait_for_resources_s:g} s for a cluster that grows",
+            "if it does not grow: add nodes, or ask less",
+            **figures,
+        )
     if all_in_all < least:
         return red(
             "resources",

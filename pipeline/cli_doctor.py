@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import textwrap
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -13,8 +16,30 @@ from pipeline.cli_submit import runs_on_cluster
 if TYPE_CHECKING:
     from pipeline.checks import Finding
 
+F = TypeVar("F", bound=Callable[..., Any])
 COLORS = {"green": "green", "yellow": "yellow", "red": "red", "skipped": "bright_black"}
 INDENT = " " * 20
+
+
+def _door_first(command: F) -> F:
+    """Look at the door of a cluster that jobs are sent to: what keeps us out is a finding like any other."""
+
+    @functools.wraps(command)
+    def looked_at(*, cluster: str | None, as_json: bool, **given: Any) -> Any:
+        from pipeline.cluster_profile import load_profile
+        from pipeline.provenance import JOB_VARIABLE
+
+        profile = load_profile(cluster)
+        if profile.kind == "job" and JOB_VARIABLE not in os.environ:
+            from pipeline.doctor import at_the_door, require_healthy
+
+            findings = at_the_door(profile)
+            if findings:
+                _tell_all(profile.name, findings, as_json)
+            require_healthy(findings)
+        return command(cluster=cluster, as_json=as_json, **given)
+
+    return looked_at  # type: ignore[return-value]
 
 
 @click.command(
@@ -24,6 +49,7 @@ ddpm-pipe doctor --cluster multi-node-gpu.yaml --data /mnt/ddpm/datasets/photos
 ddpm-pipe doctor --preset ddpm-cifar10 --json
 """)
 )
+@_door_first
 @runs_on_cluster(files=["data"])
 @click.option("--data", metavar="DATA", help="An ingested dataset that every node should read: a folder, or s3://...")
 @click.option("--preset", metavar="NAME", help="The experiment whose training step is timed. Default: digits.")
@@ -40,8 +66,16 @@ def doctor(cluster: str | None, data: str | None, preset: str | None, as_json: b
     examination = examination_of(cluster, data, preset)
     findings = examine(examination, (lambda finding: None) if as_json else _tell)
     if as_json:
-        print_json({"profile": examination.profile.name, "checks": [finding.to_dict() for finding in findings]})
+        _tell_all(examination.profile.name, findings, as_json)
     require_healthy(findings)
+
+
+def _tell_all(profile: str, findings: Sequence[Finding], as_json: bool) -> None:
+    if as_json:
+        print_json({"profile": profile, "checks": [finding.to_dict() for finding in findings]})
+    else:
+        for finding in findings:
+            _tell(finding)
 
 
 def _tell(finding: Finding) -> None:

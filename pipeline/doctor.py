@@ -17,6 +17,7 @@ from pipeline.capacity import largest
 from pipeline.checks import Finding, Verdict
 from pipeline.cluster import ray_of
 from pipeline.cluster_profile import Profile
+from pipeline.cluster_token import admission, knock_at_dashboard
 from pipeline.errors import PipelineError, RefusedError
 from pipeline.examination import ASK_S, Examination
 from pipeline.limited_checks import begin, limited, red_of
@@ -45,6 +46,17 @@ def examine(examination: Examination, tell: Callable[[Finding], None] = lambda f
                 note(checks.skipped(name, "the cluster cannot be reached"))
         note(store())
     return findings
+
+
+def at_the_door(profile: Profile) -> list[Finding]:
+    """Return nothing where a cluster that jobs are sent to lets us in, else all findings: what is wrong there, and the rest skipped."""
+    address = str(profile.address)
+    try:
+        admission(profile, address, knock_at_dashboard(address))
+    except PipelineError as error:
+        rest = [checks.skipped(name, "the cluster cannot be reached") for name in (*SKIPPED_WITHOUT_CLUSTER, "mlflow")]
+        return [red_of("cluster", error), *rest]
+    return []
 
 
 def require_healthy(findings: Sequence[Finding]) -> None:

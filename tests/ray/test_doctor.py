@@ -71,7 +71,7 @@ def profile(home: Path, mlflow_server: str, tmp_path: Path) -> Callable[..., str
 def found(result: CliResult) -> dict[str, dict[str, Any]]:
     assert "Traceback" not in result.stderr
     findings = json.loads(result.stdout)["checks"]
-    assert [finding["check"] for finding in findings] == ALL
+    assert sorted(finding["check"] for finding in findings) == sorted(ALL)
     return {finding["check"]: finding for finding in findings}
 
 
@@ -147,6 +147,18 @@ def test_a_wrong_token_and_an_absent_cluster(cli, cluster, profile):
     assert absent.code == 10, absent
     assert reds(absent) == {"cluster"}
     assert found(absent)["mlflow"]["verdict"] == "green"
+
+
+def test_a_cluster_that_jobs_are_sent_to(cli, cluster, profile):
+    """The same command line goes there as a job, and looks at the cluster from inside."""
+    path = profile(cluster, kind="job", address=cluster.dashboard, workers=1)
+    wrong = cli("doctor", "--cluster", path, "--json", env=cluster.environment | {"RAY_AUTH_TOKEN": "1" * 32})
+    assert wrong.code == 10, wrong
+    assert reds(wrong) == {"cluster"}
+    assert "refuses the token" in found(wrong)["cluster"]["says"]
+    result = cli("doctor", "--cluster", path, "--json", env=cluster.environment)
+    assert result.code == 0, result
+    assert {finding["verdict"] for finding in found(result).values()} <= WORKS | {"skipped"}
 
 
 def test_this_machine_needs_no_profile_and_nothing_stays(cli, home):

@@ -91,6 +91,12 @@ def test_resources(asked, nodes, verdict, told):
     assert bool(finding.remedy) == (verdict is not Verdict.GREEN)
 
 
+def test_a_cluster_that_may_grow_is_given_time():
+    growing = profile(2).model_copy(update={"wait_for_resources_s": 900.0})
+    finding = checks.judge_resources(growing, [node("a", 1)], [facts()])
+    assert (finding.verdict, "waits 900 s" in finding.says) == (Verdict.YELLOW, True)
+
+
 def test_little_memory_and_busy_machines_are_yellow():
     little = checks.judge_resources(profile(2), [node("a", 4)], [facts(memory=GB)])
     assert (little.verdict, "1.0 GB of memory free" in little.says) == (Verdict.YELLOW, True)
