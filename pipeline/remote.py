@@ -181,7 +181,7 @@ class RemoteFolder:
 
         def upload() -> tuple[str, int]:
             digest, sent = hashlib.sha256(), 0
-            with path.open("rb") as file, self.filesystem.open_output_stream(self._path(name)) as stream:
+            with path.open("rb") as file, self._whole_or_none(name) as stream:
                 while chunk := file.read(CHUNK_BYTES):
                     stream.write(chunk)
                     digest.update(chunk)
@@ -194,6 +194,24 @@ class RemoteFolder:
             has = "none" if there is None else there.num_bytes
             raise StorageError(f"{self}/{name}: {sent} bytes were sent, the store has {has}; try again")
         return sha256
+
+    @contextmanager
+    def _whole_or_none(self, name: str) -> Iterator[Any]:
+        """Give a stream that becomes an object when the block ends, and nothing when it raises.
+
+        pyarrow knows no way to give a stream up: closed (or forgotten), it makes an object of the parts that arrived. That is removed;
+        where the store refuses even that, what is left is a part of something whose manifest is missing.
+        """
+        stream = self.filesystem.open_output_stream(self._path(name))
+        try:
+            yield stream
+        except BaseException:
+            with suppress(OSError):
+                stream.close()
+            with suppress(OSError):
+                self.filesystem.delete_file(self._path(name))
+            raise
+        stream.close()
 
     def delete(self, name: str) -> None:
         """Remove an object; that it is gone already is no error."""

@@ -91,3 +91,24 @@ def test_the_address_may_name_the_store(object_store, bucket, monkeypatch):
     folder.child("b").write("x", b"there")
     assert RemoteFolder(folder.uri).read("b/x") == b"there"
     assert "endpoint" not in str(folder)
+
+
+def test_an_upload_whose_third_part_fails_leaves_no_object_and_one_that_fails_for_a_while_arrives(
+    bucket, object_store, tmp_path
+):
+    folder, large = RemoteFolder(bucket), tmp_path / "large"
+    large.write_bytes(bytes(range(256)) * 2**17)
+    parts = []
+
+    def refuse_from_the_third_on(method, path):
+        parts.extend([path] if method == "PUT" and path.endswith("/large") else [])
+        return method == "PUT" and len(parts) >= 3
+
+    object_store.refuse = refuse_from_the_third_on
+    with pytest.raises(StorageError, match=r"/large: the store says SERVICE_UNAVAILABLE"):
+        folder.upload("large", large)
+    assert folder.stat("large") is None
+    parts.clear()
+    object_store.refuse = lambda method, path: refuse_from_the_third_on(method, path) and len(parts) < 6
+    assert folder.upload("large", large) == hashlib.sha256(large.read_bytes()).hexdigest()
+    assert folder.read("large") == large.read_bytes()
