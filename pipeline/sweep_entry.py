@@ -15,6 +15,8 @@ from pipeline.sweep_ledger import Entry, Status
 from pipeline.trained import experiment_of
 from pipeline.trial import trial_of
 
+RECORDED_AS = {"bpd": "bits_per_dim"}  # the name in an identity, where it is not the one the user gives
+
 
 def entry_of(run: Run, metric: str, status: Status, rungs: Mapping[float, float], reason: str = "") -> Entry:
     """Return the entry of a trial that ended, with its value of `metric` where it is finished and has one.
@@ -37,13 +39,17 @@ def entry_of(run: Run, metric: str, status: Status, rungs: Mapping[float, float]
     )
     if status != "finished":
         return entry
-    found = list(_values(run, metric))
+    found = list(_values(run, RECORDED_AS.get(metric, metric)))
     own = [(name, scores) for name, scores in found if _as_asked(scores["identities"][name], experiment)]
     if not own:
         return replace(entry, status="failed", reason=f"it has no {metric}; see {run.log_path}")
     name, scores = own[0]
     spread = scores.get("spreads", {}).get(name)
-    curve = {_calls(scores["identities"][name]): scores["values"][name] for name, scores in found}
+    curve = {
+        calls: scores["values"][name]
+        for name, scores in found
+        if (calls := _calls(scores["identities"][name])) is not None
+    }
     return replace(
         entry,
         value=scores["values"][name],
@@ -63,7 +69,8 @@ def _training_s(run: Run) -> float:
 
 def calls_scored(run: Run) -> set[int]:
     """Return the numbers of network calls at which a run is scored."""
-    return {_calls(scores["identities"][name]) for name, scores in _values(run, None)}
+    found = {_calls(scores["identities"][name]) for name, scores in _values(run, None)}
+    return {calls for calls in found if calls is not None}
 
 
 def _values(run: Run, metric: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -76,13 +83,17 @@ def _values(run: Run, metric: str | None) -> Iterator[tuple[str, dict[str, Any]]
                 break
 
 
-def _calls(identity: Mapping[str, Any]) -> int:
-    return int(identity["generation"]["steps"])
+def _calls(identity: Mapping[str, Any]) -> int | None:
+    """Return the network calls behind a value; None of bits/dim, which needs no generated images."""
+    generation = identity.get("generation")
+    return None if generation is None else int(generation["steps"])
 
 
 def _as_asked(identity: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a value is of images made as the experiment itself samples."""
-    generation, sampling = identity["generation"], experiment.sampling
+    """Whether a value is of images made as the experiment itself samples, or of no generated images at all."""
+    generation, sampling = identity.get("generation"), experiment.sampling
+    if generation is None:
+        return True
     made = (
         (sampling.sampler, sampling.num_steps(experiment.diffusion.num_timesteps))
         if has_process(experiment)

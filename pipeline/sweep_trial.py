@@ -75,7 +75,7 @@ def _score_at_other_calls(run: Run, calls: list[int]) -> None:
     settings = replace(TrackingSettings.of_profile(profile.home(), profile), mlflow_run_id=None)
     for steps in calls:
         if steps not in done and steps <= experiment.diffusion.num_timesteps:
-            evaluate_run(run, ScoreRequest(steps=steps), profile, settings, _silent())
+            evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, settings, _silent())
 
 
 def _silent() -> Console:

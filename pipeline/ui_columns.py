@@ -13,14 +13,15 @@ from typing import Any
 VIEW = "ddpm-pipe"
 TAG = f"mlflow.sharedViewState.{VIEW}"
 PARAMETERS = ("diffusion.schedule", "diffusion.num_timesteps", "training.steps")
-SCORE = re.compile(r"(fid|kid|bpd)_[A-Za-z0-9_]*")
+SCORE = re.compile(r"(fid|kid|bits_per_dim)_[A-Za-z0-9_]*")
+PART = re.compile(r"_(std|prior|divergences|decoder)_")
 MOST_SCORES = 4
 
 
 def view_of(metrics: Iterable[str], sweeps: Iterable[str]) -> dict[str, Any]:
     """Return the view for an experiment whose runs have these metrics, final scores first among them; `sweeps` are shown open."""
-    scores = [name for name in sorted(set(metrics)) if SCORE.fullmatch(name) and "_std_" not in name]
-    scores.sort(key=lambda name: ("fid", "kid", "bpd").index(name[:3]))
+    scores = [name for name in sorted(set(metrics)) if SCORE.fullmatch(name) and not PART.search(name)]
+    scores.sort(key=lambda name: ("fid", "kid", "bit").index(name[:3]))
     columns = [f"params.`{name}`" for name in PARAMETERS] + [f"metrics.`{name}`" for name in scores[:MOST_SCORES]]
     return {"selectedColumns": [*columns, "tags.`sweep_rank`"], "runsExpanded": dict.fromkeys(sweeps, True)}
 
