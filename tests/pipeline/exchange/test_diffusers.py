@@ -49,22 +49,22 @@ def both_images(trained: Trained, pipeline: Any, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "diffusion",
+    ("prediction", "variance", "tolerance"),
     [
-        {"prediction": "eps", "variance": "fixed_large"},
-        {"prediction": "v", "variance": "fixed_small"},
-        {"prediction": "x0", "variance": "fixed_large"},
+        ("eps", "fixed_large", 5e-5),  # 1e-4 on [-1, 1]
+        ("v", "fixed_small", 5e-5),
+        # an untrained network's x0 is far from x_t at the last steps, where their float32 weights of the two are off by 1e-4
+        ("x0", "fixed_large", 2e-4),
     ],
-    ids=lambda settings: settings["prediction"],
 )
 def test_a_pipeline_of_ours_draws_our_images(
-    diffusion: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    prediction: str, variance: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trained = made(**diffusion)
+    trained = made(prediction=prediction, variance=variance)
     write_pipeline(trained, tmp_path)
     ours, theirs = both_images(trained, their_pipeline(tmp_path), monkeypatch)
     assert float(ours.std()) > 0.05
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=5e-5)  # 1e-4 on [-1, 1]
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
