@@ -13,7 +13,7 @@ from typing import TextIO, cast
 from pipeline import job_secrets
 from pipeline.cli import run
 from pipeline.errors import PipelineError
-from pipeline.submit import RESULT_MARK
+from pipeline.job_log import RESULT_MARK
 
 
 class MarkedLines(io.TextIOBase):

@@ -66,6 +66,7 @@ def _send(
                 f"{(profile.storage or '').rstrip('/')}/{value}"
             )
     sources = [path for path in map(_path, given.values()) if path.is_file()]
+    module = _own_module(context)
     console = Console()
     jobs = Jobs(profile, reference, console)
 
@@ -80,7 +81,7 @@ def _send(
                 console.say(f"{path.absolute()} is named, not sent: every node must see it")
         return command_line(context, changed)
 
-    job = jobs.submit(arguments_of, sources, _own_module(context))
+    job = jobs.submit(arguments_of, sources, module)
     if detach:
         click.echo(job)
         console.say(jobs.farewell(job))
@@ -102,14 +103,15 @@ def _path(value: object) -> Path:
 
 
 def _own_module(context: click.Context) -> str | None:
-    """Return the module of the network that the command's experiment names, where it is not the U-Net."""
+    """Return the module of the network that the command's experiment names, where it is not one of ours; a wrong experiment stays here."""
     if not {"experiment", "preset", "overrides"} <= context.params.keys():
         return None
-    from pipeline.training_run import request
+    from pipeline import presets
+    from pipeline.config import DEFAULT_PRESET, load_experiment
 
     given = context.params
-    asked = request(given["experiment"], given["preset"], given.get("data"), given["cluster"], given["overrides"])
-    module, colon, _ = asked.experiment.model.type.partition(":")
+    path = presets.find("experiments", given["experiment"] or given["preset"] or DEFAULT_PRESET)
+    module, colon, _ = load_experiment(path, given["overrides"], given.get("data")).model.type.partition(":")
     return module if colon else None
 
 

@@ -17,18 +17,16 @@ from pipeline import job_secrets, packing
 from pipeline.cluster_profile import Profile, forwarded
 from pipeline.cluster_token import admission, knock_at_dashboard, travels_readable
 from pipeline.console import Console, duration, size
-from pipeline.errors import ClusterError, PipelineError, UsageError, nearest
+from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
+from pipeline.job_log import LogLines
 from pipeline.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
 from pipeline.redaction import KNOWN_SHAPES, USERINFO, redact
 from pipeline.runs import new_id
 
 PREFIX = "ddpm-"
 ENTRY = ("python", "-P", "-m", "pipeline.cli_job")  # -P: the code that was sent, not what stands in the folder
-RESULT_MARK = "\x1f"  # opens each line that the job printed on stdout: Ray keeps one log for both streams
-SAVED = "stopped, saved at step"  # what a training says that was asked to stop and has
 AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is left
 RECONNECT_S = 300.0
-NOISE = re.compile(r"^Running entrypoint for job |^[-0-9:, ]+\tINFO job_manager\.py|^\s*$")
 # Ray decides these from its environment when it is first imported; in the job that may be before this package is
 DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
@@ -88,6 +86,10 @@ class Jobs:
                 runtime_env={"working_dir": working_dir, "py_modules": [py_modules], "env_vars": env},
                 metadata={"ddpm_pipe": typed, "profile": profile.name},
             )
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"stopped while {job} was being sent; see: ddpm-pipe jobs list{self._at()}", 130
+            ) from None
         except RuntimeError as error:
             raise ClusterError(
                 f"profile {profile.name!r}: the cluster did not take the job: {_reason(error)}"
@@ -221,47 +223,6 @@ class Jobs:
 
     def _info(self, job: str) -> Any:
         return self._client.get_job_info(job)
-
-
-class LogLines:
-    """A log as it comes in pieces, printed by whole lines, each once however often it is read from its beginning."""
-
-    def __init__(self, out: Callable[[str], None], log: Callable[[str], None]) -> None:
-        self._out, self._log = out, log
-        self._shown = self._position = 0
-        self._rest = ""
-        self.saved = False
-
-    def rewind(self) -> None:
-        """Expect the log from its beginning."""
-        self._position = 0
-
-    def write(self, text: str) -> None:
-        """Take the next piece, and print what of it is new."""
-        new = text[max(0, self._shown - self._position) :]
-        self._position += len(text)
-        self._shown = max(self._shown, self._position)
-        *lines, self._rest = (self._rest + new).split("\n")
-        for line in lines:
-            self._print(line)
-
-    def write_from(self, whole: str) -> None:
-        """Take the whole log: what its tail did not bring."""
-        self.rewind()
-        self.write(whole)
-
-    def close(self) -> None:
-        """Print a last line that has no end."""
-        if self._rest:
-            self._print(self._rest)
-            self._rest = ""
-
-    def _print(self, line: str) -> None:
-        self.saved = self.saved or (line.startswith("ddpm-pipe: ") and SAVED in line)
-        if line.startswith(RESULT_MARK):
-            self._out(line.removeprefix(RESULT_MARK))
-        elif not NOISE.match(line):
-            self._log(line)
 
 
 def _client(address: str, token: str | None) -> Any:

@@ -18,8 +18,9 @@ from pipeline import packing
 from pipeline.cli_submit import command_line
 from pipeline.cli_train import train
 from pipeline.errors import UsageError
+from pipeline.job_log import RESULT_MARK, LogLines
 from pipeline.job_secrets import halves, joined
-from pipeline.submit import ENTRY, RESULT_MARK, LogLines
+from pipeline.submit import ENTRY
 
 SENT = ["own.py", "net/deep.py", "conf/a b.yaml", "secrets.py", "notes.md", "runs.py"]
 KEPT = [

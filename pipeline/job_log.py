@@ -1,0 +1,51 @@
+"""A job's log as it arrives: whole lines, each shown once, results apart from the rest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+RESULT_MARK = "\x1f"  # opens each line that the job printed on stdout: Ray keeps one log for both streams
+SAVED = "stopped, saved at step"  # what a training says that was asked to stop and has
+NOISE = re.compile(r"^Running entrypoint for job |^[-0-9:, ]+\tINFO job_manager\.py|^\s*$")
+
+
+class LogLines:
+    """A log as it comes in pieces, printed by whole lines, each once however often it is read from its beginning."""
+
+    def __init__(self, out: Callable[[str], None], log: Callable[[str], None]) -> None:
+        self._out, self._log = out, log
+        self._shown = self._position = 0
+        self._rest = ""
+        self.saved = False
+
+    def rewind(self) -> None:
+        """Expect the log from its beginning."""
+        self._position = 0
+
+    def write(self, text: str) -> None:
+        """Take the next piece, and print what of it is new."""
+        new = text[max(0, self._shown - self._position) :]
+        self._position += len(text)
+        self._shown = max(self._shown, self._position)
+        *lines, self._rest = (self._rest + new).split("\n")
+        for line in lines:
+            self._print(line)
+
+    def write_from(self, whole: str) -> None:
+        """Take the whole log: what its tail did not bring."""
+        self.rewind()
+        self.write(whole)
+
+    def close(self) -> None:
+        """Print a last line that has no end."""
+        if self._rest:
+            self._print(self._rest)
+            self._rest = ""
+
+    def _print(self, line: str) -> None:
+        self.saved = self.saved or (line.startswith("ddpm-pipe: ") and SAVED in line)
+        if line.startswith(RESULT_MARK):
+            self._out(line.removeprefix(RESULT_MARK))
+        elif not NOISE.match(line):
+            self._log(line)
