@@ -136,7 +136,7 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
 
 def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(home, cli, start):
     """Four nodes, three, four again, three announced: 4, 2, 4 and 2 workers. One attempt may fail, so that only the loss can have."""
-    slow = experiment(home, steps=200, pause=0.1, dropout=0.0)
+    slow = experiment(home, steps=400, pause=0.1, dropout=0.0)
     with ray_cluster(num_cpus=1) as cluster:
         nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
         elastic = {"min": 1, "max": 4, "grow_after_s": 1}
@@ -156,7 +156,7 @@ def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_s
     stopped, went_on = (re.findall(pattern, log_of(home)) for pattern in (r"stopped at step (\d+)", r"from step (\d+)"))
     assert stopped == went_on[1:]  # what was planned lost no step
     apart = losses(run_of(home))
-    experiment(home, steps=200, pause=0.0, dropout=0.0)
+    experiment(home, steps=400, pause=0.0, dropout=0.0)
     together = losses(undisturbed_of(home, cli))
     assert apart.keys() == together.keys()
     for step, loss in together.items():
