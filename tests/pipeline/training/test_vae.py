@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ddpm.gaussian import discretized_log_likelihood
 from pipeline.cli import run
-from pipeline.config import ModelConfig, TrainingConfig, experiment_from
+from pipeline.config import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
 from pipeline.device import serving_compute
 from pipeline.errors import UsageError
 from pipeline.generation import VaeSampler, generator_of
@@ -31,7 +31,7 @@ from tests.pipeline.training import trainer
 VAE: dict[str, Any] = {
     "model": {"type": "vae", "channels": 8, "channel_multipliers": [1, 2], "latent_dim": 5, "norm_groups": 4},
     "training": trainer.SETTINGS["training"] | {"steps": 8},
-    "sampling": {"batch_size": 4},
+    "sampling": {"batch_size": 600},
 }
 
 
@@ -168,7 +168,7 @@ def test_image_i_is_a_function_of_seed_and_i() -> None:
     experiment = experiment_from(VAE)
     model = build_model(experiment, (1, 8, 8))
     nn.init.normal_(model.conv_out.weight, std=0.3, generator=seeded())  # type: ignore[union-attr, arg-type]
-    made = generator_of(experiment, model, (1, 8, 8), experiment.sampling, 3, serving_compute())
+    made = generator_of(experiment, model, (1, 8, 8), SamplingConfig(batch_size=4), 3, serving_compute())
     assert isinstance(made, VaeSampler)
     six, ten = torch.cat(list(made.generate(6))), torch.cat(list(made.generate(10)))
     assert torch.equal(six, ten[:6])
