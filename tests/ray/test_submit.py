@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 SECRET = "correct-horse-battery-9"
 NETWORK = """
+import hashlib
 import os
 import time
 
@@ -39,7 +40,8 @@ class Own(nn.Module):
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if self.training:
             time.sleep(self.pause)
-            assert os.environ.get("THE_KEY", "correct-horse-battery-9") == "correct-horse-battery-9"
+            key = os.environ.get("THE_KEY")
+            assert key is None or hashlib.sha256(key.encode()).hexdigest().startswith("a8b2148fbf3ea38c")
             assert "py_modules_files" in pipeline.__file__  # the code that was sent, not what is installed there
         return self.net(x)
 """
