@@ -27,6 +27,9 @@ class ChunkWorker:
         here.start()
         self._task.start(here)
 
+    def ready(self) -> None:
+        """Answer once the task is ready."""
+
     def compute(self, indices: range) -> Arrays:
         """Return one chunk."""
         return self._task(indices)
@@ -55,22 +58,19 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
             max_task_retries=retries,
         )
         workers = [remote.remote(profile, os.getcwd(), shared) for _ in range(count)]
-        waiting = list(chunks.items())[::-1]
-        running: dict[Any, tuple[int, Any]] = {}
-
-        def give(worker: Any) -> None:
+        waiting, to_come = list(chunks.items())[::-1], len(chunks)
+        # a worker gets work once it is up: one for which the cluster has no room holds nobody up
+        running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}
+        while to_come:
+            ended, _ = ray.wait(list(running), num_returns=1)
+            number, worker = running.pop(ended[0])
+            result = _result(ended[0])
             if waiting:
-                number, indices = waiting.pop()
-                running[worker.compute.remote(indices)] = (number, worker)
-
-        for worker in workers:
-            give(worker)
-        while running:
-            ready, _ = ray.wait(list(running), num_returns=1)
-            number, worker = running.pop(ready[0])
-            arrays = _result(ready[0])
-            give(worker)
-            yield number, arrays
+                following, indices = waiting.pop()
+                running[worker.compute.remote(indices)] = (following, worker)
+            if number is not None:
+                to_come -= 1
+                yield number, result
 
 
 def _result(reference: Any) -> Arrays:

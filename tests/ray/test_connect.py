@@ -104,6 +104,16 @@ def test_a_training_on_two_workers_is_recorded_on_the_server_and_lives_in_the_st
         assert secret not in json.dumps(recorded.to_dictionary())
     listed = cli("runs", "--cluster", profile, "--json", env=environment)
     assert [row["id"] for row in json.loads(listed.stdout)] == [run.name]
+    # images over as many of an elastic profile's workers as there is room for: the others hold nobody up, and change nothing
+    files = {}
+    for workers in (1, {"min": 1, "max": 4}):
+        profile = profile_of(cluster, workers=workers)
+        out = tmp_path / f"images{len(files)}"
+        asked = ("sample", run.name, "-n", "350", "--format", "parquet", "--out", str(out), "--cluster", profile)
+        sampled = cli(*asked, env=environment, timeout_s=120)
+        assert sampled.code == 0, sampled.stderr
+        files[out] = (out / "samples.parquet").read_bytes()
+    assert len(set(files.values())) == 1
 
 
 @pytest.mark.parametrize("where", ["store", "dashboard"])
