@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.chunks import Runner, Task, in_process
-from pipeline.cluster import ray_of
+from pipeline.cluster import Session
 from pipeline.cluster_profile import Profile
 from pipeline.device import sampling_compute
 from pipeline.errors import ClusterError, PipelineError
@@ -46,7 +46,8 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
     if not chunks:
         return
     count = min(profile.most_workers, len(chunks))
-    with ray_of(profile, count):
+    with Session(profile, count) as session:  # a sweep's trial is inside a Ray already
+        session.ensure()
         import ray
 
         shared = [ray.put(task)]
