@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def make_dataset(folder: Path, num_images: int) -> Path:
-    from pipeline.ingest import ingest
+    from pipeline.ingest.ingest import ingest
 
     print(f"making {num_images:,} random images ...", flush=True)
     rng = np.random.default_rng(0)
@@ -68,7 +68,7 @@ def make_dataset(folder: Path, num_images: int) -> Path:
 
 
 def describe(folder: Path) -> str:
-    from pipeline.shards import Dataset
+    from pipeline.data.shards import Dataset
 
     manifest = Dataset.open(folder).manifest
     if manifest.encoding != "raw":
@@ -101,8 +101,8 @@ def on_one_core(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def ours(folder: Path, memory_budget_bytes: int) -> Iterator[Any]:
-    from pipeline.order import Order
-    from pipeline.shards import Dataset, read_batches
+    from pipeline.data.order import Order
+    from pipeline.data.shards import Dataset, read_batches
 
     dataset = Dataset.open(folder)
     order = Order(dataset.manifest.row_groups, 0, NUM_STREAMS, BATCH_SIZE, WINDOW)
@@ -122,7 +122,7 @@ def data_loader(folder: Path, num_workers: int) -> Iterator[Any]:
     import torch
     from torch.utils.data import DataLoader, TensorDataset
 
-    from pipeline.shards import Dataset
+    from pipeline.data.shards import Dataset
 
     dataset = Dataset.open(folder)
     dataset.hold_in_memory()
@@ -136,7 +136,7 @@ def ray_data(folder: Path) -> Iterator[Any]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
-    from pipeline.shards import Dataset
+    from pipeline.data.shards import Dataset
 
     shape = Dataset.open(folder).manifest.shape
 

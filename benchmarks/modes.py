@@ -24,20 +24,21 @@ import numpy as np
 import torch
 
 from ddpm import bits_per_dim
-from pipeline import presets, scoring
-from pipeline.batches import training_batches
-from pipeline.cluster_profile import Profile
-from pipeline.combinations import check_training
-from pipeline.config import Experiment, load_experiment, with_overrides
-from pipeline.device import sampling_compute
-from pipeline.generation import Denoiser
-from pipeline.images import to_float
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.models import build_diffusion, build_model, build_objective
-from pipeline.order import Order, default_num_streams
-from pipeline.randomness import image_generators
-from pipeline.shards import Dataset
-from pipeline.training import Learner, fit
+from pipeline.data.batches import training_batches
+from pipeline.data.images import to_float
+from pipeline.data.order import Order, default_num_streams
+from pipeline.data.shards import Dataset
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.metrics import scoring
+from pipeline.sampling.generation import Denoiser
+from pipeline.settings import presets
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.combinations import check_training
+from pipeline.settings.config import Experiment, load_experiment, with_overrides
+from pipeline.training.device import sampling_compute
+from pipeline.training.loop import Learner, fit
+from pipeline.training.models import build_diffusion, build_model, build_objective
+from pipeline.training.randomness import image_generators
 
 PREDICTIONS = ("eps", "x0", "v", "x_prev")  # of the last, which is ill-conditioned, one objective
 SCHEDULES = ("linear", "cosine")

@@ -4,8 +4,9 @@
     python benchmarks/train_step.py --preset mnist --precision fp32
     python benchmarks/train_step.py --preset ddpm-cifar10 --device cuda
 
-Ours is `pipeline.training.fit`, fed by the prefetching thread, with the random numbers that are a function of (seed, step, stream), and
-`ddpm.ddim`. The peer is diffusers' UNet2DModel, its DDPMScheduler, EMAModel and DDIMScheduler in the plain loop of its own tutorial.
+Ours is `pipeline.training.loop.fit`, fed by the prefetching thread, with the random numbers that are a function of (seed,
+step, stream), and `ddpm.ddim`. The peer is diffusers' UNet2DModel, its DDPMScheduler,
+EMAModel and DDIMScheduler in the plain loop of its own tutorial.
 Images are random: their content does not change the speed. docs/speed.md explains the figures.
 """
 
@@ -22,14 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import ddim, timestep_subset
-from pipeline import presets
-from pipeline.batches import Batch, Prefetch
-from pipeline.config import Experiment, load_experiment
-from pipeline.device import AUTOCAST, Compute
-from pipeline.images import to_float
-from pipeline.models import build_diffusion, build_model, build_objective, num_parameters
-from pipeline.randomness import training_draws
-from pipeline.training import Learner, fit
+from pipeline.data.batches import Batch, Prefetch
+from pipeline.data.images import to_float
+from pipeline.settings import presets
+from pipeline.settings.config import Experiment, load_experiment
+from pipeline.training.device import AUTOCAST, Compute
+from pipeline.training.loop import Learner, fit
+from pipeline.training.models import build_diffusion, build_model, build_objective, num_parameters
+from pipeline.training.randomness import training_draws
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "ddpm-cifar10": (3, 32, 32)}
 Shape = tuple[int, int, int]

@@ -9,15 +9,15 @@ from collections.abc import Sequence
 import click
 
 from pipeline import __version__
-from pipeline.cli_data import ingest, inspect
-from pipeline.cli_doctor import doctor
-from pipeline.cli_evaluate import compare, evaluate
-from pipeline.cli_exchange import export, import_
-from pipeline.cli_results import runs, sample, sync, ui
-from pipeline.cli_schedule import schedule
-from pipeline.cli_submit import jobs
-from pipeline.cli_sweep import serve, sweep
-from pipeline.cli_train import resume, train
+from pipeline.commands.data import ingest, inspect
+from pipeline.commands.doctor import doctor
+from pipeline.commands.evaluate import compare, evaluate
+from pipeline.commands.exchange import export, import_
+from pipeline.commands.results import runs, sample, sync, ui
+from pipeline.commands.schedule import schedule
+from pipeline.commands.submit import jobs
+from pipeline.commands.sweep import serve, sweep
+from pipeline.commands.train import resume, train
 from pipeline.errors import PipelineError
 
 COMMANDS = (

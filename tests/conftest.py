@@ -164,7 +164,7 @@ def ray_session() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def migrated_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A SQLite store of MLflow's whose tables are made; making them takes seconds, copying the file none."""
-    from pipeline.tracking_writer import prepare_environment
+    from pipeline.tracking.writer import prepare_environment
 
     prepare_environment()
     from mlflow import MlflowClient

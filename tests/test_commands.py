@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.cli import run
-from pipeline.runs import Run
-from pipeline.tracking import Tracker, TrackingSettings
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import Tracker, TrackingSettings
 from tests.pipeline.training import trainer
 
 Typed = Callable[..., tuple[int, str, str]]
@@ -235,7 +235,7 @@ def test_dry_runs_of_sample_and_evaluate_compute_nothing(typed, trained):
 
 
 def test_sync_delivers_to_the_store_of_the_runs_own_profile(typed, home):
-    from pipeline.cluster_profile import Profile
+    from pipeline.settings.cluster_profile import Profile
 
     elsewhere = home / "elsewhere.db"
     profile = Profile.model_validate({"mlflow": {"tracking_uri": f"sqlite:///{elsewhere}", "experiment": "mine"}})

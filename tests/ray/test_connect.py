@@ -12,10 +12,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.cluster_profile import Profile
-from pipeline.cluster_token import admission, knock_at_dashboard, knock_at_store
+from pipeline.cluster.token import admission, knock_at_dashboard, knock_at_store
 from pipeline.errors import ClusterError, UsageError
-from pipeline.yaml_files import validate
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.yaml_files import validate
 from tests.ray.clusters import RayCluster, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

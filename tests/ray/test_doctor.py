@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from pipeline.cli import run
-from pipeline.remote import RemoteFolder
+from pipeline.storage.remote import RemoteFolder
 from tests.conftest import CliResult
 from tests.ray.clusters import RayCluster, free_ports, ray_cluster
 

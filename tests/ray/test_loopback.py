@@ -12,8 +12,8 @@ from tests.test_hermetic import listening_addresses
 
 HOLD_RAY = """
 import sys
-from pipeline.cluster import local_ray
-from pipeline.cluster_profile import load_profile
+from pipeline.cluster.session import local_ray
+from pipeline.settings.cluster_profile import load_profile
 with local_ray(load_profile("local"), num_workers=1):
     import ray
     ray.get(ray.remote(lambda: 1).remote())

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.memory import oom_kills
+from pipeline.planning.memory import oom_kills
 from tests.ray.test_train_command import TINY, told
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.runs import Run
+from pipeline.storage.runs import Run
 from tests.pipeline.training.trainer import make_run, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

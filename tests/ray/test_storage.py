@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import MANIFEST
+from pipeline.storage.checkpoint import MANIFEST
 from tests.object_store import objects
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

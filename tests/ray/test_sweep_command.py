@@ -17,8 +17,8 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipeline import checkpoint as checkpoints
-from pipeline.sweep_ledger import Entry, Ledger
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.sweeps.ledger import Entry, Ledger
 from tests.ray.swept import Shell, prepare
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline import checkpoint as checkpoints
+from pipeline.storage import checkpoint as checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from pipeline.ingest import ingest
-from pipeline.shards import Dataset
+from pipeline.data.shards import Dataset
+from pipeline.ingest.ingest import ingest
 
 Pixels = npt.NDArray[np.uint8]
 

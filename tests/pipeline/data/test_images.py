@@ -18,8 +18,8 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
+from pipeline.data.images import convert_array, crop_and_resize, decode_image, flip, to_float, to_uint8
 from pipeline.errors import DataError, DivergedError
-from pipeline.images import convert_array, crop_and_resize, decode_image, flip, to_float, to_uint8
 from tests.pipeline.data.made_data import (
     COLOUR,
     COLOUR_ALPHA,
@@ -330,7 +330,7 @@ import json, random, sys
 from pathlib import Path
 import numpy as np
 from pipeline.errors import DataError
-from pipeline.images import decode_image
+from pipeline.data.images import decode_image
 counts = {}
 for name in ("png", "palette", "jpeg"):
     sound = Path(sys.argv[1], name).read_bytes()

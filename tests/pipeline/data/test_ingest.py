@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.ingest import IngestOptions, availability, ensure_ingested, ingest, source_key
-from pipeline.shards import Dataset
+from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest, source_key
 from tests.pipeline.data.made_data import (
     Pixels,
     jpeg_of,
@@ -90,7 +90,7 @@ def test_the_pool_does_not_need_the_main_module(tmp_path: Path, how: str) -> Non
     folder = write_folder(tmp_path / "in", some_images(600, (4, 4, 1)))
     code = f"""
 from pathlib import Path
-from pipeline.ingest import ingest
+from pipeline.ingest.ingest import ingest
 print(ingest({str(folder)!r}, Path({str(tmp_path / "out")!r}), num_workers=2).num_rows)
 """
     (tmp_path / "script.py").write_text(code)
@@ -151,7 +151,7 @@ def test_nothing_is_left_after_ctrl_c_in_process(tmp_path: Path) -> None:
 SLOW_INGEST = """
 import sys, time
 from pathlib import Path
-from pipeline.ingest import ingest
+from pipeline.ingest.ingest import ingest
 def progress(done, total):
     print(done, flush=True)
     time.sleep(0.05)
@@ -235,7 +235,7 @@ FULL_DISK = """
 import os, resource, signal, sys
 from pathlib import Path
 from pipeline.errors import StorageError
-from pipeline.ingest import ingest
+from pipeline.ingest.ingest import ingest
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
 try:
@@ -432,7 +432,7 @@ def test_a_missing_source_is_an_error_and_a_set_that_is_not_here_is_not(tmp_path
 ENSURE = """
 import sys
 from pathlib import Path
-from pipeline.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 print(ensure_ingested(sys.argv[1], IngestOptions(), Path(sys.argv[2]), lambda text: print(text, flush=True)).folder)
 """
 

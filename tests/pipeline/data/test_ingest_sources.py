@@ -23,13 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, PipelineError, UsageError
-from pipeline.ingest import ingest
-from pipeline.ingest_download import Archive, fetch
-from pipeline.ingest_files import find_files, without_credentials
-from pipeline.ingest_sets import SETS
-from pipeline.manifest import Manifest
-from pipeline.shards import Dataset
+from pipeline.ingest.download import Archive, fetch
+from pipeline.ingest.files import find_files, without_credentials
+from pipeline.ingest.ingest import ingest
+from pipeline.ingest.sets import SETS
 from tests.pipeline.data.made_data import (
     Pixels,
     hugging_face,

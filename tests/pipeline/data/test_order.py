@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.data.order import Order, Segment, default_num_streams, streams_of_worker
 from pipeline.errors import UsageError
-from pipeline.order import Order, Segment, default_num_streams, streams_of_worker
 
 
 @st.composite

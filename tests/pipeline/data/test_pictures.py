@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.ingest import ingest
-from pipeline.pictures import card_lines, dataset_card, inspect_picture, save_grid, save_strip
+from pipeline.ingest.ingest import ingest
+from pipeline.pictures.pictures import card_lines, dataset_card, inspect_picture, save_grid, save_strip
 from tests.pipeline.data.made_data import Pixels, dataset_of, some_images
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.order import Order, streams_of_worker
-from pipeline.shards import Dataset, RawBatch, read_batches
+from pipeline.data.order import Order, streams_of_worker
+from pipeline.data.shards import Dataset, RawBatch, read_batches
 from tests.pipeline.data.made_data import dataset_of, some_images
 
 FROM_DISK = 0  # a memory budget that nothing fits

@@ -16,9 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.manifest import Manifest
-from pipeline.shards import Dataset
 from tests.pipeline.data.made_data import Pixels, dataset_of, some_images
 
 LABELS = np.arange(150) % 7

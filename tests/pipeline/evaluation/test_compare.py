@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pipeline.bound import Bound, Curve
-from pipeline.bound_report import Measured, write_measured
 from pipeline.cli import run as run_command
-from pipeline.compare import compare
 from pipeline.errors import RefusedError, UsageError
-from pipeline.fid import Moments
-from pipeline.metric_identity import BoundIdentity, Generation, MetricIdentity
-from pipeline.runs import Run
-from pipeline.scores import Scores, over_seeds, write_scores
+from pipeline.metrics.bound import Bound, Curve
+from pipeline.metrics.bound_report import Measured, write_measured
+from pipeline.metrics.fid import Moments
+from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity
+from pipeline.metrics.scores import Scores, over_seeds, write_scores
+from pipeline.storage.runs import Run
+from pipeline.workflows.compare import compare
 
 IDENTITY = MetricIdentity(
     metric="fid",

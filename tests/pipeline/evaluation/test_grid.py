@@ -13,11 +13,11 @@ from PIL import Image
 
 from pipeline.cli import run as run_command
 from pipeline.errors import UsageError
-from pipeline.evaluate import ScoreRequest
-from pipeline.grid import Grid, Point, draw_grid, parse_grid
-from pipeline.runs import Run
-from pipeline.scores import Spread
-from pipeline.tracking import Tracker, TrackingSettings
+from pipeline.metrics.scores import Spread
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.workflows.evaluate import ScoreRequest
+from pipeline.workflows.grid import Grid, Point, draw_grid, parse_grid
 from tests.pipeline.training import trainer
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.classifier_store import classifier_for
-from pipeline.neighbours import NUM_NEIGHBOURS, find_neighbours, neighbour_lines, write_neighbours
+from pipeline.metrics.classifier_store import classifier_for
+from pipeline.metrics.neighbours import NUM_NEIGHBOURS, find_neighbours, neighbour_lines, write_neighbours
 from tests.pipeline.metrics.array_set import ArraySet, digits
 
 
@@ -23,7 +23,7 @@ def one_thread() -> None:
 def test_neighbours_are_those_of_brute_force_and_copies_are_copies(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.neighbours._ROWS_AT_ONCE", 500)  # four chunks, the last a part
+    monkeypatch.setattr("pipeline.metrics.neighbours._ROWS_AT_ONCE", 500)  # four chunks, the last a part
     data = digits()
     extractor = classifier_for(data, tmp_path / "cache")
     noise = np.random.default_rng(0).integers(-60, 60, (20, 1, 8, 8))
@@ -62,7 +62,7 @@ def test_equally_close_images_come_by_row_whatever_the_chunks(tmp_path: Path, mo
     images[[5, 31, 32, 59]] = images[5]
     extractor = classifier_for(digits(), tmp_path / "cache")
     for size in (7, 60):
-        monkeypatch.setattr("pipeline.neighbours._ROWS_AT_ONCE", size)
+        monkeypatch.setattr("pipeline.metrics.neighbours._ROWS_AT_ONCE", size)
         found = find_neighbours(images[5:6], ArraySet(images), extractor, tmp_path / str(size))
         assert found.by_pixel.rows.tolist() == [[5, 31, 32]]
         assert found.by_pixel.distances.tolist() == [[0, 0, 0]]

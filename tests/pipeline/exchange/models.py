@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.config import experiment_from
-from pipeline.models import build_model
-from pipeline.trained import Trained
+from pipeline.settings.config import experiment_from
+from pipeline.training.models import build_model
+from pipeline.training.trained import Trained
 
 TINY: dict[str, Any] = {
     "channels": 8,

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm import SCHEDULES, BetaSchedule, GaussianDiffusion, ancestral, normal_noise
-from pipeline import diffusers_scheduler, diffusers_weights
-from pipeline.diffusers_folder import read_pipeline, write_pipeline
-from pipeline.models import build_diffusion, build_model
-from pipeline.trained import Trained
+from pipeline.exchange import diffusers_scheduler, diffusers_weights
+from pipeline.exchange.diffusers_folder import read_pipeline, write_pipeline
+from pipeline.training.models import build_diffusion, build_model
+from pipeline.training.trained import Trained
 from tests.ddpm.closed_forms import seeded
 from tests.ddpm.test_diffusers import exact
 from tests.pipeline.exchange.models import IDDPM, made

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import export_onnx
 from pipeline.cli import run
-from pipeline.diffusers_folder import write_pipeline
-from pipeline.runs import Run, RunStatus
-from pipeline.trained import Trained
+from pipeline.exchange import export_onnx
+from pipeline.exchange.diffusers_folder import write_pipeline
+from pipeline.storage.runs import Run, RunStatus
+from pipeline.training.trained import Trained
 from tests.pipeline.exchange.models import IDDPM, made
 from tests.pipeline.exchange.test_foreign_tensors import Canary
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.manifest import Manifest
+from pipeline.data.manifest import Manifest
 
 
 @dataclass(frozen=True)

@@ -17,16 +17,16 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, Model, bits_per_dim
-from pipeline.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
-from pipeline.bound_report import Measured, write_measured
-from pipeline.chunks import ChunkStore, compute
 from pipeline.cli import run as run_command
-from pipeline.cluster_profile import Profile
-from pipeline.device import sampling_compute
-from pipeline.images import to_float
-from pipeline.metric_identity import BoundIdentity
-from pipeline.randomness import image_generators
-from pipeline.tensor_file import Arrays, unpack
+from pipeline.data.images import to_float
+from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
+from pipeline.metrics.bound_report import Measured, write_measured
+from pipeline.metrics.metric_identity import BoundIdentity
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.chunks import ChunkStore, compute
+from pipeline.storage.tensor_file import Arrays, unpack
+from pipeline.training.device import sampling_compute
+from pipeline.training.randomness import image_generators
 from tests.ddpm.closed_forms import ignorant, point_mass
 from tests.pipeline.metrics.array_set import ArraySet
 from tests.pipeline.training import trainer

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ddpm import BetaSchedule, GaussianDiffusion, UNet, ddim, timestep_subset
-from pipeline.classifier import Classifier, SmallNetwork, decide
-from pipeline.classifier_fit import fit
-from pipeline.classifier_store import SHIPPED, Recipe, classifier_for, fit_and_save
+from pipeline.data.images import to_uint8
 from pipeline.errors import DataError, RefusedError
-from pipeline.fit_rule import SALT, FitRule, content_hashes, hash_rows, held_out_rows
-from pipeline.images import to_uint8
-from pipeline.tensor_file import Arrays, pack, unpack
+from pipeline.metrics.classifier import Classifier, SmallNetwork, decide
+from pipeline.metrics.classifier_fit import fit
+from pipeline.metrics.classifier_store import SHIPPED, Recipe, classifier_for, fit_and_save
+from pipeline.metrics.fit_rule import SALT, FitRule, content_hashes, hash_rows, held_out_rows
+from pipeline.storage.tensor_file import Arrays, pack, unpack
 from tests.pipeline.metrics.array_set import ArraySet, digits, stripes
 
 QUICK = Recipe(fraction=0.4, width=8, num_steps=60)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.fid import (
+from pipeline.metrics.fid import (
     Moments,
     frechet_distance,
     inception_score,

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import inception
 from pipeline.errors import DataError, RefusedError, StorageError
-from pipeline.features import extract, in_batches
-from pipeline.inception import INCEPTION_SHA256, INCEPTION_URL, WEIGHTS_VARIABLE, Inception, read_weights
+from pipeline.metrics import inception
+from pipeline.metrics.features import extract, in_batches
+from pipeline.metrics.inception import INCEPTION_SHA256, INCEPTION_URL, WEIGHTS_VARIABLE, Inception, read_weights
 
 
 def sha256(data: bytes) -> str:

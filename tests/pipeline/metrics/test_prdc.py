@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.prdc import PRDC, prdc
+from pipeline.metrics.prdc import PRDC, prdc
 
 Array = npt.NDArray[np.float64]
 
@@ -113,7 +113,7 @@ def test_density_and_coverage_of_the_same_distribution() -> None:
 def test_blocks_of_distances_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     real, generated = gaussian(50, 4, seed=22), gaussian(37, 4, seed=23)
     whole = prdc(real, generated)
-    monkeypatch.setattr("pipeline.prdc._BLOCK_VALUES", 7 * 50)
+    monkeypatch.setattr("pipeline.metrics.prdc._BLOCK_VALUES", 7 * 50)
     assert prdc(real, generated) == whole
 
 

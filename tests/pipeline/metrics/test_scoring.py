@@ -13,19 +13,19 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from pipeline import scoring
-from pipeline.classifier import Classifier
-from pipeline.classifier_store import classifier_for
+from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, RefusedError
-from pipeline.features import Extracted, FeatureExtractor
-from pipeline.fid import Moments, frechet_distance, inception_score, kid
-from pipeline.fit_rule import FitRule, content_hashes, hash_rows
-from pipeline.ingest import ingest
-from pipeline.metric_identity import LUCK, Generation, MetricIdentity, differences
-from pipeline.prdc import prdc
-from pipeline.reference import Reference, prepare_reference
-from pipeline.scoring import METRICS, choose_extractor, read_scores, score, write_scores
-from pipeline.shards import Dataset
+from pipeline.ingest.ingest import ingest
+from pipeline.metrics import scoring
+from pipeline.metrics.classifier import Classifier
+from pipeline.metrics.classifier_store import classifier_for
+from pipeline.metrics.features import Extracted, FeatureExtractor
+from pipeline.metrics.fid import Moments, frechet_distance, inception_score, kid
+from pipeline.metrics.fit_rule import FitRule, content_hashes, hash_rows
+from pipeline.metrics.metric_identity import LUCK, Generation, MetricIdentity, differences
+from pipeline.metrics.prdc import prdc
+from pipeline.metrics.reference import Reference, prepare_reference
+from pipeline.metrics.scoring import METRICS, choose_extractor, read_scores, score, write_scores
 from tests.pipeline.metrics.array_set import ArraySet, digits
 
 GENERATION = Generation("ddim", 50)
@@ -127,7 +127,7 @@ def test_an_extractor_fitted_elsewhere_is_given_the_whole_set(
     data: ArraySet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_bytes: int
 ) -> None:
     """No row is dropped whatever the size of the chunks (trap 8), and more images may be generated than there are real ones."""
-    monkeypatch.setattr("pipeline.image_set._READ_BYTES", read_bytes)
+    monkeypatch.setattr("pipeline.data.image_set._READ_BYTES", read_bytes)
     part = ArraySet(data.images[:101])
     found = prepare_reference(part, Means(), 300, tmp_path)
     own = features_of(Means(), part.images).astype(np.float64)

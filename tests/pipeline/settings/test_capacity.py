@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.capacity import Growth, Node, fitting_counts, largest, room, shortage
-from pipeline.cluster_profile import Profile
-from pipeline.config import Experiment, experiment_from
 from pipeline.errors import UsageError
-from pipeline.yaml_files import validate
+from pipeline.planning.capacity import Growth, Node, fitting_counts, largest, room, shortage
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import Experiment, experiment_from
+from pipeline.settings.yaml_files import validate
 
 
 def profile(workers: Any, **settings: Any) -> Profile:

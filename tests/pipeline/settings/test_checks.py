@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from pipeline import checks
-from pipeline.capacity import Node
-from pipeline.checks import NodeFacts, Reading, Verdict
-from pipeline.cluster_profile import Profile
-from pipeline.doctor import require_healthy
+from pipeline.doctor import verdicts as checks
+from pipeline.doctor.doctor import require_healthy
+from pipeline.doctor.limited_checks import begin
+from pipeline.doctor.verdicts import NodeFacts, Reading, Verdict
 from pipeline.errors import ClusterError, RefusedError
-from pipeline.limited_checks import begin
-from pipeline.yaml_files import validate
+from pipeline.planning.capacity import Node
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.yaml_files import validate
 
 HERE = {"ddpm-pipe": "0.1.0", "python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "pillow": "13.0.0"}
 GB = 10**9

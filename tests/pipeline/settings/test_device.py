@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import device
-from pipeline.cluster_profile import Profile
-from pipeline.config import Experiment, experiment_from
-from pipeline.device import Capabilities, Compute, decide
 from pipeline.errors import ClusterError, UsageError
-from pipeline.yaml_files import validate
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import Experiment, experiment_from
+from pipeline.settings.yaml_files import validate
+from pipeline.training import device
+from pipeline.training.device import Capabilities, Compute, decide
 
 CPU = Capabilities()
 T4 = Capabilities(num_gpus=1, gpu_version=(7, 5), nccl=True)

@@ -7,9 +7,10 @@ from typing import get_args
 
 import pytest
 
-from pipeline import presets
-from pipeline.cluster_profile import Profile, load_profile
-from pipeline.config import (
+from pipeline.errors import UsageError
+from pipeline.settings import presets
+from pipeline.settings.cluster_profile import Profile, load_profile
+from pipeline.settings.config import (
     ADDED_LATER,
     DiffusionConfig,
     Experiment,
@@ -20,7 +21,6 @@ from pipeline.config import (
     load_experiment,
     with_overrides,
 )
-from pipeline.errors import UsageError
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.cluster_profile import Profile
-from pipeline.config import experiment_from
-from pipeline.dry_run import DryRun, _large_window
-from pipeline.forecast import describe, forecast
-from pipeline.plan import Plan
-from pipeline.probe import Probe, _line, probe_training
-from pipeline.scaling import GPU_HOURS_PER_FAILURE
-from pipeline.yaml_files import validate
+from pipeline.planning.forecast import describe, forecast
+from pipeline.planning.plan import Plan
+from pipeline.planning.probe import Probe, _line, probe_training
+from pipeline.planning.scaling import GPU_HOURS_PER_FAILURE
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import experiment_from
+from pipeline.settings.yaml_files import validate
+from pipeline.workflows.dry_run import DryRun, _large_window
 
 CIFAR_PARAMETERS = 35_746_307
 SHAPE = (3, 32, 32)

@@ -14,7 +14,7 @@ import jsonschema
 import pytest
 import yaml
 
-from pipeline.cluster_profile import load_profile
+from pipeline.settings.cluster_profile import load_profile
 
 CLUSTER = Path(__file__).resolve().parents[3] / "cluster"
 BESIDE = CLUSTER.parent.parent / "shared" / "schemas"

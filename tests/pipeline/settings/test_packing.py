@@ -14,13 +14,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import packing
-from pipeline.cli_submit import command_line
-from pipeline.cli_train import train
+from pipeline.commands.submit import command_line
+from pipeline.commands.train import train
 from pipeline.errors import UsageError
-from pipeline.job_log import RESULT_MARK, LogLines
-from pipeline.job_secrets import halves, joined
-from pipeline.submit import ENTRY
+from pipeline.jobs import packing
+from pipeline.jobs.job_log import RESULT_MARK, LogLines
+from pipeline.jobs.job_secrets import halves, joined
+from pipeline.jobs.submit import ENTRY
 
 SENT = ["own.py", "net/deep.py", "conf/a b.yaml", "secrets.py", "notes.md", "runs.py"]
 KEPT = [
@@ -140,7 +140,7 @@ def test_the_code_that_is_sent_runs_without_a_checkout(tmp_path):
             sys.executable,
             "-P",
             "-m",
-            "pipeline.cli_job",
+            "pipeline.commands.job",
             "train",
             "--preset",
             "mnist",

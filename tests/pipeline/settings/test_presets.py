@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import pytest
 
 from ddpm import BetaSchedule
-from pipeline import presets
-from pipeline.combinations import check_training
-from pipeline.config import Experiment, load_experiment
-from pipeline.models import build_diffusion, build_model, num_parameters
+from pipeline.settings import presets
+from pipeline.settings.combinations import check_training
+from pipeline.settings.config import Experiment, load_experiment
+from pipeline.training.models import build_diffusion, build_model, num_parameters
 
 
 @dataclass(frozen=True)

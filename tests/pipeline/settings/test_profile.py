@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster_profile import Profile, Workers, load_profile
-from pipeline.config import Precision
 from pipeline.errors import UsageError
-from pipeline.yaml_files import validate
+from pipeline.settings.cluster_profile import Profile, Workers, load_profile
+from pipeline.settings.config import Precision
+from pipeline.settings.yaml_files import validate
 
 JOB: dict[str, Any] = {
     "kind": "job",

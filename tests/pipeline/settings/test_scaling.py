@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.scaling import CIFAR, LSUN, ROWS, between, least_batch, validation
 from benchmarks.scaling import NETWORKS as PAPER
-from pipeline.scaling import (
+from pipeline.planning.scaling import (
     BUCKET_BYTES,
     FIRST_BUCKET_BYTES,
     Link,

@@ -15,9 +15,9 @@ from PIL import Image
 from ddpm import BetaSchedule, GaussianDiffusion
 from ddpm.likelihood import prior_bits
 from pipeline.cli import run
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.schedule_picture import draw_schedules, example_digit, example_of
-from pipeline.schedule_report import curves, facts, most_prior_bits
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.pictures.schedule_picture import draw_schedules, example_digit, example_of
+from pipeline.pictures.schedule_report import curves, facts, most_prior_bits
 
 Typed = Callable[..., tuple[int, str, str]]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import remote
+from pipeline.storage import remote
 
 
 @pytest.fixture(autouse=True)

@@ -11,10 +11,10 @@ from multiprocessing.connection import Connection
 
 import pytest
 
-from pipeline import remote_lease
 from pipeline.errors import RunLockedError
-from pipeline.remote import RemoteFolder
-from pipeline.remote_lease import Lease
+from pipeline.storage import remote_lease
+from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.remote_lease import Lease
 
 PROCESSES = multiprocessing.get_context("spawn")
 

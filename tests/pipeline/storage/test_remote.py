@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from pipeline.errors import StorageError, UsageError
-from pipeline.remote import REQUESTS, TRIES, RemoteFolder
+from pipeline.storage.remote import REQUESTS, TRIES, RemoteFolder
 
 
 def test_what_is_written_is_read_back_listed_and_removed(bucket, tmp_path):

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint as checkpoints
-from pipeline.checkpoint import MANIFEST, Checkpoint
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.remote import RemoteFolder
-from pipeline.remote_checkpoints import DAMAGED, RemoteCheckpoints
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint import MANIFEST, Checkpoint
+from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.remote_checkpoints import DAMAGED, RemoteCheckpoints
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", MANIFEST)
 

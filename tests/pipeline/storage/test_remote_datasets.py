@@ -16,14 +16,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.cluster_profile import Cache
+from pipeline.data.manifest import MANIFEST_FILE, Manifest
+from pipeline.data.order import Order
+from pipeline.data.shards import Dataset, read_batches
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.ingest import IngestOptions, availability, ensure_ingested, ingest
-from pipeline.manifest import MANIFEST_FILE, Manifest
-from pipeline.order import Order
-from pipeline.remote import RemoteFolder
-from pipeline.remote_cache import NodeCache
-from pipeline.shards import Dataset, read_batches
+from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest
+from pipeline.settings.cluster_profile import Cache
+from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.remote_cache import NodeCache
 from tests.object_store import objects
 
 PROCESSES = multiprocessing.get_context("spawn")

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.checkpoint import MANIFEST
-from pipeline.cluster_profile import Profile
 from pipeline.errors import RunLockedError, UsageError
-from pipeline.remote import RemoteFolder
-from pipeline.run_checkpoints import RunCheckpoints
-from pipeline.runs import Run, RunStatus
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.checkpoint import MANIFEST
+from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.run_checkpoints import RunCheckpoints
+from pipeline.storage.runs import Run, RunStatus
 from tests.object_store import CREDENTIALS
 from tests.pipeline.training import trainer
 

@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_ind_from_stats
 
-from pipeline.cluster_profile import Profile
-from pipeline.config import load_experiment
 from pipeline.errors import StorageError, UsageError
-from pipeline.pictures import read_grid, save_grid
-from pipeline.presets import find
-from pipeline.sweep_config import Axis, Sweep, base_experiment, load_sweep, sweep_from, trial_experiment
-from pipeline.sweep_halving import Halving
-from pipeline.sweep_ledger import Entry, Ledger
-from pipeline.sweep_plan import max_concurrent
-from pipeline.sweep_points import active, check, grid, key_of, title
-from pipeline.sweep_result import differ, pareto, result_of, rows, statement
-from pipeline.sweep_search import DONE, TPE, Listed, Next, Trials
+from pipeline.pictures.pictures import read_grid, save_grid
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import load_experiment
+from pipeline.settings.presets import find
+from pipeline.sweeps.config import Axis, Sweep, base_experiment, load_sweep, sweep_from, trial_experiment
+from pipeline.sweeps.halving import Halving
+from pipeline.sweeps.ledger import Entry, Ledger
+from pipeline.sweeps.plan import max_concurrent
+from pipeline.sweeps.points import active, check, grid, key_of, title
+from pipeline.sweeps.result import differ, pareto, result_of, rows, statement
+from pipeline.sweeps.search import DONE, TPE, Listed, Next, Trials
 
 
 def a_sweep(**changes: Any) -> Sweep:

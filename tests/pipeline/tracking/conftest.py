@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.runs import Run
-from pipeline.tracking import TrackingSettings
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import TrackingSettings
 from tests.pipeline.tracking.stores import Gate
 
 

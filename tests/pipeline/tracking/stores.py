@@ -11,7 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking import TrackingSettings
+from pipeline.tracking.tracker import TrackingSettings
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

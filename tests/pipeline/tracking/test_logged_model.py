@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.config import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
-from pipeline.device import Compute
-from pipeline.generation import Denoiser
-from pipeline.models import build_model
-from pipeline.runs import Run
-from pipeline.tracking import Tracker, TrackingSettings
-from pipeline.trained import Trained
+from pipeline.sampling.generation import Denoiser
+from pipeline.settings.config import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.training.device import Compute
+from pipeline.training.models import build_model
+from pipeline.training.trained import Trained
 from tests.pipeline.tracking.stores import client_of
 
 LOAD = """

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.durable import write_atomically
 from pipeline.errors import RunLockedError, StorageError, UsageError
-from pipeline.runs import Run, RunStatus, new_id, normalise_name
+from pipeline.storage.durable import write_atomically
+from pipeline.storage.runs import Run, RunStatus, new_id, normalise_name
 from tests.pipeline.tracking.stores import python
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline.runs import Run
+from pipeline.storage.runs import Run
 run = Run(Path(sys.argv[1]))
 with run.lock():
     run.update(status="RUNNING", step=7)
@@ -33,7 +33,7 @@ RACE = """
 import sys, time
 from pathlib import Path
 from pipeline.errors import RunLockedError
-from pipeline.runs import Run
+from pipeline.storage.runs import Run
 run = Run(Path(sys.argv[1]))
 while time.time() < float(sys.argv[2]):
     pass
@@ -186,7 +186,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
 from pathlib import Path
-from pipeline.durable import write_atomically
+from pipeline.storage.durable import write_atomically
 from pipeline.errors import StorageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))

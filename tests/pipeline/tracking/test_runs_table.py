@@ -13,11 +13,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.config import Experiment
-from pipeline.monitor import SystemMonitor
-from pipeline.runs import Run
-from pipeline.runs_table import COLUMNS, headline, runs_table
-from pipeline.tracking_text import describe
+from pipeline.settings.config import Experiment
+from pipeline.storage.runs import Run
+from pipeline.storage.runs_table import COLUMNS, headline, runs_table
+from pipeline.tracking.monitor import SystemMonitor
+from pipeline.tracking.text import describe
 from tests.pipeline.tracking.stores import REPOSITORY
 
 
@@ -58,8 +58,8 @@ def test_listing_runs_needs_no_mlflow_and_no_torch(run: Run, home: Path) -> None
     code = f"""
 import sys
 from pathlib import Path
-from pipeline.runs_table import runs_table
-import pipeline.ui, pipeline.tracking
+from pipeline.storage.runs_table import runs_table
+import pipeline.tracking.ui, pipeline.tracking.tracker
 assert len(runs_table(Path({str(home)!r}))) == 1
 heavy = {{"mlflow", "torch", "ray", "pandas", "numpy", "PIL"}} & set(sys.modules)
 assert not heavy, heavy

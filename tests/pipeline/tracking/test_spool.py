@@ -7,8 +7,8 @@ import random
 import signal
 from pathlib import Path
 
-from pipeline.tracking_delivery import MAX_METRICS_PER_CALL, groups
-from pipeline.tracking_spool import CHUNK_BYTES, Event, Position, Spool
+from pipeline.tracking.delivery import MAX_METRICS_PER_CALL, groups
+from pipeline.tracking.spool import CHUNK_BYTES, Event, Position, Spool
 from tests.pipeline.tracking.stores import python
 
 
@@ -59,7 +59,7 @@ def test_a_process_killed_while_appending_leaves_a_prefix_of_whole_events(tmp_pa
     code = """
 import sys
 from pathlib import Path
-from pipeline.tracking_spool import Spool
+from pipeline.tracking.spool import Spool
 spool = Spool(Path(sys.argv[1]))
 print("ready", flush=True)
 n = 0
@@ -86,7 +86,7 @@ def test_two_processes_append_without_mixing_lines(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
-from pipeline.tracking_spool import Spool
+from pipeline.tracking.spool import Spool
 spool = Spool(Path(sys.argv[1]))
 for n in range(500):
     spool.append({"id": f"{sys.argv[2]}-{n}", "kind": "tags", "text": "x" * 3000})
@@ -104,7 +104,7 @@ def test_a_full_disk_loses_nothing_and_raises_nothing(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
 from pathlib import Path
-from pipeline.tracking_spool import Spool
+from pipeline.tracking.spool import Spool
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 spool = Spool(Path(sys.argv[1]))
 limits = resource.getrlimit(resource.RLIMIT_FSIZE)

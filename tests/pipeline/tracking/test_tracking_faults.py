@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import TrackingError
-from pipeline.runs import Run
-from pipeline.tracking import Tracker, TrackingSettings, sync
-from pipeline.tracking_spool import Spool
+from pipeline.storage.runs import Run
+from pipeline.tracking.spool import Spool
+from pipeline.tracking.tracker import Tracker, TrackingSettings, sync
 from tests.pipeline.tracking.stores import Gate, client_of, history, python, runs_in
 
 TRAIN = """
 import sys, time
 from pathlib import Path
-from pipeline.tracking import Tracker, TrackingSettings
+from pipeline.tracking.tracker import Tracker, TrackingSettings
 folder, uri, artifacts, begin, end = sys.argv[1:]
 settings = TrackingSettings(uri, "ddpm", Path(artifacts), batch_interval_s=0.003)
 tracker = Tracker(Path(folder), settings)

@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import TrackingError, UsageError
-from pipeline.runs import Run
-from pipeline.tracking import TrackedDataset, Tracker, TrackingSettings, sync
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings, sync
 from tests.pipeline.tracking.stores import client_of, history, runs_in
 
 FINGERPRINT = "c0ffee" * 10 + "abcd"

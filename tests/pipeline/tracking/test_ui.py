@@ -15,16 +15,16 @@ import psutil
 import pytest
 
 from pipeline.errors import TrackingError, UsageError
-from pipeline.runs import Run
-from pipeline.tracking import Tracker, TrackingSettings
-from pipeline.ui import require_free, serve_ui, server_command, server_environment
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.tracking.ui import require_free, serve_ui, server_command, server_environment
 from tests.pipeline.tracking.stores import free_port, python
 
 SERVE = """
 import sys
 from pathlib import Path
 from pipeline.errors import PipelineError
-from pipeline.ui import serve_ui
+from pipeline.tracking.ui import serve_ui
 try:
     serve_ui(Path(sys.argv[1]), int(sys.argv[2]), say=lambda line: print(line, flush=True))
 except PipelineError as error:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from ddpm import Profile, posthoc_error, posthoc_weights
-from pipeline import averages
-from pipeline import checkpoint as checkpoints
-from pipeline.config import experiment_from
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.runs import Run
-from pipeline.trained import Trained
+from pipeline.settings.config import experiment_from
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.runs import Run
+from pipeline.training import averages
+from pipeline.training.trained import Trained
 from tests.pipeline.training import trainer
 
 WIDTHS = [0.05, 0.1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.causes import cause_of, starved
+from pipeline.cluster.causes import cause_of, starved
 
 
 class WorkerHealthCheckFailedError(Exception):

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline import checkpoint as checkpoints
 from pipeline.errors import CheckpointError, StorageError
+from pipeline.storage import checkpoint as checkpoints
 
 
 def tensors(step: int) -> checkpoints.Tensors:

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import presets, scoring
-from pipeline.batches import training_batches
-from pipeline.config import load_experiment, with_overrides
+from pipeline.data.batches import training_batches
+from pipeline.data.labels import class_name, class_names_of, labels_of
+from pipeline.data.order import Order
+from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
-from pipeline.generation import Denoiser
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.labels import class_name, class_names_of, labels_of
-from pipeline.models import build_diffusion, build_model
-from pipeline.order import Order
-from pipeline.shards import Dataset
-from pipeline.training import Learner, fit
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.metrics import scoring
+from pipeline.sampling.generation import Denoiser
+from pipeline.settings import presets
+from pipeline.settings.config import load_experiment, with_overrides
+from pipeline.training.loop import Learner, fit
+from pipeline.training.models import build_diffusion, build_model
 from tests.pipeline.training.test_workers import CPU
 
 DIGITS = tuple("0123456789")

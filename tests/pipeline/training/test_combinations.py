@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm import RULES, SCHEDULES, bits_per_dim, normal_noise, timestep_subset
-from pipeline.batches import Batch
-from pipeline.combinations import check_training
-from pipeline.config import Experiment, experiment_from
+from pipeline.data.batches import Batch
+from pipeline.data.images import to_float
 from pipeline.errors import UsageError
-from pipeline.generation import Denoiser
-from pipeline.images import to_float
-from pipeline.models import build_diffusion, build_model, build_objective
-from pipeline.randomness import training_draws
-from pipeline.training import Learner, fit
+from pipeline.sampling.generation import Denoiser
+from pipeline.settings.combinations import check_training
+from pipeline.settings.config import Experiment, experiment_from
+from pipeline.training.loop import Learner, fit
+from pipeline.training.models import build_diffusion, build_model, build_objective
+from pipeline.training.randomness import training_draws
 from tests.pipeline.training.test_workers import CPU
 
 SHAPE, NAMES = (1, 4, 4), ("zero", "one", "two")

@@ -12,15 +12,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion, Objective
-from pipeline.batches import training_batches
-from pipeline.config import Experiment, experiment_from
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.models import build_diffusion, build_model, build_objective
-from pipeline.order import streams_of_worker
-from pipeline.randomness import training_draws
-from pipeline.shards import Dataset
-from pipeline.team import Team
-from pipeline.training import Learner, StepResult, fit
+from pipeline.data.batches import training_batches
+from pipeline.data.order import streams_of_worker
+from pipeline.data.shards import Dataset
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.settings.config import Experiment, experiment_from
+from pipeline.training.loop import Learner, StepResult, fit
+from pipeline.training.models import build_diffusion, build_model, build_objective
+from pipeline.training.randomness import training_draws
+from pipeline.training.team import Team
 from tests.pipeline.training import trainer
 from tests.pipeline.training.test_workers import CPU, STREAMS, by_stream, order_of
 

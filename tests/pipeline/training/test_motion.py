@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import BetaSchedule, GaussianDiffusion
-from pipeline.config import SamplingConfig
+from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.generation import Denoiser
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end, trajectory
-from pipeline.shards import Dataset
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.sampling.generation import Denoiser
+from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end, trajectory
+from pipeline.settings.config import SamplingConfig
 from tests.pipeline.training.test_workers import CPU
 
 

@@ -10,9 +10,9 @@ import signal
 import pytest
 import torch
 
-from pipeline import checkpoint as checkpoints
 from pipeline.errors import CheckpointError
-from pipeline.runs import Run
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.runs import Run
 from tests.pipeline.training import trainer
 
 # the children start from a process that has everything imported already, so that a training takes a second, not five

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import run as command
-from pipeline.runs import Run
+from pipeline.storage.runs import Run
 from tests.pipeline.training import trainer
 
 FEW = ("--steps", "3")

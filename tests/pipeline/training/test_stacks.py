@@ -7,7 +7,7 @@ import signal
 import time
 from pathlib import Path
 
-from pipeline.stacks import Stacks, path_of
+from pipeline.training.stacks import Stacks, path_of
 
 PROCESSES = multiprocessing.get_context("spawn")
 

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 
 from ddpm.gaussian import discretized_log_likelihood
 from pipeline.cli import run
-from pipeline.config import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
-from pipeline.device import serving_compute
+from pipeline.data.images import to_float
+from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
-from pipeline.generation import VaeSampler, generator_of
-from pipeline.images import to_float
-from pipeline.models import build_diffusion, build_model, build_objective
-from pipeline.runs import Run
-from pipeline.shards import Dataset
-from pipeline.trained import Trained
-from pipeline.vae import Vae, VaeObjective, elbo
+from pipeline.sampling.generation import VaeSampler, generator_of
+from pipeline.settings.config import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
+from pipeline.storage.runs import Run
+from pipeline.training.device import serving_compute
+from pipeline.training.models import build_diffusion, build_model, build_objective
+from pipeline.training.trained import Trained
+from pipeline.training.vae import Vae, VaeObjective, elbo
 from tests.ddpm.closed_forms import seeded
 from tests.pipeline.training import trainer
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.batches import Batch, training_batches
-from pipeline.config import Experiment, experiment_from
-from pipeline.device import AUTOCAST, Compute
+from pipeline.data.batches import Batch, training_batches
+from pipeline.data.order import Order, streams_of_worker
+from pipeline.data.shards import Dataset
 from pipeline.errors import DivergedError
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.models import build_model, build_objective
-from pipeline.order import Order, streams_of_worker
-from pipeline.shards import Dataset
-from pipeline.team import Team
-from pipeline.training import Learner, fit
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.settings.config import Experiment, experiment_from
+from pipeline.training.device import AUTOCAST, Compute
+from pipeline.training.loop import Learner, fit
+from pipeline.training.models import build_model, build_objective
+from pipeline.training.team import Team
 from tests.pipeline.training import trainer
 
 STEPS = 20
@@ -134,7 +134,7 @@ def test_micro_batches_add_up_to_the_batch(dataset, alone):
 
 
 def test_warm_up_begins_at_zero_and_ends_at_the_rate(dataset):
-    from pipeline.training import learning_rate_at
+    from pipeline.training.loop import learning_rate_at
 
     settings = experiment(learning_rate=0.1, warmup_steps=4).training
     assert [learning_rate_at(step, settings) for step in range(6)] == [0.0, 0.025, 0.05, pytest.approx(0.075), 0.1, 0.1]

@@ -11,16 +11,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from pipeline import remote
-from pipeline.cluster_profile import Profile
-from pipeline.config import experiment_from
-from pipeline.ingest import IngestOptions, ensure_ingested
-from pipeline.job import Job
-from pipeline.run_checkpoints import RunCheckpoints
-from pipeline.runs import Run
-from pipeline.team import Team
-from pipeline.tracking import TrackingSettings
-from pipeline.worker import Worker
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import experiment_from
+from pipeline.storage import remote
+from pipeline.storage.run_checkpoints import RunCheckpoints
+from pipeline.storage.runs import Run
+from pipeline.tracking.tracker import TrackingSettings
+from pipeline.training.job import Job
+from pipeline.training.team import Team
+from pipeline.training.worker import Worker
 
 SETTINGS: dict[str, Any] = {
     "name": "tiny",

@@ -1,0 +1,1 @@
+"""Ray: sessions, attempts, workers, jobs."""

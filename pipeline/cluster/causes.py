@@ -1,0 +1,40 @@
+"""Why an attempt failed, in one line: which of several workers' errors came first, and what a killed process died of."""
+
+from __future__ import annotations
+
+from pipeline.planning.memory import REMEDY, SAID
+
+KILLED = "its process was killed"
+
+
+def cause_of(error: BaseException) -> str:
+    """Return one line for why an attempt failed: of several workers' errors the one that came first, not its echoes."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    if not failures:
+        return _one_line(error)
+    # a killed worker shows up as a failed health check; its peers only lose their connection to it
+    ranks = sorted(
+        failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
+    )
+    return f"worker {ranks[0]}: {_one_line(failures[ranks[0]])}"
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error)
+    if "worker process has died" in text:
+        return f"{KILLED}, by hand or for want of memory"
+    if "HEALTH_CHECK_TIMEOUT" in text:
+        return "it did not answer within timeouts.collective_s"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    last = (lines[-1] if lines else type(error).__name__)[:300]
+    if SAID.search(text):
+        return f"out of memory ({last}); {REMEDY}"
+    if "Timed out waiting" in text or "collective operation timeout" in text:
+        return "another worker did not answer within timeouts.collective_s"
+    return last
+
+
+def starved(cause: str) -> str:
+    """Return the cause as it is once the system is known to have ended a process there for want of memory."""
+    worker, colon, what = cause.partition(": ")
+    return f"{worker}{colon}ended by the system for want of memory; {REMEDY}" if what.startswith(KILLED) else cause

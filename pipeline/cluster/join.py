@@ -1,0 +1,113 @@
+"""Joining a Ray cluster that others started, from one of its nodes: let in by token, and only where it holds what the profile asks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cluster import nodes as cluster_nodes
+from pipeline.cluster.token import admission, knock_at_store
+from pipeline.errors import ClusterError, UsageError
+from pipeline.planning.capacity import needs, room, shortage
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.provenance import JOB_VARIABLE
+
+SETTLING_S = 8.0
+# Ray decides these from the driver's environment
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@contextlib.contextmanager
+def joined_ray(profile: Profile) -> Iterator[None]:
+    """Be a driver of the profile's cluster for the time of the context.
+
+    UsageError where the cluster lets anybody in, or not us; ClusterError where it is absent or this machine is none of its nodes.
+    """
+    if profile.kind == "job" and JOB_VARIABLE not in os.environ:
+        raise UsageError(
+            f"profile {profile.name!r} is of kind job, and this command runs here; name it with --cluster, and the command is sent there"
+        )
+    address = store_address(profile)
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}  # then certificates decide who is let in
+    token = None if tls else admission(profile, address, knock_at_store(address))
+    os.environ.update(SETTINGS | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.timeouts.start_s:g}"})
+    if "ray" not in sys.modules:  # afterwards Ray keeps what it has read
+        os.environ["RAY_AUTH_MODE"] = "token" if token else os.environ.get("RAY_AUTH_MODE", "disabled")
+        if token:
+            os.environ["RAY_AUTH_TOKEN"] = token
+    _init(profile, address)
+    try:
+        yield
+    finally:
+        import ray
+
+        ray.shutdown()
+
+
+def store_address(profile: Profile) -> str:
+    """Return HOST:PORT of the control store: the profile's, or that of the cluster this machine is a node of."""
+    if profile.kind == "connect" and profile.address not in {None, "auto"}:
+        return str(profile.address)
+    named = os.environ.get("RAY_ADDRESS", "")
+    if ":" in named and "://" not in named:
+        return named
+    file = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    try:
+        return file.read_text().strip()
+    except OSError:
+        raise ClusterError(
+            f"profile {profile.name!r}: address auto, but this machine is no node of a Ray cluster (no {file}, no RAY_ADDRESS); "
+            "start one with: ray start --head, or give the address"
+        ) from None
+
+
+def _init(profile: Profile, address: str) -> None:
+    import ray
+
+    env = {} if JOB_VARIABLE in os.environ else dict(profile.env)  # a job has its own from the start
+    if address.startswith("127."):
+        # gloo would otherwise look the machine's name up and talk over the network card
+        env["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    try:
+        ray.init(
+            address=address,
+            runtime_env={"env_vars": env} if env else None,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level="ERROR",
+        )
+    except Exception as error:  # Ray raises bare exceptions of many kinds
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"profile {profile.name!r}: cannot join the cluster at {address}: {reason}; kind connect runs on one of its nodes, "
+            "from elsewhere use kind job"
+        ) from None
+
+
+def require_room(profile: Profile, num_workers: int) -> None:
+    """Refuse what the joined cluster would not hold if nothing else ran on it; nodes may be just joining (ClusterError)."""
+    need = needs(profile, num_workers)
+    deadline = time.monotonic() + SETTLING_S
+    while True:
+        nodes = cluster_nodes.nodes()
+        fit = room(nodes, need, profile.placement, of_all=True)
+        if fit >= num_workers:
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    remedy = f"set workers to {fit}" if fit else "ask less in resources_per_worker"
+    raise ClusterError(
+        f"profile {profile.name!r} wants {shortage(num_workers, nodes, profile)}; {remedy}, add nodes, or set wait_for_resources_s "
+        "for a cluster that grows"
+    )

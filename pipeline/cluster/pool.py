@@ -1,0 +1,92 @@
+"""Chunks over the workers of a Ray cluster: each worker takes the next one that is missing, so that a slow one delays nobody."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pipeline.cluster.session import Session
+from pipeline.errors import ClusterError, PipelineError
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.chunks import Runner, Task, in_process
+from pipeline.storage.tensor_file import Arrays
+from pipeline.training.device import sampling_compute
+from pipeline.training.models import allow_modules_in
+
+
+class ChunkWorker:
+    """One worker of the pool: a process with the task ready."""
+
+    def __init__(self, profile: Profile, code_folder: str, task: list[Any]) -> None:
+        import ray
+
+        allow_modules_in(code_folder)  # before the task is unpickled: its network may be the user's own
+        self._task: Task = ray.get(task[0])
+        here = sampling_compute(profile, profile.most_workers)
+        here.start()
+        self._task.start(here)
+
+    def ready(self) -> None:
+        """Answer once the task is ready."""
+
+    def compute(self, indices: range) -> Arrays:
+        """Return one chunk."""
+        return self._task(indices)
+
+
+def runner_of(profile: Profile) -> Runner:
+    """Return what computes chunks as a profile says: this process where it names one worker of this machine, else Ray's workers."""
+    if profile.kind == "local" and profile.most_workers == 1:
+        return in_process(sampling_compute(profile))
+    return lambda task, chunks: _over_workers(task, chunks, profile)
+
+
+def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> Iterator[tuple[int, Arrays]]:
+    if not chunks:
+        return
+    count = min(profile.most_workers, len(chunks))
+    with Session(profile, count) as session:  # a sweep's trial is inside a Ray already
+        session.ensure()
+        import ray
+
+        shared = [ray.put(task)]
+        retries = profile.retries.max_attempts - 1
+        remote = ray.remote(ChunkWorker).options(
+            num_cpus=profile.cpus_per_worker(profile.most_workers),
+            num_gpus=profile.resources_per_worker.GPU,
+            max_restarts=retries,
+            max_task_retries=retries,
+        )
+        workers = [remote.remote(profile, os.getcwd(), shared) for _ in range(count)]
+        waiting, to_come = list(chunks.items())[::-1], len(chunks)
+        # a worker gets work once it is up: one for which the cluster has no room holds nobody up
+        running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}
+        while to_come:
+            ended, _ = ray.wait(list(running), num_returns=1)
+            number, worker = running.pop(ended[0])
+            result = _result(ended[0])
+            if waiting:
+                following, indices = waiting.pop()
+                running[worker.compute.remote(indices)] = (following, worker)
+            if number is not None:
+                to_come -= 1
+                yield number, result
+
+
+def _result(reference: Any) -> Arrays:
+    """Return a computed chunk; a worker's own error is raised as it was there, its death as a ClusterError."""
+    import ray
+
+    try:
+        arrays: Arrays = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, PipelineError):
+            raise error.cause from None
+        raise
+    except ray.exceptions.RayError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ClusterError(
+            f"a worker died more often than the profile's retries allow ({reason}); what was computed is kept: run the same command again"
+        ) from None
+    return arrays

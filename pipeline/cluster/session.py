@@ -1,0 +1,174 @@
+"""Ray as this package uses it: started here for one command, closed to the outside, and gone afterwards; or a cluster that is there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipeline.cluster.join import joined_ray, require_room
+from pipeline.errors import ClusterError
+from pipeline.settings.cluster_profile import Profile
+from pipeline.watchdog import Watchdog
+
+LOOPBACK = "127.0.0.1"
+OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are read from the shards by each worker
+# Ray decides these from its environment when it is first imported or started
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    # processes for what one machine cannot have: nodes that are taken away, and a state for other drivers to read
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_worker_niceness": "0",  # Ray's own 15 lets anything else on the machine go first
+    # on, Ray takes a loopback address for a mistake and listens on every interface instead
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+
+# Ray reads mode and token when it is first imported and keeps them: one token for the life of this process
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+
+
+def require_resources(profile: Profile, num_workers: int) -> None:
+    """Refuse at once what this machine or the profile's cluster cannot hold: Ray itself would wait for it for ever (ClusterError).
+
+    A cluster that may grow is asked when the work begins, and waited for as long as its profile says.
+    """
+    if profile.is_remote:
+        least = profile.workers if isinstance(profile.workers, int) else profile.workers.min
+        with joined_ray(profile):
+            if not profile.wait_for_resources_s:
+                require_room(profile, least)
+        return
+    if profile.use_gpu:
+        from pipeline.training.device import num_gpus
+
+        need, gpus = profile.resources_per_worker.GPU * num_workers, num_gpus()
+        if need > gpus:
+            raise ClusterError(
+                f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need:g} "
+                f"GPUs, this machine has {gpus}; use --cluster local to train on its CPUs"
+            )
+    each, have = profile.cpus_per_worker(num_workers), os.cpu_count() or 1
+    if each * num_workers > have + 1e-9:
+        fit = int(have / each)
+        remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"
+        raise ClusterError(
+            f"profile {profile.name!r}: {num_workers} workers with {each:g} CPUs each need {each * num_workers:g} CPUs, "
+            f"this machine has {have}; {remedy}, or leave resources_per_worker.CPU out to share them"
+        )
+
+
+@contextlib.contextmanager
+def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
+    """Start Ray on this machine for the time of the context, bound to loopback and guarded by a token of its own.
+
+    The token lives in the environment of Ray's processes alone: no file, no argument list. Nothing that the user has set for other
+    clusters (an address file, RAY_ADDRESS) is looked at.
+    """
+    settings = QUIET | profile.env
+    if "ray" not in sys.modules:
+        os.environ.update(TOKEN | {k: v for k, v in os.environ.items() if k == "RAY_AUTH_TOKEN" and v})
+    if not profile.use_gpu:
+        # gloo would otherwise look the machine's name up and talk over the network card
+        settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp"))
+    watchdog = Watchdog(folder)
+    with _environment(settings, without=["RAY_ADDRESS"]):
+        try:
+            _start(profile, num_workers, folder)
+            yield
+        finally:
+            import ray
+
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+            watchdog.dismiss()
+
+
+def ray_of(profile: Profile, num_workers: int) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which this process drives the Ray of a profile: one started here, or the cluster it names."""
+    return joined_ray(profile) if profile.is_remote else local_ray(profile, num_workers)
+
+
+class Session:
+    """The Ray of a profile for several attempts: started or joined when it is first needed, and again should it have died."""
+
+    def __init__(self, profile: Profile, num_workers: int) -> None:
+        self._profile, self._num_workers = profile, num_workers
+        self._started = contextlib.ExitStack()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._started.close()
+
+    def ensure(self) -> None:
+        """Start or join Ray unless it is up."""
+        if not _is_up():
+            self._started.close()
+            self._started.enter_context(ray_of(self._profile, self._num_workers))
+
+
+def _is_up() -> bool:
+    if "ray" not in sys.modules:  # importing it here would fix its settings before they are set
+        return False
+    import ray
+
+    try:
+        return ray.is_initialized() and any(node["Alive"] for node in ray.nodes())
+    except Exception:  # whatever a dead Ray answers
+        return False
+
+
+def _start(profile: Profile, num_workers: int, folder: Path) -> None:
+    import ray
+
+    gpus = profile.resources_per_worker.GPU * num_workers
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
+            num_gpus=int(gpus),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            configure_logging=True,
+            logging_level="ERROR",
+            _node_ip_address=LOOPBACK,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # Ray raises bare exceptions where its processes do not come up in time
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"Ray did not start on this machine: {reason}; is there memory and room in {folder.parent}?"
+        ) from None
+
+
+@contextlib.contextmanager
+def _environment(settings: dict[str, str], without: list[str]) -> Iterator[None]:
+    """Set and unset variables for the time of the context."""
+    names = [*settings, *without]
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(settings)
+    for name in without:
+        os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

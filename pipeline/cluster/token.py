@@ -1,0 +1,130 @@
+"""Being let into somebody's Ray: who holds the token may run code there, so a cluster that asks nobody for one is refused.
+
+The token comes from RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token, as Ray itself looks for it. It travels in
+request headers and in the environment of Ray's processes alone: never in arguments, profiles, records or logs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline.errors import ClusterError, UsageError
+from pipeline.settings.cluster_profile import Profile
+
+TIMEOUT_S = 10.0
+ANY_NODE_SERVICE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # the cheapest question that Ray's control store answers
+
+
+class Door(Enum):
+    """How a cluster answers."""
+
+    OPEN = "lets in"
+    CLOSED = "asks for a token, or for another one"
+    ABSENT = "does not answer"
+
+
+Knock = Callable[[str | None], Door]
+
+
+def find_token() -> tuple[str | None, str]:
+    """Return the user's token for clusters, and where it stands (or where it was looked for)."""
+    if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
+        return token, "RAY_AUTH_TOKEN"
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named).expanduser() if named else Path.home() / ".ray" / "auth_token"
+    try:
+        token = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        token = ""
+    return token or None, str(path)
+
+
+def admission(profile: Profile, address: str, knock: Knock) -> str | None:
+    """Return the token that opens the cluster at an address; None for one that needs none and whose profile accepts that.
+
+    UsageError where nobody is asked for a token, or where there is none or a wrong one; ClusterError where nothing answers.
+    """
+    door = knock(None)
+    if door is Door.ABSENT:
+        raise ClusterError(
+            f"profile {profile.name!r}: no Ray cluster answers at {address}; is it up, and is the address right?"
+        )
+    if door is Door.OPEN:
+        if not profile.insecure:
+            raise UsageError(
+                f"profile {profile.name!r}: the cluster at {address} lets anybody run code on it; start it with RAY_AUTH_MODE=token "
+                "(ray get-auth-token --generate makes one), or accept that with insecure: true in the profile"
+            )
+        return None
+    token, where = find_token()
+    if token is None:
+        raise UsageError(
+            f"profile {profile.name!r}: the cluster at {address} asks for a token, and there is none in {where}; "
+            "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
+        )
+    if knock(token) is not Door.OPEN:
+        raise UsageError(
+            f"profile {profile.name!r}: the cluster at {address} refuses the token of {where}; set the cluster's own"
+        )
+    return token
+
+
+def knock_at_store(address: str) -> Knock:
+    """Return how to ask a cluster's control store (HOST:PORT)."""
+    import grpc
+
+    def knock(token: str | None) -> Door:
+        metadata = [("authorization", f"Bearer {token}")] if token else None
+        with grpc.insecure_channel(address) as channel:
+            try:
+                channel.unary_unary(ANY_NODE_SERVICE)(b"", timeout=TIMEOUT_S, metadata=metadata)
+            except grpc.RpcError as error:
+                asked = error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+                return Door.CLOSED if asked else Door.ABSENT
+        return Door.OPEN
+
+    return knock
+
+
+def knock_at_dashboard(address: str) -> Knock:
+    """Return how to ask a cluster's dashboard (http or https); ClusterError where something else than Ray answers."""
+
+    def knock(token: str | None) -> Door:
+        request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
+        if token:
+            request.add_header("Authorization", f"Bearer {token}")
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                body = answer.read(10_000)
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in {401, 403}:
+                return Door.CLOSED
+            raise ClusterError(
+                f"{address}: answers {error.code} where Ray's dashboard would answer; is the address right?"
+            ) from None
+        except OSError:
+            return Door.ABSENT
+        try:
+            json.loads(body)["ray_version"]
+        except (ValueError, KeyError, TypeError):
+            raise ClusterError(
+                f"{address}: something answers that is not Ray's dashboard; is the address right?"
+            ) from None
+        return Door.OPEN
+
+    return knock
+
+
+def travels_readable(address: str) -> bool:
+    """Whether what is sent to an address can be read on its way: plain http to another machine."""
+    parts = urlsplit(address)
+    host = parts.hostname or ""
+    return parts.scheme == "http" and not (host == "localhost" or host.startswith("127.") or host == "::1")

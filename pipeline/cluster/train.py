@@ -1,0 +1,144 @@
+"""The driver of a training: attempts on Ray Train, each from the newest checkpoint, until the last step is done.
+
+Ray's own retries are off. An attempt is a new `fit()` under a new name (attempt.py), with as many workers as the profile allows and the
+cluster holds; our fencing number keeps a worker that was thought dead from committing a checkpoint later. Errors of ours (damaged data,
+divergence, full storage) end the run at once: another attempt would meet them again. Anything else, such as a killed worker or a lost
+node, is tried again while attempts last and checkpoints advance. A node that is taken away with notice, or one that came, is no failure.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+
+from pipeline.cluster import nodes as cluster_nodes
+from pipeline.cluster.attempt import CLUSTER_GONE, Attempt, Observer
+from pipeline.cluster.session import Session
+from pipeline.console import Console, duration
+from pipeline.errors import ClusterError, InterruptedRunError
+from pipeline.planning.capacity import fitting_counts, largest, needs, shortage
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import experiment_from
+from pipeline.signals import Signals, listening
+from pipeline.storage.run_checkpoints import RunCheckpoints
+from pipeline.storage.runs import Run
+from pipeline.training.job import Job
+
+LOOK_S = 0.5
+GRACE_S = 20.0  # what dead workers held is free after some seconds, and a node that has just started takes as long to be counted
+STEADY_S = 3.0  # fewer workers than could be are taken once nothing has changed for so long
+
+
+def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
+    """Train a run to its last step, holding its lock, in the Ray that this process is part of or in one of its own.
+
+    `observe` is given what the board says, each time it is read.
+
+    Raises the worker's own error where there is one, ClusterError when attempts are exhausted, two in a row die without a new
+    checkpoint, or the cluster does not hold the workers, InterruptedRunError when the user or the system asked to stop.
+    """
+    counts = fitting_counts(experiment_from(job.experiment), profile)
+    causes: list[tuple[int, str]] = []
+    lost: Collection[str] = ()
+    with Session(profile, job.num_workers) as session, cluster_nodes.wanted() as want:
+        while len(causes) < profile.retries.max_attempts:
+            session.ensure()
+            with listening() as signals:
+                num_workers = gather(counts, profile, console, signals, lost, want, run.id)
+                attempt = run.next_attempt()
+                run.update(status="RUNNING", reason="")
+                here = replace(job, attempt=attempt, num_workers=num_workers)
+                run.log(f"attempt {attempt}: {num_workers} worker{'s' * (num_workers != 1)}")
+                run.send_files()
+                ended = Attempt(run, here, profile, console, signals, counts).run(observe or (lambda seen: None))
+                run.fetch_files()
+            if ended.outcome == "finished":
+                return
+            step = _newest_step(run)
+            if ended.outcome == "stopped" and ended.planned and signals.first is None:
+                run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
+                continue
+            if ended.cause.startswith(CLUSTER_GONE) and profile.kind != "local":
+                run.log(f"attempt {attempt} failed: {ended.cause}")
+                raise ClusterError(
+                    f"run {run.id}: {ended.cause}; the newest checkpoint is of step {max(step, 0)}, go on once the cluster is back "
+                    f"with: ddpm-pipe resume {run.id}"
+                )
+            if signals.first is not None or ended.outcome == "stopped":
+                raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
+            lost = ended.lost
+            run.log(f"attempt {attempt} failed: {ended.cause}")
+            if causes and causes[-1][0] == step:
+                raise ClusterError(
+                    f"run {run.id} died twice after step {max(step, 0)} without a new checkpoint: {ended.cause}; "
+                    f"see {run.log_path}, then: ddpm-pipe resume {run.id}"
+                )
+            causes.append((step, ended.cause))
+            console.say(f"attempt {attempt} failed ({ended.cause}); going on from step {max(step, 0)}")
+    raise ClusterError(
+        f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
+        f"go on from step {max(causes[-1][0], 0)} with: ddpm-pipe resume {run.id}"
+    )
+
+
+def gather(
+    counts: Sequence[int],
+    profile: Profile,
+    console: Console,
+    signals: Signals,
+    lost: Collection[str],
+    want: Callable[[dict[str, float], int], None],
+    run_id: str,
+) -> int:
+    """Return how many workers the next attempt takes: the largest of the counts that the cluster holds now, without `lost` nodes.
+
+    Waits for the smallest of them as long as the profile says, says what is missing meanwhile, and tells a cluster that scales itself
+    what to `want`; ClusterError after that.
+    InterruptedRunError on a signal.
+    """
+    if profile.kind == "local":  # this machine was looked at before Ray was started on it
+        return counts[0]
+    begin = changed = time.monotonic()
+    found: int | None = None
+    limit = max(profile.wait_for_resources_s, GRACE_S)
+    while True:
+        nodes, now = cluster_nodes.nodes(lost), time.monotonic()
+        before, found = found, largest(counts, nodes, profile)
+        changed = now if found != before else changed
+        if found != counts[0]:
+            want(needs(profile, counts[0]), counts[0])
+        if found == counts[0] or (found is not None and now - changed >= STEADY_S):
+            return found
+        if signals.first is not None:
+            raise InterruptedRunError(
+                f"stopped while waiting for the cluster; go on with: ddpm-pipe resume {run_id}",
+                130 if signals.first == signal.SIGINT else 75,
+            )
+        if found is None:
+            missing = shortage(counts[-1], nodes, profile)
+            if now - begin > limit:
+                raise ClusterError(
+                    f"profile {profile.name!r} wants {missing}; add nodes or lower workers (wait_for_resources_s waits "
+                    f"longer than {duration(limit)}), then: ddpm-pipe resume {run_id}"
+                )
+            console.progress(f"waiting for {missing}; {duration(limit - (now - begin))} left")
+        time.sleep(LOOK_S)
+
+
+def _newest_step(run: Run) -> int:
+    committed = RunCheckpoints(run).committed()
+    return committed[0].step if committed else -1
+
+
+def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> InterruptedRunError:
+    where = (
+        f"saved at step {step}"
+        if saved
+        else f"the newest checkpoint is of step {step}"
+        if step >= 0
+        else "nothing was saved yet"
+    )
+    code = 130 if signals.first == signal.SIGINT else 75 if saved else 143  # another process may have asked, too
+    return InterruptedRunError(f"stopped, {where}; go on with: ddpm-pipe resume {run.id}", code)

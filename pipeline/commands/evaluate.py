@@ -1,0 +1,147 @@
+"""Commands that score runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipeline.commands.options import cluster_option, dry_run_option, example, json_option, print_json, sampling_options
+from pipeline.commands.submit import runs_on_cluster
+
+METRICS = ("fid", "kid", "is", "prdc", "bpd")
+
+
+def _metrics(context: click.Context, option: click.Parameter, value: str | None) -> tuple[str, ...] | None:
+    """Read a list with commas; each name once, in the order given."""
+    if value is None:
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        got = repr(unknown[0]) if unknown else "none"
+        raise click.BadParameter(f"got {got}; expected some of {', '.join(METRICS)}, with commas between")
+    return names
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe evaluate latest
+ddpm-pipe evaluate k7m2 --sampler ddim --steps 100 --num-images 600
+ddpm-pipe evaluate k7m2 --metrics fid,kid,is,prdc --seeds 3
+ddpm-pipe evaluate k7m2 --metrics bpd --split test
+ddpm-pipe evaluate k7m2 --grid "sampler=ancestral,ddim steps=10,50,1000"
+ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
+""")
+)
+@click.argument("run")
+@click.option(
+    "--metrics",
+    metavar="LIST",
+    callback=_metrics,
+    help=f"Some of {', '.join(METRICS)}, with commas between. Default: as the experiment says.",
+)
+@click.option(
+    "--seeds",
+    "num_seeds",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Score as many sets of images, of consecutive seeds: mean and deviation.",
+)
+@click.option(
+    "--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says."
+)
+@click.option(
+    "-n",
+    "--num-images",
+    type=click.IntRange(min=2),
+    help="Images on each side of the comparison; for bpd at most so many, by default all.",
+)
+@click.option(
+    "--split", metavar="NAME", help="For bpd: another split of the run's source. Default: the images trained on."
+)
+@click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
+@click.option(
+    "--neighbours", is_flag=True, help="Also draw generated images beside the training images closest to them."
+)
+@click.option(
+    "--grid",
+    metavar="POINTS",
+    help='Score every combination of settings, such as "sampler=ancestral,ddim steps=10,50": a table and a picture.',
+)
+@sampling_options
+@runs_on_cluster(files=["inception_weights"])
+@dry_run_option
+@json_option
+def evaluate(
+    run: str,
+    metrics: tuple[str, ...] | None,
+    num_seeds: int,
+    extractor: str | None,
+    num_images: int | None,
+    split: str | None,
+    neighbours: bool,
+    grid: str | None,
+    inception_weights: str | None,
+    cluster: str | None,
+    dry_run: bool,
+    as_json: bool,
+    **how: Any,
+) -> None:
+    """Score RUN, beside what real images and noise get by the same code.
+
+    \b
+    fid   Frechet distance of the extractor's features
+    kid   kernel distance of the same, without FID's bias
+    is    Inception Score
+    prdc  precision, recall, density, coverage
+    bpd   bits per dimension of real images: the variational bound, its parts, its curve over t
+    """
+    from pipeline.workflows import result_commands
+    from pipeline.workflows.evaluate import ScoreRequest
+
+    request = ScoreRequest(
+        metrics=metrics,
+        num_seeds=num_seeds,
+        extractor=extractor,
+        num_images=num_images,
+        split=split,
+        neighbours=neighbours,
+        inception_weights=inception_weights,
+        **how,
+    )
+    if grid is None:
+        result = result_commands.evaluate(run, request, cluster, dry_run=dry_run)
+    else:
+        result = result_commands.grid(run, request, grid, cluster, dry_run=dry_run)
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe compare
+ddpm-pipe compare k7m2 p3xw --metric fid
+ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
+""")
+)
+@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.option("--metric", metavar="NAME", help="Such as fid, kid, bits_per_dim, precision. Default: one that all have.")
+@click.option(
+    "--across",
+    metavar="FIELDS",
+    default="",
+    help="Fields of the values' identities that may differ, with commas between, such as sampler,steps.",
+)
+@cluster_option
+@json_option
+def compare(runs: tuple[str, ...], metric: str | None, across: str, cluster: str | None, as_json: bool) -> None:
+    """Rank evaluated runs, like with like; values of another kind are refused by what differs.
+
+    Without RUN, all evaluated runs. Of several checkpoints of a run each has its place.
+    """
+    from pipeline.workflows import result_commands
+
+    fields = [name.strip() for name in across.split(",") if name.strip()]
+    result = result_commands.compare(runs, metric, fields, cluster)
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))

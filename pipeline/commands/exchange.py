@@ -1,0 +1,76 @@
+"""Commands that carry models to and from other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from pipeline.commands.options import cluster_option, command_line, example, json_option, print_json
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe export latest pipeline/ --format diffusers
+ddpm-pipe export k7m2 model/ --format safetensors --weights raw --checkpoint 2000
+ddpm-pipe export k7m2 graph/ --format onnx
+""")
+)
+@click.argument("run")
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["diffusers", "safetensors", "onnx"]),
+    default="diffusers",
+    show_default=True,
+    help="diffusers: a DDPMPipeline; safetensors: what `import` reads; onnx: the network as a graph.",
+)
+@click.option("--weights", metavar="WHICH", default="ema", show_default=True, help="As in `ddpm-pipe sample`.")
+@click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest.")
+@cluster_option
+@json_option
+def export(
+    run: str,
+    folder: Path,
+    form: Literal["diffusers", "safetensors", "onnx"],
+    weights: str,
+    checkpoint: int | None,
+    cluster: str | None,
+    as_json: bool,
+) -> None:
+    """Write the model of RUN into the new folder DIR, for other programs. No format holds code or pickles.
+
+    What has no equal in a format is refused with the reason.
+    """
+    from pipeline.workflows import result_commands
+
+    result = result_commands.export(run, folder, form, checkpoint, weights, cluster)
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+
+
+@click.command(
+    "import",
+    epilog=example("""
+ddpm-pipe import ddpm-cifar10-32 --data cifar10
+ddpm-pipe import model/ --name borrowed
+"""),
+)
+@click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
+@click.option("--data", metavar="DATA", help="Images to score it against and fine-tune it on: a dataset or a source.")
+@click.option("--name", help="Of the run. Default: DIR's name.")
+@cluster_option
+@json_option
+def import_(folder: Path, data: str | None, name: str | None, cluster: str | None, as_json: bool) -> None:
+    """Make a run of the model in DIR, ready to sample, score and fine-tune.
+
+    DIR has the layout of a diffusers DDPMPipeline (safetensors or .bin), or is what `ddpm-pipe export --format safetensors` wrote. It is
+    read as a stranger's: nothing in it is run.
+    """
+    from pipeline.console import Console
+    from pipeline.workflows import result_commands
+    from pipeline.workflows.import_run import import_folder
+
+    result = import_folder(folder, data, name, cluster, command_line(), Console())
+    print_json(result) if as_json else click.echo(result_commands.to_text(result))

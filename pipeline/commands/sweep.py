@@ -1,0 +1,143 @@
+"""Commands around many trainings: compare settings, and put a trained model to use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from pipeline.commands.options import (
+    cluster_option,
+    command_line,
+    dry_run_option,
+    example,
+    json_option,
+    print_json,
+    print_table,
+    set_option,
+)
+from pipeline.commands.submit import runs_on_cluster
+from pipeline.errors import UsageError
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe sweep
+ddpm-pipe sweep experiments/sweep-schedules.yaml --metric kid --dry-run
+ddpm-pipe sweep --over diffusion.schedule=linear,cosine,sigmoid --over diffusion.num_timesteps=100,250,1000 --steps 300
+ddpm-pipe sweep --over training.learning_rate=1e-3,2e-3,4e-3 --seeds 2 --early-stopping --cluster gpu
+ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
+""")
+)
+@click.argument("sweep", required=False, metavar="[SWEEP.yaml]")
+@click.option(
+    "--over", multiple=True, metavar="KEY=A,B,C", help="Vary a setting over these values; without SWEEP.yaml alone."
+)
+@click.option("--base", metavar="EXPERIMENT", help="What trials vary: a preset or an experiment file.")
+@click.option(
+    "--metric", metavar="[kid|fid|bpd]", help="Rank by this, lower being better. Default: as the file says, else fid."
+)
+@click.option(
+    "--search",
+    type=click.Choice(["grid", "random", "tpe"]),
+    help="All points, drawn ones, or those Optuna's TPE proposes.",
+)
+@click.option("--num-points", type=click.IntRange(min=1), help="How many points random search or TPE tries.")
+@click.option("--steps", type=click.IntRange(min=1), help="Budget of each trial.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Repetitions of each point, for its error bar.")
+@click.option("--early-stopping", is_flag=True, help="Stop hopeless trials by ASHA, on the KID of few images.")
+@click.option(
+    "--extend", metavar="SWEEP", help="Add values, seeds or points to this sweep; what is done is not done again."
+)
+@click.option(
+    "--max-concurrent", type=click.IntRange(min=1), help="Trials at once. Default: as many as there is room for."
+)
+@runs_on_cluster(files=["sweep", "base"])
+@set_option
+@dry_run_option
+@click.option("--probe/--no-probe", default=True, help="With --dry-run: measure a few steps of one trial, or none.")
+@json_option
+def sweep(
+    sweep: str | None,
+    over: tuple[str, ...],
+    steps: int | None,
+    early_stopping: bool,
+    extend: str | None,
+    max_concurrent: int | None,
+    cluster: str | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    probe: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Compare settings: train each point of a space alike, and end with a ranking, its noise, and a report.
+
+    With no arguments, three noise schedules by three T on the embedded digits. Ranked by a metric of the images at equal count, sampler
+    and network calls; the training loss, which does not compare, is refused. `ddpm-pipe resume SWEEP` goes on with one that was stopped.
+    """
+    from pipeline.sweeps import commands as sweep_commands
+
+    options |= {"budget": {"steps": steps} if steps else None, "early_stopping": {} if early_stopping else None}
+    if extend is not None:
+        if sweep is not None or overrides or dry_run:
+            raise UsageError(
+                "--extend takes --over, --seeds and --num-points; it keeps the sweep's own base and settings"
+            )
+        result = sweep_commands.extend(extend, over, options, cluster, max_concurrent, command_line())
+    else:
+        request = sweep_commands.request(sweep, over, options, overrides, cluster, max_concurrent)
+        if dry_run:
+            from pipeline.sweeps.forecast import forecast_sweep
+
+            forecast = forecast_sweep(request, sweep_commands.plan(request), measure=probe)
+            print_json(forecast.to_dict()) if as_json else click.echo(forecast.to_text())
+            return
+        result = sweep_commands.start(request, command_line())
+    show(result, as_json=as_json)
+
+
+def show(result: Any, *, as_json: bool) -> None:
+    """Print a sweep's result; FailedTrialsError afterwards where trials failed, for the exit code."""
+    from pipeline.sweeps import commands as sweep_commands
+    from pipeline.sweeps.result import rows, to_text
+
+    if as_json:
+        print_json(result.to_json())
+    else:
+        table = rows(result)
+        if table:
+            print_table(table, list(table[0]))
+        click.echo("\n".join(to_text(result)))
+    sweep_commands.require_all_finished(result)
+
+
+@click.command(
+    epilog=example("""
+ddpm-pipe serve latest
+ddpm-pipe serve k7m2 --port 8001
+""")
+)
+@click.argument("run")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 is any free one.")
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Address to listen on; anything else can be reached from outside.",
+)
+@cluster_option
+def serve(run: str, port: int, host: str, cluster: str | None) -> None:
+    """Answer requests for images of RUN with PNGs, until Ctrl-C.
+
+    GET /images?n=4&seed=1 gives four as JSON, /images/7.png?seed=1 one, /grid.png?n=16 a sheet; / is a page that shows some.
+    """
+    import os
+
+    from pipeline.settings.cluster_profile import home_of, storage_of
+    from pipeline.storage.runs import Run
+    from pipeline.training.models import allow_modules_in
+    from pipeline.workflows.serve import serve_model
+
+    allow_modules_in(os.getcwd())
+    serve_model(Run.find(home_of(cluster), run, storage_of(cluster)), host, port, click.echo)

@@ -1,0 +1,1 @@
+"""Datasets on disk, and the exact order in which training reads them."""

@@ -1,0 +1,66 @@
+"""Class labels: which classes a dataset has, and of which class each generated image is."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeline.data.shards import Dataset
+from pipeline.errors import DataError, UsageError, nearest
+from pipeline.metrics.classifier_store import class_names
+
+BALANCED, NONE = "balanced", "none"
+ClassNames = tuple[str, ...]
+
+
+def class_names_of(dataset: Dataset) -> ClassNames:
+    """Return the names of a dataset's classes, in the order of their labels; UsageError where its images have none."""
+    name, labels = dataset.manifest.name, dataset.labels()
+    if labels is None:
+        raise UsageError(
+            f"model.class_conditional: the images of {name} have no labels; ingest them with labels (sub-folders, or "
+            "--label-column), or use -s model.class_conditional=false"
+        )
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0:
+        raise UsageError(
+            f"model.class_conditional: {int((labels < 0).sum())} of the {len(labels)} images of {name} have no label; "
+            "leave them out, or use -s model.class_conditional=false"
+        )
+    names = class_names(dataset)
+    if highest >= len(names):
+        raise DataError(f"{dataset.location}: label {highest}, but only {len(names)} classes; ingest the dataset again")
+    return names
+
+
+def class_name(labels: str | int, names: ClassNames) -> str:
+    """Return the one name of how images are labelled: "balanced", "none", or a class's; UsageError where it names no class."""
+    if labels in (BALANCED, NONE):
+        return str(labels)
+    return names[_index(labels, names)]
+
+
+def labels_of(indices: range, labels: str | int, names: ClassNames) -> Tensor:
+    """Return the labels of generated images, int64 [len(indices)]: functions of (image index, `labels`) alone.
+
+    `labels` is "balanced" (index modulo the number of classes), "none" (the null class, which has the number after the last
+    class's), or one class: its name, or its number.
+    """
+    if labels == BALANCED:
+        return torch.arange(indices.start, indices.stop, dtype=torch.int64) % len(names)
+    return torch.full((len(indices),), _index(labels, names), dtype=torch.int64)
+
+
+def _index(label: str | int, names: ClassNames) -> int:
+    if label == NONE:
+        return len(names)
+    if label in names:
+        return names.index(str(label))
+    number = int(label) if str(label).isdecimal() else -1
+    if 0 <= number < len(names):
+        return number
+    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    raise UsageError(
+        f"labels: no class {str(label)!r}{nearest(str(label), list(names))}; give {BALANCED!r}, {NONE!r}, or one of "
+        f"the {len(names)} classes by name or number: {shown}"
+    )

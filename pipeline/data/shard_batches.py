@@ -1,0 +1,224 @@
+"""The batches of a training: a worker's rows of every step, read from memory or window by window from the shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.order import Order, Segment
+
+if TYPE_CHECKING:
+    from pipeline.data.shards import Dataset
+
+Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+MEMORY_BUDGET_BYTES = 2 * 2**30
+_ROWS_AT_ONCE = 64  # of a stream
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """One worker's part of a step: uint8 images [b, C, H, W], int64 labels [b] or None, int64 dataset rows [b]."""
+
+    step: int
+    images: Pixels
+    labels: Ints | None
+    rows: Ints
+
+
+def read_batches(
+    dataset: Dataset,
+    order: Order,
+    streams: Sequence[int],
+    start_step: int = 0,
+    *,
+    memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
+) -> Iterator[RawBatch]:
+    """The batches of one worker's streams from `start_step` on, without end: rows of its first stream, its second, ...
+
+    A dataset whose decoded images fit `memory_budget_bytes` is held in memory, any other is read window by window; the
+    batches are the same.
+
+    Raises:
+        DataError: while iterating, when a row is damaged.
+    """
+    if order.row_groups != dataset.manifest.row_groups:
+        raise ValueError("the order was made for a dataset with other row groups")
+    if dataset.manifest.num_bytes_decoded <= memory_budget_bytes:
+        dataset.hold_in_memory()
+    reader = _from_memory if dataset.in_memory else _from_disk
+    return reader(dataset, order, streams, start_step)
+
+
+def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
+    walks = [_Walk(order, stream, step) for stream in streams]
+    while True:
+        for rows in _next_steps(walks, order):
+            yield RawBatch(step, dataset.read(rows), dataset.labels(rows), rows)
+            step += 1
+
+
+def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
+    shelf = _Shelf(dataset, order, len(streams))
+    shelf.walks = walks = [_WalkOnDisk(order, stream, step, shelf) for stream in streams]
+    while True:
+        for places in _next_steps(walks, order):
+            yield shelf.batch(step, places)
+            step += 1
+
+
+def _next_steps(walks: Sequence[_Walk], order: Order) -> Ints:
+    """Values of some steps, [steps, b]: asking the streams for each step by itself would cost more than reading does."""
+    count = order.rows_per_stream
+    steps = _steps_at_once(order)
+    values = np.empty((len(walks), steps * count), dtype=np.int64)
+    for walk, own in zip(walks, values, strict=True):
+        walk.read(own)
+    return values.reshape(len(walks), steps, count).swapaxes(0, 1).reshape(steps, len(walks) * count)
+
+
+def _steps_at_once(order: Order) -> int:
+    return max(1, _ROWS_AT_ONCE // order.rows_per_stream)
+
+
+class _Walk:
+    """One stream, part by part: `values` are the rows of the current part, `upcoming` is the part after it."""
+
+    def __init__(self, order: Order, stream: int, step: int) -> None:
+        self.stream = stream
+        self._order, self._parts = order, order.parts(stream, step)
+        self.upcoming = next(self._parts)
+        self.values = np.empty(0, dtype=np.int64)
+        self._next = 0
+
+    def read(self, out: Ints) -> None:
+        """Write the stream's next values."""
+        done = 0
+        while done < len(out):
+            if self._next == len(self.values):
+                part, self.upcoming = self.upcoming, next(self._parts)
+                self._next = 0
+                self.enter(part, out[:done])
+            taken = min(len(out) - done, len(self.values) - self._next)
+            out[done : done + taken] = self.values[self._next : self._next + taken]
+            self._next, done = self._next + taken, done + taken
+
+    def enter(self, part: Segment, written: Ints) -> None:
+        """Make `values` those of this part; `written` are those of the part before that the reader has not used yet."""
+        self.values = self._order.rows_of(part)
+
+
+class _WalkOnDisk(_Walk):
+    """The same, with the rows' places on the shelf for values."""
+
+    def __init__(self, order: Order, stream: int, step: int, shelf: _Shelf) -> None:
+        super().__init__(order, stream, step)
+        self._shelf = shelf
+        self._board: _Board | None = None
+
+    def enter(self, part: Segment, written: Ints) -> None:
+        if self._board is not None:  # given back before the next rows are read, which take its place
+            self._shelf.set_aside(self, written)
+            self._shelf.give_back(self._board)
+        self.values, self._board = self._shelf.take(self.stream, part)
+
+
+@dataclass
+class _Board:
+    """A stretch of the shelf, with how many streams still need it."""
+
+    start: int
+    size: int
+    users: int
+
+
+class _Shelf:
+    """Holds, as they are stored, the rows of the windows that a worker's streams are in.
+
+    A window is read once for all the streams that enter it now or next: where windows are larger than slices, reading it
+    for each would read the dataset as many times as there are streams. One array holds the rows of all streams, so that a
+    batch is one gathering. Its first places are for rows whose window is left before the batch they belong to is made.
+    """
+
+    def __init__(self, dataset: Dataset, order: Order, num_streams: int) -> None:
+        self.walks: list[_WalkOnDisk] = []
+        self._dataset, self._order = dataset, order
+        self._ready: dict[tuple[int, Segment], tuple[Ints, _Board]] = {}
+        slice_rows = order.num_rows // order.num_streams + 1
+        part_rows = min(slice_rows, order.window + max(order.row_groups))
+        self._aside = _steps_at_once(order) * order.rows_per_stream  # places of one stream
+        first = num_streams * self._aside
+        size = first + num_streams * part_rows
+        self._images = dataset.storage(size)
+        self._rows = np.empty(size, dtype=np.int64)
+        self._labels = np.empty(size, dtype=np.int64)
+        self._gaps = [(first, size)]  # free stretches: start and end
+
+    def batch(self, step: int, places: Ints) -> RawBatch:
+        """The batch of the rows at these places."""
+        rows = self._rows[places]
+        images = np.empty((len(places), *self._dataset.manifest.shape), dtype=np.uint8)
+        self._dataset.decode(self._images, places, rows, images)
+        return RawBatch(step, images, self._labels[places] if self._dataset.manifest.has_labels else None, rows)
+
+    def set_aside(self, walk: _WalkOnDisk, places: Ints) -> None:
+        """Copy rows of a part that is left to where they stay until they are used, and change their `places`."""
+        start = self.walks.index(walk) * self._aside
+        for array in (self._images, self._rows, self._labels):
+            array[start : start + len(places)] = array[places]
+        places[:] = np.arange(start, start + len(places))
+
+    def take(self, stream: int, part: Segment) -> tuple[Ints, _Board]:
+        """Places of the part's rows, read from disk unless they were read with another stream's."""
+        if (stream, part) not in self._ready:
+            together = {walk.stream: walk.upcoming for walk in self.walks if walk.upcoming[:2] == part[:2]}
+            self._read([(stream, part), *together.items()])
+        return self._ready.pop((stream, part))
+
+    def give_back(self, board: _Board) -> None:
+        """One stream needs the board no more."""
+        board.users -= 1
+        if board.users:
+            return
+        end = board.start + board.size
+        if self._images.dtype == object:
+            self._images[board.start : end] = None  # lets go of the files
+        merged: list[tuple[int, int]] = []
+        for begin, stop in sorted([*self._gaps, (board.start, end)]):
+            if merged and merged[-1][1] == begin:
+                begin = merged.pop()[0]
+            merged.append((begin, stop))
+        self._gaps = merged
+
+    def _read(self, wanted: list[tuple[int, Segment]]) -> None:
+        rows = [self._order.rows_of(part) for _, part in wanted]
+        together = np.concatenate(rows)
+        board = self._reserve(len(together), len(wanted))
+        span = slice(board.start, board.start + board.size)
+        places = board.start + self._dataset.load(together, self._images[span], self._labels[span])
+        self._rows[places] = together
+        for walk in self.walks:  # whose next parts are fetched while these rows are used
+            self._dataset.expect(partial(self._order.rows_of, walk.upcoming))
+        for key, own in zip(wanted, np.split(places, np.cumsum([len(r) for r in rows])[:-1]), strict=True):
+            self._ready[key] = own, board
+
+    def _reserve(self, size: int, users: int) -> _Board:
+        for i, (start, end) in enumerate(self._gaps):
+            if end - start >= size:
+                self._gaps[i : i + 1] = [(start + size, end)] if start + size < end else []
+                return _Board(start, size, users)
+        start, capacity = len(self._rows), max(len(self._rows) + size, len(self._rows) * 5 // 4)
+        if capacity > start + size:
+            self._gaps.append((start + size, capacity))
+        for name in ("_images", "_rows", "_labels"):
+            old = getattr(self, name)
+            new = np.empty((capacity, *old.shape[1:]), dtype=old.dtype)
+            new[:start] = old
+            setattr(self, name, new)
+        return _Board(start, size, users)

@@ -1,0 +1,129 @@
+"""Where the shards of a dataset are: in a folder, or in an object store with copies on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from pipeline.data.manifest import MANIFEST_FILE, Manifest
+from pipeline.data.shards_format import read_footer
+from pipeline.errors import DataError, PipelineError, StorageError
+from pipeline.settings.cluster_profile import Cache
+from pipeline.storage.remote import RemoteFolder, is_remote
+from pipeline.storage.remote_cache import NodeCache
+from pipeline.storage.remote_run import own_folder
+
+
+class ShardFiles(Protocol):
+    """The files of a dataset; `location` is the path or address of their folder, `cache` where copies of remote ones are kept."""
+
+    location: str
+    cache: Cache | None
+    manifest: Manifest
+
+    def opened(self, shard: int) -> Any:
+        """Give (path, parsed footer) of a shard for the time of a `with` block; DataError where it is damaged."""
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Tell that these shards will be read soon; does not wait."""
+
+    def discard(self, shard: int) -> bool:
+        """Let go of a copy that turned out to be damaged; whether opening the shard again may help."""
+
+
+class LocalShards:
+    """Shards in a folder, all of which are compared with the manifest at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self.location = folder, str(folder)
+        self.cache: Cache | None = None
+        self.manifest = Manifest.load(folder)
+        self._footers = [read_footer(folder / shard.file, shard, self.manifest) for shard in self.manifest.shards]
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[tuple[Path, Any]]:
+        """Give the file itself."""
+        yield self._folder / self.manifest.shards[shard].file, self._footers[shard]
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Do nothing."""
+
+    def discard(self, shard: int) -> bool:
+        """Do nothing: there is no other copy."""
+        return False
+
+
+class RemoteShards:
+    """Shards in an object store, each brought to this machine when it is first read; their sizes are compared with the manifest at once."""
+
+    def __init__(self, folder: RemoteFolder, cache: Cache) -> None:
+        self._remote, self.location = folder, folder.uri
+        self.cache: Cache | None = cache
+        self.manifest = read_manifest(folder)
+        self._require_all()
+        own = own_folder("shards") if cache.folder is None else Path(cache.folder)
+        self._copies = NodeCache(own, int(cache.max_gb * 1e9))
+        self._footers: dict[int, Any] = {}
+        self._ahead: ThreadPoolExecutor | None = None
+        self._coming: dict[int, Future[None]] = {}
+
+    @contextmanager
+    def opened(self, shard: int) -> Iterator[tuple[Path, Any]]:
+        """Give this machine's copy, which is not removed meanwhile."""
+        about = self.manifest.shards[shard]
+        where = f"{self._remote}/{about.file}"
+        with self._copies.use(about.sha256, about.num_bytes, where, lambda path: self._fetch(about.file, path)) as path:
+            if shard not in self._footers:
+                self._footers[shard] = read_footer(path, about, self.manifest)
+            yield path, self._footers[shard]
+
+    def expect(self, shards: Iterable[int]) -> None:
+        """Begin to fetch in the background."""
+        self._coming = {shard: future for shard, future in self._coming.items() if not future.done()}
+        for shard in shards:
+            if shard not in self._coming and not self._copies.has(self.manifest.shards[shard].sha256):
+                self._ahead = self._ahead or ThreadPoolExecutor(2, thread_name_prefix="shards")
+                self._coming[shard] = self._ahead.submit(self._fetch_ahead, shard)
+
+    def discard(self, shard: int) -> bool:
+        """Remove this machine's copy, whose disk has damaged it: the store's is fetched again."""
+        self._copies.discard(self.manifest.shards[shard].sha256)
+        return True
+
+    def _fetch(self, file: str, path: Path) -> str:
+        try:
+            return self._remote.download(file, path)
+        except StorageError as error:
+            raise DataError(str(error)) from None
+
+    def _fetch_ahead(self, shard: int) -> None:
+        with suppress(PipelineError), self.opened(shard):  # whoever reads it is told
+            pass
+
+    def _require_all(self) -> None:
+        """Refuse a dataset of which a shard is missing or cut short, before anything is fetched (DataError)."""
+        sizes = {entry.name: entry.num_bytes for entry in self._remote.objects()}
+        for shard in self.manifest.shards:
+            size = sizes.get(shard.file)
+            if size != shard.num_bytes:
+                has = "is missing" if size is None else f"has {size} bytes, the manifest says {shard.num_bytes}"
+                raise DataError(f"{self._remote}/{shard.file} {has}: restore it or ingest the dataset again")
+
+
+def manifest_of(location: str | Path) -> Manifest:
+    """Read and check the manifest of a dataset, here or in an object store; DataError as `Manifest.load`."""
+    if isinstance(location, str) and is_remote(location):
+        return read_manifest(RemoteFolder(location))
+    return Manifest.load(Path(location))
+
+
+def read_manifest(folder: RemoteFolder) -> Manifest:
+    """Read and check the manifest of a dataset in an object store; DataError where there is none, or the store does not answer."""
+    try:
+        content = folder.read(MANIFEST_FILE)
+    except StorageError as error:
+        raise DataError(str(error)) from None
+    return Manifest.parse(content, f"{folder}/{MANIFEST_FILE}", str(folder))

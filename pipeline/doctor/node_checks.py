@@ -1,0 +1,157 @@
+"""What a node does for `ddpm-pipe doctor`: it tells about itself, writes and reads the storage, and reads a dataset.
+
+Each function runs in a process of the cluster and returns what went wrong as a value, for others to judge.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pipeline.doctor.verdicts import NodeFacts, Reading
+from pipeline.errors import PipelineError
+from pipeline.settings.cluster_profile import Cache
+
+TEST_BYTES = 8_000_000
+
+
+def facts(name: str, places: tuple[str, ...]) -> NodeFacts:
+    """Return what this node is; `places` are folders whose free space matters, besides the one for temporary files."""
+    from pipeline.storage.provenance import code_version, library_versions
+
+    versions = library_versions() | {"ddpm-pipe": code_version()}
+    folders = {tempfile.gettempdir(), *places}
+    free = {folder: shutil.disk_usage(existing(Path(folder))).free for folder in folders}
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
+    return NodeFacts(name, versions, _free_memory_bytes(), free, load)
+
+
+def clock() -> float:
+    """Return this node's time."""
+    return time.time()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One node's writing or reading: what was wrong ("" if nothing), the SHA-256 of what was written, the seconds."""
+
+    problem: str = ""
+    digest: str = ""
+    seconds: float = 0.0
+
+
+def write_test(place: str, name: str) -> Trial:
+    """Write a file of random bytes called `name` to the storage."""
+    content = os.urandom(TEST_BYTES)
+    begin = time.perf_counter()
+    try:
+        _store(place).write(name, content)
+    except (OSError, PipelineError) as error:
+        return Trial(_told(error))
+    return Trial("", hashlib.sha256(content).hexdigest(), time.perf_counter() - begin)
+
+
+def read_tests(place: str, written: Mapping[str, str]) -> Trial:
+    """Read what every node wrote (SHA-256 by name)."""
+    begin = time.perf_counter()
+    for name, digest in written.items():
+        try:
+            content = _store(place).read(name)
+        except (OSError, PipelineError) as error:
+            return Trial(_told(error))
+        if content is None:
+            return Trial(f"what another node wrote ({name}) is not there")
+        if hashlib.sha256(content).hexdigest() != digest:
+            return Trial(f"what another node wrote ({name}) is read back differently")
+    return Trial(seconds=time.perf_counter() - begin)
+
+
+def remove_tests(place: str, folder: str) -> None:
+    """Remove what was written below a folder."""
+    with contextlib.suppress(OSError, PipelineError):
+        _store(place).delete_all(folder)
+
+
+def read_dataset(location: str, cache: Cache, part: int, num_parts: int, seconds: float) -> Reading:
+    """Read a part of the dataset's row groups for so long at most, with all checks."""
+    from pipeline.data.shards import Dataset
+
+    try:
+        dataset = Dataset.open(location, cache)
+        groups = dataset.manifest.row_groups
+        starts = [sum(groups[:i]) for i in range(len(groups))]
+        begin, images = time.perf_counter(), 0
+        for start, rows in list(zip(starts, groups, strict=True))[part::num_parts]:
+            dataset.read(range(start, start + rows))
+            images += rows
+            if time.perf_counter() - begin > seconds:
+                break
+    except (OSError, PipelineError) as error:
+        return Reading(problem=_told(error))
+    return Reading(len(dataset), images, time.perf_counter() - begin)
+
+
+def existing(folder: Path) -> Path:
+    """Return the folder, or the nearest one above it that is there."""
+    return next(place for place in (folder, *folder.parents) if place.is_dir())
+
+
+class _Store(Protocol):
+    """What a folder and an object store have in common."""
+
+    def write(self, name: str, content: bytes) -> None: ...
+
+    def read(self, name: str) -> bytes | None: ...
+
+    def delete_all(self, below: str) -> None: ...
+
+
+class _Folder:
+    """A folder that all nodes see."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, name: str, content: bytes) -> None:
+        path = self._path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def read(self, name: str) -> bytes | None:
+        path = self._path / name
+        return path.read_bytes() if path.exists() else None
+
+    def delete_all(self, below: str) -> None:
+        shutil.rmtree(self._path / below)
+
+
+def _store(place: str) -> _Store:
+    from pipeline.storage.remote import RemoteFolder, is_remote
+
+    return RemoteFolder(place) if is_remote(place) else _Folder(Path(place))
+
+
+def _told(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}".strip()
+    return str(error)
+
+
+def _free_memory_bytes() -> int:
+    """Return the memory that new processes can have."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # elsewhere: all there is

@@ -1,0 +1,263 @@
+"""What `ddpm-pipe doctor` finds and how it judges: each verdict is a function of facts that somebody else gathered."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from pipeline.console import size
+from pipeline.planning.capacity import Node, needs, room, shortage
+from pipeline.settings.cluster_profile import Profile
+
+SAME_EVERYWHERE = ("ddpm-pipe", "python", "ray", "torch")  # the others may differ, with a warning: results may, too
+CLOCK_YELLOW_S, CLOCK_RED_S = 2.0, 60.0  # object stores refuse requests that are 15 minutes off; logs mislead sooner
+DISK_RED_BYTES, DISK_YELLOW_BYTES = 2 * 10**9, 10 * 10**9
+WORKER_BYTES = 1_000_000_000  # torch and Ray in one process, before the network
+BUSY = 1.5
+SLOW_GPU_LINK = 5e9  # bytes/s of an all-reduce: half of one 100 Gb/s card
+
+
+class Verdict(StrEnum):
+    """Green: as it must be. Yellow: works, with a drawback. Red: training would fail or mislead. Skipped: not looked at, and why."""
+
+    GREEN = "green"
+    YELLOW = "yellow"
+    RED = "red"
+    SKIPPED = "skipped"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's: what was checked, how it is, and what to do about it."""
+
+    check: str
+    verdict: Verdict
+    says: str
+    remedy: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return asdict(self) | {"figures": dict(self.figures)}
+
+
+def green(check: str, says: str, **figures: Any) -> Finding:
+    """All is well."""
+    return Finding(check, Verdict.GREEN, says, "", figures)
+
+
+def yellow(check: str, says: str, remedy: str, **figures: Any) -> Finding:
+    """It works, with a drawback."""
+    return Finding(check, Verdict.YELLOW, says, remedy, figures)
+
+
+def red(check: str, says: str, remedy: str, **figures: Any) -> Finding:
+    """It does not work."""
+    return Finding(check, Verdict.RED, says, remedy, figures)
+
+
+def skipped(check: str, says: str) -> Finding:
+    """It was not looked at."""
+    return Finding(check, Verdict.SKIPPED, says)
+
+
+@dataclass(frozen=True)
+class NodeFacts:
+    """What a node says about itself: versions by package (python and ddpm-pipe among them), free bytes by place, load."""
+
+    name: str
+    versions: Mapping[str, str]
+    free_memory_bytes: int
+    free_disk_bytes: Mapping[str, int]
+    load_per_cpu: float = 0.0  # processes that want a CPU, over the last minute
+
+
+def judge_versions(here: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Finding:
+    """Every node must run what this machine runs: Ray refuses other Pythons late, other torches give other numbers."""
+    differing: dict[str, str] = {}
+    for node in nodes:
+        for package in sorted(here.keys() | node.versions.keys()):
+            there, ours = node.versions.get(package, "missing"), here.get(package, "missing")
+            if there != ours:
+                differing.setdefault(package, f"{package} {there} on {node.name}, {ours} here")
+    serious = [differing[package] for package in SAME_EVERYWHERE if package in differing]
+    told = ", ".join(f"{package} {_short(here[package])}" for package in SAME_EVERYWHERE if package in here)
+    if serious:
+        return red(
+            "versions", "; ".join(serious), "install the same lock file (or image) on every node", here=dict(here)
+        )
+    if differing:
+        return yellow(
+            "versions",
+            "; ".join(differing.values()),
+            "install the same lock file (or image) on every node",
+            here=dict(here),
+        )
+    return green("versions", f"{told}, the same on {_count(nodes, 'node')}", here=dict(here))
+
+
+def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[NodeFacts]) -> Finding:
+    """The cluster must hold the profile's workers, now or once what else runs there is done."""
+    least, most = profile.least_workers, profile.most_workers
+    need = needs(profile, most)
+    free, all_in_all = room(nodes, need, profile.placement), room(nodes, need, profile.placement, of_all=True)
+    each = ", ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in need.items())
+    figures = {"workers_that_fit": all_in_all, "workers_that_fit_now": free, "wanted": most}
+    if all_in_all < least and profile.wait_for_resources_s:
+        return yellow(
+            "resources",
+            f"{shortage(least, nodes, profile)}; its profile waits {profile.wait_for_resources_s:g} s for a cluster that grows",
+            "if it does not grow: add nodes, or ask less",
+            **figures,
+        )
+    if all_in_all < least:
+        return red(
+            "resources",
+            shortage(least, nodes, profile),
+            f"add nodes, or set workers to {all_in_all}"
+            if all_in_all
+            else "add nodes, or ask less of each (resources_per_worker)",
+            **figures,
+        )
+    if free < least:
+        return yellow(
+            "resources",
+            f"{shortage(least, nodes, profile)} at the moment: others use the rest",
+            "wait for them (`ray status` shows who), or set wait_for_resources_s in the profile",
+            **figures,
+        )
+    short = [f for f in facts if f.free_memory_bytes < WORKER_BYTES * max(1, most // max(1, len(facts)))]
+    if short:
+        return yellow(
+            "resources",
+            f"{short[0].name} has {size(short[0].free_memory_bytes)} of memory free; a worker takes {size(WORKER_BYTES)} and its network",
+            "run fewer workers on a node, or free some memory",
+            **figures,
+        )
+    busy = [f for f in facts if f.load_per_cpu > BUSY]
+    if busy:
+        return yellow(
+            "resources",
+            f"{busy[0].name} is busy: {busy[0].load_per_cpu:.1f} processes want each of its CPUs",
+            "wait for them, or expect less speed than the machine has",
+            **figures,
+        )
+    now = "" if free >= most else f", {free} of them now"
+    return green(
+        "resources",
+        f"{_count(nodes, 'node')} {'hold' if len(nodes) > 1 else 'holds'} {min(all_in_all, most)} of {most} workers with {each} each{now}",
+        **figures,
+    )
+
+
+def judge_clocks(skews_s: Mapping[str, float]) -> Finding:
+    """Clocks must agree: a store's signatures, leases and logs compare them. `skews_s`: by how much each node surely differs."""
+    worst = max(skews_s, key=lambda node: abs(skews_s[node]))
+    skew = skews_s[worst]
+    figures = {"skew_s": dict(skews_s)}
+    if abs(skew) < CLOCK_YELLOW_S:
+        return green("clocks", f"within {max(0.1, abs(skew)):.1f} s of this machine's", **figures)
+    says = f"{worst} is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}"
+    verdict = red if abs(skew) >= CLOCK_RED_S else yellow
+    return verdict("clocks", says, "synchronise the nodes' clocks (chrony, systemd-timesyncd)", **figures)
+
+
+def judge_disk(nodes: Sequence[NodeFacts], checkpoint_bytes: int, keep: int) -> Finding:
+    """Each place must hold the checkpoints of a run, with the one being written, and what Ray spills."""
+    need = max(DISK_RED_BYTES, (keep + 2) * checkpoint_bytes)
+    free, place, name = min((free, place, node.name) for node in nodes for place, free in node.free_disk_bytes.items())
+    says = f"{size(free)} free in {place} on {name}"
+    figures = {"free_bytes": free, "needed_bytes": need}
+    if free < need:
+        return red(
+            "disk",
+            f"{says}, {size(need)} needed",
+            "free some space, or put storage and temporary files elsewhere",
+            **figures,
+        )
+    if free < max(DISK_YELLOW_BYTES, 2 * need):
+        return yellow("disk", f"{says}: little for more than one run", "free some space", **figures)
+    return green("disk", f"at least {says}", **figures)
+
+
+def judge_storage(
+    place: str, problems: Mapping[str, str], num_nodes: int, write_rate: float, read_rate: float
+) -> Finding:
+    """Every node must write to the storage and read what the others wrote; `problems` are told by node."""
+    if problems:
+        node, problem = next(iter(problems.items()))
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        return red(
+            "storage",
+            f"{place}: {problem} on {node}{more}",
+            "give a place that every node can write to, and that is the same for all (storage in the profile)",
+            problems=dict(problems),
+        )
+    return green(
+        "storage",
+        f"{place}: written and read back on {num_nodes} node{'s' * (num_nodes != 1)}, {size(write_rate)}/s and {size(read_rate)}/s",
+        write_bytes_per_s=write_rate,
+        read_bytes_per_s=read_rate,
+    )
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a node read of a dataset of `num_rows` in the time it had: images, seconds; or what was wrong."""
+
+    num_rows: int = 0
+    num_images: int = 0
+    seconds: float = 0.0
+    problem: str = ""
+
+
+def judge_dataset(source: str, readings: Mapping[str, Reading]) -> Finding:
+    """Every node must read the dataset as its manifest says."""
+    problems = {node: reading.problem for node, reading in readings.items() if reading.problem}
+    if problems:
+        node, problem = next(iter(problems.items()))
+        return red(
+            "dataset", f"{problem} (seen on {node})", f"restore it, or ingest it again; see: ddpm-pipe inspect {source} --verify",
+            problems=problems,
+        )  # fmt: skip
+    rates = {node: reading.num_images / max(reading.seconds, 1e-9) for node, reading in readings.items()}
+    slowest, num_rows = min(rates, key=lambda node: rates[node]), max(r.num_rows for r in readings.values())
+    read = min(1.0, sum(reading.num_images for reading in readings.values()) / max(num_rows, 1))
+    return green(
+        "dataset",
+        f"{source}: {read:.0%} of {num_rows:,} images read and checked, {rates[slowest]:,.0f} images/s on "
+        f"{slowest if len(rates) > 1 else 'the node'}{' (the slowest)' if len(rates) > 1 else ''}",
+        images_per_s=rates,
+        share_read=read,
+    )
+
+
+def judge_all_reduce(num_workers: int, num_bytes: int, seconds: float, *, right: bool, backend: str) -> Finding:
+    """All workers must add up the same numbers, and fast; the bandwidth is the bus bandwidth of nccl-tests."""
+    if not right:
+        return red(
+            "all-reduce",
+            f"{num_workers} workers added up numbers and got other sums",
+            "look for a faulty card or link (dmesg, nccl-tests); do not train on this",
+        )
+    bandwidth = 2 * (num_workers - 1) / num_workers * num_bytes / seconds
+    says = f"{num_workers} workers, {backend}: {size(bandwidth)}/s (bus), {size(num_bytes)} in {seconds * 1e3:.1f} ms"
+    figures = {"bytes_per_s": bandwidth, "seconds": seconds, "num_bytes": num_bytes, "backend": backend}
+    if backend == "nccl" and bandwidth < SLOW_GPU_LINK:
+        return yellow(
+            "all-reduce", says,
+            "slow for GPUs: check that NCCL uses the fast network (NCCL_DEBUG=INFO, NCCL_SOCKET_IFNAME, EFA or InfiniBand)",
+            **figures,
+        )  # fmt: skip
+    return green("all-reduce", says, **figures)
+
+
+def _short(version: str) -> str:
+    name, plus, commit = version.partition("+")
+    return f"{name}{plus}{commit[:7]}{'-dirty' if version.endswith('-dirty') else ''}" if len(commit) > 12 else version
+
+
+def _count(things: Sequence[object], noun: str) -> str:
+    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"

@@ -1,0 +1,52 @@
+"""Folders that `ddpm-pipe export --format safetensors` wrote, read as strangers' files are: nothing is imported, all is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import UsageError
+from pipeline.exchange.diffusers_folder import ForeignModel
+from pipeline.exchange.foreign_tensors import read_json, read_tensors
+from pipeline.settings.config import experiment_from
+from pipeline.training.models import Shape, build_model
+from pipeline.training.trained import EXPERIMENT_FILE, WEIGHTS_FILE
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder has our own layout."""
+    return (folder / EXPERIMENT_FILE).is_file()
+
+
+def read_saved(folder: Path) -> ForeignModel:
+    """Read such a folder; ValueError where it is damaged, or names a network whose code would have to be imported."""
+    about = read_json(folder / EXPERIMENT_FILE)
+    settings = about.get("experiment")
+    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
+        raise ValueError(f"{EXPERIMENT_FILE} holds no experiment")
+    kind = settings.get("model", {}).get("type", "unet")
+    if ":" in str(kind):
+        raise ValueError(
+            f"its network is {kind!r}, code of its maker's, which an import does not run; where you trust it, train or load it by that name"
+        )
+    shape, names = _shape(about.get("shape")), about.get("class_names", [])
+    if shape is None or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{EXPERIMENT_FILE} says no shape of the images, or no names of the classes")
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder.name}/ has no {WEIGHTS_FILE}")
+    try:
+        experiment = experiment_from(settings, EXPERIMENT_FILE)
+        model = build_model(experiment, shape, device="meta", num_classes=len(names))
+    except UsageError as error:  # here the settings are the folder's, not the user's
+        raise ValueError(str(error)) from None
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = read_tensors(folder / WEIGHTS_FILE, expected)
+    where = f"ddpm-pipe, weights {about.get('weights')!r} of step {about.get('step')!r}"
+    return ForeignModel(experiment, shape, tensors, tensors, where, tuple(names))
+
+
+def _shape(value: Any) -> Shape | None:
+    """Return (C, H, W), or None where the value is anything else."""
+    if isinstance(value, list) and len(value) == 3 and all(type(side) is int and 1 <= side <= 4096 for side in value):
+        return value[0], value[1], value[2]
+    return None

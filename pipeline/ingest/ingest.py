@@ -1,0 +1,249 @@
+"""Ingest: from a source of images to a dataset of verified shards, once; `ddpm-pipe ingest` and `train --data`."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.images import MAX_PIXELS
+from pipeline.data.manifest import Manifest
+from pipeline.data.shards import Dataset
+from pipeline.data.shards_files import manifest_of
+from pipeline.errors import DataError, UsageError
+from pipeline.ingest.pool import all_rows, default_num_workers
+from pipeline.ingest.remote import has_dataset, is_empty, new_remote_folder, sole_remote_writer
+from pipeline.ingest.resolve import BUILT_IN, is_dataset, resolve_source
+from pipeline.ingest.resolve import IngestOptions as IngestOptions
+from pipeline.ingest.rows import Treatment, make_rows
+from pipeline.ingest.sources import Source
+from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
+from pipeline.settings.cluster_profile import Cache
+from pipeline.storage.home import datasets_dir, home
+from pipeline.storage.remote import RemoteFolder, is_remote
+
+Progress = Callable[[int, int | None], None]  # images done, images in all where known
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Where a source stands: `state` is "ingested", "cached", "here" or "download"; `text` says it to people.
+
+    `num_rows`, `shape` (C, H, W) and `num_classes` are those of the dataset that it is or will be; None where only ingesting tells.
+    """
+
+    state: str
+    text: str
+    num_rows: int | None = None
+    shape: tuple[int, int, int] | None = None
+    num_classes: int | None = None
+
+
+def ingest(
+    source: str,
+    dest: Path | str,
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    mode: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    split: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    num_workers: int | None = None,
+    rows_per_shard: int | None = None,
+    downloads: Path | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+    say: Say = lambda _: None,
+) -> Manifest:
+    """Write `source` as a dataset into the new folder `dest`, here or in an object store (s3://...); see `IngestOptions`.
+
+    Args:
+        num_workers: processes that decode; by default one for small sources, else one per core.
+        rows_per_shard: rows of one file; neither this nor `num_workers` changes the fingerprint.
+        downloads: folder of downloaded sets, `<home>/datasets/downloads` by default.
+        offline: download nothing.
+        progress: is told the images done.
+        say: is told what was chosen, such as a split.
+
+    Raises:
+        UsageError, DataError, StorageError: nothing is left behind then.
+    """
+    options = IngestOptions(image_size, mode, image_column, label_column, split, max_pixels)
+    place = RemoteFolder(dest) if isinstance(dest, str) and is_remote(dest) else Path(dest)
+    _check_dest(source, place)
+    found = resolve_source(source, options, downloads=downloads, offline=offline, say=say)
+    if found.note:
+        say(found.note)
+    with sole_remote_writer(place) if isinstance(place, RemoteFolder) else sole_writer(place):
+        return _write(found, place, options, num_workers, rows_per_shard, progress)
+
+
+def ensure_ingested(
+    source: str,
+    options: IngestOptions,
+    datasets: Path | str,
+    say: Say = lambda _: None,
+    *,
+    offline: bool = False,
+    num_workers: int | None = None,
+    progress: Progress | None = None,
+    cache: Cache | None = None,
+) -> Dataset:
+    """Open `source` if it is a dataset, else the one made of it before under `datasets`, else make that now.
+
+    Args:
+        datasets: a folder, or the address of one in an object store.
+        cache: as for `Dataset.open`.
+
+    Raises:
+        UsageError, DataError, StorageError: as `ingest` and `Dataset.open`.
+    """
+    if is_dataset(source):
+        dataset = Dataset.open(source, cache)
+        _refuse_options(source, options, dataset.manifest)
+        return dataset
+    found = resolve_source(source, options, downloads=_downloads(datasets), offline=offline, say=say)
+    if found.note:
+        say(found.note)
+    dest = dataset_folder(found, options, datasets)
+    ready = _open_cached(dest, say, cache)
+    if ready is not None:
+        return ready
+
+    def waiting() -> None:
+        say(f"waiting for another process that ingests {source}")
+
+    with sole_remote_writer(dest, waiting) if isinstance(dest, RemoteFolder) else sole_writer(dest, waiting):
+        ready = _open_cached(dest, say, cache)
+        if ready is not None:
+            return ready
+        if isinstance(dest, Path):
+            shutil.rmtree(dest, ignore_errors=True)
+        say(f"ingesting {source} into {dest}, once")
+        _write(found, dest, options, num_workers, None, progress)
+    return Dataset.open(_place(dest), cache)
+
+
+def availability(source: str, options: IngestOptions, datasets: Path | str) -> Availability:
+    """Whether `source` is ready, needs ingesting or needs a download; does neither.
+
+    Raises:
+        UsageError, DataError: it is none of the built-in names and not here.
+    """
+    if is_dataset(source):
+        manifest = manifest_of(source)
+        _refuse_options(source, options, manifest)
+        return _there("ingested", f"{source} is ingested", manifest)
+    found = resolve_source(source, options, downloads=_downloads(datasets), offline=True)
+    dest = dataset_folder(found, options, datasets)
+    if is_dataset(_place(dest)):
+        manifest = manifest_of(_place(dest))
+        return _there("cached", f"{source} is ingested in {dest}", manifest)
+    if found.download:
+        text = f"{source} is not here: it will be downloaded ({found.download}) and ingested"
+        return Availability("download", text, found.num_rows, _shape_to_be(found, options))
+    text = f"{source} will be ingested into {dest}"
+    return Availability("here", text, found.num_rows, _shape_to_be(found, options))
+
+
+def _there(state: str, text: str, manifest: Manifest) -> Availability:
+    classes = None if manifest.class_names is None else len(manifest.class_names)
+    return Availability(state, text, manifest.num_rows, manifest.shape, classes)
+
+
+def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int] | None:
+    """Shape that the first image will have; looks at that image where the source does not tell and is here."""
+    if source.shape is None and source.download:
+        return None
+    if source.shape is None:
+        first = next(iter(source.items()), None)
+        treatment = Treatment(options.mode, options.size, options.max_pixels)
+        return None if first is None else make_rows([first], treatment, None).shape
+    channels = {"L": 1, "RGB": 3}.get(options.mode or "", source.shape[0])
+    return (channels, *(options.size or source.shape[1:]))
+
+
+def source_key(source: str, options: IngestOptions, datasets: Path | None = None) -> str:
+    """Key of the dataset that `source` gives with `options`: hex, equal for equal content of the source."""
+    downloads = None if datasets is None else datasets / "downloads"
+    return _key(resolve_source(source, options, downloads=downloads, offline=True), options)
+
+
+def dataset_folder(source: Source, options: IngestOptions, datasets: Path | str) -> Path | RemoteFolder:
+    """Where `ensure_ingested` keeps the dataset made of `source`; reads the source's bytes to tell."""
+    name = f"{source.name}-{_key(source, options)[:12]}"
+    return datasets / name if isinstance(datasets, Path) else RemoteFolder(datasets).child(name)
+
+
+def _downloads(datasets: Path | str) -> Path:
+    return (datasets if isinstance(datasets, Path) else datasets_dir(home())) / "downloads"
+
+
+def _place(folder: Path | RemoteFolder) -> Path | str:
+    return folder.uri if isinstance(folder, RemoteFolder) else folder
+
+
+def _key(source: Source, options: IngestOptions) -> str:
+    return hashlib.sha256(repr(("ingest 1", source.key(), options.size, options.mode)).encode()).hexdigest()
+
+
+def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
+    if isinstance(dest, RemoteFolder):
+        if has_dataset(dest) or not is_empty(dest):
+            raise UsageError(f"{dest} is not empty: give a new folder, or empty it first")
+        return
+    if dest.exists() or dest.is_symlink():
+        raise UsageError(f"{dest} exists: give a new folder, or remove it first")
+    here = Path(source)
+    if source not in BUILT_IN and here.is_dir() and dest.resolve().is_relative_to(here.resolve()):
+        raise UsageError(f"{dest} lies inside the source {source}: give a folder elsewhere")
+
+
+def _refuse_options(source: str, options: IngestOptions, manifest: Manifest) -> None:
+    """Refuse options that an ingested dataset can no longer follow; those that it has followed are no harm."""
+    channels = {None: manifest.shape[0], "L": 1, "RGB": 3}[options.mode]
+    if (channels, options.size or manifest.shape[1:]) != (manifest.shape[0], manifest.shape[1:]):
+        raise UsageError(
+            f"{source} is an ingested dataset of {manifest.shape[1]}x{manifest.shape[2]} with {manifest.shape[0]} channels, "
+            "other image size or mode was asked for: ingest its source again, or leave them out"
+        )
+    asked = [name for name in ("image_column", "label_column", "split") if getattr(options, name) is not None]
+    if asked:
+        raise UsageError(f"{source} is an ingested dataset, {', '.join(asked)} cannot be chosen any more: leave it out")
+
+
+def _open_cached(dest: Path | RemoteFolder, say: Say, cache: Cache | None) -> Dataset | None:
+    if not (has_dataset(dest) if isinstance(dest, RemoteFolder) else dest.exists()):
+        return None
+    try:
+        return Dataset.open(_place(dest), cache)
+    except DataError as error:
+        say(f"the cached dataset is made again, for {error}")
+        return None
+
+
+def _write(
+    source: Source,
+    dest: Path | RemoteFolder,
+    options: IngestOptions,
+    num_workers: int | None,
+    rows_per_shard: int | None,
+    progress: Progress | None,
+) -> Manifest:
+    treatment = Treatment(options.mode, options.size, options.max_pixels)
+    workers = default_num_workers(source.num_bytes) if num_workers is None else num_workers
+    done = 0
+    with (
+        new_remote_folder(dest) if isinstance(dest, RemoteFolder) else new_folder(dest) as (folder, sent),
+        ShardWriter(folder, source.has_labels, rows_per_shard, sent) as writer,
+    ):
+        for rows in all_rows(source.items(), treatment, workers):
+            writer.add(rows)
+            done += len(rows.images)
+            if progress:
+                progress(done, source.num_rows)
+        return writer.finish(source.name, source.origin, source.class_names)

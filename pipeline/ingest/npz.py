@@ -1,0 +1,102 @@
+"""Images of NumPy archives (.npz), which several image sets are given out in."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.errors import DataError, UsageError
+from pipeline.ingest.choice import ALL_SPLITS, check_labels, choose_split, pick_column, pick_label, split_of
+from pipeline.ingest.rows import Item
+from pipeline.ingest.sources import Source, content_key, short_name
+
+
+class _Array(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+
+def npz(
+    path: Path, image_column: str | None = None, label_column: str | None = None, split: str | None = None
+) -> Source:
+    """uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W], and whole-number labels [N] where there are any.
+
+    Arrays are found by type and shape whatever their names, and by the split in their names (`x_train`, `test_images`).
+
+    Raises:
+        DataError: no such array, or a damaged file.
+        UsageError: several such arrays and none named, or a name or split that is not there.
+    """
+    arrays, note = _headers(path), ""
+    if image_column is None and any(map(split_of, arrays)):
+        if split == ALL_SPLITS:
+            raise UsageError(f"{path}: arrays of several splits cannot be taken together: name one with --split")
+        chosen, note = choose_split([name for name in arrays if split_of(name)], split, str(path))
+        arrays = {name: array for name, array in arrays.items() if split_of(name) == chosen}
+    elif split not in (None, ALL_SPLITS):
+        raise UsageError(f"{path} has no split {split!r}: its arrays are {', '.join(arrays)}")
+    images = [n for n, a in arrays.items() if a.dtype == np.uint8 and len(a.shape) in (3, 4)]
+    image = pick_column("image", image_column, images, list(arrays), str(path))
+    num_rows = arrays[image].shape[0]
+    whole = [n for n, a in arrays.items() if a.dtype.kind in "iu" and a.shape in ((num_rows,), (num_rows, 1))]
+    label = pick_label(label_column, whole, list(arrays), str(path))
+    to_hwc = _layout(arrays[image].shape, f"{path}: array {image!r}")
+
+    def items() -> Iterator[Item]:
+        with _damage(path), np.load(path, allow_pickle=False) as archive:
+            pixels, values = archive[image], np.zeros(num_rows) if label is None else archive[label]
+        labels = check_labels(values, None, f"{path}, {label}")
+        for row, (array, value) in enumerate(zip(pixels, labels, strict=True)):
+            yield Item(f"{path}, {image}, row {row}", to_hwc(array), int(value))
+
+    return Source(
+        name=short_name(path),
+        origin=f"{path.absolute()} ({image})",
+        items=items,
+        key=lambda: f"{content_key([(path.name, path)])} {image} {label}",
+        has_labels=label is not None,
+        num_rows=num_rows,
+        note=note,
+    )
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Turn what numpy and zipfile raise for a damaged archive into a DataError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{path} is not a readable .npz file ({reason}): replace it") from None
+
+
+def _headers(path: Path) -> dict[str, _Array]:
+    """Shape and type of each array of numbers, from its header alone."""
+    found = {}
+    with _damage(path), zipfile.ZipFile(path) as archive:
+        for member in archive.namelist():
+            if member.endswith(".npy"):
+                with archive.open(member) as file:
+                    version = np.lib.format.read_magic(file)
+                    formats = np.lib.format
+                    read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
+                    shape, _, dtype = read(file)
+                found[member.removesuffix(".npy")] = _Array(shape, dtype)
+    return found
+
+
+def _layout(shape: tuple[int, ...], where: str) -> Callable[[Any], Any]:
+    """How one image of an array of this shape becomes [H, W, C]."""
+    if len(shape) == 3:
+        return lambda image: image[:, :, None]
+    if shape[3] <= 4:
+        return lambda image: image
+    if shape[1] <= 4:
+        return lambda image: image.transpose(1, 2, 0)
+    raise DataError(f"{where} has shape {shape}, expected [N, H, W], [N, H, W, C] or [N, C, H, W] with C up to 4")

@@ -1,0 +1,125 @@
+"""What SOURCE names, and the options that go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.data.images import MAX_PIXELS, MODES, PILLOW_MAX_PIXELS
+from pipeline.data.manifest import MANIFEST_FILE
+from pipeline.errors import DataError, UsageError, nearest
+from pipeline.ingest.npz import npz
+from pipeline.ingest.parquet import parquet
+from pipeline.ingest.remote import has_dataset
+from pipeline.ingest.sets import SETS, torchvision_set
+from pipeline.ingest.sources import IMAGE_SUFFIXES, Source, digits, image_folder, visible
+from pipeline.storage.home import datasets_dir, home
+from pipeline.storage.remote import RemoteFolder, is_remote
+
+BUILT_IN = ("digits", *SETS)
+
+
+@dataclass(frozen=True)
+class IngestOptions:
+    """What decides the content of a dataset besides its source; nothing is resized, recoloured or left out unless asked.
+
+    Attributes:
+        image_size: height and width, or one number for both: a centred crop of that aspect, resized with antialiasing.
+        mode: "L" or "RGB": convert images to grey or colour, also those that are refused otherwise.
+        image_column, label_column: of Parquet or .npz; label column "none" leaves labels out.
+        split: "train", "validation", "test" or "all", where the source has splits.
+        max_pixels: of one image; larger ones are refused before they are decoded.
+
+    Raises:
+        UsageError: a value out of range.
+    """
+
+    image_size: int | tuple[int, int] | None = None
+    mode: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    split: str | None = None
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        if self.mode is not None and self.mode not in MODES:
+            raise UsageError(
+                f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}{nearest(self.mode, list(MODES))}"
+            )
+        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
+            raise UsageError(f"max_pixels = {self.max_pixels} is outside 1..{PILLOW_MAX_PIXELS}")
+        size = self.size
+        if size is not None and not (min(size) >= 1 and size[0] * size[1] <= self.max_pixels):
+            raise UsageError(f"image size {size[0]}x{size[1]} is outside 1x1 to {self.max_pixels} pixels")
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width asked for."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+
+def is_dataset(folder: str | Path) -> bool:
+    """Whether `folder`, here or in an object store, was written by ingest."""
+    if isinstance(folder, str) and is_remote(folder):
+        return not any(c in folder for c in "*[") and has_dataset(RemoteFolder(folder))
+    return (Path(folder) / MANIFEST_FILE).is_file()
+
+
+def resolve_source(
+    source: str,
+    options: IngestOptions,
+    *,
+    downloads: Path | None = None,
+    offline: bool = False,
+    say: Callable[[str], None] = lambda _: None,
+) -> Source:
+    """Find out what `source` names: a built-in set, a URI or glob of Parquet files, or a file or folder here.
+
+    A built-in name is that set; `./mnist` is a folder of that name.
+
+    Raises:
+        DataError: nothing of that name, or nothing in it that can be ingested.
+        UsageError: an option that does not go with it.
+    """
+    if source == "digits":
+        return digits(options.split)
+    if source in SETS:
+        return torchvision_set(source, options.split, downloads or datasets_dir(home()) / "downloads", offline, say)
+    path = Path(source)
+    columns = (options.image_column, options.label_column, options.split)
+    if "://" in source or path.suffix == ".parquet" or (not path.exists() and any(c in source for c in "*[")):
+        return parquet(source, *columns)
+    if not path.exists():
+        raise DataError(
+            f"{source} does not exist: give a file, a folder, a URI, or one of {', '.join(BUILT_IN)}"
+            f"{nearest(source, list(BUILT_IN))}"
+        )
+    if path.is_dir():
+        return _folder(path, *columns)
+    if path.suffix == ".npz":
+        return npz(path, *columns)
+    raise DataError(
+        f"{source} is no source of images: give an image folder, .parquet or .npz files, or one of {', '.join(BUILT_IN)}"
+    )
+
+
+def _folder(path: Path, image_column: str | None, label_column: str | None, split: str | None) -> Source:
+    if is_dataset(path):
+        raise UsageError(f"{path} is an ingested dataset already: use it as it is")
+    try:
+        entries = visible(path)
+        has_parquet = any(entry.suffix == ".parquet" for entry in entries) or any(
+            next(entry.rglob("*.parquet"), None) for entry in entries if entry.is_dir()
+        )
+        if has_parquet and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+            raise DataError(f"{path} holds Parquet files and image files: give a folder, or a glob, of one kind")
+        if has_parquet:
+            return parquet(str(path), image_column, label_column, split)
+        if image_column is not None or label_column is not None:
+            raise UsageError(
+                f"{path} is a folder of image files, which have no columns: leave out --image-column and --label-column"
+            )
+        return image_folder(path, split)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}): make it readable") from None

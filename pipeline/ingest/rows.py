@@ -1,0 +1,129 @@
+"""From images of any source to rows of a dataset: decode, convert as asked, check, encode; in this process or in a pool.
+
+The module is what pool processes import, so it stays free of torch and pyarrow.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.data.images import MAX_BYTES, MAX_PIXELS, convert_array, crop_and_resize, decode_image
+from pipeline.data.manifest import RAW_LIMIT, ContentHash
+from pipeline.errors import DataError
+
+_TOGETHER_BYTES = 2**22  # of pixels whose statistics are made at once: one by one is slow for small images
+
+Pixels = npt.NDArray[np.uint8]
+Shape = tuple[int, int, int]  # C, H, W
+
+
+@dataclass(frozen=True)
+class Item:
+    """One image on its way in: an encoded file, its path, or uint8 pixels [H, W, C]; `where` names it in messages."""
+
+    where: str
+    image: bytes | Path | Pixels
+    label: int = 0
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to each image besides decoding it: nothing, unless asked."""
+
+    mode: str | None = None
+    image_size: tuple[int, int] | None = None  # H, W
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Consecutive finished rows: the stored form of each image, its digest, labels, and for the statistics how often each
+    of the 256 values occurs in each channel, int64 [C, 256]."""
+
+    shape: Shape
+    images: list[bytes]
+    digests: bytes
+    labels: npt.NDArray[np.int64]
+    histogram: npt.NDArray[np.int64]
+
+
+def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] | None) -> Rows:
+    """Turn items into rows of one shape: that of `first` (the dataset's first row), or of the first item without it.
+
+    Raises:
+        DataError: an image cannot be taken, or shapes differ; names the item.
+    """
+    images, digests, recent = [], [], list[Pixels]()
+    histogram: npt.NDArray[np.int64] | None = None
+    for item in items:
+        pixels = _pixels(item, treatment)
+        shape = (pixels.shape[2], pixels.shape[0], pixels.shape[1])
+        first = first or (item.where, shape)
+        _check_shape(item.where, shape, *first)
+        chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
+        digests.append(ContentHash.of_row(chw.data))
+        images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
+        recent.append(chw)
+        if len(recent) * chw.nbytes >= _TOGETHER_BYTES or item is items[-1]:
+            histogram = _histogram(recent) + (0 if histogram is None else histogram)
+            recent.clear()
+    assert first is not None
+    assert histogram is not None
+    labels = np.array([item.label for item in items], dtype=np.int64)
+    return Rows(first[1], images, b"".join(digests), labels, histogram)
+
+
+def _histogram(images: list[Pixels]) -> npt.NDArray[np.int64]:
+    return np.stack([np.bincount(channel.reshape(-1), minlength=256) for channel in np.stack(images, axis=1)])
+
+
+def stored_raw(shape: Shape) -> bool:
+    """Whether images of this shape are stored as raw pixels (small ones) or as PNG."""
+    return max(shape[1:]) <= RAW_LIMIT
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """Encode uint8 [H, W, C] with one or three channels as a PNG file."""
+    import io
+
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", compress_level=4)
+    return file.getvalue()
+
+
+def _pixels(item: Item, treatment: Treatment) -> Pixels:
+    if isinstance(item.image, np.ndarray):
+        pixels = convert_array(item.image, treatment.mode, item.where)
+    else:
+        data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
+        pixels = decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, where=item.where)
+    return pixels if treatment.image_size is None else crop_and_resize(pixels, treatment.image_size)
+
+
+def _read(path: Path, where: str) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:  # before it is read
+            raise DataError(f"{where}: more bytes than the limit of {MAX_BYTES}: leave it out or shrink it")
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where}: cannot be read ({error.strerror})") from None
+
+
+def _check_shape(where: str, shape: Shape, first_where: str, first_shape: Shape) -> None:
+    if shape != first_shape:
+        raise DataError(
+            f"{where} is {_text(shape)}, but {first_where} is {_text(first_shape)}: all must be equal; "
+            "--image-size N crops and resizes them, --mode L or RGB converts them"
+        )
+    if shape[0] not in (1, 3) and not stored_raw(shape):
+        raise DataError(f"{where} is {_text(shape)}: images above {RAW_LIMIT}x{RAW_LIMIT} need 1 or 3 channels")
+
+
+def _text(shape: Shape) -> str:
+    return f"{shape[1]}x{shape[2]} with {shape[0]} channel{'s' if shape[0] > 1 else ''}"

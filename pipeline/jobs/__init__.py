@@ -1,0 +1,1 @@
+"""The same command line, sent to a cluster."""

@@ -1,0 +1,241 @@
+"""What is sent with a job: the folder that the command was typed in and the code that runs it, without data, caches, results and secrets.
+
+Archives are made the same from the same files, so that a cluster that has one already is not sent it again.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import pipeline
+from pipeline.console import size
+from pipeline.errors import UsageError
+from pipeline.redaction import KNOWN_SHAPES
+from pipeline.settings import presets
+
+# names of files and folders, in any folder, that never travel
+VERSION_CONTROL = (".git", ".hg", ".svn", ".jj")
+CACHES = (
+    "__pycache__",
+    "*.pyc",
+    ".*_cache",
+    ".cache",
+    ".hypothesis",
+    ".ipynb_checkpoints",
+    ".tox",
+    ".nox",
+    "node_modules",
+    "*.egg-info",
+)
+ENVIRONMENTS = (".venv", "venv", "virtualenv", ".conda")
+RESULTS = ("mlruns", "mlartifacts", "mlflow.db*", "*.log")
+ARCHIVES = ("*.zip", "*.tar", "*.gz", "*.tgz", "*.bz2", "*.xz", "*.zst")
+ARRAYS = ("*.parquet", "*.arrow", "*.npz", "*.npy", "*.h5", "*.hdf5", "*.tfrecord", "*.bin", "*.pkl", "*.pickle")
+WEIGHTS = ("*.pt", "*.pth", "*.ckpt", "*.safetensors", "*.onnx")
+PICTURES = ("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.bmp", "*.tif", "*.tiff", "*.mp4", "*.avi", "*.mov")
+SECRETS = (
+    *(".env", ".env.*", "*.env", ".envrc", ".netrc", "_netrc", ".pgpass", ".npmrc", ".pypirc", ".git-credentials"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.gpg", "*.asc", ".htpasswd"),
+    *("id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "auth_token*", "kubeconfig*", "*.tfstate*", "*.tfvars"),
+    *(".ssh", ".aws", ".azure", ".gcloud", ".kube", ".gnupg", ".docker", ".ray"),
+    *("credentials", "*credentials*.json", "*credentials*.y*ml", "*credentials*.csv", "service[-_]account*.json"),
+    *(
+        "*secret*.json",
+        "*secret*.y*ml",
+        "*secret*.txt",
+        "*secret*.toml",
+        "*secret*.ini",
+        "*token*.txt",
+        "*password*.txt",
+    ),
+)
+NEVER = (*VERSION_CONTROL, *CACHES, *ENVIRONMENTS, *RESULTS, *ARCHIVES, *ARRAYS, *WEIGHTS, *PICTURES, *SECRETS)
+# folders of ours, in the folder that is sent alone: elsewhere such names are people's own
+OURS = ("runs", "datasets", "ddpm", "pipeline", "dist", "build")
+MAX_FILES = 20_000
+SCANNED_BYTES = 1 << 20  # a longer file is no place where a person keeps a token
+FOREIGN = ".ddpm-pipe"  # where files from outside the folder stand in the archive
+
+
+@dataclass
+class Package:
+    """Files by their names in an archive; `left_out` are those in which a secret was seen."""
+
+    files: dict[str, Path] = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of all files before compression."""
+        return sum(path.stat().st_size for path in self.files.values())
+
+    def require_size(self, max_mb: float) -> None:
+        """UsageError where more would be sent than a profile allows; names the largest files."""
+        total = self.num_bytes
+        if total <= max_mb * 1e6:
+            return
+        largest = sorted(self.files, key=lambda name: self.files[name].stat().st_size, reverse=True)[:3]
+        shown = ", ".join(f"{name} {size(self.files[name].stat().st_size)}" for name in largest)
+        raise UsageError(
+            f"{size(total)} would be sent with the job, more than runtime_env.max_mb {max_mb:g} (largest: {shown}); "
+            "name what is not needed in runtime_env.excludes, or type the command in a smaller folder"
+        )
+
+    def archive(self) -> bytes:
+        """Return the files as a zip archive whose bytes depend on names and contents alone."""
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name in sorted(self.files):
+                about = zipfile.ZipInfo(name, date_time=(1980, 1, 1, 0, 0, 0))
+                about.compress_type = zipfile.ZIP_DEFLATED
+                about.external_attr = (0o755 if os.access(self.files[name], os.X_OK) else 0o644) << 16
+                archive.writestr(about, self.files[name].read_bytes())
+        return buffer.getvalue()
+
+
+def package_name(archive: bytes) -> str:
+    """Return the name under which Ray keeps an archive: one for each content."""
+    return f"_ray_pkg_{hashlib.sha256(archive).hexdigest()[:40]}.zip"
+
+
+def working_folder(
+    folder: Path, excludes: Sequence[str], named: Iterable[Path] = (), *, whole: bool = True
+) -> tuple[Package, dict[Path, str]]:
+    """Return what travels of a folder, and of files that the command names, with the name of each of those in the archive.
+
+    A git checkout sends what git does not ignore. Named files always travel, wherever they stand and whatever they are; without
+    `whole`, they alone do.
+    """
+    package = Package()
+    names: dict[Path, str] = {}
+    for name in sorted(_listed(folder)) if whole else ():
+        path = folder / name
+        if _is_excluded(name, excludes) or not _is_plain(path, folder):
+            continue
+        if _holds_secret(path):
+            package.left_out.append(name)
+        else:
+            package.files[name] = path
+    for number, path in enumerate(named):
+        there, root = path.resolve(), folder.resolve()
+        inside = there.is_relative_to(root)
+        names[path] = there.relative_to(root).as_posix() if inside else f"{FOREIGN}/{number}/{there.name}"
+        package.files[names[path]] = there
+    return package, names
+
+
+def code(modules: Sequence[str] = ()) -> Package:
+    """Return the code that runs: this package with its presets and profiles, the core, and modules by name or path."""
+    root = Path(pipeline.__file__).resolve().parent
+    package = Package()
+    for top in (root, _folder_of("ddpm")):
+        _add_tree(package, top, top.name)
+    for kind in ("experiments", "cluster"):  # where an installed package keeps them
+        _add_tree(package, presets.folder_of(kind), f"pipeline/shipped/{kind}")
+    for module in modules:
+        path = Path(module).expanduser() if os.sep in module or module.endswith(".py") else _folder_of(module)
+        if path.is_dir():
+            _add_tree(package, path.resolve(), path.resolve().name)
+        elif path.is_file():
+            package.files[path.name] = path.resolve()
+        else:
+            raise UsageError(
+                f"runtime_env.py_modules: {module!r} is neither a module that can be imported here nor a path"
+            )
+    return package
+
+
+def is_importable_elsewhere(module: str, folder: Path) -> bool:
+    """Whether a module is found here, but not in the folder that is sent: an installed one, or one on PYTHONPATH."""
+    top = module.partition(".")[0]
+    try:
+        found = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return False
+    return (
+        found is not None
+        and bool(found.origin)
+        and not Path(str(found.origin)).resolve().is_relative_to(folder.resolve())
+    )
+
+
+def _folder_of(module: str) -> Path:
+    """Return the folder or file of an importable top-level module; UsageError where there is none."""
+    try:
+        found = importlib.util.find_spec(module)
+    except (ImportError, ValueError):
+        found = None
+    if found is None or not found.origin:
+        raise UsageError(f"runtime_env.py_modules: no module {module!r} can be imported here; give its name or path")
+    origin = Path(found.origin)
+    return origin.parent if origin.name == "__init__.py" else origin
+
+
+def _add_tree(package: Package, top: Path, name: str) -> None:
+    for path in sorted(top.rglob("*")):
+        inner = path.relative_to(top).as_posix()
+        if (
+            not any(fnmatch.fnmatch(part, pattern) for part in PurePosixPath(inner).parts for pattern in CACHES)
+            and path.is_file()
+        ):
+            package.files[f"{name}/{inner}"] = path
+
+
+def _listed(folder: Path) -> Iterator[str]:
+    """Yield the names of the files below a folder, by git where it is a checkout; UsageError where there are too many."""
+    names = _by_git(folder)
+    for count, name in enumerate(_by_walking(folder) if names is None else names):
+        if count == MAX_FILES:
+            raise UsageError(
+                f"{folder} holds more than {MAX_FILES} files, too many to send with a job; type the command in the folder of your "
+                "code, or set runtime_env: {working_dir: false}"
+            )
+        yield name
+
+
+def _by_git(folder: Path) -> list[str] | None:
+    command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name] if done.returncode == 0 else None
+
+
+def _by_walking(folder: Path) -> Iterator[str]:
+    for parent, folders, files in os.walk(folder):
+        place = Path(parent).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not _is_excluded((place / name).as_posix(), ()))
+        yield from ((place / name).as_posix() for name in files)
+
+
+def _is_excluded(name: str, excludes: Sequence[str]) -> bool:
+    parts = PurePosixPath(name).parts
+    return (
+        parts[0] in OURS
+        or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in NEVER)
+        or any(
+            fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"{pattern.rstrip('/')}/*") for pattern in excludes
+        )
+        or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in excludes)
+    )
+
+
+def _is_plain(path: Path, folder: Path) -> bool:
+    """Whether a path is a file that stands in the folder: what a link points to outside is not ours to send."""
+    return path.is_file() and path.resolve().is_relative_to(folder.resolve())
+
+
+def _holds_secret(path: Path) -> bool:
+    if path.stat().st_size > SCANNED_BYTES:
+        return False
+    return KNOWN_SHAPES.search(path.read_bytes().decode(errors="ignore")) is not None

@@ -1,0 +1,270 @@
+"""Commands sent to a cluster as Ray Jobs: the same command line, its folder and code, its log followed, its exit code returned."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.token import admission, knock_at_dashboard, travels_readable
+from pipeline.console import Console, duration, size
+from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
+from pipeline.jobs import job_secrets, packing
+from pipeline.jobs.job_log import LogLines
+from pipeline.redaction import KNOWN_SHAPES, USERINFO, redact
+from pipeline.settings.cluster_profile import Profile, forwarded
+from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
+from pipeline.storage.runs import new_id
+
+PREFIX = "ddpm-"
+ENTRY = ("python", "-P", "-m", "pipeline.commands.job")  # -P: the code that was sent, not what stands in the folder
+AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is left
+RECONNECT_S = 300.0
+# Ray decides these from its environment when it is first imported; in the job that may be before this package is
+DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
+
+
+Arguments = Callable[[Mapping[Path, str]], list[str]]
+
+
+class Jobs:
+    """The jobs of a profile's cluster."""
+
+    def __init__(self, profile: Profile, reference: str, console: Console) -> None:
+        """Be let in; `reference` is the profile as the user named it. UsageError or ClusterError as `admission` says."""
+        address = str(profile.address).rstrip("/")
+        token = admission(profile, address, knock_at_dashboard(address))
+        if token and travels_readable(address):
+            console.say(
+                f"warning: {address} is plain http to another machine: the token can be read on its way; use https or a tunnel"
+            )
+        self._profile, self._reference, self._console = profile, reference, console
+        self._client = _client(address, token)
+
+    # -- sending
+
+    def submit(self, arguments_of: Arguments, files: Sequence[Path] = (), module: str | None = None) -> str:
+        """Send a command and return the job's id.
+
+        `files` are those that the command names; `arguments_of` returns the arguments, given the names that the files have in the
+        job. `module` is that of the user's own network. UsageError where too much or a secret would be sent.
+        """
+        profile, settings = self._profile, self._profile.runtime_env
+        values = forwarded(profile)
+        here = Path.cwd()
+        work, names = packing.working_folder(here, settings.excludes, files, whole=settings.working_dir)
+        modules = list(settings.py_modules)
+        if module and packing.is_importable_elsewhere(module, here) and module not in modules:
+            modules.append(module.partition(".")[0])
+        code = packing.code(modules)
+        work.require_size(settings.max_mb)
+        if work.left_out:
+            self._console.say(f"left out, because they look like secrets: {', '.join(work.left_out[:5])}")
+        arguments = arguments_of(names)
+        _refuse_secrets(arguments)
+
+        job = f"{PREFIX}{new_id()}"
+        env = DRIVER | profile.env | self._environment(job, values)
+        if values:
+            env[job_secrets.PAD_VARIABLE], half = job_secrets.halves(values)
+            self._put(job_secrets.store_key(job), half)
+        archives = [work.archive(), code.archive()]
+        working_dir, py_modules = (self._put_package(archive) for archive in archives)
+        typed = redact(shlex.join(["ddpm-pipe", *arguments]))
+        self._console.say(f"sending {typed} to {profile.address} ({size(sum(map(len, archives)))} of code and files)")
+        try:
+            self._client.submit_job(
+                entrypoint=shlex.join([*ENTRY, *arguments]),
+                submission_id=job,
+                runtime_env={"working_dir": working_dir, "py_modules": [py_modules], "env_vars": env},
+                metadata={"ddpm_pipe": typed, "profile": profile.name},
+            )
+        except KeyboardInterrupt:
+            raise InterruptedRunError(
+                f"stopped while {job} was being sent; see: ddpm-pipe jobs list{self._at()}", 130
+            ) from None
+        except RuntimeError as error:
+            raise ClusterError(
+                f"profile {profile.name!r}: the cluster did not take the job: {_reason(error)}"
+            ) from None
+        return job
+
+    def _environment(self, job: str, values: dict[str, str]) -> dict[str, str]:
+        """Return what the job's environment says of it; an address with a password in it goes to the secret `values`."""
+        env = {
+            JOB_VARIABLE: job,
+            CODE_VERSION_VARIABLE: code_version(),
+            LOCK_HASH_VARIABLE: lock_hash(),
+            # Ray kills a job this long after it has asked it to stop; its own 3 s are too short to save
+            "RAY_JOB_STOP_WAIT_TIME_S": str(round(self._profile.timeouts.stop_s + AFTER_STOP_S)),
+        }
+        uri = os.environ.get("MLFLOW_TRACKING_URI")
+        if self._profile.mlflow.tracking_uri is None and uri:
+            (values if USERINFO.search(uri) else env)["MLFLOW_TRACKING_URI"] = uri
+        return env
+
+    def _put_package(self, archive: bytes) -> str:
+        """Upload an archive unless the cluster has it; return its address there."""
+        name = packing.package_name(archive)
+        if self._request("GET", f"/api/packages/gcs/{name}").status_code != 200:
+            self._put(name, archive)
+        return f"gcs://{name}"
+
+    def _put(self, name: str, content: bytes) -> None:
+        answer = self._request("PUT", f"/api/packages/gcs/{name}", data=content)
+        if answer.status_code != 200:
+            raise ClusterError(
+                f"profile {self._profile.name!r}: the cluster did not take the files: {_reason(answer.text)}"
+            )
+
+    def _request(self, method: str, path: str, **options: Any) -> Any:
+        return self._client._do_request(method, path, **options)  # Ray's own client has no public call for packages
+
+    # -- watching
+
+    def follow(self, job: str, out: Callable[[str], None], log: Callable[[str], None]) -> int:
+        """Print a job's log from its beginning until it ends, results to `out` and the rest to `log`; return its exit code.
+
+        A lost connection is taken up again where it was. ClusterError where the job ended without a word of its own.
+        """
+        lines = LogLines(out, log)
+        lost: float | None = None
+        while True:
+            try:
+                asyncio.run(self._tail(job, lines))
+                info = self._info(job)
+                if info.status.is_terminal():
+                    lines.write_from(self._client.get_job_logs(job))
+                    lines.close()
+                    return self._exit_code(job, info, lines.saved)
+                lost = None
+            except PipelineError:
+                raise
+            except Exception as error:  # of the network, by three libraries with errors of their own
+                now = time.monotonic()
+                lost = lost or now
+                if now - lost > RECONNECT_S:
+                    raise ClusterError(
+                        f"lost the connection to {job} ({_reason(error)}); it may well go on: {self._how_to_follow(job)}"
+                    ) from None
+            time.sleep(1.0)
+
+    async def _tail(self, job: str, lines: LogLines) -> None:
+        lines.rewind()
+        async for text in self._client.tail_job_logs(job):
+            lines.write(text)
+
+    def _exit_code(self, job: str, info: Any, saved: bool) -> int:
+        status = str(info.status)
+        if status == "SUCCEEDED":
+            return 0
+        if status == "STOPPED":
+            return 75 if saved else 143
+        if info.driver_exit_code is not None:
+            return int(info.driver_exit_code)
+        raise ClusterError(
+            f"job {job} ended without running its command: {_reason(info.message or info.error_type or 'no reason given')}"
+        )
+
+    def farewell(self, job: str) -> str:
+        """Return what to say to somebody who stops following."""
+        stop = f"ddpm-pipe jobs stop {job}{self._at()}"
+        return f"no longer following: {job} goes on\nfollow again: {self._how_to_follow(job)}\nstop it:      {stop}"
+
+    def _how_to_follow(self, job: str) -> str:
+        return f"ddpm-pipe jobs follow {job}{self._at()}"
+
+    def _at(self) -> str:
+        return f" --cluster {shlex.quote(self._reference)}"
+
+    # -- knowing and stopping
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return this package's jobs, newest first: id, status, when it started, how long it took, command."""
+        found = [info for info in self._client.list_jobs() if (info.submission_id or "").startswith(PREFIX)]
+        return [_row(info) for info in sorted(found, key=lambda info: info.start_time or 0, reverse=True)]
+
+    def find(self, reference: str) -> str:
+        """Return the id that a full id, a unique prefix of one (with or without `ddpm-`) or `latest` names; UsageError otherwise."""
+        ids = [row["job"] for row in self.listed()]
+        if reference == "latest" and ids:
+            return str(ids[0])
+        found = [job for job in ids if reference in (job, job.removeprefix(PREFIX))] or [
+            job for job in ids if job.startswith(reference) or job.removeprefix(PREFIX).startswith(reference)
+        ]
+        if len(found) == 1:
+            return str(found[0])
+        if found:
+            raise UsageError(f"job {reference!r} is ambiguous: it fits {', '.join(found)}; give more characters")
+        known = f"there are {', '.join(ids[:5])}" if ids else "there are none"
+        raise UsageError(f"job {reference!r}: no such job on {self._profile.address}{nearest(reference, ids)}; {known}")
+
+    def stop(self, job: str) -> str:
+        """Ask a job to stop, wait until it has (a training saves first), and return one line on what happened."""
+        info = self._info(job)
+        if info.status.is_terminal():
+            return f"{job} had ended already: {info.status}"
+        self._console.say(f"asked {job} to stop; a training saves first")
+        self._client.stop_job(job)
+        deadline = time.monotonic() + self._profile.timeouts.stop_s + 2 * AFTER_STOP_S
+        while not (info := self._info(job)).status.is_terminal():
+            if time.monotonic() > deadline:
+                raise ClusterError(f"{job} was asked to stop and has not yet; see: {self._how_to_follow(job)}")
+            time.sleep(0.5)
+        told = [line for line in self._client.get_job_logs(job).splitlines() if line.startswith("ddpm-pipe: ")]
+        return f"{job}: {told[-1].removeprefix('ddpm-pipe: ') if told else str(info.status).lower()}"
+
+    def _info(self, job: str) -> Any:
+        return self._client.get_job_info(job)
+
+
+def _client(address: str, token: str | None) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(
+        logging.WARNING
+    )  # it tells of every connection that ends
+    # these would win over the profile's address
+    aside = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
+    try:
+        return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
+    except Exception as error:  # RuntimeError, ConnectionError, and those of requests
+        raise ClusterError(f"the jobs of {address} cannot be reached: {_reason(error)}") from None
+    finally:
+        os.environ.update(aside)
+
+
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if KNOWN_SHAPES.search(argument) or re.search(r"://[^/\s@]+:[^/\s@]+@", argument):
+            raise UsageError(
+                "an argument looks like a secret, and a job's command line is shown to everybody who may list jobs; "
+                "put it into the environment, and its name into the profile's forward_env"
+            )
+
+
+def _row(info: Any) -> dict[str, Any]:
+    start, end = info.start_time, info.end_time
+    return {
+        "job": info.submission_id,
+        "status": str(info.status),
+        "exit": info.driver_exit_code,
+        "started": datetime.fromtimestamp(start / 1000).isoformat(" ", "seconds") if start else None,
+        "took": duration((end or time.time() * 1000) / 1000 - start / 1000) if start else None,
+        "profile": (info.metadata or {}).get("profile"),
+        "command": (info.metadata or {}).get("ddpm_pipe"),
+    }
+
+
+def _reason(error: object) -> str:
+    """Return the last line that says something, of an answer that may be a whole traceback."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" '\".")]
+    return redact(lines[-1] if lines else type(error).__name__)[:300]

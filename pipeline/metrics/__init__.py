@@ -1,0 +1,1 @@
+"""Scores of generated images, each with its identity."""

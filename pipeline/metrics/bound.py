@@ -1,0 +1,197 @@
+"""Bits per dimension of a dataset: the variational bound over every image of a split, by canonical chunk.
+
+A chunk's result depends on its rows and the seed alone, since the noise is a function of (seed, row, t), and results are
+joined in the chunks' order: whoever computes them, the same bytes. No row is dropped, none is flipped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from ddpm import GaussianDiffusion, bits_per_dim, conditioned
+from ddpm.likelihood import rate_distortion
+from pipeline.data.image_set import ImageSet, Progress, Rows
+from pipeline.data.images import to_float
+from pipeline.data.shards import Dataset
+from pipeline.metrics.fit_rule import hash_rows
+from pipeline.storage.tensor_file import Arrays
+from pipeline.training.device import Compute
+from pipeline.training.randomness import image_generators
+from pipeline.training.vae import Vae, elbo
+
+Array = npt.NDArray[np.float64]
+
+PARTS = ("prior", "divergences", "decoder")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Moments of a curve over t: how many images, mean [T], and sum of squared deviations [T], float64."""
+
+    count: int
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    def of(cls, values: Array) -> Curve:
+        """Return the moments of values [n, T], n >= 1."""
+        mean = values.mean(axis=0)
+        return cls(len(values), mean, ((values - mean) ** 2).sum(axis=0))
+
+    def merge(self, other: Curve) -> Curve:
+        """Return the moments of both sets of images (Chan, Golub, LeVeque 1979)."""
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = self.mean + delta * (other.count / count)
+        scatter = self.scatter + other.scatter + delta**2 * (self.count * (other.count / count))
+        return Curve(count, mean, scatter)
+
+    @property
+    def standard_error(self) -> Array:
+        """Of the mean [T]; NaN for one image."""
+        return standard_errors(self.scatter, self.count)
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The bound of some images, in bits per dimension: total = prior + divergences + decoder, each float64 [n].
+
+    `terms` is the curve over t, the decoder at t = 0 and a divergence at every later one; `x0_mse` that of the squared
+    error of the x0 predicted at t, on [-1, 1].
+    """
+
+    prior: Array
+    divergences: Array
+    decoder: Array
+    terms: Curve
+    x0_mse: Curve
+
+    @property
+    def total(self) -> Array:
+        """The negative variational bound of each image [n], Ho et al. 2020, eq. 5."""
+        total: Array = self.prior + self.divergences + self.decoder
+        return total
+
+    def merge(self, other: Bound) -> Bound:
+        """Return the bound of both sets of images, this one's first."""
+        prior, divergences, decoder = (np.concatenate([getattr(self, p), getattr(other, p)]) for p in PARTS)
+        return Bound(prior, divergences, decoder, self.terms.merge(other.terms), self.x0_mse.merge(other.x0_mse))
+
+    def rate_distortion(self) -> tuple[Array, Array]:
+        """(rate, distortion) [T]: bits/dim that x_t costs, and the RMSE of x0 known from it on the scale 0 .. 255."""
+        means = (np.array(self.prior.mean()), self.terms.mean, self.x0_mse.mean)
+        rate, distortion = rate_distortion(*map(torch.from_numpy, means))
+        return rate.numpy(), distortion.numpy()
+
+    def to_arrays(self) -> Arrays:
+        """Return arrays for a file, each with a row for an image or one row; `from_arrays` reads them."""
+        arrays: Arrays = {name: getattr(self, name) for name in PARTS}
+        for name in ("terms", "x0_mse"):
+            curve = getattr(self, name)
+            arrays |= {f"{name}.mean": curve.mean[None], f"{name}.scatter": curve.scatter[None]}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays) -> Bound:
+        """Read what `to_arrays` gave; KeyError where a part is missing."""
+        count = len(arrays["prior"])
+        terms, x0_mse = (Curve(count, arrays[f"{n}.mean"][0], arrays[f"{n}.scatter"][0]) for n in ("terms", "x0_mse"))
+        return cls(arrays["prior"], arrays["divergences"], arrays["decoder"], terms, x0_mse)
+
+
+def rows_to_measure(dataset: ImageSet, num_images: int | None, progress: Progress | None = None) -> Rows:
+    """Return all rows of a dataset, or so many of them, chosen by content: the same images of any copy of it. Ascending."""
+    if num_images is None or num_images >= dataset.manifest.num_rows:
+        return np.arange(dataset.manifest.num_rows)
+    chosen = np.argsort(hash_rows(dataset, progress=progress), kind="stable")[:num_images]
+    return np.sort(chosen)
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """A network with its process, ready to measure images; one that knows classes is given those of the images."""
+
+    diffusion: GaussianDiffusion
+    model: nn.Module
+    conditional: bool
+    compute: Compute
+
+    def bound(self, dataset: ImageSet, rows: Rows, seed: int) -> Bound:
+        """Return the bound of some rows of a dataset, which the network sees at once."""
+        self.model.eval()
+        x0 = self.compute.send(to_float(torch.from_numpy(dataset.read(rows))))
+        generators = [image_generators(seed, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
+        labels = dataset.labels(rows) if self.conditional else None
+        model = self.model if labels is None else conditioned(self.model, self.compute.send(torch.from_numpy(labels)))
+        found = bits_per_dim(self.diffusion, model, x0, generator=generators)
+        prior, terms, x0_mse = (part.double().cpu().numpy() for part in (found.prior, found.terms, found.x0_mse))
+        return Bound(prior, terms[:, 1:].sum(axis=1), terms[:, 0], Curve.of(terms), Curve.of(x0_mse))
+
+
+@dataclass(frozen=True)
+class VaeLikelihood:
+    """A VAE, ready to measure images: its rate stands as the prior, its distortion as the decoder, and there are no steps between."""
+
+    model: Vae
+    compute: Compute
+
+    @torch.no_grad()
+    def bound(self, dataset: ImageSet, rows: Rows, seed: int) -> Bound:
+        """Return the bound of some rows of a dataset, with one draw of the code for each image."""
+        self.model.eval()
+        x0 = self.compute.send(to_float(torch.from_numpy(dataset.read(rows))))
+        generators = [image_generators(seed, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
+        noise = self.compute.send(torch.stack([torch.randn(self.model.latent_dim, generator=g) for g in generators]))
+        found, image = elbo(self.model, x0, noise), self.model(x0, noise)[0]
+        error = (image - x0).square().flatten(1).mean(1)
+        rate, distortion, x0_mse = (part.double().cpu().numpy() for part in (found.rate, found.distortion, error))
+        return Bound(rate, np.zeros_like(rate), distortion, Curve.of(distortion[:, None]), Curve.of(x0_mse[:, None]))
+
+
+class BoundTask:
+    """The bound of a dataset's rows, one chunk at a time, in any worker; `indices` are places in `rows`."""
+
+    def __init__(self, likelihood: Likelihood | VaeLikelihood, dataset: Dataset, rows: Rows, seed: int) -> None:
+        self._likelihood, self._place, self._rows, self._seed = likelihood, dataset.place, rows, seed
+        self._dataset: Dataset | None = None
+
+    def start(self, here: Compute) -> None:
+        """Move the network to this worker's device, and open the dataset."""
+        here.place(self._likelihood.model)  # moves the network itself
+        self._likelihood = replace(self._likelihood, compute=here)
+        self._dataset = Dataset.open(*self._place)
+
+    def __call__(self, indices: range) -> Arrays:
+        """Return `Bound.to_arrays` of one chunk; the last one holds what rows are left."""
+        assert self._dataset is not None, "start() comes first"
+        rows = self._rows[indices.start : indices.stop]
+        return self._likelihood.bound(self._dataset, rows, self._seed).to_arrays()
+
+
+def join(chunks: Iterable[Bound]) -> Bound:
+    """Return the bound of all chunks, which must come in their canonical order. ValueError where there are none."""
+    joint: Bound | None = None
+    for chunk in chunks:
+        joint = chunk if joint is None else joint.merge(chunk)
+    if joint is None:
+        raise ValueError("no images to measure")
+    return joint
+
+
+def standard_errors(scatter: Array, count: int) -> Array:
+    """Return the standard error of each mean, from the sums of squared deviations; NaN for one image."""
+    errors: Array = np.sqrt(scatter / (count - 1) / count) if count > 1 else np.full_like(scatter, math.nan)
+    return errors
+
+
+def mean_and_error(values: Array) -> tuple[float, float]:
+    """Return the mean of values [n] and its standard error."""
+    curve = Curve.of(values[:, None])
+    return float(curve.mean[0]), float(curve.standard_error[0])

@@ -1,0 +1,250 @@
+"""Where a dataset's classifier comes from: shipped with the package, cached, or fitted now.
+
+    python -m pipeline.metrics.classifier_store DATASET OUT.safetensors
+
+fits one on an ingested dataset and prints its card; `pipeline/weights/` was made that way (docs/metrics.md has the
+commands).
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shlex
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data.image_set import ImageSet, Progress, Rows, row_chunks
+from pipeline.errors import DataError, RefusedError
+from pipeline.metrics.classifier import CONFIDENT, MIN_ACCURACY, MIN_PER_FEATURE, Card, Classifier, Labels, decide, save
+from pipeline.metrics.classifier_fit import fit
+from pipeline.metrics.features import extract
+from pipeline.metrics.fit_rule import FitRule, Hashes, hash_rows, held_out_rows
+from pipeline.storage.home import make_folder
+
+MAX_SIZE = 64
+MIN_SIZE = 8
+
+SHIPPED = {
+    "digits": "b851a51a71931f0741e596b5b1db27066cc15dff206013e8e25bf38322998b6b",
+    "mnist": "5ca486836fcfe74d9f78b0f94192849afdcc2b6f8fa12cf04cabee687ac78e3c",
+}
+"""Classifiers in `pipeline/weights/`, by file name, with their sha256."""
+
+_RECIPE_FORMAT = 1  # rises with any change to the network or its fitting
+_CHECKED_ROWS = 2000
+_SKETCH_SIZE = 256
+_SKETCH_KNOWN = 16
+
+
+def classifier_for(
+    dataset: ImageSet,
+    cache_dir: Path,
+    *,
+    recipe: Recipe | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> Classifier:
+    """Return a classifier that may judge this dataset's images: a shipped one, one of `cache_dir`, or one fitted now.
+
+    A shipped one is taken only for a dataset that holds images it was fitted on, known by their content hashes whatever
+    the dataset is called, and whose other labels it names. `recipe` replaces the one that the dataset's size suggests.
+
+    Raises:
+        RefusedError: no labels, images of another size than 8 to 64, too few of them, or an accuracy below 0.95.
+    """
+    suggested = Recipe.for_dataset(dataset)
+    recipe = recipe or suggested
+    hashes = hash_rows(dataset, progress=progress)
+    shipped = _shipped(dataset, hashes, device)
+    if shipped is not None:
+        return shipped
+    path = cache_dir / f"classifier-{recipe.key(dataset)}.safetensors"
+    classifier = _cached(path, device)
+    if classifier is None:
+        make_folder(cache_dir)
+        command = f"python -m pipeline.metrics.classifier_store {shlex.quote(dataset.manifest.name)} {path.name}"
+        fit_and_save(dataset, path, recipe=recipe, hashes=hashes, command=command, progress=progress)
+        classifier = Classifier.load(path, device=device)
+    accuracy = classifier.card.accuracy
+    if accuracy < MIN_ACCURACY:
+        raise RefusedError(
+            f"the classifier of {dataset.manifest.name!r} names {accuracy:.1%} of its {classifier.card.num_held_out} held-out labels, "
+            f"expected at least {MIN_ACCURACY:.0%}: its features would mislead; use the inception extractor"
+        )
+    return classifier
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is fitted. The key of a cached one changes with any of it."""
+
+    fraction: float
+    width: int
+    num_steps: int = 2000
+    seed: int = 0
+
+    @classmethod
+    def for_dataset(cls, dataset: ImageSet) -> Recipe:
+        """Choose by the size and number of the images; RefusedError where no classifier can serve this dataset."""
+        manifest = dataset.manifest
+        _, height, width = manifest.shape
+        if not manifest.has_labels:
+            raise RefusedError(
+                f"dataset {manifest.name!r} has no labels, which the classifier is fitted on; use the inception extractor"
+            )
+        if not MIN_SIZE <= min(height, width) <= max(height, width) <= MAX_SIZE:
+            raise RefusedError(
+                f"images are {height}x{width}, the classifier takes {MIN_SIZE} to {MAX_SIZE}; use the inception extractor"
+            )
+        recipe = cls(fraction=min(0.4, 10_000 / manifest.num_rows), width=32 if height * width <= 256 else 64)
+        left = manifest.num_rows * (1 - recipe.fraction)
+        if left < 2 * MIN_PER_FEATURE * recipe.width:
+            raise RefusedError(
+                f"dataset {manifest.name!r} has {manifest.num_rows} images, too few to fit a classifier and compare "
+                f"{2 * MIN_PER_FEATURE * recipe.width} others; add images or use the inception extractor"
+            )
+        return recipe
+
+    def key(self, dataset: ImageSet) -> str:
+        """Return a name for this recipe on this content."""
+        content = json.dumps([_RECIPE_FORMAT, dataset.manifest.fingerprint, asdict(self), str(FitRule(self.fraction))])
+        return hashlib.sha256(content.encode()).hexdigest()[:24]
+
+
+def fit_and_save(
+    dataset: ImageSet,
+    path: Path,
+    *,
+    recipe: Recipe,
+    hashes: Hashes,
+    command: str,
+    progress: Progress | None = None,
+) -> Card:
+    """Fit on the chosen part of a labelled dataset, measure on the rest, and write the file; return its card."""
+    manifest = dataset.manifest
+    names = class_names(dataset)
+    rule = FitRule(recipe.fraction)
+    rows = np.flatnonzero(rule.chosen(hashes))
+    rows = rows[np.argsort(hashes[rows], kind="stable")]  # an order that depends on content alone
+    labels = _labels(dataset, rows)
+    if len(np.unique(labels)) < len(names):
+        raise RefusedError(
+            f"dataset {manifest.name!r}: some of its {len(names)} classes have nothing to fit on; use inception"
+        )
+    report = None if progress is None else lambda done, total: progress("fitting the classifier", done, total)
+    network = fit(
+        dataset.read(rows),
+        labels,
+        len(names),
+        width=recipe.width,
+        num_steps=recipe.num_steps,
+        seed=recipe.seed,
+        progress=report,
+    )
+    unmeasured = Card(
+        shape=manifest.shape,
+        class_names=names,
+        width=recipe.width,
+        rule=rule,
+        fitted_on=manifest.name,
+        fingerprint=manifest.fingerprint,
+        num_fitted=len(rows),
+        num_held_out=0,
+        accuracy=0.0,
+        confident=0.0,
+        sketch=tuple(int(h) for h in np.unique(hashes[rows])[:_SKETCH_SIZE]),
+        seed=recipe.seed,
+        command=command,
+        torch=torch.__version__,
+    )
+    held_out = held_out_rows(hashes, rule)
+    accuracy, confident = _measure(Classifier(network, unmeasured, ""), dataset, held_out)
+    card = Card(**{**vars(unmeasured), "num_held_out": len(held_out), "accuracy": accuracy, "confident": confident})
+    save(network, card, path)
+    return card
+
+
+def class_names(dataset: ImageSet) -> tuple[str, ...]:
+    """Return one name per class of a labelled dataset: its own, or its labels as numbers."""
+    manifest = dataset.manifest
+    if manifest.class_names is not None:
+        return manifest.class_names
+    labels = _labels(dataset, np.arange(manifest.num_rows))
+    return tuple(str(i) for i in range(int(labels.max()) + 1))
+
+
+def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> Classifier | None:
+    """Return the shipped classifier that knows this dataset, if there is one: its images by content, and their labels."""
+    for name, sha256 in SHIPPED.items():
+        path = Path(__file__).parent.parent / "weights" / f"{name}.safetensors"
+        classifier = Classifier.load(path, sha256=sha256, device=device)
+        card = classifier.card
+        known = np.isin(np.array(card.sketch, dtype=np.uint64), hashes).sum()
+        rows = held_out_rows(hashes, card.rule)[:_CHECKED_ROWS]
+        if card.shape != dataset.manifest.shape or known < _SKETCH_KNOWN or len(rows) == 0:
+            continue
+        if (
+            len(card.class_names) == len(class_names(dataset))
+            and _measure(classifier, dataset, rows)[0] >= MIN_ACCURACY
+        ):
+            return classifier
+    return None
+
+
+def _cached(path: Path, device: torch.device | None) -> Classifier | None:
+    """Return the classifier of a cache file; None where there is none or it is damaged, for then it is fitted again."""
+    try:
+        return Classifier.load(path, device=device)
+    except DataError:
+        return None
+
+
+def _measure(classifier: Classifier, dataset: ImageSet, rows: Rows) -> tuple[float, float]:
+    """Return the share of rows whose label is the first choice, and the share with a confidence above 0.9."""
+    found = extract(classifier, (dataset.read(chunk) for chunk in row_chunks(dataset, rows)))
+    choice, confidence = decide(found)
+    return float((choice == _labels(dataset, rows)).mean()), float((confidence > CONFIDENT).mean())
+
+
+def _labels(dataset: ImageSet, rows: Rows) -> Labels:
+    labels = dataset.labels(rows)
+    assert labels is not None, "labels were checked by Recipe.for_dataset"
+    return labels
+
+
+def main(arguments: list[str]) -> None:
+    """Fit a classifier on an ingested dataset, write it, and print its card."""
+    from pipeline.data.shards import Dataset
+
+    parser = argparse.ArgumentParser(prog="python -m pipeline.metrics.classifier_store", description=main.__doc__)
+    parser.add_argument("dataset", type=Path, help="folder that `ddpm-pipe ingest` wrote")
+    parser.add_argument("out", type=Path, help="file to write, .safetensors")
+    parser.add_argument("--threads", type=int, default=1, help="threads; the weights' last bits depend on it")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(options.threads)
+    dataset = Dataset.open(options.dataset)
+    command = shlex.join(
+        [
+            "python",
+            "-m",
+            "pipeline.metrics.classifier_store",
+            options.dataset.name,
+            options.out.name,
+            "--threads",
+            str(options.threads),
+        ]
+    )
+    recipe = Recipe.for_dataset(dataset)
+    card = fit_and_save(dataset, options.out, recipe=recipe, hashes=hash_rows(dataset), command=command)
+    digest = hashlib.sha256(options.out.read_bytes()).hexdigest()
+    print(json.dumps({"sha256": digest, **{k: v for k, v in asdict(card).items() if k != "sketch"}}, indent=1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,118 @@
+"""What a model was found to be, as tables, files and figures of the tracking store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.data.image_set import Images, ImageSet
+from pipeline.metrics.bound_report import Measured, write_measured
+from pipeline.metrics.neighbours import Neighbours, neighbour_lines, write_neighbours
+from pipeline.metrics.score_table import score_lines
+from pipeline.metrics.scores import Scores, write_scores
+from pipeline.pictures.pictures import save_grid
+from pipeline.tracking.tracker import Tracker
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Scores of generated images, and the first of these."""
+
+    scores: Scores
+    preview: Images
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """Generated images' closest training images, and the set that holds them."""
+
+    neighbours: Neighbours
+    dataset: ImageSet
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a run's model at a step was found to be: scores of its samples, bits/dim of real images, each where asked for."""
+
+    run: str
+    step: int
+    scored: Scored | None = None
+    measured: Measured | None = None
+    sheet: Sheet | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """Tables for people."""
+        parts = [
+            [] if self.scored is None else score_lines(self.scored.scores),
+            [] if self.sheet is None else neighbour_lines(self.sheet.neighbours),
+            [] if self.measured is None else self.measured.lines(),
+        ]
+        lines = [line for part in parts if part for line in ["", *part]]
+        return lines[1:]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return all figures with their identities as plain data."""
+        parts: list[dict[str, Any]] = []
+        if self.measured is not None:
+            parts.append(self.measured.to_json())
+        if self.scored is not None:
+            parts.append(self.scored.scores.to_json())
+        joint: dict[str, Any] = {"model": self.model}
+        for part in parts:
+            merged = {name: {**joint.get(name, {}), **part[name]} for name in ("values", "identities", "spreads")}
+            joint |= {**part, **merged}
+        if self.sheet is not None:
+            joint["memorised_share"] = self.sheet.neighbours.memorised
+        return joint
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """What is judged."""
+        return {"run": self.run, "step": self.step}
+
+
+def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
+    """Write what was found, each part into a folder that is named by its identity and the model's step; return the files."""
+    written: list[Path] = []
+    if found.scored is not None:
+        scores = found.scored.scores
+        key, identity = next(iter(scores.identities.items()))
+        generation = identity.generation
+        folder = root / f"{key}-{generation.sampler}{generation.steps}-{_digest(found.model, identity.to_json())}"
+        written += write_scores(scores, folder, found.model)
+        save_grid(found.scored.preview, folder / "grid.png")
+        written.append(folder / "grid.png")
+        if found.sheet is not None:
+            written += write_neighbours(found.sheet.neighbours, found.scored.preview, found.sheet.dataset, folder)
+    if found.measured is not None:
+        bound = found.measured.identity
+        folder = root / f"{bound.key}-{_digest(found.model, bound.to_json())}"
+        written += write_measured(found.measured, folder, found.model)
+    return written
+
+
+def record(tracker: Tracker, found: Evaluation, written: list[Path], other: str = "") -> dict[str, float]:
+    """Send figures to the tracking store, with the folders that hold them, and return the figures by their names.
+
+    `other` names how the images were generated where that is not as the run's experiment says: such figures have a series of their own,
+    since they cannot be compared with the run's.
+    """
+    figures: dict[str, float] = {}
+    if found.scored is not None:
+        scores = found.scored.scores
+        sampled = scores.flat() | {f"confident_{k}": v for k, v in scores.confident.items()}
+        figures |= {f"{name}/{other}" if other else name: value for name, value in sampled.items()}
+    if found.measured is not None:
+        figures |= found.measured.flat()
+    tracker.metrics(found.step, figures, family="result")
+    for folder in dict.fromkeys(path.parent for path in written):
+        tracker.artifact(folder, f"evaluations/{folder.name}")
+    return figures
+
+
+def _digest(*parts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]

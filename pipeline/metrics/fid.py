@@ -1,0 +1,198 @@
+"""Distances of two sets of images by their features: FID, KID, and the Inception Score of one set.
+
+Everything here is arithmetic in float64 on arrays [n, width]; where the features come from is `pipeline.metrics.features`'
+business, and which images may be compared is `pipeline.metrics.scoring`'s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Count, mean [width] and scatter [width, width] = sum of (x - mean)(x - mean)^T of a set of features, in float64.
+
+    The scatter is kept about the mean (not as a sum of outer products), so that features far from the origin lose no
+    digits. Moments of disjoint parts merge to the moments of the whole, in any order, up to rounding (Chan, Golub,
+    LeVeque 1979).
+    """
+
+    count: int
+    mean: Array
+    scatter: Array
+
+    @classmethod
+    def empty(cls, width: int) -> Moments:
+        """Return the moments of no features at all, the neutral element of `merge`."""
+        return cls(0, np.zeros(width), np.zeros((width, width)))
+
+    @classmethod
+    def of(cls, features: npt.ArrayLike) -> Moments:
+        """Return the moments of features [n, width], n >= 0; they are converted to float64 first."""
+        x = as_features(features, "features")
+        if len(x) == 0:
+            return cls.empty(x.shape[1])
+        mean = x.mean(axis=0)
+        centred = x - mean
+        return cls(len(x), mean, centred.T @ centred)
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], name: str) -> Moments:
+        """Read what `to_arrays` gave under the same name; KeyError where a part is missing."""
+        return cls(int(arrays[f"{name}.count"].item()), arrays[f"{name}.mean"], arrays[f"{name}.scatter"])
+
+    def to_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
+        """Return arrays `name.count`, `name.mean` and `name.scatter` for a file."""
+        return {f"{name}.count": np.array([self.count]), f"{name}.mean": self.mean, f"{name}.scatter": self.scatter}
+
+    def add(self, features: npt.ArrayLike) -> Moments:
+        """Return the moments of this set and `features` [n, width] together."""
+        return self.merge(Moments.of(features))
+
+    def merge(self, other: Moments) -> Moments:
+        """Return the moments of the union of two disjoint sets."""
+        if self.width != other.width:
+            raise ValueError(f"moments of width {self.width} and {other.width} cannot be merged")
+        if self.count == 0 or other.count == 0:
+            return other if self.count == 0 else self
+        count = self.count + other.count
+        delta = other.mean - self.mean
+        mean = (self.count * self.mean + other.count * other.mean) / count
+        scatter = self.scatter + other.scatter + np.outer(delta, delta) * (self.count * (other.count / count))
+        return Moments(count, mean, scatter)
+
+    @property
+    def width(self) -> int:
+        """Number of features per image."""
+        return len(self.mean)
+
+    @property
+    def covariance(self) -> Array:
+        """The unbiased covariance [width, width]; needs a count of at least 2."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+
+def frechet_distance(a: Moments, b: Moments) -> float:
+    """Return |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), the Frechet distance of Heusel et al. 2017, eq. 6 (a square).
+
+    tr (A B)^(1/2) is taken as the sum of the singular values of A^(1/2) B^(1/2), which stays exact for covariances of
+    deficient rank, where the eigenvalues of the product A B do not. Rounding below zero is cut off; the value itself is
+    never negative.
+    """
+    if a.width != b.width:
+        raise ValueError(f"moments of width {a.width} and {b.width} have no distance")
+    root_a, vectors_a = _root(a.covariance)
+    root_b, vectors_b = _root(b.covariance)
+    singular = np.linalg.svd(root_a[:, None] * (vectors_a.T @ vectors_b) * root_b, compute_uv=False)
+    delta = a.mean - b.mean
+    # The traces are summed from the same roots, so that what is left out of one term is left out of all.
+    distance = delta @ delta + np.sum(root_a**2) + np.sum(root_b**2) - 2 * np.sum(singular)
+    return max(0.0, float(distance))
+
+
+def _root(covariance: Array) -> tuple[Array, Array]:
+    """Return the roots of the eigenvalues of a covariance, and its eigenvectors as columns.
+
+    Eigenvalues below the rounding error of the decomposition are zero: their roots would be 1e-8 of the largest and, a
+    hundred at a time, show in the result.
+    """
+    values, vectors = np.linalg.eigh(covariance)
+    noise = len(values) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
+    return np.sqrt(np.where(values > noise, values, 0.0)), vectors
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """KID: mean and standard deviation (ddof 0) over subsets; the deviation is not the standard error of the mean."""
+
+    mean: float
+    std: float
+    num_subsets: int
+    subset_size: int
+
+
+def kid(
+    x: npt.ArrayLike, y: npt.ArrayLike, *, num_subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> KernelDistance:
+    """Return the Kernel Inception Distance of features x [n, width] and y [m, width] (Binkowski et al. 2018, sec. 4.1).
+
+    The unbiased MMD^2 under k(a, b) = (a.b / width + 1)^3, over subsets drawn without replacement; it may be negative
+    and is not cut off. Subsets are made smaller where n or m is below `subset_size`; the size used is in the result.
+    They are drawn from numpy's legacy generator, whose stream never changes between versions.
+    """
+    # torch and not numpy: its threads are the ones that the caller set, which matters for 300 small products
+    left, right = map(torch.from_numpy, pair_of(x, y))
+    subset_size = min(subset_size, len(left), len(right))
+    if subset_size < 2 or num_subsets < 1:
+        raise ValueError(f"KID needs subsets of at least 2 images and one subset, got {subset_size} and {num_subsets}")
+    rng = np.random.RandomState(seed)
+    values = np.empty(num_subsets)
+    for i in range(num_subsets):
+        rows_left = rng.choice(len(left), subset_size, replace=False)
+        rows_right = rng.choice(len(right), subset_size, replace=False)
+        values[i] = _mmd2(left[rows_left], right[rows_right])
+    return KernelDistance(float(values.mean()), float(values.std()), num_subsets, subset_size)
+
+
+def _mmd2(x: Tensor, y: Tensor) -> float:
+    """Return the unbiased squared maximum mean discrepancy of two equal-sized sets under the cubic kernel."""
+    n, width = x.shape
+    within = sum(float(k.sum() - k.trace()) / (n * (n - 1)) for k in (_cubic(x, x, width), _cubic(y, y, width)))
+    return within - 2 * float(_cubic(x, y, width).mean())
+
+
+def _cubic(a: Tensor, b: Tensor, width: int) -> Tensor:
+    k = a @ b.T / width + 1
+    return k * k * k
+
+
+def inception_score(logits: npt.ArrayLike, *, num_splits: int = 10, seed: int = 0) -> tuple[float, float]:
+    """Return mean and deviation (ddof 0) over splits of exp(mean KL(p(y|x) || p(y))) (Salimans et al. 2016, sec. 4).
+
+    `logits` [n, classes] are shuffled by `seed`, then cut into `num_splits` parts, p(y) being each
+    part's own mean. Ho et al. use one part.
+    """
+    x = as_features(logits, "logits")
+    if not 1 <= num_splits <= len(x):
+        raise ValueError(f"the Inception Score needs 1 to n = {len(x)} splits, got {num_splits}")
+    x = x[np.random.RandomState(seed).permutation(len(x))]
+    top = x.max(axis=1, keepdims=True)
+    log_p = x - top - np.log(np.exp(x - top).sum(axis=1, keepdims=True))
+    scores = []
+    for i in range(num_splits):
+        part = log_p[i * len(x) // num_splits : (i + 1) * len(x) // num_splits]
+        p = np.exp(part)
+        # Where a whole class underflows to probability 0 its term is 0 * log 0 = 0.
+        marginal = np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny)
+        scores.append(np.exp((p * (part - np.log(marginal))).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def pair_of(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
+    """Return two sets of features in float64, for each other; ValueError where their widths differ."""
+    x, y = as_features(x, "features"), as_features(y, "features")
+    if x.shape[1] != y.shape[1]:
+        raise ValueError(f"features of width {x.shape[1]} and {y.shape[1]} cannot be compared")
+    return x, y
+
+
+def as_features(values: npt.ArrayLike, what: str) -> Array:
+    """Return `values` as a contiguous float64 array [n, width]; another shape and values not finite are refused."""
+    x = np.ascontiguousarray(values, dtype=np.float64)
+    if x.ndim != 2 or x.shape[1] == 0:
+        raise ValueError(f"{what} must be [n, width], got shape {x.shape}")
+    if not np.isfinite(x).all():
+        raise ValueError(f"{what} hold NaN or infinity")
+    return x

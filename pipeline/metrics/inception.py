@@ -1,0 +1,243 @@
+"""The Inception network of the original FID code (2015-12-05), in torch-fidelity's port, loaded without unpickling.
+
+torch-fidelity's own constructor downloads and unpickles its weights; here its layers and its forward pass are used, and
+the weights are read by us: from a path, a URL or the cache, checked against a pinned sha256, as tensors alone
+(`weights_only`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.data.image_set import Images
+from pipeline.errors import DataError, RefusedError, StorageError
+from pipeline.exchange.foreign_tensors import load_torch
+from pipeline.metrics.features import Extracted, check_images, concatenate, in_batches
+from pipeline.training.device import exact_inference
+
+INCEPTION_URL = (
+    "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
+)
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+WEIGHTS_VARIABLE = "DDPM_PIPE_INCEPTION_WEIGHTS"
+
+_MAX_BYTES = 512 * 2**20
+_TIMEOUT_S = 30
+
+
+class Inception:
+    """Features [n, 2048] of the last pooling layer, and logits [n, 1008] without bias, as for the Inception Score."""
+
+    name = "inception"
+    width = 2048
+    num_classes = 1008
+    min_images = 4096  # twice the width; FID's custom is 10,000 or 50,000
+    fit_rule = None
+
+    def __init__(self, network: nn.Module, sha256: str, *, device: torch.device | None = None, batch_size: int = 32):
+        self.sha256 = sha256
+        self._device = device or torch.device("cpu")
+        self._network = network.to(self._device).eval()
+        self._batch_size = batch_size
+
+    @classmethod
+    def load(
+        cls,
+        source: str | None = None,
+        *,
+        sha256: str = INCEPTION_SHA256,
+        cache_dir: Path | None = None,
+        download: bool = True,
+        device: torch.device | None = None,
+    ) -> Inception:
+        """Load the weights that `read_weights` finds; DataError where there are none or they are not this network's."""
+        data = read_weights(source, sha256=sha256, cache_dir=cache_dir, download=download)
+        network = _network()
+        try:
+            network.load_state_dict(load_torch(data), strict=True)
+        except ValueError as error:
+            raise DataError(f"Inception weights: {error}; use the published file") from None
+        except (RuntimeError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"Inception weights {sha256[:8]}: not the 2015-12-05 network ({_first_line(error)})"
+            ) from None
+        return cls(network, hashlib.sha256(data).hexdigest(), device=device)
+
+    def to(self, device: torch.device) -> None:
+        """Move the network to another device."""
+        self._device = device
+        self._network = self._network.to(device)
+
+    def resize_rule(self, shape: tuple[int, int, int]) -> str:
+        """Say how images of shape (C, H, W) become 3 x 299 x 299; RefusedError where C is neither 1 nor 3."""
+        if shape[0] not in (1, 3):
+            raise RefusedError(
+                f"Inception judges images of 1 or 3 channels, got {shape[0]}; use the classifier extractor"
+            )
+        resize = "bilinear to 299x299 as TensorFlow 1, no antialias"
+        return resize if shape[0] == 3 else f"{resize}; gray repeated to 3 channels"
+
+    def __call__(self, images: Images) -> Extracted:
+        """Extract from uint8 images [n, C, H, W] with C 1 or 3."""
+        check_images(images, (1, 3))
+        return concatenate([self._extract(batch) for batch in in_batches(images, self._batch_size)], self)
+
+    def _extract(self, images: Images) -> Extracted:
+        with exact_inference():
+            x = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
+            features, logits = self._network(x.expand(-1, 3, -1, -1))
+            return Extracted(features.cpu().numpy(), logits.cpu().numpy())
+
+
+def read_weights(
+    source: str | None = None,
+    *,
+    sha256: str = INCEPTION_SHA256,
+    cache_dir: Path | None = None,
+    download: bool = True,
+) -> bytes:
+    """Return the bytes of the weights file, which have the hash `sha256`.
+
+    Looked for in this order: `source` (a path or URL), the one named by DDPM_PIPE_INCEPTION_WEIGHTS, the cache,
+    torch-fidelity's own cache, and the published URL. URLs are fetched into the cache, only when `download`.
+    """
+    source = source or os.environ.get(WEIGHTS_VARIABLE) or None
+    if source is not None and "://" not in source:
+        return _read(Path(source).expanduser(), sha256)
+    cached = (cache_dir or _user_cache()) / f"inception-{sha256}.pth"
+    for path in (cached, Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_URL.rsplit("/", 1)[1]):
+        if path.is_file() and (path == cached or source is None):
+            return _read(path, sha256)
+    url = source or INCEPTION_URL
+    if not download:
+        raise DataError(f"no Inception weights here; {_advice(url)}")
+    data = _fetch(url)
+    _check(data, sha256, url)
+    _store(cached, data)
+    return data
+
+
+def _network() -> nn.Module:
+    """Return torch-fidelity's network with fresh weights, without its loader; a strict load proves every layer."""
+    from torch_fidelity import feature_extractor_inceptionv3 as port
+    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+
+    class Port(port.FeatureExtractorInceptionV3):  # type: ignore[misc]
+        def __init__(self) -> None:
+            FeatureExtractorBase.__init__(self, "inception-v3-compat", ["2048", "logits_unbiased"])
+            self.feature_extractor_internal_dtype = torch.float32
+            for name, layer in _layers(port).items():
+                self.add_module(name, layer)
+            self.requires_grad_(False)
+
+    network: nn.Module = Port()
+    return network
+
+
+def _layers(port: Any) -> dict[str, nn.Module]:
+    """Return the layers by the names that the forward pass and the weights use (Szegedy et al. 2015, table 1)."""
+    conv = port.BasicConv2d
+    return {
+        "Conv2d_1a_3x3": conv(3, 32, kernel_size=3, stride=2),
+        "Conv2d_2a_3x3": conv(32, 32, kernel_size=3),
+        "Conv2d_2b_3x3": conv(32, 64, kernel_size=3, padding=1),
+        "MaxPool_1": nn.MaxPool2d(3, stride=2),
+        "Conv2d_3b_1x1": conv(64, 80, kernel_size=1),
+        "Conv2d_4a_3x3": conv(80, 192, kernel_size=3),
+        "MaxPool_2": nn.MaxPool2d(3, stride=2),
+        "Mixed_5b": port.InceptionA(192, 32),
+        "Mixed_5c": port.InceptionA(256, 64),
+        "Mixed_5d": port.InceptionA(288, 64),
+        "Mixed_6a": port.InceptionB(288),
+        "Mixed_6b": port.InceptionC(768, 128),
+        "Mixed_6c": port.InceptionC(768, 160),
+        "Mixed_6d": port.InceptionC(768, 160),
+        "Mixed_6e": port.InceptionC(768, 192),
+        "Mixed_7a": port.InceptionD(768),
+        "Mixed_7b": port.InceptionE_1(1280),
+        "Mixed_7c": port.InceptionE_2(2048),
+        "AvgPool": nn.AdaptiveAvgPool2d(1),
+        "fc": nn.Linear(2048, 1008),
+    }
+
+
+def _read(path: Path, sha256: str) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"Inception weights {path}: cannot be read ({error.strerror}); {_advice(INCEPTION_URL)}"
+        ) from None
+    _check(data, sha256, str(path))
+    return data
+
+
+def _check(data: bytes, sha256: str, where: str) -> None:
+    got = hashlib.sha256(data).hexdigest()
+    if got != sha256:
+        raise DataError(
+            f"Inception weights {where}: sha256 is {got[:16]}, expected {sha256[:16]}; remove it and fetch it again"
+        )
+
+
+def _fetch(url: str) -> bytes:
+    """Download a file of bounded size over http or https; what arrives counts only after its hash is checked."""
+    if not url.startswith(("https://", "http://")):
+        raise DataError(f"Inception weights: got {url!r}, expected a path or an https:// address")
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
+            data: bytes = response.read(_MAX_BYTES + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()
+        raise DataError(
+            f"Inception weights cannot be fetched from {url} ({_first_line(error)}); {_advice(url)}"
+        ) from None
+    if len(data) > _MAX_BYTES:
+        raise DataError(
+            f"Inception weights {url}: more than {_MAX_BYTES} bytes, expected about 96 MB; check the address"
+        )
+    return data
+
+
+def _store(path: Path, data: bytes) -> None:
+    """Put the checked bytes into a folder that is ours alone, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        status = path.parent.stat()
+        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
+            raise StorageError(
+                f"cache folder {path.parent}: others can write to it, expected one of your own; chmod 700 it"
+            )
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        os.replace(file.name, path)
+    except OSError as error:
+        raise StorageError(
+            f"cache folder {path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME"
+        ) from None
+
+
+def _user_cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "ddpm-pipe"
+
+
+def _advice(url: str) -> str:
+    return (
+        f"fetch {url} where there is a network and name the file in evaluation.inception_weights or {WEIGHTS_VARIABLE}"
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,158 @@
+"""What a score is a score of. Two numbers may be compared only where everything but the model is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How the generated images came about.
+
+    Attributes:
+        sampler: "ddim", "ancestral", ...
+        steps: network calls per image.
+        spacing: which timesteps they are.
+        eta: of DDIM.
+        weights: "ema", "ema:0.999", "raw", "posthoc:0.1" (pipeline/training/averages.py).
+        seed: of the images' noise.
+        chunk: images per network call.
+        num_seeds: values are means over this many seeds, `seed` the first of them.
+        guidance_scale: of classifier-free guidance, s = 1 + w; 1 is none, and other scales call the network twice a step.
+        labels: "balanced", "none" or a class's name; "" of a model that knows no classes.
+    """
+
+    sampler: str
+    steps: int
+    spacing: str = "trailing"
+    eta: float = 0.0
+    weights: str = "ema"
+    seed: int = 0
+    chunk: int = 100
+    num_seeds: int = 1
+    guidance_scale: float = 1.0
+    labels: str = ""
+
+    @property
+    def network_calls(self) -> int:
+        """Calls for one image: its cost."""
+        return self.steps * (1 if self.guidance_scale == 1 else 2)
+
+
+@dataclass(frozen=True)
+class MetricIdentity:
+    """Everything that a value of a sample metric depends on besides the model.
+
+    Attributes:
+        metric: "fid", "kid", ...
+        settings: of the metric itself, such as KID's subsets; "" where it has none.
+        extractor, extractor_sha256: the network whose features are compared.
+        resize: what is done to an image before that network.
+        num_images: generated images.
+        num_reference: real images they are compared with.
+        reference: which real images those are.
+        dataset: fingerprint of the dataset they come from.
+        generation: how the generated images came about.
+    """
+
+    metric: str
+    settings: str
+    extractor: str
+    extractor_sha256: str
+    resize: str
+    num_images: int
+    num_reference: int
+    reference: str
+    dataset: str
+    generation: Generation
+
+    @property
+    def key(self) -> str:
+        """Name under which the value is logged: metric, extractor and count, as in `fid_classifier_n559`.
+
+        A mean over several seeds says so: `fid_classifier_n559_seeds3`.
+        """
+        seeds = self.generation.num_seeds
+        return f"{self.metric}_{self.extractor}_n{self.num_images}" + (f"_seeds{seeds}" if seeds > 1 else "")
+
+    def named(self, metric: str) -> MetricIdentity:
+        """Return the identity of a value that comes with this one, such as a standard deviation."""
+        return replace(self, metric=metric)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data that `from_json` reads back to an equal identity."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> MetricIdentity:
+        """Read what `to_json` gave; TypeError where a field is missing or unknown."""
+        return cls(**{**data, "generation": Generation(**data["generation"])})
+
+
+@dataclass(frozen=True)
+class BoundIdentity:
+    """Everything that a bound depends on besides the model; its bits compare across schedules, T and parameterisations.
+
+    Attributes:
+        metric: "bits_per_dim", or a part of it.
+        dataset: fingerprint of the images.
+        split: which part of the source they are, in words.
+        num_images: of them that were measured.
+        of_images: how many there are; more than `num_images` only where a cap was asked for.
+        weights: "ema" or "raw".
+        process: of the model: T, and whether x0 was clipped.
+        seed: of the noise.
+        chunk: images per network call.
+    """
+
+    metric: str
+    dataset: str
+    split: str
+    num_images: int
+    of_images: int
+    weights: str
+    process: str
+    seed: int
+    chunk: int
+
+    @property
+    def key(self) -> str:
+        """Name under which the bound is logged: `bits_per_dim_train_n1797`."""
+        return f"{self.metric}_{self.split}_n{self.num_images}"
+
+    def named(self, metric: str) -> BoundIdentity:
+        """Return the identity of a value that comes with this one, such as a part of it."""
+        return replace(self, metric=metric)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+
+LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk", "seed", "chunk"})
+"""What moves a value by chance alone: the noise, and how images are cut for the network. It makes no two values unlike."""
+
+OF_THE_MODEL = frozenset({"process"})
+"""What an identity tells of the model itself, which is what values are compared for."""
+
+
+def differences(a: MetricIdentity, b: MetricIdentity, but: Collection[str] = ()) -> list[str]:
+    """Return one line "field: a's value, b's value" per field that differs, but for those named `but`."""
+    return differing(a.to_json(), b.to_json(), but)
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
+    """Return `differences` of two identities as `to_json` gives them, of whatever kind."""
+    left, right = flat_identity(a), flat_identity(b)
+    names = [name for name in {**left, **right} if name not in but]
+    return [f"{name}: {left.get(name)}, {right.get(name)}" for name in names if left.get(name) != right.get(name)]
+
+
+def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an identity (as `to_json` gives it) as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in identity.items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat

@@ -1,0 +1,82 @@
+"""The sample metrics by name: each takes two sets of features and gives its values and the settings that belong to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from pipeline.errors import RefusedError
+from pipeline.metrics import fid
+from pipeline.metrics.features import Extracted
+from pipeline.metrics.fid import Moments
+from pipeline.metrics.prdc import prdc
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Real images and the images that are judged by them.
+
+    Attributes:
+        real, judged: their features, for metrics that need single images.
+        real_moments, judged_moments: for FID; `real_moments` may be of more images than `real` holds.
+    """
+
+    real: Extracted
+    judged: Extracted
+    real_moments: Moments
+    judged_moments: Moments
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Values by name, what was chosen in computing them in words ("" for nothing), and their spreads, where there are any.
+
+    A spread is a standard deviation (ddof 0) over what `over` says, such as "10 splits"; no standard error.
+    """
+
+    values: dict[str, float]
+    settings: str = ""
+    spreads: dict[str, float] = field(default_factory=dict)
+    over: str = ""
+
+
+def _fid(pair: Pair, seed: int) -> Outcome:
+    return Outcome({"fid": fid.frechet_distance(pair.real_moments, pair.judged_moments)})
+
+
+def _kid(pair: Pair, seed: int) -> Outcome:
+    # Subsets of all images would be one and the same: half of them leaves the deviation a meaning.
+    smaller = min(len(pair.real.features), len(pair.judged.features))
+    size = 1000 if smaller >= 2000 else smaller // 2
+    result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=seed)
+    subsets = f"{result.num_subsets} subsets of {result.subset_size}"
+    return Outcome({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
+
+
+def _inception_score(pair: Pair, seed: int) -> Outcome:
+    if pair.judged.logits is None:
+        raise RefusedError("the Inception Score needs an extractor with logits; use inception or classifier")
+    splits = 10
+    mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=seed)
+    chosen = f"{splits} splits"
+    return Outcome({"inception_score": mean}, f"{chosen}, seed {seed}", {"inception_score": std}, chosen)
+
+
+def _prdc(pair: Pair, seed: int) -> Outcome:
+    # equal counts: these metrics depend on their ratio
+    n = min(len(pair.real.features), len(pair.judged.features))
+    found = prdc(pair.real.features[:n], pair.judged.features[:n], k_precision=3, k_density=5)
+    settings = f"precision and recall by the 3rd neighbour, density and coverage by the 5th, {n} images each"
+    return Outcome(found._asdict(), settings)
+
+
+METRICS: dict[str, Callable[[Pair, int], Outcome]] = {
+    "fid": _fid,
+    "kid": _kid,
+    "is": _inception_score,
+    "prdc": _prdc,
+}
+"""Functions of (pair, seed) by the name a user asks for."""
+
+HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall", "density", "coverage"})
+"""Values of which more is better; of all others less is."""

@@ -1,0 +1,174 @@
+"""The scores of one set of generated images, and the files that hold them."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import DataError
+from pipeline.metrics.fid import Moments
+from pipeline.metrics.metric_identity import LUCK, MetricIdentity, differences
+from pipeline.storage.durable import write_atomically
+from pipeline.storage.home import make_folder
+from pipeline.storage.tensor_file import pack, unpack
+
+SCORES_FILE = "scores.json"
+MOMENTS_FILE = "moments.safetensors"
+
+_FORMAT = 2
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How far a value scatters: a standard deviation over what `over` says, such as "3 seeds" or "100 subsets of 279".
+
+    Over seeds it is the sample's (ddof 1), and `parts` are the values; over subsets and splits that of the metric's
+    definition (ddof 0). `standard_error` is that of the mean where one is known: deviations over subsets and splits, which share
+    images, tell none.
+    """
+
+    value: float
+    over: str
+    parts: tuple[float, ...] = ()
+    standard_error: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**asdict(self), "parts": list(self.parts)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Spread:
+        """Read what `to_json` gave."""
+        return cls(**{**data, "parts": tuple(data["parts"])})
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The scores of one set of generated images.
+
+    Attributes:
+        values: by the name that tells them apart, `MetricIdentity.key`.
+        identities: of each value, by the same name.
+        spreads: of those values that have one, by the same name.
+        yardsticks: "real_half" (real images against other real ones) and "uniform_noise", each {metric: value}.
+        confident: share of images with a classifier confidence above 0.9: "generated", "real_half", "uniform_noise";
+            empty for an extractor that does not know the dataset's classes.
+        class_shares: share of the generated images per class, by the classifier's first choice; empty likewise.
+        generated, reference: moments that FID compared; of several seeds those of the first.
+    """
+
+    values: dict[str, float]
+    identities: dict[str, MetricIdentity]
+    spreads: dict[str, Spread]
+    yardsticks: dict[str, dict[str, float]]
+    confident: dict[str, float]
+    class_shares: dict[str, float]
+    generated: Moments
+    reference: Moments
+
+    def flat(self) -> dict[str, float]:
+        """Return all numbers under names fit for a tracking server, yardsticks as `yardstick_real_half_fid_classifier_n559`."""
+        numbers = dict(self.values)
+        for key, spread in self.spreads.items():
+            identity = self.identities[key]
+            numbers[identity.named(f"{identity.metric}_std").key] = spread.value
+        by_metric = {identity.metric: key for key, identity in self.identities.items()}
+        for name, values in self.yardsticks.items():
+            numbers |= {f"yardstick_{name}_{by_metric[metric]}": value for metric, value in values.items()}
+        return numbers
+
+    def to_json(self) -> dict[str, Any]:
+        """Return everything but the moments as plain data."""
+        return {
+            "format": _FORMAT,
+            "values": self.values,
+            "identities": {key: identity.to_json() for key, identity in self.identities.items()},
+            "spreads": {key: spread.to_json() for key, spread in self.spreads.items()},
+            "yardsticks": self.yardsticks,
+            "confident": self.confident,
+            "class_shares": self.class_shares,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any], generated: Moments, reference: Moments) -> Scores:
+        """Read what `to_json` gave."""
+        identities = {key: MetricIdentity.from_json(value) for key, value in data["identities"].items()}
+        return cls(
+            data["values"],
+            identities,
+            {key: Spread.from_json(value) for key, value in data["spreads"].items()},
+            data["yardsticks"],
+            data["confident"],
+            data["class_shares"],
+            generated,
+            reference,
+        )
+
+
+def over_seeds(each: Sequence[Scores]) -> Scores:
+    """Return the mean of the scores of several seeds, everything else alike, with the deviation over them.
+
+    Of one seed it is that one. ValueError where more than the seed differs.
+    """
+    first, count = each[0], len(each)
+    if count == 1:
+        return first
+    seeds = [next(iter(scores.identities.values())).generation.seed for scores in each]
+    if seeds != list(range(seeds[0], seeds[0] + count)):
+        raise ValueError(f"scores of seeds {seeds}, expected consecutive ones")
+    values, identities, spreads = {}, {}, {}
+    for key, identity in first.identities.items():
+        others = [scores.identities[key] for scores in each]
+        if any(differs for other in others for differs in differences(identity, other, but=LUCK)):
+            raise ValueError(f"{key}: more than the seed differs")
+        joint = replace(identity, generation=replace(identity.generation, num_seeds=count))
+        parts = tuple(scores.values[key] for scores in each)
+        values[joint.key], identities[joint.key] = statistics.fmean(parts), joint
+        deviation = statistics.stdev(parts)
+        spreads[joint.key] = Spread(deviation, f"{count} seeds", parts, deviation / math.sqrt(count))
+    return Scores(
+        values,
+        identities,
+        spreads,
+        first.yardsticks,
+        _means([scores.confident for scores in each]),
+        _means([scores.class_shares for scores in each]),
+        first.generated,
+        first.reference,
+    )
+
+
+def _means(each: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {name: statistics.fmean(shares[name] for shares in each) for name in each[0]}
+
+
+def write_scores(scores: Scores, folder: Path, model: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write `scores.json`, which says of which `model` they are, and `moments.safetensors` to a folder; return their paths."""
+    make_folder(folder)
+    identities = {key: identity.to_json() for key, identity in scores.identities.items()}
+    arrays = scores.generated.to_arrays("generated") | scores.reference.to_arrays("reference")
+    files = {
+        SCORES_FILE: (json.dumps({"model": model, **scores.to_json()}, indent=1) + "\n").encode(),
+        MOMENTS_FILE: pack(arrays, {"identities": identities}),
+    }
+    for name, content in files.items():
+        write_atomically(folder / name, content)
+    return [folder / name for name in files]
+
+
+def read_scores(folder: Path) -> Scores:
+    """Read what `write_scores` wrote; DataError where it is missing or damaged."""
+    try:
+        data = json.loads((folder / SCORES_FILE).read_bytes())
+        _, arrays = unpack((folder / MOMENTS_FILE).read_bytes())
+        generated, reference = (Moments.from_arrays(arrays, name) for name in ("generated", "reference"))
+        return Scores.from_json(data, generated, reference)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"{folder}: no scores that can be read ({str(error).splitlines()[0]}); evaluate again"
+        ) from None

@@ -1,0 +1,180 @@
+"""Scores of generated images, each with its identity and beside what real images and noise get by the same code.
+
+extractor = choose_extractor(dataset, cache_dir)
+reference = prepare_reference(dataset, extractor, num_images, cache_dir)
+images = ...                                            # reference.num_images of them
+scores = score(images, dataset, extractor, reference, Generation("ddim", steps=50))
+write_scores(scores, folder)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from pipeline.data.image_set import Images, ImageSet, Progress
+from pipeline.errors import DataError, RefusedError
+from pipeline.metrics.classifier import CONFIDENT, decide
+from pipeline.metrics.classifier_store import MAX_SIZE, class_names, classifier_for
+from pipeline.metrics.features import Extracted, FeatureExtractor, extract, in_batches
+from pipeline.metrics.fid import Moments
+from pipeline.metrics.inception import Inception
+from pipeline.metrics.metric_identity import Generation, MetricIdentity, differences
+from pipeline.metrics.reference import Reference, prepare_reference
+from pipeline.metrics.registry import METRICS, Pair
+from pipeline.metrics.scores import Scores, Spread, over_seeds, read_scores, write_scores
+
+__all__ = [
+    "METRICS",
+    "YARDSTICKS",
+    "Generation",
+    "MetricIdentity",
+    "Reference",
+    "Scores",
+    "Spread",
+    "choose_extractor",
+    "differences",
+    "over_seeds",
+    "prepare_reference",
+    "read_scores",
+    "score",
+    "write_scores",
+]
+
+YARDSTICKS = ("real_half", "uniform_noise")
+
+_BATCH = 1000
+
+
+def choose_extractor(
+    dataset: ImageSet,
+    cache_dir: Path,
+    *,
+    kind: str = "auto",
+    inception_weights: str | None = None,
+    download: bool = True,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> FeatureExtractor:
+    """Return the extractor of this kind: "classifier", "inception", or "auto".
+
+    `auto` is the classifier for small gray images with labels, on which Inception means nothing; for all others
+    Inception, or, where its weights cannot be had, the classifier if the dataset allows one. Classifiers are kept in
+    `cache_dir`.
+
+    Raises:
+        RefusedError: no classifier can judge this dataset.
+        DataError: Inception's weights are missing and may not or cannot be downloaded, or those named are not them.
+    """
+    manifest = dataset.manifest
+    channels, height, width = manifest.shape
+    small = manifest.has_labels and max(height, width) <= MAX_SIZE
+    if kind == "inception" or (kind == "auto" and not (small and channels == 1)):
+        try:
+            return Inception.load(inception_weights, download=download, device=device)
+        except DataError:
+            if kind == "inception" or inception_weights is not None or not small:
+                raise
+    return classifier_for(dataset, cache_dir, device=device, progress=progress)
+
+
+def score(
+    generated: Images | Extracted,
+    dataset: ImageSet,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    generation: Generation,
+    *,
+    metrics: Sequence[str] = ("fid", "kid"),
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Scores:
+    """Score `reference.num_images` generated images, uint8 [n, C, H, W] or their features.
+
+    `metrics` are names of METRICS; `seed` draws KID's subsets and the Inception Score's splits.
+
+    Raises:
+        RefusedError: another number of images than the reference is for, or a metric that this extractor cannot give.
+    """
+    if unknown := sorted(set(metrics) - set(METRICS)):
+        raise RefusedError(f"metric {unknown[0]!r} is not known, expected some of {', '.join(METRICS)}")
+    found = generated if isinstance(generated, Extracted) else _extract(generated, extractor, progress)
+    n = reference.num_images
+    if len(found.features) != n:
+        raise RefusedError(f"got {len(found.features)} generated images, expected {n}, as many as the reference is for")
+    pairs = _pairs(found, reference)
+    outcomes = {side: {name: METRICS[name](pair, seed) for name in metrics} for side, pair in pairs.items()}
+    identities: dict[str, MetricIdentity] = {}
+    values: dict[str, float] = {}
+    spreads: dict[str, Spread] = {}
+    for name, outcome in outcomes["generated"].items():
+        identity = _identity(name, outcome.settings, dataset, extractor, reference, generation)
+        for value_name, value in outcome.values.items():
+            named = identity.named(value_name)
+            identities[named.key], values[named.key] = named, value
+            if value_name in outcome.spreads:
+                spreads[named.key] = Spread(outcome.spreads[value_name], outcome.over)
+    yardsticks = {
+        side: {k: v for outcome in outcomes[side].values() for k, v in outcome.values.items()} for side in YARDSTICKS
+    }
+    confident, shares = _judgement(pairs, dataset, extractor)
+    return Scores(
+        values, identities, spreads, yardsticks, confident, shares, pairs["generated"].judged_moments, reference.moments
+    )
+
+
+def _extract(images: Images, extractor: FeatureExtractor, progress: Progress | None) -> Extracted:
+    total = len(images)
+    report = None if progress is None else lambda done: progress("features of generated images", done, total)
+    return extract(extractor, in_batches(images, _BATCH), report)
+
+
+def _pairs(found: Extracted, reference: Reference) -> dict[str, Pair]:
+    """Return what is compared with what: the generated images, and the yardsticks."""
+    real = reference.real.part(slice(reference.rest.count))  # none of the first ones by content is in `other`
+    return {
+        "generated": Pair(reference.real, found, reference.moments, Moments.of(found.features)),
+        "real_half": Pair(real, reference.other, reference.rest, Moments.of(reference.other.features)),
+        "uniform_noise": Pair(reference.real, reference.noise, reference.moments, Moments.of(reference.noise.features)),
+    }
+
+
+def _identity(
+    metric: str,
+    settings: str,
+    dataset: ImageSet,
+    extractor: FeatureExtractor,
+    reference: Reference,
+    generation: Generation,
+) -> MetricIdentity:
+    count = reference.moments.count if metric == "fid" else len(reference.real.features)
+    rule = reference.rule if count == reference.moments.count else f"first {count} by content of {reference.rule}"
+    return MetricIdentity(
+        metric=metric,
+        settings=settings,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+        resize=extractor.resize_rule(dataset.manifest.shape),
+        num_images=reference.num_images,
+        num_reference=count,
+        reference=rule,
+        dataset=dataset.manifest.fingerprint,
+        generation=generation,
+    )
+
+
+def _judgement(
+    pairs: Mapping[str, Pair], dataset: ImageSet, extractor: FeatureExtractor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return the share of confident decisions on each side and the share of each class among the generated images."""
+    if extractor.fit_rule is None:  # its classes are not the dataset's
+        return {}, {}
+    decisions = {side: decide(pair.judged) for side, pair in pairs.items()}
+    names = class_names(dataset)
+    choice, _ = decisions["generated"]
+    shares = np.bincount(choice, minlength=len(names)) / len(choice)
+    confident = {side: float((confidence > CONFIDENT).mean()) for side, (_, confidence) in decisions.items()}
+    return confident, dict(zip(names, shares.tolist(), strict=True))

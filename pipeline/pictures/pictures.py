@@ -1,0 +1,226 @@
+"""Pictures for people: sheets of images, denoising strips, and what a dataset looks like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pipeline.data.manifest import Manifest
+    from pipeline.data.shards import Dataset
+
+Pixels = npt.NDArray[np.uint8]
+
+_LEGIBLE_SIDE = 64  # smaller images are enlarged to about this, pixel by pixel
+_GAP = 2
+_BACKGROUND = (255, 255, 255)
+_INK = (0, 0, 0)
+_FONT_SIZE = 11
+_LINE = _FONT_SIZE + 4
+_DESCRIBED = (
+    "name",
+    "source",
+    "images",
+    "shape",
+    "classes",
+    "labels",
+    "mean",
+    "std",
+    "encoding",
+    "shards",
+    "fingerprint",
+)
+
+
+def save_grid(
+    images: Pixels | Tensor, path: Path, columns: int | None = None, captions: Sequence[str] | None = None
+) -> None:
+    """Write one picture (format by the suffix of `path`) with images side by side, as `grid_picture` draws it."""
+    grid_picture(images, columns, captions).save(path)
+
+
+def grid_picture(images: Pixels | Tensor, columns: int | None = None, captions: Sequence[str] | None = None) -> Any:
+    """Return a Pillow picture with images side by side, row by row.
+
+    Args:
+        images: uint8 [n, C, H, W]; tiny ones are enlarged to be legible, without smoothing.
+        columns: images in a row; as square as possible by default.
+        captions: a text below each image.
+    """
+    pixels = _array(images)
+    if len(pixels) == 0:
+        raise ValueError("no images to draw")
+    if captions is not None and len(captions) != len(pixels):
+        raise ValueError(f"{len(captions)} captions for {len(pixels)} images")
+    columns = columns or math.ceil(math.sqrt(len(pixels)))
+    rows = [list(range(start, min(start + columns, len(pixels)))) for start in range(0, len(pixels), columns)]
+    sheet = _Sheet(pixels.shape[2:], len(rows), min(columns, len(pixels)), below=_LINE if captions else 0)
+    for y, row in enumerate(rows):
+        for x, i in enumerate(row):
+            sheet.draw(y, x, pixels[i], captions[i] if captions else "")
+    return sheet.image
+
+
+def read_grid(path: Path, shape: tuple[int, int, int], count: int) -> Pixels:
+    """Return the first `count` images of a PNG that `save_grid` wrote without captions: uint8 [n, C, H, W], C 1 or 3, as they were.
+
+    Args:
+        path: the picture.
+        shape: (C, H, W) of its images.
+        count: how many to return at most.
+    """
+    from PIL import Image
+
+    channels, height, width = shape
+    sheet = _Sheet((height, width), 1, 1)
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    rows, columns = ((pixels.shape[axis] - _GAP) // sheet.cell[axis] for axis in (0, 1))
+    images = []
+    for i in range(min(count, columns * rows)):
+        top, left = (i // columns) * sheet.cell[0] + _GAP, (i % columns) * sheet.cell[1] + _GAP
+        cell = pixels[top : top + height * sheet.scale : sheet.scale, left : left + width * sheet.scale : sheet.scale]
+        images.append(cell.transpose(2, 0, 1)[: 3 if channels == 3 else 1])
+    return np.stack(images)
+
+
+def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[str] | None = None) -> None:
+    """Write a denoising strip: a row for each image, a column for each frame of time, its label above.
+
+    Args:
+        frames: each uint8 [n, C, H, W], all alike.
+        path: file to write.
+        labels: a text for each frame, such as "t = 500".
+    """
+    arrays = [_array(frame) for frame in frames]
+    if not arrays or len({array.shape for array in arrays}) != 1 or len(arrays[0]) == 0:
+        raise ValueError(f"frames must be alike and not empty, got shapes {[array.shape for array in arrays]}")
+    if labels is not None and len(labels) != len(arrays):
+        raise ValueError(f"{len(labels)} labels for {len(arrays)} frames")
+    sheet = _Sheet(arrays[0].shape[2:], len(arrays[0]), len(arrays), above=_LINE if labels else 0)
+    for x, array in enumerate(arrays):
+        if labels:
+            sheet.write(labels[x], x, 0)
+        for y, pixels in enumerate(array):
+            sheet.draw(y, x, pixels)
+    sheet.image.save(path)
+
+
+def save_animation(frames: Sequence[Pixels | Tensor], path: Path, frame_ms: int = 80, rest_ms: int = 2000) -> None:
+    """Write an animated GIF that repeats: each frame is a sheet of images side by side, and the last one rests.
+
+    Args:
+        frames: each uint8 [n, C, H, W], all alike.
+        path: file to write.
+        frame_ms: time that a frame is shown, in milliseconds; GIFs count in hundredths of a second.
+        rest_ms: time that the last one is shown.
+    """
+    sheets = [_sheet_of(_array(frame)).image for frame in frames]
+    times = [frame_ms] * (len(sheets) - 1) + [rest_ms]
+    sheets[0].save(path, format="GIF", save_all=True, append_images=sheets[1:], duration=times, loop=0)
+
+
+def _sheet_of(pixels: Pixels) -> _Sheet:
+    """Images on a sheet that is as square as possible."""
+    columns = math.ceil(math.sqrt(len(pixels)))
+    sheet = _Sheet(pixels.shape[2:], math.ceil(len(pixels) / columns), columns)
+    for i, image in enumerate(pixels):
+        sheet.draw(i // columns, i % columns, image)
+    return sheet
+
+
+def dataset_card(manifest: Manifest) -> dict[str, Any]:
+    """What `ddpm-pipe inspect` says of a dataset, as plain data."""
+    channels, height, width = manifest.shape
+    return {
+        "name": manifest.name,
+        "source": manifest.source,
+        "images": manifest.num_rows,
+        "shape": {"channels": channels, "height": height, "width": width},
+        "classes": None if manifest.class_names is None else list(manifest.class_names),
+        "labels": manifest.has_labels,
+        "mean": list(manifest.mean),
+        "std": list(manifest.std),
+        "encoding": manifest.encoding,
+        "shards": len(manifest.shards),
+        "bytes_on_disk": sum(shard.num_bytes for shard in manifest.shards),
+        "bytes_in_memory": manifest.num_bytes_decoded,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def card_lines(card: dict[str, Any]) -> list[str]:
+    """A card for people, a line for each fact; facts added to it follow as they are."""
+    shape, classes = card["shape"], card["classes"]
+    channels = "grey" if shape["channels"] == 1 else f"{shape['channels']} channels"
+    named = "unnamed" if card["labels"] else "none"
+    if classes:
+        named = f"{len(classes)} ({', '.join(classes[:10])}{', ...' if len(classes) > 10 else ''})"
+    facts = {
+        "dataset": card["name"],
+        "source": card["source"],
+        "images": f"{card['images']:,} of {shape['height']}x{shape['width']}, {channels}",
+        "classes": named,
+        "mean ± std": ", ".join(f"{m:+.3f} ± {s:.3f}" for m, s in zip(card["mean"], card["std"], strict=True))
+        + " on [-1, 1]",
+        "stored as": f"{card['encoding']}, {card['bytes_on_disk'] / 1e6:.2f} MB in {card['shards']} shard"
+        f"{'s' if card['shards'] > 1 else ''}, {card['bytes_in_memory'] / 1e6:.2f} MB in memory",
+        "fingerprint": card["fingerprint"],
+    }
+    facts |= {name: str(value) for name, value in card.items() if name not in _DESCRIBED and "bytes" not in name}
+    return [f"{name:12} {value}" for name, value in facts.items()]
+
+
+def inspect_picture(dataset: Dataset, path: Path, num_images: int = 64) -> None:
+    """Write a grid of images spread evenly over the dataset, with their classes where there are any."""
+    rows = np.unique(np.linspace(0, len(dataset) - 1, num=min(num_images, len(dataset))).round().astype(np.int64))
+    labels, names = dataset.labels(rows), dataset.manifest.class_names
+    captions = None if labels is None else [names[label] if names else str(label) for label in labels]
+    save_grid(dataset.read(rows), path, captions=captions)
+
+
+class _Sheet:
+    """Cells of equal size on a white ground, with room for a line of text above all or below each."""
+
+    def __init__(self, size: tuple[int, ...], num_rows: int, num_columns: int, above: int = 0, below: int = 0) -> None:
+        from PIL import Image, ImageDraw, ImageFont
+
+        height, width = size
+        self.scale = max(1, round(_LEGIBLE_SIDE / max(height, width)))
+        self.above = above
+        self.cell = height * self.scale + below + _GAP, width * self.scale + _GAP
+        shape = (num_columns * self.cell[1] + _GAP, num_rows * self.cell[0] + above + _GAP)
+        self.image = Image.new("RGB", shape, _BACKGROUND)
+        self._pen = ImageDraw.Draw(self.image)
+        self._font: Any = ImageFont.load_default(_FONT_SIZE)
+
+    def draw(self, y: int, x: int, pixels: Pixels, caption: str = "") -> None:
+        from PIL import Image
+
+        chw = pixels if pixels.shape[0] == 3 else np.repeat(pixels[:1], 3, axis=0) if len(pixels) < 3 else pixels[:3]
+        enlarged = chw.transpose(1, 2, 0).repeat(self.scale, axis=0).repeat(self.scale, axis=1)
+        top = y * self.cell[0] + self.above + _GAP
+        self.image.paste(Image.fromarray(enlarged), (x * self.cell[1] + _GAP, top))
+        if caption:
+            self.write(caption, x, top + enlarged.shape[0])
+
+    def write(self, text: str, x: int, top: int) -> None:
+        """Write in a column, cut to its width."""
+        width = self.cell[1] - _GAP
+        while len(text) > 1 and self._pen.textlength(text, self._font) > width:
+            text = text[:-1]
+        self._pen.text((x * self.cell[1] + _GAP, top), text, fill=_INK, font=self._font)
+
+
+def _array(images: Pixels | Tensor) -> Pixels:
+    array = images if isinstance(images, np.ndarray) else images.cpu().numpy()
+    if array.dtype != np.uint8 or array.ndim != 4:
+        raise ValueError(f"expected uint8 images [n, C, H, W], got {array.dtype} of shape {array.shape}")
+    return array

@@ -1,0 +1,108 @@
+"""How many workers a cluster holds, and what it lacks for more: arithmetic on its nodes (`cluster_nodes` asks for them)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from pipeline.data.order import default_num_streams
+from pipeline.errors import UsageError
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import Experiment
+
+EPSILON = 1e-6  # Ray counts resources in ten-thousandths
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine of the cluster that is alive and stays: what it has, and what of it nobody has taken."""
+
+    id: str
+    name: str
+    total: dict[str, float]
+    free: dict[str, float]
+
+
+def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
+    """Return the worker counts that profile and experiment allow, largest first: one, or those of a range that divide the streams.
+
+    UsageError where the range holds none.
+    """
+    if isinstance(profile.workers, int):
+        return [profile.workers]
+    streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
+    fitting = [n for n in range(profile.workers.max, profile.workers.min - 1, -1) if streams % n == 0]
+    if not fitting:
+        raise UsageError(
+            f"workers: none of {profile.workers.min} .. {profile.workers.max} divides training.num_streams {streams}; "
+            "widen the profile's range"
+        )
+    return fitting
+
+
+def needs(profile: Profile, num_workers: int) -> dict[str, float]:
+    """Return what Ray reserves for each of so many workers."""
+    need = {"CPU": profile.cpus_per_worker(num_workers), "GPU": profile.resources_per_worker.GPU}
+    return {name: amount for name, amount in need.items() if amount > 0}
+
+
+def room(nodes: Sequence[Node], need: dict[str, float], placement: str, *, of_all: bool = False) -> int:
+    """Return how many workers fit beside what is running; with `of_all`, if nothing else ran."""
+    each = [_room_on(node.total if of_all else node.free, need) for node in nodes]
+    return sum(min(count, 1) for count in each) if placement == "strict_spread" else sum(each)
+
+
+def largest(counts: Sequence[int], nodes: Sequence[Node], profile: Profile) -> int | None:
+    """Return the first of the counts (largest first) that fits now; None where none does."""
+    return next((n for n in counts if room(nodes, needs(profile, n), profile.placement) >= n), None)
+
+
+def shortage(num_workers: int, nodes: Sequence[Node], profile: Profile) -> str:
+    """Say what is missing for so many workers: what they need, what there is, and what of it is taken."""
+    need = needs(profile, num_workers)
+    each = ", ".join(f"{amount:g} {name}s" for name, amount in need.items())
+    have = ", ".join(
+        f"{sum(node.free.get(name, 0) for node in nodes):g} of {sum(node.total.get(name, 0) for node in nodes):g} {name}s free"
+        for name in need
+    )
+    apart = ", each on a node of its own (placement: strict_spread)" if profile.placement == "strict_spread" else ""
+    on = f"on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    fits = room(nodes, need, profile.placement)
+    return f"{num_workers} workers with {each} each{apart}; the cluster has {have} {on}, which holds {fits}"
+
+
+def _room_on(resources: dict[str, float], need: dict[str, float]) -> int:
+    return min(int((resources.get(name, 0.0) + EPSILON) / amount) for name, amount in need.items())
+
+
+class Growth:
+    """Notices when more workers could be had, and that this has stood for a while."""
+
+    def __init__(self, counts: Sequence[int], num_workers: int, profile: Profile) -> None:
+        self._larger = [n for n in counts if n > num_workers]
+        self._num_workers, self._profile = num_workers, profile
+        self._seen: tuple[int, float] | None = None
+
+    def after(self, nodes: Sequence[Node], mine: Collection[str], left_s: float | None, now: float) -> int | None:
+        """Return the worker count to start anew with, once that has been possible for `grow_after_s` and is worth it; else None.
+
+        `mine` are the nodes that hold workers already, `left_s` the time that training is still to last as it is, `now` a clock's seconds.
+        """
+        workers = self._profile.workers
+        if isinstance(workers, int) or left_s is None or left_s < workers.grow_after_s:
+            return None
+        apart = self._profile.placement == "strict_spread"
+        others = [node for node in nodes if not (apart and node.id in mine)]
+        fits = (
+            n
+            for n in self._larger
+            if self._num_workers + room(others, needs(self._profile, n), self._profile.placement) >= n
+        )
+        count = next(fits, None)
+        if count is None:
+            self._seen = None
+        elif self._seen is None or count < self._seen[0]:
+            self._seen = (count, now)
+        if self._seen is None or now - self._seen[1] < workers.grow_after_s:
+            return None
+        return count

@@ -1,0 +1,131 @@
+"""What a training will be, worked out and checked before anything is written: worker count, streams, sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pipeline.console import size
+from pipeline.data.order import default_num_streams
+from pipeline.errors import UsageError
+from pipeline.planning.capacity import fitting_counts
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.combinations import check_training
+from pipeline.settings.config import Experiment, require_divisible
+from pipeline.training.device import require_permission, training_compute
+from pipeline.training.models import Shape, build_model, num_parameters
+
+BYTES_PER_PARAMETER = 4  # float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked training. What depends on the images is None while they are not here."""
+
+    experiment: Experiment
+    profile: Profile
+    num_workers: int
+    num_streams: int
+    data: str  # one line on where the images are
+    num_rows: int | None
+    shape: Shape | None
+    num_parameters: int | None
+    warnings: tuple[str, ...] = ()  # what may disappoint
+
+    @property
+    def checkpoint_bytes(self) -> int | None:
+        """Size of one checkpoint: the weights, Adam's two moments, and the averages."""
+        training = self.experiment.training
+        copies = 3 + len(training.ema_decays) + len(training.ema_widths)
+        return None if self.num_parameters is None else self.num_parameters * BYTES_PER_PARAMETER * copies
+
+    @property
+    def steps_per_epoch(self) -> float | None:
+        """Steps in which as many images are read as the dataset has."""
+        return None if self.num_rows is None else self.num_rows / self.experiment.training.batch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return {
+            "experiment": self.experiment.to_dict(),
+            "profile": self.profile.to_dict(),
+            "num_workers": self.num_workers,
+            "num_streams": self.num_streams,
+            "data": self.data,
+            "num_rows": self.num_rows,
+            "shape": self.shape,
+            "num_parameters": self.num_parameters,
+            "steps_per_epoch": self.steps_per_epoch,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "config_hash": self.experiment.hash(),
+            "warnings": list(self.warnings),
+        }
+
+    def to_text(self) -> str:
+        """Return what `--dry-run` prints: the resolved experiment, then what follows from it."""
+        unknown = "unknown until the data is here"
+        epoch, checkpoint, parameters = self.steps_per_epoch, self.checkpoint_bytes, self.num_parameters
+        channels_first = "x".join(map(str, self.shape)) if self.shape else unknown
+        known = {
+            "data": self.data,
+            "images": f"{self.num_rows:,} of {channels_first}" if self.num_rows else channels_first,
+            "parameters": f"{parameters:,}" if parameters is not None else unknown,
+            "steps per epoch": f"{epoch:.1f}" if epoch is not None else unknown,
+            "epochs": f"{self.experiment.training.steps / epoch:.1f}" if epoch is not None else unknown,
+            "checkpoint": f"{size(checkpoint)}, {self.experiment.checkpoint.keep} kept"
+            if checkpoint is not None
+            else unknown,
+            "workers": f"{self.num_workers} ({self.profile.name}), {self.num_streams} streams, "
+            f"{self.experiment.training.batch_size // self.num_workers} images each",
+        }
+        resolved = yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, default_flow_style=None, width=110)
+        return resolved + "\n" + lines(known)
+
+
+def lines(named: Mapping[str, str]) -> str:
+    """Return one aligned line for each entry."""
+    return "\n".join(f"{name + ':':<17}{value}" for name, value in named.items())
+
+
+def make_plan(
+    experiment: Experiment,
+    profile: Profile,
+    num_workers: int,
+    *,
+    data: str,
+    num_rows: int | None,
+    shape: Shape | None,
+    num_classes: int | None = None,
+) -> Plan:
+    """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit.
+
+    What is not known of the dataset yet is None; `num_classes` matters to class-conditional models only.
+    """
+    streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
+    require_divisible(experiment, num_workers, streams)
+    warnings = check_training(experiment)
+    if profile.kind == "local":
+        training_compute(experiment, profile, num_workers)
+    else:  # what the cluster's machines can do is theirs to say
+        require_permission(experiment, profile)
+    if num_rows is not None and experiment.training.batch_size > num_rows:
+        raise UsageError(
+            f"training.batch_size: got {experiment.training.batch_size}, more than the dataset's {num_rows} images; "
+            f"use -s training.batch_size={_power_of_two_up_to(num_rows)}"
+        )
+    parameters = None
+    if shape is not None and not (experiment.model.class_conditional and num_classes is None):
+        parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
+    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings)
+
+
+def choose_workers(experiment: Experiment, profile: Profile) -> int:
+    """Return the profile's worker count; of an elastic one the largest that divides the streams (UsageError where none does)."""
+    return fitting_counts(experiment, profile)[0]
+
+
+def _power_of_two_up_to(limit: int) -> int:
+    return 1 << (max(limit, 1).bit_length() - 1)

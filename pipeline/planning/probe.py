@@ -1,0 +1,224 @@
+"""A few real training steps, timed: the experiment's own network, optimizer, precision and batch, on random images of the right shape.
+
+The speed of a step does not depend on what is in the images. A batch that would take too long is measured in smaller ones: the time of
+a step is a fixed part (the optimizer, the average) and a part for each image, and two batch sizes tell them apart.
+"""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from pipeline.data.batches import Batch
+from pipeline.planning.scaling import BUCKET_BYTES
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import Experiment
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.training.device import Compute, sampling_compute, training_compute
+from pipeline.training.loop import Learner, fit
+from pipeline.training.models import Shape, build_model, build_objective
+from pipeline.training.randomness import training_draws
+from pipeline.training.team import Team
+
+PROBE_S = 6.0
+ALL_REDUCES = 6  # the first of which makes the connections
+MOST_STEPS = 20  # timed at one batch size
+NUM_CLASSES = 10  # of a class-conditional network: their number hardly changes its speed
+TRIED_BYTES = 100_000_000  # of a checkpoint: what a larger one takes is worked out
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One worker's measurements, in seconds. A step of b images takes `fixed_s + b * image_s` before gradients are exchanged."""
+
+    image_s: float
+    fixed_s: float
+    step_s: float  # of the worker's whole part of the batch, gradients exchanged
+    measured_batch: int  # the largest one that was timed; a step of a larger one is extrapolated
+    batch: int  # the worker's part
+    checkpoint_s: float | None  # None: not tried
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return asdict(self)
+
+
+def probe_training(
+    experiment: Experiment,
+    shape: Shape,
+    profile: Profile,
+    num_workers: int,
+    *,
+    team: Team | None = None,
+    local_rank: int = 0,
+    budget_s: float = PROBE_S,
+    folder: Path | None = None,
+) -> Probe:
+    """Time this worker's steps within about `budget_s`, and one checkpoint in a temporary folder below `folder`.
+
+    All workers of a team call this together. What is compiled in training is measured as it is: compiling alone would take longer.
+    """
+    threads = torch.get_num_threads()
+    try:
+        return _probe(experiment, shape, profile, num_workers, team or Team(), local_rank, budget_s, folder)
+    finally:
+        torch.set_num_threads(threads)  # the caller's process goes on
+
+
+def _probe(
+    experiment: Experiment,
+    shape: Shape,
+    profile: Profile,
+    num_workers: int,
+    team: Team,
+    local_rank: int,
+    budget_s: float,
+    folder: Path | None,
+) -> Probe:
+    compute = training_compute(experiment, profile, num_workers, local_rank)
+    compute.start()
+    steps = _Steps(experiment, shape, compute, team)
+    batch = experiment.training.batch_size // num_workers
+    first_s = steps.time(1, 1)[0]  # kernels are chosen and memory is taken here
+    large, alone_s, full_s = 1, first_s, first_s
+    if first_s < budget_s:
+        alone_s = full_s = steps.time(1, MOST_STEPS, within_s=budget_s / 12)[-1]
+        while large < batch and full_s <= budget_s / 6:  # a larger one takes four times as long at most
+            large = min(4 * large, batch)
+            full_s = steps.time(large, 1)[0]
+        full_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
+    shared_s = full_s
+    if team.size > 1:
+        steps.share_gradients()
+        shared_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
+    image_s, fixed_s = _line(alone_s, large, full_s)
+    step_s = shared_s + (batch - large) * image_s
+    return Probe(image_s, fixed_s, step_s, large, batch, _checkpoint_s(steps.learner, team, folder), compute.name)
+
+
+class _Steps:
+    """Training steps of any batch size, one after another on the same network."""
+
+    def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team) -> None:
+        self._experiment, self._shape, self._compute, self._team = experiment, shape, compute, team
+        self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
+        model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
+        self._objective = build_objective(experiment)
+        self.learner = Learner.create(model, experiment.training, self._objective.num_timesteps, compute)
+        self._network = model
+
+    def share_gradients(self) -> None:
+        """Average gradients over the workers from now on."""
+        self._network = self._team.share_gradients(self.learner.model, self._compute)
+
+    def time(self, batch: int, num_steps: int, within_s: float | None = None) -> list[float]:
+        """Return the times of up to `num_steps` steps, of fewer when rank 0's time is up; rank 0's times, on every worker.
+
+        The first of several is slower, as memory for another batch size is taken, and is left out where there are more.
+        """
+        steps = fit(
+            self.learner,
+            self._network,
+            self._objective,
+            self._batches(batch),
+            self._experiment.training,
+            self._compute,
+            seed=self._experiment.seed,
+            rank=self._team.rank,
+            horizontal_flip=self._experiment.data.horizontal_flip,
+            null_class=self._num_classes,
+        )
+        times: list[float] = []
+        begin = time.perf_counter()
+        while len(times) < num_steps:
+            before = time.perf_counter()
+            next(steps)
+            self._compute.wait()
+            times.append(time.perf_counter() - before)
+            if within_s is not None and self._team.decide(time.perf_counter() - begin > within_s)[0]:
+                break
+        taken: list[float] = self._team.told(times)
+        return taken[1:] or taken
+
+    def _batches(self, size: int) -> Iterator[Batch]:
+        images = torch.randint(0, 256, (size, *self._shape), dtype=torch.uint8)
+        labels = torch.randint(0, NUM_CLASSES, (size,))
+        draws = training_draws(self._experiment.seed, 0, self._team.rank, size, self._shape)
+        while True:
+            yield Batch(self.learner.step, images, labels, torch.arange(size), draws)
+
+
+def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
+    """Return the time of one more image and the fixed time, from noisy times of a step of one image and of `large` images."""
+    image_s = (large_s - one_s) / (large - 1) if large > 1 else large_s
+    if image_s <= 0:
+        return large_s / large, 0.0
+    fixed_s = max(0.0, large_s - large * image_s)
+    return (large_s - fixed_s) / large, fixed_s
+
+
+def _checkpoint_s(learner: Learner, team: Team, folder: Path | None) -> float | None:
+    """Write a checkpoint as training does, or so much of it as tells the rate; return how long a whole one takes, on every worker."""
+    taken: float | None = None
+    if team.leads and folder is not None:
+        tensors = learner.tensors()
+        part = _part_of(tensors, TRIED_BYTES)
+        there = next(place for place in (folder, *folder.parents) if place.is_dir())
+        temporary = Path(tempfile.mkdtemp(prefix=".ddpm-probe-", dir=there))
+        try:
+            begin = time.perf_counter()
+            checkpoints.save(temporary, 0, 1, part, {}, may_commit=lambda: True)
+            scale = checkpoints.num_bytes(tensors) / max(1, checkpoints.num_bytes(part))
+            taken = (time.perf_counter() - begin) * max(1.0, scale)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    told: float | None = team.told(taken)
+    return told
+
+
+def _part_of(tensors: checkpoints.Tensors, limit_bytes: int) -> checkpoints.Tensors:
+    """Return tensors of each group, in order, while all together stay within the limit."""
+    part: checkpoints.Tensors = {group: {} for group in tensors}
+    left = limit_bytes
+    for group, named in tensors.items():
+        for name, tensor in named.items():
+            left -= tensor.numel() * tensor.element_size()
+            if left >= 0:
+                part[group][name] = tensor
+    return part
+
+
+@dataclass(frozen=True)
+class AllReduce:
+    """One all-reduce of the team: whether the sum was right, and the seconds of a typical one."""
+
+    num_bytes: int
+    seconds: float
+    right: bool
+
+
+def probe_all_reduce(profile: Profile, team: Team, gpu: int = 0) -> AllReduce:
+    """Add up one of DDP's buckets over all workers, some times; all of them call this together."""
+    compute = sampling_compute(profile, gpu)
+    compute.start()
+    numbers = torch.empty(BUCKET_BYTES // 4, device=compute.device)
+    times = []
+    for _ in range(ALL_REDUCES):
+        numbers.fill_(team.rank + 1)
+        compute.wait()
+        begin = time.perf_counter()
+        dist.all_reduce(numbers)
+        compute.wait()
+        times.append(time.perf_counter() - begin)
+    right = bool((numbers == team.size * (team.size + 1) / 2).all())
+    return AllReduce(BUCKET_BYTES, statistics.median(times[1:]), right)

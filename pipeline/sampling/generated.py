@@ -1,0 +1,134 @@
+"""Generated images and their features: made over the workers of a profile, by canonical chunk, and kept under what they are.
+
+    features/<hash>/chunk-000000.safetensors ...    in the run's folder: of each way of generating and extractor
+    generated/<hash>/ ...                           images, until they are written where they were asked for
+
+What was made once is never made again: neither by the next evaluation, nor after a stop half-way.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pipeline.console import Console, Rate
+from pipeline.data.image_set import Images
+from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate
+from pipeline.metrics.metric_identity import Generation
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.chunks import ChunkStore, Runner, compute
+from pipeline.storage.tensor_file import Arrays
+from pipeline.training.device import Compute, sampling_compute
+
+PREVIEW_IMAGES = 100
+
+_FORMAT = 2
+
+
+class ImageGenerator(Protocol):
+    """Something that generates images by canonical chunk: `pipeline.sampling.generation.Denoiser`, or another trained model."""
+
+    @property
+    def chunk_size(self) -> int:
+        """Images that the network sees at once."""
+
+    def images(self, indices: range, /) -> Tensor:
+        """Return the images of a canonical chunk, uint8 [n, C, H, W] on the CPU, whose bytes depend on their index alone."""
+
+    def on(self, compute: Compute, /) -> Self:
+        """Return this with its network on another device."""
+
+    def identity(self, weights: str, /) -> Generation:
+        """Return what, with the model, makes the images these."""
+
+
+class GenerateTask:
+    """The first `num_kept` images and, given an extractor, the features of all: one chunk at a time, in any worker."""
+
+    def __init__(self, generator: ImageGenerator, num_kept: int, extractor: FeatureExtractor | None) -> None:
+        self._generator, self._num_kept, self._extractor = generator, num_kept, extractor
+
+    def start(self, here: Compute) -> None:
+        """Move the networks to this worker's device."""
+        self._generator = self._generator.on(here)
+        if self._extractor is not None:
+            self._extractor.to(here.device)
+
+    def __call__(self, indices: range) -> Arrays:
+        """Return `images` uint8 [k, C, H, W], and `features`, `logits` as the extractor gives them."""
+        images = self._generator.images(indices).numpy()
+        arrays: Arrays = {"images": images[: max(0, self._num_kept - indices.start)]}
+        if self._extractor is not None:
+            found = self._extractor(images)
+            arrays["features"] = found.features
+            if found.logits is not None:
+                arrays["logits"] = found.logits
+        return arrays
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where and how a run's images are generated: its folder, its model by `digest`, the profile and what shares the chunks out."""
+
+    folder: Path
+    model: str
+    weights: str
+    profile: Profile
+    runner: Runner
+    console: Console
+
+    def features(self, generator: ImageGenerator, extractor: FeatureExtractor, num_images: int) -> Generated:
+        """Return the features of images 0 .. num_images - 1 and the first images: those that are kept, the others made now."""
+        store = ChunkStore(self.folder / "features", self._identity(generator, [extractor.name, extractor.sha256]))
+        task = GenerateTask(generator, PREVIEW_IMAGES, extractor)
+        parts = self._computed(task, generator, num_images, store)
+        found = [Extracted(part["features"], part.get("logits")) for part in parts]
+        return Generated(concatenate(found, extractor), np.concatenate([part["images"] for part in parts]))
+
+    def images(self, generator: ImageGenerator, num_images: int) -> tuple[Images, ChunkStore]:
+        """Return images 0 .. num_images - 1, and what keeps them until it is cleared."""
+        store = ChunkStore(self.folder / "generated", self._identity(generator, None))
+        whole = -(-num_images // generator.chunk_size) * generator.chunk_size  # so that a kept chunk serves any count
+        parts = self._computed(GenerateTask(generator, whole, None), generator, num_images, store)
+        return np.concatenate([part["images"] for part in parts]), store
+
+    def _computed(
+        self, task: GenerateTask, generator: ImageGenerator, num_images: int, store: ChunkStore
+    ) -> list[Arrays]:
+        rate = Rate(self.console, "sampling", num_images)
+        return list(compute(task, num_images, generator.chunk_size, store, self.runner, rate))
+
+    def _identity(self, generator: ImageGenerator, extractor: list[str] | None) -> dict[str, Any]:
+        """Return all that the bytes depend on: the model, how it generates, what looks at the images, and the arithmetic."""
+        return {
+            "format": _FORMAT,
+            "model": self.model,
+            "generation": asdict(generator.identity(self.weights)),
+            "extractor": extractor,
+            "torch": torch.__version__,
+            "threads": sampling_compute(self.profile, self.profile.most_workers, here=False).threads,
+        }
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What generated images are judged by, and the first of them to look at."""
+
+    found: Extracted
+    preview: Images  # uint8 [at most PREVIEW_IMAGES, C, H, W]
+
+
+def digest(model: nn.Module, about: Any = None) -> str:
+    """Return the sha256 of a model's tensors, by name and content, and of what else decides its images (plain data)."""
+    found = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()

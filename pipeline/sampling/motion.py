@@ -1,0 +1,107 @@
+"""Pictures of how images come about: denoising strips, animations, and the way from one image to another through the noise behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm import ddim, ddim_invert, slerp, timestep_subset
+from pipeline.data.images import crop_and_resize, decode_image, to_float, to_uint8
+from pipeline.data.shards import Dataset
+from pipeline.errors import DataError, UsageError
+from pipeline.pictures.pictures import save_animation, save_grid, save_strip
+from pipeline.sampling.generation import Denoiser
+
+STRIP_FRAMES, ANIMATION_FRAMES = 10, 40
+
+
+def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8) -> None:
+    """Draw how images come out of noise: rows are images, columns are times."""
+    frames, labels = trajectory(denoiser, num_images, STRIP_FRAMES)
+    save_strip(frames, path, labels)
+
+
+def draw_animation(denoiser: Denoiser, path: Path, num_images: int = 16) -> None:
+    """Draw how images come out of noise as an animated GIF: all of them at once, resting on the last."""
+    frames, _ = trajectory(denoiser, num_images, ANIMATION_FRAMES)
+    save_animation(frames, path)
+
+
+def trajectory(denoiser: Denoiser, num_images: int, num_frames: int) -> tuple[list[Tensor], list[str]]:
+    """Return about `num_frames` uint8 frames [n, C, H, W] from noise to image, equally spaced over the steps, and their labels."""
+    last = len(denoiser.timesteps) - 1
+    picks = {round(i * last / (num_frames - 1)) for i in range(num_frames)}
+    drawn = [
+        (to_uint8(x).cpu(), f"t = {t}") for i, (t, x) in enumerate(denoiser.denoise(range(num_images))) if i in picks
+    ]
+    return [frame for frame, _ in drawn], [label for _, label in drawn]
+
+
+@dataclass(frozen=True)
+class Passage:
+    """The way from one image to another: uint8 frames [n, C, H, W], and how far the ends are from what was asked for."""
+
+    ends: Tensor  # uint8 [2, C, H, W], the images that were given
+    frames: Tensor
+    error: float  # root mean square over the ends' pixels, on the scale 0 .. 255
+
+
+def interpolate(denoiser: Denoiser, ends: Tensor, num_frames: int) -> Passage:
+    """Go from one image to another along the sphere of the noise behind them (Song, Meng & Ermon 2021, section 5.3).
+
+    DDIM is run backwards from each of the two `ends`, uint8 [2, C, H, W], to its noise; noises in between are denoised by DDIM
+    without noise (eta 0) over the same steps. x0 is not clipped on the way, so that the first and the last frame are the ends again, in
+    the limit of many steps. All frames have one label, or none; guidance cannot be run backwards.
+    """
+    assert denoiser.sampling.guidance_scale == 1
+    sampling, total = denoiser.sampling, denoiser.diffusion.num_timesteps
+    diffusion = replace(denoiser.diffusion, clip_x0=False)
+    timesteps = timestep_subset(total, sampling.num_steps(total), "linspace")  # which begins beside the clean image
+    denoiser.model.eval()
+    x0 = denoiser.compute.send(to_float(ends))
+    noise = _last(x for _, x in ddim_invert(diffusion, denoiser.network(range(2)), x0, timesteps=timesteps))
+    weights = torch.linspace(0, 1, num_frames).tolist()
+    between = torch.cat([slerp(noise[:1], noise[1:], weight) for weight in weights])
+    x = _last(x for _, x in ddim(diffusion, denoiser.network(range(num_frames)), between, timesteps=timesteps))
+    frames = to_uint8(x).cpu()
+    error = float((frames[[0, -1]].float() - ends.float()).square().mean().sqrt())
+    return Passage(ends, frames, error)
+
+
+def draw_passage(passage: Passage, path: Path) -> None:
+    """Draw the two images that were given, at either side of what lies between them."""
+    pictures = torch.cat([passage.ends[:1], passage.frames, passage.ends[1:]])
+    captions = ["given", *("" for _ in passage.frames), "given"]
+    save_grid(pictures, path, columns=len(pictures), captions=captions)
+
+
+def read_end(reference: str, dataset: Dataset) -> Tensor:
+    """Return an image of the dataset's shape, uint8 [C, H, W]: a row of it by number, or a PNG or JPEG file, cropped and resized."""
+    path, (channels, height, width) = Path(reference), dataset.manifest.shape
+    if reference.isdecimal() and not path.exists():
+        row = int(reference)
+        if row >= len(dataset):
+            raise UsageError(f"--interpolate: no image {row}; {dataset.manifest.name} has rows 0 .. {len(dataset) - 1}")
+        return torch.from_numpy(dataset.read([row])[0])
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"--interpolate: {reference} cannot be read ({error.strerror}); give the number of a row, or an image file"
+        ) from None
+    pixels = decode_image(data, mode="L" if channels == 1 else "RGB", where=reference)
+    if pixels.shape[:2] != (height, width):
+        pixels = crop_and_resize(pixels, (height, width))
+    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _last(states: Iterator[Tensor]) -> Tensor:
+    x = torch.empty(0)
+    for x in states:  # noqa: B007 - the last one is the result
+        pass
+    return x

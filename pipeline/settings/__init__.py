@@ -1,0 +1,1 @@
+"""Experiment files and cluster profiles: schemas, defaults, presets."""

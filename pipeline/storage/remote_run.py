@@ -1,0 +1,241 @@
+"""A run in an object store: the same names as in its folder on disk, and the only copy that lasts.
+
+    <storage>/runs/<id>/run.json, status.json, attempt     as on disk (pipeline/storage/runs.py)
+    <storage>/runs/<id>/lease/                             who works on it (pipeline/storage/remote_lease.py)
+    <storage>/runs/<id>/checkpoints/                       (pipeline/storage/remote_checkpoints.py)
+    <storage>/runs/<id>/files.json                         log, spool, pictures, scores: which there are, and who sent them
+    <storage>/runs/<id>/log.txt, spool/, pictures/ ...     the files themselves
+
+Every machine that works on the run has a folder of its own for it. The files follow at each checkpoint and at the end. They go one
+way at a time, from the driver to rank 0 when an attempt begins and back when it ends, so that there is nothing to merge.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import StorageError
+from pipeline.storage.remote import RemoteFolder, is_remote
+from pipeline.storage.remote_lease import Lease
+
+INDEX = "files.json"
+RECORDS = ("attempt", "status.json", "run.json")
+_NOT_FILES = {
+    *RECORDS,
+    INDEX,
+    "lock",
+    "lease",
+    "checkpoints",
+    "ray",
+    "samples",
+}  # samples are for whoever asked for them
+_DELIVERED = "spool/delivered.json"
+_SENDER = ".sender"  # names this machine's folder of the run
+_AT_ONCE = 4
+
+
+class RemoteRun:
+    """What a store has of one run."""
+
+    def __init__(self, folder: RemoteFolder) -> None:
+        self.folder = folder
+        self.id = folder.prefix.rpartition("/")[2]
+        self.lease = Lease(folder.child("lease"), f"run {self.id}")
+        self._sent: dict[str, tuple[int, int, str]] = {}  # size, time of change and SHA-256 of the files sent from here
+
+    @classmethod
+    def of(cls, storage: str | None, run_id: str) -> RemoteRun | None:
+        """Return the run of that id in a profile's storage; None where that is no object store."""
+        return cls(runs_in(storage).child(run_id)) if storage is not None and is_remote(storage) else None
+
+    # -- records
+
+    def fetch_records(self, local: Path) -> bool:
+        """Bring the small files that say what the run is into a folder; False where there is no such run."""
+        if not (local / "run.json").is_file() and self.folder.stat("run.json") is None:
+            return False
+        local.mkdir(parents=True, exist_ok=True)
+        for name in RECORDS:
+            if name == "run.json" and (local / name).is_file():  # which never changes
+                continue
+            content = self.folder.read(name)
+            if content is not None:
+                _replace(local / name, content)
+            elif name != "attempt":  # which there is none of before the first
+                return False
+        if not (local / _DELIVERED).is_file():  # it knows MLflow's name of the run
+            content = self.folder.read(_DELIVERED)
+            if content is not None:
+                (local / _DELIVERED).parent.mkdir(exist_ok=True)
+                _replace(local / _DELIVERED, content)
+        return True
+
+    def send_records(self, local: Path, *names: str) -> None:
+        """Send the small files, or those named; the record last, without which there is no run."""
+        for name in names or RECORDS:
+            if (local / name).is_file():
+                self.folder.write(name, (local / name).read_bytes())
+
+    # -- files
+
+    def push(self, local: Path) -> None:
+        """Send the files that have changed, and the list of all of them last."""
+        sender = _sender(local)
+        before = self._index()
+        if not self._sent and before.get("sender") == sender:
+            self._sent = {name: (-1, -1, sha256) for name, sha256 in before["files"].items()}
+        paths = dict(_files(local))
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            sent = pool.map(lambda item: (item[0], self._send(*item)), paths.items())
+            self._sent = {name: entry for name, entry in sent if entry is not None}
+        files = {name: sha256 for name, (_, _, sha256) in sorted(self._sent.items())}
+        index = {"sender": sender, "files": files}
+        if index != before:
+            self.folder.write(INDEX, json.dumps(index, indent=1).encode())
+        for name in before.get("files", {}):
+            if name not in files:
+                self.folder.delete(name)
+
+    def pull(self, local: Path, below: str = "") -> None:
+        """Bring the files as another machine sent them last, where they differ; nothing where this folder was the last to send.
+
+        What is here alone stays: it was made without the lock, such as an evaluation, and is sent with the rest.
+        """
+        index = self._index()
+        if not index or index.get("sender") == _sender(local):
+            return
+        here = dict(_files(local))
+        files = {name: sha256 for name, sha256 in index["files"].items() if name.startswith(below)}
+        wanted = {name for name, sha256 in files.items() if name not in here or _sha256(here[name]) != sha256}
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda name: self._fetch(name, local), sorted(wanted)))
+
+    def _send(self, name: str, path: Path) -> tuple[int, int, str] | None:
+        """Send a file unless the store has it as it is; None where it has gone meanwhile."""
+        try:
+            status = path.stat()
+            known = self._sent.get(name, (-1, -1, ""))
+            if known[:2] == (status.st_size, status.st_mtime_ns):
+                return known
+            if known[2] == _sha256(path):
+                return status.st_size, status.st_mtime_ns, known[2]
+            return status.st_size, status.st_mtime_ns, self.folder.upload(name, path)
+        except FileNotFoundError:
+            return None
+
+    def _fetch(self, name: str, local: Path) -> None:
+        path = local / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            self.folder.download(name, partial)
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _index(self) -> dict[str, Any]:
+        try:
+            content = json.loads(self.folder.read(INDEX) or b"{}")
+        except ValueError:
+            return {}
+        names = content.get("files") if isinstance(content, dict) else None
+        if not isinstance(names, dict) or not all(_is_inside(name) for name in names):
+            return {}
+        return dict(content)
+
+
+def runs_in(storage: str) -> RemoteFolder:
+    """Return the folder of runs of an object store."""
+    return RemoteFolder(storage).child("runs")
+
+
+def fetch_all_records(storage: str, runs: Path) -> None:
+    """Bring the records of all runs of a storage that is an object store into a folder of runs."""
+    if not is_remote(storage):
+        return
+    remote = runs_in(storage)
+    names = remote.folders()
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: RemoteRun(remote.child(name)).fetch_records(runs / name), names))
+
+
+def folder_here(folder: Path, uri: str) -> Path:
+    """Return this machine's folder of a run in an object store: the driver's own where that is here, else a scratch folder."""
+    if (folder / "run.json").is_file():
+        return folder
+    scratch = own_folder("runs") / folder.name
+    remote = RemoteRun(RemoteFolder(uri))
+    if not remote.fetch_records(scratch):
+        raise StorageError(f"{remote.folder}: is no run; was it removed?")
+    return scratch
+
+
+def own_folder(name: str) -> Path:
+    """Return a folder of this user below the machine's folder for temporary files, closed to others."""
+    root = Path(tempfile.gettempdir()) / f"ddpm-pipe-{os.getuid()}"
+    try:
+        root.mkdir(mode=0o700, exist_ok=True)
+        status = root.lstat()
+        if status.st_uid != os.getuid() or root.is_symlink() or status.st_mode & 0o022:
+            raise StorageError(
+                f"{root}: belongs to another user or can be written by one; set TMPDIR to a folder of your own"
+            )
+        (root / name).mkdir(exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"{root}: cannot be made ({error.strerror}); set TMPDIR to a folder that you can write"
+        ) from None
+    return root / name
+
+
+def _sender(local: Path) -> str:
+    """Return what names a folder of a run among those of other machines; made when it is first asked for."""
+    path = local / _SENDER
+    with suppress(FileNotFoundError):
+        return path.read_text()
+    _replace(path, secrets.token_hex(8).encode())
+    return path.read_text()
+
+
+def _files(local: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of a run that travel, by name."""
+    for top in sorted(local.iterdir()) if local.is_dir() else ():
+        if top.name in _NOT_FILES or top.name.startswith(".") or top.is_symlink():
+            continue
+        for path in sorted(top.rglob("*")) if top.is_dir() else [top]:
+            name = path.relative_to(local).as_posix()
+            if path.is_file() and not path.is_symlink() and path.suffix != ".lock" and "/." not in name:
+                yield name, path
+
+
+def _is_inside(name: str) -> bool:
+    parts = name.split("/")
+    return (
+        bool(parts[0])
+        and parts[0] not in _NOT_FILES
+        and not any(part in ("", "..") or part[0] == "." for part in parts)
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or make it writable") from None

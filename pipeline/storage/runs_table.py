@@ -1,0 +1,56 @@
+"""The list of runs that `ddpm-pipe runs` prints, from the run folders alone: no MLflow, no server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.storage.runs import Run
+
+COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
+
+
+def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
+    """Return a row for each run, oldest first; those of an object store (a profile's `storage`) too.
+
+    `steps` reads "done/total"; `fid` is the value of the newest FID and `metric` its full name, both None before the
+    first evaluation; `created` is UTC. `step`, `total_steps` and `mlflow_run_id` come along for programs.
+    """
+    return [_row(run) for run in Run.all(home, storage)]
+
+
+def _row(run: Run) -> dict[str, Any]:
+    record, state = run.record, run.state()
+    settings = record.experiment
+    total = _setting(settings, "training", "steps")
+    for override in state.overrides:
+        key, _, value = override.partition("=")
+        total = int(value) if key == "training.steps" else total
+    metric = headline(state.summary)
+    is_vae = _setting(settings, "model", "type") == "vae"
+    return {
+        "id": run.id,
+        "name": record.name,
+        "dataset": record.dataset.get("name") or Path(str(record.dataset.get("path", ""))).name,
+        "schedule": None if is_vae else _setting(settings, "diffusion", "schedule"),
+        "T": None if is_vae else _setting(settings, "diffusion", "num_timesteps"),
+        "steps": f"{state.step}/{total}",
+        "step": state.step,
+        "total_steps": total,
+        "fid": None if metric is None else state.summary[metric],
+        "metric": metric,
+        "status": str(state.status),
+        "created": record.created[:16].replace("T", " "),
+        "mlflow_run_id": run.mlflow_run_id,
+    }
+
+
+def headline(summary: dict[str, float]) -> str | None:
+    """Return the name of the figure that stands for a run: its newest FID, not a yardstick's, and not a deviation."""
+    names = [name for name in summary if name.startswith("fid_") and not name.startswith("fid_std_")]
+    return names[-1] if names else None
+
+
+def _setting(settings: dict[str, Any], section: str, key: str) -> Any:
+    found = settings.get(section)
+    return found.get(key) if isinstance(found, dict) else None

@@ -1,0 +1,234 @@
+"""What `ddpm-pipe sweep` does: plan, record, run what the ledger lacks, and report."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from pipeline.console import Console
+from pipeline.data.shards import Dataset
+from pipeline.errors import FailedTrialsError, PipelineError, UsageError
+from pipeline.ingest.ingest import availability, ensure_ingested
+from pipeline.metrics import scoring
+from pipeline.settings.cluster_profile import Profile, home_of, load_profile
+from pipeline.settings.config import Experiment, with_overrides
+from pipeline.settings.yaml_files import validate
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.runs import Run, RunStatus, normalise_name
+from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, sweep_from, with_settings
+from pipeline.sweeps.driver import run_missing
+from pipeline.sweeps.folder import SweepFolder
+from pipeline.sweeps.plan import Request, SweepPlan, make_sweep_plan, trial_profile
+from pipeline.sweeps.points import Checked
+from pipeline.sweeps.publish import SweepTracking, publish
+from pipeline.sweeps.record import trial_of
+from pipeline.sweeps.report import REPORT_FILE
+from pipeline.sweeps.result import Result, result_of
+from pipeline.training.models import allow_modules_in
+from pipeline.workflows import training_run
+from pipeline.workflows.judge import progress_on
+
+
+def request(
+    reference: str | None,
+    over: Sequence[str],
+    options: dict[str, Any],
+    overrides: Sequence[str],
+    cluster: str | None,
+    max_concurrent: int | None,
+) -> Request:
+    """Read sweep, base experiment and profile; UsageError where they are wrong."""
+    allow_modules_in(os.getcwd())
+    sweep = load_sweep(reference, over, options, overrides)
+    return Request(sweep, base_experiment(sweep), load_profile(cluster), max_concurrent)
+
+
+def plan(asked: Request) -> SweepPlan:
+    """Work out and check a sweep without downloading, ingesting or writing anything."""
+    data = asked.base.data
+    found = availability(data.source, training_run.ingest_options(data), asked.profile.datasets())
+    return make_sweep_plan(asked, found.text, found.num_rows, found.shape)
+
+
+def start(asked: Request, command: Sequence[str], console: Console | None = None) -> Result:
+    """Run a new sweep to its end and report it; trials that failed are in the result."""
+    console = console or Console()
+    make_sweep_plan(asked, "", None, None)  # what can be refused without the images is refused before they are fetched
+    dataset = _ingested(asked, console)
+    manifest = dataset.manifest
+    checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
+    about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
+    folder = SweepFolder.create(
+        asked.profile.home(), asked.sweep, asked.base, about, asked.profile.to_dict(), list(command)
+    )
+    return _carry_out(folder, asked, checked, dataset, console)
+
+
+def go_on(
+    folder: SweepFolder,
+    cluster: str | None,
+    max_concurrent: int | None = None,
+    changes: Callable[[Sweep], Sweep] | None = None,
+    command: Sequence[str] = (),
+    console: Console | None = None,
+) -> Result:
+    """Go on with a sweep: run what its ledger lacks. `changes` adds points or seeds to what was asked for."""
+    console = console or Console()
+    allow_modules_in(os.getcwd())
+    sweep = folder.sweep if changes is None else changes(folder.sweep)
+    asked = Request(sweep, folder.base, _profile_of(folder, cluster), max_concurrent)
+    dataset = Dataset.open(folder.record.dataset["path"])
+    manifest = dataset.manifest
+    if manifest.fingerprint != folder.record.dataset["fingerprint"]:
+        raise UsageError(
+            f"sweep {folder.id} was run on other images: restore them in {dataset.location}, or start a new sweep"
+        )
+    checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
+    if changes is not None:
+        folder.change(sweep, list(command))
+    return _carry_out(folder, asked, checked, dataset, console)
+
+
+def extend(
+    reference: str,
+    over: Sequence[str],
+    options: dict[str, Any],
+    cluster: str | None,
+    max_concurrent: int | None,
+    command: Sequence[str],
+) -> Result:
+    """Add values, seeds or points to a sweep, and run what its ledger lacks."""
+    folder = SweepFolder.find(home_of(cluster), reference)
+    return go_on(folder, cluster, max_concurrent, lambda sweep: extended(sweep, over, options), command)
+
+
+def extended(sweep: Sweep, over: Sequence[str], options: dict[str, Any]) -> Sweep:
+    """Return the sweep with more values of its settings, further settings, or other options, such as more seeds."""
+    content = sweep.to_dict()
+    for assignment in over:
+        key, values = axis_of(assignment)
+        known = content["space"].get(key, {})
+        kind = "choice" if "choice" in known else "grid"
+        if known and kind not in known:
+            raise UsageError(f"--over {key}: this sweep draws it from a range; add points with --num-points")
+        old = list(known.get(kind, []))
+        content["space"][key] = {**known, kind: old + [value for value in values if value not in old]}
+    return sweep_from(content | {key: value for key, value in options.items() if value is not None}, "--extend")
+
+
+def request_of_winner(
+    reference: str, other: str | None, cluster: str | None, overrides: Sequence[str]
+) -> training_run.Request:
+    """Return the best point of a sweep as a training at its base's full length; `other` is what else was asked for, in vain."""
+    if other is not None:
+        raise UsageError(f"got both {other} and --from {reference}; the sweep says what to train")
+    allow_modules_in(os.getcwd())
+    folder = SweepFolder.find(home_of(cluster), reference)
+    best = _result(folder).best
+    if best is None:
+        raise UsageError(f"sweep {folder.id} has no trial with a value yet; ddpm-pipe resume {folder.id}")
+    name = normalise_name(f"{folder.base.name}-{best.title}".replace(" = ", "").replace(", ", "-"))
+    sweep = folder.sweep
+    # a sweep's thrift in pictures and log lines is not the winner's
+    kept = {key: value for key, value in sweep.overrides.items() if not key.startswith(("logging.", "checkpoint."))}
+    base = base_experiment(sweep.model_copy(update={"overrides": kept}))
+    experiment = with_settings(base, {**best.point, "name": name}, f"sweep {folder.id}")
+    return training_run.Request(with_overrides(experiment, overrides), _profile_of(folder, cluster))
+
+
+# -- parts
+
+
+def require_all_finished(result: Result) -> None:
+    """Raise FailedTrialsError, for the exit code, where trials failed."""
+    if result.failed:
+        lost = result.failed[0]
+        raise FailedTrialsError(
+            f"sweep {result.sweep_id}: {len(result.failed)} of its trials failed, the first ({lost.title}, seed {lost.seed}) with: "
+            f"{lost.reason}; try them again with: ddpm-pipe resume {result.sweep_id}"
+        )
+
+
+def _ingested(asked: Request, console: Console) -> Dataset:
+    data = asked.base.data
+    return ensure_ingested(
+        data.source, training_run.ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
+    )
+
+
+def _profile_of(folder: SweepFolder, cluster: str | None) -> Profile:
+    if cluster is not None:
+        return load_profile(cluster)
+    return validate(Profile, folder.record.profile, f"sweep {folder.id}")
+
+
+def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:
+    """Run what the ledger lacks under the sweep's lock, and report, whatever happened."""
+    began = time.monotonic()
+    profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
+    with folder.lock():
+        folder.update(status=RunStatus.RUNNING, reason="")
+        console.say(
+            f"sweep {folder.id}: {plan.num_trials} trials at most, {plan.max_concurrent} at once, in {folder.folder}"
+        )
+        tracking = SweepTracking(folder, asked.profile, dataset)
+        tracking.start()
+        try:
+            _prepare_judge(asked.base, dataset, profile, console)
+            run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, console)
+        except PipelineError as error:
+            interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
+            folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
+            tracking.close("KILLED" if interrupted else "FAILED")
+            raise
+        report = str(folder.report / REPORT_FILE)
+        result = replace(_result(folder, plan.checked), seconds=time.monotonic() - began, report=report)
+        publish(folder, result, tracking, console)
+        folder.update(status=RunStatus.FINISHED, reason="", summary=_summary(result))
+    return result
+
+
+def _prepare_judge(base: Experiment, dataset: Dataset, profile: Profile, console: Console) -> None:
+    """Find extractor and reference once, before the trials do: what cannot be scored is told before anything is spent."""
+    asked = base.evaluation
+    cache = datasets_dir(profile.home()) / "features"
+    progress = progress_on(console)
+    extractor = scoring.choose_extractor(
+        dataset, cache, kind=asked.extractor, inception_weights=asked.inception_weights, progress=progress
+    )
+    scoring.prepare_reference(dataset, extractor, asked.num_images, cache, progress=progress)
+
+
+def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:
+    """Return what the ledger says, of the points that are asked for now."""
+    entries = folder.ledger.entries().values()
+    refused, warnings = (checked.refused, checked.warnings) if checked is not None else ([], {})
+    return result_of(folder.id, folder.record.name, folder.sweep.metric, entries, refused, warnings)
+
+
+def _summary(result: Result) -> dict[str, float]:
+    best = result.best
+    return {} if best is None or best.mean is None else {f"best_{result.metric_name}": best.mean}
+
+
+def sweep_meant(reference: str, cluster: str | None) -> SweepFolder | None:
+    """Return the sweep that a reference given to `resume` means, None where it means a run.
+
+    `latest` means the sweep whose trial the latest run is, while that sweep is not finished.
+    """
+    home = home_of(cluster)
+    sweeps = SweepFolder.all(home)
+    if reference != "latest":
+        found = [sweep for sweep in sweeps if sweep.is_called(reference)]
+        with contextlib.suppress(UsageError):
+            if found and Run.find(home, reference).id.startswith(reference) and found[0].id != reference:
+                return None  # ambiguous between the two: the longer id decides
+        return found[0] if len(found) == 1 else None
+    runs = Run.all(home)
+    trial = trial_of(runs[-1].record) if runs else None
+    of_latest = [sweep for sweep in sweeps if trial is not None and sweep.id == trial.sweep]
+    return of_latest[0] if of_latest and of_latest[0].state().status is not RunStatus.FINISHED else None

@@ -1,0 +1,245 @@
+"""The sweep: which settings of an experiment are varied, how far each trial goes, and what they are ranked by.
+
+base: digits                                  a preset, or an experiment file
+space:
+  diffusion.schedule: [linear, cosine]        a list is a grid
+  training.learning_rate: {log: [1e-4, 1e-2]}
+metric: fid
+budget: {steps: 400}
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.errors import UsageError, nearest
+from pipeline.settings import presets
+from pipeline.settings.config import Experiment, experiment_from, load_experiment
+from pipeline.settings.yaml_files import Section, parse_yaml, read_yaml_mapping, validate
+
+DEFAULT_SWEEP = "sweep-schedules"
+METRICS = ("kid", "fid", "bpd")
+NOT_COMPARABLE = (
+    "the training loss is not comparable across schedules, T or parameterisations: each weighs other noise levels, so that the lowest loss "
+    "says nothing of the images; rank by kid or fid (equal images, sampler and network calls) or by bpd"
+)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Number = int | float
+
+
+class Axis(Section):
+    """The values of one setting: a list of them, or a range. `when` keeps it to points where other settings have given values."""
+
+    grid: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    choice: tuple[Any, ...] | None = Field(default=None, min_length=1)
+    uniform: tuple[Number, Number] | None = None
+    log: tuple[Number, Number] | None = None
+    integer: tuple[int, int] | None = None
+    step: PositiveInt = 1
+    when: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Axis:
+        kinds = ("grid", "choice", "uniform", "log", "integer")
+        given = [kind for kind in kinds if getattr(self, kind) is not None]
+        if len(given) != 1:
+            raise ValueError(f"got {' and '.join(given) or 'none'} of {', '.join(kinds)}; give one of them")
+        if self.step != 1 and self.integer is None:
+            raise ValueError("'step' belongs to 'integer'")
+        if self.values is None:
+            low, high = self.bounds
+            if not low < high or (self.log is not None and low <= 0):
+                raise ValueError(f"{given[0]}: got [{low}, {high}]; expected [low, high], of a log scale above 0")
+        return self
+
+    @property
+    def values(self) -> tuple[Any, ...] | None:
+        """The listed values; None of a range."""
+        return self.grid if self.grid is not None else self.choice
+
+    @property
+    def bounds(self) -> tuple[Number, Number]:
+        """Low and high end of a range."""
+        bounds = self.uniform or self.log or self.integer
+        assert bounds is not None
+        return bounds
+
+    def at(self, u: float) -> Any:
+        """Return the value at u of [0, 1): how random search and TPE see every axis."""
+        if self.values is not None:
+            return self.values[int(u * len(self.values))]
+        low, high = self.bounds
+        if self.integer is not None:
+            return int(low) + int(u * ((high - low) // self.step + 1)) * self.step
+        value = low * (high / low) ** u if self.log is not None else low + u * (high - low)
+        return float(f"{value:.4g}")  # more digits would only look like knowledge
+
+
+class Budget(Section):
+    """What each trial may spend: one of the three, the same for all, so that the settings alone make the difference."""
+
+    steps: PositiveInt | None = None
+    images: PositiveInt | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Budget:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"got {' and '.join(given) or 'nothing'}; give steps, images or minutes")
+        return self
+
+    def to_text(self) -> str:
+        """Return the budget in words."""
+        if self.minutes is not None:
+            return f"{self.minutes:g} minutes of training"
+        return f"{self.steps:,} steps" if self.steps is not None else f"{self.images:,} images"
+
+
+class EarlyStopping(Section):
+    """ASHA (Li et al. 2020): at each rung a trial goes on if its KID is among the best 1/reduction_factor seen there.
+
+    Rung k of `rungs` stands at reduction_factor^-k of the budget, the lowest first.
+    """
+
+    rungs: Annotated[int, Field(ge=1, le=5)] = 2
+    reduction_factor: Annotated[int, Field(ge=2, le=10)] = 3
+    num_images: Annotated[int, Field(ge=32)] = 256
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Where the rungs stand, as shares of the budget, ascending."""
+        return tuple(float(self.reduction_factor**-k) for k in range(self.rungs, 0, -1))
+
+
+class Sweep(Section):
+    """Everything that decides what a sweep does and finds."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "sweep"
+    base: str = "digits"
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    space: dict[str, Axis] = Field(min_length=1)
+    search: Literal["grid", "random", "tpe"] = "grid"
+    num_points: PositiveInt | None = None
+    budget: Budget
+    metric: Literal["kid", "fid", "bpd"] = "fid"
+    seeds: PositiveInt = 1
+    more_network_calls: tuple[PositiveInt, ...] = ()
+    early_stopping: EarlyStopping | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Sweep:
+        ranges = [key for key, axis in self.space.items() if axis.values is None]
+        if self.search == "grid" and ranges:
+            raise ValueError(f"search grid needs listed values, but {ranges[0]} is a range; use search random or tpe")
+        if self.search == "grid" and self.num_points is not None:
+            raise ValueError("num_points belongs to search random and tpe; a grid has the points that it has")
+        if self.search != "grid" and self.num_points is None:
+            raise ValueError(f"search {self.search} needs num_points: how many points to try")
+        for key, axis in self.space.items():
+            if key == "seed" or key.startswith(("training.steps", "logging.", "checkpoint.", "evaluation.", "name")):
+                remedy = "use 'seeds'" if key == "seed" else "it is the same for all trials; set it under 'overrides'"
+                raise ValueError(f"space.{key}: cannot be varied; {remedy}")
+            unknown = [other for other in axis.when if other not in self.space]
+            if unknown:
+                raise ValueError(f"space.{key}.when: {unknown[0]!r} is not in the space")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested data that `sweep_from` reads back."""
+        return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def sweep_from(content: dict[str, Any], where: str = "sweep") -> Sweep:
+    """Return the checked sweep that plain data describes; UsageError names the first fault."""
+    content = dict(content)
+    if content.get("metric") in ("loss", "training_loss", "train_loss", "mse"):
+        raise UsageError(f"{where}: metric: {NOT_COMPARABLE}")
+    space = content.get("space")
+    if isinstance(space, dict):
+        content["space"] = {key: {"grid": axis} if isinstance(axis, list) else axis for key, axis in space.items()}
+    return validate(Sweep, content, where)
+
+
+def load_sweep(
+    reference: str | None, over: Sequence[str], options: dict[str, Any], overrides: Sequence[str] = ()
+) -> Sweep:
+    """Read a sweep file (default: the shipped one), and let the command line's word stand above the file's.
+
+    `over` are axes such as "diffusion.schedule=linear,cosine": given without a file, they are the whole space. `options` replace the
+    file's keys; None is as the file says.
+    """
+    path = presets.find("experiments", reference or DEFAULT_SWEEP)
+    content = read_yaml_mapping(path)
+    if "space" not in content:
+        raise UsageError(f"{path.name}: has no 'space', so it is no sweep; train it with: ddpm-pipe train {path.name}")
+    content.setdefault("name", path.stem)
+    if over and reference is None:
+        content |= {"name": "sweep", "space": {}}
+    for assignment in over:
+        key, values = axis_of(assignment)
+        content["space"] = {**content["space"], key: {"grid": values}}
+    content |= {key: value for key, value in options.items() if value is not None}
+    for assignment in overrides:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.batch_size=64")
+        content.setdefault("overrides", {})[key.strip()] = parse_yaml(text, f"-s {key}")
+    return sweep_from(content, path.name)
+
+
+def axis_of(assignment: str) -> tuple[str, list[Any]]:
+    """Return key and values of "key=a,b,c"; UsageError where it is not that."""
+    key, equals, text = assignment.partition("=")
+    values = parse_yaml(f"[{text}]", f"--over {key}") if equals else None
+    if not key.strip() or not values:
+        raise UsageError(f"--over {assignment!r}: expected key=a,b,c, such as diffusion.schedule=linear,cosine")
+    return key.strip(), values
+
+
+def base_experiment(sweep: Sweep) -> Experiment:
+    """Return the experiment that the trials vary; UsageError where a key of the space or of the overrides is unknown."""
+    base = load_experiment(presets.find("experiments", sweep.base))
+    known = [key for key in base.flat() if not key.startswith("model.arguments")]
+    for key in [*sweep.space, *sweep.overrides]:
+        if key not in known and not key.startswith("model.arguments."):
+            raise UsageError(f"{key}: an experiment has no such setting{nearest(key, known)}")
+    return with_settings(base, sweep.overrides, "overrides")
+
+
+def with_settings(experiment: Experiment, settings: dict[str, Any], where: str) -> Experiment:
+    """Return the experiment with settings by dotted names replaced; UsageError where they do not fit."""
+    content = experiment.to_dict()
+    for key, value in settings.items():
+        node = content
+        *parents, last = key.split(".")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return experiment_from(content, where)
+
+
+def trial_experiment(sweep: Sweep, base: Experiment, point: dict[str, Any], seed: int) -> Experiment:
+    """Return the experiment of one trial: the base with the point's settings, the budget, and the seed of its repetition."""
+    budget, batch = sweep.budget, base.training.batch_size
+    if budget.steps is not None:
+        steps = budget.steps
+    elif budget.images is not None:
+        batch = with_settings(base, point, "point").training.batch_size
+        steps = math.ceil(budget.images / batch)
+    else:
+        steps = 10**9  # the clock ends it
+    metrics = sorted({"fid", "kid", sweep.metric})
+    settings = {
+        **point,
+        "seed": base.seed + seed,
+        "training.steps": steps,
+        "evaluation.metrics": metrics,
+        "evaluation.enabled": True,
+    }
+    return with_settings(base, settings, "point")

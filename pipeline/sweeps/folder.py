@@ -1,0 +1,194 @@
+"""Sweep folders: what was asked for, the ledger of what is done, and the report. Trials are runs of their own, under runs/.
+
+sweeps/<id>/sweep.json     what was asked for; replaced when points are added
+sweeps/<id>/ledger.jsonl   how each trial ended
+sweeps/<id>/report/        table, pictures, sweep-report.html
+sweeps/<id>/status.json, lock, log.txt, spool/   as in a run folder
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
+from pipeline.redaction import redact, redact_tree
+from pipeline.settings.config import Experiment, experiment_from
+from pipeline.storage.durable import write_json
+from pipeline.storage.home import make_folder
+from pipeline.storage.runs import NAME, Run, RunState, new_id
+from pipeline.sweeps.config import Sweep, sweep_from
+from pipeline.sweeps.ledger import Ledger
+from pipeline.sweeps.record import trial_of
+
+
+@dataclass(frozen=True)
+class SweepRecord:
+    """What was asked for. `base` is the resolved experiment that trials vary, so that a preset may change meanwhile."""
+
+    id: str
+    name: str
+    created: str
+    sweep: dict[str, Any]
+    base: dict[str, Any]
+    dataset: dict[str, Any]
+    profile: dict[str, Any]
+    command: list[str]
+    code_version: str
+
+
+class _Place(Run):
+    """Status, lock, log and spool of a sweep folder, kept as a run's are, on this machine's side alone."""
+
+    @cached_property
+    def remote(self) -> None:
+        """Nothing: trials, not sweeps, travel to object storage."""
+
+
+class SweepFolder:
+    """One sweep folder. Its status, lock, log and spool are those of a run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = folder.name
+        self.ledger = Ledger(folder / "ledger.jsonl")
+        self._as_run = _Place(folder)
+
+    @classmethod
+    def create(
+        cls,
+        home: Path,
+        sweep: Sweep,
+        base: Experiment,
+        dataset: dict[str, Any],
+        profile: dict[str, Any],
+        command: list[str],
+    ) -> SweepFolder:
+        """Make a sweep folder with its record. StorageError where it cannot be written."""
+        from pipeline.storage.provenance import code_version
+
+        root = make_folder(sweeps_dir(home))
+        found = cls(make_folder(root / new_id()))
+        state = RunState()
+        write_json(found.folder / "status.json", asdict(state))
+        created = found._as_run.update().updated
+        record = SweepRecord(
+            id=found.id,
+            name=sweep.name,
+            created=created,
+            sweep=sweep.to_dict(),
+            base=redact_tree(base.to_dict()),
+            dataset=redact_tree(dataset),
+            profile=redact_tree(profile),
+            command=[redact(word) for word in command],
+            code_version=code_version(),
+        )
+        write_json(found.folder / "sweep.json", asdict(record))
+        return found
+
+    @classmethod
+    def all(cls, home: Path) -> list[SweepFolder]:
+        """Return every sweep, oldest first."""
+        root = sweeps_dir(home)
+        folders = sorted(root.iterdir()) if root.is_dir() else []
+        found = [cls(entry) for entry in folders if NAME.fullmatch(entry.name) and (entry / "sweep.json").is_file()]
+        return sorted(found, key=lambda sweep: (sweep.record.created, sweep.id))
+
+    @classmethod
+    def find(cls, home: Path, reference: str) -> SweepFolder:
+        """Return the sweep named by its id, MLflow's, a unique prefix of either, its name if but one has it, or `latest`."""
+        sweeps = cls.all(home)
+        if not sweeps:
+            raise UsageError(f"sweep {reference!r}: there are no sweeps in {home}; start one with: ddpm-pipe sweep")
+        found = [sweeps[-1]] if reference == "latest" else [s for s in sweeps if s.is_called(reference)]
+        if len(found) == 1:
+            return found[0]
+        listing = ", ".join(f"{sweep.id} ({sweep.record.name})" for sweep in (found or sweeps)[-5:])
+        if found:
+            raise UsageError(f"sweep {reference!r} is ambiguous: it fits {listing}; give more characters of the id")
+        hint = nearest(reference, [sweep.id for sweep in sweeps])
+        raise UsageError(f"sweep {reference!r}: no such sweep in {home}{hint}; there are {listing}")
+
+    def is_called(self, reference: str) -> bool:
+        """Whether a reference means this sweep, by id, MLflow's id, a prefix of one, or name."""
+        ids = [self.id, self.mlflow_run_id or ""]
+        return reference == self.record.name or any(i.startswith(reference) for i in ids)
+
+    # -- what is known
+
+    @property
+    def record(self) -> SweepRecord:
+        """What was asked for."""
+        path = self.folder / "sweep.json"
+        try:
+            content = json.loads(path.read_text())
+            return SweepRecord(**{item.name: content[item.name] for item in fields(SweepRecord)})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StorageError(f"{path}: cannot be read ({error}); restore it or remove the folder") from None
+
+    @property
+    def sweep(self) -> Sweep:
+        """The sweep, checked."""
+        return sweep_from(self.record.sweep, f"sweep {self.id}")
+
+    @property
+    def base(self) -> Experiment:
+        """The experiment that trials vary."""
+        return experiment_from(self.record.base, f"sweep {self.id}")
+
+    def change(self, sweep: Sweep, command: list[str]) -> None:
+        """Replace what is asked for: points or seeds were added."""
+        record = replace(self.record, sweep=sweep.to_dict(), command=[redact(word) for word in command])
+        write_json(self.folder / "sweep.json", asdict(record))
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return self.folder / "report"
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """MLflow's id of the sweep's own run, under which trials are nested."""
+        return self._as_run.mlflow_run_id
+
+    def state(self) -> RunState:
+        """Return where the sweep stands; one left RUNNING by a process that is gone is INTERRUPTED."""
+        return self._as_run.state()
+
+    def update(self, **changes: Any) -> RunState:
+        """Change fields of the state."""
+        return self._as_run.update(**changes)
+
+    def log(self, line: str) -> None:
+        """Append one line with the time to the sweep's log."""
+        self._as_run.log(line)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the sweep for this process; RunLockedError at once where another one holds it."""
+        try:
+            holding = self._as_run.lock()
+            with holding:
+                yield
+        except RunLockedError as error:
+            raise RunLockedError(str(error).replace("run ", "sweep ", 1)) from None
+
+    def trials(self) -> dict[str, Run]:
+        """Return the runs of this sweep's trials that were begun, by key."""
+        home = self.folder.parent.parent
+        found = {}
+        for run in Run.all(home):
+            trial = trial_of(run.record)
+            if trial is not None and trial.sweep == self.id:
+                found[trial.key] = run
+        return found
+
+
+def sweeps_dir(home: Path) -> Path:
+    """Return the folder of sweep folders."""
+    return home / "sweeps"

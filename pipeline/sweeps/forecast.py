@@ -1,0 +1,63 @@
+"""`sweep --dry-run`: the plan, one trial measured for some steps, and what all of them take in time, money and disk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.console import duration
+from pipeline.sweeps.plan import Request, SweepPlan, trial_profile
+from pipeline.workflows.dry_run import DryRun, dry_run
+from pipeline.workflows.training_run import Request as TrainingRequest
+
+START_S = 15.0  # of a trial: its processes and their imports, on an idle machine
+
+
+@dataclass(frozen=True)
+class SweepForecast:
+    """What a sweep takes at most: early stopping makes it less. `trial` is the measured trial; times in seconds."""
+
+    plan: SweepPlan
+    trial: DryRun
+    trial_s: float | None
+    total_s: float | None
+    cost: float | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return self.plan.to_dict() | {
+            "trial_s": self.trial_s,
+            "total_s": self.total_s,
+            "cost": self.cost,
+            "unmeasured": self.trial.unmeasured,
+        }
+
+    def to_text(self) -> str:
+        """Return what `--dry-run` prints."""
+        if self.trial_s is None or self.total_s is None:
+            return f"{self.plan.to_text()}\ntime:       not measured: {self.trial.unmeasured}"
+        forecast = self.trial.forecast
+        cost = "" if not self.cost or forecast is None else f", {self.cost:.2f} {forecast.currency}"
+        most = " at most" if self.plan.sweep.early_stopping is not None else ""
+        return (
+            f"{self.plan.to_text()}\ntime:       {duration(self.total_s)}{most}{cost}: {duration(self.trial_s)} each, "
+            f"{self.plan.max_concurrent} at once"
+        )
+
+
+def forecast_sweep(asked: Request, plan: SweepPlan, *, measure: bool) -> SweepForecast:
+    """Measure one trial, unless told not to, and reckon what all of them take."""
+    profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
+    minutes = plan.sweep.budget.minutes
+    found = dry_run(TrainingRequest(plan.trial.experiment, profile), measure=measure)
+    if found.forecast is None:
+        return SweepForecast(plan, found, None, None, None)
+    sampling = plan.trial.experiment.sampling
+    usual = sampling.num_steps(plan.trial.experiment.diffusion.num_timesteps)
+    scoring_s = found.forecast.sampling_s * (1 + sum(plan.sweep.more_network_calls) / usual)
+    training_s = found.forecast.training_s if minutes is None else minutes * 60
+    trial_s = START_S + training_s + scoring_s
+    total_s = trial_s * -(-plan.num_trials // plan.max_concurrent)
+    price = asked.profile.price
+    cost = price.per_worker_hour * plan.trial.num_workers * trial_s * plan.num_trials / 3600
+    return SweepForecast(plan, found, trial_s, total_s, cost)

@@ -1,0 +1,100 @@
+"""The ledger of a sweep: one line for each trial that ended, written once. What it holds is not done again.
+
+It is the one mechanism for going on after the driver was killed and for adding points to a finished sweep: whoever runs trials looks
+their keys up here first. The key stands for everything that decides a trial's number (`sweep_points.key_of`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeline.errors import StorageError
+
+Status = Literal["finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """How one trial ended.
+
+    Attributes:
+        key, point, title, seed: which trial (see `pipeline.sweeps.record.Trial`).
+        run: id of its run folder.
+        status: "finished", "stopped" early, or "failed".
+        value: of the sweep's metric; None unless finished.
+        metric: name of that value, such as `fid_classifier_n559`; identity: everything it depends on besides the model.
+        std: deviation that comes with the value, over what `std_over` says; None where there is none.
+        curve: values of the same metric at other numbers of network calls, by that number.
+        rungs: KID of few images by the share of the budget at which it was taken.
+        steps, training_s: what was spent.
+        reason: why it was stopped or failed.
+    """
+
+    key: str
+    point: dict[str, Any]
+    title: str
+    seed: int
+    run: str
+    status: Status
+    value: float | None = None
+    metric: str = ""
+    identity: dict[str, Any] = field(default_factory=dict)
+    std: float | None = None
+    std_over: str = ""
+    curve: dict[int, float] = field(default_factory=dict)
+    rungs: dict[float, float] = field(default_factory=dict)
+    steps: int = 0
+    training_s: float = 0.0
+    reason: str = ""
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Entry:
+        """Read what `asdict` gave, through JSON, which has no keys but text."""
+        curve = {int(calls): value for calls, value in data["curve"].items()}
+        rungs = {float(share): value for share, value in data["rungs"].items()}
+        return cls(**{**data, "curve": curve, "rungs": rungs})
+
+
+class Ledger:
+    """The lines of one sweep, in the order in which trials ended."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> dict[str, Entry]:
+        """Return the newest entry of each trial, by its key. A last line cut short by a kill is none."""
+        found: dict[str, Entry] = {}
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:
+            return {}
+        for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut short, or empty
+            try:
+                entry = Entry.from_json(json.loads(line))
+            except (ValueError, KeyError, TypeError) as error:
+                raise StorageError(
+                    f"{self.path}, line {number}: cannot be read ({error}); remove the line, and its trial is run again"
+                ) from None
+            found[entry.key] = entry
+        return found
+
+    def append(self, entry: Entry) -> None:
+        """Write one line; it is on disk when this returns. StorageError where it cannot be."""
+        text = json.dumps(asdict(entry)) + "\n"
+        try:
+            with self.path.open("ab+") as file:
+                if file.tell():
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # a line that a kill cut short stays alone, on a line of its own
+                        cut = file.tell() - len(self.path.read_bytes().rpartition(b"\n")[2])
+                        file.truncate(cut)
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise StorageError(f"{self.path}: cannot be written ({error.strerror}); make room, then resume") from error

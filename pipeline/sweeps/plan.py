@@ -1,0 +1,141 @@
+"""A sweep worked out and checked before anything is spent: its points, how many trials run at once, what they leave behind."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.cluster.session import require_resources
+from pipeline.console import size
+from pipeline.errors import UsageError
+from pipeline.planning.plan import Plan, choose_workers, make_plan
+from pipeline.settings.cluster_profile import Profile, Resources
+from pipeline.settings.config import Experiment
+from pipeline.sweeps.config import Sweep, trial_experiment
+from pipeline.sweeps.points import Checked, check, title
+from pipeline.training.models import build_diffusion, has_process
+
+MOST_AT_ONCE = 4  # trials on one machine whose profile says nothing of CPUs: each takes several processes
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, and where."""
+
+    sweep: Sweep
+    base: Experiment
+    profile: Profile
+    max_concurrent: int | None = None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A checked sweep, before anything is spent. `trial` is the plan of one trial."""
+
+    sweep: Sweep
+    checked: Checked
+    trial: Plan
+    num_trials: int
+    max_concurrent: int
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """What the trials leave behind: their checkpoints and the model that each logs."""
+        one, keep = self.trial.checkpoint_bytes, self.trial.experiment.checkpoint.keep
+        return None if one is None else self.num_trials * (one * keep + one // 2)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return {
+            "sweep": self.sweep.to_dict(),
+            "points": self.checked.points,
+            "refused": [{"point": item.point, "reason": item.reason} for item in self.checked.refused],
+            "warnings": self.checked.warnings,
+            "num_trials": self.num_trials,
+            "max_concurrent": self.max_concurrent,
+            "disk_bytes": self.disk_bytes,
+            "trial": self.trial.to_dict(),
+        }
+
+    def to_text(self) -> str:
+        """Return what `--dry-run` prints."""
+        sweep = self.sweep
+        points = len(self.checked.points) if sweep.search != "tpe" else sweep.num_points
+        early = sweep.early_stopping
+        lines = {
+            "base": sweep.base,
+            "trials": f"{self.num_trials} at most: {points} points x {sweep.seeds} seeds, {self.max_concurrent} at once",
+            "each": f"{sweep.budget.to_text()}, {self.trial.num_workers} workers ({self.trial.profile.name})",
+            "ranked by": f"{sweep.metric} of {self.trial.experiment.evaluation.num_images:,} images at most",
+            "early stop": "no"
+            if early is None
+            else f"ASHA on the KID of {early.num_images} images at {', '.join(f'{s:.0%}' for s in early.shares)} of the budget",
+            "disk": "unknown until the data is here" if self.disk_bytes is None else size(self.disk_bytes),
+        }
+        text = [f"{name + ':':<12}{value}" for name, value in lines.items()]
+        text += [f"point:      {title(point)}" for point in self.checked.points]
+        text += [f"skipped:    {title(item.point)}: {item.reason}" for item in self.checked.refused]
+        text += [f"warning:    {name}: {warning}" for name, warning in self.checked.warnings.items()]
+        return "\n".join(text)
+
+
+def make_sweep_plan(asked: Request, data: str, num_rows: int | None, shape: tuple[int, int, int] | None) -> SweepPlan:
+    """Check every point against profile and dataset; UsageError where none is left."""
+    sweep, base = asked.sweep, asked.base
+    num_workers = choose_workers(base, asked.profile)
+    require_resources(asked.profile, num_workers)
+
+    def test(experiment: Experiment) -> Sequence[str]:
+        make_plan(experiment, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
+        require_equal_calls(sweep, base, experiment)
+        return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
+
+    checked = Checked([], [], {}) if sweep.search == "tpe" else check(sweep, base, test)
+    if not checked.points and sweep.search != "tpe":
+        first = checked.refused[0]
+        raise UsageError(f"every point of the sweep is refused; the first, {title(first.point)}: {first.reason}")
+    num_points = len(checked.points) if sweep.num_points is None else sweep.num_points
+    one = trial_experiment(sweep, base, checked.points[0] if checked.points else {}, 0)
+    trial = make_plan(one, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
+    num_trials = num_points * sweep.seeds
+    at_once = max_concurrent(asked.profile, num_workers, num_trials, asked.max_concurrent)
+    return SweepPlan(sweep, checked, trial, num_trials, at_once)
+
+
+def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) -> None:
+    """Refuse a point whose images would cost other network calls than the base's, unless the sweep is about sampling."""
+    if sweep.metric == "bpd" or any(key.startswith("sampling.") for key in sweep.space):
+        return
+    calls, usual = (e.sampling.num_steps(e.diffusion.num_timesteps) for e in (experiment, base))
+    if calls != usual:
+        raise UsageError(
+            f"its images would take {calls} network calls, those of the base {usual}: not comparable; give all of them as many with "
+            "sampling.steps under 'overrides'"
+        )
+
+
+def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: int | None) -> int:
+    """Return how many trials run at once: as many as the machine holds workers for, at least one."""
+    cpus, each = os.cpu_count() or 1, profile.resources_per_worker
+    if profile.is_remote:
+        room = num_trials  # the cluster says, once it is there
+    elif profile.use_gpu:
+        import torch
+
+        room = int(torch.cuda.device_count() / (each.GPU * num_workers))
+    elif each.CPU is not None:
+        room = int(cpus / (each.CPU * num_workers) + 1e-9)
+    else:
+        room = min(MOST_AT_ONCE, cpus // num_workers)
+    return max(1, min(room, num_trials, asked or num_trials))
+
+
+def trial_profile(profile: Profile, num_workers: int, at_once: int) -> Profile:
+    """Return the profile of one trial: where CPUs are shared, its share of them."""
+    if profile.is_remote or profile.resources_per_worker.CPU is not None:
+        return profile
+    share = max(1, (os.cpu_count() or 1) // at_once) / num_workers
+    resources = Resources(CPU=share, GPU=profile.resources_per_worker.GPU)
+    return profile.model_copy(update={"resources_per_worker": resources})

@@ -1,0 +1,129 @@
+"""The points of a sweep: enumerated or drawn, each checked before anything is spent, in words and as keys of the ledger."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.errors import PipelineError
+from pipeline.settings.config import Experiment
+from pipeline.sweeps.config import Axis, Sweep, trial_experiment
+from pipeline.training.randomness import generator_of
+
+Point = dict[str, Any]
+SHORT = {"diffusion.schedule": "", "diffusion.num_timesteps": "T", "training.learning_rate": "learning rate"}
+MAX_DRAWS = 100  # of points that are new and not refused, for each one that is wanted
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A point that cannot be trained, and why."""
+
+    point: Point
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The points of a grid or of random search: those to try, those refused, and warnings about some, by title."""
+
+    points: list[Point]
+    refused: list[Refused]
+    warnings: dict[str, str]
+
+
+def active(space: dict[str, Axis], values: Point) -> Point:
+    """Return the settings whose conditions hold: a setting left out stays as the base has it."""
+    kept: Point = {}
+    for key, axis in space.items():
+        wanted = {k: v if isinstance(v, list) else [v] for k, v in axis.when.items()}
+        if all(values.get(other) in allowed for other, allowed in wanted.items()):
+            kept[key] = values[key]
+    return kept
+
+
+def grid(space: dict[str, Axis]) -> Iterator[Point]:
+    """Yield every combination of listed values once, the last setting varying fastest."""
+    axes = [axis.values or () for axis in space.values()]
+    seen = set()
+    for values in itertools.product(*axes):
+        point = active(space, dict(zip(space, values, strict=True)))
+        if (word := canonical(point)) not in seen:
+            seen.add(word)
+            yield point
+
+
+def drawn(space: dict[str, Axis], seed: int) -> Iterator[Point]:
+    """Yield points drawn independently, a function of the seed; the same point may come again."""
+    import torch
+
+    generator = generator_of("sweep", seed)
+    while True:
+        u = torch.rand(len(space), generator=generator, dtype=torch.float64).tolist()
+        yield active(space, {key: axis.at(x) for (key, axis), x in zip(space.items(), u, strict=True)})
+
+
+def check(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> Checked:
+    """Return the points of a grid or of random search, checked by `test`: it raises what refuses one, and returns warnings."""
+    wanted = sweep.num_points
+    source = (
+        grid(sweep.space) if wanted is None else itertools.islice(drawn(sweep.space, base.seed), wanted * MAX_DRAWS)
+    )
+    found = Checked([], [], {})
+    seen = set()
+    for point in source:
+        if wanted is not None and len(found.points) == wanted:
+            break
+        if canonical(point) in seen:
+            continue
+        seen.add(canonical(point))
+        try:
+            experiment = trial_experiment(sweep, base, point, 0)
+            if (same := canonical(experiment.to_dict())) in seen:  # a setting spelled out that the base has anyway
+                continue
+            seen.add(same)
+            warnings = test(experiment)
+        except PipelineError as error:
+            found.refused.append(Refused(point, str(error).removeprefix("point: ")))
+            continue
+        found.points.append(point)
+        if warnings:
+            found.warnings[title(point)] = "; ".join(warnings)
+    return found
+
+
+def canonical(point: Point) -> str:
+    """Return text that is equal for equal points."""
+    return json.dumps(point, sort_keys=True)
+
+
+def title(point: Point) -> str:
+    """Return a point in words: "cosine, T = 250, learning rate = 0.001"."""
+    words = []
+    for key, value in point.items():
+        name = SHORT.get(key, key.rpartition(".")[2].replace("_", " "))
+        shown = f"{value:g}" if isinstance(value, float) else str(value)
+        words.append(f"{name} = {shown}" if name else shown)
+    return ", ".join(words) or "the base"
+
+
+def key_of(sweep: Sweep, experiment: Experiment, fingerprint: str) -> str:
+    """Return 16 digits that are equal for trials that would give the same number.
+
+    They stand for the settings that decide the weights, the budget, the images, and the identity of the metric: how images are made and
+    what they are judged by.
+    """
+    evaluation = experiment.evaluation.model_dump(mode="json", exclude={"metrics", "enabled"})
+    parts = {
+        "experiment": experiment.hash(),
+        "budget": sweep.budget.model_dump(),
+        "dataset": fingerprint,
+        "metric": sweep.metric,
+        "sampling": experiment.sampling.model_dump(mode="json"),
+        "evaluation": evaluation,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,145 @@
+"""What a sweep leaves for its readers: the report in its folder, the same in MLflow, trials found by words, the best model registered."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pipeline.console import Console
+from pipeline.data.shards import Dataset
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.durable import write_json
+from pipeline.storage.home import make_folder
+from pipeline.storage.runs import Run
+from pipeline.sweeps.folder import SweepFolder
+from pipeline.sweeps.record import PARENT_TAG, SWEEP_TAG, trial_of
+from pipeline.sweeps.report import write_report
+from pipeline.sweeps.result import Result, statement
+from pipeline.sweeps.text import describe_sweep
+from pipeline.tracking.registry import alias_of, register
+from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
+
+PARENT_TIMEOUT_S = 15.0
+
+
+class SweepTracking:
+    """The sweep's own run in MLflow, under which its trials are nested."""
+
+    def __init__(self, folder: SweepFolder, profile: Profile, dataset: Dataset) -> None:
+        self.settings = TrackingSettings.of_profile(profile.home(), profile)
+        self._folder, self._dataset = folder, dataset
+        self.tracker = Tracker(folder.folder, self.settings)
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """MLflow's id of the sweep's run; None while the store has given none."""
+        return self._folder.mlflow_run_id
+
+    def start(self) -> None:
+        """Open the run, and wait a moment for its id: trials name it as their parent."""
+        record, sweep, manifest = self._folder.record, self._folder.sweep, self._dataset.manifest
+        space: dict[str, Any] = {
+            f"space.{key}": json.dumps(axis.model_dump(mode="json", exclude_defaults=True))
+            for key, axis in sweep.space.items()
+        }
+        self.tracker.start(
+            self.settings.experiment,
+            f"sweep {record.name}",
+            tags={SWEEP_TAG: record.id, "kind": "sweep", "dataset": manifest.name, "code_version": record.code_version},
+            params={
+                **space,
+                "search": sweep.search,
+                "metric": sweep.metric,
+                "seeds": sweep.seeds,
+                "budget": sweep.budget.to_text(),
+                "base": sweep.base,
+            },
+            description=describe_sweep(record, sweep, None),
+            dataset=TrackedDataset(manifest.name, manifest.fingerprint, self._dataset.location),
+        )
+        self.tracker.flush(PARENT_TIMEOUT_S)
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> bool:
+        """Close the run; return whether the store has everything."""
+        self.tracker.finish(status)
+        return self.tracker.close()
+
+
+def publish(folder: SweepFolder, result: Result, tracking: SweepTracking, console: Console) -> None:
+    """Write the report, and show it in MLflow with the trials and the best model. A store that is away costs no result."""
+    runs = {run.id: run for run in folder.trials().values()}
+    report = make_folder(folder.report)
+    write_json(report / "result.json", result.to_json())
+    write_report(folder, result, runs, report)
+    tracker = tracking.tracker
+    for path in sorted(report.iterdir()):
+        tracker.artifact(path, "report")
+    _chart_of_progress(folder, result, tracker)
+    tracker.describe(describe_sweep(folder.record, folder.sweep, result))
+    best = result.best
+    if best is not None:
+        tracker.tags({"best": best.title, "statement": statement(result)})
+    delivered = tracking.close("FINISHED")
+    _tell_trials(folder, result, runs, tracking)
+    if not delivered:
+        console.say(
+            f"tracking: {tracker.problem}; the report is in {report}, MLflow gets it with: ddpm-pipe resume {folder.id}"
+        )
+        return
+    _register(folder, result, runs, tracking, console)
+
+
+def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) -> None:
+    """Record each trial's value and the best so far, by the number of trials done: MLflow draws them as lines."""
+    best: float | None = None
+    for count, entry in enumerate(folder.ledger.entries().values(), 1):
+        if entry.value is None:
+            continue
+        best = entry.value if best is None else min(best, entry.value)
+        tracker.metrics(count, {f"trial_{entry.metric}": entry.value, f"best_{entry.metric}": best}, family="result")
+
+
+def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking) -> None:
+    """Give each trial's run its rank as a tag and the best one a name that a search finds: "cosine, T = 250, seed 0, best FID"."""
+    metric = result.metric.upper()
+    for rank, point in enumerate(result.points, 1):
+        for entry in point.entries:
+            run = runs.get(entry.run)
+            trial = trial_of(run.record) if run is not None else None
+            if run is None or trial is None:
+                continue
+            tags = {"sweep_rank": str(rank) if point.mean is not None else entry.status}
+            if trial.parent is None and tracking.mlflow_run_id is not None:
+                tags[PARENT_TAG] = tracking.mlflow_run_id
+            is_best = point is result.best and entry is point.best_entry
+            tags["mlflow.runName"] = f"{trial.name}, best {metric}" if is_best else trial.name
+            tracker = Tracker(run.folder, tracking.settings)
+            tracker.tags(tags)
+            tracker.close(timeout=10.0)
+
+
+def _register(
+    folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking, console: Console
+) -> None:
+    """Register the best trial's model under an alias made of the metric's identity."""
+    entry = result.best.best_entry if result.best is not None else None
+    run = runs.get(entry.run) if entry is not None else None
+    if entry is None or run is None or entry.value is None or run.mlflow_run_id is None:
+        return
+    name = f"ddpm-{folder.record.dataset['name']}"
+    alias = alias_of(entry.identity)
+    version = register(
+        tracking.settings.uri,
+        run.mlflow_run_id,
+        name,
+        alias,
+        value=entry.value,
+        about={"sweep": folder.id, "run": run.id, "point": entry.title, "metric": entry.metric},
+        identity=entry.identity,
+    )
+    if version is None:
+        console.say(
+            f"the best model is run {run.id}; it could not be registered in MLflow, try: ddpm-pipe resume {folder.id}"
+        )
+    else:
+        console.say(version)

@@ -1,0 +1,215 @@
+"""What a sweep tries next: repetitions of listed points, or what TPE makes of the values so far. No Ray.
+
+trials = Trials(sweep, points)
+while (trial := trials.next()) is not DONE:         # None: wait for one that runs
+    trials.ended(trial, status, value)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from pipeline.sweeps.config import Axis, Sweep
+from pipeline.sweeps.ledger import Entry, Status
+from pipeline.sweeps.points import MAX_DRAWS, Point, active, canonical
+from pipeline.training.randomness import seed_of
+
+
+class _Done:
+    """There is nothing more to try."""
+
+
+DONE: Final = _Done()
+
+
+@dataclass(frozen=True)
+class Next:
+    """One trial to run: a point, and the number of its repetition."""
+
+    point: Point
+    seed: int
+
+
+@dataclass
+class Progress:
+    """What is known of a point: values by seed, None of one that gave none; seeds still running."""
+
+    point: Point
+    values: dict[int, float | None] = field(default_factory=dict)
+    running: set[int] = field(default_factory=set)
+    stopped: bool = False
+
+
+class Source(Protocol):
+    """Where points come from; `learns`: whether values decide which ones come next."""
+
+    learns: bool
+
+    def draw(self) -> Point | None:
+        """Return a point not given before, or None where there are no more."""
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """Hear the mean over the seeds of a point, None where it has none."""
+
+
+class Listed:
+    """Points known beforehand."""
+
+    learns = False
+
+    def __init__(self, points: list[Point]) -> None:
+        self._points = list(points)
+
+    def draw(self) -> Point | None:
+        """Return the next point."""
+        return self._points.pop(0) if self._points else None
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """Listed points do not depend on values."""
+
+
+class TPE:
+    """The tree-structured Parzen estimator of Optuna (Bergstra et al. 2011), a function of the seed and of what it is told.
+
+    `refuses` says why a point cannot be trained, None where it can; such points are told as failures, and another is drawn.
+    """
+
+    learns = True
+
+    def __init__(
+        self, space: dict[str, Axis], num_points: int, seed: int, refuses: Callable[[Point], str | None]
+    ) -> None:
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=seed_of("tpe", seed) % 2**32, constant_liar=True)
+        self._study = optuna.create_study(sampler=sampler)
+        self._space, self._left, self._refuses = space, num_points, refuses
+        self._asked: dict[str, Any] = {}
+        self._known: dict[str, float | None] = {}
+
+    def draw(self) -> Point | None:
+        """Return a new point that can be trained, None after `num_points` or where the space holds no more."""
+        import optuna
+
+        if self._left <= 0:
+            return None
+        for _ in range(MAX_DRAWS):
+            trial = self._study.ask()
+            point = active(self._space, {key: _suggest(trial, key, axis) for key, axis in self._space.items()})
+            word = canonical(point)
+            if word in self._known and self._known[word] is not None:
+                self._study.tell(trial, self._known[word])
+            elif word in self._known or word in self._asked or self._refuses(point) is not None:
+                self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            else:
+                self._asked[word] = trial
+                self._left -= 1
+                return point
+        return None
+
+    def tell(self, point: Point, value: float | None) -> None:
+        """Hear a value, of a point drawn here or known from the ledger, which then counts as drawn."""
+        import optuna
+
+        word = canonical(point)
+        self._known[word] = value
+        if (trial := self._asked.pop(word, None)) is not None:
+            state = None if value is not None else optuna.trial.TrialState.FAIL
+            self._study.tell(trial, value, state=state)
+            return
+        self._left -= 1
+        if value is not None:
+            distributions = {key: _distribution(self._space[key]) for key in point}
+            params = {key: _category(v) if self._space[key].values is not None else v for key, v in point.items()}
+            self._study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+
+
+def _suggest(trial: Any, key: str, axis: Axis) -> Any:
+    if axis.values is not None:
+        return json.loads(trial.suggest_categorical(key, [_category(value) for value in axis.values]))
+    low, high = axis.bounds
+    if axis.integer is not None:
+        return trial.suggest_int(key, int(low), int(high), step=axis.step)
+    return float(f"{trial.suggest_float(key, float(low), float(high), log=axis.log is not None):.4g}")
+
+
+def _distribution(axis: Axis) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    if axis.values is not None:
+        return CategoricalDistribution([_category(value) for value in axis.values])
+    low, high = axis.bounds
+    if axis.integer is not None:
+        return IntDistribution(int(low), int(high), step=axis.step)
+    return FloatDistribution(float(low), float(high), log=axis.log is not None)
+
+
+def _category(value: Any) -> str:
+    return json.dumps(value)
+
+
+class Trials:
+    """The trials of a sweep in the order in which they are to be run.
+
+    All points get their first seed before any gets its second, so that a sweep stopped halfway still compares all of them. With early
+    stopping, the first seed alone competes: the others are spent on points that survive.
+    """
+
+    def __init__(self, sweep: Sweep, source: Source) -> None:
+        self._sweep, self._source = sweep, source
+        self._points: dict[str, Progress] = {}
+
+    def known(self, entries: list[Entry]) -> None:
+        """Take up what an earlier driver finished, before the first `next`: only a search that draws points needs it."""
+        for entry in entries:
+            progress = self._points.setdefault(canonical(entry.point), Progress(entry.point))
+            progress.values[entry.seed] = entry.value
+            progress.stopped = progress.stopped or entry.status == "stopped"
+        for progress in self._points.values():
+            self._tell_if_complete(progress)
+
+    def next(self) -> Next | _Done | None:
+        """Return the next trial, None to wait for one that runs, or DONE."""
+        if self._source.learns and (pending := self._pending()) is not None:
+            return pending  # values of whole points teach more than many begun ones
+        point = self._source.draw()
+        if point is not None:
+            self._points.setdefault(canonical(point), Progress(point))
+        if (pending := self._pending()) is not None:
+            return pending
+        return None if any(progress.running for progress in self._points.values()) else DONE
+
+    def _pending(self) -> Next | None:
+        for seed in range(self._sweep.seeds):
+            for progress in self._points.values():
+                if seed in progress.values or seed in progress.running or not self._may_repeat(progress, seed):
+                    continue
+                progress.running.add(seed)
+                return Next(progress.point, seed)
+        return None
+
+    def ended(self, trial: Next, status: Status, value: float | None) -> None:
+        """Take note of how a trial ended."""
+        progress = self._points[canonical(trial.point)]
+        progress.running.discard(trial.seed)
+        progress.values[trial.seed] = value
+        progress.stopped = progress.stopped or status == "stopped"
+        self._tell_if_complete(progress)
+
+    def _may_repeat(self, progress: Progress, seed: int) -> bool:
+        if seed == 0 or self._sweep.early_stopping is None:
+            return True
+        return 0 in progress.values and not progress.stopped and progress.values[0] is not None
+
+    def _tell_if_complete(self, progress: Progress) -> None:
+        wanted = self._sweep.seeds
+        if not progress.stopped and len(progress.values) < wanted and progress.values.get(0, math.nan) is not None:
+            return
+        values = [value for value in progress.values.values() if value is not None]
+        self._source.tell(progress.point, statistics.fmean(values) if values else None)

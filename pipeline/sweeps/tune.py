@@ -1,0 +1,226 @@
+"""The trials of a sweep under Ray Tune: what to try next, who is stopped early, and whose workers are to be given back.
+
+Tune starts a process for each trial, which starts the trial's workers. Everything that lasts is ours: the ledger, the run folders.
+Tune's own state is thrown away with its folder; a sweep that goes on gets a new Tuner for what is left.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from pipeline.cluster.board import NAMESPACE
+from pipeline.cluster.placement import give_back
+from pipeline.console import Console, duration
+from pipeline.errors import ClusterError, InterruptedRunError
+from pipeline.signals import Signals, listening
+from pipeline.storage.runs import Run
+from pipeline.sweeps.entry import entry_of
+from pipeline.sweeps.folder import SweepFolder
+from pipeline.sweeps.halving import Halving
+from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.search import Next, Trials, _Done
+from pipeline.sweeps.trial import STOPPED_EARLY, run_trial
+
+POLL_S = 0.5
+RESTARTS = 2  # of a trial whose process was killed
+ENVIRONMENT = {
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+
+
+@dataclass
+class Work:
+    """What the driver of a sweep knows while trials run."""
+
+    folder: SweepFolder
+    trials: Trials
+    begin: Callable[[Next], tuple[str, Run]]  # the key of a trial, and its run folder, made where there is none
+    console: Console
+    halving: Halving | None
+    total: int | None
+    running: dict[str, tuple[Next, str, Run]] = field(default_factory=dict)  # by Tune's id of the trial
+    ended: list[Entry] = field(default_factory=list)
+    interrupted: bool = False
+    begun_at: float = field(default_factory=time.monotonic)
+
+    def suggest(self, trial_id: str) -> Run | _Done | None:
+        """Return the run folder of the next trial that the ledger does not hold; None to wait."""
+        done = self.folder.ledger.entries()
+        while not self.interrupted:
+            following = self.trials.next()
+            if isinstance(following, _Done):
+                break
+            if following is None:
+                return None
+            key, run = self.begin(following)
+            entry = done.get(key)
+            if entry is not None and entry.status != "failed":
+                self.trials.ended(following, entry.status, entry.value)
+                continue
+            self.running[trial_id] = (following, key, run)
+            return run
+        return _Done()
+
+    def end(self, trial_id: str, result: dict[str, Any], died: str | None) -> None:
+        """Write a trial that ended into the ledger, and tell of it."""
+        following, key, run = self.running.pop(trial_id)
+        give_back(run.id)
+        status: Literal["finished", "stopped", "failed", "interrupted"]
+        status = "failed" if died is not None else result.get("status", "failed")
+        if status == "interrupted":
+            if not self.interrupted:  # somebody stopped the trial alone
+                self.trials.ended(following, "failed", None)
+            return
+        rungs = {} if self.halving is None else self.halving.rungs_of(key)
+        reason = died or str(result.get("reason", ""))
+        entry = entry_of(run, self.folder.sweep.metric, status, rungs, reason)
+        self.folder.ledger.append(entry)
+        self.ended.append(entry)
+        self.trials.ended(following, entry.status, entry.value)
+        self.console.say(self._line(entry))
+
+    def _line(self, entry: Entry) -> str:
+        count = f"{len(self.ended)}/{self.total}" if self.total is not None else str(len(self.ended))
+        what = f"{entry.metric} {entry.value:.4g}" if entry.value is not None else entry.reason or entry.status
+        left = ""
+        if self.total is not None and len(self.ended) < self.total:
+            each = (time.monotonic() - self.begun_at) / len(self.ended)
+            left = f"  about {duration(each * (self.total - len(self.ended)))} left"
+        return f"trial {count}  {entry.title}, seed {entry.seed}: {what}{left}"
+
+
+def run_trials(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...], stop_s: float) -> None:
+    """Run trials until there are none left, in the Ray that is up. InterruptedRunError where the user or the system asked to stop."""
+    os.environ.update(ENVIRONMENT)
+    tuner = _tuner(work, max_concurrent, more_network_calls)
+    failure: list[BaseException] = []
+
+    def fit() -> None:
+        try:
+            tuner.fit()
+        except BaseException as error:  # told by the watching thread
+            failure.append(error)
+
+    thread = threading.Thread(target=fit, name="tune", daemon=True)
+    with listening() as signals:
+        thread.start()
+        _watch(thread, work, signals, stop_s)
+    shutil.rmtree(work.folder.folder / "tune", ignore_errors=True)
+    if signals.first is not None:
+        raise InterruptedRunError(
+            f"stopped, {len(work.folder.ledger.entries())} trials are done; go on with: ddpm-pipe resume {work.folder.id}",
+            130 if signals.first == 2 else 75,
+        )
+    if failure:
+        raise ClusterError(
+            f"sweep {work.folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept, go on with: "
+            f"ddpm-pipe resume {work.folder.id}"
+        )
+
+
+def _watch(thread: threading.Thread, work: Work, signals: Signals, stop_s: float) -> None:
+    """Wait for the trials; on a first signal let each save and stop, and on a second leave at once."""
+    asked_at: float | None = None
+    while thread.is_alive():
+        thread.join(POLL_S)
+        if len(signals.received) > 1 or (asked_at is not None and time.monotonic() - asked_at > stop_s):
+            return
+        if signals.first is not None and asked_at is None:
+            asked_at = time.monotonic()
+            work.interrupted = True
+            work.console.say("stopping: trials that run save first; once more to stop at once")
+            for _, _, run in list(work.running.values()):
+                stop_workers(run, "the sweep was asked to stop")
+
+
+def stop_workers(run: Run, reason: str, board: str | None = None) -> None:
+    """Ask a trial's workers to save and stop, where there are any now."""
+    import ray
+
+    from pipeline.cluster.board import board_name
+
+    try:
+        actor = ray.get_actor(board or board_name(run.id, run.current_attempt()), namespace=NAMESPACE)
+        actor.stop.remote(reason)
+    except (ValueError, ray.exceptions.RayError):
+        return  # it is scoring, or gone
+
+
+def _tuner(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...]) -> Any:
+    from ray import tune
+
+    fixed = {"code_folder": os.getcwd(), "more_network_calls": list(more_network_calls)}
+    return tune.Tuner(
+        tune.with_resources(run_trial, {"memory": 1}),  # no CPU: its workers need them
+        tune_config=tune.TuneConfig(
+            search_alg=_search(work, fixed),
+            scheduler=_scheduler(work),
+            num_samples=1_000_000,  # the search says when it is done
+            max_concurrent_trials=max_concurrent,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(work.folder.folder),
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=RESTARTS),
+        ),
+    )
+
+
+def _search(work: Work, fixed: dict[str, Any]) -> Any:
+    from ray.tune.search import Searcher
+
+    class Suggestions(Searcher):  # type: ignore[misc]
+        """What Tune asks for the next trial, and tells of those that ended."""
+
+        def suggest(self, trial_id: str) -> Any:
+            found = work.suggest(trial_id)
+            if isinstance(found, _Done):
+                return Searcher.FINISHED
+            return None if found is None else {"run": str(found.folder), **fixed}
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            if trial_id in work.running:
+                died = "its process was killed, by hand or for want of memory" if error or not result else None
+                work.end(trial_id, result or {}, died)
+
+        def save(self, checkpoint_path: str) -> None:
+            """Keep nothing: the ledger does."""
+
+        def restore(self, checkpoint_path: str) -> None:
+            """Nothing was kept."""
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    return Suggestions()
+
+
+def _scheduler(work: Work) -> Any:
+    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+    class Halt(FIFOScheduler):  # type: ignore[misc]
+        """At each rung, stops the hopeless by asking their workers to save: the trial ends by itself, and gives back what it holds."""
+
+        def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            if work.halving is not None and "rung" in result and trial.trial_id in work.running:
+                _, key, run = work.running[trial.trial_id]
+                if not work.halving.goes_on(result["rung"], key, result["value"]):
+                    stop_workers(run, STOPPED_EARLY, result["board"])
+            return str(TrialScheduler.CONTINUE)
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {}
+
+    return Halt()

@@ -1,0 +1,1 @@
+"""MLflow, behind a spool that training never waits for."""

@@ -1,0 +1,269 @@
+"""Delivery: the events of a spool, put into an MLflow store so that each is there once, whatever died in between.
+
+What makes a second delivery harmless: an MLflow run is looked up by our run id before one is made; a metric with the same step,
+time and value is stored once by MLflow itself; a step that training repeats after a resume is skipped by asking the store for the
+last step of that metric; a picture is skipped where one of its key and step exists; the rest replaces itself.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.redaction import one_line, redact
+from pipeline.tracking.run import RUN_ID_TAG, NoRunError, find_or_make, get_run, prepare_store
+from pipeline.tracking.spool import Event
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
+MAX_METRICS_PER_CALL = 1000
+MAX_PARAMS_PER_CALL = 100
+MAX_DIGEST_LENGTH = 36
+REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
+FILE_KINDS = {"image", "artifact", "model"}
+FILE_TIMEOUT_S = 300
+REDACTED_SUFFIXES = {".json", ".yaml", ".yml", ".txt", ".md", ".log", ".csv", ".html"}
+REDACTED_MAX_BYTES = 4 << 20
+
+
+class RejectedError(Exception):
+    """The store refused an event for good: trying again cannot help."""
+
+
+class DeferredError(Exception):
+    """A file could not be stored now, while the rest can go on."""
+
+
+class Delivery:
+    """A connection to one MLflow store for one run. Every method may raise whatever MLflow raises."""
+
+    def __init__(self, uri: str, run_dir: Path, artifacts: Path | None) -> None:
+        from mlflow import MlflowClient
+
+        self._run_dir = run_dir
+        self._artifacts = artifacts
+        with prepare_store(uri):
+            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self.run_id = ""
+        self.experiment_id = ""
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop what is known about the store's content: another process may have changed it."""
+        self._last_steps: dict[str, int] = {}
+        self._images: set[str] | None = None
+        self._is_new = False
+
+    def attach(self, known: str | None, start: Event | None, our_id: str) -> bool:
+        """Use the run's entry in the store, made now if need be (see `find_or_make`); return whether it was the known one."""
+        self._forget()
+        run, how = find_or_make(self.client, self._artifacts, known, start, our_id)
+        self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
+        self._is_new = how == "made"
+        return how == "known"
+
+    def deliver(self, events: Sequence[Event]) -> None:
+        """Put events into the store: one of any kind, or several of kind `metrics` (see `groups`).
+
+        Raises RejectedError where trying again cannot help, DeferredError where a file cannot be stored although the
+        tracking server answers (its artifact store is another machine's trouble), and otherwise what MLflow raises.
+        """
+        from mlflow.exceptions import MlflowException
+        from requests import RequestException
+        from sqlalchemy.exc import SQLAlchemyError
+
+        kind = events[0]["kind"]
+        try:
+            with _patience(FILE_TIMEOUT_S if kind in FILE_KINDS else None):
+                getattr(self, f"_deliver_{kind}")(events)
+        except RejectedError:
+            raise
+        except Exception as error:
+            self._require_run()
+            if isinstance(error, MlflowException) and error.error_code in REFUSALS:
+                raise RejectedError(one_line(error)) from error
+            if kind in FILE_KINDS:
+                raise DeferredError(one_line(error)) from error
+            if isinstance(error, MlflowException | RequestException | SQLAlchemyError | OSError):
+                raise
+            raise RejectedError(one_line(error)) from error
+
+    def _require_run(self) -> None:
+        run = get_run(self.client, self.run_id)
+        if run is None or run.info.lifecycle_stage == "deleted":
+            raise NoRunError(f"MLflow run {self.run_id} was deleted")
+
+    def _deliver_metrics(self, events: Sequence[Event]) -> None:
+        from mlflow.entities import Metric
+
+        last = dict[str, int]()
+        metrics: list[Metric] = []
+        for event in events:
+            step = event["step"]
+            for key, value in event["values"].items():
+                if event["family"] != "train":
+                    if any(_same(metric, key, step, value) for metric in [*metrics, *self._history(key)]):
+                        continue
+                elif step <= last.get(key, self._last_step(key)):
+                    continue
+                else:
+                    last[key] = step
+                metrics.append(Metric(key, value, event["time"], step))
+        for first in range(0, len(metrics), MAX_METRICS_PER_CALL):
+            self.client.log_batch(self.run_id, metrics=metrics[first : first + MAX_METRICS_PER_CALL], synchronous=True)
+        self._last_steps.update(last)
+
+    def _last_step(self, key: str) -> int:
+        if key not in self._last_steps:
+            history = [] if self._is_new else self._history(key)
+            self._last_steps[key] = max((metric.step for metric in history), default=-1)
+        return self._last_steps[key]
+
+    def _history(self, key: str) -> list[Metric]:
+        return list(self.client.get_metric_history(self.run_id, key))
+
+    def _deliver_start(self, events: Sequence[Event]) -> None:
+        event = events[0]
+        run = self.client.get_run(self.run_id)
+        self.client.update_run(self.run_id, None if event.get("restored") else "RUNNING", event["run_name"])
+        self._log_params(event["params"], run.data.params)
+        tags = {**event["tags"], RUN_ID_TAG: event["our_id"], "mlflow.note.content": event["description"]}
+        self._set_tags(tags)
+        if event["dataset"]:
+            self._log_dataset(event["dataset"])
+
+    def _log_params(self, params: dict[str, str], present: dict[str, str]) -> None:
+        from mlflow.entities import Param
+
+        new = []
+        for name, value in params.items():
+            # a name that `mlflow run` or an earlier start gave another value to is immutable: ours stands beside it
+            for candidate in (name, f"ddpm_pipe.{name}"):
+                if candidate not in present:
+                    new.append(Param(candidate, value))
+                if present.get(candidate, value) == value:
+                    break
+        for first in range(0, len(new), MAX_PARAMS_PER_CALL):
+            self.client.log_batch(self.run_id, params=new[first : first + MAX_PARAMS_PER_CALL], synchronous=True)
+
+    def _log_dataset(self, dataset: dict[str, str]) -> None:
+        from mlflow.data.meta_dataset import MetaDataset
+        from mlflow.data.sources import LocalArtifactDatasetSource
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        source = LocalArtifactDatasetSource(dataset["source"])
+        meta = MetaDataset(source, name=dataset["name"], digest=dataset["fingerprint"][:MAX_DIGEST_LENGTH])
+        tags = [InputTag("mlflow.data.context", dataset["context"])]
+        self.client.log_inputs(self.run_id, [DatasetInput(Dataset.from_dictionary(meta.to_dict()), tags)])
+
+    def _set_tags(self, tags: dict[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        entities = [RunTag(name, value) for name, value in tags.items()]
+        self.client.log_batch(self.run_id, tags=entities, synchronous=True)
+
+    def _deliver_tags(self, events: Sequence[Event]) -> None:
+        self._set_tags(events[0]["tags"])
+
+    def _deliver_image(self, events: Sequence[Event]) -> None:
+        from PIL import Image
+
+        event = events[0]
+        if self._images is None:
+            self._images = (
+                set() if self._is_new else {item.path for item in self.client.list_artifacts(self.run_id, "images")}
+            )
+        # MLflow's own naming: key with ~ for /, step, time, and the small picture for the slider comes last
+        prefix = f"images/{event['key'].replace('/', '~')}+step+{event['step']}+"
+        if any(path.startswith(prefix) and "+compressed" in path for path in self._images):
+            return
+        try:
+            picture = Image.open(self._local(event["path"]))
+        except OSError as error:
+            raise RejectedError(one_line(error)) from error
+        with picture:
+            self.client.log_image(
+                self.run_id, picture, key=event["key"], step=event["step"], timestamp=event["time"], synchronous=True
+            )
+        self._images.add(f"{prefix}+compressed")
+
+    def _deliver_artifact(self, events: Sequence[Event]) -> None:
+        path, folder = self._local(events[0]["path"]), events[0]["folder"]
+        if path.is_file():
+            self._store_file(path, folder)
+            return
+        for file in sorted(item for item in path.rglob("*") if item.is_file()):
+            self._store_file(file, (Path(folder) / file.parent.relative_to(path)).as_posix())
+
+    def _store_file(self, path: Path, folder: str) -> None:
+        """Put one file into the run's artifacts; a text is read for secrets first."""
+        target = None if folder in {"", "."} else folder
+        if path.suffix not in REDACTED_SUFFIXES or path.stat().st_size > REDACTED_MAX_BYTES:
+            self.client.log_artifact(self.run_id, str(path), target)
+            return
+        with tempfile.TemporaryDirectory() as clean:
+            copy = Path(clean) / path.name
+            copy.write_text(redact(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
+            self.client.log_artifact(self.run_id, str(copy), target)
+
+    def _deliver_model(self, events: Sequence[Event]) -> None:
+        from pipeline.tracking.model import log_model
+
+        event = events[0]
+        log_model(
+            self.client, self.run_id, self.experiment_id, self._local(event["folder"]), event["name"], event["step"]
+        )
+
+    def _deliver_finish(self, events: Sequence[Event]) -> None:
+        self.client.set_terminated(self.run_id, events[0]["status"], events[0]["time"])
+
+    def _local(self, path: str) -> Path:
+        """Return the file of an event; paths inside the run folder are kept relative to it, so that it may be moved."""
+        found = self._run_dir / path
+        if not found.exists():
+            raise RejectedError(f"{found}: is no longer there")
+        return found
+
+
+def _same(metric: Metric, key: str, step: int, value: float) -> bool:
+    equal = metric.value == value or (math.isnan(metric.value) and math.isnan(value))
+    return equal and metric.key == key and metric.step == step
+
+
+def groups(events: Sequence[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:
+    """Yield what one call delivers, with the offset behind it: runs of metrics up to the limit, whole records; else one event."""
+    batch: list[Event] = []
+    count = end = 0
+    for event, offset in events:
+        size = len(event["values"]) if event.get("kind") == "metrics" else 0
+        if batch and (not size or count + size > MAX_METRICS_PER_CALL):
+            yield batch, end
+            batch, count = [], 0
+        end = offset
+        if size:
+            batch.append(event)
+            count += size
+        else:
+            yield ([event] if event else []), offset
+    if batch:
+        yield batch, end
+
+
+@contextmanager
+def _patience(timeout_s: int | None) -> Iterator[None]:
+    """Let a server take its time over a large file; MLflow reads the variable at each call, and only here is it called."""
+    before = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
+    if timeout_s is None or before is None:
+        yield
+        return
+    os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(max(timeout_s, int(before)))
+    try:
+        yield
+    finally:
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = before

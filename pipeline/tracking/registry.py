@@ -1,0 +1,105 @@
+"""The MLflow Model Registry: the best model of a dataset under an alias that says by what it is the best."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.metrics.metric_identity import LUCK
+from pipeline.redaction import one_line
+
+log = logging.getLogger(__name__)
+VALUE_TAG = "ddpm_pipe.value"
+
+
+def alias_of(identity: Mapping[str, Any]) -> str:
+    """Return an alias such as `best-fid-classifier-n559-ddim50-1a2b3c4d`: the same for values that compare, and for no others."""
+    kept = {name: value for name, value in identity.items() if name != "generation"}
+    generation = dict(identity.get("generation", {}))
+    kept["generation"] = {name: value for name, value in generation.items() if f"generation.{name}" not in LUCK}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    words = [
+        "best",
+        identity["metric"],
+        identity.get("extractor", ""),
+        f"n{identity['num_images']}" if "num_images" in identity else "",
+    ]
+    words += [f"{generation['sampler']}{generation['steps']}"] if generation else []
+    text = "-".join(re.sub(r"[^A-Za-z0-9]+", "-", str(word)) for word in words if word)
+    return f"{text}-{digest}"
+
+
+def register(
+    uri: str,
+    mlflow_run_id: str,
+    name: str,
+    alias: str,
+    *,
+    value: float,
+    about: Mapping[str, str],
+    identity: Mapping[str, Any],
+) -> str | None:
+    """Register a run's logged model, and give it the alias unless the model that has it scored lower; return one line on what was done.
+
+    Registering the same model again changes nothing. None where the store is away or has no model of the run.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    try:
+        run = client.get_run(mlflow_run_id)
+        models = client.search_logged_models([run.info.experiment_id], f"source_run_id = '{mlflow_run_id}'")
+        if not models:
+            return None
+        version = _version(client, name, mlflow_run_id, models[0].model_id)
+        tags = {f"ddpm_pipe.{key}": text for key, text in about.items()}
+        tags |= {VALUE_TAG: repr(value), "ddpm_pipe.identity": json.dumps(identity)}
+        for key, text in tags.items():
+            client.set_model_version_tag(name, version, key, text)
+        client.update_model_version(
+            name,
+            version,
+            f"{about.get('point', '')}: {about.get('metric', '')} {value:.4g}, from sweep {about.get('sweep', '')}",
+        )
+        holder = _holder(client, name, alias)
+        if holder is not None and holder[0] != version and holder[1] < value:
+            return f"registered models:/{name}/{version}; @{alias} stays with version {holder[0]}, which scored {holder[1]:.4g}"
+        client.set_registered_model_alias(name, alias, version)
+    except (MlflowException, OSError) as error:
+        log.warning("the model registry: %s", one_line(error))
+        return None
+    return f"registered models:/{name}@{alias} (version {version})"
+
+
+def _version(client: Any, name: str, mlflow_run_id: str, model_id: str) -> str:
+    """Return the version of a run's model, made now unless it is there."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(
+            name, description="Denoising diffusion models, by ddpm-pipe; aliases say by what each is the best."
+        )
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.run_id == mlflow_run_id:
+            return str(version.version)
+    made = client.create_model_version(name, f"models:/{model_id}", run_id=mlflow_run_id, model_id=model_id)
+    return str(made.version)
+
+
+def _holder(client: Any, name: str, alias: str) -> tuple[str, float] | None:
+    """Return version and value of the model that has an alias."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = client.get_model_version_by_alias(name, alias)
+    except MlflowException:
+        return None
+    return str(version.version), float(version.tags.get(VALUE_TAG, "nan"))

@@ -1,0 +1,105 @@
+"""The MLflow run that belongs to a run folder: the one known, the one tagged with our id, or a new one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipeline.errors import StorageError
+from pipeline.tracking.spool import Event
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+RUN_ID_TAG = "ddpm_pipe.run_id"
+
+
+class NoRunError(Exception):
+    """There is no MLflow run to deliver to, and none can be made now."""
+
+
+def find_or_make(
+    client: MlflowClient, artifacts: Path | None, known: str | None, start: Event | None, our_id: str
+) -> tuple[Run, Literal["known", "found", "made"]]:
+    """Return the MLflow run, and whether it is the `known` one, was found by our id, or was made.
+
+    Raises NoRunError where somebody deleted it, or there is no start event to make one from.
+    """
+    run, how = get_run(client, known), "known"
+    if run is None:
+        if start is None:
+            raise NoRunError("the spool says nothing of the run's start; sync where the training was started")
+        experiment_id = make_experiment(client, artifacts, start["experiment"])
+        run, how = get_run(client, start.get("mlflow_run_id")) or _tagged(client, experiment_id, our_id), "found"
+        if run is None:
+            run, how = client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"]), "made"
+    if run.info.lifecycle_stage == "deleted":
+        restore = f"mlflow runs restore --run-id {run.info.run_id}"
+        raise NoRunError(f"MLflow run {run.info.run_id} was deleted; `{restore}` brings it back")
+    return run, how  # type: ignore[return-value]
+
+
+def get_run(client: MlflowClient, run_id: str | None) -> Run | None:
+    """Return the run of MLflow's id, deleted ones too; None where the store has none."""
+    from mlflow.exceptions import MlflowException
+
+    if not run_id:
+        return None
+    try:
+        return client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+
+
+def _tagged(client: MlflowClient, experiment_id: str, our_id: str) -> Run | None:
+    found = client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{our_id}'", max_results=1)
+    return found[0] if found else None
+
+
+def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:
+    """Return the experiment's id. A local store's artifacts get their place here: MLflow's default is the current folder."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        folder = re.sub(r"[^A-Za-z0-9._-]", "-", name)
+        location = None if artifacts is None else (artifacts / folder).as_uri()
+        try:
+            return str(client.create_experiment(name, artifact_location=location))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run's process was faster
+                raise
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage == "deleted":
+        raise NoRunError(f"experiment {name!r} was deleted in MLflow; restore it there (`mlflow experiments restore`)")
+    return str(experiment.experiment_id)
+
+
+@contextmanager
+def prepare_store(uri: str) -> Iterator[None]:
+    """Make a SQLite store readable by its owner alone, and let one process at a time set up its tables."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise StorageError(
+            f"{path}: cannot be written ({error.strerror}); make it writable, or set DDPM_PIPE_HOME"
+        ) from error
+    lock = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)

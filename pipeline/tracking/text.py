@@ -1,0 +1,122 @@
+"""The description of a run in MLflow's pages: what it was, what came out, and the command that does it again."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.storage.runs import RunRecord
+
+YARDSTICK = "yardstick_"
+
+
+def describe(record: RunRecord, summary: Mapping[str, Any]) -> str:
+    """Return Markdown for a reader who has only this page; `summary` holds figures by name, yardsticks among them."""
+    parts = [
+        _opening(record),
+        _settings(record),
+        "### What came out",
+        _results(summary),
+        "### Do it again",
+        _again(record),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _opening(record: RunRecord) -> str:
+    if record.imported_from:
+        return f"**{record.name}**: a denoising diffusion model that was trained elsewhere, imported from `{record.imported_from}`."
+    training = record.experiment.get("training", {})
+    kind = "variational autoencoder" if _is_vae(record) else "denoising diffusion model"
+    return (
+        f"**{record.name}**: a {kind} of the images of `{_dataset(record)}`, "
+        f"{_get(training, 'steps')} steps at a batch of {_get(training, 'batch_size')}."
+    )
+
+
+def _settings(record: RunRecord) -> str:
+    model, diffusion, training, sampling = (
+        record.experiment.get(section, {}) for section in ("model", "diffusion", "training", "sampling")
+    )
+    network = _get(model, "type")
+    if network == "unet":
+        multipliers = ", ".join(str(m) for m in model.get("channel_multipliers", []))
+        network = f"U-Net, {_get(model, 'channels')} channels x ({multipliers}), dropout {_get(model, 'dropout')}"
+    if _is_vae(record):
+        network = f"VAE, {_get(model, 'channels')} channels, a code of {_get(model, 'latent_dim')} numbers"
+    rows = {
+        "dataset": f"`{_dataset(record)}`, fingerprint `{str(record.dataset.get('fingerprint', ''))[:16]}`",
+        "network": network,
+        "schedule": f"{_get(diffusion, 'schedule')}, T = {_get(diffusion, 'num_timesteps')}",
+        "predicts": f"{_get(diffusion, 'prediction')}; variance {_get(diffusion, 'variance')}",
+        "minimises": f"{training.get('objective', 'simple')}, timesteps {training.get('timestep_sampling', 'uniform')}",
+        "training": f"learning rate {_get(training, 'learning_rate')}, EMA {_get(training, 'ema_decay')}, "
+        f"{_get(training, 'precision')}, seed {_get(record.experiment, 'seed')}",
+        "sampling": f"{_get(sampling, 'sampler')}, {_get(sampling, 'steps')} steps",
+    }
+    if _is_vae(record):
+        rows = {
+            name: text for name, text in rows.items() if name not in ("schedule", "predicts", "minimises", "sampling")
+        }
+    return _table(("setting", "value"), rows)
+
+
+def _is_vae(record: RunRecord) -> bool:
+    return _get(record.experiment.get("model", {}), "type") == "vae"
+
+
+def _results(summary: Mapping[str, Any]) -> str:
+    """Return a table of the figures, each with its yardsticks (`yardstick_<kind>_<figure>`) beside it."""
+    if not summary:
+        return "Nothing is scored yet."
+    figures = [name for name in summary if not name.startswith(YARDSTICK)]
+    yardsticks = {name: value for name, value in summary.items() if name.startswith(YARDSTICK)}
+    kinds = list(dict.fromkeys(kind for name in yardsticks for kind in [_kind(name, figures)] if kind))
+    head = ["figure", "this model", *(kind.replace("_", " ") for kind in kinds)]
+    rows = [
+        [
+            f"`{name}`",
+            _figure(summary[name]),
+            *(_figure(yardsticks.get(f"{YARDSTICK}{kind}_{name}", "")) for kind in kinds),
+        ]
+        for name in figures
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    return "\n".join(lines) + "\n\nYardsticks are what the same measurement says of images that were not generated."
+
+
+def _kind(name: str, figures: list[str]) -> str:
+    """Return what a yardstick is: `real_half` of `yardstick_real_half_fid_classifier_n559`; "" of no known figure."""
+    fits = [figure for figure in figures if name.endswith(f"_{figure}")]
+    return name.removeprefix(YARDSTICK).removesuffix(f"_{max(fits, key=len)}") if fits else ""
+
+
+def _again(record: RunRecord) -> str:
+    words = list(record.command)
+    if words and not words[0].endswith("ddpm-pipe"):
+        words.insert(0, "ddpm-pipe")
+    libraries = ", ".join(f"{name} {record.libraries[name]}" for name in ("torch", "ray") if name in record.libraries)
+    return (
+        f"```\n{shlex.join(words)}\n```\n\n"
+        f"Code {record.code_version}; {libraries}; settings `{record.config_hash}`. "
+        f"More of this run: `ddpm-pipe sample {record.id}`, `ddpm-pipe evaluate {record.id}`, `ddpm-pipe resume {record.id}`."
+    )
+
+
+def _dataset(record: RunRecord) -> str:
+    return str(record.dataset.get("name") or record.dataset.get("path", "?"))
+
+
+def _get(section: Any, key: str) -> str:
+    value = section.get(key) if isinstance(section, Mapping) else None
+    return "all" if key == "steps" and value is None else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    return "\n".join(lines + [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()])

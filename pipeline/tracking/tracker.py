@@ -1,0 +1,283 @@
+"""Tracking: what a run did, in MLflow, without training ever waiting for it.
+
+A `Tracker` appends events to the spool of the run folder and returns; one daemon thread delivers them in order and in batches.
+A server that is away costs nothing: the events stay, and `sync` delivers them later, each once.
+"""
+
+from __future__ import annotations
+
+import getpass
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline.errors import TrackingError, UsageError
+from pipeline.redaction import one_line, public_uri, redact, redact_value
+from pipeline.storage.home import artifacts_dir, default_tracking_uri
+from pipeline.tracking.spool import Event, Spool
+from pipeline.tracking.writer import Writer
+
+if TYPE_CHECKING:
+    from pipeline.settings.cluster_profile import Profile
+
+log = logging.getLogger(__name__)
+
+Family = Literal["train", "result"]
+MAX_VALUE_LENGTH = 6000  # MLflow's limit for parameters
+
+
+@dataclass(frozen=True)
+class TrackingSettings:
+    """Where runs are recorded.
+
+    `artifacts` is the folder of a local store's artifacts, None where a server decides. `strict` makes a store that is
+    away an error: at the start after `start_timeout_s`, and at the end.
+    """
+
+    uri: str
+    experiment: str = "ddpm"
+    artifacts: Path | None = None
+    strict: bool = False
+    mlflow_run_id: str | None = None
+    batch_interval_s: float = 1.0
+    start_timeout_s: float = 15.0
+
+    @classmethod
+    def resolve(
+        cls, home: Path, uri: str | None = None, experiment: str = "ddpm", strict: bool = False
+    ) -> TrackingSettings:
+        """Return the settings: the run that `mlflow run` opened if there is one, else `uri` (the profile's), else
+        MLFLOW_TRACKING_URI, else the SQLite store of the home folder.
+
+        Takes MLFLOW_RUN_ID out of the environment: a process started from here must not use that run by accident.
+        """
+        opened = os.environ.pop("MLFLOW_RUN_ID", None)
+        environment = os.environ.get("MLFLOW_TRACKING_URI")
+        chosen = (environment or uri) if opened else (uri or environment)
+        address = _absolute(chosen) if chosen else default_tracking_uri(home)
+        local = address.startswith("sqlite:")
+        return cls(address, experiment, artifacts_dir(home).absolute() if local else None, strict, opened)
+
+    @classmethod
+    def of_profile(cls, home: Path, profile: Profile) -> TrackingSettings:
+        """Return the settings of runs under a cluster profile."""
+        return cls.resolve(home, profile.mlflow.tracking_uri, profile.mlflow.experiment, profile.mlflow.strict)
+
+
+@dataclass(frozen=True)
+class TrackedDataset:
+    """The dataset as MLflow shows it: `fingerprint` is our manifest's, `source` a path or address."""
+
+    name: str
+    fingerprint: str
+    source: str
+    context: str = "training"
+
+
+class Tracker:
+    """Records one run. Every recording method returns at once and never raises for the store's sake."""
+
+    def __init__(self, run_dir: Path, settings: TrackingSettings) -> None:
+        self._run_dir = run_dir
+        self._settings = settings
+        self._spool = Spool(run_dir / "spool")
+        self._token = secrets.token_hex(4)
+        self._count = 0
+        self._start: Event | None = None
+        self._writer = Writer(
+            run_dir, settings.uri, settings.artifacts, self._spool, self._token, settings.batch_interval_s
+        )
+
+    # recording
+
+    def start(
+        self,
+        experiment_name: str,
+        run_name: str,
+        tags: Mapping[str, str],
+        params: Mapping[str, Any],
+        description: str,
+        dataset: TrackedDataset | None = None,
+    ) -> None:
+        """Open the MLflow run: params are flat, with dotted names. Strict: TrackingError where the store does not answer."""
+        self._append(
+            "start",
+            our_id=self._run_dir.name,
+            experiment=experiment_name,
+            run_name=run_name,
+            tags={**_source_tags(tags.get("code_version", "")), **_clean_tags(tags)},
+            params={_clean_name(name): _clean_param(name, value) for name, value in params.items()},
+            description=redact(description),
+            dataset=None if dataset is None else {key: redact(value) for key, value in asdict(dataset).items()},
+            mlflow_run_id=self._settings.mlflow_run_id,
+        )
+        if self._settings.strict and not self.flush(self._settings.start_timeout_s, patient=True):
+            raise TrackingError(self._complaint("does not take the run"))
+
+    def metrics(self, step: int, values: Mapping[str, float], family: Family = "train") -> None:
+        """Record figures of one step.
+
+        Family `train` is what a resumed training logs again: steps that the store has are skipped. Family `result` is
+        measured on purpose, so another value at the same step is kept too.
+        """
+        kept = {}
+        for name, value in values.items():
+            try:
+                kept[_clean_name(name)] = float(value)
+            except (TypeError, ValueError):
+                log.warning("tracking: %s = %r is no number and is not recorded", name, value)
+        if kept:
+            self._append("metrics", step=int(step), values=kept, family=family)
+
+    def image(self, key: str, step: int, path: Path) -> None:
+        """Record a picture for the step slider. The file must stay where it is until it is delivered."""
+        self._append("image", key=re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key), step=int(step), path=self._path(path))
+
+    def artifact(self, path: Path, folder: str = "") -> None:
+        """Record a file or folder under a folder of the run's artifacts; small text files with secrets removed."""
+        self._append("artifact", path=self._path(path), folder=folder)
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags of the run; a later value replaces an earlier one."""
+        self._append("tags", tags=_clean_tags(tags))
+
+    def describe(self, description: str) -> None:
+        """Replace the run's description (Markdown)."""
+        self._append("tags", tags={"mlflow.note.content": redact(description)})
+
+    def model(self, folder: Path, step: int, name: str = "ddpm") -> None:
+        """Record the model folder (what `pipeline.storage.checkpoint.load_model` reads) as an MLflow model without pickle."""
+        self._append("model", folder=self._path(folder), step=int(step), name=name)
+
+    def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
+        """Close the MLflow run; `start` opens it again."""
+        self._append("finish", status=str(status))
+
+    # delivering
+
+    @property
+    def problem(self) -> str | None:
+        """One line on what keeps events from being delivered now; None where nothing does."""
+        return self._writer.problem
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """MLflow's id of the run, once there is one."""
+        return self._spool.position().mlflow_run_id
+
+    def undelivered(self) -> list[Event]:
+        """Return the events that no store is known to have, for a checkpoint; `restore` on another machine merges them."""
+        position = self._spool.position()
+        pending = self._spool.pending(position)
+        start = self._start = self._start or self._spool.last_start()
+        if start is not None and all(event["id"] != start["id"] for event in pending):
+            pending.insert(0, {**start, "restored": True})
+        return pending
+
+    def restore(self, events: Iterable[Event]) -> None:
+        """Merge events of a checkpoint into the spool; those it holds are left alone. Call it before recording anything."""
+        present = {event["id"] for event in self._spool.events()}
+        for event in events:
+            if event["id"] not in present:
+                self._spool.append(event)
+        self._writer.start()
+
+    def flush(self, timeout: float = 60.0, patient: bool = False) -> bool:
+        """Wait until all that was recorded is delivered, and return whether it is.
+
+        Returns early where the store is found to be away, unless `patient`.
+        """
+        return self._writer.drain(timeout, patient)
+
+    def close(self, timeout: float = 60.0) -> bool:
+        """Deliver what is left, stop, and return whether everything was delivered.
+
+        A store that is away costs a few seconds at most. Strict: TrackingError where something is left.
+        """
+        done = self._writer.drain(timeout)
+        self._writer.stop()
+        if not done:
+            complaint = self._complaint("has not taken everything")
+            if self._settings.strict:
+                raise TrackingError(complaint)
+            log.warning("%s", complaint)
+        return done
+
+    def _complaint(self, what: str) -> str:
+        reason = self.problem or "no answer yet"
+        return (
+            f"tracking: {public_uri(self._settings.uri)} {what} ({reason}); nothing is lost, "
+            f"deliver it later with `ddpm-pipe sync {self._run_dir.name}`"
+        )
+
+    def _append(self, kind: str, **fields: Any) -> None:
+        self._count += 1
+        event = {"id": f"{self._token}-{self._count}", "kind": kind, "time": time.time_ns() // 1_000_000, **fields}
+        self._spool.append(event)
+        self._writer.start()
+
+    def _path(self, path: Path) -> str:
+        path = path.absolute()
+        return str(path.relative_to(self._run_dir)) if path.is_relative_to(self._run_dir) else str(path)
+
+
+def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> int:
+    """Deliver what a run's spool still holds and return the number of events; TrackingError where the store is away."""
+    spool = Spool(run_dir / "spool")
+    writer = Writer(run_dir, settings.uri, settings.artifacts, spool, secrets.token_hex(4))
+    pending = len(spool.pending(writer.position()))
+    try:
+        writer.deliver_all(timeout)
+    except Exception as error:
+        raise TrackingError(
+            f"tracking: {public_uri(settings.uri)} cannot be used ({one_line(error)}); "
+            f"check the address and run `ddpm-pipe sync {run_dir.name}` again"
+        ) from error
+    return pending
+
+
+def _absolute(uri: str) -> str:
+    """Return the address with an absolute path for SQLite; file stores are refused as MLflow itself refuses them."""
+    if uri.startswith("sqlite:///"):
+        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute().as_posix()}"
+    if re.match(r"^[a-z][a-z0-9+.-]*://", uri) and not uri.startswith("file:"):
+        return uri
+    raise UsageError(
+        f"tracking address {public_uri(uri)!r}: expected http(s)://..., sqlite:///... or a database; "
+        "MLflow no longer writes to plain folders"
+    )
+
+
+def _source_tags(code_version: str) -> dict[str, str]:
+    """Return what MLflow's list of runs shows in its columns: user, program, commit."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        user = "unknown"
+    tags = {"mlflow.user": user, "mlflow.source.name": "ddpm-pipe", "mlflow.source.type": "LOCAL"}
+    commit = re.search(r"[0-9a-f]{40}", code_version)
+    return tags | ({"mlflow.source.git.commit": commit[0]} if commit else {})
+
+
+def _clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {_clean_name(name): redact_value(name, str(value)) for name, value in tags.items()}
+
+
+def _clean_name(name: str) -> str:
+    """MLflow's alphabet for names, and its limit."""
+    return re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)[:250]
+
+
+def _clean_param(name: str, value: Any) -> str:
+    text = redact_value(name, value if isinstance(value, str) else json.dumps(value, default=str))
+    if len(text) <= MAX_VALUE_LENGTH:
+        return text
+    note = f"... ({len(text)} characters; the whole value is in the run's experiment file)"
+    return text[: MAX_VALUE_LENGTH - len(note)] + note

@@ -1,0 +1,273 @@
+"""The one place that decides device, backend, precision, compilation and the like; nothing else in the code asks.
+
+What changes a result is the experiment's to say (`training.precision`, `tf32`, `channels_last`, `compile`, `deterministic`); what a
+machine permits is the profile's (`precisions`, `compile`, `cuda_graphs`); what it can do, torch is asked once (`Capabilities`). `decide`
+makes one `Compute` of the three, and is a pure function. The GPU's path has the shape of the CPU's: the same calls, other values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import ClusterError, UsageError
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import Experiment, Precision
+
+BF16_FROM = (8, 0)  # Ampere; torch emulates bf16 on older GPUs, slowly
+COMPILER_FROM = (7, 0)  # Triton, which torch.compile writes GPU code with
+LossScaler = torch.amp.GradScaler
+AUTOCAST = {Precision.FP32: None, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a machine can do, as one of its workers finds it: GPUs, their compute capability, NCCL."""
+
+    num_gpus: int = 0
+    gpu_version: tuple[int, int] = (0, 0)  # of the least capable one; (9, 0) is an H100
+    nccl: bool = False
+
+    @classmethod
+    def of_this_machine(cls) -> Capabilities:
+        """Ask torch."""
+        count = num_gpus()
+        versions = [torch.cuda.get_device_capability(index) for index in range(count)]
+        return cls(count, min(versions, default=(0, 0)), torch.distributed.is_nccl_available())
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How the arithmetic of one worker is done."""
+
+    device: torch.device
+    backend: str  # of torch.distributed
+    autocast_dtype: torch.dtype | None
+    compile: bool
+    channels_last: bool
+    threads: int
+    tf32: bool = False
+    deterministic: bool = False
+    cuda_graphs: bool = False
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def precision(self) -> Precision:
+        """The arithmetic of the network."""
+        return next(name for name, dtype in AUTOCAST.items() if dtype == self.autocast_dtype)
+
+    def start(self) -> None:
+        """Set what torch keeps per process: threads, what float32 means, and whether kernels must repeat."""
+        torch.set_num_threads(self.threads)
+        if self.on_gpu:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.allow_tf32 = self.tf32
+            torch.backends.cuda.matmul.allow_tf32 = self.tf32
+            # the fastest convolution is found by trying, which can end differently in each process
+            torch.backends.cudnn.benchmark = not self.deterministic
+            torch.backends.cudnn.deterministic = self.deterministic
+            if self.deterministic:
+                os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+            # a network of one's own may use an operation that has no other form: it is warned of, not stopped
+            torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a network to the device, in the memory format chosen."""
+        memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
+        return model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+    def send(self, tensor: Tensor) -> Tensor:
+        """Copy a host tensor to the device without waiting where that is possible (from pinned memory)."""
+        return tensor.to(self.device, non_blocking=self.on_gpu)
+
+    def wait(self) -> None:
+        """Wait until the device has done what it was given: before looking at a clock."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+    @property
+    def name(self) -> str:
+        """The device as people call it: "NVIDIA H100", or "CPU, 2 threads"."""
+        if self.on_gpu:
+            return torch.cuda.get_device_name(self.device)
+        return f"CPU, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+    @property
+    def pin_memory(self) -> bool:
+        """Whether batches are prepared in page-locked memory, from which a GPU copies by itself."""
+        return self.on_gpu
+
+    @property
+    def ddp_devices(self) -> list[torch.device] | None:
+        """`device_ids` of DistributedDataParallel."""
+        return [self.device] if self.on_gpu else None
+
+    def optimizer(self, parameters: Any, **settings: Any) -> torch.optim.Optimizer:
+        """Return AdamW (with no weight decay it is Adam) with one fused kernel for all parameters, which both kinds of device have."""
+        return torch.optim.AdamW(parameters, fused=True, **settings)
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Return the context in which the network is called."""
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    def loss_scaler(self) -> LossScaler:
+        """Return what keeps small fp16 gradients from vanishing; it does nothing in other precisions."""
+        return LossScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
+
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """Return the network as it is to be called: compiled where asked, its kernels replayed as CUDA graphs where permitted."""
+        if not self.compile:
+            return network
+        return torch.compile(network, mode="reduce-overhead" if self.cuda_graphs else None)  # type: ignore[return-value]
+
+    def begin_step(self) -> None:
+        """Say that what the network returned in earlier steps is no longer needed: CUDA graphs write over it."""
+        if self.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+
+
+def require_permission(experiment: Experiment, profile: Profile) -> None:
+    """Refuse what the profile forbids, whatever the machine can do (UsageError). Looks at no hardware."""
+    training = experiment.training
+    if training.precision is not Precision.MIXED and training.precision not in profile.precisions:
+        allowed = ", ".join(profile.precisions)
+        raise UsageError(
+            f"training.precision: got {training.precision}, but profile {profile.name!r} allows {allowed}; "
+            f"choose another profile or -s training.precision={profile.precisions[0]}"
+        )
+    if training.compile and not profile.compile:
+        raise UsageError(f"training.compile: profile {profile.name!r} does not allow it; use -s training.compile=false")
+
+
+def decide(
+    capabilities: Capabilities, experiment: Experiment, profile: Profile, num_workers: int, gpu: int = 0
+) -> Compute:
+    """Decide for one training worker of `num_workers`, which was given the GPU of that index if the profile gives it one.
+
+    Raises UsageError where profile or hardware forbid what the experiment asks, ClusterError where a GPU is asked for and absent.
+    """
+    require_permission(experiment, profile)
+    training = experiment.training
+    device = _device(capabilities, profile, gpu)
+    on_gpu = device.type == "cuda"
+    precision = _precision(capabilities, training.precision, profile, on_gpu=on_gpu)
+    if training.compile and on_gpu and capabilities.gpu_version < COMPILER_FROM:
+        raise UsageError(
+            f"training.compile: this GPU has compute capability {_dotted(capabilities.gpu_version)}, the compiler needs "
+            f"{_dotted(COMPILER_FROM)}; use -s training.compile=false"
+        )
+    # gradients of several micro-batches add up in memory that a replayed graph would write over
+    graphs = on_gpu and training.compile and profile.cuda_graphs and training.micro_batch_size is None
+    return Compute(
+        device=device,
+        backend=backend_of(profile) if capabilities.nccl else "gloo",
+        autocast_dtype=AUTOCAST[precision],
+        compile=training.compile,
+        channels_last=training.channels_last,
+        threads=profile.threads(num_workers),
+        tf32=on_gpu and training.tf32,
+        deterministic=on_gpu and training.deterministic,
+        cuda_graphs=graphs,
+    )
+
+
+def training_compute(experiment: Experiment, profile: Profile, num_workers: int, gpu: int = 0) -> Compute:
+    """Decide for a training worker of this machine; see `decide`."""
+    return decide(Capabilities.of_this_machine(), experiment, profile, num_workers, gpu)
+
+
+def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, here: bool = True) -> Compute:
+    """Decide for generating images: full float32, so that files repeat.
+
+    In one of `num_workers` workers; with `here=False` for a process that prepares and sums up, whose machine may be without a GPU.
+    """
+    found = Capabilities.of_this_machine()
+    device = _device(found, profile, gpu) if here or found.num_gpus else torch.device("cpu")
+    return Compute(
+        device,
+        backend_of(profile),
+        None,
+        compile=False,
+        channels_last=False,
+        threads=profile.threads(num_workers),
+        deterministic=device.type == "cuda",
+    )
+
+
+def serving_compute() -> Compute:
+    """Decide for a model loaded outside this program, where there is no profile: the GPU if there is one, and torch's own settings."""
+    device = torch.device("cuda" if num_gpus() else "cpu")
+    return Compute(device, "gloo", None, compile=False, channels_last=False, threads=torch.get_num_threads())
+
+
+def backend_of(profile: Profile) -> str:
+    """Return what the workers of a profile talk over: NCCL needs a whole GPU for each, gloo anything."""
+    return "nccl" if profile.resources_per_worker.GPU >= 1 else "gloo"
+
+
+def num_gpus() -> int:
+    """Return the number of GPUs that this process sees."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+@contextlib.contextmanager
+def exact_inference() -> Iterator[None]:
+    """Run a network without gradients, and float32 as float32: TF32 would shift the features that GPUs compute."""
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        with (
+            torch.inference_mode(),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def _device(capabilities: Capabilities, profile: Profile, index: int) -> torch.device:
+    """Return the CPU, or a GPU of this process; or say that there is none and which profile to use instead."""
+    if not profile.use_gpu:
+        return torch.device("cpu")
+    if index >= capabilities.num_gpus:
+        have = f"{capabilities.num_gpus} GPUs" if capabilities.num_gpus else "none"
+        raise ClusterError(
+            f"profile {profile.name!r} asks for GPUs, but this machine has {have}; use --cluster local to train on its CPUs"
+        )
+    return torch.device("cuda", index)
+
+
+def _precision(capabilities: Capabilities, asked: Precision, profile: Profile, *, on_gpu: bool) -> Precision:
+    """Return the arithmetic, of which `mixed` leaves the choice to the device; UsageError where the device has it not."""
+    has_bf16 = not on_gpu or capabilities.gpu_version >= BF16_FROM
+    if asked is Precision.MIXED:
+        half = [Precision.BF16] if has_bf16 else []
+        for precision in (*half, Precision.FP16):
+            if precision in profile.precisions:
+                return precision
+        able = "bf16 or fp16" if has_bf16 else "fp16"
+        raise UsageError(
+            f"training.precision: got mixed, but profile {profile.name!r} does not allow {able}; use -s training.precision=fp32"
+        )
+    if asked is Precision.BF16 and not has_bf16:
+        raise UsageError(
+            f"training.precision: got bf16, which this GPU (compute capability {_dotted(capabilities.gpu_version)}) does not "
+            "compute; use -s training.precision=fp16, or mixed to leave the choice to the GPU"
+        )
+    return asked
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"

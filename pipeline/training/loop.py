@@ -1,0 +1,217 @@
+"""The training loop: learning rate, loss, gradient, clip, step, average. Torch only; the caller's `for` body does everything else."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ddpm import (
+    LossAwareTimesteps,
+    TimestepSampler,
+    UniformTimesteps,
+    WeightAverage,
+)
+from pipeline.data.batches import Batch, PlacedBatch
+from pipeline.errors import DivergedError
+from pipeline.settings.config import TrainingConfig
+from pipeline.training.averages import make_averages
+from pipeline.training.device import Compute, LossScaler
+from pipeline.training.models import Loss
+from pipeline.training.randomness import seed_dropout
+
+LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left to gain
+
+
+@dataclass
+class Learner:
+    """What training changes: the weights, the optimizer's moments, the averages of the weights, the losses that loss-aware timesteps
+    remember, and the number of steps done. The first average is the one that is sampled.
+
+    The scaler is fp16's: its state travels with the checkpoint, or a resumed training would scale anew. In other precisions it is idle.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    averages: dict[str, WeightAverage]
+    timesteps: TimestepSampler
+    scaler: LossScaler
+    step: int = 0
+
+    @classmethod
+    def create(cls, model: nn.Module, settings: TrainingConfig, num_timesteps: int, compute: Compute) -> Learner:
+        """Return a learner at step 0 for a network that is on its device already."""
+        optimizer = compute.optimizer(
+            model.parameters(),
+            lr=settings.learning_rate,
+            betas=settings.adam_betas,
+            eps=settings.adam_eps,
+            weight_decay=settings.weight_decay,
+        )
+        kind = LossAwareTimesteps if settings.timestep_sampling == "loss_aware" else UniformTimesteps
+        return cls(model, optimizer, make_averages(model, settings), kind(num_timesteps), compute.loss_scaler())
+
+    @property
+    def ema(self) -> WeightAverage:
+        """The average that is sampled."""
+        return self.averages["ema"]
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return everything that a checkpoint must hold, as named groups of tensors."""
+        moments: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                moments[f"{key}/{name}"] = value
+        averages = {name: dict(average.shadow) for name, average in self.averages.items()}
+        history = self.timesteps.state_dict()
+        return {"model": dict(self.model.state_dict()), "optimizer": moments, **averages} | (
+            {"timesteps": history} if history else {}
+        )
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
+        """Go back to what `tensors` returned at a step."""
+        self.model.load_state_dict(tensors["model"])
+        for name, average in self.averages.items():
+            average.load_state_dict({"num_updates": step, "shadow": tensors[name]})  # one update a step
+        self.timesteps.load_state_dict(tensors.get("timesteps", {}))
+        moments: dict[str, dict[str, Tensor]] = {}
+        for key, value in tensors["optimizer"].items():
+            kind, _, name = key.partition("/")
+            moments.setdefault(name, {})[kind] = value
+        for name, parameter in self.model.named_parameters():
+            if name in moments:
+                self.optimizer.state[parameter] = {
+                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
+                    for key, value in moments[name].items()
+                }
+        self.step = step
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One finished step of one worker; losses, timesteps and the gradient's norm stay on the device until somebody looks."""
+
+    step: int  # steps done, this one included
+    losses: Tensor  # float32 [b]
+    weights: Tensor  # float32 [b]: 1, or what makes the mean loss unbiased where timesteps are not drawn uniformly
+    timesteps: Tensor  # int64 [b]
+    grad_norm: Tensor  # over all workers, before clipping
+    learning_rate: float
+    scaler: LossScaler
+
+    def require_finite(self) -> None:
+        """Raise DivergedError unless this step's gradient was finite; the norm is the same on every worker, so all raise together.
+
+        In fp16 the optimizer left out such a step, and the loss is scaled by half as much from then on: to be expected now and then,
+        but divergence once the scale has collapsed.
+        """
+        if torch.isfinite(self.grad_norm):
+            return
+        if not self.scaler.is_enabled():
+            raise DivergedError(
+                f"training diverged at step {self.step}: gradient norm is {self.grad_norm.item()} at learning rate "
+                f"{self.learning_rate:.3g}; lower training.learning_rate, or raise training.warmup_steps"
+            )
+        scale = self.scaler.get_scale()
+        if scale < LEAST_LOSS_SCALE:
+            raise DivergedError(
+                f"training diverged at step {self.step}: the gradient overflows fp16 even with its loss scale down to {scale:.3g}; "
+                "lower training.learning_rate, or use -s training.precision=bf16 or fp32"
+            )
+
+
+def learning_rate_at(step: int, settings: TrainingConfig) -> float:
+    """Return the rate of the step after `step` finished ones: linear warm-up from 0, then constant (Ho et al.'s code)."""
+    if settings.warmup_steps == 0:
+        return settings.learning_rate
+    return settings.learning_rate * min(step / settings.warmup_steps, 1.0)
+
+
+def fit(
+    learner: Learner,
+    network: nn.Module,
+    objective: Loss,
+    batches: Iterable[Batch],
+    settings: TrainingConfig,
+    compute: Compute,
+    *,
+    seed: int,
+    rank: int = 0,
+    horizontal_flip: bool = False,
+    null_class: int | None = None,
+    everyones: Callable[[Tensor], Tensor] = lambda mine: mine,
+) -> Iterator[StepResult]:
+    """Train on one batch after another, and yield after each step, when weights, moments and average belong together.
+
+    `network` is `learner.model` as it is to be called: itself, compiled, or wrapped for data parallelism. A gradient that is not
+    finite raises DivergedError; it is looked at one step late, so that a GPU never waits, and `StepResult.require_finite` looks at once.
+    With a `null_class` the network is told the labels, some of them dropped. `everyones` returns the rows of all workers from the rows
+    of this one, in one order for all: loss-aware timesteps remember the losses of them all.
+    """
+    result: StepResult | None = None
+    for batch in batches:
+        rate = learning_rate_at(learner.step, settings)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = rate
+        seed_dropout(seed, learner.step, rank)
+        compute.begin_step()
+        drawn = learner.timesteps.draw(batch.draws.u_t)
+        images = PlacedBatch.of(batch, drawn, compute, horizontal_flip, null_class, settings.label_dropout)
+        losses = _backward(learner, network, objective, images, settings.micro_batch_size, compute)
+        learner.scaler.unscale_(learner.optimizer)
+        limit = settings.grad_clip if settings.grad_clip is not None else float("inf")
+        grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
+        if result is not None:
+            result.require_finite()
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        learner.optimizer.zero_grad(set_to_none=True)
+        for average in learner.averages.values():
+            average.update()
+        if isinstance(learner.timesteps, LossAwareTimesteps):
+            _remember(learner.timesteps, everyones(torch.stack([drawn.t.double(), losses.cpu().double()], 1)))
+        learner.step += 1
+        result = StepResult(learner.step, losses, images.weights, images.timesteps, grad_norm, rate, learner.scaler)
+        yield result
+
+
+def _remember(timesteps: LossAwareTimesteps, rows: Tensor) -> None:
+    """Tell of losses, rows (t, loss); those of a step that overflows fp16, which is left out, are forgotten."""
+    rows = rows[rows[:, 1].isfinite()]
+    timesteps.update(rows[:, 0].long(), rows[:, 1])
+
+
+def _backward(
+    learner: Learner,
+    network: nn.Module,
+    objective: Loss,
+    images: PlacedBatch,
+    micro_batch_size: int | None,
+    compute: Compute,
+) -> Tensor:
+    """Add up the gradient of the batch's mean weighted loss, over micro-batches where asked; return the losses [b]."""
+    count = len(images.images)
+    size = micro_batch_size or count
+    losses: list[Tensor] = []
+    for begin in range(0, count, size):
+        rows = slice(begin, begin + size)
+        x0, t, eps = images.part(rows, compute.channels_last)
+        with _gradients_stay_local(network, begin + size < count):
+            with compute.autocast():
+                part_losses = objective(images.told(network, rows), x0, t, eps)
+            weighted = part_losses * images.weights[rows]
+            learner.scaler.scale(weighted.sum() / count).backward()  # type: ignore[no-untyped-call]
+        losses.append(part_losses.detach())
+    return torch.cat(losses)
+
+
+def _gradients_stay_local(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which workers do not yet average their gradients: for all micro-batches but the last."""
+    if stay and isinstance(network, DistributedDataParallel):
+        return network.no_sync()
+    return contextlib.nullcontext()

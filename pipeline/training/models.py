@@ -1,0 +1,170 @@
+"""From an experiment to its objects: the network and the diffusion process."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ddpm import (
+    BetaSchedule,
+    GaussianDiffusion,
+    Objective,
+    UNet,
+)
+from pipeline.errors import UsageError, nearest
+from pipeline.settings.config import Experiment
+from pipeline.training.randomness import seed_of
+from pipeline.training.vae import Vae, VaeObjective
+
+Shape = tuple[int, int, int]
+
+
+class Loss(Protocol):
+    """What training minimises: for images x0 and noise eps [B,C,H,W] and t [B] in 0 .. num_timesteps - 1, the loss of each [B]."""
+
+    @property
+    def num_timesteps(self) -> int:
+        """From how many t is drawn; 1 for a model that knows no t."""
+
+    def __call__(self, model: Any, x0: Tensor, t: Tensor, eps: Tensor, /) -> Tensor:
+        """Return the losses [B], with gradients."""
+
+
+def has_process(experiment: Experiment) -> bool:
+    """Whether an experiment's model is a diffusion model, and not the autoencoder that they are compared with."""
+    return experiment.model.type != "vae"
+
+
+def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
+    """Return the diffusion process of an experiment; UsageError where there is none, or it refuses the settings."""
+    if not has_process(experiment):
+        raise UsageError(
+            "a vae has no diffusion process; this needs a diffusion model, such as one of model.type 'unet'"
+        )
+    settings = experiment.diffusion
+    try:
+        if settings.betas is not None:
+            schedule = BetaSchedule.from_betas(settings.betas, settings.schedule)
+        else:
+            schedule = BetaSchedule.named(settings.schedule, num_timesteps=settings.num_timesteps)
+        if settings.zero_terminal_snr:
+            schedule = schedule.with_zero_terminal_snr()
+        return GaussianDiffusion(
+            schedule,
+            prediction=settings.prediction,
+            variance=settings.variance,
+            clip_x0=settings.clip_x0,
+        )
+    except ValueError as error:
+        raise UsageError(f"diffusion: {error}") from None
+
+
+def build_objective(experiment: Experiment) -> Loss:
+    """Return what training minimises; UsageError where that makes no sense for the process."""
+    if not has_process(experiment):
+        return VaeObjective()
+    settings = experiment.training
+    try:
+        return Objective(build_diffusion(experiment), settings.objective, gamma=settings.min_snr_gamma)
+    except ValueError as error:
+        raise UsageError(f"training: {error}") from None
+
+
+def build_model(
+    experiment: Experiment, shape: Shape, device: str = "cpu", *, num_classes: int | None = None
+) -> nn.Module:
+    """Return the network of an experiment for images (C, H, W), with initial weights that are a function of the seed.
+
+    `num_classes` is asked for by class-conditional ones. With device "meta" nothing is allocated: for counting parameters.
+    UsageError where the network cannot be built.
+    """
+    out_channels = build_diffusion(experiment).output_channels(shape[0]) if has_process(experiment) else shape[0]
+    torch.manual_seed(seed_of("weights", experiment.seed))
+    with torch.device(device):
+        if experiment.model.type == "vae":
+            return _vae(experiment, shape)
+        if experiment.model.type == "unet":
+            return _unet(experiment, shape, out_channels, num_classes)
+        return _own_network(experiment)
+
+
+def num_parameters(model: nn.Module) -> int:
+    """Return the number of trainable numbers in a network."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _unet(experiment: Experiment, shape: Shape, out_channels: int, num_classes: int | None) -> nn.Module:
+    settings = experiment.model
+    if settings.class_conditional and num_classes is None:
+        raise ValueError("a class-conditional network needs the number of classes")
+    try:
+        return UNet(
+            in_channels=shape[0],
+            out_channels=out_channels,
+            channels=settings.channels,
+            channel_multipliers=settings.channel_multipliers,
+            num_res_blocks=settings.num_res_blocks,
+            attention_resolutions=settings.attention_resolutions,
+            image_size=(shape[1], shape[2]),
+            dropout=settings.dropout,
+            num_timesteps=experiment.diffusion.num_timesteps,
+            num_classes=num_classes if settings.class_conditional else None,
+            num_heads=settings.num_heads,
+            head_channels=settings.head_channels,
+            norm_groups=settings.norm_groups,
+            norm_eps=settings.norm_eps,
+            scale_shift_norm=settings.scale_shift_norm,
+            flip_sin_to_cos=settings.flip_sin_to_cos,
+            freq_shift=settings.freq_shift,
+            downsample_padding=settings.downsample_padding,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
+
+
+def _vae(experiment: Experiment, shape: Shape) -> nn.Module:
+    settings = experiment.model
+    try:
+        return Vae(
+            shape,
+            channels=settings.channels,
+            channel_multipliers=settings.channel_multipliers,
+            latent_dim=settings.latent_dim,
+            norm_groups=settings.norm_groups,
+        )
+    except ValueError as error:
+        raise UsageError(f"model: {error}") from None
+
+
+def _own_network(experiment: Experiment) -> nn.Module:
+    """Import and build the network that an experiment names as `package.module:Class`."""
+    settings = experiment.model
+    module_name, _, class_name = settings.type.partition(":")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UsageError(
+            f"model.type: cannot import {module_name!r} ({reason}); it must be installed or stand in the current directory"
+        ) from None
+    network: Any = getattr(module, class_name, None)
+    if network is None:
+        known = [name for name, value in vars(module).items() if isinstance(value, type)]
+        raise UsageError(f"model.type: {module_name!r} has no {class_name!r}{nearest(class_name, known)}")
+    try:
+        model = network(**settings.arguments)
+    except Exception as error:
+        raise UsageError(f"model.arguments: {settings.type} refused them ({type(error).__name__}: {error})") from None
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"model.type: {settings.type} made a {type(model).__name__}; expected a torch.nn.Module")
+    return model
+
+
+def allow_modules_in(folder: str) -> None:
+    """Let `package.module:Class` name a file in a folder (the one the command was typed in)."""
+    if folder not in sys.path:
+        sys.path.insert(0, folder)

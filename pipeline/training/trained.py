@@ -1,0 +1,147 @@
+"""A trained model, ready to use: from a run's checkpoint, or from a folder of its own that needs neither the run nor its data."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save_file
+from torch import nn
+
+from ddpm import GaussianDiffusion
+from pipeline.data.labels import ClassNames
+from pipeline.errors import CheckpointError, UsageError
+from pipeline.settings.cluster_profile import Profile, load_profile
+from pipeline.settings.config import Experiment, experiment_from, with_overrides
+from pipeline.settings.yaml_files import validate
+from pipeline.storage.checkpoint import Checkpoint
+from pipeline.storage.run_checkpoints import RunCheckpoints
+from pipeline.storage.runs import Run
+from pipeline.training import averages
+from pipeline.training.models import Shape, build_diffusion, build_model
+
+EXPERIMENT_FILE = "experiment.json"
+WEIGHTS_FILE = "weights.safetensors"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network in eval mode, what it was trained for, and where it comes from."""
+
+    model: nn.Module
+    experiment: Experiment
+    shape: Shape  # (C, H, W)
+    step: int
+    weights: str  # "ema", "ema:0.999", "raw", "posthoc:0.1"
+    training_s: float
+    class_names: ClassNames = ()  # of a class-conditional network
+
+    @cached_property
+    def diffusion(self) -> GaussianDiffusion:
+        """The process that the network reverses; UsageError where the model has none."""
+        return build_diffusion(self.experiment)
+
+    @classmethod
+    def from_run(cls, run: Run, step: int | None = None, weights: str = "ema") -> Trained:
+        """Load a run's newest checkpoint that verifies, or that of a step; CheckpointError where there is none.
+
+        `weights` are as in pipeline/training/averages.py; those that are made after training are of a snapshot's step.
+        """
+        experiment = experiment_of(run)
+        choice = averages.choose(weights, experiment.training)
+        # buffers, of a network that has them, are not averaged: they come from the model itself
+        if choice.sigma_rel is not None:
+            widths = experiment.training.ema_widths
+            run.fetch_files(averages.SNAPSHOTS)
+            averaged, at = averages.posthoc(run.folder, choice.sigma_rel, widths, step)
+            checkpoint = _choose(run, None)
+            tensors = checkpoint.tensors("model")["model"]
+        else:
+            checkpoint = _choose(run, step)
+            groups = checkpoint.tensors("model", choice.group or "model")
+            averaged, at, tensors = groups[choice.group or "model"], checkpoint.step, groups["model"]
+        state = checkpoint.state()
+        shape: Shape = tuple(state["shape"])
+        class_names = tuple(state.get("class_names", ()))
+        model = build_model(experiment, shape, num_classes=len(class_names))
+        model.load_state_dict(tensors | averaged)
+        return cls(
+            model=model.eval(),
+            experiment=experiment,
+            shape=shape,
+            step=at,
+            weights=choice.name,
+            training_s=state["elapsed_s"],
+            class_names=class_names,
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Trained:
+        """Load what `save` wrote."""
+        try:
+            about = json.loads((folder / EXPERIMENT_FILE).read_text())
+            tensors = parse_safetensors((folder / WEIGHTS_FILE).read_bytes())
+        except OSError as error:
+            raise CheckpointError(f"{folder}: not a saved model ({error.filename} cannot be read)") from None
+        experiment = experiment_from(about["experiment"], EXPERIMENT_FILE)
+        shape: Shape = tuple(about["shape"])
+        class_names = tuple(about.get("class_names", ()))
+        model = build_model(experiment, shape, num_classes=len(class_names))
+        model.load_state_dict(tensors)
+        return cls(
+            model.eval(),
+            experiment,
+            shape,
+            about["step"],
+            about["weights"],
+            about["training_s"],
+            class_names,
+        )
+
+    def save(self, folder: Path) -> Path:
+        """Write weights and settings into a new folder, without pickle, and return it."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: t.contiguous() for name, t in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
+        (folder / EXPERIMENT_FILE).write_text(json.dumps(self.about(), indent=1))
+        return folder
+
+    def about(self) -> dict[str, Any]:
+        """Return what must be known of the weights to use them, as plain data."""
+        return {
+            "experiment": self.experiment.to_dict(),
+            "shape": self.shape,
+            "class_names": self.class_names,
+            "step": self.step,
+            "weights": self.weights,
+            "training_s": self.training_s,
+        }
+
+
+def experiment_of(run: Run) -> Experiment:
+    """Return a run's experiment, with what a resume has changed since (settings that do not decide the weights)."""
+    return with_overrides(experiment_from(run.record.experiment, f"run {run.id}"), run.state().overrides)
+
+
+def profile_of(run: Run, cluster: str | None) -> Profile:
+    """Return the profile asked for, or the one that the run was started with."""
+    return load_profile(cluster) if cluster is not None else validate(Profile, run.record.profile, f"run {run.id}")
+
+
+def _choose(run: Run, step: int | None) -> Checkpoint:
+    saved = RunCheckpoints(run)
+    if step is None:
+        found = saved.newest_verified()
+        if found.checkpoint is None:
+            why = found.warnings[0] if found.warnings else f"there is none in {run.checkpoints}"
+            raise CheckpointError(f"run {run.id} has no checkpoint that verifies: {why}; ddpm-pipe resume {run.id}")
+        return found.checkpoint
+    committed = saved.committed()
+    for checkpoint in committed:
+        if checkpoint.step == step:
+            return saved.verified(checkpoint)
+    steps = ", ".join(str(s) for s in sorted({c.step for c in committed})) or "none"
+    raise UsageError(f"run {run.id} has no checkpoint of step {step}; there are: {steps}")

@@ -1,0 +1,182 @@
+"""Scores of a run: generate, extract, compare, record. A training ends with it, and `ddpm-pipe evaluate` repeats it in other ways.
+
+score_run(run, ScoreRequest(metrics=("kid",), num_images=500), profile, console)    # figures alone, recorded nowhere
+evaluate_run(run, request, profile, settings, console)                              # the same, written and tracked
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.cluster.pool import runner_of
+from pipeline.console import Console, Rate
+from pipeline.errors import RunLockedError, UsageError
+from pipeline.metrics import scoring
+from pipeline.metrics.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
+from pipeline.metrics.neighbours import find_neighbours
+from pipeline.metrics.scores import Scores, over_seeds
+from pipeline.sampling.generated import Workshop
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import EvaluationConfig, Experiment
+from pipeline.settings.yaml_files import validate
+from pipeline.storage.runs import Run
+from pipeline.tracking.text import describe
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.training.device import Compute
+from pipeline.training.trained import Trained, experiment_of
+from pipeline.workflows.judge import Judge, find_judge
+from pipeline.workflows.measure import measure_bound
+from pipeline.workflows.sample import SampleRequest, generator_for, load_trained, workshop_of
+
+BOUND = "bpd"  # the metric that judges the model by real images, none being generated
+
+
+@dataclass(frozen=True)
+class ScoreRequest(SampleRequest):
+    """How to generate and score; None is as the run's experiment says.
+
+    Attributes:
+        num_images: generated images for the sample metrics; for bits/dim a cap on the images measured, by default none.
+        num_seeds: sets of images, from as many seeds; scores are means over them, with their deviation.
+        split: of the run's source whose bits/dim are measured; its own images by default.
+        neighbours: whether to find the training images closest to generated ones.
+    """
+
+    num_images: int | None = None  # type: ignore[assignment]
+    metrics: tuple[str, ...] | None = None
+    extractor: str | None = None
+    inception_weights: str | None = None
+    num_seeds: int = 1
+    split: str | None = None
+    neighbours: bool = False
+
+    def evaluation(self, experiment: Experiment) -> EvaluationConfig:
+        """Return the evaluation settings, checked; UsageError where options do not go together."""
+        asked = ("num_images", "metrics", "extractor", "inception_weights")
+        given = {name: value for name in asked if (value := getattr(self, name)) is not None}
+        settings = validate(EvaluationConfig, {**experiment.evaluation.model_dump(), **given}, "evaluation")
+        if self.split is not None and BOUND not in settings.metrics:
+            raise UsageError("--split goes with bits/dim; add --metrics bpd")
+        if self.neighbours and not sample_metrics(settings):
+            raise UsageError("--neighbours are of generated images; add one of their metrics, such as --metrics fid")
+        return settings
+
+
+def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Console) -> Evaluation:
+    """Evaluate a run as asked, and record nothing but the chunks that were computed."""
+    trained, compute = load_trained(run, request, profile)
+    asked = request.evaluation(trained.experiment)
+    judge = None
+    if sample_metrics(asked):
+        judge = find_judge(run, asked, compute.device, console, download=True, runner=runner_of(profile))
+    return evaluate_model(run, trained, compute, judge, request, profile, console)
+
+
+def evaluate_model(
+    run: Run,
+    trained: Trained,
+    compute: Compute,
+    judge: Judge | None,
+    request: ScoreRequest,
+    profile: Profile,
+    console: Console,
+) -> Evaluation:
+    """Evaluate a model that is loaded; its samples only where there is a judge."""
+    asked = request.evaluation(trained.experiment)
+    scored, measured, neighbours = None, None, None
+    if judge is not None:
+        workshop = workshop_of(run, trained, profile, console)
+        scored = score_samples(workshop, trained, compute, judge, request)
+        if request.neighbours:
+            rate = Rate(console, "closest training images", judge.dataset.manifest.num_rows)
+            sheet = find_neighbours(
+                scored.preview,
+                judge.dataset,
+                judge.extractor,
+                run.folder / "neighbours",
+                runner=workshop.runner,
+                progress=rate,
+            )
+            neighbours = Sheet(sheet, judge.dataset)
+    if BOUND in asked.metrics:
+        _, seed = request.settings(trained.experiment)
+        measured = measure_bound(
+            run, trained, compute, profile, console, seed=seed, split=request.split, num_images=request.num_images
+        )
+    return Evaluation(run.id, trained.step, scored, measured, neighbours)
+
+
+def score_samples(
+    workshop: Workshop, trained: Trained, compute: Compute, judge: Judge, request: ScoreRequest
+) -> Scored:
+    """Score the samples of a model that is loaded by a judge that is there."""
+    metrics = sample_metrics(request.evaluation(trained.experiment))
+    _, first = request.settings(trained.experiment)
+    each, previews = [], []
+    for seed in range(first, first + request.num_seeds):
+        generator = generator_for(trained, replace(request, seed=seed), compute)
+        made = workshop.features(generator, judge.extractor, judge.reference.num_images)
+        identity = generator.identity(trained.weights)
+        each.append(
+            scoring.score(made.found, judge.dataset, judge.extractor, judge.reference, identity, metrics=metrics)
+        )
+        previews.append(made.preview)
+    return Scored(over_seeds(each), previews[0])
+
+
+def sample_metrics(asked: EvaluationConfig) -> list[str]:
+    """Return those of the metrics asked for that judge generated images."""
+    return [name for name in asked.metrics if name in scoring.METRICS]
+
+
+def evaluate_run(
+    run: Run, request: ScoreRequest, profile: Profile, settings: TrackingSettings, console: Console
+) -> tuple[Evaluation, list[Path]]:
+    """Evaluate a run as asked, and record what came out; return it and the paths of what was written."""
+    found = score_run(run, request, profile, console)
+    written = write_evaluation(found, run.folder / "evaluations")
+    usual = found.scored is None or _as_the_run_samples(request, experiment_of(run))
+    other = "" if usual or found.scored is None else _label(found.scored.scores)
+    with tracked(run, settings, console, written[0].parent) as tracker:
+        if tracker is not None:
+            figures = record(tracker, found, written, other)
+            run.update(summary={**run.state().summary, **figures})
+            tracker.describe(describe(run.record, run.state().summary))
+    return found, written
+
+
+@contextmanager
+def tracked(run: Run, settings: TrackingSettings, console: Console, folder: Path) -> Iterator[Tracker | None]:
+    """Hold the run and give its tracker; None, with a word to the user, where the run is in training."""
+    try:
+        with run.lock():
+            tracker = Tracker(run.folder, settings)
+            yield tracker
+            tracker.close()
+    except RunLockedError:
+        console.say(
+            f"run {run.id} is in training, so the scores stand in {folder} alone; evaluate again later to track them"
+        )
+        yield None
+
+
+def _as_the_run_samples(request: ScoreRequest, experiment: Experiment) -> bool:
+    sampling, seed = request.settings(experiment)
+    return (sampling, seed, request.weights) == (*SampleRequest().settings(experiment), "ema")
+
+
+def _label(scores: Scores) -> str:
+    """Return words for a metric's name on how the scored images were generated."""
+    made = next(iter(scores.identities.values())).generation
+    label = f"{made.sampler}{made.steps}_eta{made.eta:g}_{made.weights}_seed{made.seed}"
+    if made.spacing != "trailing":
+        label += f"_{made.spacing}"
+    if made.guidance_scale != 1:
+        label += f"_guidance{made.guidance_scale:g}"
+    if made.labels not in ("", "balanced"):
+        label += "_class_" + re.sub(r"\W", "_", made.labels)
+    return label

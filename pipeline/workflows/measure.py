@@ -1,0 +1,104 @@
+"""Bits per dimension of a run's model over a split of its data: chunks over the profile's workers, kept as they come."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+
+from pipeline.cluster.pool import runner_of
+from pipeline.console import Console, Rate
+from pipeline.data.shards import Dataset
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
+from pipeline.metrics.bound_report import Measured
+from pipeline.metrics.metric_identity import BoundIdentity
+from pipeline.sampling.generated import digest
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import Experiment
+from pipeline.storage.chunks import ChunkStore, compute
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.remote import is_remote
+from pipeline.storage.runs import Run
+from pipeline.training.device import Compute, sampling_compute
+from pipeline.training.trained import Trained, profile_of
+from pipeline.training.vae import Vae
+from pipeline.workflows.judge import progress_on
+
+METRIC = "bits_per_dim"
+
+_FORMAT = 1
+
+
+def measure_bound(
+    run: Run,
+    trained: Trained,
+    here: Compute,
+    profile: Profile,
+    console: Console,
+    *,
+    seed: int,
+    split: str | None = None,
+    num_images: int | None = None,
+) -> Measured:
+    """Return the bound over a split of the run's source (its own images by default), or over `num_images` of them.
+
+    Raises:
+        UsageError, DataError: the source has no such split, or is not there any more.
+    """
+    dataset = _dataset_of(run, trained.experiment, split, console)
+    rows = rows_to_measure(dataset, num_images, progress_on(console))
+    chunk = trained.experiment.sampling.batch_size
+    identity = BoundIdentity(
+        metric=METRIC,
+        dataset=dataset.manifest.fingerprint,
+        split=split or trained.experiment.data.split or "train",
+        num_images=len(rows),
+        of_images=dataset.manifest.num_rows,
+        weights=trained.weights,
+        process=_process(trained),
+        seed=seed,
+        chunk=chunk,
+    )
+    likelihood: Likelihood | VaeLikelihood
+    if isinstance(trained.model, Vae):
+        likelihood = VaeLikelihood(trained.model, here)
+    else:
+        likelihood = Likelihood(trained.diffusion, trained.model, bool(trained.class_names), here)
+    task = BoundTask(likelihood, dataset, rows, seed)
+    kept = {
+        "format": _FORMAT,
+        "model": digest(trained.model, trained.experiment.hash()),
+        "bound": asdict(identity),
+        "torch": torch.__version__,
+        "threads": sampling_compute(profile, profile.most_workers, here=False).threads,
+    }
+    store = ChunkStore(run.folder / "bound", kept)
+    rate = Rate(console, "bits/dim", len(rows))
+    return Measured(
+        join(map(Bound.from_arrays, compute(task, len(rows), chunk, store, runner_of(profile), rate))), identity
+    )
+
+
+def _process(trained: Trained) -> str:
+    if isinstance(trained.model, Vae):
+        return "vae: prior is the rate of the code, decoder the pixels given the code"
+    process = trained.diffusion
+    return f"T = {process.num_timesteps}, x0 {'clipped' if process.clip_x0 else 'not clipped'}"
+
+
+def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Console) -> Dataset:
+    """Open the images a run was trained on, or another split of their source, ingested as they were."""
+    profile = profile_of(run, None)
+    if split is None:
+        return Dataset.open(run.record.dataset["path"], profile.cache)
+    data = experiment.data
+    options = IngestOptions(
+        image_size=data.image_size,
+        mode=data.mode,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split=split,
+    )
+    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
+    return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)

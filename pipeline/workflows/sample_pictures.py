@@ -1,0 +1,69 @@
+"""Pictures of how a run's images come about, written beside what they are: strips, animations, the way from one image to another."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.data.labels import NONE
+from pipeline.data.shards import Dataset
+from pipeline.errors import UsageError
+from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end
+from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.runs import Run
+from pipeline.training.trained import experiment_of
+from pipeline.workflows.sample import SampleRequest, identity_of, load_denoiser, new_folder, write_about
+
+Picture = Literal["strip", "gif"]
+Written = tuple[dict[str, Any], list[Path]]
+MOST_IMAGES = 64  # all of them are held, and drawn, at every step
+
+
+def check_picture(request: SampleRequest) -> None:
+    """Refuse more images than a picture holds (UsageError)."""
+    if request.num_images > MOST_IMAGES:
+        raise UsageError(f"--num-images: got {request.num_images}; a strip or an animation holds at most {MOST_IMAGES}")
+
+
+def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Picture, out: Path) -> Written:
+    """Draw how a run's images come out of noise; return their identity and the paths written."""
+    trained, denoiser = load_denoiser(run, request, profile)
+    with new_folder(out):
+        path = out / f"denoising.{'png' if form == 'strip' else 'gif'}"
+        draw = draw_strip if form == "strip" else draw_animation
+        draw(denoiser, path, request.num_images)
+        identity = identity_of(trained, denoiser, request.num_images)
+        return identity, [path, write_about(identity, out)]
+
+
+def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
+    """Return the request as DDIM can be run backwards: unguided, and with one label for all frames; UsageError where it cannot be."""
+    if request.guidance_scale not in (None, 1.0):
+        raise UsageError("--guidance: a guided model cannot be run backwards; leave it out with --interpolate")
+    if request.sampler not in (None, "ddim") or request.eta:
+        raise UsageError(
+            "--interpolate: DDIM without noise is what can be run backwards; leave --sampler and --eta out"
+        )
+    if request.num_images < 2 or request.num_images > MOST_IMAGES:
+        raise UsageError(f"--num-images: got {request.num_images}; from one image to another take 2 .. {MOST_IMAGES}")
+    conditional = experiment_of(run).model.class_conditional
+    labels = NONE if conditional and request.labels is None else request.labels
+    return replace(request, sampler="ddim", eta=0.0, spacing="linspace", guidance_scale=1.0, labels=labels)
+
+
+def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tuple[str, str], out: Path) -> Written:
+    """Draw the way between two images, rows of the run's dataset or files; return what it is and the paths written."""
+    dataset = Dataset.open(run.record.dataset["path"])
+    given = torch.stack([read_end(end, dataset) for end in ends])
+    trained, denoiser = load_denoiser(run, request, profile)
+    passage = interpolate(denoiser, given, request.num_images)
+    with new_folder(out):
+        path = out / "interpolation.png"
+        draw_passage(passage, path)
+        identity = identity_of(trained, denoiser, request.num_images)
+        del identity["seed"]  # the noise is that behind the images
+        about = identity | {"between": list(ends), "error_of_the_ends": round(passage.error, 3)}
+        return about, [path, write_about(about, out)]
