@@ -96,9 +96,17 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
             watchdog.dismiss()
 
 
-def ray_of(profile: Profile, num_workers: int) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which this process drives the Ray of a profile: one started here, or the cluster it names."""
-    return joined_ray(profile) if profile.is_remote else local_ray(profile, num_workers)
+@contextlib.contextmanager
+def ray_of(profile: Profile, num_workers: int) -> Iterator[None]:
+    """Drive the Ray of a profile for the time of the context: one started here, or the cluster it names.
+
+    Ray tells what befell its processes on stdout, where a program that reads our results would stumble over it.
+    """
+    with (
+        contextlib.redirect_stdout(sys.stderr),
+        joined_ray(profile) if profile.is_remote else local_ray(profile, num_workers),
+    ):
+        yield
 
 
 class Session:

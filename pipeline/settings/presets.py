@@ -1,4 +1,7 @@
-"""Presets and profiles by name: files of experiments/ and cluster/, found in a checkout and in an installed wheel alike."""
+"""Presets, sweeps and profiles by name: files of experiments/ and cluster/, found in a checkout and in an installed wheel alike.
+
+A file of experiments/ whose name begins with `sweep-` is a sweep, every other one an experiment.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,21 @@ from pathlib import Path
 
 from pipeline.errors import UsageError, nearest
 
+WHAT = {"experiments": "preset", "sweeps": "sweep", "cluster": "profile"}
 PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def folder_of(kind: str) -> Path:
-    """Return the folder of the shipped `experiments` or `cluster` files: inside the wheel, or beside the package in a checkout."""
-    shipped = PACKAGE / "shipped" / kind
-    return shipped if shipped.is_dir() else PACKAGE.parent / kind
+    """Return the folder of the shipped files of a kind: inside the wheel, or beside the package in a checkout."""
+    folder = "cluster" if kind == "cluster" else "experiments"
+    shipped = PACKAGE / "shipped" / folder
+    return shipped if shipped.is_dir() else PACKAGE.parent / folder
 
 
 def names(kind: str) -> list[str]:
     """Return the names of the shipped files of one kind, sorted."""
-    return sorted(path.stem for path in folder_of(kind).glob("*.yaml"))
+    found = sorted(path.stem for path in folder_of(kind).glob("*.yaml"))
+    return found if kind == "cluster" else [name for name in found if name.startswith("sweep-") == (kind == "sweeps")]
 
 
 def find(kind: str, reference: str) -> Path:
@@ -28,11 +34,10 @@ def find(kind: str, reference: str) -> Path:
     path = Path(reference)
     if path.is_file():
         return path.resolve()
-    shipped = folder_of(kind) / f"{reference}.yaml"
-    if path.name == reference and shipped.is_file():
-        return shipped
-    what = "preset" if kind == "experiments" else "profile"
     known = names(kind)
+    if reference in known:
+        return folder_of(kind) / f"{reference}.yaml"
+    what = WHAT[kind]
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise UsageError(
             f"{reference}: no such file; give the path of a YAML file or a {what} name ({', '.join(known)})"

@@ -174,7 +174,7 @@ def load_sweep(
     `over` are axes such as "diffusion.schedule=linear,cosine": given without a file, they are the whole space. `options` replace the
     file's keys; None is as the file says.
     """
-    path = presets.find("experiments", reference or DEFAULT_SWEEP)
+    path = presets.find("sweeps", reference or DEFAULT_SWEEP)
     content = read_yaml_mapping(path)
     if "space" not in content:
         raise UsageError(f"{path.name}: has no 'space', so it is no sweep; train it with: ddpm-pipe train {path.name}")

@@ -126,11 +126,15 @@ def test_a_run_tells_what_it_was_and_how_to_do_it_again(
     parent = f"{pages.root}/experiments/{ids['experiment']}/runs/{ids['parent']}"
     assert "digits" in pages.open("sweep", parent, "sweep grid", "Description", "ranked by fid")
     pages.open("charts", f"{run}/model-metrics", "Model metrics", "Step")
-    section = pages.driver.find_elements("xpath", "//*[text()='Model metrics']")[
-        -1
-    ]  # scores at other samplers come first
-    pages.driver.execute_script("arguments[0].scrollIntoView()", section)
-    pages.wait(lambda: "loss_t_quartile_1" in pages.text())
+
+    def found_further_down() -> bool:
+        """Scroll on: charts are drawn as they come into view, those of other samplers first."""
+        pages.driver.execute_script(
+            "for (const e of document.querySelectorAll('*')) if (e.scrollHeight > e.clientHeight + 50) e.scrollTop += 300"
+        )
+        return "loss_t_quartile_1" in pages.text()
+
+    pages.wait(found_further_down)
     pages.wait(lambda: len(pages.driver.find_elements("css selector", ".js-plotly-plot")) >= 2)
     pages.driver.save_screenshot(str(pages.pictures / "charts.png"))
 

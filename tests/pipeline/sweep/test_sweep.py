@@ -107,8 +107,10 @@ def test_the_command_line_stands_above_the_file() -> None:
     assert set(added.space) == {"diffusion.schedule", "diffusion.num_timesteps", "model.dropout"}
     with pytest.raises(UsageError, match=r"did you mean 'diffusion\.schedule'"):
         base_experiment(load_sweep(None, ["diffusion.schedul=a,b"], {}))
-    with pytest.raises(UsageError, match="is no sweep"):
+    with pytest.raises(UsageError, match="unknown sweep 'digits'"):
         load_sweep("digits", [], {})
+    with pytest.raises(UsageError, match="is no sweep"):
+        load_sweep(str(find("experiments", "digits")), [], {})
 
 
 def test_a_budget_is_the_same_for_every_trial() -> None:
