@@ -46,7 +46,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ray reads this when first imported; on Linux it alone makes Ray listen on loopback only, whatever `_node_ip_address` says.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-_IN_PROCESS_ONLY = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
+# MLflow reads this when first imported, which here a test may do before our own code, and would talk on stderr.
+os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
+_IN_PROCESS_ONLY = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "MLFLOW_LOGGING_LEVEL"}
 
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
 settings.load_profile("seeded")

@@ -140,16 +140,13 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_stopped(trained, home, mon
     assert {path: path.stat().st_mtime_ns for path in trained.folder.glob("features/*/chunk-*")} == chunks
 
     folder = Path(told["written"][0]).parent.name
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(store.uri)
-    try:
-        experiment = mlflow.get_experiment_by_name("ddpm")
-        assert experiment is not None
-        table = mlflow.MlflowClient().load_table(
-            experiment.experiment_id, f"evaluations/{folder}/table.json", run_ids=[trained.mlflow_run_id]
-        )
-    finally:
-        mlflow.set_tracking_uri(before)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
+    experiment = mlflow.get_experiment_by_name("ddpm")
+    assert experiment is not None
+    table = mlflow.MlflowClient().load_table(
+        experiment.experiment_id, f"evaluations/{folder}/table.json", run_ids=[trained.mlflow_run_id]
+    )
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert table["fid"].tolist() == [row["fid"] for row in told["rows"]]
 
     assert run_command(["compare", trained.id, "--metric", "fid", "--across", "sampler,steps", "--json"]) == 0
