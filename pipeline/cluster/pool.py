@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.cluster.session import Session
 from pipeline.errors import ClusterError, PipelineError
-from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.storage.chunks import Runner, Task, in_process
 from pipeline.storage.tensor_file import Arrays
 from pipeline.training.device import sampling_compute
@@ -18,9 +18,10 @@ from pipeline.training.models import allow_modules_in
 class ChunkWorker:
     """One worker of the pool: a process with the task ready."""
 
-    def __init__(self, profile: Profile, code_folder: str, task: list[Any]) -> None:
+    def __init__(self, profile: Profile, code_folder: str, secrets: dict[str, str], task: list[Any]) -> None:
         import ray
 
+        os.environ.update(secrets)
         allow_modules_in(code_folder)  # before the task is unpickled: its network may be the user's own
         self._task: Task = ray.get(task[0])
         here = sampling_compute(profile, profile.most_workers)
@@ -58,7 +59,7 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
             max_restarts=retries,
             max_task_retries=retries,
         )
-        workers = [remote.remote(profile, os.getcwd(), shared) for _ in range(count)]
+        workers = [remote.remote(profile, os.getcwd(), forwarded(profile), shared) for _ in range(count)]
         waiting, to_come = list(chunks.items())[::-1], len(chunks)
         # a worker gets work once it is up: one for which the cluster has no room holds nobody up
         running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}

@@ -11,7 +11,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import PipelineError
 from pipeline.planning.plan import make_plan
 from pipeline.settings import presets
-from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.settings.config import Experiment
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, trial_experiment
@@ -76,7 +76,11 @@ def run_missing(
     with Session(profile, num_workers * plan.max_concurrent) as session:
         session.ensure()
         run_trials(
-            work, _room(profile, num_workers, plan.max_concurrent), sweep.more_network_calls, profile.timeouts.stop_s
+            work,
+            _room(profile, num_workers, plan.max_concurrent),
+            sweep.more_network_calls,
+            profile.timeouts.stop_s,
+            forwarded(profile),
         )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ from pipeline.workflows.training_run import carry_on
 STOPPED_EARLY = "stopped early"
 
 
-def run_trial(config: dict[str, Any]) -> None:
+def run_trial(config: dict[str, Any], secrets: Mapping[str, str] | None = None) -> None:
     """Train and score one trial, telling Tune of each rung, and at the end how it went: what Tune calls.
 
     A fault is told, not raised: it is the trial's, and the sweep goes on. Only where this process is killed does Tune start the trial
-    again, which then goes on from its newest checkpoint.
+    again, which then goes on from its newest checkpoint. `secrets` are the profile's forwarded variables, which no setting holds.
     """
     from ray import tune
 
     run = Run(Path(config["run"]))
+    os.environ.update(secrets or {})
     os.environ["DDPM_PIPE_HOME"] = str(run.folder.parent.parent)
     allow_modules_in(config["code_folder"])
     give_back(run.id)  # of a former process of this trial that was killed

@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -99,10 +99,16 @@ class Work:
         return f"trial {count}  {entry.title}, seed {entry.seed}: {what}{left}"
 
 
-def run_trials(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...], stop_s: float) -> None:
+def run_trials(
+    work: Work,
+    max_concurrent: int,
+    more_network_calls: tuple[int, ...],
+    stop_s: float,
+    secrets: Mapping[str, str],
+) -> None:
     """Run trials until there are none left, in the Ray that is up. InterruptedRunError where the user or the system asked to stop."""
     os.environ.update(ENVIRONMENT)
-    tuner = _tuner(work, max_concurrent, more_network_calls)
+    tuner = _tuner(work, max_concurrent, more_network_calls, secrets)
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -156,12 +162,13 @@ def stop_workers(run: Run, reason: str, board: str | None = None) -> None:
         return  # it is scoring, or gone
 
 
-def _tuner(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...]) -> Any:
+def _tuner(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...], secrets: Mapping[str, str]) -> Any:
     from ray import tune
 
     fixed = {"code_folder": os.getcwd(), "more_network_calls": list(more_network_calls)}
+    trainable = tune.with_parameters(run_trial, secrets=secrets) if secrets else run_trial
     return tune.Tuner(
-        tune.with_resources(run_trial, {"memory": 1}),  # no CPU: its workers need them
+        tune.with_resources(trainable, {"memory": 1}),  # no CPU: its workers need them
         tune_config=tune.TuneConfig(
             search_alg=_search(work, fixed),
             scheduler=_scheduler(work),

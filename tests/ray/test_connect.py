@@ -32,7 +32,7 @@ class Trusted(nn.Module):
         self.net = nn.Conv2d(1, 1, 3, padding=1)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        assert not self.training or os.environ["THE_KEY"] == {SECRET!r}
+        assert os.environ["THE_KEY"] == {SECRET!r}
         return self.net(x)
 """
 SHORT = (
@@ -107,7 +107,7 @@ def test_a_training_on_two_workers_is_recorded_on_the_server_and_lives_in_the_st
     # images over as many of an elastic profile's workers as there is room for: the others hold nobody up, and change nothing
     files = {}
     for workers in (1, {"min": 1, "max": 4}):
-        profile = profile_of(cluster, workers=workers)
+        profile = profile_of(cluster, workers=workers, forward_env=["THE_KEY"])
         out = tmp_path / f"images{len(files)}"
         asked = ("sample", run.name, "-n", "350", "--format", "parquet", "--out", str(out), "--cluster", profile)
         sampled = cli(*asked, env=environment, timeout_s=120)
