@@ -183,7 +183,7 @@ def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from
         training.wait_for(lambda: "attempt 2 continues" in log_of(home), PATIENCE_S)
         assert "did not answer within timeouts.collective_s" in said(home)
         stacks = "".join(path.read_text() for path in run_of(home).glob("stacks/attempt-1-worker-*.txt"))
-        assert "training.py" in stacks  # where the other one waited
+        assert "loop.py" in stacks  # where the other one waited
         reached = newest_step(home)
         training.wait_for(lambda: newest_step(home) > reached, PATIENCE_S)
         cluster.nodes[0].kill()
