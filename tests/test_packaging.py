@@ -119,7 +119,7 @@ def test_the_wheel_holds_the_packages_presets_profiles_and_weights_and_nothing_e
 
 
 def test_the_wheel_runs_outside_the_checkout_from_its_own_files(installed: Path, tmp_path: Path) -> None:
-    code = "import pipeline, ddpm, json; from pipeline import presets as p;"
+    code = "import pipeline, ddpm, json; from pipeline.settings import presets as p;"
     code += "print(json.dumps([pipeline.__file__, ddpm.__file__, *(str(p.folder_of(k)) for k in ('experiments', 'cluster'))]))"
     for path in json.loads(run(installed / "bin" / "python", "-c", code, cwd=tmp_path).stdout):
         assert Path(path).is_relative_to(installed)
@@ -168,7 +168,8 @@ def test_the_lock_holds_what_pyproject_asks_for() -> None:
 def test_every_package_that_the_code_imports_is_declared() -> None:
     """One that is only there because a dependency needs it would go away with that need."""
     distributions = packages_distributions()
-    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"]}
+    asked = PROJECT["dependencies"] + PROJECT["optional-dependencies"]["onnx"]
+    declared = {canonicalize_name(Requirement(text).name) for text in asked}
     for module in MODULES:
         packages = (
             {name.split(".")[0] for name in imports(module)} - set(sys.stdlib_module_names) - {"ddpm", "pipeline"}

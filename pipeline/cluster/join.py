@@ -16,7 +16,7 @@ from pipeline.planning.capacity import needs, room, shortage
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.provenance import JOB_VARIABLE
 
-SETTLING_S = 8.0
+SETTLING_S = 4.0
 # Ray decides these from the driver's environment
 SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",

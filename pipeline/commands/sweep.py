@@ -80,9 +80,10 @@ def sweep(
 
     options |= {"budget": {"steps": steps} if steps else None, "early_stopping": {} if early_stopping else None}
     if extend is not None:
-        if sweep is not None or overrides or dry_run:
+        fixed = [name for name in ("base", "metric", "budget", "search") if options.get(name) is not None]
+        if sweep is not None or overrides or dry_run or fixed:
             raise UsageError(
-                "--extend takes --over, --seeds and --num-points; it keeps the sweep's own base and settings"
+                "--extend takes --over, --seeds and --num-points; it keeps the sweep's own base, metric, budget and settings"
             )
         result = sweep_commands.extend(extend, over, options, cluster, max_concurrent, command_line())
     else:

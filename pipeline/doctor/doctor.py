@@ -1,7 +1,7 @@
 """`ddpm-pipe doctor`: is this cluster ready for what a profile asks? Checks in under a minute, each with a limit of its own.
 
-A check is a function that returns a `Finding`. Facts are gathered on every node (`node_checks`, by `doctor_checks`) and judged here by
-functions of the facts alone (`checks`); what hangs or fails is red (`limited_checks`).
+A check is a function that returns a `Finding`. Facts are gathered on every node (`node_checks`, by `checks`) and judged by functions of
+the facts alone (`verdicts`); what hangs or fails is red (`limited_checks`).
 """
 
 from __future__ import annotations
@@ -125,8 +125,11 @@ def _in_workers(examination: Examination) -> Iterator[Finding]:
     counts = range(profile.most_workers, profile.least_workers - 1, -1)
     count = largest(list(counts), examination.nodes, profile) if profile.is_remote else profile.most_workers
     if count is None:
-        yield checks.skipped("all-reduce", "the workers find no room at the moment")
-        yield checks.skipped("step", "the workers find no room at the moment")
+        why = "the workers find no room at the moment"
+        if profile.wait_for_resources_s:
+            why += ": nodes that the cluster adds later were not looked at; ask again while some are up"
+        yield checks.skipped("all-reduce", why)
+        yield checks.skipped("step", why)
         return
     with ExitStack() as stack:
         group: list[Group] = []

@@ -60,7 +60,7 @@ SECRETS = (
 )
 NEVER = (*VERSION_CONTROL, *CACHES, *ENVIRONMENTS, *RESULTS, *ARCHIVES, *ARRAYS, *WEIGHTS, *PICTURES, *SECRETS)
 # folders of ours, in the folder that is sent alone: elsewhere such names are people's own
-OURS = ("runs", "datasets", "ddpm", "pipeline", "dist", "build")
+OURS = ("runs", "sweeps", "datasets", "ddpm", "pipeline", "dist", "build")
 MAX_FILES = 20_000
 SCANNED_BYTES = 1 << 20  # a longer file is no place where a person keeps a token
 FOREIGN = ".ddpm-pipe"  # where files from outside the folder stand in the archive

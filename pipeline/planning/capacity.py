@@ -1,4 +1,4 @@
-"""How many workers a cluster holds, and what it lacks for more: arithmetic on its nodes (`cluster_nodes` asks for them)."""
+"""How many workers a cluster holds, and what it lacks for more: arithmetic on its nodes (`cluster/nodes` asks for them)."""
 
 from __future__ import annotations
 

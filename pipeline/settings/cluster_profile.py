@@ -1,6 +1,6 @@
 """The cluster profile: where an experiment runs. It never changes a result, only its place, speed and price.
 
-Every rule that a profile can break says in its message what was got and why that cannot work; `docs/cluster.md` has the table.
+Every rule that a profile can break says in its message what was got and why that cannot work.
 """
 
 from __future__ import annotations

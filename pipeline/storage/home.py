@@ -3,6 +3,7 @@
     <home>/mlflow.db     runs, parameters, metrics     (a bare `mlflow ui` in the folder shows them)
     <home>/mlartifacts/  pictures, scores, models
     <home>/runs/<id>/    checkpoints, log, spool
+    <home>/sweeps/<id>/  ledger and report of a sweep
     <home>/datasets/     ingested datasets
 
 Every path and address is absolute: Ray's workers run in another directory.

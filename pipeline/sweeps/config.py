@@ -181,6 +181,9 @@ def load_sweep(
     content.setdefault("name", path.stem)
     if over and reference is None:
         content |= {"name": "sweep", "space": {}}
+    if reference is None and options.get("base") not in (None, content["base"]):
+        # what suits the shipped sweep's base need not suit another one
+        content = {key: value for key, value in content.items() if key != "more_network_calls"} | {"overrides": {}}
     for assignment in over:
         key, values = axis_of(assignment)
         content["space"] = {**content["space"], key: {"grid": values}}

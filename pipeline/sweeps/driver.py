@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 
@@ -146,7 +147,7 @@ def _trial_run(
     base = ["--preset", sweep.base] if sweep.base in presets.names("experiments") else [sweep.base]
     words = ["ddpm-pipe", "train", *base]
     for name, value in settings.items():
-        words += ["-s", f"{name}={value}"]
+        words += ["-s", f"{name}={value if isinstance(value, str) else json.dumps(value)}"]
     return Run.create(
         asked.profile.home(),
         name=normalise_name(trial.name.replace(" = ", "").replace(", ", "-").replace(" ", "")),

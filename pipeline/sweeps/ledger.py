@@ -1,7 +1,7 @@
 """The ledger of a sweep: one line for each trial that ended, written once. What it holds is not done again.
 
 It is the one mechanism for going on after the driver was killed and for adding points to a finished sweep: whoever runs trials looks
-their keys up here first. The key stands for everything that decides a trial's number (`sweep_points.key_of`).
+their keys up here first. The key stands for everything that decides a trial's number (`pipeline.sweeps.points.key_of`).
 """
 
 from __future__ import annotations

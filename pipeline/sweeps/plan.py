@@ -15,6 +15,7 @@ from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.settings.config import Experiment
 from pipeline.sweeps.config import Sweep, trial_experiment
 from pipeline.sweeps.points import Checked, check, title
+from pipeline.training.device import num_gpus
 from pipeline.training.models import build_diffusion, has_process
 
 MOST_AT_ONCE = 4  # trials on one machine whose profile says nothing of CPUs: each takes several processes
@@ -122,9 +123,7 @@ def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: i
     if profile.is_remote:
         room = num_trials  # the cluster says, once it is there
     elif profile.use_gpu:
-        import torch
-
-        room = int(torch.cuda.device_count() / (each.GPU * num_workers))
+        room = int(num_gpus() / (each.GPU * num_workers))
     elif each.CPU is not None:
         room = int(cpus / (each.CPU * num_workers) + 1e-9)
     else:

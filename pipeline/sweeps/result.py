@@ -200,6 +200,12 @@ def statement(result: Result) -> str:
     if all(differ(best, other) is None for other in others):
         return f"{head} Each point has one seed, which says nothing of the noise: the order may be chance."
     alike = within_noise(result)
+    untold = [other.title for other in others if differ(best, other) is None]
+    if untold:
+        more = f"; {len(untold) - 6} more" if len(untold) > 6 else ""
+        head = f"{head} Not told apart from it, for want of seeds: {'; '.join(untold[:6])}{more}."
+        if not alike:
+            return head
     if not alike:
         return f"{head} It is better than every other point by more than the noise (95 %)."
     names = "; ".join(point.title for point in alike[:6]) + (f"; {len(alike) - 6} more" if len(alike) > 6 else "")

@@ -118,12 +118,14 @@ class TPE:
         import optuna
 
         word = canonical(point)
+        counted = word in self._known
         self._known[word] = value
         if (trial := self._asked.pop(word, None)) is not None:
             state = None if value is not None else optuna.trial.TrialState.FAIL
             self._study.tell(trial, value, state=state)
             return
-        self._left -= 1
+        if not counted:  # a point whose first repetition failed is told of once more
+            self._left -= 1
         if value is not None:
             distributions = {key: _distribution(self._space[key]) for key in point}
             params = {key: _category(v) if self._space[key].values is not None else v for key, v in point.items()}

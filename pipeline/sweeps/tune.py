@@ -94,7 +94,9 @@ class Work:
         what = f"{entry.metric} {entry.value:.4g}" if entry.value is not None else entry.reason or entry.status
         left = ""
         if self.total is not None and len(self.ended) < self.total:
-            each = (time.monotonic() - self.begun_at) / len(self.ended)
+            each = (time.monotonic() - self.begun_at) / (
+                len(self.ended) + len(self.running) / 2
+            )  # half done, on average
             left = f"  about {duration(each * (self.total - len(self.ended)))} left"
         return f"trial {count}  {entry.title}, seed {entry.seed}: {what}{left}"
 

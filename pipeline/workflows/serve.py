@@ -109,7 +109,7 @@ def _handler(gallery: Gallery, host: str) -> type[BaseHTTPRequestHandler]:
 
         def _require_host(self) -> None:
             """Refuse a page of another site that has made its name point at this machine."""
-            name = (self.headers.get("Host") or "").rpartition(":")[0].strip("[]")
+            name = urlsplit(f"//{self.headers.get('Host') or ''}").hostname or ""
             if host in LOOPBACK and name not in LOOPBACK:
                 raise ValueError(f"Host {name!r}: this server answers to 127.0.0.1 and localhost alone")
 
