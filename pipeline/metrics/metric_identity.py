@@ -105,6 +105,7 @@ class BoundIdentity:
         process: of the model: T, and whether x0 was clipped.
         seed: of the noise.
         chunk: images per network call.
+        labels: "of the images" where the network is told each image's class, which makes it a bound on p(x | y); else "".
     """
 
     metric: str
@@ -116,6 +117,7 @@ class BoundIdentity:
     process: str
     seed: int
     chunk: int
+    labels: str = ""
 
     @property
     def key(self) -> str:
@@ -127,8 +129,8 @@ class BoundIdentity:
         return replace(self, metric=metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
+        """Return plain data; of a model that knows no classes it does not speak of labels."""
+        return {name: value for name, value in asdict(self).items() if name != "labels" or value}
 
 
 LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk", "seed", "chunk"})

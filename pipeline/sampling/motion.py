@@ -15,7 +15,7 @@ from pipeline.data.images import crop_and_resize, decode_image, to_float, to_uin
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.pictures.pictures import save_animation, save_grid, save_strip
-from pipeline.sampling.generation import Denoiser
+from pipeline.sampling.generation import Denoiser, Shape
 
 STRIP_FRAMES, ANIMATION_FRAMES = 10, 40
 
@@ -80,10 +80,14 @@ def draw_passage(passage: Passage, path: Path) -> None:
     save_grid(pictures, path, columns=len(pictures), captions=captions)
 
 
-def read_end(reference: str, dataset: Dataset) -> Tensor:
-    """Return an image of the dataset's shape, uint8 [C, H, W]: a row of it by number, or a PNG or JPEG file, cropped and resized."""
-    path, (channels, height, width) = Path(reference), dataset.manifest.shape
+def read_end(reference: str, shape: Shape, dataset: Dataset | None) -> Tensor:
+    """Return an image of a shape, uint8 [C, H, W]: a row of the dataset by number, or a PNG or JPEG file, cropped and resized."""
+    path, (channels, height, width) = Path(reference), shape
     if reference.isdecimal() and not path.exists():
+        if dataset is None:
+            raise DataError(
+                f"--interpolate: no image {reference}: this run was imported without images; give two image files"
+            )
         row = int(reference)
         if row >= len(dataset):
             raise UsageError(f"--interpolate: no image {row}; {dataset.manifest.name} has rows 0 .. {len(dataset) - 1}")

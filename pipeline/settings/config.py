@@ -268,9 +268,12 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     if not isinstance(diffusion, dict):
         return
     if "diffusion.betas_file" in keys:
-        for key in {"schedule", "num_timesteps", "betas"} - {key.removeprefix("diffusion.") for key in keys}:
+        diffusion["betas"] = None  # the file's take their place
+        for key in {"schedule", "num_timesteps"} - {key.removeprefix("diffusion.") for key in keys}:
             diffusion.pop(key, None)
         take_in_betas(content, Path.cwd())
+    elif "diffusion.betas" in keys:
+        diffusion["betas_file"] = None
     elif "diffusion.schedule" in keys and diffusion.get("betas") is not None:
         diffusion.update(betas=None, betas_file=None)
 

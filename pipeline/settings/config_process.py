@@ -151,8 +151,8 @@ class SamplingConfig(Section):
 def take_in_betas(content: dict[str, Any], base: Path) -> None:
     """Read the file that `diffusion.betas_file` names, relative to `base`, and put its numbers beside it; UsageError if it cannot be."""
     diffusion = content.get("diffusion")
-    if not isinstance(diffusion, dict) or diffusion.get("betas_file") is None:
-        return
+    if not isinstance(diffusion, dict) or diffusion.get("betas_file") is None or diffusion.get("betas") is not None:
+        return  # a resolved experiment holds the numbers already
     path = base / str(diffusion["betas_file"])
     diffusion["betas"] = read_betas(path)
     diffusion["betas_file"] = path.name

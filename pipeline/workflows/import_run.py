@@ -70,7 +70,11 @@ def read_folder(folder: Path, name: str) -> ForeignModel:
 
 def _named(experiment: Experiment, name: str | None, data: str | None) -> Experiment:
     """Return the experiment under the name asked for; of its data it says what was given here."""
-    changes: dict[str, Any] = {"data": experiment.data.model_copy(update={"source": data or "none"})}
+    averages = {"ema_decay": experiment.training.ema_decays[0], "ema_widths": (), "ema_snapshot_every_steps": None}
+    changes: dict[str, Any] = {
+        "data": experiment.data.model_copy(update={"source": data or "none"}),
+        "training": experiment.training.model_copy(update=averages),  # one average came along
+    }
     if name is not None:
         changes["name"] = normalise_name(name)
     return experiment.model_copy(update=changes)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 import torch
 
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, Rate
 from pipeline.data.shards import Dataset
+from pipeline.errors import DataError
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
@@ -59,6 +58,7 @@ def measure_bound(
         process=_process(trained),
         seed=seed,
         chunk=chunk,
+        labels="of the images" if trained.class_names else "",
     )
     likelihood: Likelihood | VaeLikelihood
     if isinstance(trained.model, Vae):
@@ -69,7 +69,7 @@ def measure_bound(
     kept = {
         "format": _FORMAT,
         "model": digest(trained.model, trained.experiment.hash()),
-        "bound": asdict(identity),
+        "bound": identity.to_json(),
         "torch": torch.__version__,
         "threads": sampling_compute(profile, profile.most_workers, here=False).threads,
     }
@@ -91,6 +91,11 @@ def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Co
     """Open the images a run was trained on, or another split of their source, ingested as they were."""
     profile = profile_of(run, None)
     if split is None:
+        if not run.record.dataset["path"]:
+            raise DataError(
+                f"run {run.id} was imported without images to measure; import it again with: "
+                f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
+            )
         return Dataset.open(run.record.dataset["path"], profile.cache)
     data = experiment.data
     options = IngestOptions(

@@ -47,6 +47,10 @@ def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
         raise UsageError(
             "--interpolate: DDIM without noise is what can be run backwards; leave --sampler and --eta out"
         )
+    if request.spacing not in (None, "linspace"):
+        raise UsageError(
+            "--interpolate: running backwards begins beside the clean image, which is spacing linspace; leave --spacing out"
+        )
     if request.num_images < 2 or request.num_images > MOST_IMAGES:
         raise UsageError(f"--num-images: got {request.num_images}; from one image to another take 2 .. {MOST_IMAGES}")
     conditional = experiment_of(run).model.class_conditional
@@ -56,9 +60,10 @@ def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
 
 def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tuple[str, str], out: Path) -> Written:
     """Draw the way between two images, rows of the run's dataset or files; return what it is and the paths written."""
-    dataset = Dataset.open(run.record.dataset["path"])
-    given = torch.stack([read_end(end, dataset) for end in ends])
     trained, denoiser = load_denoiser(run, request, profile)
+    images = run.record.dataset["path"]
+    dataset = Dataset.open(images, profile.cache) if images else None
+    given = torch.stack([read_end(end, trained.shape, dataset) for end in ends])
     passage = interpolate(denoiser, given, request.num_images)
     with new_folder(out):
         path = out / "interpolation.png"

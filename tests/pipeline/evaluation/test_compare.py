@@ -18,7 +18,7 @@ from pipeline.errors import RefusedError, UsageError
 from pipeline.metrics.bound import Bound, Curve
 from pipeline.metrics.bound_report import Measured, write_measured
 from pipeline.metrics.fid import Moments
-from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity
+from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity, differing
 from pipeline.metrics.scores import Scores, over_seeds, write_scores
 from pipeline.storage.runs import Run
 from pipeline.workflows.compare import compare
@@ -217,3 +217,10 @@ def test_the_command_tells_and_refuses_with_its_code(new_run, home, monkeypatch,
     assert "num_images: 559, 100" in capsys.readouterr().err
     (one.folder / "evaluations" / "0" / "scores.json").write_text("{")
     assert run_command(["compare", two.id, one.id]) == 2  # a damaged file is no score
+
+
+def test_a_bound_given_the_labels_is_not_compared_with_one_that_is_not():
+    plain = BoundIdentity("bits_per_dim", "cd" * 32, "test", 9, 9, "ema", "T = 20, x0 clipped", 0, 10)
+    told = replace(plain, labels="of the images")
+    assert differing(plain.to_json(), told.to_json()) == ["labels: None, of the images"]
+    assert "labels" not in plain.to_json()  # scores of before are still read as what they are

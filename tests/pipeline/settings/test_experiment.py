@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
+import yaml
 
 from pipeline.errors import UsageError
 from pipeline.settings import presets
@@ -198,6 +199,13 @@ def test_a_table_of_betas_travels_with_the_experiment(tmp_path, monkeypatch):
     (tmp_path / "my.txt").unlink()
     assert experiment_from(experiment.to_dict()) == experiment
     assert with_overrides(experiment, ["diffusion.schedule=cosine"]).diffusion.betas is None
+    given = with_overrides(
+        experiment, ["diffusion.schedule=table", "diffusion.num_timesteps=2", "diffusion.betas=[0.3,0.4]"]
+    )
+    assert (given.diffusion.betas, given.diffusion.betas_file) == ((0.3, 0.4), None)
+    (tmp_path / "resolved.yaml").write_text(yaml.safe_dump(experiment.to_dict()))
+    (tmp_path / "my.txt").unlink(missing_ok=True)
+    assert load_experiment(tmp_path / "resolved.yaml").diffusion == diffusion  # its file is needed no more
     # a tracked parameter is short
     assert len(experiment.flat()["diffusion.betas"]) < 30
 

@@ -98,17 +98,22 @@ def test_pictures_are_written(tmp_path: Path, digits):
 
 
 def test_an_end_is_a_row_or_a_file(tmp_path: Path, digits, monkeypatch):
-    assert torch.equal(read_end("17", digits), torch.from_numpy(digits.read([17])[0]))
+    assert torch.equal(read_end("17", (1, 8, 8), digits), torch.from_numpy(digits.read([17])[0]))
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:, 40:] = 255
     Image.fromarray(pixels).save(tmp_path / "wide.png")
-    end = read_end(str(tmp_path / "wide.png"), digits)  # made gray, and its centred square made 8 x 8
+    end = read_end(str(tmp_path / "wide.png"), (1, 8, 8), None)  # made gray, and its centred square made 8 x 8
     assert end.shape == (1, 8, 8)
     assert (int(end[0, 0, 0]), int(end[0, 0, 7])) == (0, 255)
     with pytest.raises(UsageError, match=r"rows 0 \.\. 1796"):
-        read_end("1797", digits)
+        read_end("1797", (1, 8, 8), digits)
     with pytest.raises(DataError, match="cannot be read"):
-        read_end(str(tmp_path / "none.png"), digits)
+        read_end(str(tmp_path / "none.png"), (1, 8, 8), digits)
     (tmp_path / "text.png").write_text("no image")
     with pytest.raises(DataError, match="expected a PNG or JPEG"):
-        read_end(str(tmp_path / "text.png"), digits)
+        read_end(str(tmp_path / "text.png"), (1, 8, 8), None)
+
+
+def test_without_a_dataset_a_row_is_refused_by_what_to_give_instead() -> None:
+    with pytest.raises(DataError, match="give two image files"):
+        read_end("3", (1, 8, 8), None)
