@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 import textwrap
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
@@ -64,7 +65,8 @@ def doctor(cluster: str | None, data: str | None, preset: str | None, as_json: b
     from pipeline.doctor.request import examination_of
 
     examination = examination_of(cluster, data, preset)
-    findings = examine(examination, (lambda finding: None) if as_json else _tell)
+    stdout = sys.stdout  # while Ray is up, what is printed goes to stderr, for Ray's sake
+    findings = examine(examination, (lambda finding: None) if as_json else lambda finding: _tell(finding, stdout))
     if as_json:
         _tell_all(examination.profile.name, findings, as_json)
     require_healthy(findings)
@@ -78,11 +80,11 @@ def _tell_all(profile: str, findings: Sequence[Finding], as_json: bool) -> None:
             _tell(finding)
 
 
-def _tell(finding: Finding) -> None:
+def _tell(finding: Finding, stdout: TextIO | None = None) -> None:
     word = click.style(f"{finding.verdict:<8}", fg=COLORS[finding.verdict])
     head, *rest = textwrap.wrap(finding.says, 110) or [""]
-    click.echo(f"{word}{finding.check:<12}{head}")
+    click.echo(f"{word}{finding.check:<12}{head}", stdout)
     for line in rest:
-        click.echo(INDENT + line)
+        click.echo(INDENT + line, stdout)
     for line in textwrap.wrap(finding.remedy, 108, initial_indent="-> ", subsequent_indent="   "):
-        click.echo(INDENT + line)
+        click.echo(INDENT + line, stdout)
