@@ -109,6 +109,42 @@ def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult
     return run
 
 
+@pytest.fixture
+def typed(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process, in an empty folder; return exit code, stdout and stderr."""
+    from pipeline.cli import run
+
+    monkeypatch.chdir(home)
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        code = run(arguments)
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def ending() -> Iterator[Callable[[subprocess.Popen[str]], subprocess.Popen[str]]]:
+    """End processes that a test started, each the head of a session of its own, whatever happens: ending(subprocess.Popen(...))."""
+    started: list[subprocess.Popen[str]] = []
+
+    def note(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
+        started.append(process)
+        return process
+
+    yield note
+    for process in started:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder with real image sets (`mnist/`, `cifar10/`, Hugging Face style Parquet); skips where it isn't."""

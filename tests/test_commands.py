@@ -17,19 +17,6 @@ Typed = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    """Run a command line in this process, in an empty folder; return exit code, stdout and stderr."""
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-@pytest.fixture
 def trained(home: Path) -> Run:
     """A run with a checkpoint at step 30, trained without Ray."""
     made = trainer.make_run(home)

@@ -21,6 +21,7 @@ from pipeline.ingest.rows import Treatment, make_rows
 from pipeline.ingest.sources import Source
 from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
 from pipeline.settings.cluster_profile import Cache
+from pipeline.settings.config import DataConfig
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 
@@ -40,6 +41,17 @@ class Availability:
     num_rows: int | None = None
     shape: tuple[int, int, int] | None = None
     num_classes: int | None = None
+
+
+def ingest_options(data: DataConfig) -> IngestOptions:
+    """Return how an experiment wants its images ingested."""
+    return IngestOptions(
+        image_size=data.image_size,
+        mode=data.mode,
+        image_column=data.image_column,
+        label_column=data.label_column,
+        split=data.split,
+    )
 
 
 def ingest(

@@ -6,12 +6,11 @@ from pathlib import Path
 
 from pipeline.data.image_set import Images
 from pipeline.data.shards import Dataset
-from pipeline.metrics import scoring
 from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.fid import Moments
+from pipeline.metrics.judge import judge_of
 from pipeline.metrics.registry import METRICS, Pair
 from pipeline.settings.config import Experiment
-from pipeline.storage.home import datasets_dir
 from pipeline.training.device import Compute
 
 _BATCH = 1000
@@ -27,17 +26,8 @@ def early_kid(
     Raises:
         RefusedError, DataError: as the evaluation at the end would.
     """
-    asked = experiment.evaluation
-    cache = datasets_dir(home) / "features"
-    extractor = scoring.choose_extractor(
-        dataset,
-        cache,
-        kind=asked.extractor,
-        inception_weights=asked.inception_weights,
-        download=False,
-        device=compute.device,
-    )
-    reference = scoring.prepare_reference(dataset, extractor, asked.num_images, cache)
+    judge = judge_of(dataset, experiment.evaluation, home, download=False, device=compute.device)
+    extractor, reference = judge.extractor, judge.reference
     found = extract(extractor, in_batches(images, _BATCH))
     pair = Pair(reference.real, found, reference.moments, Moments.of(found.features))
     return f"kid_{extractor.name}_n{len(images)}", METRICS["kid"](pair, 0).values["kid"]

@@ -38,6 +38,11 @@ def datasets_dir(root: Path) -> Path:
     return root / "datasets"
 
 
+def features_dir(root: Path) -> Path:
+    """Return the folder of what is known of real images: it serves all runs of a home."""
+    return datasets_dir(root) / "features"
+
+
 def artifacts_dir(root: Path) -> Path:
     """Return the folder of the artifacts that go with the default tracking store."""
     return root / "mlartifacts"

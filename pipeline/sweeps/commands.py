@@ -12,12 +12,11 @@ from typing import Any
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
-from pipeline.ingest.ingest import availability, ensure_ingested
-from pipeline.metrics import scoring
+from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
+from pipeline.metrics.judge import judge_of
 from pipeline.settings.cluster_profile import Profile, home_of, load_profile
 from pipeline.settings.config import Experiment, with_overrides
 from pipeline.settings.yaml_files import validate
-from pipeline.storage.home import datasets_dir
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
@@ -50,7 +49,7 @@ def request(
 def plan(asked: Request) -> SweepPlan:
     """Work out and check a sweep without downloading, ingesting or writing anything."""
     data = asked.base.data
-    found = availability(data.source, training_run.ingest_options(data), asked.profile.datasets())
+    found = availability(data.source, ingest_options(data), asked.profile.datasets())
     return make_sweep_plan(asked, found.text, found.num_rows, found.shape)
 
 
@@ -156,7 +155,7 @@ def require_all_finished(result: Result) -> None:
 def _ingested(asked: Request, console: Console) -> Dataset:
     data = asked.base.data
     return ensure_ingested(
-        data.source, training_run.ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
+        data.source, ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
     )
 
 
@@ -194,13 +193,7 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
 
 def _prepare_judge(base: Experiment, dataset: Dataset, profile: Profile, console: Console) -> None:
     """Find extractor and reference once, before the trials do: what cannot be scored is told before anything is spent."""
-    asked = base.evaluation
-    cache = datasets_dir(profile.home()) / "features"
-    progress = progress_on(console)
-    extractor = scoring.choose_extractor(
-        dataset, cache, kind=asked.extractor, inception_weights=asked.inception_weights, progress=progress
-    )
-    scoring.prepare_reference(dataset, extractor, asked.num_images, cache, progress=progress)
+    judge_of(dataset, base.evaluation, profile.home(), progress=progress_on(console))
 
 
 def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:

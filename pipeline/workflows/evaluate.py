@@ -17,6 +17,7 @@ from pipeline.console import Console, Rate
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics import scoring
 from pipeline.metrics.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
+from pipeline.metrics.judge import Judge
 from pipeline.metrics.neighbours import find_neighbours
 from pipeline.metrics.scores import Scores, over_seeds
 from pipeline.sampling.generated import Workshop
@@ -28,7 +29,7 @@ from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute
 from pipeline.training.trained import Trained, experiment_of
-from pipeline.workflows.judge import Judge, find_judge
+from pipeline.workflows.judge import find_judge
 from pipeline.workflows.measure import measure_bound
 from pipeline.workflows.sample import SampleRequest, generator_for, load_trained, workshop_of
 

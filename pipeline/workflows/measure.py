@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, Rate
 from pipeline.data.shards import Dataset
-from pipeline.errors import DataError
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested, ingest_options
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
 from pipeline.metrics.metric_identity import BoundIdentity
@@ -22,7 +23,7 @@ from pipeline.storage.runs import Run
 from pipeline.training.device import Compute, sampling_compute
 from pipeline.training.trained import Trained, profile_of
 from pipeline.training.vae import Vae
-from pipeline.workflows.judge import progress_on
+from pipeline.workflows.judge import open_images, progress_on
 
 METRIC = "bits_per_dim"
 
@@ -89,21 +90,9 @@ def _process(trained: Trained) -> str:
 
 def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Console) -> Dataset:
     """Open the images a run was trained on, or another split of their source, ingested as they were."""
-    profile = profile_of(run, None)
     if split is None:
-        if not run.record.dataset["path"]:
-            raise DataError(
-                f"run {run.id} was imported without images to measure; import it again with: "
-                f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
-            )
-        return Dataset.open(run.record.dataset["path"], profile.cache)
-    data = experiment.data
-    options = IngestOptions(
-        image_size=data.image_size,
-        mode=data.mode,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        split=split,
-    )
+        return open_images(run, "to measure")
+    profile, data = profile_of(run, None), experiment.data
+    options = replace(ingest_options(data), split=split)
     datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
     return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)

@@ -15,14 +15,13 @@ from pipeline.console import Console
 from pipeline.data.labels import class_name, class_names_of
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, InterruptedRunError, UsageError
-from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested
+from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.pictures.schedule_picture import draw_schedules, example_of
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings import presets
 from pipeline.settings.cluster_profile import Profile, home_of, load_profile, storage_of
 from pipeline.settings.config import (
     DEFAULT_PRESET,
-    DataConfig,
     Experiment,
     differences,
     load_experiment,
@@ -303,14 +302,3 @@ def _dataset_of(run: Run, profile: Profile) -> Dataset:
             f"{dataset.manifest.fingerprint[:12]} in {about['path']}; restore them, or start a new run"
         )
     return dataset
-
-
-def ingest_options(data: DataConfig) -> IngestOptions:
-    """Return how an experiment wants its images ingested."""
-    return IngestOptions(
-        image_size=data.image_size,
-        mode=data.mode,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        split=data.split,
-    )

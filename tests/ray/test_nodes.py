@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,9 +23,8 @@ PATIENCE_S = 240  # a restart takes fifteen seconds on a machine that does nothi
 
 
 @pytest.fixture
-def start(home: Path, user_environment: dict[str, str]) -> Any:
+def start(home: Path, user_environment: dict[str, str], ending: Any) -> Any:
     """`ddpm-pipe` in the background on a cluster; ended with the test."""
-    running: list[subprocess.Popen[str]] = []
 
     def begin(cluster: RayCluster, *arguments: str) -> Started:
         with (home / "stderr.txt").open("w") as stderr:
@@ -40,16 +37,9 @@ def start(home: Path, user_environment: dict[str, str]) -> Any:
                 text=True,
                 start_new_session=True,
             )
-        running.append(process)
-        return Started(process)
+        return Started(ending(process))
 
-    yield begin
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        assert process.stdout is not None
-        process.stdout.close()
+    return begin
 
 
 def experiment(home: Path, *, steps: int = STEPS, pause: float = 0.15, dropout: float = 0.2) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,25 +26,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 def elsewhere(tmp_path: Path) -> Shell:
     prepare(tmp_path)
     return Shell(tmp_path)
-
-
-@pytest.fixture
-def ending() -> Iterator[Callable[[subprocess.Popen[str]], subprocess.Popen[str]]]:
-    """End processes that a test started, whatever happens."""
-    started: list[subprocess.Popen[str]] = []
-
-    def note(process: subprocess.Popen[str]) -> subprocess.Popen[str]:
-        started.append(process)
-        return process
-
-    yield note
-    for process in started:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
 
 
 def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 240) -> None:

@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -74,9 +75,7 @@ class Started:
 
 
 @pytest.fixture
-def start(home: Path, user_environment: dict[str, str]) -> Iterator[Callable[..., Started]]:
-    running: list[subprocess.Popen[str]] = []
-
+def start(home: Path, user_environment: dict[str, str], ending: Any) -> Callable[..., Started]:
     def begin(*arguments: str) -> Started:
         process = subprocess.Popen(
             [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
@@ -87,17 +86,9 @@ def start(home: Path, user_environment: dict[str, str]) -> Iterator[Callable[...
             text=True,
             start_new_session=True,
         )
-        running.append(process)
-        return Started(process)
+        return Started(ending(process))
 
-    yield begin
-    for process in running:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        for pipe in (process.stdout, process.stderr):
-            assert pipe is not None
-            pipe.close()
+    return begin
 
 
 @pytest.fixture

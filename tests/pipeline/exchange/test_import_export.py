@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline.cli import run
 from pipeline.exchange import export_onnx
 from pipeline.exchange.diffusers_folder import write_pipeline
 from pipeline.storage.runs import Run, RunStatus
@@ -21,18 +20,6 @@ from tests.pipeline.exchange.models import IDDPM, made
 from tests.pipeline.exchange.test_foreign_tensors import Canary
 
 Typed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

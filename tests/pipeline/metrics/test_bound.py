@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, Model, bits_per_dim
-from pipeline.cli import run as run_command
 from pipeline.data.images import to_float
 from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
 from pipeline.metrics.bound_report import Measured, write_measured
@@ -194,18 +193,6 @@ def test_what_is_written_says_all_of_it(tmp_path: Path) -> None:
 # The command
 
 Typed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run_command(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_evaluate_measures_a_whole_split_and_repeats_nothing(typed: Typed, home: Path) -> None:

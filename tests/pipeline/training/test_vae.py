@@ -207,18 +207,6 @@ def trained(home: Path) -> Run:
 Typed = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
 def test_it_is_sampled_scored_and_listed_by_the_same_commands(typed: Typed, home: Path, trained: Run) -> None:
     code, out, err = typed("sample", trained.id, "-n", "3", "--out", "images", "--format", "png", "--json")
     assert code == 0, err

@@ -1,0 +1,55 @@
+"""What judges generated images of a dataset: an extractor, and the reference that it has of real ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from pipeline.data.image_set import Progress
+from pipeline.data.shards import Dataset
+from pipeline.metrics import scoring
+from pipeline.metrics.features import FeatureExtractor
+from pipeline.metrics.reference import Reference
+from pipeline.settings.config import EvaluationConfig
+from pipeline.storage.chunks import Runner, as_it_stands
+from pipeline.storage.home import features_dir
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What images of a dataset are judged by."""
+
+    dataset: Dataset
+    extractor: FeatureExtractor
+    reference: Reference
+
+
+def judge_of(
+    dataset: Dataset,
+    asked: EvaluationConfig,
+    home: Path,
+    *,
+    download: bool = True,
+    device: torch.device | None = None,
+    runner: Runner = as_it_stands,
+    progress: Progress | None = None,
+) -> Judge:
+    """Return what an evaluation judges by; what it takes of real images is kept in `home`, and nearly free after the first time.
+
+    Raises:
+        RefusedError, DataError: nothing can judge this dataset as asked.
+    """
+    cache = features_dir(home)
+    extractor = scoring.choose_extractor(
+        dataset,
+        cache,
+        kind=asked.extractor,
+        inception_weights=asked.inception_weights,
+        download=download,
+        device=device,
+        progress=progress,
+    )
+    reference = scoring.prepare_reference(dataset, extractor, asked.num_images, cache, runner=runner, progress=progress)
+    return Judge(dataset, extractor, reference)
