@@ -54,6 +54,15 @@ settings.register_profile("seeded", derandomize=True, deadline=None, database=No
 settings.load_profile("seeded")
 
 
+@pytest.fixture(autouse=True)
+def _no_declared_secrets_left() -> Iterator[None]:
+    """A profile that is read declares its secrets for the life of the process: here, where one process plays many, for that of a test."""
+    yield
+    from pipeline.redaction import DECLARED_SECRETS
+
+    os.environ.pop(DECLARED_SECRETS, None)
+
+
 class CliResult(NamedTuple):
     """What a `ddpm-pipe` process returned and printed."""
 

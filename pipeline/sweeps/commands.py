@@ -80,7 +80,7 @@ def go_on(
     allow_modules_in(os.getcwd())
     sweep = folder.sweep if changes is None else changes(folder.sweep)
     asked = Request(sweep, folder.base, _profile_of(folder, cluster), max_concurrent)
-    dataset = Dataset.open(folder.record.dataset["path"])
+    dataset = Dataset.open(folder.record.dataset["path"], asked.profile.cache)
     manifest = dataset.manifest
     if manifest.fingerprint != folder.record.dataset["fingerprint"]:
         raise UsageError(
