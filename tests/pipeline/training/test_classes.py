@@ -19,7 +19,7 @@ from pipeline.sampling.generation import Denoiser
 from pipeline.settings import presets
 from pipeline.settings.config import load_experiment, with_overrides
 from pipeline.training.loop import Learner, fit
-from pipeline.training.models import build_diffusion, build_model
+from pipeline.training.models import build_diffusion, build_model, build_objective
 from tests.pipeline.training.test_workers import CPU
 
 DIGITS = tuple("0123456789")
@@ -41,7 +41,8 @@ def trained(dataset: Dataset) -> Denoiser:
     learner = Learner.create(model, experiment.training, diffusion.num_timesteps, CPU)
     order = Order(dataset.manifest.row_groups, 0, 16, experiment.training.batch_size, 65_536)
     batches = training_batches(dataset, order, range(16), 0, 0)
-    for result in fit(learner, model, diffusion, batches, experiment.training, CPU, seed=0, null_class=10):
+    objective = build_objective(experiment)
+    for result in fit(learner, model, objective, batches, experiment.training, CPU, seed=0, null_class=10):
         if result.step == 300:
             break
     learner.ema.copy_to(model)
