@@ -62,7 +62,8 @@ ADDED_LATER: dict[str, Any] = {
 class Precision(StrEnum):
     """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in all of them.
 
-    `fp16` scales the loss. `mixed` is bf16 where the device computes it, else fp16.
+    `fp16` scales the loss. `mixed` is the fastest that the device computes itself: bf16 on GPUs from Ampere on and on CPUs with
+    instructions for it, else fp16 on GPUs and fp32 on CPUs.
     """
 
     FP32 = "fp32"

@@ -20,7 +20,10 @@ from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, Precision
 
-BF16_FROM = (8, 0)  # Ampere; torch emulates bf16 on older GPUs, slowly
+BF16_FROM = (
+    8,
+    0,
+)  # Ampere; torch emulates bf16 on older GPUs, slowly, as on CPUs without instructions for it: up to 30 times slower than fp32
 COMPILER_FROM = (7, 0)  # Triton, which torch.compile writes GPU code with
 LossScaler = torch.amp.GradScaler
 AUTOCAST = {Precision.FP32: None, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
@@ -28,18 +31,20 @@ AUTOCAST = {Precision.FP32: None, Precision.BF16: torch.bfloat16, Precision.FP16
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What a machine can do, as one of its workers finds it: GPUs, their compute capability, NCCL."""
+    """What a machine can do, as one of its workers finds it: GPUs, their compute capability, NCCL, bf16 instructions of its CPU."""
 
     num_gpus: int = 0
     gpu_version: tuple[int, int] = (0, 0)  # of the least capable one; (9, 0) is an H100
     nccl: bool = False
+    cpu_bf16: bool = False
 
     @classmethod
     def of_this_machine(cls) -> Capabilities:
         """Ask torch."""
         count = num_gpus()
         versions = [torch.cuda.get_device_capability(index) for index in range(count)]
-        return cls(count, min(versions, default=(0, 0)), torch.distributed.is_nccl_available())
+        cpu_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # AMX always has it
+        return cls(count, min(versions, default=(0, 0)), torch.distributed.is_nccl_available(), cpu_bf16)
 
 
 @dataclass(frozen=True)
@@ -251,22 +256,29 @@ def _device(capabilities: Capabilities, profile: Profile, index: int) -> torch.d
 
 def _precision(capabilities: Capabilities, asked: Precision, profile: Profile, *, on_gpu: bool) -> Precision:
     """Return the arithmetic, of which `mixed` leaves the choice to the device; UsageError where the device has it not."""
-    has_bf16 = not on_gpu or capabilities.gpu_version >= BF16_FROM
     if asked is Precision.MIXED:
-        half = [Precision.BF16] if has_bf16 else []
-        for precision in (*half, Precision.FP16):
-            if precision in profile.precisions:
-                return precision
-        able = "bf16 or fp16" if has_bf16 else "fp16"
-        raise UsageError(
-            f"training.precision: got mixed, but profile {profile.name!r} does not allow {able}; use -s training.precision=fp32"
-        )
-    if asked is Precision.BF16 and not has_bf16:
+        return _mixed(capabilities, profile, on_gpu=on_gpu)
+    if asked is Precision.BF16 and on_gpu and capabilities.gpu_version < BF16_FROM:
         raise UsageError(
             f"training.precision: got bf16, which this GPU (compute capability {_dotted(capabilities.gpu_version)}) does not "
             "compute; use -s training.precision=fp16, or mixed to leave the choice to the GPU"
         )
     return asked
+
+
+def _mixed(capabilities: Capabilities, profile: Profile, *, on_gpu: bool) -> Precision:
+    """Return the fastest arithmetic that the device computes itself and the profile permits."""
+    if on_gpu:
+        able = ([Precision.BF16] if capabilities.gpu_version >= BF16_FROM else []) + [Precision.FP16, Precision.FP32]
+    else:
+        able = ([Precision.BF16] if capabilities.cpu_bf16 else []) + [Precision.FP32]
+    for precision in able:
+        if precision in profile.precisions:
+            return precision
+    raise UsageError(
+        f"training.precision: got mixed, but profile {profile.name!r} allows {', '.join(profile.precisions)}, and this machine "
+        f"computes {', '.join(able)}; name one with -s training.precision={profile.precisions[0]}, or choose another profile"
+    )
 
 
 def _dotted(version: tuple[int, int]) -> str:

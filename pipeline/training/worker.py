@@ -17,12 +17,12 @@ from pipeline.data.batches import Batch, Prefetch, training_batches
 from pipeline.data.labels import class_names_of
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
-from pipeline.errors import CheckpointError, StorageError
+from pipeline.errors import CheckpointError, ClusterError, StorageError
 from pipeline.metrics.early_kid import early_kid
 from pipeline.pictures.pictures import save_grid
 from pipeline.sampling.generation import generator_of
 from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment, experiment_from
+from pipeline.settings.config import Experiment, Precision, experiment_from
 from pipeline.settings.yaml_files import validate
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.remote_run import folder_here
@@ -91,6 +91,7 @@ class Worker:
         self.run = self._run_here()
         profile = validate(Profile, job.profile, "profile")
         self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, gpu)
+        self._require_equal_arithmetic()
         self.compute.start()
         allow_modules_in(job.code_folder)
         self.dataset = Dataset.open(job.dataset_folder, profile.cache)
@@ -109,6 +110,15 @@ class Worker:
         self.sampling_model: nn.Module | None = None
         self.judging_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.leads else []
+
+    def _require_equal_arithmetic(self) -> None:
+        """Raise ClusterError where `mixed` means different things on this worker's machine and on rank 0's."""
+        mine, first = self.compute.precision, self.team.told(self.compute.precision)
+        if mine != first:
+            raise ClusterError(
+                f"training.precision: mixed is {mine} on the machine of worker {self.team.rank}, and {first} on that of worker 0; "
+                f"name one for all with -s training.precision={Precision.FP32}"
+            )
 
     def _new_learner(self, model: nn.Module) -> Learner:
         return Learner.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)

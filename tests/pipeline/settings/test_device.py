@@ -17,6 +17,7 @@ from pipeline.training import device
 from pipeline.training.device import Capabilities, Compute, decide
 
 CPU = Capabilities()
+CPU_WITH_BF16 = Capabilities(cpu_bf16=True)
 T4 = Capabilities(num_gpus=1, gpu_version=(7, 5), nccl=True)
 P100 = Capabilities(num_gpus=1, gpu_version=(6, 0), nccl=True)
 A100S = Capabilities(num_gpus=8, gpu_version=(8, 0), nccl=True)
@@ -43,8 +44,9 @@ def compute(name: str, **settings: Any) -> Compute:
     [
         (CPU, {}, {}, 0, compute("cpu")),
         (CPU, {"precision": "bf16"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
-        (CPU, {"precision": "mixed"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
-        (CPU, {"precision": "mixed"}, {"precisions": ["fp16"]}, 0, compute("cpu", autocast_dtype=torch.float16)),
+        (CPU, {"precision": "mixed"}, {}, 0, compute("cpu")),  # bf16 would be emulated, and slow
+        (CPU_WITH_BF16, {"precision": "mixed"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
+        (CPU_WITH_BF16, {"precision": "mixed"}, {"precisions": ["fp32"]}, 0, compute("cpu")),
         (CPU, {"compile": True, "channels_last": True}, {"cuda_graphs": True}, 0,
          compute("cpu", compile=True, channels_last=True)),
         (CPU, {"tf32": True}, {}, 0, compute("cpu")),  # there is no such thing on a CPU, and float32 repeats anyway
@@ -53,6 +55,7 @@ def compute(name: str, **settings: Any) -> Compute:
         (A100S, {"precision": "mixed"}, ON_GPU, 3, compute("cuda:3", autocast_dtype=torch.bfloat16)),
         (A100S, {"precision": "fp16"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16)),
         (T4, {"precision": "mixed"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16)),
+        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["fp32", "bf16"]}, 0, compute("cuda:0")),
         (A100S, {"tf32": True, "deterministic": False}, ON_GPU, 0, compute("cuda:0", tf32=True, deterministic=False)),
         (A100S, {"compile": True}, ON_GPU, 0, compute("cuda:0", compile=True)),
         (A100S, {"compile": True}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0", compile=True, cuda_graphs=True)),
@@ -74,8 +77,14 @@ def test_the_decision(
     [
         (CPU, {}, ON_GPU, ClusterError, "this machine has none; use --cluster local"),
         (T4, {"precision": "bf16"}, ON_GPU, UsageError, r"compute capability 7.5.*training.precision=fp16, or mixed"),
-        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["fp32", "bf16"]}, UsageError, "does not allow fp16"),
-        (CPU, {"precision": "mixed"}, {"precisions": ["fp32"]}, UsageError, "does not allow bf16 or fp16"),
+        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["bf16"]}, UsageError, "computes fp16, fp32; name one"),
+        (
+            CPU,
+            {"precision": "mixed"},
+            {"precisions": ["fp16"]},
+            UsageError,
+            "allows fp16, and this machine computes fp32",
+        ),
         (CPU, {"precision": "bf16"}, {"precisions": ["fp32"]}, UsageError, "'here' allows fp32;.*precision=fp32"),
         (CPU, {"compile": True}, {"compile": False}, UsageError, "training.compile=false"),
         (P100, {"compile": True}, ON_GPU, UsageError, r"compute capability 6.0, the compiler needs 7.0"),
