@@ -1,6 +1,7 @@
 """What is predicted x what is minimised x the schedule, on the embedded digits at equal training: FID and bits/dim of each.
 
     python benchmarks/modes.py run modes.jsonl                   trains what the file does not hold yet; about a minute a model
+    python benchmarks/modes.py run modes.jsonl --jobs 8          the same, eight at once
     python benchmarks/modes.py table modes.jsonl                 prints the table of docs/modes.md
 
 Every model has the same network, images, noise, learning rate and number of steps; only the cell's settings differ. One thread. FID is
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -125,18 +128,26 @@ def measure(experiment: Experiment, dataset: Dataset, cache: Path) -> dict[str, 
     }
 
 
-def run(path: Path, steps: int, num_timesteps: int, home: Path, at_most: int | None) -> None:
+def measured(cell: Cell, steps: int, num_timesteps: int, home: Path) -> dict[str, Any]:
+    """Train and measure one cell, in a process of its own where there are several."""
+    experiment = cell.experiment(steps, num_timesteps)
+    check_training(experiment)
+    figures = measure(experiment, ensure_ingested("digits", IngestOptions(), home), home / "features")
+    return {"cell": asdict(cell), "steps": steps, "T": num_timesteps, **figures}
+
+
+def run(path: Path, steps: int, num_timesteps: int, home: Path, at_most: int | None, jobs: int) -> None:
     """Measure every cell that the file does not hold yet, or so many of them, and add a line for each."""
-    dataset = ensure_ingested("digits", IngestOptions(), home)
+    ensure_ingested("digits", IngestOptions(), home)
     done = [json.loads(line)["cell"] for line in path.read_text().splitlines()] if path.exists() else []
     missing = [cell for cell in cells() if asdict(cell) not in done]
-    for cell in missing[:at_most]:
-        experiment = cell.experiment(steps, num_timesteps)
-        check_training(experiment)
-        figures = measure(experiment, dataset, home / "features")
-        with path.open("a") as file:
-            file.write(json.dumps({"cell": asdict(cell), "steps": steps, "T": num_timesteps, **figures}) + "\n")
-        print(cell, figures, flush=True)
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as processes:
+        futures = [processes.submit(measured, cell, steps, num_timesteps, home) for cell in missing[:at_most]]
+        for future in as_completed(futures):
+            line = json.dumps(future.result())
+            with path.open("a") as file:
+                file.write(line + "\n")
+            print(line, flush=True)
 
 
 def table(path: Path) -> str:
@@ -168,12 +179,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--num-timesteps", type=int, default=250)
     parser.add_argument("--at-most", type=int, help="Models to train before stopping; run again to go on.")
+    parser.add_argument("--jobs", type=int, default=1, help="Models to train at once, a thread each.")
     parser.add_argument(
         "--home", type=Path, default=Path("datasets"), help="Where datasets and real features are kept."
     )
     args = parser.parse_args()
     if args.action == "run":
-        run(args.file, args.steps, args.num_timesteps, args.home, args.at_most)
+        run(args.file, args.steps, args.num_timesteps, args.home, args.at_most, args.jobs)
     else:
         print(table(args.file))
 

@@ -53,7 +53,7 @@ def our_training(
     learner = Learner.create(model, experiment.training, experiment.diffusion.num_timesteps, compute)
     steps = fit(
         learner,
-        model,
+        compute.compiled(model),
         build_objective(experiment),
         batches,
         experiment.training,
@@ -104,10 +104,12 @@ def peer_training(experiment: Experiment, shape: Shape, compute: Compute) -> tup
     scheduler = DDPMScheduler(num_train_timesteps=experiment.diffusion.num_timesteps)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     ema = EMAModel(model.parameters(), decay=settings.ema_decay)
+    network = compute.compiled(model)
     pool = torch.randint(0, 256, (2048, *shape), dtype=torch.uint8)
 
     def work(num_steps: int) -> None:
         for _ in range(num_steps):
+            compute.begin_step()
             x0 = to_float(pool[torch.randint(len(pool), (settings.batch_size,))].to(device))
             eps = torch.randn(x0.shape, device=device)
             t = torch.randint(0, experiment.diffusion.num_timesteps, (len(x0),), device=device)
@@ -115,7 +117,7 @@ def peer_training(experiment: Experiment, shape: Shape, compute: Compute) -> tup
             if compute.channels_last:
                 x_t = x_t.contiguous(memory_format=torch.channels_last)
             with compute.autocast():
-                loss = nn.functional.mse_loss(model(x_t, t).sample, eps)
+                loss = nn.functional.mse_loss(network(x_t, t).sample, eps)
             loss.backward()  # type: ignore[no-untyped-call]
             nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip or float("inf"))
             optimizer.step()
@@ -173,6 +175,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--preset", choices=SHAPES, default="digits")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of training (default: the preset's)")
+    parser.add_argument("-s", dest="overrides", action="append", default=[], metavar="KEY=VALUE",
+                        help="a setting of the experiment; training.compile compiles both networks")  # fmt: skip
+    parser.add_argument("--cuda-graphs", action="store_true", help="with training.compile: replay recorded kernels")
     parser.add_argument("--steps", type=int, default=10, help="training steps of a round (default 10)")
     parser.add_argument("--denoising-steps", type=int, default=10, help="DDIM steps of a round (default 10)")
     parser.add_argument("--rounds", type=int, default=7)
@@ -183,11 +188,13 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     asked = arguments()
     precision = [] if asked.precision is None else [f"training.precision={asked.precision}"]
-    experiment, shape = load_experiment(presets.find("experiments", asked.preset), precision), SHAPES[asked.preset]
+    overrides = [*precision, *asked.overrides]
+    experiment, shape = load_experiment(presets.find("experiments", asked.preset), overrides), SHAPES[asked.preset]
     training, device = experiment.training, torch.device(asked.device)
     threads = asked.threads or torch.get_num_threads()
     dtype = AUTOCAST[training.precision]
-    compute = Compute(device, "gloo", dtype, compile=False, channels_last=training.channels_last, threads=threads)
+    compute = Compute(device, "gloo", dtype, training.compile, training.channels_last, threads, training.tf32,
+                      cuda_graphs=asked.cuda_graphs and training.compile)  # fmt: skip
     compute.start()
     torch.manual_seed(0)
     with Prefetch(random_batches(experiment, shape)) as batches:

@@ -85,9 +85,9 @@ class Learner:
             moments.setdefault(name, {})[kind] = value
         for name, parameter in self.model.named_parameters():
             if name in moments:
+                # the fused kernel reads the count of steps, too, where the parameter is
                 self.optimizer.state[parameter] = {
-                    key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                    for key, value in moments[name].items()
+                    key: value.to(parameter.device, copy=True) for key, value in moments[name].items()
                 }
         self.step = step
 
@@ -212,6 +212,7 @@ def _backward(
 
 def _gradients_stay_local(network: nn.Module, stay: bool) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which workers do not yet average their gradients: for all micro-batches but the last."""
-    if stay and isinstance(network, DistributedDataParallel):
-        return network.no_sync()
+    inner = getattr(network, "_orig_mod", network)  # of torch.compile's wrapper
+    if stay and isinstance(inner, DistributedDataParallel):
+        return inner.no_sync()
     return contextlib.nullcontext()

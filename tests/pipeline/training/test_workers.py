@@ -46,9 +46,8 @@ def train(
 ) -> tuple[list[torch.Tensor], list[Batch], Learner]:
     """Train 20 steps as one worker of a team; return its losses and batches by step, and the learner."""
     torch.set_num_threads(1)
-    learner = Learner.create(
-        build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, compute
-    )
+    model = compute.place(build_model(chosen, dataset.manifest.shape))
+    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
     seen: list[Batch] = []
     streams = streams_of_worker(team.rank, team.size, STREAMS)
     batches = training_batches(dataset, order_of(dataset, chosen), streams, 0, chosen.seed)
@@ -58,7 +57,7 @@ def train(
             seen.append(batch)
             yield batch
 
-    network = team.share_gradients(learner.model, compute)
+    network = compute.compiled(team.share_gradients(learner.model, compute))
     losses = []
     for result in fit(
         learner,
@@ -71,15 +70,16 @@ def train(
         rank=team.rank,
         horizontal_flip=chosen.data.horizontal_flip,
     ):
-        losses.append(result.losses)
+        losses.append(result.losses.cpu())
         if result.step == STEPS:
             break
     return losses, seen, learner
 
 
-def be_a_worker(rank: int, size: int, folder: str, data: str) -> None:
+def be_a_worker(rank: int, size: int, folder: str, data: str, compute: Compute = CPU) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
-    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join())
+    compute.start()
+    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join(), compute)
     words = ("u_t", "u_flip", "u_label", "eps")
     told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
     torch.save({"losses": losses, "told": told, "ema": learner.ema.shadow}, f"{folder}/{size}-{rank}.pt")
