@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 from pipeline.cluster.session import Session
@@ -16,20 +17,29 @@ from pipeline.training.models import allow_modules_in
 
 
 class ChunkWorker:
-    """One worker of the pool: a process with the task ready."""
+    """One worker of the pool: a process with the task ready, once it is asked for.
+
+    Nothing that may fail is done as it is made: of an error there Ray tells the text alone, as of a death.
+    """
 
     def __init__(self, profile: Profile, code_folder: str, secrets: dict[str, str], task: list[Any]) -> None:
+        self._profile, self._code_folder, self._secrets, self._sent = profile, code_folder, secrets, task
+
+    @cached_property
+    def _task(self) -> Task:
         import ray
 
-        os.environ.update(secrets)
-        allow_modules_in(code_folder)  # before the task is unpickled: its network may be the user's own
-        self._task: Task = ray.get(task[0])
-        here = sampling_compute(profile, profile.most_workers)
+        os.environ.update(self._secrets)
+        allow_modules_in(self._code_folder)  # before the task is unpickled: its network may be the user's own
+        task: Task = ray.get(self._sent[0])
+        here = sampling_compute(self._profile, self._profile.most_workers)
         here.start()
-        self._task.start(here)
+        task.start(here)
+        return task
 
     def ready(self) -> None:
         """Answer once the task is ready."""
+        assert self._task
 
     def compute(self, indices: range) -> Arrays:
         """Return one chunk."""

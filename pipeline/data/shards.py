@@ -78,7 +78,7 @@ class Dataset:
         return Path(self._files.location)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.open, (self.folder,)  # a worker that is sent a dataset opens it again
+        return Dataset.open, self.place  # a worker that is sent a dataset opens it again, from its own machine's cache
 
     def __len__(self) -> int:
         return self.manifest.num_rows

@@ -13,10 +13,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
+from pipeline.cluster.pool import runner_of
+from pipeline.errors import DataError
+from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.storage.runs import Run
+from pipeline.storage.tensor_file import Arrays
 from tests.pipeline.training.trainer import make_run, train
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -69,6 +74,19 @@ def sampling(run: Run, out: Path, cluster: str) -> list[str]:
         *("sample", run.id, "-n", str(NUM_IMAGES), "--format", "parquet"),
         *("--out", str(out), "--cluster", cluster),
     ]
+
+
+def test_an_error_of_ours_while_a_worker_gets_ready_is_raised_as_itself(ray_session: object) -> None:
+    class Lacking:  # in here, so that it travels by value: workers don't know this file
+        def start(self, here: object) -> None:
+            raise DataError("the images are gone; fetch them again")
+
+        def __call__(self, indices: range) -> Arrays:
+            return {"i": np.array(indices)}
+
+    settings = Profile(workers=2, resources_per_worker=Resources(CPU=1), threads_per_worker=1)
+    with pytest.raises(DataError, match="the images are gone"):
+        list(runner_of(settings)(Lacking(), {0: range(1), 1: range(1, 2)}))
 
 
 def test_files_are_the_same_from_one_two_and_four_workers(run: Run, home: Path, cli: Callable[..., object]) -> None:

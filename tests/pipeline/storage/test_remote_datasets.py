@@ -7,6 +7,7 @@ import fcntl
 import json
 import multiprocessing
 import os
+import pickle
 import random
 import threading
 import time
@@ -99,6 +100,14 @@ def test_opening_fetches_nothing_but_the_manifest_and_reading_fetches_what_is_ne
     assert object_store.count("GET", "parquet") == fetched > 0
     dataset.verify()
     assert len(copies(cache)) == len(dataset.manifest.shards)
+
+
+def test_a_dataset_that_is_sent_to_another_process_is_opened_there_from_its_place(in_store, on_disk, cache):
+    sent = pickle.loads(pickle.dumps(Dataset.open(in_store, cache)))  # noqa: S301
+    assert sent.place == (in_store, cache)
+    assert np.array_equal(sent.read([3]), Dataset.open(on_disk).read([3]))
+    assert len(copies(cache)) == 1
+    assert pickle.loads(pickle.dumps(Dataset.open(on_disk))).place == (str(on_disk), None)  # noqa: S301
 
 
 def test_the_default_cache_is_the_users_own_in_the_machines_temporary_folder(in_store, scratch):
