@@ -128,15 +128,19 @@ class Attempt:
                 shown = progress
                 begin = begin or (progress["step"], time.monotonic())
                 self.console.progress(progress_line(progress, begin), done=progress["step"] == progress["steps"])
-            if len(self.signals.received) > 1 or (
-                self.asked_at is not None and time.monotonic() - self.asked_at > self.profile.timeouts.stop_s
-            ):
+            if len(self.signals.received) > 1 or self._stop_is_overdue():
                 break
-            if self.signals.first is not None and self.asked_at is None:
+            if self.signals.first is not None and (self.asked_at is None or self.planned):
                 self._ask("", "stopping after this step, and saving; once more to stop at once")
             self._end_peers(seen)
             self._look_around(seen, begin)
         return seen
+
+    def _stop_is_overdue(self) -> bool:
+        """Whether a stop that somebody waits for takes too long; what is planned may: it ends with the saving, or with its node."""
+        if self.asked_at is None or self.planned:
+            return False
+        return time.monotonic() - self.asked_at > self.profile.timeouts.stop_s
 
     def _head_is_gone(self) -> bool:
         """Whether the cluster has been silent for long, and its head takes no connection."""
