@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.cluster.session import Session
 from pipeline.errors import ClusterError, PipelineError
+from pipeline.planning.capacity import held_here
 from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.storage.chunks import Runner, Task, in_process
 from pipeline.storage.tensor_file import Arrays
@@ -56,7 +57,10 @@ def runner_of(profile: Profile) -> Runner:
 def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> Iterator[tuple[int, Arrays]]:
     if not chunks:
         return
-    count = min(profile.most_workers, len(chunks))
+    most = profile.most_workers
+    if not profile.is_remote:
+        most = max(held_here(range(profile.least_workers, most + 1), profile), default=most)
+    count = min(most, len(chunks))
     with Session(profile, count) as session:  # a sweep's trial is inside a Ray already
         session.ensure()
         import ray

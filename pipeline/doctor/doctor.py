@@ -6,7 +6,6 @@ the facts alone (`verdicts`); what hangs or fails is red (`limited_checks`).
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ from pipeline.doctor.examination import ASK_S, Examination
 from pipeline.doctor.limited_checks import begin, limited, red_of
 from pipeline.doctor.verdicts import Finding, Verdict
 from pipeline.errors import PipelineError, RefusedError
-from pipeline.planning.capacity import largest
+from pipeline.planning.capacity import held_here, largest
 from pipeline.settings.cluster_profile import Profile
 
 GROUP_S = 30.0
@@ -113,17 +112,16 @@ def _join(examination: Examination, stack: ExitStack) -> Finding:
 
 
 def _count_to_start(profile: Profile) -> int:
-    """Return the workers that Ray is started for on this machine: never more than it has CPUs, or Ray would believe in them."""
-    if profile.is_remote or profile.resources_per_worker.CPU is None:
-        return profile.most_workers
-    return max(1, min(profile.most_workers, int((os.cpu_count() or 1) / profile.resources_per_worker.CPU)))
+    """Return the workers that Ray is started for on this machine: never more than it holds, or Ray would believe in them."""
+    most = profile.most_workers
+    return most if profile.is_remote else max(held_here(range(1, most + 1), profile), default=1)
 
 
 def _in_workers(examination: Examination) -> Iterator[Finding]:
     """Start the profile's workers once, for the all-reduce and for the step."""
     profile = examination.profile
     counts = range(profile.most_workers, profile.least_workers - 1, -1)
-    count = largest(list(counts), examination.nodes, profile) if profile.is_remote else profile.most_workers
+    count = largest(counts, examination.nodes, profile) if profile.is_remote else held_here(counts, profile)[0]
     if count is None:
         why = "the workers find no room at the moment"
         if profile.wait_for_resources_s:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Node:
 def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
     """Return the worker counts that profile and experiment allow, largest first: one, or those of a range that divide the streams.
 
-    UsageError where the range holds none.
+    With kind local only those that this machine holds, or else the smallest. UsageError where the range holds none.
     """
     if isinstance(profile.workers, int):
         return [profile.workers]
@@ -37,7 +38,20 @@ def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
             f"workers: none of {profile.workers.min} .. {profile.workers.max} divides training.num_streams {streams}; "
             "widen the profile's range"
         )
-    return fitting
+    if profile.is_remote:
+        return fitting
+    return held_here(fitting, profile) or fitting[-1:]  # what is missing for that one is said where Ray is started
+
+
+def held_here(counts: Sequence[int], profile: Profile) -> list[int]:
+    """Return those of the counts that this machine holds, which neither grows nor shrinks."""
+    has = {"CPU": float(os.cpu_count() or 1)}
+    if profile.use_gpu:
+        from pipeline.training.device import num_gpus
+
+        has["GPU"] = float(num_gpus())
+    here = [Node("here", "this machine", has, has)]
+    return [n for n in counts if room(here, needs(profile, n), profile.placement) >= n]
 
 
 def needs(profile: Profile, num_workers: int) -> dict[str, float]:

@@ -123,7 +123,7 @@ def make_plan(
 
 
 def choose_workers(experiment: Experiment, profile: Profile) -> int:
-    """Return the profile's worker count; of an elastic one the largest that divides the streams (UsageError where none does)."""
+    """Return the profile's worker count; of an elastic one the largest that `fitting_counts` allows (UsageError where none does)."""
     return fitting_counts(experiment, profile)[0]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
 
-from pipeline.errors import UsageError
+from pipeline.cluster.session import require_resources
+from pipeline.errors import ClusterError, UsageError
 from pipeline.planning.capacity import Growth, Node, fitting_counts, largest, room, shortage
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, experiment_from
 from pipeline.settings.yaml_files import validate
+
+CPUS = os.cpu_count() or 1
 
 
 def profile(workers: Any, **settings: Any) -> Profile:
@@ -53,6 +57,25 @@ def test_the_counts_of_a_range_divide_the_streams_and_come_largest_first(workers
 def test_a_range_without_a_divisor_is_refused() -> None:
     with pytest.raises(UsageError, match=r"none of 5 \.\. 7 divides training.num_streams 16"):
         fitting_counts(experiment(16), profile({"min": 5, "max": 7}))
+
+
+@pytest.mark.parametrize(
+    ("cpus_each", "counts"),
+    [
+        (CPUS / 2, [2, 1]),
+        (None, [4, 2, 1]),
+        (2 * CPUS, [1]),
+    ],  # no CPUs named: shared; the last is refused with what is missing
+)
+def test_on_this_machine_the_counts_are_those_that_it_holds(cpus_each, counts) -> None:
+    here = {"kind": "local", "address": None, "storage": None, "resources_per_worker": {"CPU": cpus_each}}
+    elastic = profile({"min": 1, "max": 4}, **here)
+    assert fitting_counts(experiment(16), elastic) == counts
+    if cpus_each == 2 * CPUS:
+        with pytest.raises(ClusterError, match=r"1 workers with .* CPUs each need"):
+            require_resources(elastic, counts[0])
+    else:
+        require_resources(elastic, counts[0])
 
 
 def test_workers_fit_on_single_nodes_not_on_their_sum() -> None:
