@@ -209,7 +209,7 @@ class AllReduce:
 
 def probe_all_reduce(profile: Profile, team: Team, gpu: int = 0) -> AllReduce:
     """Add up one of DDP's buckets over all workers, some times; all of them call this together."""
-    compute = sampling_compute(profile, gpu)
+    compute = sampling_compute(profile, team.size, gpu=gpu)
     compute.start()
     numbers = torch.empty(BUCKET_BYTES // 4, device=compute.device)
     times = []

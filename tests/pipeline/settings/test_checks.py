@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 
+from pipeline.data.manifest import Manifest
 from pipeline.doctor import verdicts as checks
 from pipeline.doctor.doctor import require_healthy
 from pipeline.doctor.limited_checks import begin
+from pipeline.doctor.node_checks import read_dataset
 from pipeline.doctor.verdicts import NodeFacts, Reading, Verdict
 from pipeline.errors import ClusterError, RefusedError
+from pipeline.ingest.ingest import ingest
 from pipeline.planning.capacity import Node
-from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.cluster_profile import Cache, Profile
 from pipeline.settings.yaml_files import validate
 
 HERE = {"ddpm-pipe": "0.1.0", "python": "3.11.7", "ray": "2.60.0", "torch": "2.14.1", "pillow": "13.0.0"}
@@ -147,6 +150,13 @@ def test_dataset():
     assert "90% of 1,000 images read and checked, 100 images/s on b (the slowest)" in good.says
     bad = checks.judge_dataset("data", {"a": Reading(1000, 400, 2.0), "b": Reading(problem="x.parquet is damaged")})
     assert (bad.verdict, bad.says) == (Verdict.RED, "x.parquet is damaged (seen on b)")
+
+
+def test_a_node_beyond_the_row_groups_reads_one_of_them_too(tmp_path):
+    ingest("digits", tmp_path / "digits")
+    groups = len(Manifest.load(tmp_path / "digits").row_groups)
+    reading = read_dataset(str(tmp_path / "digits"), Cache(), groups + 1, groups + 2, seconds=0.0)
+    assert (reading.problem, reading.num_images > 0) == ("", True)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 
 from pipeline.planning.forecast import describe, forecast
 from pipeline.planning.plan import Plan
-from pipeline.planning.probe import Probe, _line, probe_training
+from pipeline.planning.probe import Probe, _line, probe_all_reduce, probe_training
 from pipeline.planning.scaling import GPU_HOURS_PER_FAILURE
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import experiment_from
 from pipeline.settings.yaml_files import validate
+from pipeline.training.team import Team
 from pipeline.workflows.dry_run import DryRun, _large_window
 
 CIFAR_PARAMETERS = 35_746_307
@@ -212,3 +214,18 @@ def test_a_dry_run_without_a_probe_says_so():
     assert "measured:        no: --no-probe was given" in told.to_text()
     assert told.to_text().endswith("warning: careful")
     assert told.to_dict()["forecast"] is None
+
+
+def test_an_all_reduce_is_timed_with_the_threads_that_a_worker_of_the_profile_has(tmp_path, monkeypatch):
+    """Without `threads_per_worker` they are a worker's share of this machine."""
+    threads = torch.get_num_threads()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        seen = probe_all_reduce(Profile(workers=2), Team(0, 1))
+        assert torch.get_num_threads() == Profile().threads(1)
+    finally:
+        torch.distributed.destroy_process_group()
+        torch.set_num_threads(threads)
+    assert seen.right
+    assert seen.seconds > 0
