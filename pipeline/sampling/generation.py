@@ -16,7 +16,7 @@ from pipeline.metrics.metric_identity import Generation
 from pipeline.settings.config import Experiment, SamplingConfig
 from pipeline.storage.chunks import chunks_of
 from pipeline.training.device import Compute
-from pipeline.training.models import build_diffusion
+from pipeline.training.models import build_diffusion, has_process
 from pipeline.training.randomness import image_generators
 from pipeline.training.vae import Vae
 
@@ -99,18 +99,7 @@ class Denoiser(ByChunk):
 
     def identity(self, weights: str) -> Generation:
         """Return what, with the checkpoint, makes the images these: equal identities give equal bytes on equal machines."""
-        sampling = self.sampling
-        return Generation(
-            sampler=sampling.sampler,
-            steps=sampling.num_steps(self.diffusion.num_timesteps),
-            spacing=sampling.spacing,
-            eta=sampling.eta if sampling.sampler == "ddim" else 0.0,
-            weights=weights,
-            seed=self.seed,
-            chunk=sampling.batch_size,
-            guidance_scale=sampling.guidance_scale,
-            labels=class_name(sampling.labels, self.class_names) if self.class_names else "",
-        )
+        return _denoised(self.sampling, self.diffusion.num_timesteps, self.seed, weights, self.class_names)
 
 
 @dataclass(frozen=True)
@@ -137,7 +126,7 @@ class VaeSampler(ByChunk):
 
     def identity(self, weights: str) -> Generation:
         """Return what, with the checkpoint, makes the images these."""
-        return Generation(sampler="vae", steps=1, spacing="", weights=weights, seed=self.seed, chunk=self.chunk_size)
+        return _decoded(self.sampling, self.seed, weights)
 
 
 def generator_of(
@@ -153,3 +142,34 @@ def generator_of(
     if isinstance(model, Vae):
         return VaeSampler(model, sampling, seed, compute)
     return Denoiser(build_diffusion(experiment), model, shape, sampling, seed, compute, class_names)
+
+
+def usual_generation(experiment: Experiment, class_names: ClassNames = ()) -> Generation:
+    """Return how a run generates images where nothing else is asked for: as its experiment says, from its averaged weights."""
+    sampling, seed = experiment.sampling, experiment.seed
+    if not has_process(experiment):
+        return _decoded(sampling, seed, "ema")
+    return _denoised(sampling, experiment.diffusion.num_timesteps, seed, "ema", class_names)
+
+
+def _denoised(
+    sampling: SamplingConfig, num_timesteps: int, seed: int, weights: str, class_names: ClassNames
+) -> Generation:
+    asked = sampling.num_steps(num_timesteps)
+    steps = len(timestep_subset(num_timesteps, asked, sampling.spacing))
+    return Generation(
+        sampler=sampling.sampler,
+        steps=steps,
+        # quad takes steps that fall on one index once: how many were asked for then still decides which they are
+        spacing=sampling.spacing + (f"_of_{asked}" if steps < asked else ""),
+        eta=sampling.eta if sampling.sampler == "ddim" else 0.0,
+        weights=weights,
+        seed=seed,
+        chunk=sampling.batch_size,
+        guidance_scale=sampling.guidance_scale,
+        labels=class_name(sampling.labels, class_names) if class_names else "",
+    )
+
+
+def _decoded(sampling: SamplingConfig, seed: int, weights: str) -> Generation:
+    return Generation(sampler="vae", steps=1, spacing="", weights=weights, seed=seed, chunk=sampling.batch_size)

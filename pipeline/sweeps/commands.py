@@ -14,12 +14,13 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.judge import judge_of
-from pipeline.settings.cluster_profile import Profile, home_of, load_profile
-from pipeline.settings.config import Experiment, with_overrides
+from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_profile
+from pipeline.settings.config import with_overrides
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
+from pipeline.sweeps.entry import JudgedBy
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.plan import Request, SweepPlan, make_sweep_plan, trial_profile
 from pipeline.sweeps.points import Checked
@@ -27,6 +28,7 @@ from pipeline.sweeps.publish import SweepTracking, publish
 from pipeline.sweeps.record import trial_of
 from pipeline.sweeps.report import REPORT_FILE
 from pipeline.sweeps.result import Result, result_of
+from pipeline.sweeps.trial import ForTrials
 from pipeline.training.models import allow_modules_in
 from pipeline.workflows import training_run
 from pipeline.workflows.judge import progress_on
@@ -177,8 +179,15 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
         tracking = SweepTracking(folder, asked.profile, dataset)
         tracking.start()
         try:
-            _prepare_judge(asked.base, dataset, profile, console)
-            run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, console)
+            for_trials = ForTrials(
+                asked.sweep.metric,
+                _judged_by(asked, dataset, profile, console),
+                asked.sweep.more_network_calls if asked.sweep.metric != "bpd" else (),
+                replace(tracking.settings, mlflow_run_id=None),
+                os.getcwd(),
+                forwarded(profile),
+            )
+            run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, for_trials, console)
         except PipelineError as error:
             interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
             folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
@@ -191,9 +200,20 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
     return result
 
 
-def _prepare_judge(base: Experiment, dataset: Dataset, profile: Profile, console: Console) -> None:
-    """Find extractor and reference once, before the trials do: what cannot be scored is told before anything is spent."""
-    judge_of(dataset, base.evaluation, profile.home(), progress=progress_on(console))
+def _judged_by(asked: Request, dataset: Dataset, profile: Profile, console: Console) -> JudgedBy:
+    """Find extractor and reference once, before the trials do: what cannot be scored is told before anything is spent.
+
+    Bits/dim need neither, unless trials are judged on the way, by KID.
+    """
+    if asked.sweep.metric == "bpd" and asked.sweep.early_stopping is None:
+        return {}
+    judge = judge_of(dataset, asked.base.evaluation, profile.home(), progress=progress_on(console))
+    extractor = judge.extractor
+    return {
+        "extractor": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "num_images": judge.reference.num_images,
+    }
 
 
 def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:

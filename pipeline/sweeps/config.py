@@ -10,8 +10,10 @@ budget: {steps: 400}
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -27,6 +29,7 @@ NOT_COMPARABLE = (
     "the training loss is not comparable across schedules, T or parameterisations: each weighs other noise levels, so that the lowest loss "
     "says nothing of the images; rank by kid or fid (equal images, sampler and network calls) or by bpd"
 )
+VARIED_DATA = ("data.horizontal_flip", "data.shuffle_window")  # how the images are read, not which they are
 
 PositiveInt = Annotated[int, Field(ge=1)]
 Number = int | float
@@ -51,7 +54,9 @@ class Axis(Section):
             raise ValueError(f"got {' and '.join(given) or 'none'} of {', '.join(kinds)}; give one of them")
         if self.step != 1 and self.integer is None:
             raise ValueError("'step' belongs to 'integer'")
-        if self.values is None:
+        if self.values is not None:
+            _require_plain(given[0], self.values)
+        else:
             low, high = self.bounds
             if not low < high or (self.log is not None and low <= 0):
                 raise ValueError(f"{given[0]}: got [{low}, {high}]; expected [low, high], of a log scale above 0")
@@ -69,15 +74,27 @@ class Axis(Section):
         assert bounds is not None
         return bounds
 
-    def at(self, u: float) -> Any:
-        """Return the value at u of [0, 1): how random search and TPE see every axis."""
-        if self.values is not None:
-            return self.values[int(u * len(self.values))]
+    def at(self, u: float) -> Number:
+        """Return the value of a range at u of [0, 1): how random search sees it."""
         low, high = self.bounds
         if self.integer is not None:
             return int(low) + int(u * ((high - low) // self.step + 1)) * self.step
-        value = low * (high / low) ** u if self.log is not None else low + u * (high - low)
-        return float(f"{value:.4g}")  # more digits would only look like knowledge
+        return self.rounded(low * (high / low) ** u if self.log is not None else low + u * (high - low))
+
+    def rounded(self, value: float) -> float:
+        """Return a value of a range to four digits, more of which would only look like knowledge, and inside the range still."""
+        low, high = self.bounds
+        return min(max(float(f"{value:.4g}"), float(low)), float(high))
+
+
+def _require_plain(kind: str, values: Sequence[Any]) -> None:
+    """Refuse what a setting cannot be, such as a date (ValueError): points are compared, and recorded, as JSON."""
+    try:
+        json.dumps(values, allow_nan=False)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{kind}: got {list(values)}; expected numbers, words, true, false, null or lists of them"
+        ) from None
 
 
 class Budget(Section):
@@ -145,14 +162,29 @@ class Sweep(Section):
             if key == "seed" or key.startswith(("training.steps", "logging.", "checkpoint.", "evaluation.", "name")):
                 remedy = "use 'seeds'" if key == "seed" else "it is the same for all trials; set it under 'overrides'"
                 raise ValueError(f"space.{key}: cannot be varied; {remedy}")
+            if key.startswith("data.") and key not in VARIED_DATA:
+                raise ValueError(
+                    f"space.{key}: cannot be varied: all trials train on the base's images and are judged by them; run a sweep for each "
+                    f"dataset (set it with -s {key}=...), or vary {' or '.join(VARIED_DATA)}"
+                )
             unknown = [other for other in axis.when if other not in self.space]
             if unknown:
                 raise ValueError(f"space.{key}.when: {unknown[0]!r} is not in the space")
+        by_dependency(self.space)
         return self
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested data that `sweep_from` reads back."""
         return self.model_dump(mode="json", exclude_defaults=True)
+
+
+def by_dependency(space: Mapping[str, Axis]) -> list[str]:
+    """Return the settings, each after those that its condition names; ValueError where conditions go round in a circle."""
+    try:
+        return list(TopologicalSorter({key: list(axis.when) for key, axis in space.items()}).static_order())
+    except CycleError as error:
+        circle = " -> ".join(reversed(error.args[1]))
+        raise ValueError(f"space: the conditions go round in a circle: {circle}; drop one 'when'") from None
 
 
 def sweep_from(content: dict[str, Any], where: str = "sweep") -> Sweep:
@@ -181,38 +213,56 @@ def load_sweep(
     content.setdefault("name", path.stem)
     if over and reference is None:
         content |= {"name": "sweep", "space": {}}
+    for key in ("space", "overrides"):  # an empty one reads as null
+        content[key] = _mapping(content.get(key), f"{path.name}: {key}")
     if reference is None and options.get("base") not in (None, content["base"]):
         # what suits the shipped sweep's base need not suit another one
         content = {key: value for key, value in content.items() if key != "more_network_calls"} | {"overrides": {}}
     for assignment in over:
-        key, values = axis_of(assignment)
-        content["space"] = {**content["space"], key: {"grid": values}}
+        key, axis = axis_of(assignment)
+        content["space"][key] = axis
     content |= {key: value for key, value in options.items() if value is not None}
     for assignment in overrides:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.batch_size=64")
-        content.setdefault("overrides", {})[key.strip()] = parse_yaml(text, f"-s {key}")
+        content["overrides"][key.strip()] = parse_yaml(text, f"-s {key}")
     return sweep_from(content, path.name)
 
 
-def axis_of(assignment: str) -> tuple[str, list[Any]]:
-    """Return key and values of "key=a,b,c"; UsageError where it is not that."""
+def _mapping(content: Any, where: str) -> dict[str, Any]:
+    if content is not None and not isinstance(content, dict):
+        raise UsageError(
+            f"{where}: got {type(content).__name__}; expected settings, each 'key: value' on a line of its own"
+        )
+    return dict(content or {})
+
+
+def axis_of(assignment: str) -> tuple[str, dict[str, Any]]:
+    """Return the setting and its axis, of "key=a,b,c" or of "key={log: [1e-4, 1e-2]}" as a file has it; UsageError where it is neither."""
     key, equals, text = assignment.partition("=")
     values = parse_yaml(f"[{text}]", f"--over {key}") if equals else None
     if not key.strip() or not values:
-        raise UsageError(f"--over {assignment!r}: expected key=a,b,c, such as diffusion.schedule=linear,cosine")
-    return key.strip(), values
+        raise UsageError(
+            f"--over {assignment!r}: expected key=a,b,c, such as diffusion.schedule=linear,cosine, or a range, such as "
+            "'training.learning_rate={log: [1e-4, 1e-2]}'"
+        )
+    return key.strip(), values[0] if len(values) == 1 and isinstance(values[0], dict) else {"grid": values}
 
 
-def base_experiment(sweep: Sweep) -> Experiment:
-    """Return the experiment that the trials vary; UsageError where a key of the space or of the overrides is unknown."""
+def plain_base(sweep: Sweep) -> Experiment:
+    """Return the base as its file has it; UsageError where a key of the space or of the overrides is unknown to it."""
     base = load_experiment(presets.find("experiments", sweep.base))
     known = [key for key in base.flat() if not key.startswith("model.arguments")]
     for key in [*sweep.space, *sweep.overrides]:
         if key not in known and not key.startswith("model.arguments."):
             raise UsageError(f"{key}: an experiment has no such setting{nearest(key, known)}")
-    return with_settings(base, sweep.overrides, "overrides")
+    return base
+
+
+def base_experiment(sweep: Sweep) -> Experiment:
+    """Return the experiment that the trials vary; UsageError where a key of the space or of the overrides is unknown."""
+    return with_settings(plain_base(sweep), sweep.overrides, "overrides")
 
 
 def with_settings(experiment: Experiment, settings: dict[str, Any], where: str) -> Experiment:
@@ -237,7 +287,8 @@ def trial_experiment(sweep: Sweep, base: Experiment, point: dict[str, Any], seed
         steps = math.ceil(budget.images / batch)
     else:
         steps = 10**9  # the clock ends it
-    metrics = sorted({"fid", "kid", sweep.metric})
+    # FID and KID are of the same images; bits/dim are of none, which spares generating them
+    metrics = ["bpd"] if sweep.metric == "bpd" else ["fid", "kid"]
     settings = {
         **point,
         "seed": base.seed + seed,

@@ -12,7 +12,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import PipelineError
 from pipeline.planning.plan import make_plan
 from pipeline.settings import presets
-from pipeline.settings.cluster_profile import Profile, forwarded
+from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, trial_experiment
@@ -22,6 +22,7 @@ from pipeline.sweeps.plan import Request, SweepPlan, require_equal_calls
 from pipeline.sweeps.points import Point, key_of, title
 from pipeline.sweeps.record import Trial
 from pipeline.sweeps.search import TPE, Listed, Next, Source, Trials
+from pipeline.sweeps.trial import ForTrials
 from pipeline.sweeps.tune import ENVIRONMENT, Work, run_trials
 from pipeline.training.job import Allowance
 
@@ -33,6 +34,7 @@ def run_missing(
     profile: Profile,
     dataset: Dataset,
     parent: str | None,
+    for_trials: ForTrials,
     console: Console,
 ) -> None:
     """Start Ray and run the trials, unless the ledger holds them all."""
@@ -72,17 +74,11 @@ def run_missing(
     if sweep.search != "tpe" and not missing:
         return
     total = None if sweep.search == "tpe" or sweep.early_stopping else len(missing)
-    work = Work(folder, trials, begin, console, halving, total)
+    work = Work(folder, for_trials, trials, begin, console, halving, total)
     os.environ.update(ENVIRONMENT)  # before Ray starts: its processes read it
     with Session(profile, num_workers * plan.max_concurrent) as session:
         session.ensure()
-        run_trials(
-            work,
-            _room(profile, num_workers, plan.max_concurrent),
-            sweep.more_network_calls,
-            profile.timeouts.stop_s,
-            forwarded(profile),
-        )
+        run_trials(work, _room(profile, num_workers, plan.max_concurrent), profile.timeouts.stop_s)
 
 
 def _all_trials(sweep: Sweep, points: Sequence[Point]) -> list[Next]:

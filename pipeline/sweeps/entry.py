@@ -1,4 +1,8 @@
-"""What a trial's run folder says of how it ended, as a line of the ledger."""
+"""What a trial's run folder says of how it ended, as a line of the ledger.
+
+A trial is a run like any other: somebody may have scored it in other ways, or at another step, beside the sweep. Only what was measured of
+the model as it is now, as its experiment samples, by what judges the whole sweep, is the trial's.
+"""
 
 from __future__ import annotations
 
@@ -7,23 +11,29 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.metrics.metric_identity import Generation
+from pipeline.sampling.generation import usual_generation
 from pipeline.settings.config import Experiment
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.ledger import Entry, Status
 from pipeline.sweeps.record import trial_of
-from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
 
 RECORDED_AS = {"bpd": "bits_per_dim"}  # the name in an identity, where it is not the one the user gives
 
+JudgedBy = Mapping[str, Any]
+"""Fields of a sample metric's identity that are the same for all trials of a sweep: extractor, its hash, number of images."""
 
-def entry_of(run: Run, metric: str, status: Status, rungs: Mapping[float, float], reason: str = "") -> Entry:
+
+def entry_of(
+    run: Run, metric: str, judged_by: JudgedBy, status: Status, rungs: Mapping[float, float], reason: str = ""
+) -> Entry:
     """Return the entry of a trial that ended, with its value of `metric` where it is finished and has one.
 
     One that finished without the value failed: its scores say why.
     """
-    trial, state, experiment = trial_of(run.record), run.state(), experiment_of(run)
+    trial, state = trial_of(run.record), run.state()
     assert trial is not None
     entry = Entry(
         key=trial.key,
@@ -39,17 +49,13 @@ def entry_of(run: Run, metric: str, status: Status, rungs: Mapping[float, float]
     )
     if status != "finished":
         return entry
-    found = list(_values(run, RECORDED_AS.get(metric, metric)))
-    own = [(name, scores) for name, scores in found if _as_asked(scores["identities"][name], experiment)]
+    found = list(_comparable(run, metric, judged_by))
+    own = [(name, scores) for name, scores, calls in found if calls in (None, _usual(run).network_calls)]
     if not own:
         return replace(entry, status="failed", reason=f"it has no {metric}; see {run.log_path}")
     name, scores = own[0]
     spread = scores.get("spreads", {}).get(name)
-    curve = {
-        calls: scores["values"][name]
-        for name, scores in found
-        if (calls := _calls(scores["identities"][name])) is not None
-    }
+    curve = {calls: scores["values"][name] for name, scores, calls in found if calls is not None}
     return replace(
         entry,
         value=scores["values"][name],
@@ -61,42 +67,56 @@ def entry_of(run: Run, metric: str, status: Status, rungs: Mapping[float, float]
     )
 
 
+def has_value(run: Run, metric: str, judged_by: JudgedBy) -> bool:
+    """Whether a trial has been scored by the sweep's metric."""
+    usual = _usual(run).network_calls
+    return any(calls in (None, usual) for _, _, calls in _comparable(run, metric, judged_by))
+
+
+def calls_scored(run: Run, metric: str, judged_by: JudgedBy) -> set[int]:
+    """Return the numbers of network calls at which a trial is scored by a metric of its images."""
+    return {calls for _, _, calls in _comparable(run, metric, judged_by) if calls is not None}
+
+
 def _training_s(run: Run) -> float:
     """Return the time spent training up to the newest checkpoint."""
+    return float(_newest_state(run).get("elapsed_s", 0.0))
+
+
+def _newest_state(run: Run) -> dict[str, Any]:
     committed = checkpoints.committed(run.checkpoints)
-    return float(committed[0].state()["elapsed_s"]) if committed else 0.0
+    return committed[0].state() if committed else {}
 
 
-def calls_scored(run: Run) -> set[int]:
-    """Return the numbers of network calls at which a run is scored."""
-    found = {_calls(scores["identities"][name]) for name, scores in _values(run, None)}
-    return {calls for calls in found if calls is not None}
+def _usual(run: Run) -> Generation:
+    return usual_generation(experiment_of(run), tuple(_newest_state(run).get("class_names", ())))
 
 
-def _values(run: Run, metric: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the name of each recorded value of a metric (None: of the first of each set of scores), with its scores."""
+def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[str, dict[str, Any], int | None]]:
+    """Yield name and scores of each value that is the trial's, with the network calls behind it: None of one without generated images."""
+    recorded, step = RECORDED_AS.get(metric, metric), run.state().step
+    experiment, usual = experiment_of(run), _usual(run)
     for path in sorted((run.folder / "evaluations").glob("*/scores.json")):
         scores = json.loads(path.read_text())
+        if scores["model"]["step"] != step:
+            continue
         for name, identity in scores["identities"].items():
-            if metric is None or identity["metric"] == metric:
-                yield name, scores
-                break
+            if identity["metric"] != recorded:
+                continue
+            if "generation" not in identity:
+                if _of_all_images(identity, experiment):
+                    yield name, scores, None
+                continue
+            generation = Generation(**identity["generation"])
+            if _but_steps(generation) == _but_steps(usual) and judged_by.items() <= identity.items():
+                yield name, scores, generation.network_calls
 
 
-def _calls(identity: Mapping[str, Any]) -> int | None:
-    """Return the network calls behind a value; None of bits/dim, which needs no generated images."""
-    generation = identity.get("generation")
-    return None if generation is None else int(generation["steps"])
+def _but_steps(generation: Generation) -> Generation:
+    return replace(generation, steps=0, spacing=generation.spacing.partition("_of_")[0])
 
 
-def _as_asked(identity: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a value is of images made as the experiment itself samples, or of no generated images at all."""
-    generation, sampling = identity.get("generation"), experiment.sampling
-    if generation is None:
-        return True
-    made = (
-        (sampling.sampler, sampling.num_steps(experiment.diffusion.num_timesteps))
-        if has_process(experiment)
-        else ("vae", 1)
-    )
-    return (generation["sampler"], generation["steps"], generation["seed"]) == (*made, experiment.seed)
+def _of_all_images(identity: Mapping[str, Any], experiment: Experiment) -> bool:
+    """Whether a bound is that of the averaged weights over all images that the run was trained on."""
+    asked = ("ema", experiment.data.split or "train", experiment.seed, identity["of_images"])
+    return tuple(identity[name] for name in ("weights", "split", "seed", "num_images")) == asked

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.metrics.metric_identity import Generation
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.points import Point, Refused, canonical
 
@@ -66,7 +67,8 @@ class PointResult:
     def network_calls(self) -> int | None:
         """Network calls for each image that was scored."""
         best = self.best_entry
-        return None if best is None else int(best.identity.get("generation", {}).get("steps", 0)) or None
+        generation = {} if best is None else best.identity.get("generation", {})
+        return Generation(**generation).network_calls if generation else None
 
     @property
     def curve(self) -> dict[int, float]:

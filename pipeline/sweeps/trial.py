@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from pipeline.cluster.placement import give_back
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
 from pipeline.storage.runs import Run, RunStatus
-from pipeline.sweeps.entry import calls_scored
+from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import allow_modules_in
 from pipeline.training.trained import experiment_of, profile_of
@@ -28,34 +28,54 @@ from pipeline.workflows.training_run import carry_on
 STOPPED_EARLY = "stopped early"
 
 
-def run_trial(config: dict[str, Any], secrets: Mapping[str, str] | None = None) -> None:
+@dataclass(frozen=True)
+class ForTrials:
+    """What a sweep's driver tells each of its trials.
+
+    Attributes:
+        metric, judged_by: what the sweep ranks by, and what all its trials have in common there.
+        more_network_calls: at which the model is scored as well.
+        tracking: the store that the driver records in: that of `mlflow run` is known to the driver alone.
+        code_folder: where modules of the user's own are.
+        secrets: the profile's forwarded variables, which no setting holds.
+    """
+
+    metric: str
+    judged_by: JudgedBy
+    more_network_calls: tuple[int, ...]
+    tracking: TrackingSettings
+    code_folder: str
+    secrets: Mapping[str, str]
+
+
+def run_trial(config: dict[str, Any], told: ForTrials) -> None:
     """Train and score one trial, telling Tune of each rung, and at the end how it went: what Tune calls.
 
     A fault is told, not raised: it is the trial's, and the sweep goes on. Only where this process is killed does Tune start the trial
-    again, which then goes on from its newest checkpoint. `secrets` are the profile's forwarded variables, which no setting holds.
+    again, which then goes on from its newest checkpoint. `told` comes through Ray's object store: Ray shows a trial's settings to all.
     """
     from ray import tune
 
     run = Run(Path(config["run"]))
-    os.environ.update(secrets or {})
+    os.environ.update(told.secrets)
     os.environ["DDPM_PIPE_HOME"] = str(run.folder.parent.parent)
-    allow_modules_in(config["code_folder"])
+    allow_modules_in(told.code_folder)
     give_back(run.id)  # of a former process of this trial that was killed
-    told: set[float] = set()
+    reported: set[float] = set()
     stop = ""
 
     def observe(seen: dict[str, Any]) -> None:
         nonlocal stop
         stop = seen.get("stop") or stop
         for judgement in seen.get("judgements", []):
-            if judgement["rung"] not in told:
-                told.add(judgement["rung"])
+            if judgement["rung"] not in reported:
+                reported.add(judgement["rung"])
                 tune.report({**judgement, "board": board_name(run.id, run.current_attempt())})
 
     try:
         if run.state().status is not RunStatus.FINISHED:
-            carry_on(run, _silent(), observe)
-        _score_at_other_calls(run, config["more_network_calls"])
+            carry_on(run, _silent(), observe, told.tracking)
+        _score(run, told)
         tune.report({"status": "finished"})
     except InterruptedRunError as error:
         if stop == STOPPED_EARLY:
@@ -70,14 +90,20 @@ def run_trial(config: dict[str, Any], secrets: Mapping[str, str] | None = None) 
         tune.report({"status": "failed", "reason": reason})
 
 
-def _score_at_other_calls(run: Run, calls: list[int]) -> None:
-    """Score the model at further numbers of network calls, those that are not scored yet."""
+def _score(run: Run, told: ForTrials) -> None:
+    """Score the model where that is not done: as the sweep ranks it, and at further numbers of network calls.
+
+    A training scores its model itself, but goes without where that fails.
+    """
     experiment, profile = experiment_of(run), profile_of(run, None)
-    done = calls_scored(run)
-    settings = replace(TrackingSettings.of_profile(profile.home(), profile), mlflow_run_id=None)
-    for steps in calls:
-        if steps not in done and steps <= experiment.diffusion.num_timesteps:
-            evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, settings, _silent())
+    if not has_value(run, told.metric, told.judged_by):
+        evaluate_run(run, ScoreRequest(), profile, told.tracking, _silent())
+    done = calls_scored(run, told.metric, told.judged_by)
+    each_step = 1 if experiment.sampling.guidance_scale == 1 else 2
+    for calls in told.more_network_calls:
+        steps = calls // each_step
+        if calls not in done and calls % each_step == 0 and steps <= experiment.diffusion.num_timesteps:
+            evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, told.tracking, _silent())
 
 
 def _silent() -> Console:

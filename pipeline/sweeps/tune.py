@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.search import Next, Trials, _Done
-from pipeline.sweeps.trial import STOPPED_EARLY, run_trial
+from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, run_trial
 
 POLL_S = 0.5
 RESTARTS = 2  # of a trial whose process was killed
@@ -43,6 +43,7 @@ class Work:
     """What the driver of a sweep knows while trials run."""
 
     folder: SweepFolder
+    for_trials: ForTrials
     trials: Trials
     begin: Callable[[Next], tuple[str, Run]]  # the key of a trial, and its run folder, made where there is none
     console: Console
@@ -77,13 +78,13 @@ class Work:
         give_back(run.id)
         status: Literal["finished", "stopped", "failed", "interrupted"]
         status = "failed" if died is not None else result.get("status", "failed")
-        if status == "interrupted":
-            if not self.interrupted:  # somebody stopped the trial alone
-                self.trials.ended(following, "failed", None)
-            return
-        rungs = {} if self.halving is None else self.halving.rungs_of(key)
         reason = died or str(result.get("reason", ""))
-        entry = entry_of(run, self.folder.sweep.metric, status, rungs, reason)
+        if status == "interrupted":
+            if self.interrupted:
+                return  # with the sweep, which goes on with it
+            status, reason = "failed", f"stopped alone: {reason}"
+        rungs = {} if self.halving is None else self.halving.rungs_of(key)
+        entry = entry_of(run, self.for_trials.metric, self.for_trials.judged_by, status, rungs, reason)
         self.folder.ledger.append(entry)
         self.ended.append(entry)
         self.trials.ended(following, entry.status, entry.value)
@@ -104,13 +105,11 @@ class Work:
 def run_trials(
     work: Work,
     max_concurrent: int,
-    more_network_calls: tuple[int, ...],
     stop_s: float,
-    secrets: Mapping[str, str],
 ) -> None:
     """Run trials until there are none left, in the Ray that is up. InterruptedRunError where the user or the system asked to stop."""
     os.environ.update(ENVIRONMENT)
-    tuner = _tuner(work, max_concurrent, more_network_calls, secrets)
+    tuner = _tuner(work, max_concurrent)
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -164,15 +163,14 @@ def stop_workers(run: Run, reason: str, board: str | None = None) -> None:
         return  # it is scoring, or gone
 
 
-def _tuner(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...], secrets: Mapping[str, str]) -> Any:
+def _tuner(work: Work, max_concurrent: int) -> Any:
     from ray import tune
 
-    fixed = {"code_folder": os.getcwd(), "more_network_calls": list(more_network_calls)}
-    trainable = tune.with_parameters(run_trial, secrets=secrets) if secrets else run_trial
+    trainable = tune.with_parameters(run_trial, told=work.for_trials)
     return tune.Tuner(
         tune.with_resources(trainable, {"memory": 1}),  # no CPU: its workers need them
         tune_config=tune.TuneConfig(
-            search_alg=_search(work, fixed),
+            search_alg=_search(work),
             scheduler=_scheduler(work),
             num_samples=1_000_000,  # the search says when it is done
             max_concurrent_trials=max_concurrent,
@@ -187,7 +185,7 @@ def _tuner(work: Work, max_concurrent: int, more_network_calls: tuple[int, ...],
     )
 
 
-def _search(work: Work, fixed: dict[str, Any]) -> Any:
+def _search(work: Work) -> Any:
     from ray.tune.search import Searcher
 
     class Suggestions(Searcher):  # type: ignore[misc]
@@ -197,7 +195,7 @@ def _search(work: Work, fixed: dict[str, Any]) -> Any:
             found = work.suggest(trial_id)
             if isinstance(found, _Done):
                 return Searcher.FINISHED
-            return None if found is None else {"run": str(found.folder), **fixed}
+            return None if found is None else {"run": str(found.folder)}
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if trial_id in work.running:

@@ -152,12 +152,17 @@ def go_on(
     return _carry_out(run, checked, dataset, console, overrides)
 
 
-def carry_on(run: Run, console: Console, observe: Observer | None = None) -> Outcome:
-    """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`."""
+def carry_on(
+    run: Run, console: Console, observe: Observer | None = None, tracking: TrackingSettings | None = None
+) -> Outcome:
+    """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
+
+    `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is.
+    """
     experiment, profile = experiment_of(run), profile_of(run, None)
     dataset = _dataset_of(run, profile)
     checked = _plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
-    return _carry_out(run, checked, dataset, console, observe=observe)
+    return _carry_out(run, checked, dataset, console, observe=observe, tracking=tracking)
 
 
 def _carry_out(
@@ -167,10 +172,11 @@ def _carry_out(
     console: Console,
     overrides: Sequence[str] = (),
     observe: Observer | None = None,
+    tracking: TrackingSettings | None = None,
 ) -> Outcome:
     """Train and evaluate under the run's lock, and leave its status true whatever happens."""
     profile = checked.profile
-    settings = TrackingSettings.of_profile(profile.home(), profile)
+    settings = tracking or TrackingSettings.of_profile(profile.home(), profile)
     job = Job(
         run_folder=str(run.folder),
         dataset_folder=dataset.location,
