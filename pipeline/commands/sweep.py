@@ -26,12 +26,17 @@ ddpm-pipe sweep
 ddpm-pipe sweep experiments/sweep-schedules.yaml --metric kid --dry-run
 ddpm-pipe sweep --over diffusion.schedule=linear,cosine,sigmoid --over diffusion.num_timesteps=100,250,1000 --steps 300
 ddpm-pipe sweep --over training.learning_rate=1e-3,2e-3,4e-3 --seeds 2 --early-stopping --cluster gpu
+ddpm-pipe sweep --over 'training.learning_rate={log: [1e-4, 1e-2]}' --search random --num-points 12 --minutes 5
 ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
 """)
 )
 @click.argument("sweep", required=False, metavar="[SWEEP.yaml]")
 @click.option(
-    "--over", multiple=True, metavar="KEY=A,B,C", help="Vary a setting over these values; without SWEEP.yaml alone."
+    "--over",
+    multiple=True,
+    metavar="KEY=A,B,C",
+    help="Vary a setting over these values, or, as a file has it, over 'KEY={log: [1e-4, 1e-2]}', {uniform: [0, 0.3]} or "
+    "{integer: [16, 64], step: 16}, and with 'when' only where other settings have given values; without SWEEP.yaml alone.",
 )
 @click.option("--base", metavar="EXPERIMENT", help="What trials vary: a preset or an experiment file.")
 @click.option(
@@ -43,7 +48,11 @@ ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
     help="All points, drawn ones, or those Optuna's TPE proposes.",
 )
 @click.option("--num-points", type=click.IntRange(min=1), help="How many points random search or TPE tries.")
-@click.option("--steps", type=click.IntRange(min=1), help="Budget of each trial.")
+@click.option("--steps", type=click.IntRange(min=1), help="Budget of each trial, in steps.")
+@click.option("--images", type=click.IntRange(min=1), help="Budget of each trial, in images trained on.")
+@click.option(
+    "--minutes", type=click.FloatRange(min=0, min_open=True), help="Budget of each trial, in minutes of training."
+)
 @click.option("--seeds", type=click.IntRange(min=1), help="Repetitions of each point, for its error bar.")
 @click.option("--early-stopping", is_flag=True, help="Stop hopeless trials by ASHA, on the KID of few images.")
 @click.option(
@@ -61,6 +70,8 @@ def sweep(
     sweep: str | None,
     over: tuple[str, ...],
     steps: int | None,
+    images: int | None,
+    minutes: float | None,
     early_stopping: bool,
     extend: str | None,
     max_concurrent: int | None,
@@ -78,9 +89,13 @@ def sweep(
     """
     from pipeline.sweeps import commands as sweep_commands
 
-    options |= {"budget": {"steps": steps} if steps else None, "early_stopping": {} if early_stopping else None}
+    budget = {"steps": steps, "images": images, "minutes": minutes}
+    given = {name: value for name, value in budget.items() if value is not None}
+    options |= {"budget": given or None, "early_stopping": {} if early_stopping else None}
     if extend is not None:
-        fixed = [name for name in ("base", "metric", "budget", "search") if options.get(name) is not None]
+        fixed = [
+            name for name in ("base", "metric", "budget", "search", "early_stopping") if options.get(name) is not None
+        ]
         if sweep is not None or overrides or dry_run or fixed:
             raise UsageError(
                 "--extend takes --over, --seeds and --num-points; it keeps the sweep's own base, metric, budget and settings"

@@ -18,12 +18,12 @@ from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_
 from pipeline.settings.config import with_overrides
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.runs import Run, RunStatus, normalise_name
-from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, sweep_from, with_settings
+from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
 from pipeline.sweeps.entry import JudgedBy
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.plan import Request, SweepPlan, make_sweep_plan, trial_profile
-from pipeline.sweeps.points import Checked
+from pipeline.sweeps.points import Checked, completed, title
 from pipeline.sweeps.publish import SweepTracking, publish
 from pipeline.sweeps.record import trial_of
 from pipeline.sweeps.report import REPORT_FILE
@@ -64,9 +64,16 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
     about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
     folder = SweepFolder.create(
-        asked.profile.home(), asked.sweep, asked.base, about, asked.profile.to_dict(), list(command)
+        asked.profile.home(),
+        asked.sweep,
+        asked.base,
+        plain_base(asked.sweep),
+        about,
+        asked.profile.to_dict(),
+        list(command),
     )
-    return _carry_out(folder, asked, checked, dataset, console)
+    with folder.lock():
+        return _carry_out(folder, asked, checked, dataset, console)
 
 
 def go_on(
@@ -80,18 +87,19 @@ def go_on(
     """Go on with a sweep: run what its ledger lacks. `changes` adds points or seeds to what was asked for."""
     console = console or Console()
     allow_modules_in(os.getcwd())
-    sweep = folder.sweep if changes is None else changes(folder.sweep)
-    asked = Request(sweep, folder.base, _profile_of(folder, cluster), max_concurrent)
-    dataset = Dataset.open(folder.record.dataset["path"], asked.profile.cache)
-    manifest = dataset.manifest
-    if manifest.fingerprint != folder.record.dataset["fingerprint"]:
-        raise UsageError(
-            f"sweep {folder.id} was run on other images: restore them in {dataset.location}, or start a new sweep"
-        )
-    checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
-    if changes is not None:
-        folder.change(sweep, list(command))
-    return _carry_out(folder, asked, checked, dataset, console)
+    with folder.lock():  # two who extend one sweep would each lose what the other added
+        sweep = folder.sweep if changes is None else changes(folder.sweep)
+        asked = Request(sweep, folder.base, _profile_of(folder, cluster), max_concurrent)
+        dataset = Dataset.open(folder.record.dataset["path"], asked.profile.cache)
+        manifest = dataset.manifest
+        if manifest.fingerprint != folder.record.dataset["fingerprint"]:
+            raise UsageError(
+                f"sweep {folder.id} was run on other images: restore them in {dataset.location}, or start a new sweep"
+            )
+        checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
+        if changes is not None:
+            folder.extend(sweep, list(command))
+        return _carry_out(folder, asked, checked, dataset, console)
 
 
 def extend(
@@ -111,14 +119,27 @@ def extended(sweep: Sweep, over: Sequence[str], options: dict[str, Any]) -> Swee
     """Return the sweep with more values of its settings, further settings, or other options, such as more seeds."""
     content = sweep.to_dict()
     for assignment in over:
-        key, values = axis_of(assignment)
-        known = content["space"].get(key, {})
-        kind = "choice" if "choice" in known else "grid"
-        if known and kind not in known:
-            raise UsageError(f"--over {key}: this sweep draws it from a range; add points with --num-points")
-        old = list(known.get(kind, []))
-        content["space"][key] = {**known, kind: old + [value for value in values if value not in old]}
+        key, axis = axis_of(assignment)
+        known = content["space"].get(key)
+        content["space"][key] = axis if known is None else _with_more_values(key, known, axis)
+    for name in ("seeds", "num_points"):
+        asked, had = options.get(name), getattr(sweep, name)
+        if asked is not None and had is not None and asked < had:
+            raise UsageError(
+                f"--{name.replace('_', '-')}: got {asked}, but the sweep has {had}, and --extend takes nothing away: give more, or leave"
+                " it out"
+            )
     return sweep_from(content | {key: value for key, value in options.items() if value is not None}, "--extend")
+
+
+def _with_more_values(key: str, known: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    kind = "choice" if "choice" in known else "grid"
+    if kind not in known:
+        raise UsageError(f"--over {key}: this sweep draws it from a range; add points with --num-points")
+    values = more.get("grid") or more.get("choice")
+    if values is None or len(more) > 1:
+        raise UsageError(f"--over {key}: this sweep lists its values; give more of them, such as --over {key}=a,b")
+    return {**known, kind: [*known[kind], *(value for value in values if value not in known[kind])]}
 
 
 def request_of_winner(
@@ -136,8 +157,7 @@ def request_of_winner(
     sweep = folder.sweep
     # a sweep's thrift in pictures and log lines is not the winner's
     kept = {key: value for key, value in sweep.overrides.items() if not key.startswith(("logging.", "checkpoint."))}
-    base = base_experiment(sweep.model_copy(update={"overrides": kept}))
-    experiment = with_settings(base, {**best.point, "name": name}, f"sweep {folder.id}")
+    experiment = with_settings(folder.plain_base, {**kept, **best.point, "name": name}, f"sweep {folder.id}")
     return training_run.Request(with_overrides(experiment, overrides), _profile_of(folder, cluster))
 
 
@@ -168,35 +188,34 @@ def _profile_of(folder: SweepFolder, cluster: str | None) -> Profile:
 
 
 def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:
-    """Run what the ledger lacks under the sweep's lock, and report, whatever happened."""
+    """Run what the ledger lacks, and report, whatever happened. The caller holds the sweep's lock."""
     began = time.monotonic()
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
-    with folder.lock():
-        folder.update(status=RunStatus.RUNNING, reason="")
-        console.say(
-            f"sweep {folder.id}: {plan.num_trials} trials at most, {plan.max_concurrent} at once, in {folder.folder}"
+    folder.update(status=RunStatus.RUNNING, reason="")
+    console.say(
+        f"sweep {folder.id}: {plan.num_trials} trials at most, {plan.max_concurrent} at once, in {folder.folder}"
+    )
+    tracking = SweepTracking(folder, asked.profile, dataset)
+    tracking.start()
+    try:
+        for_trials = ForTrials(
+            asked.sweep.metric,
+            _judged_by(asked, dataset, profile, console),
+            asked.sweep.more_network_calls if asked.sweep.metric != "bpd" else (),
+            replace(tracking.settings, mlflow_run_id=None),
+            os.getcwd(),
+            forwarded(profile),
         )
-        tracking = SweepTracking(folder, asked.profile, dataset)
-        tracking.start()
-        try:
-            for_trials = ForTrials(
-                asked.sweep.metric,
-                _judged_by(asked, dataset, profile, console),
-                asked.sweep.more_network_calls if asked.sweep.metric != "bpd" else (),
-                replace(tracking.settings, mlflow_run_id=None),
-                os.getcwd(),
-                forwarded(profile),
-            )
-            run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, for_trials, console)
-        except PipelineError as error:
-            interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
-            folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
-            tracking.close("KILLED" if interrupted else "FAILED")
-            raise
-        report = str(folder.report / REPORT_FILE)
-        result = replace(_result(folder, plan.checked), seconds=time.monotonic() - began, report=report)
-        publish(folder, result, tracking, console)
-        folder.update(status=RunStatus.FINISHED, reason="", summary=_summary(result))
+        run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, for_trials, console)
+    except PipelineError as error:
+        interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
+        folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
+        tracking.close("KILLED" if interrupted else "FAILED")
+        raise
+    report = str(folder.report / REPORT_FILE)
+    result = replace(_result(folder, plan.checked), seconds=time.monotonic() - began, report=report)
+    publish(folder, result, tracking, console)
+    folder.update(status=RunStatus.FINISHED, reason="", summary=_summary(result))
     return result
 
 
@@ -217,10 +236,14 @@ def _judged_by(asked: Request, dataset: Dataset, profile: Profile, console: Cons
 
 
 def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:
-    """Return what the ledger says, of the points that are asked for now."""
-    entries = folder.ledger.entries().values()
+    """Return what the ledger says."""
+    sweep, base = folder.sweep, folder.base
+    entries = []
+    for entry in folder.ledger.entries().values():
+        point = completed(sweep, base, entry.point)
+        entries.append(replace(entry, point=point, title=title(point)))
     refused, warnings = (checked.refused, checked.warnings) if checked is not None else ([], {})
-    return result_of(folder.id, folder.record.name, folder.sweep.metric, entries, refused, warnings)
+    return result_of(folder.id, folder.record.name, sweep.metric, entries, refused, warnings)
 
 
 def _summary(result: Result) -> dict[str, float]:

@@ -50,9 +50,12 @@ def run_missing(
             halving.take(entry.rungs, entry.key)
     begun = folder.trials()
 
-    def begin(following: Next) -> tuple[str, Run]:
+    def settled(following: Next) -> tuple[Experiment, str]:
         experiment = trial_experiment(sweep, asked.base, following.point, following.seed)
-        key = key_of(sweep, experiment, dataset.manifest.fingerprint)
+        return experiment, key_of(sweep, experiment, dataset.manifest.fingerprint, for_trials.judged_by)
+
+    def begin(following: Next) -> tuple[str, Run]:
+        experiment, key = settled(following)
         if key not in begun:
             begun[key] = _trial_run(folder, asked, following, experiment, key, profile, dataset, parent)
         return key, begun[key]
@@ -61,15 +64,7 @@ def run_missing(
     missing = [
         following
         for following in _all_trials(sweep, plan.checked.points)
-        if (
-            key := key_of(
-                sweep,
-                trial_experiment(sweep, asked.base, following.point, following.seed),
-                dataset.manifest.fingerprint,
-            )
-        )
-        not in known
-        or known[key].status == "failed"
+        if (key := settled(following)[1]) not in known or known[key].status == "failed"
     ]
     if sweep.search != "tpe" and not missing:
         return
@@ -134,12 +129,9 @@ def _trial_run(
         rung_images=early.num_images if early is not None else Allowance().rung_images,
     )
     trial = Trial(folder.id, key, following.point, title(following.point), following.seed, allowance, parent)
-    settings = {
-        **sweep.overrides,
-        **following.point,
-        "training.steps": experiment.training.steps,
-        "seed": experiment.seed,
-    }
+    settings = {**sweep.overrides, **following.point, "seed": experiment.seed}
+    if sweep.budget.minutes is None:  # else the clock says how many, and no number of steps is true beforehand
+        settings["training.steps"] = experiment.training.steps
     base = ["--preset", sweep.base] if sweep.base in presets.names("experiments") else [sweep.base]
     words = ["ddpm-pipe", "train", *base]
     for name, value in settings.items():

@@ -29,7 +29,11 @@ from pipeline.sweeps.record import trial_of
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What was asked for. `base` is the resolved experiment that trials vary, so that a preset may change meanwhile."""
+    """What was asked for.
+
+    `base` is the resolved experiment that trials vary, and `plain_base` the same without the sweep's overrides: what the winner is
+    trained with, whatever becomes of the preset. `command` began the sweep, `extensions` added to it.
+    """
 
     id: str
     name: str
@@ -40,6 +44,8 @@ class SweepRecord:
     profile: dict[str, Any]
     command: list[str]
     code_version: str
+    plain_base: dict[str, Any]
+    extensions: list[list[str]]
 
 
 class _Place(Run):
@@ -65,6 +71,7 @@ class SweepFolder:
         home: Path,
         sweep: Sweep,
         base: Experiment,
+        plain_base: Experiment,
         dataset: dict[str, Any],
         profile: dict[str, Any],
         command: list[str],
@@ -87,6 +94,8 @@ class SweepFolder:
             profile=redact_tree(profile),
             command=[redact(word) for word in command],
             code_version=code_version(),
+            plain_base=redact_tree(plain_base.to_dict()),
+            extensions=[],
         )
         write_json(found.folder / "sweep.json", asdict(record))
         return found
@@ -127,6 +136,7 @@ class SweepFolder:
         path = self.folder / "sweep.json"
         try:
             content = json.loads(path.read_text())
+            content = {"plain_base": content.get("base"), "extensions": []} | content  # a record from before these two
             return SweepRecord(**{item.name: content[item.name] for item in fields(SweepRecord)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path}: cannot be read ({error}); restore it or remove the folder") from None
@@ -141,10 +151,16 @@ class SweepFolder:
         """The experiment that trials vary."""
         return experiment_from(self.record.base, f"sweep {self.id}")
 
-    def change(self, sweep: Sweep, command: list[str]) -> None:
-        """Replace what is asked for: points or seeds were added."""
-        record = replace(self.record, sweep=sweep.to_dict(), command=[redact(word) for word in command])
-        write_json(self.folder / "sweep.json", asdict(record))
+    @property
+    def plain_base(self) -> Experiment:
+        """The base as it was, without the sweep's overrides."""
+        return experiment_from(self.record.plain_base, f"sweep {self.id}")
+
+    def extend(self, sweep: Sweep, command: list[str]) -> None:
+        """Replace what is asked for: points or seeds were added. The caller holds the lock."""
+        record = self.record
+        extensions = [*record.extensions, [redact(word) for word in command]]
+        write_json(self.folder / "sweep.json", asdict(replace(record, sweep=sweep.to_dict(), extensions=extensions)))
 
     @property
     def report(self) -> Path:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import PipelineError
 from pipeline.settings.config import Experiment
-from pipeline.sweeps.config import Axis, Sweep, trial_experiment
-from pipeline.training.randomness import generator_of
+from pipeline.sweeps.config import Axis, Sweep, by_dependency, trial_experiment, with_settings
+from pipeline.training.randomness import seed_of
 
 Point = dict[str, Any]
 SHORT = {"diffusion.schedule": "", "diffusion.num_timesteps": "T", "training.learning_rate": "learning rate"}
@@ -37,13 +37,13 @@ class Checked:
 
 
 def active(space: dict[str, Axis], values: Point) -> Point:
-    """Return the settings whose conditions hold: a setting left out stays as the base has it."""
+    """Return the settings whose conditions hold: a setting left out stays as the base has it, and fulfils no condition itself."""
     kept: Point = {}
-    for key, axis in space.items():
-        wanted = {k: v if isinstance(v, list) else [v] for k, v in axis.when.items()}
-        if all(values.get(other) in allowed for other, allowed in wanted.items()):
+    for key in by_dependency(space):
+        wanted = {k: v if isinstance(v, list) else [v] for k, v in space[key].when.items()}
+        if all(other in kept and kept[other] in allowed for other, allowed in wanted.items()):
             kept[key] = values[key]
-    return kept
+    return {key: kept[key] for key in space if key in kept}
 
 
 def grid(space: dict[str, Axis]) -> Iterator[Point]:
@@ -58,13 +58,20 @@ def grid(space: dict[str, Axis]) -> Iterator[Point]:
 
 
 def drawn(space: dict[str, Axis], seed: int) -> Iterator[Point]:
-    """Yield points drawn independently, a function of the seed; the same point may come again."""
-    import torch
+    """Yield points drawn independently, a function of the seed; the same point may come again.
 
-    generator = generator_of("sweep", seed)
-    while True:
-        u = torch.rand(len(space), generator=generator, dtype=torch.float64).tolist()
-        yield active(space, {key: axis.at(x) for (key, axis), x in zip(space.items(), u, strict=True)})
+    Each setting of each point has a chance of its own, so that a sweep that is extended draws again what it drew before: with a further
+    setting, the values of the others stay; with one value more, only the points that get it change.
+    """
+    for index in itertools.count():
+        yield active(space, {key: _drawn_value(key, axis, seed, index) for key, axis in space.items()})
+
+
+def _drawn_value(key: str, axis: Axis, seed: int, index: int) -> Any:
+    if axis.values is None:
+        return axis.at((seed_of(f"sweep {key}", seed, index) >> 10) / 2**53)
+    # of equally likely values the one of the highest lot: one that is added gets the points where its lot is higher, and no others change
+    return max(axis.values, key=lambda value: seed_of(f"sweep {key} {json.dumps(value)}", seed, index))
 
 
 def check(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> Checked:
@@ -96,6 +103,25 @@ def check(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[
     return found
 
 
+def completed(sweep: Sweep, base: Experiment, point: Point) -> Point:
+    """Return a point with all settings of the space that hold for it, as an experiment has them: so equal settings are equal points.
+
+    A point from before the space got a further setting has that of the base.
+    """
+    content = with_settings(base, point, "point").to_dict()
+    values = {key: content_at(content, key) for key in sweep.space}
+    found = active(sweep.space, values)
+    return {key: value for key, value in found.items() if value is not None or key in point}
+
+
+def content_at(content: dict[str, Any], key: str) -> Any:
+    """Return the value of a dotted key in nested data; None where there is none."""
+    node: Any = content
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
 def canonical(point: Point) -> str:
     """Return text that is equal for equal points."""
     return json.dumps(point, sort_keys=True)
@@ -111,11 +137,11 @@ def title(point: Point) -> str:
     return ", ".join(words) or "the base"
 
 
-def key_of(sweep: Sweep, experiment: Experiment, fingerprint: str) -> str:
+def key_of(sweep: Sweep, experiment: Experiment, fingerprint: str, judged_by: Mapping[str, Any]) -> str:
     """Return 16 digits that are equal for trials that would give the same number.
 
     They stand for the settings that decide the weights, the budget, the images, and the identity of the metric: how images are made and
-    what they are judged by.
+    what they are judged by, where `judged_by` names the extractor and the reference that were found.
     """
     evaluation = experiment.evaluation.model_dump(mode="json", exclude={"metrics", "enabled"})
     parts = {
@@ -125,5 +151,6 @@ def key_of(sweep: Sweep, experiment: Experiment, fingerprint: str) -> str:
         "metric": sweep.metric,
         "sampling": experiment.sampling.model_dump(mode="json"),
         "evaluation": evaluation,
+        "judged_by": dict(judged_by),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,8 @@ from pipeline.sweeps.plan import max_concurrent
 from pipeline.sweeps.points import active, check, grid, key_of, title
 from pipeline.sweeps.result import differ, pareto, result_of, rows, statement
 from pipeline.sweeps.search import DONE, TPE, Listed, Next, Trials
+
+JUDGE = {"extractor": "classifier", "extractor_sha256": "a", "num_images": 559}
 
 
 def a_sweep(**changes: Any) -> Sweep:
@@ -68,7 +71,9 @@ def test_every_axis_stays_inside_its_range(u: float) -> None:
     assert 1e-4 <= Axis(log=(1e-4, 1e-2)).at(u) <= 1e-2
     assert -1 <= Axis(uniform=(-1, 3)).at(u) <= 3
     assert Axis(integer=(16, 64), step=16).at(u) in (16, 32, 48, 64)
-    assert Axis(choice=("a", "b", "c")).at(u) in ("a", "b", "c")
+    assert (
+        0.123456 <= Axis(log=(0.123456, 0.654321)).at(u) <= 0.654321
+    )  # rounded to four digits, both ends leave the range
 
 
 def test_a_log_axis_is_uniform_in_the_exponent() -> None:
@@ -87,6 +92,21 @@ MISTAKES = {
     "random without a count": ({"search": "random"}, "num_points"),
     "condition on nothing": ({"space": {"model.dropout": {"grid": [0], "when": {"x": 1}}}}, "is not in the space"),
     "unknown key": ({"budgets": {}}, "did you mean 'budget'"),
+    "another dataset": ({"space": {"data.source": ["digits", "mnist"]}}, "train on the base's images.*-s data.source="),
+    "other images of it": (
+        {"space": {"data.image_size": [16, 32]}},
+        "or vary data.horizontal_flip or data.shuffle_window",
+    ),
+    "a circle": (
+        {
+            "space": {
+                "training.grad_clip": {"grid": [1], "when": {"model.dropout": 0}},
+                "model.dropout": {"grid": [0], "when": {"training.grad_clip": 1}},
+            }
+        },
+        "circle: .*grad_clip.*dropout|circle: .*dropout.*grad_clip",
+    ),
+    "a date": ({"space": {"model.dropout": [datetime.date(2026, 1, 1)]}}, "expected numbers, words"),
 }
 
 
@@ -138,16 +158,17 @@ def test_a_key_stands_for_all_that_decides_the_number_and_for_nothing_else() -> 
     sweep = a_sweep()
     base = base_experiment(sweep)
     point = {"diffusion.schedule": "cosine"}  # the base's own schedule, spelled out
-    key = key_of(sweep, trial_experiment(sweep, base, point, 0), "images")
+    key = key_of(sweep, trial_experiment(sweep, base, point, 0), "images", JUDGE)
     same = [trial_experiment(sweep, base, {}, 0), trial_experiment(sweep, base, {"logging.every_steps": 7}, 0)]
-    assert {key_of(sweep, experiment, "images") for experiment in same} == {key}
+    assert {key_of(sweep, experiment, "images", JUDGE) for experiment in same} == {key}
     others = [
-        key_of(sweep, trial_experiment(sweep, base, point, 1), "images"),
-        key_of(sweep, trial_experiment(sweep, base, point, 0), "other images"),
-        key_of(sweep, trial_experiment(sweep, base, {"sampling.steps": 20}, 0), "images"),
-        key_of(a_sweep(budget={"steps": 101}), trial_experiment(sweep, base, point, 0), "images"),
-        key_of(a_sweep(metric="kid"), trial_experiment(sweep, base, point, 0), "images"),
-        key_of(sweep, trial_experiment(sweep, base, {"evaluation.num_images": 300}, 0), "images"),
+        key_of(sweep, trial_experiment(sweep, base, point, 1), "images", JUDGE),
+        key_of(sweep, trial_experiment(sweep, base, point, 0), "other images", JUDGE),
+        key_of(sweep, trial_experiment(sweep, base, {"sampling.steps": 20}, 0), "images", JUDGE),
+        key_of(a_sweep(budget={"steps": 101}), trial_experiment(sweep, base, point, 0), "images", JUDGE),
+        key_of(a_sweep(metric="kid"), trial_experiment(sweep, base, point, 0), "images", JUDGE),
+        key_of(sweep, trial_experiment(sweep, base, point, 0), "images", {**JUDGE, "extractor_sha256": "b"}),
+        key_of(sweep, trial_experiment(sweep, base, {"evaluation.num_images": 300}, 0), "images", JUDGE),
     ]
     assert key not in others
     assert len(set(others)) == len(others)
@@ -355,6 +376,65 @@ def test_a_grid_is_read_back_as_it_was(shape: tuple[int, int, int], tmp_path: Pa
     save_grid(images, tmp_path / "grid.png")
     np.testing.assert_array_equal(read_grid(tmp_path / "grid.png", shape, 5), images[:5])
     np.testing.assert_array_equal(read_grid(tmp_path / "grid.png", shape, 99)[:11], images)
+
+
+def test_how_images_are_read_may_be_varied() -> None:
+    assert len(list(grid(a_sweep(space={"data.horizontal_flip": [False, True]}).space))) == 2
+
+
+def test_a_condition_on_a_setting_that_is_left_out_does_not_hold() -> None:
+    space = {  # listed before what they depend on
+        "c": Axis(grid=(7, 8), when={"b": 3}),
+        "b": Axis(grid=(3, 4), when={"a": 2}),
+        "a": Axis(grid=(1, 2)),
+    }
+    assert active(space, {"a": 1, "b": 3, "c": 7}) == {"a": 1}
+    assert list(grid(space)) == [{"a": 1}, {"c": 7, "b": 3, "a": 2}, {"b": 4, "a": 2}, {"c": 8, "b": 3, "a": 2}]
+
+
+RANGES = {
+    "training.learning_rate={log: [1e-4, 1e-2]}": Axis(log=(1e-4, 1e-2)),
+    "model.dropout={uniform: [0, 0.3]}": Axis(uniform=(0, 0.3)),
+    "model.channels={integer: [16, 64], step: 16}": Axis(integer=(16, 64), step=16),
+    "model.channel_multipliers=[1,2],[1,2,4]": Axis(grid=([1, 2], [1, 2, 4])),
+}
+
+
+@pytest.mark.parametrize("over", RANGES)
+def test_the_command_line_has_the_axes_of_a_file(over: str) -> None:
+    sweep = load_sweep(None, [over], {"search": "random", "num_points": 3, "budget": {"minutes": 2}})
+    assert list(sweep.space.values()) == [RANGES[over]]
+    assert sweep.budget.minutes == 2
+    two = "diffusion.schedule=linear,cosine"
+    conditional = load_sweep(None, [two, "model.dropout={grid: [0.1, 0.2], when: {diffusion.schedule: cosine}}"], {})
+    assert len(list(grid(conditional.space))) == 1 + 2
+
+
+@pytest.mark.parametrize(
+    ("text", "over", "settings", "told"),
+    [
+        ("space:\nbudget: {steps: 3}", ["model.dropout=0,0.1"], [], None),
+        ("space:\nbudget: {steps: 3}", [], [], "space"),
+        ("space: [1]\nbudget: {steps: 3}", ["model.dropout=0,0.1"], [], "space: got list; expected settings"),
+        ("space: {model.dropout: [0]}\noverrides:\nbudget: {steps: 3}", [], ["seed=3"], None),
+        (
+            "space: {model.dropout: [0]}\noverrides: [1]\nbudget: {steps: 3}",
+            [],
+            ["seed=3"],
+            "overrides: got list; expected",
+        ),
+    ],
+)
+def test_an_empty_section_of_a_file_is_none_and_a_list_is_refused(
+    text: str, over: list[str], settings: list[str], told: str | None, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    if told is None:
+        assert load_sweep(str(tmp_path / "mine.yaml"), over, {}, settings).space
+        return
+    with pytest.raises(UsageError, match=told) as error:
+        load_sweep(str(tmp_path / "mine.yaml"), over, {}, settings)
+    assert "\n" not in str(error.value)
 
 
 def test_conditions_hold_by_value() -> None:
