@@ -8,7 +8,7 @@ from ddpm.likelihood import BitsPerDim, bits_per_dim
 from ddpm.noise import Generators, normal_noise
 from ddpm.objective import Objective, ObjectiveKind, l_simple
 from ddpm.posthoc_ema import PowerFunctionEMA, Profile, posthoc_error, posthoc_weights, reconstruct
-from ddpm.respacing import RULES, timestep_subset
+from ddpm.respacing import RULES, late_start_warning, timestep_subset
 from ddpm.sampler import Step, ancestral, ddim, ddim_invert, dpm_solver, few_steps_warning, slerp
 from ddpm.schedule import BetaSchedule
 from ddpm.timesteps import Draw, LossAwareTimesteps, TimestepSampler, UniformTimesteps
@@ -50,6 +50,7 @@ __all__ = [
     "few_steps_warning",
     "guided",
     "l_simple",
+    "late_start_warning",
     "normal_noise",
     "posthoc_error",
     "posthoc_weights",

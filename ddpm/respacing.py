@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ddpm.schedule import BetaSchedule
+from ddpm.schedule import DEGENERATE_ABAR, BetaSchedule
 
 RULES = ("trailing", "linspace", "leading", "quad")
 
@@ -47,3 +47,18 @@ def kept_timesteps(schedule: BetaSchedule, timesteps: Sequence[int] | None) -> t
             "last step is pure noise; use the rule 'trailing' or 'linspace'"
         )
     return kept
+
+
+def late_start_warning(schedule: BetaSchedule, timesteps: Sequence[int]) -> str | None:
+    """Why sampling over ascending `timesteps` would disappoint: it starts from pure noise at a step that is not; or None.
+
+    A schedule that never reaches the prior says so itself (`BetaSchedule.warnings`), whatever the steps.
+    """
+    abar = float(schedule.alphas_cumprod[timesteps[-1]])
+    if schedule.is_degenerate or abar <= DEGENERATE_ABAR:
+        return None
+    return (
+        f"the {len(timesteps)} steps start at t={timesteps[-1]} of 0 .. {schedule.num_timesteps - 1}, where abar = {abar:.3g} is "
+        f"above {DEGENERATE_ABAR}, so that sampling starts from noise the training never saw there; use the rule 'trailing' "
+        "or 'linspace', or more steps"
+    )

@@ -13,8 +13,8 @@ class Generation:
 
     Attributes:
         sampler: "ddim", "ancestral", ...
-        steps: network calls per image.
-        spacing: which timesteps they are.
+        steps: that are taken along an image, each a network call.
+        spacing: which timesteps they are; "quad_of_200" where of 200 some fell on one index.
         eta: of DDIM.
         weights: "ema", "ema:0.999", "raw", "posthoc:0.1" (pipeline/training/averages.py).
         seed: of the images' noise.

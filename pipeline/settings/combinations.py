@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ddpm import GaussianDiffusion, few_steps_warning, timestep_subset
+from ddpm import GaussianDiffusion, few_steps_warning, late_start_warning, timestep_subset
 from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import UsageError
 from pipeline.settings.config import Experiment, ModelConfig, SamplingConfig, TrainingConfig
@@ -29,10 +29,15 @@ def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[st
     diffusion = build_diffusion(experiment)
     steps = sampling.num_steps(diffusion.num_timesteps)
     _check_labels(experiment, sampling)
-    _check_last_step(diffusion, sampling, steps)
-    if sampling.sampler == "ancestral" and (warning := few_steps_warning(diffusion, steps)):
-        return (warning,)
-    return ()
+    if steps == 1 and sampling.spacing in ("leading", "quad"):
+        raise UsageError(
+            f"spacing: {sampling.spacing!r} with 1 step is t = 0 alone, where nearly all of an image is there already; use "
+            "'trailing' or 'linspace', or more steps"
+        )
+    timesteps = timestep_subset(diffusion.num_timesteps, steps, sampling.spacing)
+    _check_last_step(diffusion, sampling, timesteps)
+    few = few_steps_warning(diffusion, len(timesteps)) if sampling.sampler == "ancestral" else None
+    return tuple(warning for warning in (few, late_start_warning(diffusion.schedule, timesteps)) if warning)
 
 
 def _check_no_process(experiment: Experiment) -> None:
@@ -96,11 +101,11 @@ def _check_labels(experiment: Experiment, sampling: SamplingConfig) -> None:
         )
 
 
-def _check_last_step(diffusion: GaussianDiffusion, sampling: SamplingConfig, steps: int) -> None:
+def _check_last_step(diffusion: GaussianDiffusion, sampling: SamplingConfig, timesteps: tuple[int, ...]) -> None:
     """With zero terminal SNR only the last step is pure noise, so that sampling must begin there."""
     last = diffusion.num_timesteps - 1
-    if diffusion.schedule.has_zero_terminal_snr and timestep_subset(last + 1, steps, sampling.spacing)[-1] != last:
+    if diffusion.schedule.has_zero_terminal_snr and timesteps[-1] != last:
         raise UsageError(
-            f"spacing: {sampling.spacing!r} with {steps} steps leaves out the last of {last + 1}, and with schedule "
+            f"spacing: {sampling.spacing!r} with {len(timesteps)} steps leaves out the last of {last + 1}, and with schedule "
             f"{diffusion.schedule.name!r} only that one is pure noise; use 'trailing' or 'linspace'"
         )

@@ -239,7 +239,12 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), data: str | None 
     content = read_yaml_mapping(path)
     content.setdefault("name", path.stem)
     take_in_betas(content, path.parent)
+    _refuse_unread_eta(content)
     _override(content, overrides)
+    if "sampling.eta" in _keys(
+        overrides
+    ):  # a file's own eta waits for ddim while the command line tries another sampler
+        _refuse_unread_eta(content)
     if data is not None:
         set_override(content, "data.source=''")
         content["data"]["source"] = data
@@ -262,7 +267,7 @@ def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experime
 
 def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Apply `key=value` overrides; a table of betas and a schedule replace each other, and a path is relative to the current folder."""
-    keys = {assignment.partition("=")[0].strip() for assignment in overrides}
+    keys = _keys(overrides)
     for assignment in overrides:
         set_override(content, assignment)
     diffusion = content.get("diffusion")
@@ -277,6 +282,20 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
         diffusion["betas_file"] = None
     elif "diffusion.schedule" in keys and diffusion.get("betas") is not None:
         diffusion.update(betas=None, betas_file=None)
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {assignment.partition("=")[0].strip() for assignment in overrides}
+
+
+def _refuse_unread_eta(content: dict[str, Any]) -> None:
+    """Refuse an eta that is given together with a sampler that has none (UsageError)."""
+    sampling = content.get("sampling")
+    if isinstance(sampling, dict) and sampling.get("eta") and sampling.get("sampler", "ddim") != "ddim":
+        raise UsageError(
+            f"sampling.eta: got {sampling['eta']}, which is ddim's; the sampler is {sampling['sampler']!r}: leave eta out, or "
+            "use sampler ddim"
+        )
 
 
 def require_divisible(experiment: Experiment, num_workers: int, num_streams: int) -> None:

@@ -131,8 +131,9 @@ class DiffusionConfig(Section):
 class SamplingConfig(Section):
     """How images are generated. `batch_size` is the canonical chunk: files are byte-equal only for an equal one.
 
-    `eta` is ddim's alone. `guidance_scale` is s = 1 + w of classifier-free guidance: 1 is none. `labels` says of which class image i is,
-    where the model knows classes: "balanced" (i modulo their number), "none", or one class by name or number.
+    `steps` is 50 where nothing is said, and all T with the ancestral sampler; null is all T with any. `eta` is ddim's alone.
+    `guidance_scale` is s = 1 + w of classifier-free guidance: 1 is none. `labels` says of which class image i is, where the model
+    knows classes: "balanced" (i modulo their number), "none", or one class by name or number.
     """
 
     sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
@@ -143,8 +144,16 @@ class SamplingConfig(Section):
     labels: str | int = "balanced"
     batch_size: PositiveInt = 100
 
+    @model_validator(mode="before")
+    @classmethod
+    def _ancestral_takes_all_steps(cls, content: Any) -> Any:
+        """Algorithm 2 goes over all T steps unless told otherwise, in a file as on the command line."""
+        if isinstance(content, dict) and content.get("sampler") == "ancestral":
+            return {"steps": None} | content
+        return content
+
     def num_steps(self, num_timesteps: int) -> int:
-        """Return the network calls along one image: `steps`, or all T of them."""
+        """Return the timesteps asked for along one image: `steps`, or all T of them."""
         return min(self.steps or num_timesteps, num_timesteps)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from pipeline.training.models import allow_modules_in
 from pipeline.training.trained import experiment_of, profile_of
 from pipeline.workflows.compare import compare as rank
 from pipeline.workflows.compare import entries_of
-from pipeline.workflows.evaluate import ScoreRequest, evaluate_run
+from pipeline.workflows.evaluate import ScoreRequest, evaluate_run, sample_metrics
 from pipeline.workflows.evaluate_grid import evaluate_grid
 from pipeline.workflows.grid import parse_grid
 from pipeline.workflows.sample import Format, SampleRequest, generate_from, write_samples
@@ -45,7 +45,9 @@ def sample(
         request = passage_request(run, request)
     elif form in ("strip", "gif"):
         check_picture(request)
-    sampling, seed = request.settings(experiment_of(run))
+    experiment = experiment_of(run)
+    sampling, seed = request.settings(experiment)
+    _warn(request.warnings(experiment))
     folder = (out or _fresh(run.folder / "samples")).absolute()
     if dry_run:
         return {
@@ -74,8 +76,10 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
     run, profile = _found(reference, cluster), load_profile(cluster)
     experiment = experiment_of(run)
     sampling, seed = request.settings(experiment)
+    asked = request.evaluation(experiment)
+    if sample_metrics(asked):
+        _warn(request.warnings(experiment))
     if dry_run:
-        asked = request.evaluation(experiment)
         return {
             "run": run.id,
             **sampling.model_dump(),
@@ -102,9 +106,12 @@ def grid(reference: str, request: ScoreRequest, text: str, cluster: str | None, 
     for point in points:  # all of it is checked before any of it is computed
         point.settings(experiment)
         point.evaluation(experiment)
+    named = [", ".join(f"{key} {getattr(point, key)}" for key in keys) for point in points]
+    asked = request.evaluation(experiment)
+    if sample_metrics(asked):
+        for name, point in zip(named, points, strict=True):
+            _warn([f"{name}: {warning}" for warning in point.warnings(experiment)])
     if dry_run:
-        asked = request.evaluation(experiment)
-        named = [", ".join(f"{key} {getattr(point, key)}" for key in keys) for point in points]
         return {"run": run.id, "metrics": ", ".join(asked.metrics), "at most images": asked.num_images, "points": named}
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
     with _kept_when_stopped():
@@ -144,6 +151,11 @@ def export(
 ) -> dict[str, Any]:
     """Write a run's model into a new folder for other programs; return what was written."""
     return export_run(_found(reference, cluster), folder, form, step, weights)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        Console().say(f"warning: {warning}")
 
 
 def _copy(opened: Opened | None, run: Run, figures: dict[str, float], files: list[Path]) -> None:

@@ -59,14 +59,19 @@ class SampleRequest:
             for key, value in asdict(self).items()
             if key in ("sampler", "steps", "spacing", "eta", "guidance_scale", "labels") and value is not None
         }
-        if given.get("sampler") == "ancestral" and self.steps is None:
-            given["steps"] = None  # the ancestral sampler takes all T steps unless told otherwise
+        if given.get("sampler") == "ancestral" and experiment.sampling.sampler != "ancestral":
+            given.setdefault("steps", None)  # all T: the experiment's steps are meant for its own sampler
         sampling = validate(SamplingConfig, {**experiment.sampling.model_dump(), **given}, "sampling")
         if self.eta and sampling.sampler != "ddim":
             raise UsageError(f"--eta: got {self.eta:g}, which is ddim's; the sampler is {sampling.sampler!r}")
         check_sampling(experiment, sampling)
         averages.choose(self.weights, experiment.training)
         return sampling, experiment.seed if self.seed is None else self.seed
+
+    def warnings(self, experiment: Experiment) -> tuple[str, ...]:
+        """Return what may disappoint of images that are generated so."""
+        sampling, _ = self.settings(experiment)
+        return check_sampling(experiment, sampling)
 
 
 @dataclass(frozen=True)

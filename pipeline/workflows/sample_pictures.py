@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.data.labels import NONE
+from pipeline.data.labels import BALANCED, NONE
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end
@@ -53,8 +53,18 @@ def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
         )
     if request.num_images < 2 or request.num_images > MOST_IMAGES:
         raise UsageError(f"--num-images: got {request.num_images}; from one image to another take 2 .. {MOST_IMAGES}")
-    conditional = experiment_of(run).model.class_conditional
-    labels = NONE if conditional and request.labels is None else request.labels
+    experiment, labels = experiment_of(run), request.labels
+    if experiment.model.class_conditional and labels is None:
+        if experiment.training.label_dropout == 0:
+            raise UsageError(
+                "--interpolate: this model was trained with labels alone (training.label_dropout 0), and has to be told of which "
+                "class the images are; give --label CLASS"
+            )
+        labels = NONE
+    if labels == BALANCED:
+        raise UsageError(
+            "--label: got 'balanced', but all images of --interpolate have one label; give a class, or none"
+        )
     return replace(request, sampler="ddim", eta=0.0, spacing="linspace", guidance_scale=1.0, labels=labels)
 
 
