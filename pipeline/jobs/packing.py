@@ -59,6 +59,7 @@ SECRETS = (
     ),
 )
 NEVER = (*VERSION_CONTROL, *CACHES, *ENVIRONMENTS, *RESULTS, *ARCHIVES, *ARRAYS, *WEIGHTS, *PICTURES, *SECRETS)
+NEVER_OF_OURS = tuple(pattern for pattern in NEVER if pattern not in WEIGHTS)  # classifiers that score ship with us
 # folders of ours, in the folder that is sent alone: elsewhere such names are people's own
 OURS = ("runs", "sweeps", "datasets", "ddpm", "pipeline", "dist", "build")
 MAX_FILES = 20_000
@@ -118,13 +119,8 @@ def working_folder(
     package = Package()
     names: dict[Path, str] = {}
     for name in sorted(_listed(folder)) if whole else ():
-        path = folder / name
-        if _is_excluded(name, excludes) or not _is_plain(path, folder):
-            continue
-        if _holds_secret(path):
-            package.left_out.append(name)
-        else:
-            package.files[name] = path
+        if not _is_ours(name) and not _is_excluded(name, excludes):
+            _add(package, name, folder / name, folder)
     for number, path in enumerate(named):
         there, root = path.resolve(), folder.resolve()
         inside = there.is_relative_to(root)
@@ -133,24 +129,35 @@ def working_folder(
     return package, names
 
 
-def code(modules: Sequence[str] = ()) -> Package:
-    """Return the code that runs: this package with its presets and profiles, the core, and modules by name or path."""
+def code(modules: Sequence[str] = (), excludes: Sequence[str] = ()) -> Package:
+    """Return the code that runs: this package with its presets and profiles, the core, and modules by name or path.
+
+    What never travels of a folder does not travel of a module either. UsageError where nothing of a module would.
+    """
     root = Path(pipeline.__file__).resolve().parent
     package = Package()
     for top in (root, _folder_of("ddpm")):
-        _add_tree(package, top, top.name)
+        _add_tree(package, top, top.name, (), NEVER_OF_OURS)
     for kind in ("experiments", "cluster"):  # where an installed package keeps them
-        _add_tree(package, presets.folder_of(kind), f"pipeline/shipped/{kind}")
+        _add_tree(package, presets.folder_of(kind), f"pipeline/shipped/{kind}", (), NEVER_OF_OURS)
     for module in modules:
         path = Path(module).expanduser() if os.sep in module or module.endswith(".py") else _folder_of(module)
+        sent = Package()
         if path.is_dir():
-            _add_tree(package, path.resolve(), path.resolve().name)
+            _add_tree(sent, path.resolve(), path.resolve().name, excludes, NEVER)
         elif path.is_file():
-            package.files[path.name] = path.resolve()
+            _add(sent, path.name, path.resolve(), path.resolve().parent)
         else:
             raise UsageError(
                 f"runtime_env.py_modules: {module!r} is neither a module that can be imported here nor a path"
             )
+        if not sent.files:
+            raise UsageError(
+                f"runtime_env.py_modules: nothing of {module!r} in {path} would be sent: what is there are links to elsewhere, files "
+                "that hold secrets, or of kinds that never travel"
+            )
+        package.files |= sent.files
+        package.left_out += sent.left_out
     return package
 
 
@@ -180,20 +187,26 @@ def _folder_of(module: str) -> Path:
     return origin.parent if origin.name == "__init__.py" else origin
 
 
-def _add_tree(package: Package, top: Path, name: str) -> None:
+def _add_tree(package: Package, top: Path, name: str, excludes: Sequence[str], never: Sequence[str]) -> None:
     for path in sorted(top.rglob("*")):
         inner = path.relative_to(top).as_posix()
-        if (
-            not any(fnmatch.fnmatch(part, pattern) for part in PurePosixPath(inner).parts for pattern in CACHES)
-            and path.is_file()
-        ):
-            package.files[f"{name}/{inner}"] = path
+        if not _is_excluded(inner, excludes, never):
+            _add(package, f"{name}/{inner}", path, top)
+
+
+def _add(package: Package, name: str, path: Path, folder: Path) -> None:
+    """Add a file of a folder, unless it is none or a secret is seen in it."""
+    if not _is_plain(path, folder):
+        return
+    if _holds_secret(path):
+        package.left_out.append(name)
+    else:
+        package.files[name] = path
 
 
 def _listed(folder: Path) -> Iterator[str]:
     """Yield the names of the files below a folder, by git where it is a checkout; UsageError where there are too many."""
-    names = _by_git(folder)
-    for count, name in enumerate(_by_walking(folder) if names is None else names):
+    for count, name in enumerate(_names(folder)):
         if count == MAX_FILES:
             raise UsageError(
                 f"{folder} holds more than {MAX_FILES} files, too many to send with a job; type the command in the folder of your "
@@ -202,31 +215,50 @@ def _listed(folder: Path) -> Iterator[str]:
         yield name
 
 
+def _names(folder: Path) -> Iterator[str]:
+    names = _by_git(folder)
+    for name in _by_walking(folder) if names is None else names:
+        inner = folder / name
+        if names is not None and (inner / ".git").exists() and not inner.is_symlink():
+            # a submodule, or a checkout of its own: git tells no more of it than its name
+            yield from (f"{name.rstrip('/')}/{each}" for each in _names(inner))
+        else:
+            yield name
+
+
 def _by_git(folder: Path) -> list[str] | None:
+    """Return what git has and does not ignore below a folder; None where that says nothing of it.
+
+    So it is without a checkout, and in a folder that is ignored as a whole by the checkout it stands in: what a person types a command
+    in is wanted, whatever the checkout around it keeps.
+    """
     command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return [os.fsdecode(name) for name in done.stdout.split(b"\0") if name] if done.returncode == 0 else None
+    names = [os.fsdecode(name) for name in done.stdout.split(b"\0") if name] if done.returncode == 0 else []
+    return names or None
 
 
 def _by_walking(folder: Path) -> Iterator[str]:
     for parent, folders, files in os.walk(folder):
         place = Path(parent).relative_to(folder)
-        folders[:] = sorted(name for name in folders if not _is_excluded((place / name).as_posix(), ()))
+        inner = {name: (place / name).as_posix() for name in sorted(folders)}
+        folders[:] = [name for name, path in inner.items() if not _is_ours(path) and not _is_excluded(path, ())]
         yield from ((place / name).as_posix() for name in files)
 
 
-def _is_excluded(name: str, excludes: Sequence[str]) -> bool:
+def _is_ours(name: str) -> bool:
+    return PurePosixPath(name).parts[0] in OURS
+
+
+def _is_excluded(name: str, excludes: Sequence[str], never: Sequence[str] = NEVER) -> bool:
     parts = PurePosixPath(name).parts
     return (
-        parts[0] in OURS
-        or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in NEVER)
-        or any(
-            fnmatch.fnmatch(name, pattern) or fnmatch.fnmatch(name, f"{pattern.rstrip('/')}/*") for pattern in excludes
-        )
-        or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in excludes)
+        any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in (*never, *excludes))
+        or any(fnmatch.fnmatch(name, pattern) for pattern in excludes)
+        or any(fnmatch.fnmatch(name, f"{pattern.rstrip('/')}/*") for pattern in excludes)
     )
 
 

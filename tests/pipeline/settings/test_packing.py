@@ -96,6 +96,67 @@ def test_what_git_ignores_stays(folder):
     assert "net/deep.py" not in package.files
 
 
+def git(folder: Path, *words: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "protocol.file.allow=always"]
+    subprocess.run(["git", "-C", str(folder), *who, *words], check=True, capture_output=True)
+
+
+def test_a_folder_that_the_checkout_around_it_ignores_travels_as_one_without_a_checkout(folder):
+    for name in [".git/config"]:
+        (folder / name).unlink()
+    (folder / ".git").rmdir()
+    git(folder.parent, "init", "-q")
+    (folder.parent / ".gitignore").write_text("mine/\n")
+    package, _ = packing.working_folder(folder, ())
+    assert sorted(package.files) == sorted(SENT)
+
+
+def test_submodules_travel_as_git_has_them(folder, tmp_path):
+    other, outer = tmp_path / "other", tmp_path / "outer"
+    for made in (other, outer):
+        made.mkdir()
+        git(made, "init", "-q")
+    (other / "layer.py").write_text("x = 1\n")
+    (other / ".gitignore").write_text("notes/\n")
+    git(other, "add", ".")
+    git(other, "commit", "-q", "-m", "one")
+    git(outer, "submodule", "add", "-q", str(other), "nets/other")
+    (outer / "nets" / "other" / "notes").mkdir()
+    (outer / "nets" / "other" / "notes" / "mine.md").write_text("ignored there")
+    (outer / "away").symlink_to(other)  # a link that leads out is not followed, though what it names is a checkout
+    package, _ = packing.working_folder(outer, ())
+    assert sorted(package.files) == [".gitmodules", "nets/other/.gitignore", "nets/other/layer.py"]
+
+
+def test_a_module_travels_without_what_a_folder_travels_without(folder, tmp_path):
+    (folder / "notes.md").write_text("use hf_" + "a1B2c3D4e5F6g7H8i9 for the hub\n")
+    (tmp_path / "private.txt").write_text("mine")
+    (folder / "link.txt").symlink_to(tmp_path / "private.txt")
+    sent = packing.code([str(folder)], ["conf/"])
+    of_module = {name.removeprefix("mine/") for name in sent.files if name.startswith("mine/")}
+    inside = {
+        "runs/k7m2/run.json",
+        "datasets/d/manifest.json",
+    }  # names that are ours in the folder of the command alone
+    assert of_module == {*SENT, *inside} - {"notes.md", "conf/a b.yaml"}
+    assert sent.left_out == ["mine/notes.md"]
+
+
+def test_our_own_code_travels_whole():
+    root = Path(packing.__file__).parent.parent
+    sent = {path for name, path in packing.code().files.items() if not name.startswith("pipeline/shipped/")}
+    wanted = [*root.rglob("*.py"), *root.rglob("*.safetensors"), *(root.parent / "ddpm").rglob("*.py")]
+    assert sent >= set(wanted)
+
+
+def test_a_module_of_which_nothing_would_be_sent_is_refused(tmp_path):
+    module = tmp_path / "tables"
+    module.mkdir()
+    (module / "table.npz").write_bytes(b"x")
+    with pytest.raises(UsageError, match=r"nothing of '.*tables' in .* would be sent"):
+        packing.code([str(module)])
+
+
 def test_named_files_travel_wherever_they_stand(folder, tmp_path):
     outside = tmp_path / "x" / "an experiment.yaml"
     outside.parent.mkdir()
