@@ -19,6 +19,7 @@ from pipeline.settings import presets
 from pipeline.settings.config import Precision
 from pipeline.settings.yaml_files import Section, read_yaml_mapping, validate
 from pipeline.storage.home import datasets_dir, home
+from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote import RemoteFolder, is_remote
 
 DEFAULT_PROFILE = "local"
@@ -95,7 +96,7 @@ class Preemption(Section):
 class Timeouts(Section):
     """Seconds. A worker that hangs longer than `collective_s` inside an all-reduce fails the attempt.
 
-    `stop_s` is how long a stop waits for saving, `start_s` how long workers have to come up on nodes that are there.
+    `stop_s` is how long a stop that somebody asks for waits for saving, `start_s` how long workers have to come up on nodes that are there.
     """
 
     collective_s: Seconds = 600.0
@@ -280,15 +281,22 @@ class Profile(Section):
 
 
 def load_profile(reference: str | None) -> Profile:
-    """Read a profile by path or shipped name; None is the embedded default (`local`)."""
+    """Read a profile by path or shipped name, for this process to work by; None is the embedded default (`local`)."""
     path: Path = presets.find("cluster", reference or DEFAULT_PROFILE)
     content = read_yaml_mapping(path)
     content.setdefault("name", path.stem)
     profile = validate(Profile, content, str(path.name))
     require_tracking(profile)
+    use_variables(profile)
     if profile.forward_env:
         os.environ[DECLARED_SECRETS] = ",".join(profile.forward_env)
     return profile
+
+
+def use_variables(profile: Profile) -> None:
+    """Set a profile's `env` here too, where its work is driven: storage and tracking are reached from here as from its workers."""
+    if profile.kind != "job" or JOB_VARIABLE in os.environ:
+        os.environ.update(profile.env)
 
 
 def forwarded(profile: Profile) -> dict[str, str]:
@@ -316,7 +324,7 @@ def require_tracking(profile: Profile) -> None:
     """Refuse a cluster whose runs would be recorded nowhere that its nodes can write to (UsageError)."""
     if not profile.is_remote or profile.mlflow.tracking_uri is not None:
         return
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = profile.env.get("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI"))
     if not _is_http(uri):
         got = f"MLFLOW_TRACKING_URI is {uri!r}" if uri else "neither it nor MLFLOW_TRACKING_URI is set"
         raise UsageError(

@@ -19,7 +19,7 @@ from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.pictures.schedule_picture import draw_schedules, example_of
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings import presets
-from pipeline.settings.cluster_profile import Profile, home_of, load_profile, storage_of
+from pipeline.settings.cluster_profile import Profile, home_of, load_profile, storage_of, use_variables
 from pipeline.settings.config import (
     DEFAULT_PRESET,
     Experiment,
@@ -118,6 +118,7 @@ def go_on(
     old = experiment_of(run)
     new = with_overrides(old, overrides)
     profile = profile_of(run, cluster)
+    use_variables(profile)
     if data is None:
         dataset = _dataset_of(run, profile)
     else:
@@ -160,6 +161,7 @@ def carry_on(
     `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is.
     """
     experiment, profile = experiment_of(run), profile_of(run, None)
+    use_variables(profile)
     dataset = _dataset_of(run, profile)
     checked = _plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
     return _carry_out(run, checked, dataset, console, observe=observe, tracking=tracking)

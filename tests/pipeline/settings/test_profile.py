@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.errors import UsageError
 from pipeline.settings.cluster_profile import Profile, Workers, load_profile
 from pipeline.settings.config import Precision
 from pipeline.settings.yaml_files import validate
+from pipeline.storage.provenance import JOB_VARIABLE
 
 JOB: dict[str, Any] = {
     "kind": "job",
@@ -135,6 +138,23 @@ def test_a_cluster_records_on_a_server_of_the_profile_or_the_environment(written
     else:
         with pytest.raises(UsageError, match=r"mlflow\.tracking_uri: .*http\(s\) address"):
             load_profile(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "in_job", "here"),
+    [("local", False, True), ("connect", False, True), ("job", False, False), ("job", True, True)],
+)
+def test_the_plain_variables_of_a_profile_hold_where_its_work_is_driven(written, monkeypatch, kind, in_job, here):
+    """So that the driver reaches the object store and the tracking server that its workers reach."""
+    for name in ("AWS_ENDPOINT_URL", "MLFLOW_TRACKING_URI", JOB_VARIABLE):
+        monkeypatch.setenv(name, "of the shell")
+    if not in_job:
+        monkeypatch.delenv(JOB_VARIABLE)
+    settings = {"local": {}, "connect": CONNECT, "job": JOB}[kind]
+    variables = {"AWS_ENDPOINT_URL": "http://minio:9000", "MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+    load_profile(written(yaml.safe_dump({**settings, "mlflow": {}, "env": variables})))
+    assert (os.environ["AWS_ENDPOINT_URL"] == "http://minio:9000") == here
+    assert (os.environ["MLFLOW_TRACKING_URI"] == "http://mlflow:5000") == here
 
 
 def test_state_lives_in_the_profiles_storage_where_that_is_a_folder(home):
