@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import socket
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from pipeline.planning.capacity import Node
@@ -46,25 +48,51 @@ def draining() -> set[str]:
     return set(state.get_draining_nodes())
 
 
-def on_each(asked: Collection[str], question: Callable[[], Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
-    """Call a function on each node, and return the answers that came in time by node.
+def answers(
+    questions: Mapping[str, Callable[[], Any]],
+    timeout_s: float = ANSWER_S,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[tuple[str, Any]]:
+    """Call a function on each node, all at once, and give (node, answer) as they come; of those that come in time.
 
     A node that does not answer may be lost: Ray notices that of a machine after half a minute, and waits for it until then.
+    `environment` are variables for the process there whose values are secret: arguments, which Ray shows nobody, unlike a function.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
-    ask = ray.remote(num_cpus=0, max_retries=0)(question)
-    waiting = {ask.options(scheduling_strategy=On(node, soft=False)).remote(): node for node in asked}
-    ready, late = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s) if waiting else ([], [])
-    answers = {}
-    for answer in ready:
+    ask, secret = _asking(), dict(environment or {})
+    waiting = {
+        ask.options(scheduling_strategy=On(node, soft=False)).remote(question, secret): node
+        for node, question in questions.items()
+    }
+    deadline = time.monotonic() + timeout_s
+    while waiting:
+        ready, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
         with contextlib.suppress(ray.exceptions.RayError):  # the node is gone, or its process was killed
-            answers[waiting[answer]] = ray.get(answer)
-    for task in late:
+            yield waiting.pop(ready[0]), ray.get(ready[0])
+    for task in waiting:
         with contextlib.suppress(ray.exceptions.RayError):
             ray.cancel(task, force=True)
-    return answers
+
+
+def on_each(asked: Collection[str], question: Callable[[], Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
+    """Call a function on each node, and return the answers that came in time by node."""
+    return dict(answers(dict.fromkeys(asked, question), timeout_s))
+
+
+@functools.cache  # sent to the cluster once: Ray warns of a function that is sent for each of many nodes
+def _asking() -> Any:
+    import ray
+
+    return ray.remote(num_cpus=0, max_retries=0)(_answer)
+
+
+def _answer(question: Callable[[], Any], environment: Mapping[str, str]) -> Any:
+    os.environ.update(environment)
+    return question()
 
 
 @contextlib.contextmanager
@@ -95,6 +123,15 @@ def this_node() -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
     return On(ray.get_runtime_context().get_node_id(), soft=False)
+
+
+def resource_of_this_node() -> str:
+    """Return the name of the resource that Ray gives this node alone, for what can be placed by its resources only."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    (names,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
+    return next(str(name) for name in names if name.startswith("node:") and name != "node:__internal_head__")
 
 
 def release(placement_group: str | None) -> None:

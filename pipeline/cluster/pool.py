@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
-from pipeline.cluster.session import Session
+from pipeline.cluster.session import Session, is_up
 from pipeline.errors import ClusterError, PipelineError
 from pipeline.planning.capacity import held_here
 from pipeline.settings.cluster_profile import Profile, forwarded
@@ -48,8 +48,11 @@ class ChunkWorker:
 
 
 def runner_of(profile: Profile) -> Runner:
-    """Return what computes chunks as a profile says: this process where it names one worker of this machine, else Ray's workers."""
-    if profile.kind == "local" and profile.most_workers == 1:
+    """Return what computes chunks as a profile says: this process where it names one worker of this machine, else Ray's workers.
+
+    Where Ray is up here, this process is a sweep's trial, one of several: it holds no GPU, and Ray knows which one is free.
+    """
+    if profile.kind == "local" and profile.most_workers == 1 and not (profile.use_gpu and is_up()):
         return in_process(sampling_compute(profile))
     return lambda task, chunks: _over_workers(task, chunks, profile)
 

@@ -124,12 +124,13 @@ class Session:
 
     def ensure(self) -> None:
         """Start or join Ray unless it is up."""
-        if not _is_up():
+        if not is_up():
             self._started.close()
             self._started.enter_context(ray_of(self._profile, self._num_workers))
 
 
-def _is_up() -> bool:
+def is_up() -> bool:
+    """Whether this process is part of a Ray that is alive."""
     if "ray" not in sys.modules:  # importing it here would fix its settings before they are set
         return False
     import ray

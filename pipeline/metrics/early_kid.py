@@ -2,24 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.data.image_set import Images
 from pipeline.data.shards import Dataset
 from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.judge import judge_of
+from pipeline.metrics.metric_identity import Generation, MetricIdentity
 from pipeline.metrics.registry import METRICS, Pair
+from pipeline.metrics.scoring import identity_of
 from pipeline.settings.config import Experiment
 from pipeline.training.device import Compute
 
 _BATCH = 1000
 
 
+@dataclass(frozen=True)
+class EarlyKid:
+    """A KID, the standard deviation over its subsets (which share images: no standard error), and everything it depends on."""
+
+    value: float
+    std: float
+    over: str
+    identity: MetricIdentity
+
+    def flat(self) -> dict[str, float]:
+        """Return both figures under the names that they are recorded under, such as `kid_classifier_n256`."""
+        return {self.identity.key: self.value, self.identity.named("kid_std").key: self.std}
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {
+            "metric": self.identity.key,
+            "value": self.value,
+            "std": self.std,
+            "std_over": self.over,
+            "identity": self.identity.to_json(),
+        }
+
+
 def early_kid(
-    experiment: Experiment, dataset: Dataset, home: Path, images: Images, compute: Compute
-) -> tuple[str, float]:
-    """Return the KID of uint8 images [n, C, H, W] against the experiment's reference, and the name it is recorded under.
+    experiment: Experiment, dataset: Dataset, home: Path, images: Images, generation: Generation, compute: Compute
+) -> EarlyKid:
+    """Return the KID of uint8 images [n, C, H, W], which came about by `generation`, against the experiment's reference.
 
     Extractor and real features are those of the evaluation; they are kept in `home`, and are nearly free after the first time.
 
@@ -30,4 +58,6 @@ def early_kid(
     extractor, reference = judge.extractor, judge.reference
     found = extract(extractor, in_batches(images, _BATCH))
     pair = Pair(reference.real, found, reference.moments, Moments.of(found.features))
-    return f"kid_{extractor.name}_n{len(images)}", METRICS["kid"](pair, 0).values["kid"]
+    outcome = METRICS["kid"](pair, 0)
+    identity = identity_of("kid", outcome.settings, dataset, extractor, reference, generation, num_images=len(images))
+    return EarlyKid(outcome.values["kid"], outcome.spreads["kid"], outcome.over, identity)

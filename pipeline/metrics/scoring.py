@@ -111,7 +111,7 @@ def score(
     values: dict[str, float] = {}
     spreads: dict[str, Spread] = {}
     for name, outcome in outcomes["generated"].items():
-        identity = _identity(name, outcome.settings, dataset, extractor, reference, generation)
+        identity = identity_of(name, outcome.settings, dataset, extractor, reference, generation, num_images=n)
         for value_name, value in outcome.values.items():
             named = identity.named(value_name)
             identities[named.key], values[named.key] = named, value
@@ -142,14 +142,17 @@ def _pairs(found: Extracted, reference: Reference) -> dict[str, Pair]:
     }
 
 
-def _identity(
+def identity_of(
     metric: str,
     settings: str,
     dataset: ImageSet,
     extractor: FeatureExtractor,
     reference: Reference,
     generation: Generation,
+    *,
+    num_images: int,
 ) -> MetricIdentity:
+    """Return everything that a value of a metric of `num_images` generated images depends on besides the model."""
     count = reference.moments.count if metric == "fid" else len(reference.real.features)
     rule = reference.rule if count == reference.moments.count else f"first {count} by content of {reference.rule}"
     return MetricIdentity(
@@ -158,7 +161,7 @@ def _identity(
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
         resize=extractor.resize_rule(dataset.manifest.shape),
-        num_images=reference.num_images,
+        num_images=num_images,
         num_reference=count,
         reference=rule,
         dataset=dataset.manifest.fingerprint,

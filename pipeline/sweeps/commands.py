@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,7 +20,7 @@ from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
 from pipeline.sweeps.entry import JudgedBy
-from pipeline.sweeps.folder import SweepFolder
+from pipeline.sweeps.folder import SECONDS, SweepFolder
 from pipeline.sweeps.plan import Request, SweepPlan, make_sweep_plan, trial_profile
 from pipeline.sweeps.points import Checked, completed, title
 from pipeline.sweeps.publish import SweepTracking, publish
@@ -189,7 +188,7 @@ def _profile_of(folder: SweepFolder, cluster: str | None) -> Profile:
 
 def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:
     """Run what the ledger lacks, and report, whatever happened. The caller holds the sweep's lock."""
-    began = time.monotonic()
+    folder.begin()
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
     folder.update(status=RunStatus.RUNNING, reason="")
     console.say(
@@ -209,13 +208,14 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
         run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, for_trials, console)
     except PipelineError as error:
         interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
+        folder.tick()
         folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
         tracking.close("KILLED" if interrupted else "FAILED")
         raise
     report = str(folder.report / REPORT_FILE)
-    result = replace(_result(folder, plan.checked), seconds=time.monotonic() - began, report=report)
+    result = replace(_result(folder, plan.checked), seconds=folder.seconds, report=report)
     publish(folder, result, tracking, console)
-    folder.update(status=RunStatus.FINISHED, reason="", summary=_summary(result))
+    folder.update(status=RunStatus.FINISHED, reason="", summary={**_summary(result), SECONDS: folder.seconds})
     return result
 
 

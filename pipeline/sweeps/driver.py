@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Sequence
 
+from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.session import Session
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import PipelineError
+from pipeline.planning.capacity import needs
 from pipeline.planning.plan import make_plan
 from pipeline.settings import presets
 from pipeline.settings.cluster_profile import Profile
@@ -25,6 +29,9 @@ from pipeline.sweeps.search import TPE, Listed, Next, Source, Trials
 from pipeline.sweeps.trial import ForTrials
 from pipeline.sweeps.tune import ENVIRONMENT, Work, run_trials
 from pipeline.training.job import Allowance
+from pipeline.training.judgements import values_by_rung
+
+LOOK_S = 5.0
 
 
 def run_missing(
@@ -49,6 +56,9 @@ def run_missing(
         for entry in entries:
             halving.take(entry.rungs, entry.key)
     begun = folder.trials()
+    if halving is not None:
+        for key, run in begun.items():
+            halving.take(values_by_rung(run.folder), key)
 
     def settled(following: Next) -> tuple[Experiment, str]:
         experiment = trial_experiment(sweep, asked.base, following.point, following.seed)
@@ -69,11 +79,13 @@ def run_missing(
     if sweep.search != "tpe" and not missing:
         return
     total = None if sweep.search == "tpe" or sweep.early_stopping else len(missing)
-    work = Work(folder, for_trials, trials, begin, console, halving, total)
+    room = Room(profile, num_workers, plan.max_concurrent)
+    work = Work(folder, for_trials, trials, begin, console, halving, total, room)
     os.environ.update(ENVIRONMENT)  # before Ray starts: its processes read it
     with Session(profile, num_workers * plan.max_concurrent) as session:
         session.ensure()
-        run_trials(work, _room(profile, num_workers, plan.max_concurrent), profile.timeouts.stop_s)
+        with room:
+            run_trials(work, plan.max_concurrent, profile.timeouts.stop_s)
 
 
 def _all_trials(sweep: Sweep, points: Sequence[Point]) -> list[Next]:
@@ -98,15 +110,42 @@ def _source(asked: Request, plan: SweepPlan) -> Source:
     return TPE(sweep.space, sweep.num_points, asked.base.seed, refuses)
 
 
-def _room(profile: Profile, num_workers: int, wanted: int) -> int:
-    """Return how many trials the Ray that is up has room for, at most as many as wanted."""
-    import ray
+class Room:
+    """How many trials the Ray that is up has room for, at most as many as wanted; at least one, which waits for its workers itself.
 
-    have = ray.cluster_resources()
-    room = have.get("CPU", 0.0) / (profile.cpus_per_worker(num_workers) * num_workers)
-    if profile.use_gpu:
-        room = min(room, have.get("GPU", 0.0) / (profile.resources_per_worker.GPU * num_workers))
-    return max(1, min(wanted, int(room + 1e-9)))
+    Looked at again every few seconds, since a cluster that scales itself may begin with no workers at all: it is asked for the rest.
+    """
+
+    def __init__(self, profile: Profile, num_workers: int, wanted: int) -> None:
+        self._profile, self._num_workers, self._wanted = profile, num_workers, wanted
+        self._found, self._looked_at, self._asked = 1, -math.inf, False
+
+    def __call__(self) -> int:
+        """Return how many."""
+        if time.monotonic() - self._looked_at < LOOK_S:
+            return self._found
+        import ray
+
+        self._looked_at, have = time.monotonic(), ray.cluster_resources()
+        one = needs(self._profile, self._num_workers)
+        fit = min(have.get(name, 0.0) / (amount * self._num_workers) for name, amount in one.items())
+        self._found = max(1, min(self._wanted, int(fit + 1e-9)))
+        if self._profile.is_remote and self._found < self._wanted:
+            from ray.autoscaler.sdk import request_resources
+
+            # each time, because a trial that waits for its own workers replaces the request, and takes it back
+            request_resources(bundles=[one] * (self._num_workers * self._wanted))
+            self._asked = True
+        return self._found
+
+    def __enter__(self) -> Room:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._asked and cluster_nodes.head_answers():
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[])
 
 
 def _trial_run(

@@ -9,6 +9,7 @@ sweeps/<id>/status.json, lock, log.txt, spool/   as in a run folder
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -48,6 +49,9 @@ class SweepRecord:
     extensions: list[list[str]]
 
 
+SECONDS = "seconds"
+
+
 class _Place(Run):
     """Status, lock, log and spool of a sweep folder, kept as a run's are, on this machine's side alone."""
 
@@ -64,6 +68,7 @@ class SweepFolder:
         self.id = folder.name
         self.ledger = Ledger(folder / "ledger.jsonl")
         self._as_run = _Place(folder)
+        self._began: tuple[float, float] | None = None
 
     @classmethod
     def create(
@@ -179,6 +184,25 @@ class SweepFolder:
     def update(self, **changes: Any) -> RunState:
         """Change fields of the state."""
         return self._as_run.update(**changes)
+
+    # -- the time it takes, over all drivers
+
+    def begin(self) -> None:
+        """Start the clock of this driver, after those of earlier ones."""
+        self._began = (self.seconds, time.monotonic())
+
+    def tick(self) -> None:
+        """Write the time spent so far, so that a kill loses no more than the time since."""
+        if self._began is not None:
+            self.update(summary={**self.state().summary, SECONDS: self.seconds})
+
+    @property
+    def seconds(self) -> float:
+        """Time that drivers have spent on the sweep."""
+        if self._began is None:
+            return self.state().summary.get(SECONDS, 0.0)
+        before, began = self._began
+        return before + time.monotonic() - began
 
     def log(self, line: str) -> None:
         """Append one line with the time to the sweep's log."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.board import NAMESPACE
 from pipeline.cluster.placement import give_back
 from pipeline.console import Console, duration
@@ -26,6 +27,7 @@ from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.search import Next, Trials, _Done
 from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, run_trial
+from pipeline.training.judgements import values_by_rung
 
 POLL_S = 0.5
 RESTARTS = 2  # of a trial whose process was killed
@@ -49,6 +51,7 @@ class Work:
     console: Console
     halving: Halving | None
     total: int | None
+    room: Callable[[], int]  # how many trials fit now
     running: dict[str, tuple[Next, str, Run]] = field(default_factory=dict)  # by Tune's id of the trial
     ended: list[Entry] = field(default_factory=list)
     interrupted: bool = False
@@ -56,6 +59,8 @@ class Work:
 
     def suggest(self, trial_id: str) -> Run | _Done | None:
         """Return the run folder of the next trial that the ledger does not hold; None to wait."""
+        if len(self.running) >= self.room():
+            return None
         done = self.folder.ledger.entries()
         while not self.interrupted:
             following = self.trials.next()
@@ -83,9 +88,13 @@ class Work:
             if self.interrupted:
                 return  # with the sweep, which goes on with it
             status, reason = "failed", f"stopped alone: {reason}"
-        rungs = {} if self.halving is None else self.halving.rungs_of(key)
+        rungs = {}
+        if self.halving is not None:
+            self.halving.take(values_by_rung(run.folder), key)  # what it showed as its process was killed went unheard
+            rungs = self.halving.rungs_of(key)
         entry = entry_of(run, self.for_trials.metric, self.for_trials.judged_by, status, rungs, reason)
         self.folder.ledger.append(entry)
+        self.folder.tick()
         self.ended.append(entry)
         self.trials.ended(following, entry.status, entry.value)
         self.console.say(self._line(entry))
@@ -167,8 +176,10 @@ def _tuner(work: Work, max_concurrent: int) -> Any:
     from ray import tune
 
     trainable = tune.with_parameters(run_trial, told=work.for_trials)
+    # no CPU: its workers need them; and on this node, where the run folders are
+    needs = tune.PlacementGroupFactory([{"memory": 1, cluster_nodes.resource_of_this_node(): 0.001}])
     return tune.Tuner(
-        tune.with_resources(trainable, {"memory": 1}),  # no CPU: its workers need them
+        tune.with_resources(trainable, needs),
         tune_config=tune.TuneConfig(
             search_alg=_search(work),
             scheduler=_scheduler(work),

@@ -19,6 +19,7 @@ from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, ClusterError, StorageError
 from pipeline.metrics.early_kid import early_kid
+from pipeline.metrics.metric_identity import Generation
 from pipeline.pictures.pictures import save_grid
 from pipeline.sampling.generation import generator_of
 from pipeline.settings.cluster_profile import Profile
@@ -33,6 +34,7 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.averages import save_snapshot
 from pipeline.training.device import Compute, training_compute
 from pipeline.training.job import Job
+from pipeline.training.judgements import note
 from pipeline.training.loop import Learner, StepResult, fit
 from pipeline.training.models import allow_modules_in, build_model, build_objective
 from pipeline.training.team import Team
@@ -252,7 +254,7 @@ class Worker:
         """Draw images from the averaged weights, the same noise every time; rank 0 alone, the others wait at the next step."""
         if self.tracker is None or self.experiment.logging.grid_every_steps is None:
             return
-        images = self._generate(self.experiment.logging.grid_images)
+        images, _ = self._generate(self.experiment.logging.grid_images)
         path = self.run.folder / "pictures" / f"samples-step-{self.learner.step:010d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(images, path)
@@ -265,16 +267,18 @@ class Worker:
             return
         begin = time.monotonic()
         self.rungs = self.rungs[len(reached) :]
-        images = self._generate(self.job.allowance.rung_images)
-        name, kid = early_kid(
-            self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), self.compute
+        images, generation = self._generate(self.job.allowance.rung_images)
+        found = early_kid(
+            self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), generation, self.compute
         )
-        self.tracker.metrics(self.learner.step, {name: kid}, family="result")
-        self.link.publish({"judgement": {"rung": reached[-1], "step": self.learner.step, "metric": name, "value": kid}})
+        judgement = {"rung": reached[-1], "step": self.learner.step, **found.to_json()}
+        self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
+        self.tracker.metrics(self.learner.step, found.flat(), family="result")
+        self.link.publish({"judgement": judgement})
         self.judging_s += time.monotonic() - begin
 
-    def _generate(self, count: int) -> Tensor:
-        """Generate uint8 images [count, C, H, W] from the averaged weights, as the experiment samples."""
+    def _generate(self, count: int) -> tuple[Tensor, Generation]:
+        """Generate uint8 images [count, C, H, W] from the averaged weights, as the experiment samples; say how they came about."""
         if self.sampling_model is None:
             self.sampling_model = copy.deepcopy(self.learner.model)
         self.learner.ema.copy_to(self.sampling_model)
@@ -290,7 +294,7 @@ class Worker:
             self.compute,
             self.class_names,
         )
-        return torch.cat(list(generator.generate(count)))
+        return torch.cat(list(generator.generate(count))), generator.identity("ema")
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 

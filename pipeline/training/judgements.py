@@ -1,0 +1,37 @@
+"""What a sweep's trial was judged by on the way: a line of its run folder for each rung, on disk before anybody is told.
+
+The driver that was told may be killed. The next one reads here what the trials that it goes on with have shown, since a worker that goes
+on from a later step passes those rungs no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FILE = "judgements.jsonl"
+
+
+def note(run_folder: Path, judgement: dict[str, Any]) -> Path:
+    """Add a judgement (`rung`, `step`, `metric`, `value`, `std`, `identity`), and return the file."""
+    path = run_folder / FILE
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(judgement) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    return path
+
+
+def values_by_rung(run_folder: Path) -> dict[float, float]:
+    """Return the newest value at each rung. A line that a kill cut short is none."""
+    path = run_folder / FILE
+    found: dict[float, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            judgement = json.loads(line)
+            found[float(judgement["rung"])] = float(judgement["value"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
