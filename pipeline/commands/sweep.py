@@ -116,7 +116,7 @@ def sweep(
 def show(result: Any, *, as_json: bool) -> None:
     """Print a sweep's result; FailedTrialsError afterwards where trials failed, for the exit code."""
     from pipeline.sweeps import commands as sweep_commands
-    from pipeline.sweeps.result import rows, to_text
+    from pipeline.sweeps.text import rows, to_text
 
     if as_json:
         print_json(result.to_json())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.pictures.charts import COLOURS, INK, QUIET, dress, line_style, new_figure, save_figure
 from pipeline.pictures.pictures import read_grid
 from pipeline.storage.runs import Run
-from pipeline.sweeps.result import PointResult, Result, pareto, within_noise
+from pipeline.sweeps.result import PointResult, Result, within_noise
 
 SHOWN = ("diffusion.schedule", "diffusion.num_timesteps")  # what a heat map shows where both vary
 MOST_POINTS = 24  # that a picture with one line of text for each shows
@@ -226,6 +226,15 @@ def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
 
 
 # -- parts
+
+
+def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the (cost, value) pairs that none beats in both, by cost: lower is better in either."""
+    front: list[tuple[float, float]] = []
+    for cost, value in sorted(points):
+        if not front or value < front[-1][1]:
+            front.append((cost, value))
+    return front
 
 
 def _settings(result: Result) -> list[str]:

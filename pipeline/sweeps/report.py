@@ -16,7 +16,8 @@ from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.pictures import draw_all
 from pipeline.sweeps.points import title
-from pipeline.sweeps.result import Result, rows, statement
+from pipeline.sweeps.result import Result, statement
+from pipeline.sweeps.text import rows
 
 REPORT_FILE = "sweep-report.html"
 CAPTIONS = {
@@ -83,7 +84,7 @@ def _table(table: list[dict[str, object]]) -> str:
     head = "".join(f"<th>{_text(name)}</th>" for name in table[0])
     lines = []
     for row in table:
-        kind = {"best": " class=best", "within the noise": " class=noise"}.get(str(row["note"]), "")
+        kind = {"best": " class=best", "within the noise": " class=noise"}.get(str(row["note"]).partition(";")[0], "")
         cells = "".join(f"<td>{_text('' if row.get(name) is None else row.get(name))}</td>" for name in table[0])
         lines.append(f"<tr{kind}>{cells}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -1,7 +1,10 @@
 """What a sweep found: points best first, each with its error bar, and whether the best one really is.
 
-An error bar is the standard error over seeds. Two points differ by more than the noise where Student's t test with pooled variance says
-so at 95 %: with two seeds each that takes a difference of 4.3 standard errors, with four 2.4.
+An error bar is the standard error over seeds. Whether points differ by more than that noise is asked of all at once, since the best one
+is picked by the values that are compared: Tukey's test (1949; of unequal counts, Kramer 1956), which says of equal points that any of them
+differ in 5 % of sweeps. The noise is what the settings (and, where all points share their seeds, the seeds) leave unexplained, pooled over
+all points. It takes a difference of q / sqrt(2) of its standard errors, q being the studentized range's: of nine points 4.1 with two seeds
+each, 3.4 with four.
 """
 
 from __future__ import annotations
@@ -9,21 +12,28 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
+from functools import cache, cached_property
 from typing import Any
 
-from pipeline.metrics.metric_identity import Generation
+import numpy as np
+
+from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, Generation, differing
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.points import Point, Refused, canonical
 
 CONFIDENCE = 0.95
+MADE = frozenset(
+    f"generation.{item.name}" for item in fields(Generation)
+)  # how a point's images are made is a setting of it
 
 
 @dataclass(frozen=True)
 class PointResult:
     """What is known of one point, over its seeds; lower values are better.
 
-    `mean` is None of a point without a value: stopped early, or failed.
+    `mean` is None of a point without a value: stopped early, or failed. One with values of which a seed failed is not complete: what failed
+    may be the point's own doing, so that the rest is a choice of lucky seeds.
     """
 
     point: Point
@@ -33,7 +43,22 @@ class PointResult:
     @property
     def values(self) -> list[float]:
         """The metric's value of each seed that has one, by seed."""
-        return [entry.value for entry in self.entries if entry.value is not None and math.isfinite(entry.value)]
+        return [entry.value for entry in self.entries if entry.value is not None]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that have a value, ascending."""
+        return tuple(entry.seed for entry in self.entries if entry.value is not None)
+
+    @property
+    def failed(self) -> list[Entry]:
+        """The seeds that failed."""
+        return [entry for entry in self.entries if entry.status == "failed"]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether there is a value, and no seed failed."""
+        return bool(self.values) and not self.failed
 
     @property
     def mean(self) -> float | None:
@@ -47,6 +72,12 @@ class PointResult:
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     @property
+    def spread_of_one(self) -> tuple[float, str] | None:
+        """Of a single seed: the deviation that comes with its value, and over what, which is not the noise between trainings."""
+        only = self.best_entry if len(self.values) == 1 else None
+        return None if only is None or only.std is None else (only.std, only.std_over)
+
+    @property
     def status(self) -> str:
         """ "finished" where any seed has a value, else how the first seed ended."""
         return "finished" if self.values else self.entries[0].status
@@ -54,14 +85,19 @@ class PointResult:
     @property
     def best_entry(self) -> Entry | None:
         """The seed of the lowest value."""
-        found = [entry for entry in self.entries if entry.value is not None]
-        return min(found, key=lambda entry: entry.value or 0.0) if found else None
+        found = [(entry.value, entry.seed, entry) for entry in self.entries if entry.value is not None]
+        return min(found)[2] if found else None
+
+    @property
+    def training_times(self) -> list[float]:
+        """Training time of the seeds that finished, or of all, in seconds."""
+        spent = [entry.training_s for entry in self.entries if entry.value is not None]
+        return spent or [entry.training_s for entry in self.entries]
 
     @property
     def training_s(self) -> float:
-        """Mean training time of the seeds that finished, or of all."""
-        spent = [entry.training_s for entry in self.entries if entry.value is not None]
-        return statistics.fmean(spent or [entry.training_s for entry in self.entries])
+        """Mean training time."""
+        return statistics.fmean(self.training_times)
 
     @property
     def network_calls(self) -> int | None:
@@ -87,6 +123,7 @@ class PointResult:
             "status": self.status,
             "mean": self.mean,
             "standard_error": self.standard_error,
+            "spread_of_one": self.spread_of_one,
             "values": {entry.seed: entry.value for entry in self.entries},
             "network_calls": self.network_calls,
             "training_s": round(self.training_s, 3),
@@ -99,7 +136,7 @@ class PointResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A sweep's answer. `points` are ranked best first, those without a value last."""
+    """A sweep's answer. `points` are ranked best first: the complete ones, those of which a seed failed, those without a value."""
 
     sweep_id: str
     name: str
@@ -112,18 +149,28 @@ class Result:
 
     @property
     def ranked(self) -> list[PointResult]:
-        """The points that have a value, best first."""
+        """The points that have a value, complete ones first, best first."""
         return [point for point in self.points if point.mean is not None]
 
     @property
+    def complete(self) -> list[PointResult]:
+        """The points that are compared, best first."""
+        return [point for point in self.points if point.is_complete]
+
+    @cached_property
+    def noise(self) -> Noise | None:
+        """What chance does to the complete points; None where too few have several seeds."""
+        return noise_of(self.complete)
+
+    @property
     def best(self) -> PointResult | None:
-        """The point of the lowest mean."""
+        """The complete point of the lowest mean; where none is complete, the lowest."""
         return self.ranked[0] if self.ranked else None
 
     @property
     def failed(self) -> list[Entry]:
         """Trials that failed."""
-        return [entry for point in self.points for entry in point.entries if entry.status == "failed"]
+        return [entry for point in self.points for entry in point.failed]
 
     @property
     def metric_name(self) -> str:
@@ -159,118 +206,143 @@ def result_of(
     warnings: dict[str, str] | None = None,
     seconds: float = 0.0,
 ) -> Result:
-    """Gather entries by point and rank the points."""
+    """Gather entries by point and rank the points; a value that is judged unlike the newest one is refused, not ranked."""
+    newest = {(canonical(entry.point), entry.seed): _checked(entry) for entry in entries}
+    alike, unlike = _by_identity(list(newest.values()), sweep_id)
     gathered: dict[str, list[Entry]] = {}
-    for entry in entries:
+    for entry in alike:
         gathered.setdefault(canonical(entry.point), []).append(entry)
     points = [
         PointResult(group[0].point, group[0].title, tuple(sorted(group, key=lambda entry: entry.seed)))
         for group in gathered.values()
     ]
-    points.sort(key=lambda point: (point.mean is None, point.mean or 0.0, point.title))
-    return Result(sweep_id, name, metric, tuple(points), tuple(refused), warnings or {}, seconds)
+    points.sort(key=lambda point: (point.mean is None, bool(point.failed), point.mean or 0.0, point.title))
+    return Result(sweep_id, name, metric, tuple(points), (*refused, *unlike), warnings or {}, seconds)
 
 
-def differ(a: PointResult, b: PointResult) -> bool | None:
-    """Return whether two points differ by more than the noise; None where there is but one seed of each, which cannot tell."""
-    from scipy.stats import t
+def _checked(entry: Entry) -> Entry:
+    """Return an entry without the values that are no numbers: a model whose own value is none failed."""
+    curve = {calls: value for calls, value in entry.curve.items() if math.isfinite(value)}
+    rungs = {rung: value for rung, value in entry.rungs.items() if math.isfinite(value)}
+    if entry.value is None or math.isfinite(entry.value):
+        return replace(entry, curve=curve, rungs=rungs)
+    reason = f"its {entry.metric} is {entry.value}, no number"
+    return replace(entry, curve=curve, rungs=rungs, status="failed", value=None, reason=reason)
 
-    left, right = a.values, b.values
-    freedom = len(left) + len(right) - 2
-    if freedom < 1 or not left or not right:
+
+def _by_identity(entries: list[Entry], sweep_id: str) -> tuple[list[Entry], list[Refused]]:
+    """Part entries that compare with the newest value from those that were judged otherwise."""
+    valued = [entry for entry in entries if entry.value is not None]
+    unlike = {}
+    for entry in valued[:-1]:
+        lines = differing(entry.identity, valued[-1].identity, LUCK | OF_THE_MODEL | MADE)
+        if lines:
+            reason = f"seed {entry.seed} was judged unlike the newest ({'; '.join(lines)}): ddpm-pipe resume {sweep_id} takes it again"
+            unlike[id(entry)] = Refused(entry.point, reason)
+    return [entry for entry in entries if id(entry) not in unlike], list(unlike.values())
+
+
+@dataclass(frozen=True)
+class Noise:
+    """What chance does to points: `variance` of a value, known with `freedom` degrees, where `num_points` are compared."""
+
+    variance: float
+    freedom: int
+    num_points: int
+
+    def differ(self, a: PointResult, b: PointResult) -> bool | None:
+        """Return whether two points differ by more than the noise; None where one has a single seed, or one that failed."""
+        if not (a.is_complete and b.is_complete) or min(len(a.values), len(b.values)) < 2:
+            return None
+        error = math.sqrt(self.variance / 2 * (1 / len(a.values) + 1 / len(b.values)))
+        return abs((a.mean or 0.0) - (b.mean or 0.0)) > _studentized_range(self.num_points, self.freedom) * error
+
+
+def noise_of(points: Iterable[PointResult]) -> Noise | None:
+    """Return the noise of points that have two seeds or more; None where fewer than two do.
+
+    Points of the same seeds are a two-way layout without interaction, the seeds its blocks: what a seed does to all of them, by the order
+    of the images or the noise that is sampled from, is no noise in a difference. Else it is the variance within points.
+    """
+    compared = [point for point in points if point.is_complete and len(point.values) > 1]
+    if len(compared) < 2:
         return None
-    scatter = sum((x - statistics.fmean(side)) ** 2 for side in (left, right) for x in side)
-    error = math.sqrt(scatter / freedom * (1 / len(left) + 1 / len(right)))
-    limit = float(t.ppf((1 + CONFIDENCE) / 2, freedom))
-    return abs(statistics.fmean(left) - statistics.fmean(right)) > limit * error
+    if len({point.seeds for point in compared}) == 1:
+        x = np.array([point.values for point in compared])
+        residuals = x - x.mean(1, keepdims=True) - x.mean(0, keepdims=True) + x.mean()
+        freedom = (x.shape[0] - 1) * (x.shape[1] - 1)
+    else:
+        residuals = np.concatenate([np.array(point.values) - (point.mean or 0.0) for point in compared])
+        freedom = len(residuals) - len(compared)
+    return Noise(float((residuals**2).sum()) / freedom, freedom, len(compared))
+
+
+@cache
+def _studentized_range(num_points: int, freedom: int) -> float:
+    from scipy.stats import studentized_range
+
+    return float(studentized_range.ppf(CONFIDENCE, num_points, freedom))
+
+
+def differ(result: Result, a: PointResult, b: PointResult) -> bool | None:
+    """Return whether two points differ by more than the noise; None where that cannot be told."""
+    return None if result.noise is None else result.noise.differ(a, b)
 
 
 def within_noise(result: Result) -> list[PointResult]:
     """Return the points that cannot be told from the best one."""
-    return [point for point in result.ranked[1:] if result.best is not None and differ(result.best, point) is False]
+    best = result.best
+    return [point for point in result.complete if point is not best and best and differ(result, best, point) is False]
 
 
 def statement(result: Result) -> str:
-    """Return one or two sentences: which point is best, and which others may as well be."""
+    """Return a few sentences: which point is best, which others may as well be, and which are not compared."""
     best = result.best
     if best is None:
         return "No trial gave a value."
-    head = f"Best: {best.title}, {result.metric_name} {with_error(best)}."
-    others = result.ranked[1:]
-    if not others:
-        return head
-    if all(differ(best, other) is None for other in others):
-        return f"{head} Each point has one seed, which says nothing of the noise: the order may be chance."
-    alike = within_noise(result)
-    untold = [other.title for other in others if differ(best, other) is None]
-    if untold:
-        more = f"; {len(untold) - 6} more" if len(untold) > 6 else ""
-        head = f"{head} Not told apart from it, for want of seeds: {'; '.join(untold[:6])}{more}."
-        if not alike:
-            return head
-    if not alike:
-        return f"{head} It is better than every other point by more than the noise (95 %)."
-    names = "; ".join(point.title for point in alike[:6]) + (f"; {len(alike) - 6} more" if len(alike) > 6 else "")
-    return f"{head} Within the noise (95 %) of it: {names}. More seeds would tell them apart."
+    sentences = [f"Best: {best.title}, {result.metric_name} {with_error(best)}.", *_compared(result, best)]
+    partial = [f"{point.title} ({failed_seeds(point)})" for point in result.ranked if point.failed]
+    if partial:
+        where = "ranked below the complete points" if result.complete else "no point is complete"
+        sentences.append(f"Not compared, {where}: {_some(partial)}.")
+    return " ".join(sentences)
+
+
+def _compared(result: Result, best: PointResult) -> list[str]:
+    others = [point for point in result.complete if point is not best]
+    if not best.is_complete or not others:
+        return []
+    told = {id(other): differ(result, best, other) for other in others}
+    if all(answer is None for answer in told.values()):
+        if all(len(point.values) == 1 for point in result.complete):
+            return ["Each point has one seed, which says nothing of the noise: the order may be chance."]
+        return ["Not told apart from the others, for want of seeds: the order may be chance."]
+    alike, untold = ([other.title for other in others if told[id(other)] is answer] for answer in (False, None))
+    sentences = [f"Not told apart from it, for want of seeds: {_some(untold)}."] if untold else []
+    if alike:
+        more = f"Within the noise ({CONFIDENCE:.0%}) of it: {_some(alike)}. More seeds would tell them apart."
+        return [*sentences, more]
+    if not untold:
+        which = "every other point" if len(result.points) == len(others) + 1 else "every other complete point"
+        sentences.append(f"It is better than {which} by more than the noise ({CONFIDENCE:.0%}, all compared at once).")
+    return sentences
+
+
+def failed_seeds(point: PointResult) -> str:
+    """Return which seeds of a point failed, in words."""
+    numbers = [str(entry.seed) for entry in point.failed]
+    return f"seed{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} failed"
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    return "; ".join(names[:most]) + (f"; {len(names) - most} more" if len(names) > most else "")
 
 
 def with_error(point: PointResult) -> str:
-    """Return a point's value with its error bar: "0.54 ± 0.03"."""
+    """Return a point's value with its error bar, "0.54 ± 0.03", or of a single seed with what its value comes with."""
     if point.mean is None:
         return "-"
-    error = point.standard_error
-    return f"{point.mean:.4g}" + ("" if error is None else f" ± {error:.2g}")
-
-
-def rows(result: Result) -> list[dict[str, object]]:
-    """Return the table, best first: a column for each setting, then what came out."""
-    settings = list(dict.fromkeys(key for point in result.points for key in point.point))
-    alike = {point.title for point in within_noise(result)}
-    table: list[dict[str, object]] = []
-    for rank, point in enumerate(result.points, 1):
-        row: dict[str, object] = {"": rank if point.mean is not None else ""}
-        row |= {key.rpartition(".")[2]: point.point.get(key) for key in settings}
-        row |= {
-            result.metric_name: with_error(point),
-            "seeds": len(point.values),
-            "calls": point.network_calls,
-            "training s": f"{point.training_s:.0f}",
-            "": row[""],
-        }
-        note = "best" if point is result.best else "within the noise" if point.title in alike else ""
-        table.append(row | {"note": note or ("" if point.mean is not None else point.status)})
-    return table
-
-
-def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the (cost, value) pairs that none beats in both, by cost: lower is better in either."""
-    front: list[tuple[float, float]] = []
-    for cost, value in sorted(points):
-        if not front or value < front[-1][1]:
-            front.append((cost, value))
-    return front
-
-
-def to_text(result: Result) -> list[str]:
-    """Return the lines that end a sweep: statement, what was refused or failed, where the report is, what to type next."""
-    lines = ["", statement(result), ""]
-    lines += [f"skipped:  {_named(item)}" for item in result.refused]
-    lines += [f"warning:  {title}: {text}" for title, text in result.warnings.items()]
-    lines += [
-        f"failed:   {entry.title}, seed {entry.seed} (run {entry.run}): {entry.reason}" for entry in result.failed
-    ]
-    lines += [
-        f"report:   {result.report}",
-        "",
-        "next:",
-        f"  ddpm-pipe train --from {result.sweep_id}               the best point at full length",
-        f"  ddpm-pipe sweep --extend {result.sweep_id} --seeds 4   more seeds; what is done is not done again",
-        "  ddpm-pipe ui                                trials under their sweep, in MLflow's pages",
-    ]
-    return lines
-
-
-def _named(item: Refused) -> str:
-    from pipeline.sweeps.points import title
-
-    return f"{title(item.point)}: {item.reason}"
+    if point.standard_error is not None:
+        return f"{point.mean:.4g} ± {point.standard_error:.2g}"
+    spread = "" if point.spread_of_one is None else " (std {:.2g} over {})".format(*point.spread_of_one)
+    return f"{point.mean:.4g}{spread}"

@@ -1,4 +1,4 @@
-"""The description of a sweep in MLflow's pages: what was asked, what came out, and the command that does it again."""
+"""What a sweep found, in words: the table, the lines that end the command, and the description in MLflow's pages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,52 @@ import shlex
 
 from pipeline.sweeps.config import Sweep
 from pipeline.sweeps.folder import SweepRecord
-from pipeline.sweeps.result import Result, rows, statement
+from pipeline.sweeps.points import title
+from pipeline.sweeps.result import Result, failed_seeds, statement, with_error, within_noise
+
+
+def rows(result: Result) -> list[dict[str, object]]:
+    """Return the table, best first: a column for each setting, then what came out."""
+    settings = list(dict.fromkeys(key for point in result.points for key in point.point))
+    alike = {point.title for point in within_noise(result)}
+    table: list[dict[str, object]] = []
+    for rank, point in enumerate(result.points, 1):
+        row: dict[str, object] = {"": rank if point.mean is not None else ""}
+        row |= {key.rpartition(".")[2]: point.point.get(key) for key in settings}
+        row |= {
+            result.metric_name: with_error(point),
+            "seeds": f"{len(point.values)} of {len(point.entries)}" if point.failed else len(point.values),
+            "calls": point.network_calls,
+            "training s": f"{point.training_s:.0f}",
+            "": row[""],
+        }
+        note = "best" if point is result.best else "within the noise" if point.title in alike else ""
+        if point.mean is None:
+            note = point.status
+        elif point.failed:
+            note = "; ".join(filter(None, [note, failed_seeds(point)]))
+        table.append(row | {"note": note})
+    return table
+
+
+def to_text(result: Result) -> list[str]:
+    """Return the lines that end a sweep: statement, what was refused or failed, where the report is, what to type next."""
+    seeds = max((len(point.entries) for point in result.points), default=1)
+    lines = ["", statement(result), ""]
+    lines += [f"skipped:  {title(item.point)}: {item.reason}" for item in result.refused]
+    lines += [f"warning:  {name}: {text}" for name, text in result.warnings.items()]
+    lines += [
+        f"failed:   {entry.title}, seed {entry.seed} (run {entry.run}): {entry.reason}" for entry in result.failed
+    ]
+    lines += [
+        f"report:   {result.report}",
+        "",
+        "next:",
+        f"  ddpm-pipe train --from {result.sweep_id}               the best point at full length",
+        f"  ddpm-pipe sweep --extend {result.sweep_id} --seeds {_more_than(seeds)}   more seeds; what is done is not done again",
+        "  ddpm-pipe ui                                trials under their sweep, in MLflow's pages",
+    ]
+    return lines
 
 
 def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> str:
@@ -21,9 +66,13 @@ def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> 
         "### Do it again",
         f"```\n{shlex.join(record.command)}\n```",
         f"Code {record.code_version}. The best point at full length: `ddpm-pipe train --from {record.id}`; more seeds: "
-        f"`ddpm-pipe sweep --extend {record.id} --seeds 4`.",
+        f"`ddpm-pipe sweep --extend {record.id} --seeds {_more_than(sweep.seeds)}`.",
     ]
     return "\n\n".join(asked) + "\n"
+
+
+def _more_than(seeds: int) -> int:
+    return max(4, 2 * seeds)
 
 
 def _table(table: list[dict[str, object]]) -> str:

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import ttest_ind_from_stats
 
 from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import read_grid, save_grid
@@ -21,11 +20,11 @@ from pipeline.settings.config import load_experiment
 from pipeline.settings.presets import find
 from pipeline.sweeps.config import Axis, Sweep, base_experiment, load_sweep, sweep_from, trial_experiment
 from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.ledger import Entry, Ledger
+from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.plan import max_concurrent
 from pipeline.sweeps.points import active, check, grid, key_of, title
-from pipeline.sweeps.result import differ, pareto, result_of, rows, statement
 from pipeline.sweeps.search import DONE, TPE, Listed, Next, Trials
+from tests.pipeline.sweep.swept_entries import entry
 
 JUDGE = {"extractor": "classifier", "extractor_sha256": "a", "num_images": 559}
 
@@ -33,21 +32,6 @@ JUDGE = {"extractor": "classifier", "extractor_sha256": "a", "num_images": 559}
 def a_sweep(**changes: Any) -> Sweep:
     space = {"diffusion.schedule": ["linear", "cosine"], "diffusion.num_timesteps": [100, 250]}
     return sweep_from({"base": "digits", "space": space, "budget": {"steps": 100}, **changes})
-
-
-def entry(point: dict[str, Any], seed: int, value: float | None, **more: Any) -> Entry:
-    status = more.pop("status", "finished" if value is not None else "failed")
-    return Entry(
-        key=f"{title(point)}-{seed}",
-        point=point,
-        title=title(point),
-        seed=seed,
-        run=f"run{seed}",
-        status=status,
-        value=value,
-        metric="fid_x_n1",
-        **more,
-    )
 
 
 # -- the space
@@ -325,49 +309,6 @@ def test_the_newest_line_of_a_trial_counts(tmp_path: Path) -> None:
         ledger.append(entry({"a": 1}, 0, value))
     (found,) = ledger.entries().values()
     assert found.value == 0.25
-
-
-# -- what it says
-
-
-@given(st.lists(st.floats(0, 10), min_size=2, max_size=5), st.lists(st.floats(0, 10), min_size=2, max_size=5))
-def test_points_differ_where_students_t_test_says_so(left: list[float], right: list[float]) -> None:
-    points = result_of(
-        "s", "s", "fid", [entry({"a": i}, s, v) for i, side in enumerate((left, right)) for s, v in enumerate(side)]
-    )
-    a, b = points.points
-    pooled = np.var(left, ddof=1) + np.var(right, ddof=1)
-    if pooled < 1e-12:  # the test divides by it
-        return
-    stats = [x for side in (left, right) for x in (np.mean(side), np.std(side, ddof=1), len(side))]
-    p = ttest_ind_from_stats(*stats).pvalue
-    if abs(p - 0.05) > 1e-6:
-        assert differ(a, b) == (p < 0.05)
-
-
-def test_the_statement_says_what_the_noise_leaves_open() -> None:
-    clear = [entry({"a": a}, s, a + 0.01 * s) for a in (1, 2, 3) for s in range(2)]
-    found = result_of("s", "s", "fid", clear)
-    assert "better than every other point by more than the noise" in statement(found)
-    assert [point.mean for point in found.points] == [1.005, 2.005, 3.005]
-    noisy = [entry({"a": a}, s, a + 3 * s) for a in (1, 2) for s in range(2)]
-    assert "Within the noise (95 %) of it: a = 2" in statement(result_of("s", "s", "fid", noisy))
-    single = [entry({"a": a}, 0, float(a)) for a in (1, 2)]
-    assert "one seed" in statement(result_of("s", "s", "fid", single))
-    assert statement(result_of("s", "s", "fid", [entry({"a": 1}, 0, None)])) == "No trial gave a value."
-
-
-def test_the_table_is_best_first_and_what_has_no_value_comes_last() -> None:
-    found = result_of("s", "s", "fid", [entry({"a": 3}, 0, None), entry({"a": 2}, 0, 0.9), entry({"a": 1}, 0, 0.4)])
-    assert [(row["a"], row["note"]) for row in rows(found)] == [(1, "best"), (2, ""), (3, "failed")]
-    assert len(found.failed) == 1
-
-
-@given(st.lists(st.tuples(st.floats(0, 9), st.floats(0, 9)), max_size=12))
-def test_the_front_is_what_no_other_point_beats(points: list[tuple[float, float]]) -> None:
-    front = pareto(points)
-    beaten = [p for p in points if any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points)]
-    assert set(front) == set(points) - set(beaten)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 5, 7), (1, 28, 28), (3, 70, 70)])
