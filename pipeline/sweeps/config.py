@@ -69,8 +69,11 @@ class Axis(Section):
 
     @property
     def bounds(self) -> tuple[Number, Number]:
-        """Low and high end of a range."""
-        bounds = self.uniform or self.log or self.integer
+        """Low and high end of a range; of integers the last one that a step reaches."""
+        if self.integer is not None:
+            low, high = self.integer
+            return low, low + (high - low) // self.step * self.step
+        bounds = self.uniform or self.log
         assert bounds is not None
         return bounds
 

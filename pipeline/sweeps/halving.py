@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 
 import numpy as np
 
+WORST = sys.float_info.max  # where percentiles are taken, which know no infinity
+
 
 class Halving:
-    """What was seen at each rung, of which lower is better. A trial's place at a rung is judged once, by those before it."""
+    """What was seen at each rung, of which lower is better. A trial's place at a rung is judged once, by those before it.
+
+    A value that is no number is worse than any other: whoever shows one is stopped, be it the first.
+    """
 
     def __init__(self, reduction_factor: int) -> None:
         self._keep = 1 / reduction_factor
         self._seen: dict[float, dict[str, float]] = {}
+        self._condemned: set[tuple[float, str]] = set()
 
     def take(self, rungs: Mapping[float, float], key: str) -> None:
         """Take up what a trial showed under an earlier driver."""
@@ -20,13 +28,17 @@ class Halving:
             self._seen.setdefault(rung, {})[key] = value
 
     def goes_on(self, rung: float, key: str, value: float) -> bool:
-        """Return whether a trial with this value at a rung is among the best 1/reduction_factor of those seen there so far."""
+        """Return whether a trial with this value at a rung is among the best 1/reduction_factor of those seen there so far.
+
+        One that shows a rung again, since its process was killed, gets the answer that it got before.
+        """
         seen = self._seen.setdefault(rung, {})
-        if key in seen:
-            return True
-        cutoff = np.nanpercentile(list(seen.values()), self._keep * 100) if seen else None
-        seen[key] = value
-        return cutoff is None or bool(value <= cutoff)
+        if key not in seen:
+            before = [v if math.isfinite(v) else WORST for v in seen.values()]
+            seen[key] = value
+            if not math.isfinite(value) or (before and not value <= np.percentile(before, self._keep * 100)):
+                self._condemned.add((rung, key))
+        return (rung, key) not in self._condemned
 
     def rungs_of(self, key: str) -> dict[float, float]:
         """Return what a trial showed, by rung."""

@@ -2,7 +2,7 @@
 
 trials = Trials(sweep, points)
 while (trial := trials.next()) is not DONE:         # None: wait for one that runs
-    trials.ended(trial, status, value)
+    trials.ended(trial, status, value, rungs)
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -27,6 +27,10 @@ class _Done:
 DONE: Final = _Done()
 
 
+Rungs = Mapping[float, float]
+"""KID of few images, by the share of the budget at which it was taken."""
+
+
 @dataclass(frozen=True)
 class Next:
     """One trial to run: a point, and the number of its repetition."""
@@ -37,12 +41,12 @@ class Next:
 
 @dataclass
 class Progress:
-    """What is known of a point: values by seed, None of one that gave none; seeds still running."""
+    """What is known of a point: values by seed, None of one that gave none; seeds still running; rungs, where it was stopped early."""
 
     point: Point
     values: dict[int, float | None] = field(default_factory=dict)
     running: set[int] = field(default_factory=set)
-    stopped: bool = False
+    stopped: Rungs | None = None
 
 
 class Source(Protocol):
@@ -53,8 +57,8 @@ class Source(Protocol):
     def draw(self) -> Point | None:
         """Return a point not given before, or None where there are no more."""
 
-    def tell(self, point: Point, value: float | None) -> None:
-        """Hear the mean over the seeds of a point, None where it has none."""
+    def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
+        """Hear the mean over the seeds of a point, None where it has none; `stopped`: what one that was stopped early showed by then."""
 
 
 class Listed:
@@ -69,14 +73,15 @@ class Listed:
         """Return the next point."""
         return self._points.pop(0) if self._points else None
 
-    def tell(self, point: Point, value: float | None) -> None:
+    def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
         """Listed points do not depend on values."""
 
 
 class TPE:
     """The tree-structured Parzen estimator of Optuna (Bergstra et al. 2011), a function of the seed and of what it is told.
 
-    `refuses` says why a point cannot be trained, None where it can; such points are told as failures, and another is drawn.
+    `refuses` says why a point cannot be trained, None where it can; such points are told as failures, and another is drawn. What early
+    stopping ended is told as pruned: worse than what was finished, and among its like as bad as its KID, of as late a rung as it has.
     """
 
     learns = True
@@ -91,7 +96,7 @@ class TPE:
         self._study = optuna.create_study(sampler=sampler)
         self._space, self._left, self._refuses = space, num_points, refuses
         self._asked: dict[str, Any] = {}
-        self._known: dict[str, float | None] = {}
+        self._known: dict[str, tuple[float | None, Rungs | None]] = {}
 
     def draw(self) -> Point | None:
         """Return a new point that can be trained, None after `num_points` or where the space holds no more."""
@@ -103,9 +108,9 @@ class TPE:
             trial = self._study.ask()
             point = active(self._space, {key: _suggest(trial, key, axis) for key, axis in self._space.items()})
             word = canonical(point)
-            if word in self._known and self._known[word] is not None:
-                self._study.tell(trial, self._known[word])
-            elif word in self._known or word in self._asked or self._refuses(point) is not None:
+            if word in self._known:
+                self._answer(trial, *self._known[word])
+            elif word in self._asked or self._refuses(point) is not None:
                 self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 self._asked[word] = trial
@@ -113,23 +118,47 @@ class TPE:
                 return point
         return None
 
-    def tell(self, point: Point, value: float | None) -> None:
+    def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
         """Hear a value, of a point drawn here or known from the ledger, which then counts as drawn."""
         import optuna
 
         word = canonical(point)
         counted = word in self._known
-        self._known[word] = value
+        self._known[word] = (value, stopped)
         if (trial := self._asked.pop(word, None)) is not None:
-            state = None if value is not None else optuna.trial.TrialState.FAIL
-            self._study.tell(trial, value, state=state)
+            self._answer(trial, value, stopped)
             return
         if not counted:  # a point whose first repetition failed is told of once more
             self._left -= 1
-        if value is not None:
-            distributions = {key: _distribution(self._space[key]) for key in point}
-            params = {key: _category(v) if self._space[key].values is not None else v for key, v in point.items()}
-            self._study.add_trial(optuna.trial.create_trial(params=params, distributions=distributions, value=value))
+        if value is None and stopped is None:
+            return
+        self._study.add_trial(
+            optuna.trial.create_trial(
+                state=_state(value, stopped),
+                params={key: _category(v) if self._space[key].values is not None else v for key, v in point.items()},
+                distributions={key: _distribution(self._space[key]) for key in point},
+                value=value,
+                intermediate_values=_by_step(stopped),
+            )
+        )
+
+    def _answer(self, trial: Any, value: float | None, stopped: Rungs | None) -> None:
+        for step, kid in _by_step(stopped).items():
+            trial.report(kid, step)
+        self._study.tell(trial, value, state=_state(value, stopped))
+
+
+def _state(value: float | None, stopped: Rungs | None) -> Any:
+    from optuna.trial import TrialState
+
+    if value is not None:
+        return TrialState.COMPLETE
+    return TrialState.FAIL if stopped is None else TrialState.PRUNED
+
+
+def _by_step(stopped: Rungs | None) -> dict[int, float]:
+    """Return a stopped point's KID by millionths of the budget: Optuna counts whole steps."""
+    return {round(share * 1e6): kid for share, kid in (stopped or {}).items()}
 
 
 def _suggest(trial: Any, key: str, axis: Axis) -> Any:
@@ -138,7 +167,7 @@ def _suggest(trial: Any, key: str, axis: Axis) -> Any:
     low, high = axis.bounds
     if axis.integer is not None:
         return trial.suggest_int(key, int(low), int(high), step=axis.step)
-    return float(f"{trial.suggest_float(key, float(low), float(high), log=axis.log is not None):.4g}")
+    return axis.rounded(trial.suggest_float(key, float(low), float(high), log=axis.log is not None))
 
 
 def _distribution(axis: Axis) -> Any:
@@ -171,8 +200,7 @@ class Trials:
         """Take up what an earlier driver finished, before the first `next`: only a search that draws points needs it."""
         for entry in entries:
             progress = self._points.setdefault(canonical(entry.point), Progress(entry.point))
-            progress.values[entry.seed] = entry.value
-            progress.stopped = progress.stopped or entry.status == "stopped"
+            self._note(progress, entry.seed, entry.status, entry.value, entry.rungs)
         for progress in self._points.values():
             self._tell_if_complete(progress)
 
@@ -196,22 +224,26 @@ class Trials:
                 return Next(progress.point, seed)
         return None
 
-    def ended(self, trial: Next, status: Status, value: float | None) -> None:
+    def ended(self, trial: Next, status: Status, value: float | None, rungs: Rungs) -> None:
         """Take note of how a trial ended."""
         progress = self._points[canonical(trial.point)]
         progress.running.discard(trial.seed)
-        progress.values[trial.seed] = value
-        progress.stopped = progress.stopped or status == "stopped"
+        self._note(progress, trial.seed, status, value, rungs)
         self._tell_if_complete(progress)
+
+    def _note(self, progress: Progress, seed: int, status: Status, value: float | None, rungs: Rungs) -> None:
+        progress.values[seed] = value if value is not None and math.isfinite(value) else None
+        if status == "stopped":
+            progress.stopped = dict(rungs)
 
     def _may_repeat(self, progress: Progress, seed: int) -> bool:
         if seed == 0 or self._sweep.early_stopping is None:
             return True
-        return 0 in progress.values and not progress.stopped and progress.values[0] is not None
+        return progress.stopped is None and progress.values.get(0) is not None
 
     def _tell_if_complete(self, progress: Progress) -> None:
         wanted = self._sweep.seeds
-        if not progress.stopped and len(progress.values) < wanted and progress.values.get(0, math.nan) is not None:
+        if progress.stopped is None and len(progress.values) < wanted and progress.values.get(0, math.nan) is not None:
             return
         values = [value for value in progress.values.values() if value is not None]
-        self._source.tell(progress.point, statistics.fmean(values) if values else None)
+        self._source.tell(progress.point, statistics.fmean(values) if values else None, progress.stopped)

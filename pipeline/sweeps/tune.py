@@ -71,7 +71,7 @@ class Work:
             key, run = self.begin(following)
             entry = done.get(key)
             if entry is not None and entry.status != "failed":
-                self.trials.ended(following, entry.status, entry.value)
+                self.trials.ended(following, entry.status, entry.value, entry.rungs)
                 continue
             self.running[trial_id] = (following, key, run)
             return run
@@ -96,7 +96,7 @@ class Work:
         self.folder.ledger.append(entry)
         self.folder.tick()
         self.ended.append(entry)
-        self.trials.ended(following, entry.status, entry.value)
+        self.trials.ended(following, entry.status, entry.value, entry.rungs)
         self.console.say(self._line(entry))
 
     def _line(self, entry: Entry) -> str:

@@ -181,7 +181,7 @@ def all_of(trials: Trials, value: Any) -> list[Next]:
     found = []
     while isinstance(following := trials.next(), Next):
         found.append(following)
-        trials.ended(following, "finished", value(following))
+        trials.ended(following, "finished", value(following), {})
     assert following is DONE
     return found
 
@@ -200,11 +200,11 @@ def test_with_early_stopping_only_survivors_are_repeated() -> None:
     assert trials.next() is None  # nothing is known yet: wait
     for i, following in enumerate(first):
         assert isinstance(following, Next)
-        trials.ended(following, "stopped" if i else "finished", None if i else 1.0)
+        trials.ended(following, "stopped" if i else "finished", None if i else 1.0, {})
     last = trials.next()
     assert last == Next(points[0], 1)
     assert isinstance(last, Next)
-    trials.ended(last, "finished", 1.0)
+    trials.ended(last, "finished", 1.0, {})
     assert trials.next() is DONE
 
 
@@ -253,6 +253,46 @@ def test_tpe_hears_the_mean_over_seeds_and_completes_a_point_first() -> None:
     assert all(a.point == b.point for a, b in zip(found[::2], found[1::2], strict=True))
 
 
+def stopping(trials: Trials, keeps_learning: bool) -> list[Next]:
+    """Run all trials, of which all in the upper half of the axis are stopped early, showing how bad they are."""
+    found = []
+    while isinstance(following := trials.next(), Next):
+        found.append(following)
+        value = value_of(following.point)
+        bad = value > 0.5
+        rungs = {0.1: value} if keeps_learning else {}
+        trials.ended(
+            following,
+            "stopped" if bad and keeps_learning else "failed" if bad else "finished",
+            None if bad else value,
+            rungs,
+        )
+    return found
+
+
+def test_tpe_learns_from_what_was_stopped_early() -> None:
+    learns, ignores = (
+        np.mean([value_of(f.point) > 0.5 for f in stopping(tpe()[1], keeps)[12:]]) for keeps in (True, False)
+    )
+    assert learns < 0.7 * ignores
+
+
+def test_tpe_takes_up_what_was_stopped_early_and_what_was_rounded_at_an_end() -> None:
+    space = {"b": Axis(log=(1.23456e-4, 9.87654e-2)), "k": Axis(integer=(2, 11), step=2)}
+    source = TPE(space, 12, 0, lambda point: None)
+    trials = Trials(a_sweep(search="tpe", num_points=12, space={"model.dropout": {"uniform": [0, 0.5]}}), source)
+    ends = [{"b": axis, "k": 2} for axis in (space["b"].rounded(1.23456e-4), space["b"].rounded(9.87654e-2))]
+    known = [entry(ends[0], 0, None, status="stopped", rungs={1 / 9: 2.0, 1 / 3: 1.5}), entry(ends[1], 0, 0.3)]
+    trials.known(known)
+    study = source._study
+    assert [trial.state.name for trial in study.trials] == ["PRUNED", "COMPLETE"]
+    assert study.trials[0].intermediate_values == {111111: 2.0, 333333: 1.5}
+    found = all_of(trials, lambda following: following.point["b"])
+    assert len(found) == 10
+    assert all(1.23456e-4 <= following.point["b"] <= 9.87654e-2 for following in found)
+    assert {following.point["k"] for following in found} <= {2, 4, 6, 8, 10}
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.floats(-3, 3)), max_size=40),
     st.integers(2, 4),
@@ -274,6 +314,36 @@ def test_asha_decides_as_ray_tunes_own_bracket(reports: list[tuple[int, float]],
         assert ours.goes_on(milestones[rung], str(trial), value) == expected
         if not expected:
             stopped.add(trial)
+
+
+def test_asha_condemns_once_and_for_all() -> None:
+    halving = Halving(2)
+    assert halving.goes_on(0.5, "a", 1.0)
+    assert not halving.goes_on(0.5, "b", 2.0)
+    assert halving.goes_on(0.5, "c", 0.5)
+    for _ in range(2):  # its process was killed before it stopped, and shows the rung again
+        assert not halving.goes_on(0.5, "b", 0.1)
+        assert halving.goes_on(0.5, "a", 9.0)
+    assert halving.rungs_of("b") == {0.5: 2.0}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_asha_stops_what_shows_no_number_and_counts_it_as_the_worst(value: float) -> None:
+    halving = Halving(2)
+    assert not halving.goes_on(0.5, "first", value)
+    assert halving.goes_on(0.5, "a", 1.0)
+    assert not halving.goes_on(0.5, "b", value)
+    assert halving.goes_on(0.5, "c", 2.0)  # of four, two are below nothing
+
+
+def test_asha_with_diverged_trials_is_asha_with_very_bad_ones() -> None:
+    generator = np.random.default_rng(0)
+    values = [float(v) for v in np.where(generator.random(60) < 0.3, np.nan, generator.normal(0, 1, 60))]
+    ours, large = Halving(3), Halving(3)
+    for i, value in enumerate(values):
+        finite = np.isfinite(value)
+        stand_in = large.goes_on(0.1, str(i), value if finite else 1e300)
+        assert ours.goes_on(0.1, str(i), value) == (stand_in and bool(finite))
 
 
 # -- the ledger
