@@ -85,6 +85,9 @@ class Compute:
                 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
             # a network of one's own may use an operation that has no other form: it is warned of, not stopped
             torch.use_deterministic_algorithms(self.deterministic, warn_only=True)
+            # which the fused kernels of attention take for leave not to repeat; the plain product does repeat
+            for fused in ("flash", "mem_efficient", "cudnn"):
+                getattr(torch.backends.cuda, f"enable_{fused}_sdp")(not self.deterministic)
 
     def place(self, model: nn.Module) -> nn.Module:
         """Move a network to the device, in the memory format chosen."""

@@ -85,11 +85,18 @@ class Learner:
             moments.setdefault(name, {})[kind] = value
         for name, parameter in self.model.named_parameters():
             if name in moments:
-                # the fused kernel reads the count of steps, too, where the parameter is
                 self.optimizer.state[parameter] = {
-                    key: value.to(parameter.device, copy=True) for key, value in moments[name].items()
+                    key: _placed_like(value, parameter) for key, value in moments[name].items()
                 }
         self.step = step
+
+
+def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a copy on the parameter's device, and in its memory format: the fused kernel takes all of them for alike, the count of
+    steps apart, which has no shape."""
+    if value.shape != parameter.shape:
+        return value.to(parameter.device, copy=True)
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ def means(losses: list[torch.Tensor]) -> torch.Tensor:
     ],
     ids=lambda value: "-".join(map(str, value)) or "plain" if isinstance(value, dict) else str(value),
 )
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
+)  # on import of the compiler
 def test_a_gpu_learns_what_the_cpu_does(
     dataset: Dataset, on_cpu: Any, training: dict[str, Any], of_profile: dict[str, Any], rtol: float
 ) -> None:
@@ -234,7 +237,7 @@ def test_bits_per_dim_and_features_are_those_of_the_cpu(dataset: Dataset, denois
 
 
 def test_averages_stay_on_the_device_in_float32(dataset: Dataset) -> None:
-    chosen = experiment(ema_decay=[0.9, 0.99], ema_widths=[0.1])
+    chosen = experiment(ema_decay=[0.9, 0.99], ema_widths=[0.05, 0.1], ema_snapshot_every_steps=5)
     model = gpu(chosen).place(build_model(chosen, dataset.manifest.shape))
     for average in make_averages(model, chosen.training).values():
         assert {(t.dtype, t.device.type) for t in average.shadow.values()} == {(torch.float32, "cuda")}

@@ -154,6 +154,16 @@ def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path
             assert all(torch.equal(tensor, snapshots[1][group][name]) for name, tensor in tensors.items())
 
 
+def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
+    """The fused optimizer walks through memory: a moment in another order than its weight's belongs to other weights."""
+    training = trainer.SETTINGS["training"] | {"channels_last": True}
+    calm, struck = (trainer.make_run(tmp_path, training=training) for _ in range(2))
+    to_the_end(calm)
+    killed_after(struck, 10)
+    to_the_end(struck)
+    assert trainer.final_digests(struck) == trainer.final_digests(calm)
+
+
 def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
     """The scale doubles after 2000 steps without an overflow: a resume that began to count anew would double it later."""
     training = trainer.SETTINGS["training"] | {"precision": "fp16"}
