@@ -62,6 +62,7 @@ class RunRecord:
 
     `dataset` holds at least `path` and `fingerprint`; `created` is UTC, ISO 8601; `command` is the command line as
     typed, secrets removed. `trial` says of which sweep the run is a trial, and which one (pipeline/sweeps/record.py).
+    `origin` says which run or sweep this one comes from: `what` ("run k7m2abcd", "sweep ..."), `words`, `mlflow_run_id`.
     """
 
     id: str
@@ -77,6 +78,7 @@ class RunRecord:
     initial_weights: str | None = None
     trial: dict[str, Any] | None = None
     imported_from: str = ""  # the folder that the weights of step 0 came from
+    origin: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class Run:
         initial_weights: str | None = None,
         imported_from: str = "",
         trial: dict[str, Any] | None = None,
+        origin: dict[str, str] | None = None,
     ) -> Run:
         """Make a run folder with its record, status CREATED. StorageError where it cannot be written."""
         from pipeline.storage.provenance import code_version, library_versions
@@ -138,7 +141,7 @@ class Run:
         record = RunRecord(
             run.id, name, _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
             [redact(argument) for argument in command], code_version(), library_versions(), initial_weights, trial,
-            redact(imported_from),
+            redact(imported_from), origin,
         )  # fmt: skip
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(run.folder / "run.json", asdict(record))  # last: a folder without it is no run

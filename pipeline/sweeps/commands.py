@@ -15,7 +15,6 @@ from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.judge import judge_of
 from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_profile
 from pipeline.settings.config import with_overrides
-from pipeline.settings.yaml_files import validate
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
@@ -88,7 +87,7 @@ def go_on(
     allow_modules_in(os.getcwd())
     with folder.lock():  # two who extend one sweep would each lose what the other added
         sweep = folder.sweep if changes is None else changes(folder.sweep)
-        asked = Request(sweep, folder.base, _profile_of(folder, cluster), max_concurrent)
+        asked = Request(sweep, folder.base, folder.profile(cluster), max_concurrent)
         dataset = Dataset.open(folder.record.dataset["path"], asked.profile.cache)
         manifest = dataset.manifest
         if manifest.fingerprint != folder.record.dataset["fingerprint"]:
@@ -157,7 +156,8 @@ def request_of_winner(
     # a sweep's thrift in pictures and log lines is not the winner's
     kept = {key: value for key, value in sweep.overrides.items() if not key.startswith(("logging.", "checkpoint."))}
     experiment = with_settings(folder.plain_base, {**kept, **best.point, "name": name}, f"sweep {folder.id}")
-    return training_run.Request(with_overrides(experiment, overrides), _profile_of(folder, cluster))
+    origin = training_run.origin_of(f"sweep {folder.id}", f"with {best.title}, the best point of", folder.mlflow_run_id)
+    return training_run.Request(with_overrides(experiment, overrides), folder.profile(cluster), origin)
 
 
 # -- parts
@@ -178,12 +178,6 @@ def _ingested(asked: Request, console: Console) -> Dataset:
     return ensure_ingested(
         data.source, ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
     )
-
-
-def _profile_of(folder: SweepFolder, cluster: str | None) -> Profile:
-    if cluster is not None:
-        return load_profile(cluster)
-    return validate(Profile, folder.record.profile, f"sweep {folder.id}")
 
 
 def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:

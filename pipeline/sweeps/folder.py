@@ -19,7 +19,9 @@ from typing import Any
 
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.redaction import redact, redact_tree
+from pipeline.settings.cluster_profile import Profile, load_profile
 from pipeline.settings.config import Experiment, experiment_from
+from pipeline.settings.yaml_files import validate
 from pipeline.storage.durable import write_json
 from pipeline.storage.home import make_folder
 from pipeline.storage.runs import NAME, Run, RunState, new_id
@@ -128,6 +130,12 @@ class SweepFolder:
         hint = nearest(reference, [sweep.id for sweep in sweeps])
         raise UsageError(f"sweep {reference!r}: no such sweep in {home}{hint}; there are {listing}")
 
+    @classmethod
+    def of(cls, home: Path, sweep_id: str) -> SweepFolder | None:
+        """Return the sweep of that very id, None where there is none."""
+        folder = sweeps_dir(home) / sweep_id
+        return cls(folder) if NAME.fullmatch(sweep_id) and (folder / "sweep.json").is_file() else None
+
     def is_called(self, reference: str) -> bool:
         """Whether a reference means this sweep, by id, MLflow's id, a prefix of one, or name."""
         ids = [self.id, self.mlflow_run_id or ""]
@@ -166,6 +174,12 @@ class SweepFolder:
         record = self.record
         extensions = [*record.extensions, [redact(word) for word in command]]
         write_json(self.folder / "sweep.json", asdict(replace(record, sweep=sweep.to_dict(), extensions=extensions)))
+
+    def profile(self, cluster: str | None = None) -> Profile:
+        """Return the profile asked for, or the one that the sweep was started with."""
+        return (
+            load_profile(cluster) if cluster is not None else validate(Profile, self.record.profile, f"sweep {self.id}")
+        )
 
     @property
     def report(self) -> Path:

@@ -14,7 +14,7 @@ from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.record import PARENT_TAG, SWEEP_TAG, trial_of
 from pipeline.sweeps.report import write_report
-from pipeline.sweeps.result import Result, statement
+from pipeline.sweeps.result import Result, statement, with_error
 from pipeline.sweeps.text import describe_sweep
 from pipeline.tracking.registry import alias_of, register
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
@@ -100,7 +100,10 @@ def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) ->
 
 
 def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking) -> None:
-    """Give each trial's run its rank as a tag and the best one a name that a search finds: "cosine, T = 250, seed 0, best FID"."""
+    """Give each trial's run its rank and the best one a name that a search finds: "cosine, T = 250, best FID, seed 0".
+
+    The rank is a metric, since MLflow sorts tags as text.
+    """
     metric = result.metric.upper()
     for rank, point in enumerate(result.points, 1):
         for entry in point.entries:
@@ -108,23 +111,31 @@ def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], trac
             trial = trial_of(run.record) if run is not None else None
             if run is None or trial is None:
                 continue
-            tags = {"sweep_rank": str(rank) if point.mean is not None else entry.status}
+            tags: dict[str, str] = {"trial_status": entry.status}
             if trial.parent is None and tracking.mlflow_run_id is not None:
                 tags[PARENT_TAG] = tracking.mlflow_run_id
             is_best = point is result.best and entry is point.best_entry
-            tags["mlflow.runName"] = f"{trial.name}, best {metric}" if is_best else trial.name
+            tags["mlflow.runName"] = f"{trial.title}, best {metric}, seed {trial.seed}" if is_best else trial.name
             tracker = Tracker(run.folder, tracking.settings)
             tracker.tags(tags)
+            if point.mean is not None:
+                tracker.metrics(entry.steps, {"sweep_rank": rank}, family="result")
             tracker.close(timeout=10.0)
 
 
 def _register(
     folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking, console: Console
 ) -> None:
-    """Register the best trial's model under an alias made of the metric's identity."""
-    entry = result.best.best_entry if result.best is not None else None
+    """Register the best trial's model under an alias made of the metric's identity.
+
+    The alias is given by the mean over the seeds of the point, as the sweep ranks: the best of many seeds would win by their number.
+    """
+    best = result.best
+    entry = best.best_entry if best is not None else None
     run = runs.get(entry.run) if entry is not None else None
-    if entry is None or run is None or entry.value is None or run.mlflow_run_id is None:
+    if best is None or entry is None or run is None or run.mlflow_run_id is None:
+        return
+    if best.mean is None or entry.value is None:
         return
     name = f"ddpm-{folder.record.dataset['name']}"
     alias = alias_of(entry.identity)
@@ -133,8 +144,17 @@ def _register(
         run.mlflow_run_id,
         name,
         alias,
-        value=entry.value,
-        about={"sweep": folder.id, "run": run.id, "point": entry.title, "metric": entry.metric},
+        value=best.mean,
+        spoken=f"{best.title}: {entry.metric} {with_error(best)}, mean over {len(best.values)} seed{'s' * (len(best.values) > 1)}, by "
+        f"which the alias is given; this model, of seed {entry.seed}: {entry.value:.4g}. From sweep {folder.id}.",
+        about={
+            "sweep": folder.id,
+            "run": run.id,
+            "point": best.title,
+            "metric": entry.metric,
+            "num_seeds": str(len(best.values)),
+            "own_value": repr(entry.value),
+        },
         identity=entry.identity,
     )
     if version is None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from pipeline.metrics.metric_identity import LUCK
@@ -40,12 +42,14 @@ def register(
     alias: str,
     *,
     value: float,
+    spoken: str,
     about: Mapping[str, str],
     identity: Mapping[str, Any],
 ) -> str | None:
     """Register a run's logged model, and give it the alias unless the model that has it scored lower; return one line on what was done.
 
-    Registering the same model again changes nothing. None where the store is away or has no model of the run.
+    `value` is what aliases are given by, `spoken` the same in words; `about` are tags. Registering the same model again changes nothing.
+    None where the store is away or has no model of the run.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -61,11 +65,7 @@ def register(
         tags |= {VALUE_TAG: repr(value), "ddpm_pipe.identity": json.dumps(identity)}
         for key, text in tags.items():
             client.set_model_version_tag(name, version, key, text)
-        client.update_model_version(
-            name,
-            version,
-            f"{about.get('point', '')}: {about.get('metric', '')} {value:.4g}, from sweep {about.get('sweep', '')}",
-        )
+        client.update_model_version(name, version, spoken)
         holder = _holder(client, name, alias)
         if holder is not None and holder[0] != version and holder[1] < value:
             return f"registered models:/{name}/{version}; @{alias} stays with version {holder[0]}, which scored {holder[1]:.4g}"
@@ -90,16 +90,32 @@ def _version(client: Any, name: str, mlflow_run_id: str, model_id: str) -> str:
     for version in client.search_model_versions(f"name = '{name}'"):
         if version.run_id == mlflow_run_id:
             return str(version.version)
-    made = client.create_model_version(name, f"models:/{model_id}", run_id=mlflow_run_id, model_id=model_id)
+    with _as_default(client.tracking_uri):
+        made = client.create_model_version(name, f"models:/{model_id}", run_id=mlflow_run_id, model_id=model_id)
     return str(made.version)
 
 
-def _holder(client: Any, name: str, alias: str) -> tuple[str, float] | None:
-    """Return version and value of the model that has an alias."""
-    from mlflow.exceptions import MlflowException
-
+@contextmanager
+def _as_default(uri: str) -> Iterator[None]:
+    """Make a store MLflow's default: a database's registry looks for the model there, whichever store its client was made for."""
+    before = os.environ.get("MLFLOW_TRACKING_URI")
+    os.environ["MLFLOW_TRACKING_URI"] = uri
     try:
-        version = client.get_model_version_by_alias(name, alias)
-    except MlflowException:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MLFLOW_TRACKING_URI"]
+        else:
+            os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+def _holder(client: Any, name: str, alias: str) -> tuple[str, float] | None:
+    """Return version and value of the model that has an alias, None where none has it.
+
+    Asked of the list of aliases: a store tells of an alias that is not there and of a request that failed by errors alike.
+    """
+    number = client.get_registered_model(name).aliases.get(alias)
+    if number is None:
         return None
+    version = client.get_model_version(name, str(number))
     return str(version.version), float(version.tags.get(VALUE_TAG, "nan"))

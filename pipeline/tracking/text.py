@@ -29,9 +29,11 @@ def _opening(record: RunRecord) -> str:
         return f"**{record.name}**: a denoising diffusion model that was trained elsewhere, imported from `{record.imported_from}`."
     training = record.experiment.get("training", {})
     kind = "variational autoencoder" if _is_vae(record) else "denoising diffusion model"
+    origin = record.origin
+    comes_from = f", {origin['words']} {origin['what']}" if origin else ""
     return (
         f"**{record.name}**: a {kind} of the images of `{_dataset(record)}`, "
-        f"{_get(training, 'steps')} steps at a batch of {_get(training, 'batch_size')}."
+        f"{_get(training, 'steps')} steps at a batch of {_get(training, 'batch_size')}{comes_from}."
     )
 
 

@@ -23,7 +23,7 @@ def view_of(metrics: Iterable[str], sweeps: Iterable[str]) -> dict[str, Any]:
     scores = [name for name in sorted(set(metrics)) if SCORE.fullmatch(name) and not PART.search(name)]
     scores.sort(key=lambda name: ("fid", "kid", "bit").index(name[:3]))
     columns = [f"params.`{name}`" for name in PARAMETERS] + [f"metrics.`{name}`" for name in scores[:MOST_SCORES]]
-    return {"selectedColumns": [*columns, "tags.`sweep_rank`"], "runsExpanded": dict.fromkeys(sweeps, True)}
+    return {"selectedColumns": [*columns, "metrics.`sweep_rank`"], "runsExpanded": dict.fromkeys(sweeps, True)}
 
 
 def choose_columns(post: Callable[[str, dict[str, Any]], dict[str, Any]], experiment_id: str) -> str:

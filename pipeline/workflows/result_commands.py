@@ -15,6 +15,7 @@ from pipeline.exchange.export import export_run
 from pipeline.redaction import public_uri
 from pipeline.settings.cluster_profile import home_of, load_profile, storage_of
 from pipeline.storage.runs import Run
+from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.opened import Opened
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.tracking.tracker import sync as deliver
@@ -87,6 +88,7 @@ def evaluate(reference: str, request: ScoreRequest, cluster: str | None, *, dry_
             "metrics": ", ".join(asked.metrics),
             "extractor": asked.extractor,
             "at most images": asked.num_images,
+            **({"compared with": _real_images(request)} if sample_metrics(asked) else {}),
             **({"bits/dim of": _images_of_bound(request)} if "bpd" in asked.metrics else {}),
         }
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
@@ -143,7 +145,11 @@ def compare(
 
 def _images_of_bound(request: ScoreRequest) -> str:
     count = "every image" if request.num_images is None else f"at most {request.num_images} images"
-    return f"{count} of {'the images trained on' if request.split is None else f'split {request.split!r}'}"
+    return f"{count} of {_real_images(request)}"
+
+
+def _real_images(request: ScoreRequest) -> str:
+    return "the images trained on" if request.split is None else f"split {request.split!r}"
 
 
 def export(
@@ -166,7 +172,13 @@ def _copy(opened: Opened | None, run: Run, figures: dict[str, float], files: lis
 
 
 def sync(reference: str, cluster: str | None) -> str:
-    """Deliver a run's undelivered records to the tracking store; return one line on what was done."""
+    """Deliver a run's undelivered records to the tracking store, or a sweep's; return one line on what was done."""
+    sweep = None if reference == "latest" else SweepFolder.of(home_of(cluster), reference)
+    if sweep is not None:
+        settings = TrackingSettings.of_profile(home_of(cluster), sweep.profile(cluster))
+        with sweep.lock():
+            count = deliver(sweep.folder, settings)
+        return f"sweep {sweep.id}: delivered {count} records to {public_uri(settings.uri)}"
     run = _found(reference, cluster)
     settings = TrackingSettings.of_profile(home_of(cluster), profile_of(run, cluster))
     with run.lock():

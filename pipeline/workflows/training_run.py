@@ -27,7 +27,8 @@ from pipeline.settings.config import (
     load_experiment,
     with_overrides,
 )
-from pipeline.storage.provenance import of_submission
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.provenance import JOB_VARIABLE, of_submission
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.record import allowance_of, trial_of
@@ -43,10 +44,11 @@ Observer = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked to train, and where."""
+    """What the user asked to train, and where; `origin` as in a run's record."""
 
     experiment: Experiment
     profile: Profile
+    origin: dict[str, str] | None = None
 
 
 def request(
@@ -63,15 +65,22 @@ def request(
 
 
 def plan(asked: Request) -> Plan:
-    """Work out and check a training without downloading, ingesting or writing anything."""
+    """Work out and check a training without downloading, ingesting or writing anything.
+
+    Away from a profile's cluster neither it nor its storage is asked, which may answer to its nodes alone: the source tells of the images.
+    """
     num_workers = choose_workers(asked.experiment, asked.profile)
-    require_resources(asked.profile, num_workers)
-    found = availability(asked.experiment.data.source, ingest_options(asked.experiment.data), asked.profile.datasets())
+    away = asked.profile.kind == "job" and JOB_VARIABLE not in os.environ
+    if not away:
+        require_resources(asked.profile, num_workers)
+    source, options = asked.experiment.data.source, ingest_options(asked.experiment.data)
+    datasets = datasets_dir(asked.profile.home()) if away else asked.profile.datasets()
+    found = availability(source, options, datasets)
     return make_plan(
         asked.experiment,
         asked.profile,
         num_workers,
-        data=found.text,
+        data=f"{source}; what the cluster has of it was not looked at" if away else found.text,
         num_rows=found.num_rows,
         shape=found.shape,
         num_classes=found.num_classes,
@@ -93,7 +102,7 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
         cache=asked.profile.cache,
     )
     checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
-    run = _create(checked, dataset, command)
+    run = _create(checked, dataset, command, origin=asked.origin)
     return _carry_out(run, checked, dataset, console)
 
 
@@ -135,7 +144,10 @@ def go_on(
         origin = saved.newest_verified().checkpoint
         if origin is None:
             raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
-        forked = _create(checked, dataset, command, initial_weights=saved.name_of(origin))
+        comes_from = origin_of(
+            f"run {run.id}", f"from the averaged weights of step {origin.step} of", run.mlflow_run_id
+        )
+        forked = _create(checked, dataset, command, initial_weights=saved.name_of(origin), origin=comes_from)
         console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {origin.step}")
         return _carry_out(forked, checked, dataset, console)
     changed = differences(old, new)
@@ -227,6 +239,7 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         run.record.name if trial is None else trial.name,
         tags={
             **({} if trial is None else trial.tags),
+            **_origin_tags(run),
             "dataset": manifest.name,
             "model": experiment.model.type,
             **_process_tags(experiment),
@@ -251,6 +264,20 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         tracker.close(timeout=10.0)
 
 
+def origin_of(what: str, words: str, mlflow_run_id: str | None) -> dict[str, str]:
+    """Return what a run's record says of the run or sweep it comes from; `words` go before its name."""
+    return {"what": what, "words": words, "mlflow_run_id": mlflow_run_id or ""}
+
+
+def _origin_tags(run: Run) -> dict[str, str]:
+    """Return what links a run to the one it comes from, in MLflow's search; nothing where it comes from none."""
+    origin = run.record.origin
+    if origin is None:
+        return {}
+    linked = {"ddpm_pipe.origin_mlflow_run": origin["mlflow_run_id"]} if origin["mlflow_run_id"] else {}
+    return {"ddpm_pipe.origin": origin["what"], **linked}
+
+
 def _process_tags(experiment: Experiment) -> dict[str, str]:
     """Return what a search for runs may ask of their process; nothing where there is none."""
     if not has_process(experiment):
@@ -267,7 +294,13 @@ def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str)
     tracker.close(timeout=10.0)
 
 
-def _create(checked: Plan, dataset: Dataset, command: Sequence[str], initial_weights: str | None = None) -> Run:
+def _create(
+    checked: Plan,
+    dataset: Dataset,
+    command: Sequence[str],
+    initial_weights: str | None = None,
+    origin: dict[str, str] | None = None,
+) -> Run:
     manifest = dataset.manifest
     about: dict[str, Any] = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
     return Run.create(
@@ -279,6 +312,7 @@ def _create(checked: Plan, dataset: Dataset, command: Sequence[str], initial_wei
         profile=checked.profile.to_dict(),
         command=list(command),
         initial_weights=initial_weights,
+        origin=origin,
     )
 
 

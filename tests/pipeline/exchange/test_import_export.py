@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 from safetensors.torch import load_file
 
 from pipeline.exchange import export_onnx
@@ -86,6 +87,13 @@ def test_it_is_fine_tuned_as_a_new_run(cli: Any, home: Path, pipeline: Path) -> 
     result = cli("resume", "latest", "--fork", "--data", "digits", *changed, "--json")
     assert result.code == 0, result.stderr
     tuned = Run.find(home, json.loads(result.stdout[result.stdout.index("{") :])["run"])
+    (imported,) = (run for run in Run.all(home) if run.id != tuned.id)
+    tags = MlflowClient(f"sqlite:///{home}/mlflow.db").get_run(str(tuned.mlflow_run_id)).data.tags
+    assert (tags["ddpm_pipe.origin"], tags["ddpm_pipe.origin_mlflow_run"]) == (
+        f"run {imported.id}",
+        imported.mlflow_run_id,
+    )
+    assert f"from the averaged weights of step 0 of run {imported.id}" in tags["mlflow.note.content"]
     assert tuned.record.dataset["name"] == "digits"
     before = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     after = Trained.from_run(tuned, weights="raw").model.state_dict()["conv_in.weight"]

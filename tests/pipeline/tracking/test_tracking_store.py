@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable
@@ -15,7 +16,10 @@ import pytest
 from PIL import Image
 
 from pipeline.errors import TrackingError, UsageError
+from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.runs import Run
+from pipeline.sweeps.config import plain_base, sweep_from
+from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings, sync
 from tests.pipeline.tracking.stores import client_of, history, runs_in
 
@@ -400,6 +404,25 @@ def test_a_run_deleted_by_its_owner_is_not_made_again(run: Run, store: TrackingS
     client_of(store).restore_run(run.mlflow_run_id)
     assert sync(run.folder, store) == 1
     assert history(store, run.mlflow_run_id, "loss") == [(1, 1.0)]
+
+
+def test_what_a_sweep_recorded_while_its_store_was_away_is_delivered_as_the_message_says(
+    home: Path, store: TrackingSettings, typed: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    sweep = sweep_from({"space": {"model.dropout": [0, 0.1]}, "budget": {"steps": 5}})
+    base = plain_base(sweep)
+    about = {"path": "", "fingerprint": FINGERPRINT, "name": "digits"}
+    folder = SweepFolder.create(home, sweep, base, base, about, Profile().to_dict(), ["ddpm-pipe", "sweep"])
+    away = Tracker(folder.folder, replace(store, uri="http://127.0.0.1:9"))
+    away.start(store.experiment, "sweep of dropout", {"kind": "sweep"}, {}, "")
+    away.finish("FINISHED")
+    assert not away.close(timeout=1)
+    (remedy,) = re.findall(r"`ddpm-pipe (sync \S+)`", caplog.text)
+    code, out, err = typed(*remedy.split())
+    assert code == 0, err
+    assert out.startswith(f"sweep {folder.id}: delivered 2 records")
+    (found,) = runs_in(store)
+    assert (found.info.run_name, found.data.tags["kind"]) == ("sweep of dropout", "sweep")
 
 
 def test_a_run_goes_to_another_store_whole(
