@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.console import duration
-from pipeline.sweeps.plan import Request, SweepPlan, trial_profile
+from pipeline.sweeps.plan import Request, SweepPlan, network_calls, trial_profile
 from pipeline.workflows.dry_run import DryRun, dry_run
 from pipeline.workflows.training_run import Request as TrainingRequest
 
@@ -15,7 +15,7 @@ START_S = 15.0  # of a trial: its processes and their imports, on an idle machin
 
 @dataclass(frozen=True)
 class SweepForecast:
-    """What a sweep takes at most: early stopping makes it less. `trial` is the measured trial; times in seconds."""
+    """What a sweep takes at most: early stopping makes it less, as do smaller points. `trial` is the largest; times in seconds."""
 
     plan: SweepPlan
     trial: DryRun
@@ -38,7 +38,7 @@ class SweepForecast:
             return f"{self.plan.to_text()}\ntime:       not measured: {self.trial.unmeasured}"
         forecast = self.trial.forecast
         cost = "" if not self.cost or forecast is None else f", {self.cost:.2f} {forecast.currency}"
-        most = " at most" if self.plan.sweep.early_stopping is not None else ""
+        most = " at most" if self.plan.sweep.early_stopping is not None or self.plan.largest is not None else ""
         return (
             f"{self.plan.to_text()}\ntime:       {duration(self.total_s)}{most}{cost}: {duration(self.trial_s)} each, "
             f"{self.plan.max_concurrent} at once"
@@ -46,14 +46,13 @@ class SweepForecast:
 
 
 def forecast_sweep(asked: Request, plan: SweepPlan, *, measure: bool) -> SweepForecast:
-    """Measure one trial, unless told not to, and reckon what all of them take."""
+    """Measure the largest trial, unless told not to, and reckon what all of them take."""
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
     minutes = plan.sweep.budget.minutes
     found = dry_run(TrainingRequest(plan.trial.experiment, profile), measure=measure)
     if found.forecast is None:
         return SweepForecast(plan, found, None, None, None)
-    sampling = plan.trial.experiment.sampling
-    usual = sampling.num_steps(plan.trial.experiment.diffusion.num_timesteps)
+    usual = network_calls(plan.trial.experiment)
     scoring_s = found.forecast.sampling_s * (1 + sum(plan.sweep.more_network_calls) / usual)
     training_s = found.forecast.training_s if minutes is None else minutes * 60
     trial_s = START_S + training_s + scoring_s

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster.session import require_resources
 from pipeline.console import size
-from pipeline.errors import UsageError
+from pipeline.errors import PipelineError, UsageError
+from pipeline.metrics.metric_identity import Generation
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.settings.config import Experiment
-from pipeline.sweeps.config import Sweep, trial_experiment
-from pipeline.sweeps.points import Checked, check, title
+from pipeline.sweeps.config import Axis, Sweep, trial_experiment
+from pipeline.sweeps.points import Checked, Point, check, grid, title
 from pipeline.training.device import num_gpus
 from pipeline.training.models import build_diffusion, has_process
 
+MOST_ENDS = 64  # points at the ends of ranges that are looked at for the largest
 MOST_AT_ONCE = 4  # trials on one machine whose profile says nothing of CPUs: each takes several processes
 
 
@@ -33,13 +37,14 @@ class Request:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked sweep, before anything is spent. `trial` is the plan of one trial."""
+    """A checked sweep, before anything is spent. `trial` plans its largest point, `largest`, which is None of points alike."""
 
     sweep: Sweep
     checked: Checked
     trial: Plan
     num_trials: int
     max_concurrent: int
+    largest: Point | None = None
 
     @property
     def disk_bytes(self) -> int | None:
@@ -57,13 +62,14 @@ class SweepPlan:
             "num_trials": self.num_trials,
             "max_concurrent": self.max_concurrent,
             "disk_bytes": self.disk_bytes,
+            "largest": self.largest,
             "trial": self.trial.to_dict(),
         }
 
     def to_text(self) -> str:
         """Return what `--dry-run` prints."""
         sweep = self.sweep
-        points = len(self.checked.points) if sweep.search != "tpe" else sweep.num_points
+        points = self.num_trials // sweep.seeds
         early = sweep.early_stopping
         lines = {
             "base": sweep.base,
@@ -75,6 +81,9 @@ class SweepPlan:
             else f"ASHA on the KID of {early.num_images} images at {', '.join(f'{s:.0%}' for s in early.shares)} of the budget",
             "disk": "unknown until the data is here" if self.disk_bytes is None else size(self.disk_bytes),
         }
+        if self.largest is not None:
+            count = self.trial.num_parameters
+            lines["largest"] = title(self.largest) + ("" if count is None else f", {count:,} parameters")
         text = [f"{name + ':':<12}{value}" for name, value in lines.items()]
         text += [f"point:      {title(point)}" for point in self.checked.points]
         text += [f"skipped:    {title(item.point)}: {item.reason}" for item in self.checked.refused]
@@ -88,33 +97,75 @@ def make_sweep_plan(asked: Request, data: str, num_rows: int | None, shape: tupl
     num_workers = choose_workers(base, asked.profile)
     require_resources(asked.profile, num_workers)
 
+    plans: list[Plan] = []  # of the points that are kept, in their order
+
     def test(experiment: Experiment) -> Sequence[str]:
-        make_plan(experiment, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
+        one = make_plan(experiment, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
         require_equal_calls(sweep, base, experiment)
+        plans.append(one)
         return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
 
     checked = Checked([], [], {}) if sweep.search == "tpe" else check(sweep, base, test)
     if not checked.points and sweep.search != "tpe":
         first = checked.refused[0]
         raise UsageError(f"every point of the sweep is refused; the first, {title(first.point)}: {first.reason}")
-    num_points = len(checked.points) if sweep.num_points is None else sweep.num_points
-    one = trial_experiment(sweep, base, checked.points[0] if checked.points else {}, 0)
-    trial = make_plan(one, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
+    points, num_points = checked.points, len(checked.points)
+    if sweep.search == "tpe":
+        points, num_points = _ends(sweep, base, test), most_points(sweep)
+    trial = max(plans, key=_work)
+    largest = points[plans.index(trial)] if len({_work(one) for one in plans}) > 1 else None
     num_trials = num_points * sweep.seeds
     at_once = max_concurrent(asked.profile, num_workers, num_trials, asked.max_concurrent)
-    return SweepPlan(sweep, checked, trial, num_trials, at_once)
+    return SweepPlan(sweep, checked, trial, num_trials, at_once, largest)
+
+
+def most_points(sweep: Sweep) -> int:
+    """Return how many points a search can try: not more than its space holds, where that is listed."""
+    assert sweep.num_points is not None
+    if any(axis.values is None for axis in sweep.space.values()):
+        return sweep.num_points
+    return sum(1 for _ in itertools.islice(grid(sweep.space), sweep.num_points))
+
+
+def _ends(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> list[Point]:
+    """Return the points at the ends of the ranges that a search draws from, as far as they can be trained; at least the base."""
+    lists = {
+        key: axis if axis.values is not None else Axis(grid=axis.bounds, when=axis.when)
+        for key, axis in sweep.space.items()
+    }
+    found: list[Point] = []
+    for point in itertools.islice(grid(lists), MOST_ENDS):
+        with contextlib.suppress(PipelineError):
+            test(trial_experiment(sweep, base, point, 0))
+            found.append(point)
+    if not found:
+        test(trial_experiment(sweep, base, {}, 0))
+    return found or [{}]
+
+
+def _work(plan: Plan) -> int:
+    """Return what a trial's time grows with: its parameters times the images that it is trained on."""
+    training = plan.experiment.training
+    return (plan.num_parameters or 0) * training.batch_size * training.steps
 
 
 def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) -> None:
     """Refuse a point whose images would cost other network calls than the base's, unless the sweep is about sampling."""
     if sweep.metric == "bpd" or any(key.startswith("sampling.") for key in sweep.space):
         return
-    calls, usual = (e.sampling.num_steps(e.diffusion.num_timesteps) for e in (experiment, base))
+    calls, usual = (network_calls(each) for each in (experiment, base))
     if calls != usual:
         raise UsageError(
             f"its images would take {calls} network calls, those of the base {usual}: not comparable; give all of them as many with "
             "sampling.steps under 'overrides'"
         )
+
+
+def network_calls(experiment: Experiment) -> int:
+    """Return the network calls for each image as the experiment samples: guidance takes two a step."""
+    sampling = experiment.sampling
+    steps = sampling.num_steps(experiment.diffusion.num_timesteps)
+    return Generation(sampling.sampler, steps, guidance_scale=sampling.guidance_scale).network_calls
 
 
 def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: int | None) -> int:
