@@ -6,11 +6,12 @@ Each is an actor with the profile's resources and placement, and a member of one
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from pipeline.errors import ClusterError
-from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.cluster_profile import Profile, forwarded
 
 T = TypeVar("T")
 START_S = 30.0  # workers load torch while they start
@@ -35,6 +36,10 @@ class Member:
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
+
+    def take(self, environment: dict[str, str]) -> None:
+        """Set variables whose values are secret: an argument of a call, which Ray shows nobody."""
+        os.environ.update(environment)
 
     def join(self, rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
         """Become one of the group; all of them at once."""
@@ -67,7 +72,8 @@ def worker_group(
 ) -> Iterator[Group]:
     """Start the workers in the cluster that this process is connected to, and end them with the context.
 
-    ClusterError where the cluster does not hold them or they do not find each other within `start_s`.
+    They have the variables that the profile forwards. ClusterError where the cluster does not hold them or they do not find each other
+    within `start_s`.
     """
     import ray
     from ray.util.placement_group import placement_group, remove_placement_group
@@ -93,6 +99,9 @@ def worker_group(
             ).remote()
             for index in range(num_workers)
         ]
+        secret = forwarded(profile)
+        if secret:
+            _together([member.take.remote(secret) for member in members], start_s)
         if num_workers > 1:
             (master,) = _together([members[0].address.remote()], start_s)
             backend = backend_of(profile)

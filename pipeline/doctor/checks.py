@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import secrets
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.cluster.nodes import on_each
+from pipeline.cluster.nodes import answers
 from pipeline.cluster.session import require_resources
 from pipeline.cluster.worker_group import Group
 from pipeline.doctor import node_checks
 from pipeline.doctor import verdicts as checks
 from pipeline.doctor.examination import Examination
-from pipeline.doctor.limited_checks import red_of
+from pipeline.doctor.limited_checks import in_thread, red_of
 from pipeline.doctor.verdicts import Finding
 from pipeline.errors import ClusterError
 from pipeline.planning.plan import BYTES_PER_PARAMETER
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from pipeline.training.team import Team
 
 READ_S, STEP_S = 4.0, 3.0
+CLOCKS_S = 10.0
+STORAGE_S = 11.0  # for writing, and for reading
+REMOVE_S = 5.0
 
 
 def versions(examination: Examination) -> Finding:
@@ -48,17 +52,13 @@ def resources(examination: Examination) -> Finding:
 
 
 def clocks(examination: Examination) -> Finding:
-    """Ask each node for its time, one after another: an answer lies between the question and its receipt."""
+    """Ask all nodes for their time: an answer lies between the question and its receipt."""
     skews: dict[str, float] = {}
-    for node in examination.nodes:
-        before = time.time()
-        answer = on_each([node.id], node_checks.clock, examination.left(5.0))
-        after = time.time()
-        if node.id not in answer:
-            raise ClusterError(f"no answer from {examination.names[node.id]}")
-        there = answer[node.id]
-        skews[examination.names[node.id]] = there - min(max(there, before), after)
-    return checks.judge_clocks(skews)
+    before = time.time()
+    for node, there in answers(dict.fromkeys(examination.names, node_checks.clock), examination.left(CLOCKS_S)):
+        skews[node] = there - min(max(there, before), time.time())
+    examination.require_all(skews)
+    return checks.judge_clocks({examination.names[node]: skew for node, skew in skews.items()})
 
 
 def disk(examination: Examination) -> Finding:
@@ -68,30 +68,55 @@ def disk(examination: Examination) -> Finding:
 
 
 def storage(examination: Examination) -> Finding:
-    """Each node writes a file, then reads those of all."""
-    folder = f".doctor-{secrets.token_hex(4)}"
+    """This process and each node write a file, then each node reads this process's and its neighbour's, and this process the first one's.
+
+    In a ring, places that only some of the nodes share are found out as surely as by reading the files of all, with two files to a node.
+    """
     place, names = examination.place, examination.names
-    files = {node: f"{folder}/{node[:12]}" for node in names}
-    here = Path(place)
-    was_there = "://" in place or here.is_dir()
-    try:
-        written = examination.ask({n: partial(node_checks.write_test, place, f) for n, f in files.items()})
-        problems = {names[n]: f"cannot be written ({t.problem})" for n, t in written.items() if t.problem}
-        reads = {}
-        if not problems:
-            digests = {files[n]: t.digest for n, t in written.items()}
-            reads = examination.ask({n: partial(node_checks.read_tests, place, digests) for n in files})
-            problems = {names[n]: f"cannot be read ({t.problem})" for n, t in reads.items() if t.problem}
-    finally:
-        node_checks.remove_tests(place, folder)
-        if not was_there and here.is_dir() and not any(here.iterdir()):
-            here.rmdir()
+    here, files = f"{examination.test_folder}/driver", {n: f"{examination.test_folder}/{n[:12]}" for n in names}
+    examination.storage_is_tried = True
+    mine = node_checks.write_test(place, here, make_folder=True)
+    if mine.problem:
+        return checks.judge_storage(
+            place, {"this machine": f"cannot be written ({mine.problem})"}, len(names), 1.0, 1.0
+        )
+    written = examination.ask({n: partial(node_checks.write_test, place, f) for n, f in files.items()}, STORAGE_S)
+    problems = {names[n]: f"cannot be written ({t.problem})" for n, t in written.items() if t.problem}
+    reads: list[node_checks.Trial] = []
+    if not problems:
+        nodes = list(files)
+        neighbours = dict(zip(nodes, [*nodes[1:], nodes[0]], strict=True))
+        tests = {
+            n: {here: mine.digest, files[next_one]: written[next_one].digest} for n, next_one in neighbours.items()
+        }
+        there = examination.ask({n: partial(node_checks.read_tests, place, t) for n, t in tests.items()}, STORAGE_S)
+        back = node_checks.read_tests(place, {files[nodes[0]]: written[nodes[0]].digest})
+        problems = {names[n]: f"cannot be read ({t.problem})" for n, t in there.items() if t.problem}
+        problems |= {"this machine": f"cannot be read ({back.problem})"} if back.problem else {}
+        reads = list(there.values())
     slowest_write = max((t.seconds for t in written.values()), default=0.0) or 1e-9
-    slowest_read = max((t.seconds for t in reads.values()), default=0.0) or 1e-9
+    slowest_read = max((t.seconds for t in reads), default=0.0) or 1e-9
     num_bytes = node_checks.TEST_BYTES
-    return checks.judge_storage(
-        place, problems, len(names), num_bytes / slowest_write, len(files) * num_bytes / slowest_read
-    )
+    return checks.judge_storage(place, problems, len(names), num_bytes / slowest_write, 2 * num_bytes / slowest_read)
+
+
+@contextlib.contextmanager
+def storage_left_as_it_was(examination: Examination) -> Iterator[None]:
+    """Remove what the storage was tried with, whatever became of that. No node may still be writing: leave the cluster before."""
+    place = examination.place
+    folder = Path(place)
+    was_there = "://" in place or folder.is_dir()
+
+    def remove() -> None:
+        node_checks.remove_tests(place, examination.test_folder)
+        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+
+    try:
+        yield
+    finally:
+        if examination.storage_is_tried:
+            in_thread(remove, "doctor-remove")(REMOVE_S)  # of a place that hangs nothing can be removed
 
 
 def dataset(examination: Examination) -> Finding:

@@ -36,7 +36,7 @@ def examine(examination: Examination, tell: Callable[[Finding], None] = lambda f
         tell(finding)
         return finding.verdict is not Verdict.RED
 
-    with ExitStack() as stack:
+    with doctor_checks.storage_left_as_it_was(examination), ExitStack() as stack:
         store = begin("mlflow", partial(doctor_checks.mlflow, examination), examination.left(ASK_S))
         if note(_join(examination, stack)):
             for finding in _in_the_cluster(examination):
@@ -77,12 +77,12 @@ def _in_the_cluster(examination: Examination) -> Iterator[Finding]:
         return
     yield (resources := limited("resources", partial(doctor_checks.resources, examination), 5.0))
     together = {
-        "clocks": doctor_checks.clocks,
-        "disk": doctor_checks.disk,
-        "storage": doctor_checks.storage,
-        "dataset": doctor_checks.dataset,
+        "clocks": (doctor_checks.clocks, ASK_S),
+        "disk": (doctor_checks.disk, ASK_S),
+        "storage": (doctor_checks.storage, 2 * doctor_checks.STORAGE_S + 3),
+        "dataset": (doctor_checks.dataset, ASK_S),
     }
-    waiting = [begin(name, partial(check, examination), examination.left(ASK_S)) for name, check in together.items()]
+    waiting = [begin(name, partial(check, examination), examination.left(s)) for name, (check, s) in together.items()]
     for finding in waiting:
         yield finding()
     if resources.verdict is Verdict.RED:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.cluster.nodes import nodes, on_each
+from pipeline.cluster.nodes import answers, nodes
 from pipeline.doctor import node_checks
-from pipeline.doctor.limited_checks import in_thread
 from pipeline.doctor.verdicts import NodeFacts
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster_profile import Profile
@@ -27,13 +27,19 @@ ASK_S = 15.0
 
 @dataclass
 class Examination:
-    """What is examined: a profile, with an experiment whose step is timed, and a dataset if there is one."""
+    """What is examined: a profile, with an experiment whose step is timed, and a dataset if there is one.
+
+    `environment` are the variables that the profile forwards, which are secret; `test_folder` holds what the storage is tried with.
+    """
 
     profile: Profile
     experiment: Experiment
     shape: Shape
     num_parameters: int
     dataset: str | None = None
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    test_folder: str = field(default_factory=lambda: f".doctor-{secrets.token_hex(4)}")
+    storage_is_tried: bool = False
     begun: float = field(default_factory=time.monotonic)
 
     def left(self, limit_s: float) -> float:
@@ -61,17 +67,13 @@ class Examination:
 
     def ask(self, questions: Mapping[str, Callable[[], T]], limit_s: float = ASK_S) -> dict[str, T]:
         """Call a function on each node, all at once; answers by node. ClusterError names those that do not answer."""
-        limit, waiting = self.left(limit_s), []
-        for node, question in questions.items():
-            waiting.append(in_thread(partial(on_each, [node], _function(question), limit), f"ask-{node[:6]}"))
-        found: dict[str, T] = {}
-        for wait in waiting:
-            found |= wait(limit + 2) or {}
-        self._require_all(found)
+        found: dict[str, T] = dict(answers(questions, self.left(limit_s), self.environment))
+        self.require_all(found)
         return found
 
-    def _require_all(self, answers: Mapping[str, Any]) -> None:
-        silent = [self.names[node.id] for node in self.nodes if node.id not in answers]
+    def require_all(self, answered: Mapping[str, Any]) -> None:
+        """Raise ClusterError, which names them, where nodes have not answered."""
+        silent = [self.names[node.id] for node in self.nodes if node.id not in answered]
         if silent:
             raise ClusterError(
                 f"no answer in time from {', '.join(silent)}; is that machine up, and does this package import there?"
@@ -81,12 +83,7 @@ class Examination:
     def facts(self) -> list[NodeFacts]:
         """What each node says about itself."""
         places = () if "://" in self.place else (self.place,)
-        answers = self.ask(
+        answered = self.ask(
             {node.id: partial(node_checks.facts, self.names[node.id], places) for node in self.nodes}, limit_s=20.0
         )
-        return list(answers.values())
-
-
-def _function(question: Callable[[], T]) -> Callable[[], T]:
-    """Return the same as a plain function, which Ray asks for."""
-    return lambda: question()
+        return [answered[node.id] for node in self.nodes]

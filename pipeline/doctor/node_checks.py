@@ -48,11 +48,13 @@ class Trial:
     seconds: float = 0.0
 
 
-def write_test(place: str, name: str) -> Trial:
-    """Write a file of random bytes called `name` to the storage."""
+def write_test(place: str, name: str, *, make_folder: bool = False) -> Trial:
+    """Write a file of random bytes called `name` to the storage; one process makes its folder, which others then must see."""
     content = os.urandom(TEST_BYTES)
     begin = time.perf_counter()
     try:
+        if make_folder and "://" not in place:
+            (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
         _store(place).write(name, content)
     except (OSError, PipelineError) as error:
         return Trial(_told(error))
@@ -60,7 +62,7 @@ def write_test(place: str, name: str) -> Trial:
 
 
 def read_tests(place: str, written: Mapping[str, str]) -> Trial:
-    """Read what every node wrote (SHA-256 by name)."""
+    """Read what others wrote (SHA-256 by name)."""
     begin = time.perf_counter()
     for name, digest in written.items():
         try:
@@ -68,9 +70,9 @@ def read_tests(place: str, written: Mapping[str, str]) -> Trial:
         except (OSError, PipelineError) as error:
             return Trial(_told(error))
         if content is None:
-            return Trial(f"what another node wrote ({name}) is not there")
+            return Trial(f"what another machine wrote ({name}) is not there")
         if hashlib.sha256(content).hexdigest() != digest:
-            return Trial(f"what another node wrote ({name}) is read back differently")
+            return Trial(f"what another machine wrote ({name}) is read back differently")
     return Trial(seconds=time.perf_counter() - begin)
 
 
@@ -123,7 +125,6 @@ class _Folder:
 
     def write(self, name: str, content: bytes) -> None:
         path = self._path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("wb") as file:
             file.write(content)
             file.flush()

@@ -10,7 +10,7 @@ from pipeline.doctor.examination import Examination
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability
 from pipeline.settings import presets
-from pipeline.settings.cluster_profile import load_profile
+from pipeline.settings.cluster_profile import forwarded, load_profile
 from pipeline.settings.config import DEFAULT_PRESET, load_experiment
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
@@ -36,4 +36,4 @@ def examination_of(cluster: str | None, data: str | None, preset: str | None) ->
     shape = shape or USUAL_SHAPE
     classes = NUM_CLASSES if experiment.model.class_conditional else None
     model = build_model(experiment, shape, device="meta", num_classes=classes)
-    return Examination(profile, experiment, shape, num_parameters(model), data)
+    return Examination(profile, experiment, shape, num_parameters(model), data, forwarded(profile))

@@ -106,12 +106,15 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
     each = ", ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in need.items())
     figures = {"workers_that_fit": all_in_all, "workers_that_fit_now": free, "wanted": most}
     if all_in_all < least and profile.wait_for_resources_s:
-        return yellow(
-            "resources",
-            f"{shortage(least, nodes, profile)}; its profile waits {profile.wait_for_resources_s:g} s for a cluster that grows",
-            "if it does not grow: add nodes, or ask less",
-            **figures,
-        )
+        says = f"{shortage(least, nodes, profile)}; its profile waits {profile.wait_for_resources_s:g} s for a cluster that grows"
+        remedy = "if it does not grow: add nodes, or ask less"
+        if not all_in_all:  # scaled to zero: what trains has not been looked at
+            says += f"; no machine that trains is up: the lines here are about {_count(nodes, 'other node')} alone"
+            remedy = (
+                "have some started by `ddpm-pipe train --dry-run` with this profile, and ask again before they are idle for long; "
+                + remedy
+            )
+        return yellow("resources", says, remedy, **figures)
     if all_in_all < least:
         return red(
             "resources",

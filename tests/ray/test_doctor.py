@@ -18,6 +18,7 @@ import yaml
 from pipeline.cli import run
 from pipeline.storage.remote import RemoteFolder
 from tests.conftest import CliResult
+from tests.object_store import CREDENTIALS
 from tests.ray.clusters import RayCluster, free_ports, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -179,6 +180,34 @@ def test_an_object_store_holds_runs_and_data(cli, home, bucket, dataset):
     seen = found(result)
     assert seen["storage"]["says"].startswith(bucket)
     assert "100% of 3,000 images" in seen["dataset"]["says"]
+    assert {entry.name.split("/")[0] for entry in RemoteFolder(bucket).objects()} == {"set"}
+
+
+def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fails_leaves_nothing(
+    cli, cluster, profile, bucket, dataset, object_store, user_environment
+):
+    """The nodes have no credentials of their own, this process no address of the store."""
+    variables = {"env": {"AWS_ENDPOINT_URL": object_store.url}, "forward_env": list(CREDENTIALS)}
+    path = profile(cluster, workers=1, storage=bucket, **variables)
+    for name in ("AWS_ENDPOINT_URL", *CREDENTIALS):  # `cli` makes its processes' environments of it
+        user_environment.pop(name, None)
+    environment = cluster.environment | CREDENTIALS
+    assert (
+        cli(
+            "ingest",
+            dataset.parent / "images.npz",
+            f"{bucket}/set",
+            env=CREDENTIALS | {"AWS_ENDPOINT_URL": object_store.url},
+        ).code
+        == 0
+    )
+    result = cli("doctor", "--cluster", path, "--data", f"{bucket}/set", "--json", env=environment)
+    assert result.code == 0, result
+    assert found(result)["storage"]["verdict"] == found(result)["dataset"]["verdict"] == "green"
+
+    object_store.refuse = lambda method, path: method == "PUT" and ".doctor-" in path and not path.endswith("/driver")
+    result = cli("doctor", "--cluster", path, "--json", env=environment)
+    assert reds(result) == {"storage"}
     assert {entry.name.split("/")[0] for entry in RemoteFolder(bucket).objects()} == {"set"}
 
 

@@ -98,6 +98,10 @@ def test_a_cluster_that_may_grow_is_given_time():
     growing = profile(2).model_copy(update={"wait_for_resources_s": 900.0})
     finding = checks.judge_resources(growing, [node("a", 1)], [facts()])
     assert (finding.verdict, "waits 900 s" in finding.says) == (Verdict.YELLOW, True)
+    assert "about 1 other node alone" in finding.says  # as of a cluster scaled to zero, whose head holds no worker
+    assert "train --dry-run" in finding.remedy
+    some = checks.judge_resources(growing, [node("a", 2)], [facts()])
+    assert (some.verdict, "alone" in some.says) == (Verdict.YELLOW, False)
 
 
 def test_little_memory_and_busy_machines_are_yellow():
