@@ -6,6 +6,7 @@ Each function runs in a process of the cluster and returns what went wrong as a 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -53,12 +54,27 @@ def write_test(place: str, name: str, *, make_folder: bool = False) -> Trial:
     content = os.urandom(TEST_BYTES)
     begin = time.perf_counter()
     try:
-        if make_folder and "://" not in place:
-            (Path(place) / name).parent.mkdir(parents=True, exist_ok=True)
+        if "://" not in place:
+            folder = (Path(place) / name).parent
+            if make_folder:
+                folder.mkdir(parents=True, exist_ok=True)
+            else:
+                _require_there(Path(place))
+                _require_there(folder)
         _store(place).write(name, content)
     except (OSError, PipelineError) as error:
         return Trial(_told(error))
     return Trial("", hashlib.sha256(content).hexdigest(), time.perf_counter() - begin)
+
+
+def _require_there(folder: Path) -> None:
+    """Raise FileNotFoundError unless the folder is there; by making it, as a network file system may answer a look from memory."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return
+    folder.rmdir()
+    raise FileNotFoundError(errno.ENOENT, "the folder that another machine made is not there")
 
 
 def read_tests(place: str, written: Mapping[str, str]) -> Trial:

@@ -10,7 +10,7 @@ from pipeline.data.manifest import Manifest
 from pipeline.doctor import verdicts as checks
 from pipeline.doctor.doctor import require_healthy
 from pipeline.doctor.limited_checks import begin
-from pipeline.doctor.node_checks import read_dataset
+from pipeline.doctor.node_checks import read_dataset, read_tests, write_test
 from pipeline.doctor.verdicts import NodeFacts, Reading, Verdict
 from pipeline.errors import ClusterError, RefusedError
 from pipeline.ingest.ingest import ingest
@@ -161,6 +161,19 @@ def test_a_node_beyond_the_row_groups_reads_one_of_them_too(tmp_path):
     groups = len(Manifest.load(tmp_path / "digits").row_groups)
     reading = read_dataset(str(tmp_path / "digits"), Cache(), groups + 1, groups + 2, seconds=0.0)
     assert (reading.problem, reading.num_images > 0) == ("", True)
+
+
+def test_a_place_that_a_node_has_for_itself_is_told_and_nothing_is_left_there(tmp_path):
+    shared, own = tmp_path / "shared", tmp_path / "own"  # the same path on two machines, as it were
+    own.mkdir()
+    assert write_test(str(shared), ".doctor-1/driver", make_folder=True).problem == ""
+    written = write_test(str(shared), ".doctor-1/b")
+    assert read_tests(str(shared), {".doctor-1/b": written.digest}).problem == ""
+    for place in (own, tmp_path / "absent"):
+        assert "that another machine made is not there" in write_test(str(place), ".doctor-1/b").problem
+    assert list(own.iterdir()) == []
+    assert not (tmp_path / "absent").exists()
+    assert "is read back differently" in read_tests(str(shared), {".doctor-1/b": "0" * 64}).problem
 
 
 @pytest.mark.parametrize(
