@@ -17,7 +17,7 @@ from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.pictures import draw_all
 from pipeline.sweeps.points import title
 from pipeline.sweeps.result import Result, statement
-from pipeline.sweeps.text import rows
+from pipeline.sweeps.text import SWEEP_FILE, again, rows
 
 REPORT_FILE = "sweep-report.html"
 CAPTIONS = {
@@ -49,9 +49,10 @@ details { margin-top: 8px; } summary { cursor: pointer; color: #0072B2; } li { m
 
 
 def write_report(folder: SweepFolder, result: Result, runs: Mapping[str, Run], out: Path) -> Path:
-    """Write the pictures and the page into a folder, and return the page's path."""
+    """Write the pictures, the page and the sweep as a file into a folder, and return the page's path."""
     pictures = draw_all(result, runs, out)
     page = out / REPORT_FILE
+    write_atomically(out / SWEEP_FILE, (json.dumps(folder.record.sweep, indent=1) + "\n").encode())  # JSON is YAML
     write_atomically(page, _page(folder, result, pictures).encode())
     return page
 
@@ -117,14 +118,16 @@ def _troubles(result: Result) -> str:
 def _again(folder: SweepFolder, result: Result) -> str:
     record, best = folder.record, result.best
     identity: Any = best.best_entry.identity if best is not None and best.best_entry is not None else {}
-    commands = [shlex.join(record.command), f"ddpm-pipe train --from {record.id}"]
+    commands = [again(record), f"ddpm-pipe train --from {record.id}"]
+    history = "\n".join(shlex.join(command) for command in [record.command, *record.extensions])
     return (
         f"<section><h2>Do it again</h2>{''.join(f'<pre>{_text(command)}</pre>' for command in commands)}"
         f"<p>Code {_text(record.code_version)}; dataset fingerprint <code>{_text(record.dataset['fingerprint'][:16])}</code>.</p>"
         f"<details><summary>What {_text(result.metric_name)} is the score of</summary>"
         f"<pre>{_text(json.dumps(identity, indent=1))}</pre></details>"
-        f"<details><summary>The sweep as it was asked for</summary>"
-        f"<pre>{_text(json.dumps(record.sweep, indent=1))}</pre></details></section>"
+        f"<details><summary>The whole sweep, as {SWEEP_FILE} beside this page has it</summary>"
+        f"<pre>{_text(json.dumps(record.sweep, indent=1))}</pre></details>"
+        f"<details><summary>How it was asked for</summary><pre>{_text(history)}</pre></details></section>"
     )
 
 

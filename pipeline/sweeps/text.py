@@ -9,6 +9,8 @@ from pipeline.sweeps.folder import SweepRecord
 from pipeline.sweeps.points import title
 from pipeline.sweeps.result import Result, failed_seeds, statement, with_error, within_noise
 
+SWEEP_FILE = "sweep.yaml"  # beside the report
+
 
 def rows(result: Result) -> list[dict[str, object]]:
     """Return the table, best first: a column for each setting, then what came out."""
@@ -54,6 +56,16 @@ def to_text(result: Result) -> list[str]:
     return lines
 
 
+def again(record: SweepRecord) -> str:
+    """Return the command that does the whole sweep again: of an extended one by its file, since each command tells a part alone."""
+    if not record.extensions:
+        return shlex.join(record.command)
+    words = ["ddpm-pipe", "sweep", f"sweeps/{record.id}/report/{SWEEP_FILE}"]
+    if "--cluster" in record.command[:-1]:
+        words += ["--cluster", record.command[record.command.index("--cluster") + 1]]
+    return shlex.join(words)
+
+
 def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> str:
     """Return Markdown for a reader who has only this page."""
     asked = [
@@ -64,7 +76,7 @@ def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> 
         asked += ["### What came out", statement(result), _table(rows(result))]
     asked += [
         "### Do it again",
-        f"```\n{shlex.join(record.command)}\n```",
+        f"```\n{again(record)}\n```",
         f"Code {record.code_version}. The best point at full length: `ddpm-pipe train --from {record.id}`; more seeds: "
         f"`ddpm-pipe sweep --extend {record.id} --seeds {_more_than(sweep.seeds)}`.",
     ]
