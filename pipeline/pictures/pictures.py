@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -224,3 +227,21 @@ def _array(images: Pixels | Tensor) -> Pixels:
     if array.dtype != np.uint8 or array.ndim != 4:
         raise ValueError(f"expected uint8 images [n, C, H, W], got {array.dtype} of shape {array.shape}")
     return array
+
+
+def picture_of(image: Tensor) -> Any:
+    """Return a Pillow image of uint8 [C, H, W]; more channels than colours have are refused, since a PNG cannot hold them."""
+    from PIL import Image
+
+    channels = image.shape[0]
+    if channels not in (1, 3):
+        raise UsageError(f"images with {channels} channels have no PNG form; use --format parquet")
+    array = image.numpy()
+    return Image.fromarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
+
+
+def as_png(picture: Any) -> bytes:
+    """Return a Pillow image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""The file that MLflow runs to load a logged model: `predict({"n": 4})` returns four images.
+"""The file that MLflow runs to load a logged model: `predict({"n": [4]})` returns four images as PNGs.
 
 Models from code: nothing is pickled. Beside this file the logged model holds the EMA weights (safetensors), the resolved
 experiment (JSON) and the code of both packages.
@@ -11,6 +11,7 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 MAX_IMAGES = 10_000
@@ -27,31 +28,60 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
 
     def predict(
         self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
-    ) -> Any:
-        """Return uint8 images [n, H, W, C]; image i is a function of (seed, i).
+    ) -> pd.DataFrame:
+        """Return n rows with column `png`, a PNG file's bytes (base64 over HTTP); image i is a function of (seed, i).
 
-        `model_input` has one row with column `n`; parameters: `seed`, and `steps` (0: the run's own number of network
-        calls).
+        `model_input` has one row with column `n`; parameters: `seed`, and `steps` (0: the run's own number of network calls). What cannot
+        be done is an MlflowException that says so, which a server passes on.
         """
-        import torch
-
+        from pipeline.errors import PipelineError
+        from pipeline.pictures.pictures import as_png, picture_of
         from pipeline.sampling.generation import generator_of
         from pipeline.training.device import serving_compute
 
-        n = int(model_input["n"].iloc[0])
-        if not 1 <= n <= MAX_IMAGES:
-            raise ValueError(f"n: got {n}; expected 1 to {MAX_IMAGES}")
         options = params or {}
-        trained, sampling = self.trained, self.trained.experiment.sampling
-        if options.get("steps"):
-            sampling = sampling.model_copy(update={"steps": int(options["steps"])})
-        compute = serving_compute()
-        compute.place(trained.model)
-        seed = int(options.get("seed", 0))
-        generator = generator_of(
-            trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names
+        seed, steps = int(options.get("seed", 0)), int(options.get("steps", 0))
+        trained = self.trained
+        try:
+            n = _number_of(model_input)
+            _require("seed", seed, 0, 2**63 - 1)
+            sampling = self._sampling(steps)
+            compute = serving_compute()
+            compute.place(trained.model)
+            generator = generator_of(
+                trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names
+            )
+            images = [as_png(picture_of(image)) for chunk in generator.generate(n) for image in chunk]
+        except PipelineError as error:
+            raise MlflowException.invalid_parameter_value(str(error)) from None
+        return pd.DataFrame({"png": images})
+
+    def _sampling(self, steps: int) -> Any:
+        """Return the sampling settings with so many network calls, 0 for the run's own; refused where the model cannot take them."""
+        from pipeline.settings.combinations import check_sampling
+
+        experiment = self.trained.experiment
+        if steps == 0:
+            return experiment.sampling
+        _require("steps", steps, 1, experiment.diffusion.num_timesteps)
+        sampling = experiment.sampling.model_copy(update={"steps": steps})
+        check_sampling(experiment, sampling)
+        return sampling
+
+
+def _number_of(model_input: pd.DataFrame) -> int:
+    """Return how many images are asked for."""
+    if len(model_input) != 1:
+        raise MlflowException.invalid_parameter_value(
+            f"n: got {len(model_input)} rows; expected one, such as {{'n': [4]}}"
         )
-        return torch.cat(list(generator.generate(n))).permute(0, 2, 3, 1).numpy()
+    return _require("n", int(model_input["n"].iloc[0]), 1, MAX_IMAGES)
+
+
+def _require(name: str, value: int, low: int, high: int) -> int:
+    if not low <= value <= high:
+        raise MlflowException.invalid_parameter_value(f"{name}: got {value}; expected {low} to {high}")
+    return value
 
 
 mlflow.models.set_model(LoggedDDPM())

@@ -86,13 +86,12 @@ def _code(folder: Path) -> list[Path]:
 
 
 def _signature() -> object:
-    """What `predict` takes (a number of images; seed and steps as parameters) and gives (uint8 [n, H, W, C])."""
-    import numpy as np
+    """What `predict` takes (a number of images; seed and steps as parameters) and gives (a PNG file's bytes each)."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
     return ModelSignature(
         inputs=Schema([ColSpec(DataType.long, "n")]),
-        outputs=Schema([TensorSpec(np.dtype("uint8"), (-1, -1, -1, -1))]),
+        outputs=Schema([ColSpec(DataType.binary, "png")]),
         params=ParamSchema([ParamSpec("seed", DataType.long, 0), ParamSpec("steps", DataType.long, 0)]),
     )

@@ -16,7 +16,7 @@ from pipeline.cluster.pool import runner_of
 from pipeline.console import Console
 from pipeline.data.labels import class_name
 from pipeline.errors import StorageError, UsageError
-from pipeline.pictures.pictures import save_grid
+from pipeline.pictures.pictures import picture_of, save_grid
 from pipeline.sampling.generated import Workshop, digest
 from pipeline.sampling.generation import Denoiser, VaeSampler, generator_of
 from pipeline.settings.cluster_profile import Profile
@@ -180,17 +180,6 @@ def _write_png(images: Tensor, out: Path) -> list[Path]:
         picture_of(image).save(path)
         paths.append(path)
     return paths
-
-
-def picture_of(image: Tensor) -> Any:
-    """Return a Pillow image of uint8 [C, H, W]; more channels than colours have are refused, since a PNG cannot hold them."""
-    from PIL import Image
-
-    channels = image.shape[0]
-    if channels not in (1, 3):
-        raise UsageError(f"images with {channels} channels have no PNG form; use --format parquet")
-    array = image.numpy()
-    return Image.fromarray(array[0] if channels == 1 else array.transpose(1, 2, 0))
 
 
 def _write_parquet(images: Tensor, out: Path) -> list[Path]:

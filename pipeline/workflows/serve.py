@@ -10,7 +10,7 @@ GET /health                       "ok"
 from __future__ import annotations
 
 import base64
-import io
+import ipaddress
 import json
 import re
 import threading
@@ -25,15 +25,14 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import PipelineError, UsageError
-from pipeline.pictures.pictures import grid_picture
+from pipeline.pictures.pictures import as_png, grid_picture, picture_of
 from pipeline.signals import listening
 from pipeline.storage.runs import Run
 from pipeline.training.device import serving_compute
 from pipeline.training.trained import Trained
-from pipeline.workflows.sample import SampleRequest, generator_for, picture_of
+from pipeline.workflows.sample import SampleRequest, generator_for
 
 MAX_IMAGES = 1000
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PARAMETERS = ("n", "seed", "steps", "sampler", "eta", "guidance_scale", "labels")
 PAGE = """<!doctype html><meta charset=utf-8><title>{name}</title>
 <style>body{{font:15px/1.5 system-ui,sans-serif;max-width:760px;margin:30px auto;padding:0 16px;color:#222}}
@@ -99,19 +98,22 @@ def _handler(gallery: Gallery, host: str) -> type[BaseHTTPRequestHandler]:
 
         def do_GET(self) -> None:
             try:
-                self._require_host()
+                self._answer()
+            except (BrokenPipeError, ConnectionResetError):
+                self.close_connection = True  # whoever asked has left
+
+        def _answer(self) -> None:
+            refused = refusal(host, self.headers.get("Host"), self.headers.get("Sec-Fetch-Site"))
+            if refused is not None:
+                self._send(403, "application/json", _json({"error": refused}))
+                return
+            try:
                 kind, body = _answer(gallery, self.path)
                 self._send(200, kind, body)
             except _NotFoundError as error:
                 self._send(404, "application/json", _json({"error": str(error)}))
             except (PipelineError, ValueError) as error:
                 self._send(400, "application/json", _json({"error": " ".join(str(error).split())}))
-
-        def _require_host(self) -> None:
-            """Refuse a page of another site that has made its name point at this machine."""
-            name = urlsplit(f"//{self.headers.get('Host') or ''}").hostname or ""
-            if host in LOOPBACK and name not in LOOPBACK:
-                raise ValueError(f"Host {name!r}: this server answers to 127.0.0.1 and localhost alone")
 
         def _send(self, status: int, kind: str, body: bytes) -> None:
             self.send_response(status)
@@ -125,6 +127,32 @@ def _handler(gallery: Gallery, host: str) -> type[BaseHTTPRequestHandler]:
             """Say nothing of each request."""
 
     return Handler
+
+
+def refusal(host: str, asked: str | None, site: str | None) -> str | None:
+    """Return why a request is refused by a server that listens on `host`; None where it is answered.
+
+    `asked` is the request's Host, `site` its Sec-Fetch-Site: which page a browser asks for it.
+
+    Pages of other sites may neither embed what is generated here nor, where the server is for this machine alone, reach it by a name of
+    theirs that they have made point at it.
+    """
+    if site == "cross-site":
+        return "a page of another site asked for this; open it by its own address"
+    try:
+        name = urlsplit(f"//{asked or ''}").hostname or ""
+    except ValueError:
+        name = ""
+    if _is_loopback(host) and not _is_loopback(name):
+        return f"Host {name!r}: this server answers to the names of this machine alone, such as 127.0.0.1 and localhost"
+    return None
+
+
+def _is_loopback(name: str) -> bool:
+    try:
+        return name == "localhost" or ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False
 
 
 class _NotFoundError(Exception):
@@ -152,7 +180,7 @@ def _answer(gallery: Gallery, target: str) -> tuple[str, bytes]:
         about = {"run": gallery.run.id, "step": gallery.trained.step, **gallery.identity(request)}
         return "application/json", _json({**about, "images": images})
     if parts.path == "/grid.png":
-        return "image/png", _as_png(grid_picture(torch.stack(gallery.images(request, range(number)))))
+        return "image/png", as_png(grid_picture(torch.stack(gallery.images(request, range(number)))))
     if found := re.fullmatch(r"/images/([0-9]{1,9})\.png", parts.path):
         index = int(found[1])
         return "image/png", _png(gallery.images(request, range(index, index + 1))[0])
@@ -176,13 +204,7 @@ def _asked(query: str) -> dict[str, Any]:
 
 
 def _png(image: Tensor) -> bytes:
-    return _as_png(picture_of(image))
-
-
-def _as_png(picture: Any) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()
+    return as_png(picture_of(image))
 
 
 def _json(value: object) -> bytes:

@@ -22,16 +22,31 @@ from pipeline.training.trained import Trained
 from tests.pipeline.tracking.stores import client_of
 
 LOAD = """
-import sys, warnings
+import io, sys, warnings
 warnings.simplefilter("ignore")  # MLflow's own
 import numpy as np
+from PIL import Image
 import mlflow
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model("models:/" + sys.argv[2])
 import pipeline
 assert "mlartifacts" in pipeline.__file__, pipeline.__file__  # the code that came with the model
-np.save(sys.argv[3], model.predict({"n": [3]}, params={"seed": 5, "steps": 3}))
+pngs = model.predict({"n": [3]}, params={"seed": 5, "steps": 3})["png"]
+np.save(sys.argv[3], [np.asarray(Image.open(io.BytesIO(png))) for png in pngs])
+refused = [({"n": [0]}, {}), ({"n": [1, 2]}, {}), ({"n": [1]}, {"steps": -1}), ({"n": [1]}, {"steps": 51}), ({"n": [1]}, {"seed": -1})]
+for asked, params in refused:
+    try:
+        model.predict(asked, params=params)
+    except mlflow.MlflowException as error:
+        print(error.error_code, error.message)
 """
+TOLD = [
+    "n: got 0; expected 1 to 10000",
+    "n: got 2 rows; expected one, such as {'n': [4]}",
+    "steps: got -1; expected 1 to 50",
+    "steps: got 51; expected 1 to 50",
+    f"seed: got -1; expected 0 to {2**63 - 1}",
+]
 OWN_NETWORK = """
 import torch
 
@@ -80,14 +95,17 @@ def test_it_loads_without_pickle_and_gives_the_runs_images(
     assert not [path for path in files if path.suffix in {".pkl", ".pickle", ".pt", ".pth", ".pyc"}]
     environment = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
     command = [sys.executable, "-c", LOAD, store.uri, model_id, str(tmp_path / "images.npy")]
-    subprocess.run(command, cwd=tmp_path, env=environment, check=True, timeout=120)
+    loaded = subprocess.run(
+        command, cwd=tmp_path, env=environment, check=True, timeout=240, stdout=subprocess.PIPE, text=True
+    )
+    assert loaded.stdout.splitlines() == [f"INVALID_PARAMETER_VALUE {told}" for told in TOLD]
     images = np.load(tmp_path / "images.npy")
     assert images.dtype == np.uint8
     sampling = experiment.sampling.model_copy(update={"steps": 3})
     compute = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
     with torch.no_grad():
         parts = list(Denoiser(model.diffusion, model.model, model.shape, sampling, 5, compute).generate(3))
-    expected = torch.cat(parts).permute(0, 2, 3, 1).numpy()
+    expected = torch.cat(parts)[:, 0].numpy()
     assert images.tolist() == expected.tolist()
     # its page says how to call it
     (page,) = (home / "mlartifacts").rglob("MLmodel")
