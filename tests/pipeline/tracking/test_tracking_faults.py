@@ -208,7 +208,7 @@ def test_strict_stops_at_the_start_and_at_the_end(run: Run, remote: TrackingSett
         Tracker(run.folder, strict).start("x", "y", {}, {}, "")
     assert caught.value.exit_code == 7
     gate.set("open")
-    tracker = start(run, strict)
+    tracker = start(run, replace(strict, start_timeout_s=60.0))  # a busy machine may take its time
     gate.set("refusing")
     tracker.metrics(1, {"loss": 1.0})
     with pytest.raises(TrackingError, match="has not taken everything"):
