@@ -237,7 +237,8 @@ def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:
         point = completed(sweep, base, entry.point)
         entries.append(replace(entry, point=point, title=title(point)))
     refused, warnings = (checked.refused, checked.warnings) if checked is not None else ([], {})
-    return result_of(folder.id, folder.record.name, sweep.metric, entries, refused, warnings)
+    listed = {key: axis.values for key, axis in sweep.space.items() if axis.values is not None}
+    return result_of(folder.id, folder.record.name, sweep.metric, entries, refused, warnings, listed=listed)
 
 
 def _summary(result: Result) -> dict[str, float]:

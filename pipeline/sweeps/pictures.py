@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.pictures.charts import COLOURS, INK, QUIET, dress, line_style, new_figure, save_figure
+from pipeline.pictures.charts import COLOURS, INK, MARKERS, dress, line_style, new_figure, save_figure
 from pipeline.pictures.pictures import read_grid
 from pipeline.storage.runs import Run
-from pipeline.sweeps.result import PointResult, Result, within_noise
+from pipeline.sweeps.result import AT, PointResult, Result, failed_seeds, within_noise
 
 SHOWN = ("diffusion.schedule", "diffusion.num_timesteps")  # what a heat map shows where both vary
 MOST_POINTS = 24  # that a picture with one line of text for each shows
@@ -47,27 +48,70 @@ def _ranking(result: Result) -> Any:
     """Each point's mean with its error bar and its seeds, best on top."""
     points = result.ranked[:MOST_POINTS]
     alike = {point.title for point in within_noise(result)}
-    figure = new_figure(7.2, 1.3 + 0.32 * len(points))
+    figure = new_figure(7.6, 1.7 + 0.32 * len(points))
     axes = figure.add_subplot()
     for y, point in enumerate(points):
         colour = GOOD if point is result.best else NOISE if point.title in alike else REST
-        axes.errorbar(
-            [point.mean], [y], xerr=[point.standard_error or 0.0], fmt="o", color=colour, ms=7, capsize=3, lw=1.6
-        )
-        axes.plot(point.values, [y] * len(point.values), "|", color=INK, ms=9, alpha=0.55)
-    dress(axes, "Best first: mean, standard error, and each seed", "", result.metric_name)
-    axes.set_yticks(range(len(points)), [point.title for point in points])
+        face = colour if point.is_complete else "white"
+        error, style = point.standard_error, "-"
+        if error is None and point.spread_of_one is not None:
+            error, style = point.spread_of_one[0], ":"
+        if error is not None:
+            bars = axes.errorbar([point.mean], [y], xerr=[error], fmt="none", ecolor=colour, capsize=3, lw=1.6)
+            bars[2][0].set_linestyle(style)
+        axes.plot([point.mean], [y], "o", color=colour, markerfacecolor=face, ms=7, zorder=3)
+        if len(point.values) > 1:
+            axes.plot(point.values, [y] * len(point.values), "|", color=INK, ms=9, alpha=0.55)
+    one = all(len(point.values) == 1 for point in points)
+    what = "one seed each, so that the order may be chance" if one else "means over seeds"
+    dress(axes, f"Best first: {what}{_of_how_many(result)}", "", f"{result.metric_name} (lower is better)")
+    names = [point.title + (f" ({failed_seeds(point)})" if point.failed else "") for point in points]
+    axes.set_yticks(range(len(points)), names)
     axes.set_ylim(len(points) - 0.5, -0.5)
-    if result.best is not None and result.best.standard_error is not None and result.best.mean is not None:
-        error = result.best.standard_error
-        axes.axvspan(result.best.mean - error, result.best.mean + error, color=GOOD, alpha=0.12, lw=0)
+    counts = {len(point.values) for point in result.complete}
+    if result.noise is not None and result.best is not None and result.best.mean is not None and len(counts) == 1:
+        limit = result.noise.limit(*counts, *counts)
+        axes.axvspan(result.best.mean, result.best.mean + limit, color=NOISE, alpha=0.15, lw=0)
     _scale(axes, [point.mean or 0.0 for point in points], "x")
     axes.margins(x=0.06)
+    _legend_of_ranking(figure, result, points)
     return figure
+
+
+def _legend_of_ranking(figure: Any, result: Result, points: Sequence[PointResult]) -> None:
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    def dot(colour: str, label: str, face: str | None = None) -> Any:
+        return Line2D([], [], marker="o", ls="", color=colour, markerfacecolor=face or colour, label=label)
+
+    handles = [dot(GOOD, "best")]
+    alike = within_noise(result)
+    if alike:
+        handles.append(dot(NOISE, f"within its noise ({AT})"))
+    if any(point.is_complete and point is not result.best and point not in alike for point in points):
+        handles.append(
+            dot(REST, "worse than the best" if result.noise is not None else "not told apart, for want of seeds")
+        )
+    if any(point.failed for point in points):
+        handles.append(dot(REST, "a seed failed: not compared", "white"))
+    if alike:
+        handles.append(Patch(color=NOISE, alpha=0.15, lw=0, label=f"as far as chance alone reaches ({AT})"))
+    if any(point.standard_error is not None for point in points):
+        handles.append(Line2D([], [], color=REST, lw=1.6, label="standard error over seeds"))
+        handles.append(Line2D([], [], marker="|", ls="", color=INK, alpha=0.55, ms=9, label="a seed"))
+    overs = sorted({point.spread_of_one[1] for point in points if point.spread_of_one is not None})
+    if overs:
+        handles.append(
+            Line2D([], [], color=REST, ls=":", lw=1.6, label=f"deviation over {', '.join(overs)}, not over seeds")
+        )
+    figure.legend(handles=handles, loc="outside lower center", ncol=3, fontsize=8, frameon=False)
 
 
 def _heat_map(result: Result) -> Any:
     """The best mean over all other settings, by two of them: schedule and T where both vary."""
+    from matplotlib import colormaps
+
     axes_ = _two_settings(result)
     if axes_ is None:
         return None
@@ -80,11 +124,12 @@ def _heat_map(result: Result) -> Any:
             y, x = rows.index(point.point[rows_key]), columns.index(point.point[columns_key])
             cells[y, x] = point.mean
             error = "" if point.standard_error is None else f"\n± {point.standard_error:.2g}"
+            error += "\nseed failed" if point.failed else ""
             texts[y, x] = f"{point.mean:.4g}{error}"
     figure = new_figure(2.4 + 1.25 * len(columns), 1.6 + 0.75 * len(rows))
     axes = figure.add_subplot()
     shown = np.log(cells) if np.nanmin(cells) > 0 and np.nanmax(cells) > 4 * np.nanmin(cells) else cells
-    image = axes.imshow(shown, cmap="viridis_r", aspect="auto")
+    axes.imshow(shown, cmap=colormaps["viridis_r"].with_extremes(bad="#F1F3F4"), aspect="auto")
     low, high = np.nanmin(shown), np.nanmax(shown)
     for y, x in np.ndindex(cells.shape):
         text = texts.get((y, x)) or _why_empty(result, {rows_key: rows[y], columns_key: columns[x]})
@@ -94,7 +139,7 @@ def _heat_map(result: Result) -> Any:
     if best is not None and rows_key in best.point and columns_key in best.point:
         y, x = rows.index(best.point[rows_key]), columns.index(best.point[columns_key])
         axes.add_patch(_frame(x, y))
-    axes.set_title(f"{result.metric_name} (lower is better)", fontsize=10.5, color=INK, loc="left")
+    axes.set_title(f"{result.metric_name}, means over seeds; lower is better", fontsize=10.5, color=INK, loc="left")
     axes.set_yticks(range(len(rows)), [str(v) for v in rows])
     axes.set_xticks(range(len(columns)), [str(v) for v in columns])
     axes.set_xlabel("T" if columns_key == SHOWN[1] else columns_key)
@@ -102,7 +147,6 @@ def _heat_map(result: Result) -> Any:
     axes.tick_params(length=0, labelsize=9.5, colors=INK)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    image.cmap.set_bad("#F1F3F4")
     return figure
 
 
@@ -111,19 +155,20 @@ def _network_calls(result: Result) -> Any:
     points = [point for point in result.ranked if len(point.curve) > 1]
     if not points and len({point.network_calls for point in result.ranked}) < 2:
         return None
-    figure = new_figure(7.2, 4.2)
-    axes = figure.add_subplot()
+    figure, axes = _with_legend(result)
     pairs = []
     for i, point in enumerate(result.ranked[:MOST_POINTS]):
         curve = point.curve or {point.network_calls or 0: point.mean or 0.0}
-        pairs += [(float(calls), value) for calls, value in curve.items()]
-        named = i < 8
-        style = line_style(i) if named else {"color": QUIET, "lw": 1.2}
-        axes.plot(list(curve), list(curve.values()), marker="o", ms=4.5, label=point.title if named else None, **style)
+        if point.is_complete:
+            pairs += [(float(calls), value) for calls, value in curve.items()]
+        axes.plot(list(curve), list(curve.values()), ms=4.5, **_style(i, point))
     _front(axes, pairs)
-    dress(axes, "Quality against network calls for each image", result.metric_name, "network calls")
+    title = f"Quality against network calls for each image, means over seeds{_of_how_many(result)}"
+    dress(axes, title, f"{result.metric_name} (lower is better)", "network calls for each image")
     axes.set_xscale("log")
-    calls = sorted({int(c) for c, _ in pairs})
+    calls = sorted(
+        {calls for point in result.ranked[:MOST_POINTS] for calls in point.curve or [point.network_calls or 0]}
+    )
     axes.set_xticks(calls, [str(c) for c in calls])
     axes.minorticks_off()
     _scale(axes, [value for _, value in pairs], "y")
@@ -133,22 +178,33 @@ def _network_calls(result: Result) -> Any:
 
 
 def _training_time(result: Result) -> Any:
-    """Quality against training time, each seed a dot, and the front."""
-    entries = [(point, entry) for point in result.ranked for entry in point.entries if entry.value is not None]
-    if len(entries) < 2:
+    """Quality against training time, means over seeds with what the seeds span, and the front of the means."""
+    points = result.ranked
+    if len(points) < 2:
         return None
-    figure = new_figure(7.2, 4.2)
-    axes = figure.add_subplot()
-    for i, point in enumerate(result.ranked[:MOST_POINTS]):
-        mine = [(entry.training_s, entry.value) for other, entry in entries if other is point]
-        style = {"color": line_style(i)["color"], "label": point.title} if i < 8 else {"color": QUIET}
-        axes.plot([s for s, _ in mine], [v for _, v in mine], "o", ms=6, alpha=0.85, **style)
-    _front(axes, [(entry.training_s, entry.value or 0.0) for _, entry in entries])
-    dress(axes, "Quality against training time, each seed a dot", result.metric_name, "training time in seconds")
-    _scale(axes, [entry.value or 0.0 for _, entry in entries], "y")
+    figure, axes = _with_legend(result)
+    for i, point in enumerate(points[:MOST_POINTS]):
+        style = {key: value for key, value in _style(i, point).items() if key != "linestyle"}
+        spans = [_span(point.values), _span(point.training_times)] if len(point.values) > 1 else [None, None]
+        axes.errorbar([point.training_s], [point.mean], *spans, ms=6, capsize=2, elinewidth=0.9, ls="", **style)
+    pairs = [(point.training_s, point.mean or 0.0) for point in points if point.is_complete]
+    _front(axes, pairs)
+    title = f"Quality against training time, means over seeds and what they span{_of_how_many(result)}"
+    dress(axes, title + _noise_of_time(result), f"{result.metric_name} (lower is better)", "training time in seconds")
+    _scale(axes, [point.mean or 0.0 for point in points], "y")
     axes.margins(x=0.05)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
+
+
+def _noise_of_time(result: Result) -> str:
+    """Return what the title says of times that tell more of the machine's load than of the points."""
+    several = [point for point in result.ranked if len(point.training_times) > 1]
+    if not several:
+        return "\nOne seed each: the time is also that of the machine's load"
+    within = statistics.fmean(statistics.variance(point.training_times) for point in several)
+    between = statistics.variance([point.training_s for point in several]) if len(several) > 1 else 0.0
+    return "\nTimes differ between seeds of a point as much as between points" if within >= between else ""
 
 
 def _parallel_coordinates(result: Result) -> Any:
@@ -196,7 +252,7 @@ def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
     """The first images of each point's first seed, best first: a column is one and the same noise."""
     strips: list[tuple[PointResult, Any]] = []
     for point in result.ranked[:MOST_POINTS]:
-        run = runs.get(point.entries[0].run)
+        run = runs.get(next(entry.run for entry in point.entries if entry.value is not None))
         picture = None if run is None else run.folder / "pictures" / "samples.png"
         if run is None or picture is None or not picture.is_file():
             continue
@@ -221,7 +277,8 @@ def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    figure.suptitle("The same noise in each column, best point first", fontsize=10.5, color=INK)
+    title = f"The same noise in each column, best point first{_of_how_many(result)}"
+    figure.suptitle(title, fontsize=10.5, color=INK)
     return figure
 
 
@@ -247,7 +304,10 @@ def _values_of(result: Result, key: str) -> list[Any]:
     for point in [*(p.point for p in result.points), *(r.point for r in result.refused)]:
         if key in point and point[key] not in found:
             found.append(point[key])
-    return sorted(found) if all(isinstance(v, int | float) for v in found) else sorted(found, key=str)
+    if all(isinstance(v, int | float) for v in found):
+        return sorted(found)
+    listed = list(result.listed.get(key, ()))
+    return sorted(found, key=lambda value: (listed.index(value) if value in listed else len(listed), str(value)))
 
 
 def _two_settings(result: Result) -> tuple[str, str] | None:
@@ -269,6 +329,31 @@ def _frame(x: int, y: int) -> Any:
     from matplotlib.patches import Rectangle
 
     return Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, edgecolor=COLOURS[1], lw=2.5)
+
+
+def _of_how_many(result: Result) -> str:
+    """Return what a title says where not all points are shown."""
+    return f" (the best {MOST_POINTS} of {len(result.ranked)} points)" if len(result.ranked) > MOST_POINTS else ""
+
+
+def _with_legend(result: Result) -> tuple[Any, Any]:
+    """Return a figure and its axes, with room for a line of legend for each point."""
+    shown = min(len(result.ranked), MOST_POINTS)
+    figure = new_figure(8.4, max(4.2, 0.8 + 0.19 * shown))
+    return figure, figure.add_subplot()
+
+
+def _style(i: int, point: PointResult) -> dict[str, Any]:
+    """Return what sets the i-th point apart, and its name; hollow where a seed failed."""
+    name = point.title + (f" ({failed_seeds(point)})" if point.failed else "")
+    style = line_style(i) | {"marker": MARKERS[i // len(COLOURS) % len(MARKERS)], "label": name}
+    return style if point.is_complete else style | {"markerfacecolor": "white"}
+
+
+def _span(values: Sequence[float]) -> list[list[float]]:
+    """Return how far the lowest and the highest value are from their mean."""
+    mean = statistics.fmean(values)
+    return [[mean - min(values)], [max(values) - mean]]
 
 
 def _front(axes: Any, pairs: Sequence[tuple[float, float]]) -> None:

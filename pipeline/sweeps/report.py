@@ -21,11 +21,13 @@ from pipeline.sweeps.text import SWEEP_FILE, again, rows
 
 REPORT_FILE = "sweep-report.html"
 CAPTIONS = {
-    "ranking": "Dots are means over seeds, bars their standard errors, ticks the seeds. Green: the best; blue: within its noise.",
+    "ranking": "The shaded band ends where a point would be told from the best one: Tukey's test over all complete points, at 95 %.",
     "heatmap": "Each cell is the best mean over all other settings; the frame marks the best point.",
-    "network_calls": "Scored at further numbers of network calls, the model unchanged. Dotted: what nothing beats in both.",
-    "training_time": "Time is that of the training alone, on the workers of this sweep. Dotted: what nothing beats in both.",
-    "parallel_coordinates": "Read a line from left to right: its settings, then its value. The thick line is the best point.",
+    "network_calls": "Scored at further numbers of network calls, the model unchanged. Dotted: what no complete point beats in both.",
+    "training_time": "Time is that of the training alone, on this sweep's workers; it grows with their machines' load. Dotted: the "
+    "means that no complete point's beats in both.",
+    "parallel_coordinates": "Read a line from left to right: its settings, then its value. Listed values stand in their order, evenly "
+    "spaced. The thick line is the best point.",
     "samples": "First seed of each point. Equal noise makes the settings the only difference within a column.",
 }
 STYLE = """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any
@@ -23,6 +23,7 @@ from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.points import Point, Refused, canonical
 
 CONFIDENCE = 0.95
+AT = f"{100 * CONFIDENCE:.0f} %"
 MADE = frozenset(
     f"generation.{item.name}" for item in fields(Generation)
 )  # how a point's images are made is a setting of it
@@ -136,7 +137,10 @@ class PointResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A sweep's answer. `points` are ranked best first: the complete ones, those of which a seed failed, those without a value."""
+    """A sweep's answer. `points` are ranked best first: the complete ones, those of which a seed failed, those without a value.
+
+    `listed`: the values of settings that were given as a list, in its order.
+    """
 
     sweep_id: str
     name: str
@@ -146,6 +150,7 @@ class Result:
     warnings: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     report: str = ""
+    listed: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     @property
     def ranked(self) -> list[PointResult]:
@@ -205,6 +210,7 @@ def result_of(
     refused: Iterable[Refused] = (),
     warnings: dict[str, str] | None = None,
     seconds: float = 0.0,
+    listed: Mapping[str, Sequence[Any]] | None = None,
 ) -> Result:
     """Gather entries by point and rank the points; a value that is judged unlike the newest one is refused, not ranked."""
     newest = {(canonical(entry.point), entry.seed): _checked(entry) for entry in entries}
@@ -217,7 +223,9 @@ def result_of(
         for group in gathered.values()
     ]
     points.sort(key=lambda point: (point.mean is None, bool(point.failed), point.mean or 0.0, point.title))
-    return Result(sweep_id, name, metric, tuple(points), (*refused, *unlike), warnings or {}, seconds)
+    return Result(
+        sweep_id, name, metric, tuple(points), (*refused, *unlike), warnings or {}, seconds, listed=listed or {}
+    )
 
 
 def _checked(entry: Entry) -> Entry:
@@ -254,8 +262,12 @@ class Noise:
         """Return whether two points differ by more than the noise; None where one has a single seed, or one that failed."""
         if not (a.is_complete and b.is_complete) or min(len(a.values), len(b.values)) < 2:
             return None
-        error = math.sqrt(self.variance / 2 * (1 / len(a.values) + 1 / len(b.values)))
-        return abs((a.mean or 0.0) - (b.mean or 0.0)) > _studentized_range(self.num_points, self.freedom) * error
+        return abs((a.mean or 0.0) - (b.mean or 0.0)) > self.limit(len(a.values), len(b.values))
+
+    def limit(self, *num_seeds: int) -> float:
+        """Return the difference that chance alone reaches in 5 % of sweeps, between two points of so many seeds."""
+        error = math.sqrt(self.variance / 2 * sum(1 / count for count in num_seeds))
+        return _studentized_range(self.num_points, self.freedom) * error
 
 
 def noise_of(points: Iterable[PointResult]) -> Noise | None:
@@ -320,11 +332,11 @@ def _compared(result: Result, best: PointResult) -> list[str]:
     alike, untold = ([other.title for other in others if told[id(other)] is answer] for answer in (False, None))
     sentences = [f"Not told apart from it, for want of seeds: {_some(untold)}."] if untold else []
     if alike:
-        more = f"Within the noise ({CONFIDENCE:.0%}) of it: {_some(alike)}. More seeds would tell them apart."
+        more = f"Within the noise ({AT}) of it: {_some(alike)}. More seeds may tell them apart."
         return [*sentences, more]
     if not untold:
         which = "every other point" if len(result.points) == len(others) + 1 else "every other complete point"
-        sentences.append(f"It is better than {which} by more than the noise ({CONFIDENCE:.0%}, all compared at once).")
+        sentences.append(f"It is better than {which} by more than the noise ({AT}, all compared at once).")
     return sentences
 
 

@@ -97,7 +97,7 @@ def test_the_statement_says_what_the_noise_leaves_open() -> None:
     assert "It is better than every other point by more than the noise" in statement(clear)
     assert [point.mean for point in clear.points] == pytest.approx([1.0055, 2.006, 3.0065])
     noisy = found([[1.0, 4.5], [2.0, 5.0]])
-    assert "Within the noise (95%) of it: a = 1" in statement(noisy)
+    assert "Within the noise (95 %) of it: a = 1" in statement(noisy)
     assert "one seed" in statement(found([[1.0], [2.0]]))
     assert statement(result_of("s", "s", "fid", [entry({"a": 1}, 0, None)])) == "No trial gave a value."
 

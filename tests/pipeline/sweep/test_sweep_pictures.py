@@ -1,0 +1,116 @@
+"""The pictures of a sweep: what they name, what they leave out, and that they say so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from pipeline.sweeps import pictures
+from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.result import Result, result_of
+from tests.pipeline.sweep.swept_entries import entry
+
+SCHEDULES = ("sigmoid", "linear", "cosine")  # as listed: neither by the alphabet nor by rank
+
+
+def swept(
+    seeds: int = 2, num_timesteps: tuple[int, ...] = (100, 250, 1000), time_noise: float = 1.0, **more: Any
+) -> Result:
+    """A result over schedules and T: cosine is best, and longer T take longer."""
+    generator = np.random.default_rng(0)
+    entries = []
+    for s in range(seeds):
+        for i, schedule in enumerate(SCHEDULES):
+            for j, T in enumerate(num_timesteps):
+                value = 3.0 - i + 0.1 * j + 0.01 * float(generator.normal())
+                time = 60.0 + 5 * j + time_noise * float(generator.normal())
+                point = {"diffusion.schedule": schedule, "diffusion.num_timesteps": T}
+                entries.append(entry(point, s, value, curve={10: 2 * value, 50: value}, training_s=time, **more))
+    return result_of("s", "s", "fid", entries, listed={"diffusion.schedule": SCHEDULES})
+
+
+def with_a_failed_seed(result: Result) -> Result:
+    """The same, but that the second seed of the best point failed."""
+    assert result.best is not None
+    lost = result.best.entries[1]
+    entries = [e for point in result.points for e in point.entries if e is not lost]
+    return result_of("s", "s", "fid", [*entries, entry(lost.point, lost.seed, None)])
+
+
+def texts(figure: Any) -> list[str]:
+    """Every name in the legends of a figure."""
+    legends = [*figure.legends, *(axes.get_legend() for axes in figure.axes if axes.get_legend() is not None)]
+    return [text.get_text() for legend in legends for text in legend.get_texts()]
+
+
+@pytest.mark.parametrize("draw", [pictures._network_calls, pictures._training_time])
+def test_every_point_has_a_name_and_looks_like_no_other(draw: Any) -> None:
+    result = swept()
+    figure = draw(result)
+    assert {point.title for point in result.points} <= set(texts(figure))
+    (axes,) = figure.axes
+    lines = [line for line in axes.lines if line.get_marker() in pictures.MARKERS]
+    looks = {(line.get_color(), line.get_marker()) for line in lines}
+    assert len(looks) == len(lines) == 9
+
+
+@pytest.mark.parametrize("draw", [pictures._ranking, pictures._network_calls, pictures._training_time])
+def test_points_that_are_left_out_are_counted(draw: Any) -> None:
+    assert "(the best 24 of 30 points)" in draw(swept(num_timesteps=tuple(range(100, 110)))).axes[0].get_title("left")
+    assert "the best" not in draw(swept()).axes[0].get_title("left")
+
+
+def test_schedules_stand_as_they_were_listed() -> None:
+    figure = pictures._heat_map(swept())
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(SCHEDULES)
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["100", "250", "1000"]
+
+
+def test_the_ranking_tells_what_its_colours_mean() -> None:
+    names = texts(pictures._ranking(with_a_failed_seed(swept())))
+    assert {"best", "within its noise (95 %)", "worse than the best", "a seed failed: not compared"} <= set(names)
+    labels = [label.get_text() for label in pictures._ranking(with_a_failed_seed(swept())).axes[0].get_yticklabels()]
+    assert labels[-1] == "cosine, T = 100 (seed 1 failed)"
+
+
+def test_a_single_seed_has_no_bar_of_width_zero() -> None:
+    figure = pictures._ranking(swept(seeds=1))
+    assert not figure.axes[0].collections  # where bars are
+    assert "one seed each" in figure.axes[0].get_title("left")
+    spread = pictures._ranking(swept(seeds=1, std=0.2, std_over="100 subsets of 279"))
+    assert "deviation over 100 subsets of 279, not over seeds" in texts(spread)
+    assert len(spread.axes[0].collections) == 9
+
+
+def test_the_picture_of_times_says_when_they_tell_nothing() -> None:
+    said = [pictures._training_time(swept(time_noise=noise)).axes[0].get_title("left") for noise in (0.1, 50.0)]
+    assert ["Times differ between seeds" in title for title in said] == [False, True]
+    assert "One seed each" in pictures._training_time(swept(seeds=1)).axes[0].get_title("left")
+
+
+def test_the_front_of_times_is_that_of_the_means() -> None:
+    def a(i: int, seed: int, value: float, time: float) -> Entry:
+        return entry({"a": i}, seed, value, training_s=time)
+
+    # the second point has the fastest single trial; on average the first beats it in both
+    result = result_of(
+        "s",
+        "s",
+        "fid",
+        [a(1, 0, 1.0, 10), a(1, 1, 1.1, 12), a(2, 0, 2.0, 5), a(2, 1, 2.1, 30), a(3, 0, 9.0, 1), a(3, 1, 9.1, 2)],
+    )
+    (axes,) = pictures._training_time(result).axes
+    (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
+    np.testing.assert_allclose(front.get_xydata(), [[1.5, 9.05], [11, 1.05]])
+
+
+def test_all_pictures_are_drawn_of_a_sweep_with_troubles(tmp_path: Path) -> None:
+    found = pictures.draw_all(with_a_failed_seed(swept()), {}, tmp_path)
+    assert list(found) == ["ranking", "heatmap", "network_calls", "training_time", "parallel_coordinates"]
+    for path in found.values():
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
