@@ -71,8 +71,18 @@ def rate_distortion(prior: Tensor, terms: Tensor, x0_mse: Tensor) -> tuple[Tenso
 
 def vlb_term(diffusion: GaussianDiffusion, x0: Tensor, x_t: Tensor, t: Tensor, p: ReverseStep) -> Tensor:
     """One term of the bound per example [B], bits/dim: L_0 where t = 0, else L_{t-1}, Ho et al. 2020, eqs. 5, 8."""
-    decoder = decoder_bits(x0, p)
-    return torch.where(t == 0, decoder, divergence_bits(diffusion, x0, x_t, t, p).to(decoder.dtype))
+    divergence = divergence_bits(diffusion, x0, x_t, t, p)
+    if (
+        t.device.type != "cpu"
+    ):  # to ask an accelerator whether a t is 0 would be to wait for it, and its float64 is fast
+        decoder = decoder_bits(x0, p)
+        return torch.where(t == 0, decoder, divergence.to(decoder.dtype))
+    # On a CPU the decoder costs more than a small network, and one example in T needs it.
+    first = (t == 0).nonzero().flatten()
+    terms = divergence.double()
+    if len(first) == 0:
+        return terms
+    return terms.index_copy(0, first, decoder_bits(x0[first], ReverseStep(*(part[first] for part in p))))
 
 
 def decoder_bits(x0: Tensor, p: ReverseStep) -> Tensor:

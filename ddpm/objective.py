@@ -64,8 +64,10 @@ class Objective:
     def weight(self, t: Tensor, like: Tensor) -> Tensor:
         """min(snr, gamma) on the squared error of x0, as a weight on that of the target: [B], like `like` [B]."""
         snr = self.diffusion.schedule.lookup("snr", t, like)
-        per_target = {Prediction.EPS: snr, Prediction.X0: torch.ones_like(snr), Prediction.V: snr + 1}
-        return snr.clamp(max=self.gamma) / per_target[self.diffusion.prediction]
+        if self.diffusion.prediction is Prediction.EPS:
+            return (self.gamma / snr).clamp(max=1)  # min(snr, gamma)/snr, which is 1 where a tiny snr is 0 in float32
+        weight = snr.clamp(max=self.gamma)
+        return weight / (snr + 1) if self.diffusion.prediction is Prediction.V else weight
 
     def _vlb(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         p = self._unclipped.p_from(self._unclipped.read(output, x_t, t), x_t, t)

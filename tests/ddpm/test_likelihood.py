@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, bits_per_dim, normal_noise
 from ddpm.gaussian import discretized_log_likelihood, normal_kl
-from ddpm.likelihood import prior_bits, vlb_term
+from ddpm.likelihood import decoder_bits, divergence_bits, prior_bits, vlb_term
 from tests.ddpm.closed_forms import ignorant, normal_data, point_mass, randn, seeded
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
@@ -233,3 +233,28 @@ def test_float32_images_of_a_loader_are_on_the_levels_and_keep_their_dtype() -> 
     result = bits_per_dim(GaussianDiffusion(BetaSchedule.named("linear", 25)), model, x0, generator=seeded())
     assert seen == {torch.float32}
     assert result.total.dtype == torch.float64
+
+
+@pytest.mark.parametrize("variance", ["fixed_large", "learned_range"])
+@pytest.mark.parametrize("at", [[0, 3, 0, 19, 1], [0, 0, 0, 0, 0], [1, 2, 3, 4, 19]])
+def test_the_decoder_of_those_that_need_it_is_the_decoder_of_all(variance: str, at: list[int]) -> None:
+    """Terms and gradients, bit for bit: which of the others share the batch changes nothing."""
+    diffusion = GaussianDiffusion(BetaSchedule.named("cosine", 20), "eps", variance, clip_x0=False)
+    x0, t = images(5, side=8).float(), torch.tensor(at)
+    x_t = diffusion.q_sample(x0, t, randn(5, 1, 8, 8, seed=2).float())
+    output = randn(5, diffusion.output_channels(1), 8, 8, seed=3).float()
+
+    def terms(of: Tensor, whole: bool) -> Tensor:
+        p = diffusion.p_from(diffusion.read(of, x_t, t), x_t, t)
+        if not whole:
+            return vlb_term(diffusion, x0, x_t, t, p)
+        return torch.where(t == 0, decoder_bits(x0, p), divergence_bits(diffusion, x0, x_t, t, p).double())
+
+    found = []
+    for whole in (False, True):
+        of = output.clone().requires_grad_()
+        bits = terms(of, whole)
+        (gradient,) = torch.autograd.grad(bits.sum(), of)
+        found.append((bits.detach(), gradient))
+    for some, everyone in zip(*found, strict=True):
+        assert torch.equal(some, everyone)

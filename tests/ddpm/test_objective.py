@@ -82,6 +82,17 @@ def test_min_snr_weighs_the_error_of_x0_alike_in_every_parameterisation(schedule
             torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-9)
 
 
+def test_min_snr_tends_to_one_where_float32_has_no_such_snr() -> None:
+    """linear_raw at T = 11000 ends at abar = 1e-48: the weight on eps is min(1, gamma / snr), and 0 / 0 is not that."""
+    s, t = BetaSchedule.named("linear_raw", 11_000), torch.tensor([0, 5_000, 10_998, 10_999])
+    abar = s.alphas_cumprod[t]
+    assert 1e-70 < float(abar[-1]) < 1e-45
+    for prediction, scale in (("eps", abar / (1 - abar)), ("x0", torch.ones(4)), ("v", 1 / (1 - abar))):
+        expected = torch.minimum(abar / (1 - abar), torch.tensor(5.0)) / scale
+        weight = Objective(GaussianDiffusion(s, prediction), "min_snr").weight(t, torch.zeros(4))
+        torch.testing.assert_close(weight.double(), expected.double(), rtol=1e-6, atol=1e-37)
+
+
 def test_hybrid_adds_the_bound_of_the_variance_alone() -> None:
     """Value: simple + 0.001 T times the term; gradients: the mean's from simple alone, the variance's from the bound alone."""
     T = 50
