@@ -18,6 +18,7 @@ import torch
 
 from pipeline.data.image_set import Images, ImageSet
 from pipeline.metrics.features import FeatureExtractor
+from pipeline.metrics.fit_rule import Hashes, content_hashes
 from pipeline.pictures.pictures import save_strip
 from pipeline.storage.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.storage.durable import write_atomically
@@ -30,20 +31,30 @@ NUM_NEIGHBOURS = 3
 MEMORISED_RATIO = 1 / 3  # nearest over second nearest, by pixel: below it a copy (Yoon et al. 2023)
 
 _ROWS_AT_ONCE = 1000
+_FLOATS_AT_ONCE = 1 << 24  # pixels of a chunk as float64: 128 MiB
+_FORMAT = 2
 _SPACES = ("feature", "pixel")
 
 
 class Nearest(NamedTuple):
-    """Distances float64 [q, k] from each of q images to its closest training images, ascending, and their rows int64 [q, k]."""
+    """Distances float64 [q, k] from each of q images to its closest training images, ascending, with their rows int64 [q, k].
+
+    No two of an image's rows hold the same image, which `contents` tells, uint64 [q, k]: a training image that is there twice is
+    one neighbour, or its copy would never be nearer to it than to the second nearest.
+    """
 
     distances: npt.NDArray[np.float64]
     rows: npt.NDArray[np.int64]
+    contents: Hashes
 
     def closest(self, other: Nearest, k: int) -> Nearest:
-        """Return the k closest of both; of equally close ones those of the smaller row."""
-        distances, rows = (np.concatenate(pair, axis=1) for pair in zip(self, other, strict=True))
-        order = np.lexsort((rows, distances), axis=1)[:, :k]
-        return Nearest(np.take_along_axis(distances, order, axis=1), np.take_along_axis(rows, order, axis=1))
+        """Return the k closest of both; of equally close ones, and of equal ones, those of the smaller row."""
+        distances, rows, contents = (np.concatenate(pair, axis=1) for pair in zip(self, other, strict=True))
+        order = np.lexsort((rows, distances), axis=1)
+        chosen = [line[_firsts(contents[i, line])][:k] for i, line in enumerate(order)]
+        fewest = min(map(len, chosen))
+        which = np.array([line[:fewest] for line in chosen])
+        return Nearest(*(np.take_along_axis(array, which, axis=1) for array in (distances, rows, contents)))
 
 
 @dataclass(frozen=True)
@@ -88,11 +99,13 @@ def find_neighbours(
         "k": NUM_NEIGHBOURS,
     }
     task = NearestOfRows(dataset, extractor, generated, features)
-    parts = compute(task, dataset.manifest.num_rows, _ROWS_AT_ONCE, ChunkStore(folder, key), runner, progress)
+    at_once = min(_ROWS_AT_ONCE, max(1, _FLOATS_AT_ONCE // dataset.manifest.image_bytes))
+    store = ChunkStore(folder, {**key, "format": _FORMAT, "rows_at_once": at_once})
+    parts = compute(task, dataset.manifest.num_rows, at_once, store, runner, progress)
     found: dict[str, Nearest] = {}
     for part in parts:
         for space in _SPACES:
-            nearest = Nearest(part[f"{space}.distances"][0], part[f"{space}.rows"][0])
+            nearest = Nearest(*(part[f"{space}.{name}"][0] for name in Nearest._fields))
             found[space] = found[space].closest(nearest, NUM_NEIGHBOURS) if space in found else nearest
     return Neighbours(found["feature"], found["pixel"])
 
@@ -110,17 +123,19 @@ class NearestOfRows:
         self._extractor.to(here.device)
 
     def __call__(self, indices: range) -> Arrays:
-        """Return distances and rows of the chunk's closest images, [1, q, k] each, in both spaces."""
+        """Return distances, rows and contents of the chunk's closest images, [1, q, k] each, in both spaces."""
         rows = np.arange(indices.start, min(indices.stop, self._dataset.manifest.num_rows))
         images = self._dataset.read(rows)
+        contents = content_hashes(images)
+        first = _firsts(contents)
+        rows, images, contents = rows[first], images[first], contents[first]
         by_pixel = _distances(_flat(self._images), _flat(images)) / np.sqrt(images[0].size)
         spaces = {"feature": _distances(self._features, self._extractor(images).features), "pixel": by_pixel}
         arrays: Arrays = {}
         for space, distances in spaces.items():
-            every = Nearest(distances, np.broadcast_to(rows, distances.shape))
-            nothing = Nearest(np.empty((len(distances), 0)), np.empty((len(distances), 0), np.int64))
-            nearest = every.closest(nothing, NUM_NEIGHBOURS)
-            arrays |= {f"{space}.distances": nearest.distances[None], f"{space}.rows": nearest.rows[None]}
+            order = np.lexsort((np.broadcast_to(rows, distances.shape), distances), axis=1)[:, :NUM_NEIGHBOURS]
+            nearest = Nearest(np.take_along_axis(distances, order, axis=1), rows[order], contents[order])
+            arrays |= {f"{space}.{name}": array[None] for name, array in nearest._asdict().items()}
         return arrays
 
 
@@ -164,6 +179,12 @@ def _read(dataset: ImageSet, rows: npt.NDArray[np.int64]) -> Images:
     unique, inverse = np.unique(rows, return_inverse=True)
     images: Images = dataset.read(unique)[inverse]
     return images
+
+
+def _firsts(contents: Hashes) -> npt.NDArray[np.int64]:
+    """Return the places, ascending, at which each content stands for the first time."""
+    places: npt.NDArray[np.int64] = np.sort(np.unique(contents, return_index=True)[1])
+    return places
 
 
 def _flat(images: Images) -> npt.NDArray[np.float64]:

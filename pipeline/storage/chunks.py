@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pipeline.errors import StorageError
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
-from pipeline.storage.tensor_file import Arrays, pack, unpack
+from pipeline.storage.tensor_file import Arrays, pack, read_card, unpack
 from pipeline.training.device import Compute
 
 
@@ -73,6 +73,13 @@ class ChunkStore:
             return None
         return arrays if card == self._identity else None
 
+    def holds(self, number: int) -> bool:
+        """Whether a chunk is there and whole in length, which reads its header alone; `get` tells whether it is undamaged, too."""
+        try:
+            return bool(read_card(self._path(number)) == self._identity)
+        except (OSError, ValueError):
+            return False
+
     def put(self, number: int, arrays: Arrays) -> None:
         """Keep a chunk; StorageError where it cannot be written."""
         make_folder(self.folder)
@@ -101,10 +108,10 @@ def compute(
 ) -> Iterator[Arrays]:
     """Yield the arrays of items 0 .. num_items - 1, a canonical chunk at a time and in order, the padding cut off.
 
-    Chunks that the store holds are not computed again. `progress` is told how many items are there.
+    Chunks that the store holds undamaged are not computed again. `progress` is told how many items are there.
     """
     chunks = chunks_of(num_items, chunk_size)
-    missing = {number: indices for number, indices in enumerate(chunks) if store.get(number) is None}
+    missing = {number: indices for number, indices in enumerate(chunks) if not store.holds(number)}
     done = len(chunks) - len(missing)
     for number, arrays in runner(task, missing):
         store.put(number, arrays)
@@ -113,6 +120,10 @@ def compute(
             progress(min(done * chunk_size, num_items))
     for number, indices in enumerate(chunks):
         kept = store.get(number)
+        if kept is None and number not in missing:  # it was there, and is damaged
+            for _, arrays in runner(task, {number: indices}):
+                store.put(number, arrays)
+            kept = store.get(number)
         if kept is None:
             raise StorageError(f"{store.folder}: chunk {number} was written and cannot be read back; check the disk")
         yield {name: array[: num_items - indices.start] for name, array in kept.items()}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,29 @@ def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:
     if _digest(card, arrays) != expected:
         raise ValueError("its content is damaged")
     return card, arrays
+
+
+def read_card(path: Path) -> dict[str, Any]:
+    """Return the card of a file that `pack` made, from its header alone: damage to the arrays goes unnoticed, a file cut short does not.
+
+    OSError where it cannot be read, ValueError for anything else than such a file.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        whole = os.fstat(file.fileno()).st_size
+        if length > whole:
+            raise ValueError("not a file of arrays with a card")
+        try:
+            header = json.loads(file.read(length))
+            card: dict[str, Any] = json.loads(header["__metadata__"][_KEY])["card"]
+            end = max(
+                (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0
+            )
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("not a file of arrays with a card") from None
+    if whole != 8 + length + end:
+        raise ValueError("its content is damaged")
+    return card
 
 
 def _digest(card: Mapping[str, Any], arrays: Arrays) -> str:

@@ -57,12 +57,38 @@ def test_neighbours_are_those_of_brute_force_and_copies_are_copies(
     assert pixels.std() > 10
 
 
-def test_equally_close_images_come_by_row_whatever_the_chunks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_is_there_twice_is_one_neighbour_of_the_smaller_row_whatever_the_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = digits().images[:60].copy()
     images[[5, 31, 32, 59]] = images[5]
     extractor = classifier_for(digits(), tmp_path / "cache")
+    generated = images[5:6].copy()
+    generated[0, 0, 0, 0] ^= 1  # all but a copy
+    apart = np.sqrt(((images.astype(float) - generated) ** 2).mean(axis=(1, 2, 3)))
+    order = [row for row in np.argsort(apart, kind="stable").tolist() if row not in (31, 32, 59)][:NUM_NEIGHBOURS]
     for size in (7, 60):
         monkeypatch.setattr("pipeline.metrics.neighbours._ROWS_AT_ONCE", size)
-        found = find_neighbours(images[5:6], ArraySet(images), extractor, tmp_path / str(size))
-        assert found.by_pixel.rows.tolist() == [[5, 31, 32]]
-        assert found.by_pixel.distances.tolist() == [[0, 0, 0]]
+        found = find_neighbours(generated, ArraySet(images), extractor, tmp_path / str(size))
+        assert found.by_pixel.rows.tolist() == [order]
+        assert order[0] == 5
+        np.testing.assert_allclose(found.by_pixel.distances, [apart[order]], rtol=1e-12)
+        assert found.ratios[0] == pytest.approx(apart[order[0]] / apart[order[1]])
+        assert found.memorised == 1
+
+
+def test_large_images_are_compared_a_few_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1,000 rows of 256x256x3 in float64 would be 1.6 GB."""
+    monkeypatch.setattr("pipeline.metrics.neighbours._FLOATS_AT_ONCE", 64 * 9)
+    read: list[int] = []
+
+    class Counted(ArraySet):
+        def read(self, rows: object, /) -> np.ndarray:
+            found = super().read(rows)
+            read.append(len(found))
+            return found
+
+    data = digits()
+    few = Counted(data.images[:20])
+    find_neighbours(few.images[:2], few, classifier_for(data, tmp_path / "cache"), tmp_path / "kept")
+    assert read == [9, 9, 2]
