@@ -20,7 +20,7 @@ from pipeline.errors import InterruptedRunError
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
 from pipeline.tracking.tracker import TrackingSettings
-from pipeline.training.models import allow_modules_in
+from pipeline.training.models import allow_modules_in, has_process
 from pipeline.training.trained import experiment_of, profile_of
 from pipeline.workflows.evaluate import ScoreRequest, evaluate_run
 from pipeline.workflows.training_run import carry_on
@@ -100,7 +100,7 @@ def _score(run: Run, told: ForTrials) -> None:
         evaluate_run(run, ScoreRequest(), profile, told.tracking, _silent())
     done = calls_scored(run, told.metric, told.judged_by)
     each_step = 1 if experiment.sampling.guidance_scale == 1 else 2
-    for calls in told.more_network_calls:
+    for calls in told.more_network_calls if has_process(experiment) else ():
         steps = calls // each_step
         if calls not in done and calls % each_step == 0 and steps <= experiment.diffusion.num_timesteps:
             evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, told.tracking, _silent())

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.cluster.nodes import resource_of_this_node
+from pipeline.cluster.pool import runner_of
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
@@ -116,6 +117,13 @@ def test_the_room_is_what_the_ray_that_is_up_holds(ray_session: Any) -> None:
     assert room(1, 2, 4) == 1
     assert room(2, 2, 4) == 1  # for which there is no room now; it waits
     assert ray_session.cluster_resources()[resource_of_this_node()] == 1
+
+
+@pytest.mark.ray
+def test_a_trial_that_holds_no_gpu_leaves_it_to_ray_which_one_scores(ray_session: Any) -> None:
+    profile = Profile(resources_per_worker=Resources(CPU=1, GPU=1))
+    # computed in this process, it would take a GPU that is not its own; there is none on a machine of CPUs, which is told at once
+    assert list(runner_of(profile)(lambda indices: {}, {})) == []  # type: ignore[arg-type]
 
 
 def test_the_time_of_all_drivers_counts(folder: SweepFolder) -> None:
