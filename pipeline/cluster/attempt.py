@@ -8,16 +8,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.board import NAMESPACE, Board, Member, board_name, run_worker
-from pipeline.cluster.causes import cause_of, starved
+from pipeline.cluster.causes import Remains, cause_of, starved
 from pipeline.cluster.placement import mark_of
 from pipeline.console import Console, duration
 from pipeline.planning.capacity import Growth, needs
-from pipeline.planning.memory import oom_kills
 from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.signals import Signals
 from pipeline.storage.remote import RemoteFolder
@@ -44,13 +44,15 @@ Observer = Callable[[dict[str, Any]], None]
 class Ended:
     """How an attempt ended: with an outcome, or with the cause of its failure.
 
-    `planned` says why the driver stopped it in order to go on at once; `lost` are nodes that no longer answer.
+    `planned` says why the driver stopped it in order to go on at once; `lost` are nodes that no longer answer, `rows` those of the
+    dataset that were being decoded when a worker's process died.
     """
 
     outcome: str | None
     cause: str = ""
     planned: str = ""
     lost: frozenset[str] = frozenset()
+    rows: frozenset[int] = frozenset()
 
 
 class Attempt:
@@ -215,7 +217,9 @@ class Attempt:
         try:
             for group in {member.placement_group for member in self.members.values()}:
                 cluster_nodes.release(group)
-            answers = cluster_nodes.on_each(mine, oom_kills)
+            answers = cluster_nodes.on_each(
+                mine, partial(Remains.here, Path(self.job.run_folder).name, self.job.attempt)
+            )
         except Exception:  # the cluster is going
             return Ended(None, cause_of(error))
         lost = frozenset(mine - answers.keys())
@@ -224,13 +228,14 @@ class Attempt:
                 cause = f"worker {member.rank}: its node {member.node_name} was lost"
                 return Ended(None, cause, lost=lost)
         cause = cause_of(error)
-        if any(answers[member.node] > member.oom_kills for member in self.members.values()):
-            cause = starved(cause)
+        rows = frozenset(row for remains in answers.values() for row in remains.rows)
+        if any(answers[member.node].oom_kills > member.oom_kills for member in self.members.values()):
+            cause, rows = starved(cause), frozenset()
         stacks = Path(self.job.run_folder) / STACKS
         forget_empty(stacks)
         if stacks.is_dir():
             cause += f" (what its threads were doing: {stacks})"
-        return Ended(None, cause, lost=lost)
+        return Ended(None, cause, lost=lost, rows=rows)
 
 
 def _trainer(job: Job, profile: Profile, board: str) -> Any:

@@ -147,6 +147,7 @@ def run_worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train.torch
 
+    from pipeline.data.decoding import Decoding
     from pipeline.training.stacks import Stacks, path_of
     from pipeline.training.team import Team
     from pipeline.training.worker import Worker
@@ -160,7 +161,9 @@ def run_worker(config: dict[str, Any]) -> None:
         job: Job = config["job"]
         path = path_of(Path(job.run_folder), job.attempt, team.rank)
         with Stacks(path, job.profile["timeouts"]["collective_s"]) as stacks:
-            outcome = Worker(job, team, BoardLink(board, stacks), gpu).work()
+            worker = Worker(job, team, BoardLink(board, stacks), gpu)
+            with Decoding(Path(job.run_folder).name, job.attempt, team.rank) as worker.dataset.decoding:
+                outcome = worker.work()
     except PipelineError as error:
         ray.get(board.fail.remote(error))
         raise

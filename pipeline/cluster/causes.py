@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-from pipeline.planning.memory import REMEDY, SAID
+from dataclasses import dataclass
+
+from pipeline.data.decoding import rows_left
+from pipeline.planning.memory import REMEDY, SAID, oom_kills
 
 KILLED = "its process was killed"
+
+
+@dataclass(frozen=True)
+class Remains:
+    """What a machine tells after an attempt: how often memory has run out there, and the rows that were being decoded at a death."""
+
+    oom_kills: int
+    rows: frozenset[int]
+
+    @classmethod
+    def here(cls, run_id: str, attempt: int) -> Remains:
+        """Return what this machine tells of an attempt of a run."""
+        return cls(oom_kills(), rows_left(run_id, attempt))
 
 
 def cause_of(error: BaseException) -> str:

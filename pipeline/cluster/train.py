@@ -17,7 +17,8 @@ from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.attempt import CLUSTER_GONE, Attempt, Observer
 from pipeline.cluster.session import Session
 from pipeline.console import Console, duration
-from pipeline.errors import ClusterError, InterruptedRunError
+from pipeline.data.shards import Dataset
+from pipeline.errors import ClusterError, DataError, InterruptedRunError
 from pipeline.planning.capacity import fitting_counts, largest, needs, shortage
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import experiment_from
@@ -36,17 +37,19 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
 
     `observe` is given what the board says, each time it is read.
 
-    Raises the worker's own error where there is one, ClusterError when attempts are exhausted, two in a row die without a new
-    checkpoint, or the cluster does not hold the workers, InterruptedRunError when the user or the system asked to stop.
+    Raises the worker's own error where there is one, DataError where decoding one row ends two attempts in a row, ClusterError when
+    attempts are exhausted, two in a row die without a new checkpoint, or the cluster does not hold the workers, InterruptedRunError when
+    the user or the system asked to stop.
     """
     counts = fitting_counts(experiment_from(job.experiment), profile)
     causes: list[tuple[int, str]] = []
     lost: Collection[str] = ()
+    rows: frozenset[int] = frozenset()
     with Session(profile, job.num_workers) as session, cluster_nodes.wanted() as want:
         while len(causes) < profile.retries.max_attempts:
             session.ensure()
             with listening() as signals:
-                num_workers = gather(counts, profile, console, signals, lost, want, run.id)
+                num_workers = gather(counts, profile, console, signals, lost, want, f"ddpm-pipe resume {run.id}")
                 attempt = run.next_attempt()
                 run.update(status="RUNNING", reason="")
                 here = replace(job, attempt=attempt, num_workers=num_workers)
@@ -70,6 +73,9 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
             lost = ended.lost
             run.log(f"attempt {attempt} failed: {ended.cause}")
+            if again := ended.rows & rows:  # whatever was saved meanwhile: the third time it would die there, too
+                raise _undecodable(run, job, profile, min(again))
+            rows = ended.rows
             if causes and causes[-1][0] == step:
                 raise ClusterError(
                     f"run {run.id} died twice after step {max(step, 0)} without a new checkpoint: {ended.cause}; "
@@ -90,13 +96,12 @@ def gather(
     signals: Signals,
     lost: Collection[str],
     want: Callable[[dict[str, float], int], None],
-    run_id: str,
+    again: str,
 ) -> int:
     """Return how many workers the next attempt takes: the largest of the counts that the cluster holds now, without `lost` nodes.
 
     Waits for the smallest of them as long as the profile says, says what is missing meanwhile, and tells a cluster that scales itself
-    what to `want`; ClusterError after that.
-    InterruptedRunError on a signal.
+    what to `want`; ClusterError after that, InterruptedRunError on a signal, both with what to type `again`.
     """
     if profile.kind == "local":  # this machine was looked at before Ray was started on it
         return counts[0]
@@ -113,7 +118,7 @@ def gather(
             return found
         if signals.first is not None:
             raise InterruptedRunError(
-                f"stopped while waiting for the cluster; go on with: ddpm-pipe resume {run_id}",
+                f"stopped while waiting for the cluster; go on with: {again}",
                 130 if signals.first == signal.SIGINT else 75,
             )
         if found is None:
@@ -121,10 +126,19 @@ def gather(
             if now - begin > limit:
                 raise ClusterError(
                     f"profile {profile.name!r} wants {missing}; add nodes or lower workers (wait_for_resources_s waits "
-                    f"longer than {duration(limit)}), then: ddpm-pipe resume {run_id}"
+                    f"longer than {duration(limit)}), then: {again}"
                 )
             console.progress(f"waiting for {missing}; {duration(limit - (now - begin))} left")
         time.sleep(LOOK_S)
+
+
+def _undecodable(run: Run, job: Job, profile: Profile, row: int) -> DataError:
+    """Return the error for a row that ended two attempts, naming its shard."""
+    where = Dataset.open(job.dataset_folder, profile.cache).locate(row)
+    return DataError(
+        f"{where}: the process that decoded this image crashed, twice; ingest the dataset again without it and start a new run, or install "
+        f"another Pillow and go on with: ddpm-pipe resume {run.id}"
+    )
 
 
 def _newest_step(run: Run) -> int:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline.cluster import nodes
 from pipeline.cluster.session import Session
+from pipeline.cluster.train import gather
 from pipeline.cluster.worker_group import worker_group
-from pipeline.console import size
+from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
+from pipeline.planning.capacity import fitting_counts
 from pipeline.planning.forecast import Forecast, describe, forecast
 from pipeline.planning.plan import Plan, lines
 from pipeline.planning.probe import PROBE_S, Probe, probe_training
+from pipeline.signals import listening
 from pipeline.workflows import training_run
 
 if TYPE_CHECKING:
@@ -60,21 +64,33 @@ def dry_run(asked: training_run.Request, *, measure: bool = True) -> DryRun:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
     if plan.shape is None:
         return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings))
-    probe, num_nodes = _probe(plan, plan.shape)
-    seen = forecast(plan, probe, math.ceil(plan.num_workers / num_nodes))
-    return DryRun(plan, probe, seen, "", (*warnings, *seen.warnings))
+    now, probe, num_nodes = _probe(plan, plan.shape)
+    if now.num_workers < plan.num_workers:
+        warnings.append(
+            f"the cluster has room for {now.num_workers} workers at the moment: measured and reckoned with them, not with "
+            f"{plan.num_workers}"
+        )
+    seen = forecast(now, probe, math.ceil(now.num_workers / num_nodes))
+    return DryRun(now, probe, seen, "", (*warnings, *seen.warnings))
 
 
-def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Probe, int]:
-    """Measure in this process where one worker of this machine would train, else with all workers in the cluster, on so many nodes."""
-    folder = plan.profile.home()
-    if plan.num_workers == 1 and not plan.profile.is_remote:
-        return probe_training(plan.experiment, shape, plan.profile, 1, folder=folder), 1
-    with Session(plan.profile, plan.num_workers) as session:
+def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe, int]:
+    """Measure in this process where one worker of this machine would train, else with the workers that a training would begin with.
+
+    Returns the plan with their number, what was measured, and on how many nodes.
+    """
+    profile, folder = plan.profile, plan.profile.home()
+    if plan.num_workers == 1 and not profile.is_remote:
+        return plan, probe_training(plan.experiment, shape, profile, 1, folder=folder), 1
+    counts = fitting_counts(plan.experiment, profile)
+    with Session(profile, plan.num_workers) as session, nodes.wanted() as want:
         session.ensure()
-        with worker_group(plan.profile, plan.num_workers) as group:
-            probes = group.run(measure_in_worker, plan, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)
-            return probes[0], group.num_nodes
+        with listening() as signals:
+            count = gather(counts, profile, Console(), signals, (), want, "the same command")
+        now = replace(plan, num_workers=count)
+        with worker_group(profile, count, profile.timeouts.start_s) as group:
+            probes = group.run(measure_in_worker, now, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)
+            return now, probes[0], group.num_nodes
 
 
 def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path, code_folder: str) -> Probe:

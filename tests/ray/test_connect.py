@@ -178,6 +178,23 @@ def test_more_than_the_cluster_holds_fails_soon_and_says_what_is_missing(cli, cl
     assert not (tmp_path / "shared" / "runs").exists()
 
 
+def test_a_dry_run_measures_with_the_workers_that_a_training_would_begin_with(cli, cluster, profile_of, home):
+    (home / "trusted.py").write_text(NETWORK)
+    (home / "own.yaml").write_text("model: {type: 'trusted:Trusted'}\n")
+    path = profile_of(cluster, workers={"min": 1, "max": 4}, forward_env=["THE_KEY"])
+    environment = cluster.environment | {"THE_KEY": SECRET}
+    planned = cli("train", "own.yaml", "--cluster", path, *SHORT, "--dry-run", "--json", env=environment)
+    assert planned.code == 0, planned.stderr
+    told = json.loads(planned.stdout)
+    assert (told["num_workers"], told["probe"]["batch"]) == (2, 8)
+    assert "room for 2 workers at the moment" in "\n".join(told["warnings"])  # this machine may be busy, too
+    waiting = profile_of(cluster, workers=4, forward_env=["THE_KEY"], wait_for_resources_s=25)
+    refused = cli("train", "own.yaml", "--cluster", waiting, *SHORT, "--dry-run", env=environment)
+    assert refused.code == 8
+    assert "waiting for 4 workers with 1 CPUs each" in refused.stderr
+    assert "wait_for_resources_s waits longer than 25 s), then: the same command" in refused.stderr
+
+
 def test_a_cluster_that_grows_is_waited_for_with_progress(cli, cluster, profile_of, tmp_path):
     profile = profile_of(cluster, workers=4, wait_for_resources_s=8)
     refused = cli("train", "--cluster", profile, *SHORT, env=cluster.environment)

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
+from pipeline.data.shards import Dataset
 from pipeline.storage import checkpoint as checkpoints
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -52,6 +54,22 @@ class Slow(nn.Module):
             if self.calls == self.die_at:
                 os.kill(os.getpid(), 9)
         return self.drop(self.net(x))
+"""
+
+# a decoder with a fault, in the workers alone: at one image it follows a null pointer
+CRASHING_DECODER = """
+import ctypes, hashlib, sys
+import PIL.Image
+
+_open = PIL.Image.open
+
+def crashing(file, *arguments, **options):
+    if hashlib.sha256(file.getvalue()).hexdigest() == "DIGEST":
+        ctypes.string_at(0)
+    return _open(file, *arguments, **options)
+
+if sys.argv[0].endswith("default_worker.py"):
+    PIL.Image.open = crashing
 """
 
 
@@ -206,6 +224,25 @@ def test_a_run_that_dies_twice_at_one_step_is_not_tried_for_ever(tiny, cli):
     assert "died twice" in last
     assert "ddpm-pipe resume" in last
     assert (only_run(tiny) / "attempt").read_text().strip() == "2"
+
+
+def test_an_image_that_crashes_the_decoder_twice_is_named(tiny, cli, tmp_path):
+    images = np.random.default_rng(0).integers(
+        0, 256, (40, 66, 30, 1), dtype=np.uint8
+    )  # large enough to be kept as PNG
+    np.savez(tmp_path / "images.npz", images=images)
+    assert cli("ingest", tmp_path / "images.npz", tmp_path / "set").code == 0
+    dataset = Dataset.open(tmp_path / "set")
+    stored = dataset.storage(1)
+    dataset.load(np.array([17]), stored, np.empty(1, dtype=np.int64))
+    digest = hashlib.sha256(stored[0]).hexdigest()
+    (tiny / "slow_network.py").write_text(SLOW_NETWORK + CRASHING_DECODER.replace("DIGEST", digest))
+    slow(tiny, pause=0.0)
+    result = cli("train", "slow.yaml", "--data", tmp_path / "set", "--cluster", "two.yaml")
+    assert result.code == 3, result.stderr
+    assert f"{dataset.location}/shard-00000.parquet, row group 0, row 17" in told(result.stderr)
+    assert "crashed, twice" in told(result.stderr)
+    assert "Traceback" not in result.stderr
 
 
 def test_divergence_is_told_with_its_step_and_no_checkpoint_holds_it(tiny, cli):
