@@ -42,7 +42,7 @@ RANDOM_CANDIDATE = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{20,512}(?!
 
 def redact(text: str) -> str:
     """Return the text with everything that looks like a secret replaced by `<redacted>`."""
-    for value in _environment_secrets():
+    for value in environment_secrets():
         text = text.replace(value, HIDDEN)
     text = USERINFO.sub("", text)
     text = KNOWN_SHAPES.sub(HIDDEN, text)
@@ -90,7 +90,7 @@ def announces_secret(name: str, value: str) -> bool:
     )
 
 
-def _environment_secrets() -> list[str]:
+def environment_secrets() -> list[str]:
     """Return the values of environment variables that hold secrets, by their names or because a profile says so."""
     declared = set(os.environ.get(DECLARED_SECRETS, "").split(","))
     return [

@@ -6,8 +6,10 @@ request headers and in the environment of Ray's processes alone: never in argume
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -16,6 +18,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from pipeline.errors import ClusterError, UsageError
+from pipeline.redaction import redact
 from pipeline.settings.cluster_profile import Profile
 
 TIMEOUT_S = 10.0
@@ -94,7 +97,10 @@ def knock_at_store(address: str) -> Knock:
 
 
 def knock_at_dashboard(address: str) -> Knock:
-    """Return how to ask a cluster's dashboard (http or https); ClusterError where something else than Ray answers."""
+    """Return how to ask a cluster's dashboard (http or https).
+
+    ClusterError where something else than Ray answers, or its certificate is not trusted.
+    """
 
     def knock(token: str | None) -> Door:
         request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
@@ -110,7 +116,15 @@ def knock_at_dashboard(address: str) -> Knock:
             raise ClusterError(
                 f"{address}: answers {error.code} where Ray's dashboard would answer; is the address right?"
             ) from None
-        except OSError:
+        except http.client.HTTPException:
+            raise ClusterError(f"{address}: what answers there does not speak HTTP; is the address right?") from None
+        except OSError as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError):
+                raise ClusterError(
+                    f"{address}: no secure connection: {redact(str(reason))}; where the certificate is by an authority of your own, set "
+                    "SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the authority's file; where the server speaks plain http, say http://"
+                ) from None
             return Door.ABSENT
         try:
             json.loads(body)["ray_version"]

@@ -53,7 +53,7 @@ ddpm-pipe sample k7m2 --interpolate 12 ~/seven.png
     help="Draw the way from one image to another: each the number of a training image, or a file.",
 )
 @sampling_options
-@runs_on_cluster(outputs=["out"])
+@runs_on_cluster(files=["between"], outputs=["out"])
 @dry_run_option
 @json_option
 def sample(

@@ -17,11 +17,13 @@ from pipeline.commands.options import cluster_option, example, json_option, prin
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def runs_on_cluster(*, files: Sequence[str] = (), outputs: Sequence[str] = ()) -> Callable[[F], F]:
+def runs_on_cluster(
+    *, files: Sequence[str] = (), outputs: Sequence[str] = (), plans_here: bool = False
+) -> Callable[[F], F]:
     """Add `--cluster` and `--detach`: with a profile of kind job, the command is sent there instead of being run here.
 
-    `files` name the parameters whose values may be files (they are sent along) or folders (they must be seen by every node), `outputs`
-    those that name where results go.
+    `files` name the parameters whose values may be files (they are sent along); of these `data` may be a folder, too (it must be seen by
+    every node). `outputs` are those that name where results go. With `plans_here`, `--dry-run --no-probe` needs nothing of a cluster.
     """
 
     def decorate(command: F) -> F:
@@ -32,9 +34,14 @@ def runs_on_cluster(*, files: Sequence[str] = (), outputs: Sequence[str] = ()) -
             from pipeline.storage.provenance import JOB_VARIABLE
 
             profile = load_profile(cluster)
-            if profile.kind == "job" and JOB_VARIABLE not in os.environ:
+            plans_only = plans_here and given["dry_run"] and not given["probe"]
+            if profile.kind == "job" and JOB_VARIABLE not in os.environ and not plans_only:
                 context = click.get_current_context()
                 context.exit(_send(context, profile, str(cluster), [*files, "cluster"], outputs, detach=detach))
+            if detach and plans_only:
+                raise UsageError(
+                    "--detach leaves a job to a cluster; --dry-run --no-probe needs none, and answers at once"
+                )
             if detach and profile.kind != "job":
                 raise UsageError(
                     f"--detach leaves a job to a cluster; profile {profile.name!r} is of kind {profile.kind}, and the work runs here"
@@ -56,29 +63,33 @@ def _send(
     from pipeline.console import Console
     from pipeline.errors import UsageError
     from pipeline.jobs.submit import Jobs
+    from pipeline.storage.remote import is_remote
 
     given = {name: context.params[name] for name in files if context.params.get(name) is not None}
     for name in outputs:
         value = context.params.get(name)
-        if value is not None and not Path(str(value)).is_absolute() and "://" not in str(value):
+        if value is not None and not Path(str(value)).is_absolute():
+            shared = None if is_remote(profile.storage) else f"{str(profile.storage).rstrip('/')}/{value}"
+            remedy = f", such as {shared}" if shared else ""
             raise UsageError(
-                f"--{name.replace('_', '-')} {value}: the job writes on another machine; give an absolute folder that you see too, such as "
-                f"{(profile.storage or '').rstrip('/')}/{value}"
+                f"--{name.replace('_', '-')} {value}: the job writes on another machine; give an absolute folder that every node and you "
+                f"see{remedy}, or leave it out: then the profile's storage gets it"
             )
-    sources = [path for path in map(_path, given.values()) if path.is_file()]
+    sources = [path for value in given.values() for path in map(_path, _words(value)) if path.is_file()]
     module = _own_module(context)
     console = Console()
     jobs = Jobs(profile, reference, console)
 
     def arguments_of(names: Mapping[Path, str]) -> list[str]:
-        changed = {}
+        changed: dict[str, Any] = {}
         for name, value in given.items():
             path = _path(value)
-            if path in names:
-                changed[name] = names[path]
-            elif path.is_dir():
+            if name == "data" and path.is_dir():  # elsewhere a word is a name, though a folder here may be called so
                 changed[name] = str(path.absolute())
                 console.say(f"{path.absolute()} is named, not sent: every node must see it")
+            elif any(_path(word) in names for word in _words(value)):
+                there = tuple(names.get(_path(word), word) for word in _words(value))
+                changed[name] = there if isinstance(value, tuple) else there[0]
         return command_line(context, changed)
 
     job = jobs.submit(arguments_of, sources, module)
@@ -98,6 +109,11 @@ def _follow(jobs: Any, job: str) -> int:
     return code
 
 
+def _words(value: object) -> tuple[str, ...]:
+    """Return the words that were typed for a parameter: several for an option that takes several."""
+    return tuple(map(str, value)) if isinstance(value, tuple) else (str(value),)
+
+
 def _path(value: object) -> Path:
     return Path(str(value)).expanduser()
 
@@ -115,7 +131,7 @@ def _own_module(context: click.Context) -> str | None:
     return module if colon else None
 
 
-def command_line(context: click.Context, changed: Mapping[str, str]) -> list[str]:
+def command_line(context: click.Context, changed: Mapping[str, Any]) -> list[str]:
     """Return the arguments as typed, but for changed values and `--detach`; options first, so that `--` can guard the words after them."""
     path = context.command_path.split()[1:]
     typed, _, order = context.command.make_parser(context).parse_args(sys.argv[1 + len(path) :])
@@ -138,6 +154,8 @@ def _option(option: click.Option, value: Any) -> list[str]:
     if option.is_flag:
         return [long] if value else list(option.secondary_opts[:1])
     each = value if option.multiple and isinstance(value, list) else [value]
+    if option.nargs != 1:
+        return [word for words in each for word in (long, *map(str, words))]
     return [f"{long}={item}" if long.startswith("--") else f"{long}{item}" for item in each]
 
 

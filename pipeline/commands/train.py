@@ -29,7 +29,7 @@ ddpm-pipe train --from k7m2
 @click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, ddpm-cifar10, ...")
 @click.option("--from", "origin", metavar="SWEEP", help="The best point of a sweep, at the full length of its base.")
 @click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
-@runs_on_cluster(files=["experiment", "data"])
+@runs_on_cluster(files=["experiment", "data"], plans_here=True)
 @set_option
 @dry_run_option
 @click.option("--probe/--no-probe", default=True, help="With --dry-run: whether to time a few training steps.")

@@ -7,18 +7,19 @@ import logging
 import os
 import re
 import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.cluster.token import admission, knock_at_dashboard, travels_readable
 from pipeline.console import Console, duration, size
 from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
 from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
-from pipeline.redaction import KNOWN_SHAPES, USERINFO, redact
+from pipeline.redaction import ASSIGNMENT, KNOWN_SHAPES, USERINFO, environment_secrets, redact
 from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
 from pipeline.storage.runs import new_id
@@ -27,10 +28,14 @@ PREFIX = "ddpm-"
 ENTRY = ("python", "-P", "-m", "pipeline.commands.job")  # -P: the code that was sent, not what stands in the folder
 AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is left
 RECONNECT_S = 300.0
+OWN_SIGNALS = {130, 143}  # exit codes above 128 that a command of ours ends with by itself
+# what a setting like `num_tokens` is, for all its name: a count, a list that begins with one, a switch
+NO_SECRET = re.compile(r"(?i)\[?[-+.\de]{1,7}\]?|true|false|null|none")
 # Ray decides these from its environment when it is first imported; in the job that may be before this package is
 DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
 
+T = TypeVar("T")
 Arguments = Callable[[Mapping[Path, str]], list[str]]
 
 
@@ -63,10 +68,11 @@ class Jobs:
         modules = list(settings.py_modules)
         if module and packing.is_importable_elsewhere(module, here) and module not in modules:
             modules.append(module.partition(".")[0])
-        code = packing.code(modules)
-        work.require_size(settings.max_mb)
-        if work.left_out:
-            self._console.say(f"left out, because they look like secrets: {', '.join(work.left_out[:5])}")
+        code = packing.code(modules, settings.excludes)
+        for package in (work, code):
+            package.require_size(settings.max_mb)
+        if left_out := [*work.left_out, *code.left_out]:
+            self._console.say(f"left out, because they look like secrets: {', '.join(left_out[:5])}")
         arguments = arguments_of(names)
         _refuse_secrets(arguments)
 
@@ -80,7 +86,9 @@ class Jobs:
         typed = redact(shlex.join(["ddpm-pipe", *arguments]))
         self._console.say(f"sending {typed} to {profile.address} ({size(sum(map(len, archives)))} of code and files)")
         try:
-            self._client.submit_job(
+            self._ask(
+                "take the job",
+                self._client.submit_job,
                 entrypoint=shlex.join([*ENTRY, *arguments]),
                 submission_id=job,
                 runtime_env={"working_dir": working_dir, "py_modules": [py_modules], "env_vars": env},
@@ -90,14 +98,14 @@ class Jobs:
             raise InterruptedRunError(
                 f"stopped while {job} was being sent; see: ddpm-pipe jobs list{self._at()}", 130
             ) from None
-        except RuntimeError as error:
-            raise ClusterError(
-                f"profile {profile.name!r}: the cluster did not take the job: {_reason(error)}"
-            ) from None
         return job
 
     def _environment(self, job: str, values: dict[str, str]) -> dict[str, str]:
-        """Return what the job's environment says of it; an address with a password in it goes to the secret `values`."""
+        """Return what the job's environment says of it; an address with a password in it goes to the secret `values`.
+
+        So does the run that `mlflow run` opened: it is the driver's alone, and what stands in a job's environment reaches every worker,
+        where each trial of a sweep would take it for its own. UsageError where the job could not write to its store.
+        """
         env = {
             JOB_VARIABLE: job,
             CODE_VERSION_VARIABLE: code_version(),
@@ -105,8 +113,15 @@ class Jobs:
             # Ray kills a job this long after it has asked it to stop; its own 3 s are too short to save
             "RAY_JOB_STOP_WAIT_TIME_S": str(round(self._profile.timeouts.stop_s + AFTER_STOP_S)),
         }
-        uri = os.environ.get("MLFLOW_TRACKING_URI")
-        if self._profile.mlflow.tracking_uri is None and uri:
+        uri, opened = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
+        if opened:
+            if uri and not uri.startswith(("http://", "https://")):
+                raise UsageError(
+                    f"MLFLOW_RUN_ID names a run in {redact(uri)}, where a job on another machine cannot write; set MLFLOW_TRACKING_URI "
+                    "to a server's http(s) address before `mlflow run` (or unset MLFLOW_RUN_ID)"
+                )
+            values["MLFLOW_RUN_ID"] = opened
+        if uri and (opened or self._profile.mlflow.tracking_uri is None):
             (values if USERINFO.search(uri) else env)["MLFLOW_TRACKING_URI"] = uri
         return env
 
@@ -125,36 +140,72 @@ class Jobs:
             )
 
     def _request(self, method: str, path: str, **options: Any) -> Any:
-        return self._client._do_request(method, path, **options)  # Ray's own client has no public call for packages
+        # Ray's own client has no public call for packages
+        return self._ask("take the files", self._client._do_request, method, path, **options)
+
+    def _ask(self, what: str, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
+        """Return what a call of Ray's client returns; ClusterError in one line where the cluster fails it, whatever the client raises."""
+        from ray.exceptions import RayError
+
+        try:
+            return call(*arguments, **options)
+        # what requests raises is an OSError; an answer that is not Ray's is a ValueError of whatever reads it
+        except (RuntimeError, OSError, ValueError, RayError) as error:
+            raise ClusterError(
+                f"profile {self._profile.name!r}: the cluster did not {what}: {_reason(error)}; try again, or look: "
+                f"ddpm-pipe doctor{self._at()}"
+            ) from None
 
     # -- watching
 
     def follow(self, job: str, out: Callable[[str], None], log: Callable[[str], None]) -> int:
         """Print a job's log from its beginning until it ends, results to `out` and the rest to `log`; return its exit code.
 
-        A lost connection is taken up again where it was. ClusterError where the job ended without a word of its own.
+        A lost connection is told, and taken up again where it was. ClusterError where the job is gone, was killed, or ended without a
+        word of its own.
         """
         lines = LogLines(out, log)
         lost: float | None = None
         while True:
             try:
                 asyncio.run(self._tail(job, lines))
-                info = self._info(job)
+                info = self._client.get_job_info(job)
                 if info.status.is_terminal():
                     lines.write_from(self._client.get_job_logs(job))
                     lines.close()
                     return self._exit_code(job, info, lines.saved)
+                if lost is not None:
+                    self._console.say(f"following {job} again")
                 lost = None
             except PipelineError:
                 raise
             except Exception as error:  # of the network, by three libraries with errors of their own
                 now = time.monotonic()
-                lost = lost or now
+                if self._is_gone(job):
+                    raise ClusterError(
+                        f"{self._profile.address} knows no job {job} any more: the cluster was started anew, or forgot it; what the job "
+                        f"saved is in the profile's storage: ddpm-pipe runs{self._at()}"
+                    ) from None
+                if lost is None:
+                    lost = now
+                    self._console.say(
+                        f"lost the connection to {job} ({_reason(error)}); trying again for {duration(RECONNECT_S)}. The job may well go on"
+                    )
                 if now - lost > RECONNECT_S:
                     raise ClusterError(
                         f"lost the connection to {job} ({_reason(error)}); it may well go on: {self._how_to_follow(job)}"
                     ) from None
             time.sleep(1.0)
+
+    def _is_gone(self, job: str) -> bool:
+        """Whether the cluster answers, and says itself that there is no such job; a 404 of a proxy in between is no such word."""
+        try:
+            self._client.get_job_info(job)
+        except RuntimeError as error:
+            return "status code 404" in str(error) and f"Job {job} does not exist" in str(error)
+        except Exception:  # of the network again
+            return False
+        return False
 
     async def _tail(self, job: str, lines: LogLines) -> None:
         lines.rewind()
@@ -168,9 +219,23 @@ class Jobs:
         if status == "STOPPED":
             return 75 if saved else 143
         if info.driver_exit_code is not None:
-            return int(info.driver_exit_code)
+            return self._of_driver(job, int(info.driver_exit_code))
         raise ClusterError(
             f"job {job} ended without running its command: {_reason(info.message or info.error_type or 'no reason given')}"
+        )
+
+    def _of_driver(self, job: str, code: int) -> int:
+        """Return the exit code of a driver that ended by itself; ClusterError where a signal ended it, since then it said nothing."""
+        if 0 <= code < 128 or code in OWN_SIGNALS:
+            return code
+        number = (
+            -code if code < 0 else code - 128
+        )  # the shell between Ray and the driver tells the same by 128 and more
+        known = {each.value: each.name for each in signal.Signals}
+        cause = ", as a machine without free memory does" if number == signal.SIGKILL else ""
+        raise ClusterError(
+            f"the driver of job {job} was killed on the cluster by {known.get(number, f'signal {number}')}{cause}; what it saved is kept: "
+            f"ddpm-pipe runs{self._at()}, then ddpm-pipe resume RUN{self._at()}"
         )
 
     def farewell(self, job: str) -> str:
@@ -188,7 +253,8 @@ class Jobs:
 
     def listed(self) -> list[dict[str, Any]]:
         """Return this package's jobs, newest first: id, status, when it started, how long it took, command."""
-        found = [info for info in self._client.list_jobs() if (info.submission_id or "").startswith(PREFIX)]
+        jobs = self._ask("list its jobs", self._client.list_jobs)
+        found = [info for info in jobs if (info.submission_id or "").startswith(PREFIX)]
         return [_row(info) for info in sorted(found, key=lambda info: info.start_time or 0, reverse=True)]
 
     def find(self, reference: str) -> str:
@@ -212,17 +278,18 @@ class Jobs:
         if info.status.is_terminal():
             return f"{job} had ended already: {info.status}"
         self._console.say(f"asked {job} to stop; a training saves first")
-        self._client.stop_job(job)
+        self._ask("stop the job", self._client.stop_job, job)
         deadline = time.monotonic() + self._profile.timeouts.stop_s + 2 * AFTER_STOP_S
         while not (info := self._info(job)).status.is_terminal():
             if time.monotonic() > deadline:
                 raise ClusterError(f"{job} was asked to stop and has not yet; see: {self._how_to_follow(job)}")
             time.sleep(0.5)
-        told = [line for line in self._client.get_job_logs(job).splitlines() if line.startswith("ddpm-pipe: ")]
+        log = self._ask("show the job's log", self._client.get_job_logs, job)
+        told = [line for line in log.splitlines() if line.startswith("ddpm-pipe: ")]
         return f"{job}: {told[-1].removeprefix('ddpm-pipe: ') if told else str(info.status).lower()}"
 
     def _info(self, job: str) -> Any:
-        return self._client.get_job_info(job)
+        return self._ask("tell of the job", self._client.get_job_info, job)
 
 
 def _client(address: str, token: str | None) -> Any:
@@ -243,12 +310,25 @@ def _client(address: str, token: str | None) -> Any:
 
 
 def _refuse_secrets(arguments: Sequence[str]) -> None:
+    """UsageError where an argument holds a secret: Ray shows and logs a job's command line as it is."""
     for argument in arguments:
-        if KNOWN_SHAPES.search(argument) or re.search(r"://[^/\s@]+:[^/\s@]+@", argument):
+        assigned = any(_is_secret(name, value) for name, value in ASSIGNMENT.findall(argument))
+        if assigned or KNOWN_SHAPES.search(argument) or re.search(r"://[^/\s@]+:[^/\s@]+@", argument):
             raise UsageError(
                 "an argument looks like a secret, and a job's command line is shown to everybody who may list jobs; "
                 "put it into the environment, and its name into the profile's forward_env"
             )
+        if any(value in argument for value in environment_secrets() if len(value) >= 6):
+            raise UsageError(
+                "an argument holds the value of a secret variable of your environment, and a job's command line is shown to everybody "
+                "who may list jobs; name the variable in the profile's forward_env, and leave the value out (one that is no secret "
+                "goes into the profile's env)"
+            )
+
+
+def _is_secret(name: str, value: str) -> bool:
+    a_word = "token" in name.lower() and value.isalpha()  # such as `tokenizer=bpe`
+    return not (a_word or NO_SECRET.fullmatch(value))
 
 
 def _row(info: Any) -> dict[str, Any]:
