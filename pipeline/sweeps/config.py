@@ -230,7 +230,7 @@ def load_sweep(
         if not equals:
             raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.batch_size=64")
         content["overrides"][key.strip()] = parse_yaml(text, f"-s {key}")
-    return sweep_from(content, path.name)
+    return sweep_from(content, "sweep" if over and reference is None else path.name)
 
 
 def _mapping(content: Any, where: str) -> dict[str, Any]:
