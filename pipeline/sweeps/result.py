@@ -246,8 +246,8 @@ def _by_identity(entries: list[Entry], sweep_id: str) -> tuple[list[Entry], list
         lines = differing(entry.identity, valued[-1].identity, LUCK | OF_THE_MODEL | MADE)
         if lines:
             reason = (
-                f"seed {entry.seed} is not ranked: it was judged unlike the newest ({'; '.join(lines)}); what was judged before a change is "
-                f"taken again by: ddpm-pipe resume {sweep_id}"
+                f"seed {entry.seed} is not ranked: it was judged unlike the newest ({'; '.join(lines)}); what was judged before a change "
+                f"is taken again by: ddpm-pipe resume {sweep_id}"
             )
             unlike[id(entry)] = Refused(entry.point, reason)
     return [entry for entry in entries if id(entry) not in unlike], list(unlike.values())
