@@ -103,13 +103,6 @@ class RayCluster:
         """Return how many nodes the cluster counts as alive."""
         return len(self.alive())
 
-    def drain(self, node: Node, notice_s: int = 60) -> None:
-        """Announce that a node will be taken away, as a cloud does with a spot machine."""
-        words = ["drain-node", "--address", self.gcs, "--node-id", node.id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
-        words += ["--reason-message", "spot", "--deadline-remaining-seconds", str(notice_s)]
-        command = [str(Path(sys.executable).with_name("ray")), *words]
-        subprocess.run(command, env=os.environ | self.environment, check=True, capture_output=True)
-
     def alive(self) -> set[str]:
         """Return the nodes that the cluster counts as alive, by Ray's names for them."""
         status, body = self.get("/nodes?view=summary")

@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from ray._private import ray_constants
 
 from pipeline.settings.cluster_profile import load_profile
 
@@ -78,6 +79,16 @@ def test_a_pod_holds_a_worker_of_the_profile_and_the_group_holds_all_of_them():
     assert float(limits["cpu"]) >= profile.resources_per_worker.CPU
     assert float(limits["nvidia.com/gpu"]) >= profile.resources_per_worker.GPU
     assert group["maxReplicas"] >= profile.most_workers
+
+
+@pytest.mark.parametrize("spec", cluster_specs(), ids=["cluster", "job"])
+def test_a_pod_that_is_taken_away_has_time_to_announce_it_and_training_to_save(spec):
+    (group,) = spec["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    env = {item["name"]: item["value"] for item in pod["containers"][0]["env"]}
+    announced_s = float(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])  # which this Ray knows:
+    assert hasattr(ray_constants, "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S")
+    assert load_profile("kuberay").timeouts.stop_s < announced_s < pod["terminationGracePeriodSeconds"]
 
 
 def test_services_are_those_that_profile_and_pods_name():
