@@ -5,6 +5,7 @@
     <storage>/runs/<id>/checkpoints/                       (pipeline/storage/remote_checkpoints.py)
     <storage>/runs/<id>/files.json                         log, spool, pictures, scores: which there are, and who sent them
     <storage>/runs/<id>/log.txt, spool/, pictures/ ...     the files themselves
+    <storage>/runs/<id>/samples/                           images that jobs made
 
 Every machine that works on the run has a folder of its own for it. The files follow at each checkpoint and at the end. They go one
 way at a time, from the driver to rank 0 when an attempt begins and back when it ends, so that there is nothing to merge.
@@ -37,7 +38,7 @@ _NOT_FILES = {
     "checkpoints",
     "ray",
     "samples",
-}  # samples are for whoever asked for them
+}  # samples are for whoever asked for them; a job sends its own
 _DELIVERED = "spool/delivered.json"
 _SENDER = ".sender"  # names this machine's folder of the run
 _AT_ONCE = 4
@@ -118,6 +119,16 @@ class RemoteRun:
         wanted = {name for name, sha256 in files.items() if name not in here or _sha256(here[name]) != sha256}
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda name: self._fetch(name, local), sorted(wanted)))
+
+    def samples(self) -> list[str]:
+        """Return the names of the folders of samples that were sent."""
+        return self.folder.child("samples").folders()
+
+    def send_samples(self, folder: Path) -> None:
+        """Send a folder of samples under its name, from a machine whose own folder of the run does not last."""
+        target = self.folder.child(f"samples/{folder.name}")
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            list(pool.map(lambda path: target.upload(path.name, path), sorted(folder.iterdir())))
 
     def _send(self, name: str, path: Path) -> tuple[int, int, str] | None:
         """Send a file unless the store has it as it is; None where it has gone meanwhile."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from pipeline.exchange.export import Format as ExportFormat
 from pipeline.exchange.export import export_run
 from pipeline.redaction import public_uri
 from pipeline.settings.cluster_profile import home_of, load_profile, storage_of
+from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.opened import Opened
@@ -40,7 +42,15 @@ def sample(
     dry_run: bool,
     between: tuple[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Generate images of a run, or pictures of how they come about, and write them; return their identity and where they are."""
+    """Generate images of a run, or pictures of how they come about, and write them; return their identity and where they are.
+
+    Without `out` they stand in the run's folder; in its object store where a job made them, whose own folder goes with it.
+    """
+    if out is not None and re.match(r"\w[\w+.-]*:/", str(out)):
+        raise UsageError(
+            f"--out {str(out).replace(':/', '://', 1)}: images are written into a folder, not to an address; give a folder (a job whose "
+            "storage is an object store leaves them there by itself, without --out)"
+        )
     run, profile = _found(reference, cluster), load_profile(cluster)
     if between is not None:
         request = passage_request(run, request)
@@ -49,14 +59,16 @@ def sample(
     experiment = experiment_of(run)
     sampling, seed = request.settings(experiment)
     _warn(request.warnings(experiment))
-    folder = (out or _fresh(run.folder / "samples")).absolute()
+    store = run.remote if out is None and JOB_VARIABLE in os.environ else None
+    folder = (out or _fresh(run.folder / "samples", () if store is None else store.samples())).absolute()
+    place = str(folder) if store is None else f"{store.folder}/samples/{folder.name}"
     if dry_run:
         return {
             "run": run.id,
             **sampling.model_dump(),
             "seed": seed,
             "num_images": request.num_images,
-            "would write": str(folder),
+            "would write": place,
         }
     opened = Opened.of(TrackingSettings.of_profile(home_of(cluster), profile))
     if between is not None:
@@ -68,7 +80,10 @@ def sample(
             samples = generate_from(run, request, profile, Console())
         about, paths = samples.identity(), write_samples(samples, folder, form)
     _copy(opened, run, {}, [folder])
-    shown = [str(path) for path in paths] if len(paths) <= 3 else [f"{paths[0]} ... ({len(paths) - 1} images)"]
+    if store is not None:
+        store.send_samples(folder)
+    written = [f"{place}/{path.name}" for path in paths]
+    shown = written if len(paths) <= 3 else [f"{written[0]} ... ({len(paths) - 1} images)"]
     return {"run": run.id, **about, "written": shown}
 
 
@@ -214,9 +229,9 @@ def _found(reference: str, cluster: str | None) -> Run:
     return Run.find(home_of(cluster), reference, storage_of(cluster))
 
 
-def _fresh(folder: Path) -> Path:
-    """Return the first of folder/1, folder/2, ... that is not there yet."""
+def _fresh(folder: Path, taken: Collection[str]) -> Path:
+    """Return the first of folder/1, folder/2, ... that is neither there yet nor taken elsewhere."""
     number = 1
-    while (folder / str(number)).exists():
+    while (folder / str(number)).exists() or str(number) in taken:
         number += 1
     return folder / str(number)
