@@ -59,7 +59,7 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
     help="Images on each side of the comparison; for bpd at most so many, by default all.",
 )
 @click.option(
-    "--split", metavar="NAME", help="For bpd: another split of the run's source. Default: the images trained on."
+    "--split", metavar="NAME", help="Judge by another split of the run's source. Default: the images trained on."
 )
 @click.option("--inception-weights", metavar="PATH|URL", help="The 2015-12-05 FID Inception weights.")
 @click.option(

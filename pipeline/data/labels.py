@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.data.image_set import ImageSet, Rows
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError, nearest
 from pipeline.metrics.classifier_store import class_names
@@ -33,6 +36,29 @@ def class_names_of(dataset: Dataset) -> ClassNames:
     return names
 
 
+def told_labels(dataset: ImageSet, rows: Rows, names: ClassNames) -> npt.NDArray[np.int64]:
+    """Return the class of each of some rows, int64 [n], as a model knows it: its own number of the class of that name.
+
+    UsageError where an image has no label, or one of a class that the model does not know: the numbers of classes are each dataset's own.
+    """
+    name, labels = dataset.manifest.name, dataset.labels(rows)
+    if labels is None or (labels < 0).any():
+        missing = "have no labels" if labels is None else f"are without a label in {int((labels < 0).sum())} cases"
+        raise UsageError(
+            f"the images of {name} {missing}, and this model is told the class of each image; give labelled images of its "
+            f"{len(names)} classes"
+        )
+    theirs = class_names(dataset)
+    there = {theirs[label] for label in np.unique(labels).tolist()}
+    if unknown := sorted(there - set(names)):
+        raise UsageError(
+            f"the images of {name} are of class {unknown[0]!r}{nearest(unknown[0], list(names))}, which this model does not know; give "
+            f"images of its {len(names)} classes: {_shown(names)}"
+        )
+    numbers = np.array([names.index(name) if name in names else -1 for name in theirs], np.int64)
+    return numbers[labels]
+
+
 def class_name(labels: str | int, names: ClassNames) -> str:
     """Return the one name of how images are labelled: "balanced", "none", or a class's; UsageError where it names no class."""
     if labels in (BALANCED, NONE):
@@ -59,8 +85,11 @@ def _index(label: str | int, names: ClassNames) -> int:
     number = int(label) if str(label).isdecimal() else -1
     if 0 <= number < len(names):
         return number
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
     raise UsageError(
         f"labels: no class {str(label)!r}{nearest(str(label), list(names))}; give {BALANCED!r}, {NONE!r}, or one of "
-        f"the {len(names)} classes by name or number: {shown}"
+        f"the {len(names)} classes by name or number: {_shown(names)}"
     )
+
+
+def _shown(names: ClassNames) -> str:
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

@@ -15,10 +15,11 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from ddpm import GaussianDiffusion, bits_per_dim, conditioned
+from ddpm import GaussianDiffusion, Model, bits_per_dim, conditioned
 from ddpm.likelihood import rate_distortion
 from pipeline.data.image_set import ImageSet, Progress, Rows
 from pipeline.data.images import to_float
+from pipeline.data.labels import ClassNames, told_labels
 from pipeline.data.shards import Dataset
 from pipeline.metrics.fit_rule import hash_rows
 from pipeline.storage.tensor_file import Arrays
@@ -120,7 +121,7 @@ class Likelihood:
 
     diffusion: GaussianDiffusion
     model: nn.Module
-    conditional: bool
+    class_names: ClassNames  # of a network that knows classes
     compute: Compute
 
     def bound(self, dataset: ImageSet, rows: Rows, seed: int) -> Bound:
@@ -128,8 +129,10 @@ class Likelihood:
         self.model.eval()
         x0 = self.compute.send(to_float(torch.from_numpy(dataset.read(rows))))
         generators = [image_generators(seed, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
-        labels = dataset.labels(rows) if self.conditional else None
-        model = self.model if labels is None else conditioned(self.model, self.compute.send(torch.from_numpy(labels)))
+        model: Model = self.model
+        if self.class_names:
+            labels = torch.from_numpy(told_labels(dataset, rows, self.class_names))
+            model = conditioned(self.model, self.compute.send(labels))
         found = bits_per_dim(self.diffusion, model, x0, generator=generators)
         prior, terms, x0_mse = (part.double().cpu().numpy() for part in (found.prior, found.terms, found.x0_mse))
         return Bound(prior, terms[:, 1:].sum(axis=1), terms[:, 0], Curve.of(terms), Curve.of(x0_mse))

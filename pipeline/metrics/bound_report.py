@@ -35,10 +35,11 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Measured:
-    """A bound and what it is the bound of."""
+    """A bound and what it is the bound of; `label` ends its tracked names where it is not that of the run's usual weights and seed."""
 
     bound: Bound
     identity: BoundIdentity
+    label: str = ""
 
     @property
     def identities(self) -> dict[str, BoundIdentity]:

@@ -11,7 +11,7 @@ from pipeline.data.shards import Dataset
 from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.judge import judge_of
-from pipeline.metrics.metric_identity import Generation, MetricIdentity
+from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity
 from pipeline.metrics.registry import METRICS, Pair
 from pipeline.metrics.scoring import identity_of
 from pipeline.settings.config import Experiment
@@ -54,7 +54,8 @@ def early_kid(
     Raises:
         RefusedError, DataError: as the evaluation at the end would.
     """
-    judge = judge_of(dataset, experiment.evaluation, home, download=False, device=compute.device)
+    split = experiment.data.split or TRAIN
+    judge = judge_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
     extractor, reference = judge.extractor, judge.reference
     found = extract(extractor, in_batches(images, _BATCH))
     pair = Pair(reference.real, found, reference.moments, Moments.of(found.features))

@@ -19,10 +19,15 @@ from pipeline.tracking.tracker import Tracker
 
 @dataclass(frozen=True)
 class Scored:
-    """Scores of generated images, and the first of these."""
+    """Scores of generated images, and the first of these.
+
+    `label` says how they were made and judged where that is not as the run samples and is judged: such figures cannot be
+    compared with the run's own, and are tracked under names that end in it.
+    """
 
     scores: Scores
     preview: Images
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,23 +100,23 @@ def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
     return written
 
 
-def record(tracker: Tracker, found: Evaluation, written: list[Path], other: str = "") -> dict[str, float]:
-    """Send figures to the tracking store, with the folders that hold them, and return the figures by their names.
-
-    `other` names how the images were generated where that is not as the run's experiment says: such figures have a series of their own,
-    since they cannot be compared with the run's.
-    """
+def record(tracker: Tracker, found: Evaluation, written: list[Path]) -> dict[str, float]:
+    """Send figures to the tracking store, with the folders that hold them, and return the figures by their names."""
     figures: dict[str, float] = {}
     if found.scored is not None:
         scores = found.scored.scores
         sampled = scores.flat() | {f"confident_{k}": v for k, v in scores.confident.items()}
-        figures |= {f"{name}/{other}" if other else name: value for name, value in sampled.items()}
+        figures |= _labelled(sampled, found.scored.label)
     if found.measured is not None:
-        figures |= found.measured.flat()
+        figures |= _labelled(found.measured.flat(), found.measured.label)
     tracker.metrics(found.step, figures, family="result")
     for folder in dict.fromkeys(path.parent for path in written):
         tracker.artifact(folder, f"evaluations/{folder.name}")
     return figures
+
+
+def _labelled(figures: dict[str, float], label: str) -> dict[str, float]:
+    return {f"{name}/{label}" if label else name: value for name, value in figures.items()}
 
 
 def _digest(*parts: dict[str, Any]) -> str:

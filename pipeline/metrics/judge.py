@@ -11,6 +11,7 @@ from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
 from pipeline.metrics import scoring
 from pipeline.metrics.features import FeatureExtractor
+from pipeline.metrics.metric_identity import TRAIN
 from pipeline.metrics.reference import Reference
 from pipeline.settings.config import EvaluationConfig
 from pipeline.storage.chunks import Runner, as_it_stands
@@ -19,7 +20,7 @@ from pipeline.storage.home import features_dir
 
 @dataclass(frozen=True)
 class Judge:
-    """What images of a dataset are judged by."""
+    """What images of a model of a dataset are judged by; the reference may be of another split than that."""
 
     dataset: Dataset
     extractor: FeatureExtractor
@@ -31,12 +32,16 @@ def judge_of(
     asked: EvaluationConfig,
     home: Path,
     *,
+    split: str = TRAIN,
+    against: Dataset | None = None,
     download: bool = True,
     device: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Judge:
     """Return what an evaluation judges by; what it takes of real images is kept in `home`, and nearly free after the first time.
+
+    The real images are those of `dataset`, for which the extractor is chosen, or `against`: in either case `split` of their source.
 
     Raises:
         RefusedError, DataError: nothing can judge this dataset as asked.
@@ -51,5 +56,7 @@ def judge_of(
         device=device,
         progress=progress,
     )
-    reference = scoring.prepare_reference(dataset, extractor, asked.num_images, cache, runner=runner, progress=progress)
+    reference = scoring.prepare_reference(
+        against or dataset, extractor, asked.num_images, cache, split=split, runner=runner, progress=progress
+    )
     return Judge(dataset, extractor, reference)

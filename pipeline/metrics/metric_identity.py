@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+TRAIN = "train"  # the split of images whose source names none
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -55,6 +57,7 @@ class MetricIdentity:
         reference: which real images those are.
         dataset: fingerprint of the dataset they come from.
         generation: how the generated images came about.
+        split: which part of their source the real images are, in words; scores of before it was recorded are of "train".
     """
 
     metric: str
@@ -67,6 +70,7 @@ class MetricIdentity:
     reference: str
     dataset: str
     generation: Generation
+    split: str = TRAIN
 
     @property
     def key(self) -> str:
@@ -87,7 +91,7 @@ class MetricIdentity:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> MetricIdentity:
-        """Read what `to_json` gave; TypeError where a field is missing or unknown."""
+        """Read what `to_json` gave, of an older version too; TypeError where a field is missing or unknown."""
         return cls(**{**data, "generation": Generation(**data["generation"])})
 
 
@@ -153,8 +157,8 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] =
 
 
 def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity (as `to_json` gives it) as one level of dotted names."""
-    flat: dict[str, Any] = {}
+    """Return an identity (as `to_json` gives it, or an older version gave it) as one level of dotted names."""
+    flat: dict[str, Any] = {"split": TRAIN} if "split" not in identity else {}
     for name, value in identity.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat

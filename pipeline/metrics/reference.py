@@ -21,6 +21,7 @@ from pipeline.errors import RefusedError
 from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate, extract
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.fit_rule import hash_rows, held_out_rows
+from pipeline.metrics.metric_identity import TRAIN
 from pipeline.storage.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
@@ -39,6 +40,8 @@ class Reference:
     """Features of real images and of noise, and what they stand for.
 
     Attributes:
+        dataset: fingerprint of the real images' dataset.
+        split: which part of their source that is.
         num_images: generated images that it is made to be compared with.
         rule: which real images `real` and `moments` are of, in words.
         moments: of the real images that FID compares with.
@@ -48,6 +51,8 @@ class Reference:
         noise: features of as many uniform noise images: the yardstick "uniform_noise".
     """
 
+    dataset: str
+    split: str
     num_images: int
     rule: str
     moments: Moments
@@ -63,13 +68,15 @@ def prepare_reference(
     num_images: int,
     cache_dir: Path,
     *,
+    split: str = TRAIN,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Reference:
     """Return the reference for a comparison with `num_images` generated images, or as many as the dataset allows.
 
     Take the count from the result: with an extractor that was fitted on part of the dataset it is at most half of what
-    is left. `runner` says where features of real images are taken; the result does not depend on it.
+    is left. `split` says which part of its source the dataset is. `runner` says where features of real images are taken; the
+    result does not depend on it.
 
     Raises:
         RefusedError: too few images for the extractor's features, or images that it cannot judge.
@@ -97,7 +104,7 @@ def prepare_reference(
         make_folder(cache_dir)
         write_atomically(path, pack(arrays, key))
         parts.clear()
-    return _assemble(plan, arrays)
+    return _assemble(dataset.manifest.fingerprint, split, plan, arrays)
 
 
 @dataclass(frozen=True)
@@ -182,13 +189,13 @@ def _compute(
     return arrays
 
 
-def _assemble(plan: _Plan, arrays: Arrays) -> Reference:
+def _assemble(fingerprint: str, split: str, plan: _Plan, arrays: Arrays) -> Reference:
     rest, last = (Moments.from_arrays(arrays, name) for name in ("rest", "last"))
     real, other, noise = (
         Extracted(arrays[f"{name}.features"], arrays.get(f"{name}.logits")) for name in ("real", "other", "noise")
     )
     moments = rest.merge(last) if plan.whole else rest
-    return Reference(plan.num_images, plan.rule, moments, rest, real, other, noise)
+    return Reference(fingerprint, split, plan.num_images, plan.rule, moments, rest, real, other, noise)
 
 
 def _cached(path: Path, key: dict[str, Any]) -> Arrays | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pipeline.errors import RefusedError
 from pipeline.metrics import fid
@@ -40,29 +40,56 @@ class Outcome:
     over: str = ""
 
 
-def _fid(pair: Pair, seed: int) -> Outcome:
+@dataclass(frozen=True)
+class MetricSettings:
+    """What may be chosen of the metrics themselves; it becomes part of their identities.
+
+    Attributes:
+        kid_subset_size: images of a KID's subset on each side; by default 1000, or half of fewer images.
+        inception_score_splits: parts that the Inception Score is taken over; 1 as in the code of Ho et al.
+    """
+
+    kid_subset_size: int | None = None
+    inception_score_splits: int = 10
+
+
+USUAL = MetricSettings()
+
+
+def _fid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     return Outcome({"fid": fid.frechet_distance(pair.real_moments, pair.judged_moments)})
 
 
-def _kid(pair: Pair, seed: int) -> Outcome:
-    # Subsets of all images would be one and the same: half of them leaves the deviation a meaning.
+def _kid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     smaller = min(len(pair.real.features), len(pair.judged.features))
-    size = 1000 if smaller >= 2000 else smaller // 2
+    if chosen.kid_subset_size is not None and chosen.kid_subset_size > smaller:
+        raise RefusedError(
+            f"evaluation.kid_subset_size: got {chosen.kid_subset_size}, more than the {smaller} images on each side; choose fewer, or "
+            "leave it out"
+        )
+    # Subsets of all images would be one and the same: half of fewer than 1000 leaves the deviation a meaning.
+    size = chosen.kid_subset_size or (1000 if smaller >= 1000 else smaller // 2)
     result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=seed)
     subsets = f"{result.num_subsets} subsets of {result.subset_size}"
     return Outcome({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
 
 
-def _inception_score(pair: Pair, seed: int) -> Outcome:
+def _inception_score(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     if pair.judged.logits is None:
         raise RefusedError("the Inception Score needs an extractor with logits; use inception or classifier")
-    splits = 10
+    splits = chosen.inception_score_splits
+    if splits > len(pair.judged.logits):
+        raise RefusedError(
+            f"evaluation.inception_score_splits: got {splits}, more than the {len(pair.judged.logits)} images; choose fewer"
+        )
     mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=seed)
-    chosen = f"{splits} splits"
-    return Outcome({"inception_score": mean}, f"{chosen}, seed {seed}", {"inception_score": std}, chosen)
+    if splits == 1:  # of which there is no deviation
+        return Outcome({"inception_score": mean}, "1 split")
+    parts = f"{splits} splits"
+    return Outcome({"inception_score": mean}, f"{parts}, seed {seed}", {"inception_score": std}, parts)
 
 
-def _prdc(pair: Pair, seed: int) -> Outcome:
+def _prdc(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     # equal counts: these metrics depend on their ratio
     n = min(len(pair.real.features), len(pair.judged.features))
     found = prdc(pair.real.features[:n], pair.judged.features[:n], k_precision=3, k_density=5)
@@ -70,13 +97,20 @@ def _prdc(pair: Pair, seed: int) -> Outcome:
     return Outcome(found._asdict(), settings)
 
 
-METRICS: dict[str, Callable[[Pair, int], Outcome]] = {
+class Metric(Protocol):
+    """A function of two sets of features, the seed of what it draws, and its settings."""
+
+    def __call__(self, pair: Pair, seed: int, chosen: MetricSettings = USUAL, /) -> Outcome:
+        """Return the metric's values."""
+
+
+METRICS: dict[str, Metric] = {
     "fid": _fid,
     "kid": _kid,
     "is": _inception_score,
     "prdc": _prdc,
 }
-"""Functions of (pair, seed) by the name a user asks for."""
+"""Functions of (pair, seed, settings) by the name a user asks for."""
 
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall", "density", "coverage"})
 """Values of which more is better; of all others less is."""

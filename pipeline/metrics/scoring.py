@@ -24,7 +24,7 @@ from pipeline.metrics.fid import Moments
 from pipeline.metrics.inception import Inception
 from pipeline.metrics.metric_identity import Generation, MetricIdentity, differences
 from pipeline.metrics.reference import Reference, prepare_reference
-from pipeline.metrics.registry import METRICS, Pair
+from pipeline.metrics.registry import METRICS, USUAL, MetricSettings, Pair
 from pipeline.metrics.scores import Scores, Spread, over_seeds, read_scores, write_scores
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "YARDSTICKS",
     "Generation",
     "MetricIdentity",
+    "MetricSettings",
     "Reference",
     "Scores",
     "Spread",
@@ -89,11 +90,13 @@ def score(
     generation: Generation,
     *,
     metrics: Sequence[str] = ("fid", "kid"),
+    settings: MetricSettings = USUAL,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Scores:
     """Score `reference.num_images` generated images, uint8 [n, C, H, W] or their features.
 
+    `dataset` is what the extractor was chosen for, whose classes it may know; the reference may be of another split.
     `metrics` are names of METRICS; `seed` draws KID's subsets and the Inception Score's splits.
 
     Raises:
@@ -106,7 +109,7 @@ def score(
     if len(found.features) != n:
         raise RefusedError(f"got {len(found.features)} generated images, expected {n}, as many as the reference is for")
     pairs = _pairs(found, reference)
-    outcomes = {side: {name: METRICS[name](pair, seed) for name in metrics} for side, pair in pairs.items()}
+    outcomes = {side: {name: METRICS[name](pair, seed, settings) for name in metrics} for side, pair in pairs.items()}
     identities: dict[str, MetricIdentity] = {}
     values: dict[str, float] = {}
     spreads: dict[str, Spread] = {}
@@ -164,8 +167,9 @@ def identity_of(
         num_images=num_images,
         num_reference=count,
         reference=rule,
-        dataset=dataset.manifest.fingerprint,
+        dataset=reference.dataset,
         generation=generation,
+        split=reference.split,
     )
 
 

@@ -174,13 +174,18 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The scores at the end of training. `extractor: auto` is the classifier for small labelled gray images, else Inception."""
+    """The scores at the end of training. `extractor: auto` is the classifier for small labelled gray images, else Inception.
+
+    `kid_subset_size` is 1000 where nothing is said, or half of fewer images; `inception_score_splits: 1` is as Ho et al. take it.
+    """
 
     enabled: bool = True
     extractor: Literal["auto", "classifier", "inception"] = "auto"
     num_images: PositiveInt = 10_000
     metrics: tuple[Literal["fid", "kid", "is", "prdc", "bpd"], ...] = Field(default=("fid", "kid"), min_length=1)
     inception_weights: str | None = None
+    kid_subset_size: Annotated[int, Field(ge=2)] | None = None
+    inception_score_splits: PositiveInt = 10
 
 
 class Experiment(Section):

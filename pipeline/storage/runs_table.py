@@ -46,9 +46,18 @@ def _row(run: Run) -> dict[str, Any]:
 
 
 def headline(summary: dict[str, float]) -> str | None:
-    """Return the name of the figure that stands for a run: its newest FID, not a yardstick's, and not a deviation."""
+    """Return the name of the figure that stands for a run: its newest FID as it samples, not a yardstick's, and not a deviation.
+
+    A name with a slash is of images that were made or judged in another way (`pipeline.metrics.evaluation.Scored`).
+    """
     names = [name for name in summary if name.startswith("fid_") and not name.startswith("fid_std_")]
-    return names[-1] if names else None
+    usual = [name for name in names if "/" not in name]
+    return usual[-1] if usual else None
+
+
+def with_newest(summary: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
+    """Return a summary with further figures, which come last, whether or not they were there."""
+    return {name: value for name, value in summary.items() if name not in figures} | figures
 
 
 def _setting(settings: dict[str, Any], section: str, key: str) -> Any:

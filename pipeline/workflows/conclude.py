@@ -16,6 +16,7 @@ from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_strip
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.runs import Run
+from pipeline.storage.runs_table import with_newest
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute
@@ -90,7 +91,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
         draw_strip(generator, pictures["strip"])
     tracker = Tracker(run.folder, settings)
     summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
-    run.update(summary={**run.state().summary, **summary})
+    run.update(summary=with_newest(run.state().summary, summary))
     for path in pictures.values():
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)

@@ -18,18 +18,21 @@ from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics import scoring
 from pipeline.metrics.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
 from pipeline.metrics.judge import Judge
+from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
 from pipeline.metrics.neighbours import find_neighbours
-from pipeline.metrics.scores import Scores, over_seeds
+from pipeline.metrics.scores import over_seeds
 from pipeline.sampling.generated import Workshop
+from pipeline.sampling.generation import usual_generation
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import EvaluationConfig, Experiment
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.runs import Run
+from pipeline.storage.runs_table import with_newest
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute
-from pipeline.training.trained import Trained, experiment_of
-from pipeline.workflows.judge import find_judge
+from pipeline.training.trained import Trained
+from pipeline.workflows.judge import find_judge, own_split
 from pipeline.workflows.measure import measure_bound
 from pipeline.workflows.sample import SampleRequest, generator_for, load_trained, workshop_of
 
@@ -43,7 +46,7 @@ class ScoreRequest(SampleRequest):
     Attributes:
         num_images: generated images for the sample metrics; for bits/dim a cap on the images measured, by default none.
         num_seeds: sets of images, from as many seeds; scores are means over them, with their deviation.
-        split: of the run's source whose bits/dim are measured; its own images by default.
+        split: of the run's source, whose images are compared with and measured; by default those that it was trained on.
         neighbours: whether to find the training images closest to generated ones.
     """
 
@@ -60,8 +63,6 @@ class ScoreRequest(SampleRequest):
         asked = ("num_images", "metrics", "extractor", "inception_weights")
         given = {name: value for name in asked if (value := getattr(self, name)) is not None}
         settings = validate(EvaluationConfig, {**experiment.evaluation.model_dump(), **given}, "evaluation")
-        if self.split is not None and BOUND not in settings.metrics:
-            raise UsageError("--split goes with bits/dim; add --metrics bpd")
         if self.neighbours and not sample_metrics(settings):
             raise UsageError("--neighbours are of generated images; add one of their metrics, such as --metrics fid")
         return settings
@@ -73,7 +74,9 @@ def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Consol
     asked = request.evaluation(trained.experiment)
     judge = None
     if sample_metrics(asked):
-        judge = find_judge(run, asked, compute.device, console, download=True, runner=runner_of(profile))
+        judge = find_judge(
+            run, asked, compute.device, console, download=True, split=request.split, runner=runner_of(profile)
+        )
     return evaluate_model(run, trained, compute, judge, request, profile, console)
 
 
@@ -105,9 +108,10 @@ def evaluate_model(
             neighbours = Sheet(sheet, judge.dataset)
     if BOUND in asked.metrics:
         _, seed = request.settings(trained.experiment)
-        measured = measure_bound(
+        bound = measure_bound(
             run, trained, compute, profile, console, seed=seed, split=request.split, num_images=request.num_images
         )
+        measured = replace(bound, label=_label_of_bound(bound.identity, trained))
     return Evaluation(run.id, trained.step, scored, measured, neighbours)
 
 
@@ -115,7 +119,9 @@ def score_samples(
     workshop: Workshop, trained: Trained, compute: Compute, judge: Judge, request: ScoreRequest
 ) -> Scored:
     """Score the samples of a model that is loaded by a judge that is there."""
-    metrics = sample_metrics(request.evaluation(trained.experiment))
+    asked = request.evaluation(trained.experiment)
+    metrics = sample_metrics(asked)
+    settings = scoring.MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
@@ -123,10 +129,20 @@ def score_samples(
         made = workshop.features(generator, judge.extractor, judge.reference.num_images)
         identity = generator.identity(trained.weights)
         each.append(
-            scoring.score(made.found, judge.dataset, judge.extractor, judge.reference, identity, metrics=metrics)
+            scoring.score(
+                made.found,
+                judge.dataset,
+                judge.extractor,
+                judge.reference,
+                identity,
+                metrics=metrics,
+                settings=settings,
+            )
         )
         previews.append(made.preview)
-    return Scored(over_seeds(each), previews[0])
+    scores = over_seeds(each)
+    first_of_all = next(iter(scores.identities.values()))
+    return Scored(scores, previews[0], _label(first_of_all, trained))
 
 
 def sample_metrics(asked: EvaluationConfig) -> list[str]:
@@ -140,12 +156,12 @@ def evaluate_run(
     """Evaluate a run as asked, and record what came out; return it and the paths of what was written."""
     found = score_run(run, request, profile, console)
     written = write_evaluation(found, run.folder / "evaluations")
-    usual = found.scored is None or _as_the_run_samples(request, experiment_of(run))
-    other = "" if usual or found.scored is None else _label(found.scored.scores)
     with tracked(run, settings, console, written[0].parent) as tracker:
         if tracker is not None:
-            figures = record(tracker, found, written, other)
-            run.update(summary={**run.state().summary, **figures})
+            figures = record(tracker, found, written)
+            state = run.state()
+            if request.checkpoint is None or found.step >= state.step:  # not of a model that was left behind
+                run.update(summary=with_newest(state.summary, figures))
             tracker.describe(describe(run.record, run.state().summary))
     return found, written
 
@@ -165,14 +181,11 @@ def tracked(run: Run, settings: TrackingSettings, console: Console, folder: Path
         yield None
 
 
-def _as_the_run_samples(request: ScoreRequest, experiment: Experiment) -> bool:
-    sampling, seed = request.settings(experiment)
-    return (sampling, seed, request.weights) == (*SampleRequest().settings(experiment), "ema")
-
-
-def _label(scores: Scores) -> str:
-    """Return words for a metric's name on how the scored images were generated."""
-    made = next(iter(scores.identities.values())).generation
+def _label(identity: MetricIdentity, trained: Trained) -> str:
+    """Return words for a figure's tracked name on how its images were made and judged; "" where as the run samples and is judged."""
+    made, split = replace(identity.generation, num_seeds=1), own_split(trained.experiment)
+    if made == usual_generation(trained.experiment, trained.class_names) and identity.split == split:
+        return ""
     label = f"{made.sampler}{made.steps}_eta{made.eta:g}_{made.weights}_seed{made.seed}"
     if made.spacing != "trailing":
         label += f"_{made.spacing}"
@@ -180,4 +193,14 @@ def _label(scores: Scores) -> str:
         label += f"_guidance{made.guidance_scale:g}"
     if made.labels not in ("", "balanced"):
         label += "_class_" + re.sub(r"\W", "_", made.labels)
+    if identity.split != split:
+        label += "_against_" + re.sub(r"\W", "_", identity.split)
     return label
+
+
+def _label_of_bound(identity: BoundIdentity, trained: Trained) -> str:
+    """Return the same for bits/dim, whose names tell split and count already."""
+    usual = usual_generation(trained.experiment, trained.class_names)
+    if (identity.weights, identity.seed) == (usual.weights, usual.seed):
+        return ""
+    return f"{identity.weights}_seed{identity.seed}"

@@ -42,7 +42,9 @@ def evaluate_grid(
         trained, compute = models[which]
         asked = request.evaluation(trained.experiment)
         if judge is None and sample_metrics(asked):
-            judge = find_judge(run, asked, compute.device, console, download=True, runner=runner_of(profile))
+            judge = find_judge(
+                run, asked, compute.device, console, download=True, split=request.split, runner=runner_of(profile)
+            )
         found = evaluate_model(run, trained, compute, judge, request, profile, console)
         write_evaluation(found, run.folder / "evaluations")
         points.append(Point.of(request, keys, found))

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.console import Console
+from pipeline.data.labels import told_labels
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel, is_pipeline, read_pipeline
 from pipeline.exchange.saved_folder import is_saved, read_saved
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.metrics.bound import rows_to_measure
 from pipeline.settings.cluster_profile import Profile, load_profile
-from pipeline.settings.config import Experiment
+from pipeline.settings.config import DataConfig, Experiment
 from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.tracking.text import describe
@@ -27,7 +29,8 @@ def import_folder(
     """Make a finished run, at step 0, of the model in a folder; return what it is.
 
     `data` is what it is scored against and fine-tuned on; without it the run can be sampled alone. CheckpointError where the folder is
-    damaged or holds what this package does not have, DataError where the images are of another shape than the model's.
+    damaged or holds what this package does not have, DataError where the images are of another shape than the model's, UsageError where a
+    model of classes does not know theirs.
     """
     foreign = read_folder(folder, normalise_name(name or folder.resolve().name))
     experiment = _named(foreign.experiment, name, data)
@@ -72,7 +75,7 @@ def _named(experiment: Experiment, name: str | None, data: str | None) -> Experi
     """Return the experiment under the name asked for; of its data it says what was given here."""
     averages = {"ema_decay": experiment.training.ema_decays[0], "ema_widths": (), "ema_snapshot_every_steps": None}
     changes: dict[str, Any] = {
-        "data": experiment.data.model_copy(update={"source": data or "none"}),
+        "data": DataConfig(source=data or "none"),  # what was said of other images does not hold of these
         "training": experiment.training.model_copy(update=averages),  # one average came along
     }
     if name is not None:
@@ -90,6 +93,8 @@ def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Consol
             f"{data}: images of {got}, but the model makes {wanted}; make a dataset of that shape with: "
             f"ddpm-pipe ingest {data} DEST --image-size {foreign.shape[1]}x{foreign.shape[2]}{mode}"
         )
+    if foreign.class_names:
+        told_labels(dataset, rows_to_measure(dataset, None), foreign.class_names)
     return dataset
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pipeline.console import Console, Rate
 from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
+from pipeline.ingest.ingest import ensure_ingested, ingest_options
 from pipeline.metrics.judge import Judge, judge_of
-from pipeline.settings.config import EvaluationConfig
+from pipeline.metrics.metric_identity import TRAIN
+from pipeline.settings.config import EvaluationConfig, Experiment
 from pipeline.storage.chunks import Runner, as_it_stands
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
-from pipeline.training.trained import profile_of
+from pipeline.training.trained import experiment_of, profile_of
 
 
 def find_judge(
@@ -22,13 +28,19 @@ def find_judge(
     console: Console,
     *,
     download: bool,
+    split: str | None = None,
     runner: Runner = as_it_stands,
 ) -> Judge:
-    """Return extractor and reference for a run's dataset; DataError or RefusedError says why there is none."""
+    """Return extractor and reference for a run's own images, or the reference of another split of their source.
+
+    DataError or RefusedError says why there is none.
+    """
     return judge_of(
         open_images(run, "to compare with"),
         asked,
         run.folder.parent.parent,
+        split=split or own_split(experiment_of(run)),
+        against=None if split is None else open_split(run, split, console),
         download=download,
         device=device,
         runner=runner,
@@ -45,6 +57,19 @@ def open_images(run: Run, purpose: str) -> Dataset:
             f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
         )
     return Dataset.open(path, profile_of(run, None).cache)
+
+
+def own_split(experiment: Experiment) -> str:
+    """Return which part of their source the images of an experiment are."""
+    return experiment.data.split or TRAIN
+
+
+def open_split(run: Run, split: str, console: Console) -> Dataset:
+    """Open another split of a run's source, ingested as its images were; UsageError or DataError where there is none."""
+    profile, data = profile_of(run, None), experiment_of(run).data
+    options = replace(ingest_options(data), split=split)
+    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
+    return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)
 
 
 def progress_on(console: Console) -> Progress:

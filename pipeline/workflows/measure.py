@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, Rate
-from pipeline.data.shards import Dataset
-from pipeline.ingest.ingest import ensure_ingested, ingest_options
+from pipeline.data.labels import told_labels
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
 from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.sampling.generated import digest
 from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
 from pipeline.storage.chunks import ChunkStore, compute
-from pipeline.storage.home import datasets_dir
-from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
 from pipeline.training.device import Compute, sampling_compute
-from pipeline.training.trained import Trained, profile_of
+from pipeline.training.trained import Trained
 from pipeline.training.vae import Vae
-from pipeline.workflows.judge import open_images, progress_on
+from pipeline.workflows.judge import open_images, open_split, own_split, progress_on
 
 METRIC = "bits_per_dim"
 
@@ -44,15 +38,18 @@ def measure_bound(
     """Return the bound over a split of the run's source (its own images by default), or over `num_images` of them.
 
     Raises:
-        UsageError, DataError: the source has no such split, or is not there any more.
+        UsageError, DataError: the source has no such split, or is not there any more; images without the labels that the
+            model wants to be told.
     """
-    dataset = _dataset_of(run, trained.experiment, split, console)
+    dataset = open_images(run, "to measure") if split is None else open_split(run, split, console)
     rows = rows_to_measure(dataset, num_images, progress_on(console))
+    if trained.class_names:
+        told_labels(dataset, rows, trained.class_names)  # refused before anything is computed
     chunk = trained.experiment.sampling.batch_size
     identity = BoundIdentity(
         metric=METRIC,
         dataset=dataset.manifest.fingerprint,
-        split=split or trained.experiment.data.split or "train",
+        split=split or own_split(trained.experiment),
         num_images=len(rows),
         of_images=dataset.manifest.num_rows,
         weights=trained.weights,
@@ -65,7 +62,7 @@ def measure_bound(
     if isinstance(trained.model, Vae):
         likelihood = VaeLikelihood(trained.model, here)
     else:
-        likelihood = Likelihood(trained.diffusion, trained.model, bool(trained.class_names), here)
+        likelihood = Likelihood(trained.diffusion, trained.model, trained.class_names, here)
     task = BoundTask(likelihood, dataset, rows, seed)
     kept = {
         "format": _FORMAT,
@@ -86,13 +83,3 @@ def _process(trained: Trained) -> str:
         return "vae: prior is the rate of the code, decoder the pixels given the code"
     process = trained.diffusion
     return f"T = {process.num_timesteps}, x0 {'clipped' if process.clip_x0 else 'not clipped'}"
-
-
-def _dataset_of(run: Run, experiment: Experiment, split: str | None, console: Console) -> Dataset:
-    """Open the images a run was trained on, or another split of their source, ingested as they were."""
-    if split is None:
-        return open_images(run, "to measure")
-    profile, data = profile_of(run, None), experiment.data
-    options = replace(ingest_options(data), split=split)
-    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
-    return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)

@@ -88,6 +88,7 @@ def test_like_values_are_ranked_best_first(new_run):
         (replace(IDENTITY, dataset="ef" * 32), "dataset"),
         (replace(IDENTITY, resize="bilinear"), "resize: none, bilinear"),
         (replace(IDENTITY, reference="half"), "reference: all, half"),
+        (replace(IDENTITY, split="test"), "split: train, test"),
         (replace(IDENTITY, generation=Generation("ddim", 100)), "generation.steps: 50, 100"),
         (replace(IDENTITY, generation=Generation("ancestral", 50)), "generation.sampler: ddim, ancestral"),
         (replace(IDENTITY, generation=Generation("ddim", 50, weights="raw")), "generation.weights: ema, raw"),
@@ -224,3 +225,17 @@ def test_a_bound_given_the_labels_is_not_compared_with_one_that_is_not():
     told = replace(plain, labels="of the images")
     assert differing(plain.to_json(), told.to_json()) == ["labels: None, of the images"]
     assert "labels" not in plain.to_json()  # scores of before are still read as what they are
+
+
+def test_scores_of_before_the_split_was_recorded_are_of_train(new_run):
+    one, two = new_run(), new_run()
+    scored(one, 0.5)
+    scored(two, 0.4)
+    (path,) = two.folder.glob("evaluations/*/scores.json")
+    told = json.loads(path.read_text())
+    for identity in told["identities"].values():
+        del identity["split"]
+        assert MetricIdentity.from_json(identity) == IDENTITY
+    path.write_text(json.dumps(told))
+    (ranking,) = compare([one, two])
+    assert [rank.entry.value for rank in ranking.ranks] == [0.4, 0.5]

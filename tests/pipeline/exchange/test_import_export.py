@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from safetensors.torch import load_file
 
 from pipeline.exchange import export_onnx
 from pipeline.exchange.diffusers_folder import write_pipeline
+from pipeline.settings.config import DataConfig
 from pipeline.storage.runs import Run, RunStatus
-from pipeline.training.trained import Trained
+from pipeline.training.trained import Trained, experiment_of
 from tests.pipeline.exchange.models import IDDPM, made
 from tests.pipeline.exchange.test_foreign_tensors import Canary
 
@@ -135,6 +137,27 @@ def test_images_of_another_shape_are_told_and_how_to_make_them(typed: Typed, hom
     assert code == 3
     assert "--image-size 16x8 --mode RGB" in err
     assert typed("import", "missing")[0] == 2
+
+
+def test_images_of_classes_that_a_model_does_not_know_are_told(typed: Typed, home: Path) -> None:
+    made(num_timesteps=50, model={"class_conditional": True}).save(home / "labelled")  # of "a", "b", "c"
+    code, out, err = typed("import", "labelled", "--data", "digits")
+    told = err.splitlines()[-1]  # after that the digits are made
+    assert (code, out, "class '0'" in told, "a, b, c" in told) == (2, "", True, True)
+    assert not (home / "runs").exists()
+
+
+def test_of_its_images_an_imported_run_says_what_was_given_here(typed: Typed, home: Path) -> None:
+    """What the exporter's run said of its own images would make another set of ours."""
+    own = made(num_timesteps=50)
+    data = own.experiment.data.model_copy(
+        update={"source": "their/photos", "split": "validation", "image_size": 8, "mode": "L"}
+    )
+    replace(own, experiment=own.experiment.model_copy(update={"data": data})).save(home / "own")
+    assert typed("import", "own", "--data", "digits")[0] == 0
+    experiment = experiment_of(Run.find(home, "latest"))
+    assert experiment.data == DataConfig(source="digits")
+    assert experiment.model == own.experiment.model
 
 
 def test_an_export_that_cannot_be_leaves_nothing(typed: Typed, home: Path) -> None:

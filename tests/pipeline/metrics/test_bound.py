@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, Model, bits_per_dim
 from pipeline.data.images import to_float
+from pipeline.data.labels import told_labels
+from pipeline.errors import UsageError
 from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
 from pipeline.metrics.bound_report import Measured, write_measured
 from pipeline.metrics.metric_identity import BoundIdentity
@@ -46,7 +49,7 @@ class Network(nn.Module):
 
 
 def likelihood(diffusion: GaussianDiffusion, model: Model) -> Likelihood:
-    return Likelihood(diffusion, Network(model), False, sampling_compute(Profile(threads_per_worker=1)))
+    return Likelihood(diffusion, Network(model), (), sampling_compute(Profile(threads_per_worker=1)))
 
 
 def images(count: int, seed: int = 0) -> ArraySet:
@@ -154,6 +157,47 @@ def test_chunks_computed_in_any_order_and_at_any_time_give_the_same_bytes(tmp_pa
             assert array.tobytes() == other.to_arrays()[name].tobytes(), name
 
 
+class Told(nn.Module):
+    """A network that sees nothing but the class it is told, each by its own number."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return (y.to(x.dtype) / 4).view(-1, 1, 1, 1).expand_as(x)
+
+
+def test_a_model_is_told_classes_by_name_whatever_numbers_they_have() -> None:
+    """Another split's numbers are its own: of the same images the same bound, and not that of other classes."""
+    compute = sampling_compute(Profile(threads_per_worker=1))
+    model = Likelihood(GaussianDiffusion(BetaSchedule.named("cosine", T)), Told(), ("cat", "dog", "owl"), compute)
+    pixels, classes = images(6).images, np.array([0, 1, 2, 2, 1, 0])
+    rows = np.arange(6)
+    own = model.bound(ArraySet(pixels, classes, class_names=("cat", "dog", "owl")), rows, 0)
+    turned = model.bound(ArraySet(pixels, 2 - classes, class_names=("owl", "dog", "cat")), rows, 0)
+    fewer = model.bound(ArraySet(pixels[1:3], np.array([0, 1]), class_names=("dog", "owl")), np.arange(2), 0)
+    wrong = model.bound(ArraySet(pixels, 2 - classes, class_names=("cat", "dog", "owl")), rows, 0)
+    assert own.total.tobytes() == turned.total.tobytes() != wrong.total.tobytes()
+    assert len(fewer.total) == 2
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "told"),
+    [
+        (None, None, "have no labels"),
+        ([0, -1, 2, -1], ("cat", "dog", "owl"), "without a label in 2 cases"),
+        ([0, 1, 1, 0], ("cat", "dogs"), "class 'dogs' (did you mean 'dog'?)"),
+        ([0, 1, 1, 0], None, "class '0'"),
+    ],
+)
+def test_images_whose_class_the_model_cannot_be_told_are_refused(labels: Any, names: Any, told: str) -> None:
+    given = None if labels is None else np.array(labels)
+    data = ArraySet(images(4).images, given, "mine", names)
+    with pytest.raises(UsageError) as refused:
+        told_labels(data, np.arange(4), ("cat", "dog", "owl"))
+    message = str(refused.value)
+    assert told in message
+    assert "images of mine" in message
+    assert "\n" not in message
+
+
 def test_a_cap_takes_the_same_images_from_any_copy_of_the_set() -> None:
     data = images(40)
     other = data.permuted(3)
@@ -224,6 +268,3 @@ def test_evaluate_measures_a_whole_split_and_repeats_nothing(typed: Typed, home:
     code, _, err = typed("evaluate", made.id, "--metrics", "bpd", "--split", "test")
     assert code == 2
     assert "no split 'test'" in err
-    code, _, err = typed("evaluate", made.id, "--split", "test")
-    assert code == 2
-    assert "--metrics bpd" in err

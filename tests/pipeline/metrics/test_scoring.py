@@ -25,6 +25,7 @@ from pipeline.metrics.fit_rule import FitRule, content_hashes, hash_rows
 from pipeline.metrics.metric_identity import LUCK, Generation, MetricIdentity, differences
 from pipeline.metrics.prdc import prdc
 from pipeline.metrics.reference import Reference, prepare_reference
+from pipeline.metrics.registry import Pair
 from pipeline.metrics.scoring import METRICS, choose_extractor, read_scores, score, write_scores
 from tests.pipeline.metrics.array_set import ArraySet, digits
 
@@ -226,6 +227,44 @@ def test_values_are_those_of_the_formulas_on_the_same_features(
         frechet_distance(Moments.of(real), Moments.of(reference.other.features)), rel=1e-9
     )
     assert set(got.yardsticks["uniform_noise"]) == set(expected)
+
+
+def test_settings_of_the_metrics_are_part_of_what_they_are(
+    data: ArraySet, classifier: Classifier, reference: Reference
+) -> None:
+    n = reference.num_images
+    found = classifier(real_images(data, classifier, n))
+    assert found.logits is not None
+
+    def score_with(**chosen: int) -> scoring.Scores:
+        settings = scoring.MetricSettings(**chosen)
+        return score(found, data, classifier, reference, GENERATION, metrics=["kid", "is"], settings=settings, seed=5)
+
+    got = score_with(kid_subset_size=50, inception_score_splits=1)
+    kid_key, is_key = f"kid_classifier_n{n}", f"inception_score_classifier_n{n}"
+    expected = kid(reference.real.features, found.features, subset_size=50, seed=5)
+    p = np.exp(found.logits.astype(float))
+    p /= p.sum(axis=1, keepdims=True)
+    of_all = np.exp((p * (np.log(p) - np.log(p.mean(axis=0)))).sum(axis=1).mean())
+    assert got.values == {kid_key: pytest.approx(expected.mean), is_key: pytest.approx(of_all, rel=1e-6)}
+    assert list(got.spreads) == [kid_key]  # one part has no deviation
+    assert [got.identities[key].settings for key in (kid_key, is_key)] == ["100 subsets of 50, seed 5", "1 split"]
+    (line,) = differences(got.identities[kid_key], score_with(kid_subset_size=51).identities[kid_key])
+    assert line.startswith("settings: 100 subsets of 50")
+    for chosen, told in (
+        ({"kid_subset_size": n + 1}, "kid_subset_size"),
+        ({"inception_score_splits": n + 1}, "splits"),
+    ):
+        with pytest.raises(RefusedError, match=f"{told}: got {n + 1}"):
+            score_with(**chosen)
+
+
+@pytest.mark.parametrize(("count", "size"), [(998, 499), (1000, 1000), (1999, 1000), (2500, 1000)])
+def test_subsets_are_of_a_thousand_where_there_are_as_many(count: int, size: int) -> None:
+    features = np.random.default_rng(0).normal(size=(count, 2)).astype(np.float32)
+    real, judged = (Extracted(part, None) for part in (features, features + 1))
+    pair = Pair(real, judged, Moments.of(real.features), Moments.of(judged.features))
+    assert METRICS["kid"](pair, 0).over == f"100 subsets of {size}"
 
 
 def test_yardsticks_order_real_generated_and_noise(

@@ -1,0 +1,107 @@
+"""What a run's figures are of: the split they judge by, the classes the model was told, and the name they are tracked under."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.metrics.fid import frechet_distance
+from pipeline.metrics.scores import read_scores
+from pipeline.settings.cluster_profile import Profile
+from pipeline.settings.config import experiment_from
+from pipeline.storage.runs import Run
+from pipeline.storage.runs_table import headline, with_newest
+from tests.pipeline.data.made_data import write_parquet
+from tests.pipeline.training import trainer
+
+Typed = Callable[..., tuple[int, str, str]]
+NAMES = ("nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@pytest.fixture
+def trained(home: Path) -> Run:
+    """A run on the train split of the digits; in the test split classes have other numbers, as folders in another order give them."""
+    digits = load_digits()
+    pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)[..., None]
+    source = home / "source"
+    write_parquet(source / "data" / "train-00000-of-00001.parquet", pixels[:1197], digits.target[:1197].tolist(), NAMES)
+    turned = (9 - digits.target[1197:]).tolist()
+    write_parquet(source / "data" / "test-00000-of-00001.parquet", pixels[1197:], turned, NAMES[::-1])
+    experiment = experiment_from(
+        trainer.SETTINGS
+        | {
+            "data": {"source": str(source), "split": "train"},
+            "model": trainer.SETTINGS["model"] | {"class_conditional": True},
+            "diffusion": {"num_timesteps": 5, "schedule": "cosine"},
+            "sampling": {"steps": 2, "batch_size": 100},
+            "training": {"steps": 2, "batch_size": 16, "ema_decay": [0.9, 0.5]},
+        }
+    )
+    dataset = ensure_ingested(str(source), IngestOptions(split="train"), home / "datasets")
+    run = Run.create(
+        home,
+        name="split",
+        experiment=experiment.to_dict(),
+        config_hash=experiment.hash(),
+        dataset={"path": str(dataset.folder), "fingerprint": dataset.manifest.fingerprint, "name": "digits"},
+        profile=Profile(threads_per_worker=1).to_dict(),
+        command=["test"],
+    )
+    trainer.train(str(run.folder))
+    return run
+
+
+def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
+    typed: Typed, home: Path, trained: Run
+) -> None:
+    def evaluate(*arguments: str) -> dict[str, Any]:
+        code, out, err = typed("evaluate", trained.id, "-n", "130", *arguments, "--json")
+        assert code == 0, err
+        told: dict[str, Any] = json.loads(out)
+        return told
+
+    own = evaluate("--metrics", "fid,bpd")
+    summary = trained.state().summary
+    fid, bits = "fid_classifier_n130", "bits_per_dim_train_n130"
+    assert (summary[fid], summary[bits]) == (own["values"][fid], own["values"][bits])
+    assert own["identities"][fid]["split"] == own["identities"][bits]["split"] == "train"
+
+    other = evaluate("--metrics", "fid,bpd", "--split", "test")
+    of_test = ensure_ingested(str(home / "source"), IngestOptions(split="test"), home / "datasets").manifest.fingerprint
+    for key in (fid, "bits_per_dim_test_n130"):
+        identity = other["identities"][key]
+        assert (identity["split"], identity["dataset"]) == ("test", of_test)
+    moments = [read_scores(Path(told["written"][0]).parent) for told in (own, other)]
+    assert frechet_distance(moments[1].reference, moments[0].generated) == pytest.approx(other["values"][fid], rel=1e-9)
+    assert other["values"][fid] != own["values"][fid]
+    summary = trained.state().summary
+    apart = f"{fid}/ddim2_eta0_ema_seed0_against_test"
+    assert (summary[fid], summary[apart]) == (own["values"][fid], other["values"][fid])
+    assert headline(summary) == fid
+
+    # the run's own way of sampling in other words
+    same = evaluate("--metrics", "fid", "--sampler", "ddim", "--steps", "2", "--weights", "ema:0.9", "--seed", "0")
+    assert same["values"] == {fid: own["values"][fid]}
+    assert set(trained.state().summary) == set(summary)
+
+    # bits/dim of other weights, and of other noise, beside those of the average
+    raw = evaluate("--metrics", "bpd", "--weights", "raw")["values"][bits]
+    noise = evaluate("--metrics", "bpd", "--seed", "3")["values"][bits]
+    summary = trained.state().summary
+    assert summary[bits] == own["values"][bits]
+    assert (summary[f"{bits}/raw_seed0"], summary[f"{bits}/ema_seed3"]) == (raw, noise)
+    assert len({own["values"][bits], raw, noise}) == 3
+
+
+def test_a_figure_that_is_measured_again_is_the_newest() -> None:
+    summary = with_newest({"fid_a": 1.0, "fid_b": 2.0, "kid_b": 3.0}, {"fid_a": 0.5})
+    assert summary == {"fid_a": 0.5, "fid_b": 2.0, "kid_b": 3.0}
+    assert headline(summary) == "fid_a"
+    assert headline(with_newest(summary, {"fid_c/ddim10_eta0_raw_seed0": 0.1, "fid_std_c_seeds3": 0.1})) == "fid_a"
