@@ -65,6 +65,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "an earlier step": {"step": 145},
     "fewer images": {"num_images": 64},
     "another extractor": {"extractor_sha256": "cd34"},
+    "another split": {"dataset": "of test", "split": "test"},
     "raw weights": {"generation": {"weights": "raw"}},
     "another eta": {"generation": {"eta": 1.0}},
     "another spacing": {"generation": {"spacing": "leading"}},
