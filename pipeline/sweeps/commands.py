@@ -50,7 +50,7 @@ def plan(asked: Request) -> SweepPlan:
     """Work out and check a sweep without downloading, ingesting or writing anything."""
     data = asked.base.data
     found = availability(data.source, ingest_options(data), asked.profile.datasets())
-    return make_sweep_plan(asked, found.text, found.num_rows, found.shape)
+    return make_sweep_plan(asked, found.text, found.num_rows, found.shape, found.num_classes)
 
 
 def start(asked: Request, command: Sequence[str], console: Console | None = None) -> Result:

@@ -92,8 +92,10 @@ class SweepPlan:
         return "\n".join(text)
 
 
-def make_sweep_plan(asked: Request, data: str, num_rows: int | None, shape: tuple[int, int, int] | None) -> SweepPlan:
-    """Check every point against profile and dataset; UsageError where none is left."""
+def make_sweep_plan(
+    asked: Request, data: str, num_rows: int | None, shape: tuple[int, int, int] | None, num_classes: int | None = None
+) -> SweepPlan:
+    """Check every point against profile and dataset; UsageError where none is left. What is not known of the dataset is None."""
     sweep, base = asked.sweep, asked.base
     _require_shared_folder(asked.profile)
     num_workers = choose_workers(base, asked.profile)
@@ -102,7 +104,9 @@ def make_sweep_plan(asked: Request, data: str, num_rows: int | None, shape: tupl
     plans: list[Plan] = []  # of the points that are kept, in their order
 
     def test(experiment: Experiment) -> Sequence[str]:
-        one = make_plan(experiment, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape)
+        one = make_plan(
+            experiment, asked.profile, num_workers, data=data, num_rows=num_rows, shape=shape, num_classes=num_classes
+        )
         require_equal_calls(sweep, base, experiment)
         plans.append(one)
         return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()

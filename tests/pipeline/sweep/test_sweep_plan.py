@@ -15,7 +15,7 @@ SHAPE = (1, 8, 8)
 
 def plan(space: dict[str, Any], **more: Any) -> SweepPlan:
     sweep = sweep_from({"base": "digits", "space": space, "budget": {"steps": 10}, **more})
-    return make_sweep_plan(Request(sweep, base_experiment(sweep), Profile()), "here", 1797, SHAPE)
+    return make_sweep_plan(Request(sweep, base_experiment(sweep), Profile()), "here", 1797, SHAPE, 10)
 
 
 def test_the_largest_point_is_planned_for_wherever_it_stands() -> None:
@@ -28,6 +28,8 @@ def test_the_largest_point_is_planned_for_wherever_it_stands() -> None:
     by_batch = plan({"training.batch_size": [32, 64]})
     assert by_batch.largest == {"training.batch_size": 64}
     assert plan({"diffusion.schedule": ["linear", "cosine"]}).largest is None
+    conditional = plan({"model.channels": [32, 64]}, overrides={"model.class_conditional": True})
+    assert conditional.largest == {"model.channels": 64}
 
 
 def test_of_a_search_that_draws_points_the_ends_of_its_ranges_are_planned_for() -> None:
