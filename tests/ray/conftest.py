@@ -24,3 +24,12 @@ def swept(shell: Shell) -> dict[str, Any]:
     assert code == 0, stderr
     found: dict[str, Any] = json.loads(stdout)
     return found
+
+
+@pytest.fixture(scope="session")
+def winner(shell: Shell, swept: dict[str, Any]) -> dict[str, Any]:
+    """The grid sweep's best point, trained as `train --from` does, with grids of samples on the way."""
+    code, stdout, stderr = shell.run("train", "--from", swept["sweep"], "-s", "logging.grid_every_steps=20", "--json")
+    assert code == 0, stderr
+    found: dict[str, Any] = json.loads(stdout)
+    return found

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import io
 import json
+import os
 import re
 import shutil
 import signal
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -14,8 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
+from PIL import Image
 
 from tests.ray.swept import Shell
 
@@ -91,13 +100,15 @@ def pages(shell: Shell, swept: dict[str, Any], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def ids(shell: Shell, swept: dict[str, Any]) -> dict[str, str]:
-    """MLflow's ids of the sweep's run and of its best trial's."""
+def ids(shell: Shell, swept: dict[str, Any], winner: dict[str, Any]) -> dict[str, str]:
+    """MLflow's ids of the sweep's run, of its best trial's, and of the training of its best point."""
     client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
     experiment = client.get_experiment_by_name("ddpm").experiment_id
     (parent,) = client.search_runs([experiment], "tags.kind = 'sweep'")
-    (best,) = client.search_runs([experiment], "attributes.run_name LIKE '%best FID'")
-    return {"experiment": experiment, "parent": parent.info.run_id, "best": best.info.run_id}
+    (best,) = client.search_runs([experiment], "attributes.run_name LIKE '%best FID%'")
+    (trained,) = client.search_runs([experiment], f"tags.`ddpm_pipe.run_id` = '{winner['run']}'")
+    found = {"parent": parent, "best": best, "trained": trained}
+    return {"experiment": experiment, **{name: run.info.run_id for name, run in found.items()}}
 
 
 def test_the_list_shows_what_matters_and_trials_under_their_sweep(pages: Pages, swept: dict[str, Any]) -> None:
@@ -108,11 +119,11 @@ def test_the_list_shows_what_matters_and_trials_under_their_sweep(pages: Pages, 
     titles = [point["title"] for point in swept["points"]]
     pages.wait(lambda: all(title in pages.text() for title in titles))
     pages.driver.save_screenshot(str(pages.pictures / "nested.png"))
-    assert f"{swept['best']['title']}, seed 0, best FID" in pages.text()
+    assert f"{swept['best']['title']}, best FID, seed 0" in pages.text()
 
 
 def test_the_best_trial_is_found_by_its_words(pages: Pages, ids: dict[str, str], swept: dict[str, Any]) -> None:
-    words = quote(f"attributes.run_name LIKE '%{swept['best']['title']}%best FID%'")
+    words = quote(f"attributes.run_name LIKE '%{swept['best']['title']}, best FID%'")
     address = f"{pages.root}/experiments/{ids['experiment']}/runs?workflowType=machine_learning&searchFilter={words}"
     pages.open("search", address, "2 matching runs")  # it, under its sweep
 
@@ -168,13 +179,8 @@ def test_the_best_model_has_a_page_with_its_alias(pages: Pages, swept: dict[str,
 
 
 def test_the_best_model_answers_requests_with_pngs(shell: Shell, swept: dict[str, Any]) -> None:
-    import base64
-    import io
     import urllib.error
     import urllib.request
-
-    import numpy as np
-    from PIL import Image
 
     (run,) = swept["best"]["runs"].values()
     server = shell.start("serve", run, "--port", "0")
@@ -204,11 +210,94 @@ def test_the_best_model_answers_requests_with_pngs(shell: Shell, swept: dict[str
             assert refusal.value.code == 400
             assert told in json.loads(refusal.value.read())["error"]
             refusal.value.close()
-        strange = urllib.request.Request(address + "images", headers={"Host": "evil.example:80"})
-        with pytest.raises(urllib.error.HTTPError) as refusal:
-            urllib.request.urlopen(strange, timeout=60)
-        refusal.value.close()
+        for header in ({"Host": "evil.example:80"}, {"Sec-Fetch-Site": "cross-site"}):
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                urllib.request.urlopen(urllib.request.Request(address + "images", headers=header), timeout=60)
+            assert refusal.value.code == 403
+            refusal.value.close()
+        with socket.create_connection(("127.0.0.1", int(address.rstrip("/").rpartition(":")[2]))) as leaving:
+            leaving.sendall(b"GET /grid.png?n=300&seed=9 HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            leaving.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # leaves with a reset
+        assert get("health") == b"ok"
+        get("grid.png?n=300&seed=9")  # waits for the model, which the one that left has had before
     finally:
         server.send_signal(signal.SIGINT)
-        server.communicate(timeout=60)
+        _, stderr = server.communicate(timeout=60)
     assert server.returncode == 0
+    assert "Traceback" not in stderr
+
+
+def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
+    shell: Shell, swept: dict[str, Any], ending: Any
+) -> None:
+    import urllib.error
+    import urllib.request
+
+    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    (model,) = client.search_registered_models()
+    (alias,) = model.aliases
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = shell.environment | {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{shell.home}/mlflow.db",
+        "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
+    command = [
+        "-m",
+        "mlflow",
+        "models",
+        "serve",
+        "--env-manager",
+        "local",
+        "-p",
+        str(port),
+        "-m",
+        f"models:/{model.name}@{alias}",
+    ]
+    with (shell.home / "serve.log").open("w") as said:
+        server = ending(
+            subprocess.Popen(
+                [sys.executable, *command],
+                cwd=shell.home,
+                env=environment,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        )
+
+        def up() -> bool:
+            assert server.poll() is None, (shell.home / "serve.log").read_text()
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+                return True
+            return False
+
+        deadline = time.monotonic() + WAIT_S
+        while not up():
+            assert time.monotonic() < deadline, (shell.home / "serve.log").read_text()
+            time.sleep(0.3)
+
+        def ask(**params: int) -> bytes:
+            body = json.dumps({"inputs": {"n": [3]}, "params": params}).encode()
+            asked = urllib.request.Request(
+                f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+            )
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                found: bytes = answer.read()
+            return found
+
+        pngs = [base64.b64decode(row["png"]) for row in json.loads(ask(seed=5))["predictions"]]
+        with pytest.raises(urllib.error.HTTPError) as refusal:
+            ask(steps=9999)
+        assert refusal.value.code == 400
+        assert "steps: got 9999; expected 1 to" in json.loads(refusal.value.read())["message"]
+        refusal.value.close()
+    (run,) = swept["best"]["runs"].values()
+    code, _, stderr = shell.run("sample", run, "-n", "3", "--seed", "5", "--format", "png", "--out", "three")
+    assert code == 0, stderr
+    files = sorted((shell.home / "three").rglob("*.png"))
+    for png, file in zip(pngs, files, strict=True):
+        served, sampled = (np.asarray(Image.open(source), np.int16) for source in (io.BytesIO(png), file))
+        assert np.abs(served - sampled).max() <= 1  # another number of threads rounds otherwise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from pipeline.storage import checkpoint as checkpoints
 from pipeline.sweeps.ledger import Entry, Ledger
 from tests.ray.swept import Shell, prepare
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
@@ -76,8 +77,11 @@ def test_trials_are_nested_found_by_words_and_the_best_is_registered(shell: Shel
     assert len(children) == 4
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     best = swept["best"]
-    (named,) = client.search_runs([experiment.experiment_id], f"attributes.run_name LIKE '{best['title']}%best FID'")
+    (named,) = client.search_runs([experiment.experiment_id], f"attributes.run_name LIKE '{best['title']}, best FID%'")
     assert named.data.metrics["fid_classifier_n128"] == best["mean"]
+    ranked = client.search_runs([experiment.experiment_id], "", order_by=["metrics.sweep_rank ASC"], max_results=4)
+    assert [run.data.metrics["sweep_rank"] for run in ranked] == [1, 2, 3, 4]
+    assert ranked[0].info.run_id == named.info.run_id
     assert "ddpm-pipe train" in named.data.tags["mlflow.note.content"]
     files = {item.path for item in client.list_artifacts(parent.info.run_id, "report")}
     assert {"report/sweep-report.html", "report/heatmap.png", "report/result.json"} <= files
@@ -111,8 +115,45 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
     assert begun == {entry.run for entry in ledger(elsewhere.home).values()}  # four trials, none begun twice
     for entry in done.values():
         assert (elsewhere.home / "runs" / entry.run / "attempt").read_text().strip() == "1"
-    again = elsewhere.run("resume", folder.name, "--json")
-    assert numbers(json.loads(again[1])) == numbers(swept)  # nothing was left to do
+    spent_s = json.loads(stdout)["seconds"]
+
+    more = ("--over", "diffusion.num_timesteps=20")
+    code, stdout, stderr = elsewhere.run("sweep", "--extend", folder.name, *more, "--json")
+    assert code == 0, stderr
+    extended = json.loads(stdout)
+    assert numbers(extended).items() >= numbers(swept).items()
+    added = [point for point in extended["points"] if point["point"]["diffusion.num_timesteps"] == 20]
+    assert len(added) == len(extended["points"]) - 4 == 2
+    assert all(point["mean"] is not None for point in added)
+    assert {run.name for run in (elsewhere.home / "runs").iterdir()} > begun
+    assert len(list((elsewhere.home / "runs").iterdir())) == 6  # what was done was not done again
+    assert extended["seconds"] > spent_s  # of all drivers
+
+
+def test_the_forecast_is_measured_and_writes_nothing(shell: Shell, swept: dict[str, Any]) -> None:
+    before = {path for name in ("runs", "sweeps") for path in (shell.home / name).iterdir()}
+    code, stdout, stderr = shell.run("sweep", "grid.yaml", "--dry-run", "--json")
+    assert code == 0, stderr
+    forecast = json.loads(stdout)
+    assert (forecast["num_trials"], len(forecast["refused"])) == (4, 2)
+    assert forecast["total_s"] >= forecast["trial_s"] > 0
+    assert {path for name in ("runs", "sweeps") for path in (shell.home / name).iterdir()} == before
+
+
+def test_the_best_point_is_trained_and_says_where_it_comes_from(
+    shell: Shell, swept: dict[str, Any], winner: dict[str, Any]
+) -> None:
+    record = json.loads((shell.home / "runs" / winner["run"] / "run.json").read_text())
+    schedule, steps = swept["best"]["point"]["diffusion.schedule"], swept["best"]["point"]["diffusion.num_timesteps"]
+    diffusion = record["experiment"]["diffusion"]
+    assert (diffusion["schedule"], diffusion["num_timesteps"]) == (schedule, steps)
+    assert record["experiment"]["training"]["steps"] == 60  # the base's, not the sweep's
+    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    experiment = client.get_experiment_by_name("ddpm").experiment_id
+    (run,) = client.search_runs([experiment], f"tags.`ddpm_pipe.origin` = 'sweep {swept['sweep']}'")
+    assert run.data.tags["ddpm_pipe.run_id"] == winner["run"]
+    assert client.get_run(run.data.tags["ddpm_pipe.origin_mlflow_run"]).data.tags["kind"] == "sweep"
+    assert f"the best point of sweep {swept['sweep']}" in run.data.tags["mlflow.note.content"]
 
 
 def test_the_hopeless_are_stopped_early_and_one_that_fails_does_not_end_the_sweep(elsewhere: Shell) -> None:
@@ -132,6 +173,10 @@ def test_the_hopeless_are_stopped_early_and_one_that_fails_does_not_end_the_swee
         assert "stopped early" in status["reason"]
         assert 120 <= status["step"] < 240
         assert point["early_kid"]["0"]["0.5"] > by_rate[3e-3]["early_kid"]["0"]["0.5"]
+        noted = json.loads((elsewhere.home / "runs" / run / "judgements.jsonl").read_text())
+        assert (noted["rung"], noted["value"]) == (0.5, point["early_kid"]["0"]["0.5"])
+        assert noted["std"] > 0
+        assert noted["identity"]["num_images"] == 64
 
 
 def trial_processes(pid: int) -> list[psutil.Process]:
@@ -139,7 +184,15 @@ def trial_processes(pid: int) -> list[psutil.Process]:
     return [p for p in found if "ImplicitFunc" in " ".join(p.cmdline()) or "run_trial" in " ".join(p.cmdline())]
 
 
-def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(elsewhere: Shell, ending: Any) -> None:
+def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_store_of_mlflow_run(
+    elsewhere: Shell, ending: Any
+) -> None:
+    store, other = (f"sqlite:///{elsewhere.home}/{name}.db" for name in ("chosen", "other"))
+    client = MlflowClient(store)
+    opened = client.create_run(client.create_experiment("by hand", f"file://{elsewhere.home}/artifacts")).info.run_id
+    (elsewhere.home / "own.yaml").write_text(f"mlflow: {{tracking_uri: '{other}'}}\n")
+    plain = dict(elsewhere.environment)
+    elsewhere.environment |= {"MLFLOW_RUN_ID": opened, "MLFLOW_TRACKING_URI": store}
     arguments = (
         "sweep",
         "--base",
@@ -151,18 +204,33 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint(elsewhere: 
         "--seeds",
         "1",
     )
-    sweep = ending(elsewhere.start(*arguments, "-s", "logging.every_steps=20", "--json"))
+    sweep = ending(elsewhere.start(*arguments, "--cluster", "own.yaml", "-s", "logging.every_steps=20", "--json"))
 
     def saved() -> int:
         steps = [c.step for folder in elsewhere.home.glob("runs/*/checkpoints") for c in checkpoints.committed(folder)]
         return max(steps, default=-1)
 
-    wait_for(lambda: saved() >= 10, sweep)
+    wait_for(lambda: saved() >= 10, sweep, timeout_s=400)
     (trial,) = trial_processes(sweep.pid)
     trial.kill()
-    stdout, stderr = sweep.communicate(timeout=400)
-    assert sweep.returncode == 0, stderr
-    assert json.loads(stdout)["points"][0]["status"] == "finished"
     (run,) = (elsewhere.home / "runs").iterdir()
-    assert (run / "attempt").read_text().strip() == "2"
+    wait_for(lambda: "attempt 2 continues from step" in (run / "log.txt").read_text(), sweep, timeout_s=400)
     assert re.search(r"attempt 2 continues from step [1-4]0", (run / "log.txt").read_text())
+    sweep.send_signal(signal.SIGINT)
+    stdout, stderr = sweep.communicate(timeout=400)
+    (folder,) = (elsewhere.home / "sweeps").iterdir()
+    assert (sweep.returncode, stdout) == (130, ""), stderr
+    assert f"go on with: ddpm-pipe resume {folder.name}" in stderr
+    assert json.loads((folder / "status.json").read_text())["status"] == "INTERRUPTED"
+    assert ledger(elsewhere.home) == {}  # it is neither done nor failed
+
+    # trials are recorded where the sweep is, in the store that `mlflow run` chose; the profile's has not been made
+    (child,) = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{opened}'")
+    assert child.data.tags["ddpm_pipe.run_id"] == run.name
+    assert not (elsewhere.home / "other.db").exists()
+
+    elsewhere.environment = plain | {"MLFLOW_TRACKING_URI": store}
+    code, stdout, stderr = elsewhere.run("resume", folder.name, "--json")
+    assert code == 0, stderr
+    assert json.loads(stdout)["points"][0]["status"] == "finished"
+    assert (run / "attempt").read_text().strip() == "3"
