@@ -37,6 +37,8 @@ CASES = [
     },
     {"run": "k7m2; touch gone", "num_images": "9", "steps": "20", "seed": "3", "out": "a b", "format": "png"},
     {"run": "k7m2", "metrics": "fid,kid", "num_images": "600", "seeds": "3", "weights": "raw", "dry_run": "yes"},
+    {"sweep": "my sweep.yaml", "metric": "kid", "seeds": "2", "overrides": "training.steps=5 seed=1", "dry_run": "yes"},
+    {"sweep": "$(touch gone)", "cluster": "a b"},
 ]
 WANTED = [
     ["train"],
@@ -57,6 +59,11 @@ WANTED = [
     ],
     ["sample", "k7m2; touch gone", "-n", "9", "--steps", "20", "--seed", "3", "--format", "png", "--out", "a b"],
     ["evaluate", "k7m2", "--seeds", "3", "--metrics", "fid,kid", "-n", "600", "--weights", "raw", "--dry-run"],
+    [
+        *("sweep", "my sweep.yaml", "--metric", "kid", "--seeds", "2", "--dry-run"),
+        *("-s", "training.steps=5", "-s", "seed=1"),
+    ],
+    ["sweep", "$(touch gone)", "--cluster", "a b"],
 ]
 
 
