@@ -1,8 +1,6 @@
-"""The Inception network of the original FID code (2015-12-05), in torch-fidelity's port, loaded without unpickling.
+"""The Inception extractor of the original FID code, with the weights of 2015-12-05.
 
-torch-fidelity's own constructor downloads and unpickles its weights; here its layers and its forward pass are used, and
-the weights are read by us: from a path, a URL or the cache, checked against a pinned sha256, as tensors alone
-(`weights_only`).
+The weights are read by us from a path, a URL or the cache, checked against a pinned sha256, as tensors alone (`weights_only`).
 """
 
 from __future__ import annotations
@@ -14,7 +12,6 @@ import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +21,7 @@ from pipeline.data.image_set import Images
 from pipeline.errors import DataError, RefusedError, StorageError
 from pipeline.exchange.foreign_tensors import load_torch
 from pipeline.metrics.features import Extracted, check_images, concatenate, in_batches
+from pipeline.metrics.inception_network import InceptionV3
 from pipeline.training.device import exact_inference
 
 INCEPTION_URL = (
@@ -63,7 +61,7 @@ class Inception:
     ) -> Inception:
         """Load the weights that `read_weights` finds; DataError where there are none or they are not this network's."""
         data = read_weights(source, sha256=sha256, cache_dir=cache_dir, download=download)
-        network = _network()
+        network = InceptionV3()
         try:
             network.load_state_dict(load_torch(data), strict=True)
         except ValueError as error:
@@ -126,50 +124,6 @@ def read_weights(
     _check(data, sha256, url)
     _store(cached, data)
     return data
-
-
-def _network() -> nn.Module:
-    """Return torch-fidelity's network with fresh weights, without its loader; a strict load proves every layer."""
-    from torch_fidelity import feature_extractor_inceptionv3 as port
-    from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-
-    class Port(port.FeatureExtractorInceptionV3):  # type: ignore[misc]
-        def __init__(self) -> None:
-            FeatureExtractorBase.__init__(self, "inception-v3-compat", ["2048", "logits_unbiased"])
-            self.feature_extractor_internal_dtype = torch.float32
-            for name, layer in _layers(port).items():
-                self.add_module(name, layer)
-            self.requires_grad_(False)
-
-    network: nn.Module = Port()
-    return network
-
-
-def _layers(port: Any) -> dict[str, nn.Module]:
-    """Return the layers by the names that the forward pass and the weights use (Szegedy et al. 2015, table 1)."""
-    conv = port.BasicConv2d
-    return {
-        "Conv2d_1a_3x3": conv(3, 32, kernel_size=3, stride=2),
-        "Conv2d_2a_3x3": conv(32, 32, kernel_size=3),
-        "Conv2d_2b_3x3": conv(32, 64, kernel_size=3, padding=1),
-        "MaxPool_1": nn.MaxPool2d(3, stride=2),
-        "Conv2d_3b_1x1": conv(64, 80, kernel_size=1),
-        "Conv2d_4a_3x3": conv(80, 192, kernel_size=3),
-        "MaxPool_2": nn.MaxPool2d(3, stride=2),
-        "Mixed_5b": port.InceptionA(192, 32),
-        "Mixed_5c": port.InceptionA(256, 64),
-        "Mixed_5d": port.InceptionA(288, 64),
-        "Mixed_6a": port.InceptionB(288),
-        "Mixed_6b": port.InceptionC(768, 128),
-        "Mixed_6c": port.InceptionC(768, 160),
-        "Mixed_6d": port.InceptionC(768, 160),
-        "Mixed_6e": port.InceptionC(768, 192),
-        "Mixed_7a": port.InceptionD(768),
-        "Mixed_7b": port.InceptionE_1(1280),
-        "Mixed_7c": port.InceptionE_2(2048),
-        "AvgPool": nn.AdaptiveAvgPool2d(1),
-        "fc": nn.Linear(2048, 1008),
-    }
 
 
 def _read(path: Path, sha256: str) -> bytes:

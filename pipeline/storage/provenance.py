@@ -21,7 +21,6 @@ LIBRARIES = (
     "pillow",
     "safetensors",
     "scikit-learn",
-    "torch-fidelity",
 )
 
 

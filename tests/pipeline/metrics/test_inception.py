@@ -18,9 +18,9 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, RefusedError, StorageError
-from pipeline.metrics import inception
 from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.inception import INCEPTION_SHA256, INCEPTION_URL, WEIGHTS_VARIABLE, Inception, read_weights
+from pipeline.metrics.inception_network import InceptionV3, resized
 
 
 def sha256(data: bytes) -> str:
@@ -31,7 +31,7 @@ def sha256(data: bytes) -> str:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of the real network, scaled so that the signal survives all layers."""
     generator = torch.Generator().manual_seed(0)
-    state = inception._network().state_dict()
+    state = InceptionV3().state_dict()
     for name, tensor in state.items():
         if name.endswith("conv.weight"):
             fan_in = tensor[0].numel()
@@ -63,7 +63,8 @@ def no_weights_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
-def test_equals_torch_fidelitys_own_extractor(weights: Path, extractor: Inception, images: Any) -> None:
+def test_equals_torch_fidelitys_network_on_the_same_weights(weights: Path, extractor: Inception, images: Any) -> None:
+    """A peer that was ported from the graph by others; the same operations in the same order give the same bits here."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     peer = FeatureExtractorInceptionV3("peer", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights))
@@ -72,11 +73,26 @@ def test_equals_torch_fidelitys_own_extractor(weights: Path, extractor: Inceptio
     got = extractor(images)
     assert got.logits is not None
     assert features.std() > 1e-3  # the random network does pass a signal
-    np.testing.assert_array_equal(got.features, features.numpy())
-    np.testing.assert_array_equal(got.logits, logits.numpy())
+    np.testing.assert_allclose(got.features, features.numpy(), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.logits, logits.numpy(), rtol=1e-5, atol=1e-4)
+    assert {name: tensor.shape for name, tensor in peer.state_dict().items()} == {
+        name: tensor.shape for name, tensor in InceptionV3().state_dict().items()
+    }  # those of the published file
     assert got.features.shape == (5, extractor.width)
     assert got.logits.shape == (5, extractor.num_classes)
     assert got.features.dtype == got.logits.dtype == np.float32
+
+
+@pytest.mark.parametrize("shape", [(20, 24), (299, 299), (333, 400)])
+def test_images_are_resized_as_tensorflow_1_did(shape: tuple[int, int]) -> None:
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+    x = torch.randint(0, 256, (2, 3, *shape), generator=torch.Generator().manual_seed(0)).float()
+    theirs = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
+    torch.testing.assert_close(resized(x, 299), theirs, rtol=0, atol=1e-4)
+    ramp = torch.arange(float(shape[1])).expand(1, 1, shape[0], shape[1])  # of which the value is the place
+    expected = (torch.arange(299) * shape[1] / 299).clamp(max=shape[1] - 1)
+    torch.testing.assert_close(resized(ramp, 299)[0, 0, 7], expected, rtol=0, atol=1e-4)
 
 
 def test_gray_images_are_repeated_and_the_rule_says_so(extractor: Inception, images: Any) -> None:
