@@ -70,7 +70,7 @@ class Choice:
 CHOICES = st.builds(
     Choice,
     schedule=st.sampled_from(SCHEDULES),
-    T=st.integers(21, 40),
+    T=st.one_of(st.integers(21, 40), st.integers(21, 40), st.sampled_from([1000, 4000])),
     zero_terminal_snr=st.sampled_from([False, False, False, True]),
     prediction=st.sampled_from(["eps", "x0", "v", "x_prev"]),
     variance=st.sampled_from(["fixed_small", "fixed_large", "learned_range"]),
@@ -143,8 +143,10 @@ def train_sample_and_score(choice: Choice) -> list[Tensor]:
 
 
 def score(diffusion: GaussianDiffusion, model: Model) -> Tensor:
-    result = bits_per_dim(diffusion, model, images(2).float(), generator=seeded(7))
-    assert result.terms.shape == (2, diffusion.num_timesteps)
+    T = diffusion.num_timesteps
+    steps = timestep_subset(T, min(T, 40), "linspace")  # of a long chain the bound over some of its steps
+    result = bits_per_dim(diffusion, model, images(2).float(), generator=seeded(7), timesteps=steps)
+    assert result.terms.shape == (2, len(steps))
     assert bool((result.terms > -1e-6).all())  # each is a divergence, or minus the log of a probability
     return result.total
 
