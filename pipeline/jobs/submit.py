@@ -166,17 +166,22 @@ class Jobs:
         """
         lines = LogLines(out, log)
         lost: float | None = None
+
+        def back() -> None:
+            nonlocal lost
+            if lost is not None:
+                self._console.say(f"following {job} again")
+            lost = None
+
         while True:
             try:
-                asyncio.run(self._tail(job, lines))
+                asyncio.run(self._tail(job, lines, back))
                 info = self._client.get_job_info(job)
                 if info.status.is_terminal():
                     lines.write_from(self._client.get_job_logs(job))
                     lines.close()
                     return self._exit_code(job, info, lines.saved)
-                if lost is not None:
-                    self._console.say(f"following {job} again")
-                lost = None
+                back()
             except PipelineError:
                 raise
             except Exception as error:  # of the network, by three libraries with errors of their own
@@ -207,9 +212,10 @@ class Jobs:
             return False
         return False
 
-    async def _tail(self, job: str, lines: LogLines) -> None:
+    async def _tail(self, job: str, lines: LogLines, back: Callable[[], None]) -> None:
         lines.rewind()
         async for text in self._client.tail_job_logs(job):
+            back()  # at the first piece: the last one comes when the job ends
             lines.write(text)
 
     def _exit_code(self, job: str, info: Any, saved: bool) -> int:
