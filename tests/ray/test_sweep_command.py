@@ -225,7 +225,8 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
     assert ledger(elsewhere.home) == {}  # it is neither done nor failed
 
     # trials are recorded where the sweep is, in the store that `mlflow run` chose; the profile's has not been made
-    (child,) = client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{opened}'")
+    trials = client.get_experiment_by_name("ddpm").experiment_id
+    (child,) = client.search_runs([trials], f"tags.`mlflow.parentRunId` = '{opened}'")
     assert child.data.tags["ddpm_pipe.run_id"] == run.name
     assert not (elsewhere.home / "other.db").exists()
 
