@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -201,6 +204,76 @@ def test_a_job_is_left_alone_found_again_stopped_after_saving_and_resumed(
     (run,) = (tmp_path / "shared" / "runs").iterdir()
     resumed = cli("resume", run.name, "-s", f"training.steps={step + 2}", "--cluster", profile, env=environment)
     assert resumed.code == 0, resumed.stderr
+
+
+class Way:
+    """A way to the dashboard that can be cut: what is open on it ends, and new connections get through."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self._target, self._open = target, list[socket.socket]()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        for end in self._open:
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self._listener.accept()[0], socket.create_connection(self._target)
+                self._open += [near, far]
+                for ends in ((near, far), (far, near)):
+                    threading.Thread(target=self._carry, args=ends, daemon=True).start()
+
+    def _carry(self, source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError), source:
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_RDWR)
+
+
+@pytest.fixture
+def way(cluster: RayCluster) -> Iterator[Way]:
+    host, _, port = cluster.dashboard.removeprefix("http://").partition(":")
+    made = Way((host, int(port)))
+    yield made
+    made.close()
+
+
+def test_following_is_taken_up_again_where_the_connection_was_lost(
+    cli, cluster, profile_of, folder, outside, user_environment, way
+):
+    environment = cluster.environment
+    sent = cli(
+        "train", outside(0.3, 400), "--cluster", profile_of(timeouts={"stop_s": 20}), "--detach", env=environment
+    )
+    assert sent.code == 0, sent.stderr
+    profile = profile_of(address=way.url, timeouts={"stop_s": 20})
+    with started(
+        ["jobs", "follow", "latest", "--cluster", profile], user_environment | environment, folder
+    ) as following:
+        assert following.stderr is not None
+        told = [following.stderr.readline()]  # the log is there
+        way.cut()
+        while "again\n" not in told[-1] and told[-1]:
+            told.append(following.stderr.readline())
+        stopped = cli("jobs", "stop", "latest", "--cluster", profile, env=environment)
+        told += following.communicate(timeout=120)[1].splitlines(keepends=True)
+    assert stopped.code == 0, stopped.stderr
+    assert following.returncode in (75, 143), told  # as far as it had come when it was stopped
+    job = sent.stdout.strip()
+    assert sum(f"lost the connection to {job}" in line for line in told) == 1
+    assert sum(f"following {job} again" in line for line in told) == 1
+    log = [line for line in told if job not in line and line.strip()]
+    assert len(log) == len(set(log)), log  # nothing twice
 
 
 def test_who_may_send(cli, cluster, profile_of, folder):
