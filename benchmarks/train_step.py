@@ -190,7 +190,7 @@ def main() -> None:
     precision = [] if asked.precision is None else [f"training.precision={asked.precision}"]
     overrides = [*precision, *asked.overrides]
     experiment, shape = load_experiment(presets.find("experiments", asked.preset), overrides), SHAPES[asked.preset]
-    training, device = experiment.training, torch.device(asked.device)
+    training, device = experiment.training, torch.device(asked.device, 0 if asked.device == "cuda" else None)
     threads = asked.threads or torch.get_num_threads()
     dtype = AUTOCAST[training.precision]
     compute = Compute(device, "gloo", dtype, training.compile, training.channels_last, threads, training.tf32,

@@ -81,9 +81,9 @@ def means(losses: list[torch.Tensor]) -> torch.Tensor:
     ],
     ids=lambda value: "-".join(map(str, value)) or "plain" if isinstance(value, dict) else str(value),
 )
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"
-)  # on import of the compiler
+# the compiler's own, on its import, and its advice where float32 is float32 as asked for
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 def test_a_gpu_learns_what_the_cpu_does(
     dataset: Dataset, on_cpu: Any, training: dict[str, Any], of_profile: dict[str, Any], rtol: float
 ) -> None:
