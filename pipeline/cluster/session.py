@@ -82,7 +82,9 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
         # gloo would otherwise look the machine's name up and talk over the network card
         settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
-    folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=os.environ.get("RAY_TMPDIR") or "/tmp"))
+    parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
+    parent.mkdir(parents=True, exist_ok=True)  # as Ray itself makes it
+    folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=parent))
     watchdog = Watchdog(folder)
     with _environment(settings, without=["RAY_ADDRESS"]):
         try:
