@@ -2,11 +2,13 @@
 #
 #   make train ARGS="--preset mnist"            arguments for `ddpm-pipe train`
 #   make test PYTEST_ARGS="-k schedule -x"      arguments for pytest
+#   make test JOBS=0                            one test after another, in one process
 #   make PYTHON=/opt/python3.11/bin/python3 ... a Python 3.11 that isn't on PATH
 
 SHELL := /bin/sh
 ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -28,7 +30,7 @@ train: $(INSTALLED) ## train on the embedded digits, draw samples and score them
 	@$(BIN)/ddpm-pipe train $(ARGS)
 
 test: lint ## lint, types and the whole test suite, shut off from the network and from your files
-	@$(BIN)/python tests/hermetic.py $(PYTEST_ARGS)
+	@$(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## formatting, lint and types only
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ." >&2; exit 1; }
