@@ -63,6 +63,7 @@ def _no_declared_secrets_left() -> Iterator[None]:
     os.environ.pop(DECLARED_SECRETS, None)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put Ray's tests first and together: under xdist one process does them, which takes longest, and another the other files meanwhile."""
     for item in items:
