@@ -30,7 +30,7 @@ train: $(INSTALLED) ## train on the embedded digits, draw samples and score them
 	@$(BIN)/ddpm-pipe train $(ARGS)
 
 test: lint ## lint, types and the whole test suite, shut off from the network and from your files
-	@$(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(PYTEST_ARGS)
+	@$(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: $(INSTALLED) ## formatting, lint and types only
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ." >&2; exit 1; }

@@ -48,6 +48,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # MLflow reads this when first imported, which here a test may do before our own code, and would talk on stderr.
 os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
+RAYS = "tests/ray/"  # the tests that share one Ray
 _IN_PROCESS_ONLY = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "MLFLOW_LOGGING_LEVEL"}
 
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
@@ -63,13 +64,21 @@ def _no_declared_secrets_left() -> Iterator[None]:
     os.environ.pop(DECLARED_SECRETS, None)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put Ray's tests first and together: under xdist one process does them, which takes longest, and another the other files meanwhile."""
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+    """Put Ray's tests first: they take longest."""
+    items.sort(key=lambda item: not item.nodeid.startswith(RAYS))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under xdist one process does Ray's tests, one after another, and the others do the other files meanwhile."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneForRay(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return RAYS if nodeid.startswith(RAYS) else nodeid.partition("::")[0]
+
+    return OneForRay(config, log)
 
 
 class CliResult(NamedTuple):
