@@ -16,7 +16,6 @@ from ddpm import bits_per_dim
 from pipeline.data.batches import training_batches
 from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
-from pipeline.errors import DivergedError
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
@@ -26,13 +25,23 @@ from pipeline.settings.yaml_files import validate
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.training.averages import make_averages
 from pipeline.training.device import Capabilities, Compute, decide, sampling_compute
-from pipeline.training.loop import Learner, fit
-from pipeline.training.models import build_diffusion, build_model, build_objective
+from pipeline.training.loop import Learner
+from pipeline.training.models import build_diffusion, build_model
 from pipeline.training.randomness import image_generators
 from pipeline.training.team import Team, found_group
 from tests.pipeline.training import trainer
 from tests.pipeline.training.test_resume import killed_after, to_the_end
-from tests.pipeline.training.test_workers import CPU, STEPS, STREAMS, be_a_worker, experiment, gathered, order_of, train
+from tests.pipeline.training.test_workers import (
+    CPU,
+    STEPS,
+    STREAMS,
+    be_a_worker,
+    experiment,
+    gathered,
+    order_of,
+    overflow_until_it_stops,
+    train,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -138,18 +147,7 @@ def test_a_run_of_the_cpu_goes_on_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_fp16_stops_when_its_scale_collapses(dataset: Dataset) -> None:
-    chosen = experiment(precision="fp16", warmup_steps=0)
-    compute = gpu(chosen)
-    model = compute.place(build_model(chosen, dataset.manifest.shape))
-    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
-    with torch.no_grad():
-        next(learner.model.parameters()).fill_(float("inf"))
-    batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    steps = fit(learner, learner.model, build_objective(chosen), batches, chosen.training, compute, seed=0)
-    done: list[int] = []
-    with pytest.raises(DivergedError, match=r"loss scale down to 0\.5"):
-        done.extend(result.step for result in steps)
-    assert done == list(range(1, 18))
+    overflow_until_it_stops(dataset, gpu(experiment(precision="fp16", warmup_steps=0)))
 
 
 def test_batches_travel_from_page_locked_memory(dataset: Dataset) -> None:

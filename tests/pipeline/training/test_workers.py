@@ -187,12 +187,11 @@ def test_fp16_learns_what_fp32_learns(dataset, alone):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=2e-2, atol=0)
 
 
-def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
+def overflow_until_it_stops(dataset: Dataset, compute: Compute) -> tuple[Learner, dict[str, torch.Tensor]]:
+    """Train in fp16 with gradients that all overflow; return the learner, and the weights that it began with, but the spoiled ones."""
     chosen = experiment(precision="fp16", warmup_steps=0)
-    compute = replace(CPU, autocast_dtype=torch.float16)
-    learner = Learner.create(
-        build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, compute
-    )
+    model = compute.place(build_model(chosen, dataset.manifest.shape))
+    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
     with torch.no_grad():
         next(learner.model.parameters()).fill_(float("inf"))  # every gradient from here on is infinite or NaN
     others = {name: p.clone() for name, p in list(learner.model.named_parameters())[1:]}
@@ -203,5 +202,10 @@ def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapse
         done.extend(result.step for result in steps)
     # halved once a step: 65,536 = 2^16 is below 1 after 17 steps, and that is noticed in the step that follows
     assert done == list(range(1, 18))
+    return learner, others
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
+    learner, others = overflow_until_it_stops(dataset, replace(CPU, autocast_dtype=torch.float16))
     for name, parameter in list(learner.model.named_parameters())[1:]:
         assert torch.equal(parameter, others[name])
