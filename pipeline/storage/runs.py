@@ -125,7 +125,12 @@ class Run:
         """Make a run folder with its record, status CREATED. StorageError where it cannot be written."""
         from pipeline.storage.provenance import code_version, library_versions
 
-        name = normalise_name(name)
+        # Asking git takes long beside making a folder: it goes first, so that a kill hardly ever leaves a folder that is no run.
+        record = RunRecord(
+            "", normalise_name(name), _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
+            [redact(argument) for argument in command], code_version(), library_versions(), initial_weights, trial,
+            redact(imported_from), origin,
+        )  # fmt: skip
         root = make_folder(runs_dir(home))
         for _ in range(100):
             run = cls(root / new_id())
@@ -138,13 +143,8 @@ class Run:
                 raise StorageError(
                     f"{root}: cannot be written ({error.strerror}); set DDPM_PIPE_HOME to a folder you can write"
                 ) from error
-        record = RunRecord(
-            run.id, name, _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
-            [redact(argument) for argument in command], code_version(), library_versions(), initial_weights, trial,
-            redact(imported_from), origin,
-        )  # fmt: skip
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
-        write_json(run.folder / "run.json", asdict(record))  # last: a folder without it is no run
+        write_json(run.folder / "run.json", asdict(replace(record, id=run.id)))  # last: a folder without it is no run
         if run.remote is not None:
             try:
                 run.remote.send_records(run.folder)

@@ -195,7 +195,7 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
             asked.sweep.metric,
             _judged_by(asked, dataset, profile, console),
             asked.sweep.more_network_calls if asked.sweep.metric != "bpd" else (),
-            replace(tracking.settings, mlflow_run_id=None),
+            tracking.for_trials,
             os.getcwd(),
             forwarded(profile),
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
 from pipeline.console import Console
@@ -34,6 +36,22 @@ class SweepTracking:
     def mlflow_run_id(self) -> str | None:
         """MLflow's id of the sweep's run; None while the store has given none."""
         return self._folder.mlflow_run_id
+
+    @cached_property
+    def for_trials(self) -> TrackingSettings:
+        """Settings of the trials: in the sweep's own experiment, which `mlflow run` may have chosen. MLflow nests runs of one only."""
+        settings = replace(self.settings, mlflow_run_id=None)
+        if self.mlflow_run_id is None:
+            return settings
+        from mlflow import MlflowClient
+        from mlflow.exceptions import MlflowException
+
+        client = MlflowClient(settings.uri)
+        try:
+            experiment = client.get_experiment(client.get_run(self.mlflow_run_id).info.experiment_id)
+        except MlflowException:  # away again, or the run was deleted: the profile's experiment does
+            return settings
+        return replace(settings, experiment=experiment.name)
 
     def start(self) -> None:
         """Open the run, and wait a moment for its id: trials name it as their parent."""

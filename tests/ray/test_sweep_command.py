@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.runs import Run
 from pipeline.sweeps.ledger import Entry, Ledger
 from tests.ray.swept import Shell, prepare
 
@@ -111,7 +112,7 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
     code, stdout, stderr = elsewhere.run("resume", folder.name, "--json")
     assert code == 0, stderr
     assert numbers(json.loads(stdout)) == numbers(swept)
-    begun = {run.name for run in (elsewhere.home / "runs").iterdir()}
+    begun = {run.id for run in Run.all(elsewhere.home)}
     assert begun == {entry.run for entry in ledger(elsewhere.home).values()}  # four trials, none begun twice
     for entry in done.values():
         assert (elsewhere.home / "runs" / entry.run / "attempt").read_text().strip() == "1"
@@ -125,8 +126,8 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
     added = [point for point in extended["points"] if point["point"]["diffusion.num_timesteps"] == 20]
     assert len(added) == len(extended["points"]) - 4 == 2
     assert all(point["mean"] is not None for point in added)
-    assert {run.name for run in (elsewhere.home / "runs").iterdir()} > begun
-    assert len(list((elsewhere.home / "runs").iterdir())) == 6  # what was done was not done again
+    assert {run.id for run in Run.all(elsewhere.home)} > begun
+    assert len(Run.all(elsewhere.home)) == 6  # what was done was not done again
     assert extended["seconds"] > spent_s  # of all drivers
 
 
@@ -189,7 +190,8 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
 ) -> None:
     store, other = (f"sqlite:///{elsewhere.home}/{name}.db" for name in ("chosen", "other"))
     client = MlflowClient(store)
-    opened = client.create_run(client.create_experiment("by hand", f"file://{elsewhere.home}/artifacts")).info.run_id
+    by_hand = client.create_experiment("by hand", f"file://{elsewhere.home}/artifacts")
+    opened = client.create_run(by_hand).info.run_id
     (elsewhere.home / "own.yaml").write_text(f"mlflow: {{tracking_uri: '{other}'}}\n")
     plain = dict(elsewhere.environment)
     elsewhere.environment |= {"MLFLOW_RUN_ID": opened, "MLFLOW_TRACKING_URI": store}
@@ -224,9 +226,8 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
     assert json.loads((folder / "status.json").read_text())["status"] == "INTERRUPTED"
     assert ledger(elsewhere.home) == {}  # it is neither done nor failed
 
-    # trials are recorded where the sweep is, in the store that `mlflow run` chose; the profile's has not been made
-    trials = client.get_experiment_by_name("ddpm").experiment_id
-    (child,) = client.search_runs([trials], f"tags.`mlflow.parentRunId` = '{opened}'")
+    # trials are recorded where the sweep is, in the store and the experiment of `mlflow run`; the profile's has not been made
+    (child,) = client.search_runs([by_hand], f"tags.`mlflow.parentRunId` = '{opened}'")
     assert child.data.tags["ddpm_pipe.run_id"] == run.name
     assert not (elsewhere.home / "other.db").exists()
 
