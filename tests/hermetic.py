@@ -72,7 +72,7 @@ def hermetic_environment(root: Path, base: Mapping[str, str]) -> dict[str, str]:
     (root / "run").chmod(0o700)
     environment |= {
         "RAY_TMPDIR": str(root),
-        # Two tests run side by side: threads that wait for each other must not keep the cores from those that compute. No result depends on it.
+        # Two tests run side by side: threads that wait must not keep the cores from those that compute. No result depends on it.
         "OMP_WAIT_POLICY": "PASSIVE",
         "PYTHONPATH": str(REPOSITORY / "tests" / "guard"),
         NETWORK_LOG: str(root / "network.log"),
