@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.storage import checkpoint as checkpoints
-from pipeline.storage.checkpoint import MANIFEST, Checkpoint, Found
+from pipeline.storage.checkpoint import MANIFEST, STATE, Checkpoint, Found
 from pipeline.storage.remote import RemoteFolder
 
 DAMAGED = "DAMAGED.json"
@@ -40,6 +41,14 @@ class RemoteCheckpoints:
     def uri_of(self, checkpoint: Checkpoint) -> str:
         """Return the address of a checkpoint."""
         return self._folder.child(checkpoint.folder.name).uri
+
+    def state_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
+        """Return the JSON state of a checkpoint as it is in the store."""
+        content = self._folder.child(checkpoint.folder.name).read(STATE)
+        if content is None:
+            raise CheckpointError(f"checkpoint {checkpoint.folder.name}: {STATE} is missing in {self._folder}")
+        state: dict[str, Any] = json.loads(content)
+        return state
 
     def push(self, checkpoint: Checkpoint, may_commit: Callable[[], bool]) -> None:
         """Send a checkpoint that is committed on disk, and commit it in the store.

@@ -22,16 +22,19 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pipeline.errors import StorageError
 from pipeline.storage.remote import RemoteFolder, is_remote
 from pipeline.storage.remote_lease import Lease
 
 INDEX = "files.json"
-RECORDS = ("attempt", "status.json", "run.json")
 _NOT_FILES = {
-    *RECORDS,
+    "attempt",
+    "status.json",
+    "run.json",
+    "sweep.json",
+    "tune",
     INDEX,
     "lock",
     "lease",
@@ -45,7 +48,16 @@ _AT_ONCE = 4
 
 
 class RemoteRun:
-    """What a store has of one run."""
+    """What a store has of one run, or of what is kept as a run is (pipeline/sweeps/folder.py)."""
+
+    PLACE = "runs"
+    RECORDS: tuple[str, ...] = (
+        "attempt",
+        "status.json",
+        "run.json",
+    )  # the last says that there is one, and is sent last
+    UNCHANGING: frozenset[str] = frozenset({"run.json"})
+    NOT_AT_FIRST: frozenset[str] = frozenset({"attempt"})
 
     def __init__(self, folder: RemoteFolder) -> None:
         self.folder = folder
@@ -54,24 +66,39 @@ class RemoteRun:
         self._sent: dict[str, tuple[int, int, str]] = {}  # size, time of change and SHA-256 of the files sent from here
 
     @classmethod
-    def of(cls, storage: str | None, run_id: str) -> RemoteRun | None:
+    def of(cls, storage: str | None, run_id: str) -> Self | None:
         """Return the run of that id in a profile's storage; None where that is no object store."""
-        return cls(runs_in(storage).child(run_id)) if storage is not None and is_remote(storage) else None
+        return cls(cls.all_in(storage).child(run_id)) if storage is not None and is_remote(storage) else None
+
+    @classmethod
+    def all_in(cls, storage: str) -> RemoteFolder:
+        """Return the folder of all of them in an object store."""
+        return RemoteFolder(storage).child(cls.PLACE)
+
+    @classmethod
+    def fetch_all_records(cls, storage: str, here: Path) -> None:
+        """Bring the records of all of them in a storage that is an object store into a folder."""
+        if not is_remote(storage):
+            return
+        remote = cls.all_in(storage)
+        names = remote.folders()
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda name: cls(remote.child(name)).fetch_records(here / name), names))
 
     # -- records
 
     def fetch_records(self, local: Path) -> bool:
         """Bring the small files that say what the run is into a folder; False where there is no such run."""
-        if not (local / "run.json").is_file() and self.folder.stat("run.json") is None:
+        if not (local / self.RECORDS[-1]).is_file() and self.folder.stat(self.RECORDS[-1]) is None:
             return False
         local.mkdir(parents=True, exist_ok=True)
-        for name in RECORDS:
-            if name == "run.json" and (local / name).is_file():  # which never changes
+        for name in self.RECORDS:
+            if name in self.UNCHANGING and (local / name).is_file():
                 continue
             content = self.folder.read(name)
             if content is not None:
                 _replace(local / name, content)
-            elif name != "attempt":  # which there is none of before the first
+            elif name not in self.NOT_AT_FIRST:
                 return False
         if not (local / _DELIVERED).is_file():  # it knows MLflow's name of the run
             content = self.folder.read(_DELIVERED)
@@ -82,7 +109,7 @@ class RemoteRun:
 
     def send_records(self, local: Path, *names: str) -> None:
         """Send the small files, or those named; the record last, without which there is no run."""
-        for name in names or RECORDS:
+        for name in names or self.RECORDS:
             if (local / name).is_file():
                 self.folder.write(name, (local / name).read_bytes())
 
@@ -162,21 +189,6 @@ class RemoteRun:
         if not isinstance(names, dict) or not all(_is_inside(name) for name in names):
             return {}
         return dict(content)
-
-
-def runs_in(storage: str) -> RemoteFolder:
-    """Return the folder of runs of an object store."""
-    return RemoteFolder(storage).child("runs")
-
-
-def fetch_all_records(storage: str, runs: Path) -> None:
-    """Bring the records of all runs of a storage that is an object store into a folder of runs."""
-    if not is_remote(storage):
-        return
-    remote = runs_in(storage)
-    names = remote.folders()
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: RemoteRun(remote.child(name)).fetch_records(runs / name), names))
 
 
 def folder_here(folder: Path, uri: str) -> Path:

@@ -29,6 +29,13 @@ class RunCheckpoints:
         """Return the committed checkpoints, newest first, without reading (or bringing) their files."""
         return checkpoints.committed(self._root) if self._remote is None else self._remote.committed()
 
+    def newest_state(self) -> dict[str, Any]:
+        """Return the JSON state of the newest committed checkpoint, without reading (or bringing) its tensors; {} before the first."""
+        committed = self.committed()
+        if not committed:
+            return {}
+        return committed[0].state() if self._remote is None else self._remote.state_of(committed[0])
+
     def newest_verified(self) -> Found:
         """Return the newest checkpoint every byte of which verifies, brought here; one of a newer format raises CheckpointError."""
         return checkpoints.newest_verified(self._root) if self._remote is None else self._remote.newest_verified()

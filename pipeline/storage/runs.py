@@ -34,7 +34,7 @@ from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.redaction import redact, redact_tree
 from pipeline.storage.durable import write_atomically, write_json
 from pipeline.storage.home import make_folder, runs_dir
-from pipeline.storage.remote_run import RemoteRun, fetch_all_records
+from pipeline.storage.remote_run import RemoteRun
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -161,7 +161,7 @@ class Run:
         """
         root = runs_dir(home)
         if storage is not None:
-            fetch_all_records(storage, root)
+            RemoteRun.fetch_all_records(storage, root)
         if not root.is_dir():
             return []
         folders = [entry for entry in root.iterdir() if NAME.fullmatch(entry.name) and not entry.is_symlink()]

@@ -13,7 +13,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.judge import judge_of
-from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_profile
+from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_profile, storage_of
 from pipeline.settings.config import with_overrides
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
@@ -109,7 +109,7 @@ def extend(
     command: Sequence[str],
 ) -> Result:
     """Add values, seeds or points to a sweep, and run what its ledger lacks."""
-    folder = SweepFolder.find(home_of(cluster), reference)
+    folder = SweepFolder.find(home_of(cluster), reference, storage_of(cluster))
     return go_on(folder, cluster, max_concurrent, lambda sweep: extended(sweep, over, options), command)
 
 
@@ -147,7 +147,8 @@ def request_of_winner(
     if other is not None:
         raise UsageError(f"got both {other} and --from {reference}; the sweep says what to train")
     allow_modules_in(os.getcwd())
-    folder = SweepFolder.find(home_of(cluster), reference)
+    folder = SweepFolder.find(home_of(cluster), reference, storage_of(cluster))
+    folder.fetch()
     best = _result(folder).best
     if best is None:
         raise UsageError(f"sweep {folder.id} has no trial with a value yet; ddpm-pipe resume {folder.id}")
@@ -251,15 +252,15 @@ def sweep_meant(reference: str, cluster: str | None) -> SweepFolder | None:
 
     `latest` means the sweep whose trial the latest run is, while that sweep is not finished.
     """
-    home = home_of(cluster)
-    sweeps = SweepFolder.all(home)
+    home, storage = home_of(cluster), storage_of(cluster)
+    sweeps = SweepFolder.all(home, storage)
     if reference != "latest":
         found = [sweep for sweep in sweeps if sweep.is_called(reference)]
         with contextlib.suppress(UsageError):
-            if found and Run.find(home, reference).id.startswith(reference) and found[0].id != reference:
+            if found and Run.find(home, reference, storage).id.startswith(reference) and found[0].id != reference:
                 return None  # ambiguous between the two: the longer id decides
         return found[0] if len(found) == 1 else None
-    runs = Run.all(home)
+    runs = Run.all(home, storage)
     trial = trial_of(runs[-1].record) if runs else None
     of_latest = [sweep for sweep in sweeps if trial is not None and sweep.id == trial.sweep]
     return of_latest[0] if of_latest and of_latest[0].state().status is not RunStatus.FINISHED else None

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.metrics.metric_identity import Generation
 from pipeline.sampling.generation import usual_generation
 from pipeline.settings.config import Experiment
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.ledger import Entry, Status
 from pipeline.sweeps.record import trial_of
@@ -80,16 +80,11 @@ def calls_scored(run: Run, metric: str, judged_by: JudgedBy) -> set[int]:
 
 def _training_s(run: Run) -> float:
     """Return the time spent training up to the newest checkpoint."""
-    return float(_newest_state(run).get("elapsed_s", 0.0))
-
-
-def _newest_state(run: Run) -> dict[str, Any]:
-    committed = checkpoints.committed(run.checkpoints)
-    return committed[0].state() if committed else {}
+    return float(RunCheckpoints(run).newest_state().get("elapsed_s", 0.0))
 
 
 def _usual(run: Run) -> Generation:
-    return usual_generation(experiment_of(run), tuple(_newest_state(run).get("class_names", ())))
+    return usual_generation(experiment_of(run), tuple(RunCheckpoints(run).newest_state().get("class_names", ())))
 
 
 def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[str, dict[str, Any], int | None]]:

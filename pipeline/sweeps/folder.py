@@ -4,15 +4,19 @@ sweeps/<id>/sweep.json     what was asked for; replaced when points are added
 sweeps/<id>/ledger.jsonl   how each trial ended
 sweeps/<id>/report/        table, pictures, sweep-report.html
 sweeps/<id>/status.json, lock, log.txt, spool/   as in a run folder
+
+Where the profile's storage is an object store all of it lasts there, as a run does (pipeline/storage/remote_run.py).
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,9 +28,10 @@ from pipeline.settings.config import Experiment, experiment_from
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.durable import write_json
 from pipeline.storage.home import make_folder
+from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.runs import NAME, Run, RunState, new_id
 from pipeline.sweeps.config import Sweep, sweep_from
-from pipeline.sweeps.ledger import Ledger
+from pipeline.sweeps.ledger import Entry, Ledger
 from pipeline.sweeps.record import trial_of
 
 
@@ -54,12 +59,22 @@ class SweepRecord:
 SECONDS = "seconds"
 
 
+class RemoteSweep(RemoteRun):
+    """What an object store has of one sweep, under `<storage>/sweeps/<id>/`."""
+
+    PLACE = "sweeps"
+    RECORDS = ("status.json", "sweep.json")
+    UNCHANGING = frozenset()  # points are added
+    NOT_AT_FIRST = frozenset()
+
+
 class _Place(Run):
-    """Status, lock, log and spool of a sweep folder, kept as a run's are, on this machine's side alone."""
+    """Status, lock, log and files of a sweep folder, kept as a run's are."""
 
     @cached_property
-    def remote(self) -> None:
-        """Nothing: trials, not sweeps, travel to object storage."""
+    def remote(self) -> RemoteSweep | None:
+        """The sweep in its object store; None where this folder is all there is."""
+        return RemoteSweep.of(SweepFolder(self.folder).record.profile.get("storage"), self.id)
 
 
 class SweepFolder:
@@ -88,13 +103,10 @@ class SweepFolder:
 
         root = make_folder(sweeps_dir(home))
         found = cls(make_folder(root / new_id()))
-        state = RunState()
-        write_json(found.folder / "status.json", asdict(state))
-        created = found._as_run.update().updated
         record = SweepRecord(
             id=found.id,
             name=sweep.name,
-            created=created,
+            created=datetime.now(UTC).isoformat(timespec="microseconds"),
             sweep=sweep.to_dict(),
             base=redact_tree(base.to_dict()),
             dataset=redact_tree(dataset),
@@ -104,21 +116,31 @@ class SweepFolder:
             plain_base=redact_tree(plain_base.to_dict()),
             extensions=[],
         )
+        write_json(found.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(found.folder / "sweep.json", asdict(record))
+        remote = found._as_run.remote
+        if remote is not None:
+            try:
+                remote.send_records(found.folder)
+            except StorageError:
+                shutil.rmtree(found.folder, ignore_errors=True)
+                raise
         return found
 
     @classmethod
-    def all(cls, home: Path) -> list[SweepFolder]:
-        """Return every sweep, oldest first."""
+    def all(cls, home: Path, storage: str | None = None) -> list[SweepFolder]:
+        """Return every sweep, oldest first, those of an object store (a profile's `storage`) too."""
         root = sweeps_dir(home)
+        if storage is not None:
+            RemoteSweep.fetch_all_records(storage, root)
         folders = sorted(root.iterdir()) if root.is_dir() else []
         found = [cls(entry) for entry in folders if NAME.fullmatch(entry.name) and (entry / "sweep.json").is_file()]
         return sorted(found, key=lambda sweep: (sweep.record.created, sweep.id))
 
     @classmethod
-    def find(cls, home: Path, reference: str) -> SweepFolder:
+    def find(cls, home: Path, reference: str, storage: str | None = None) -> SweepFolder:
         """Return the sweep named by its id, MLflow's, a unique prefix of either, its name if but one has it, or `latest`."""
-        sweeps = cls.all(home)
+        sweeps = cls.all(home, storage)
         if not sweeps:
             raise UsageError(f"sweep {reference!r}: there are no sweeps in {home}; start one with: ddpm-pipe sweep")
         found = [sweeps[-1]] if reference == "latest" else [s for s in sweeps if s.is_called(reference)]
@@ -131,10 +153,14 @@ class SweepFolder:
         raise UsageError(f"sweep {reference!r}: no such sweep in {home}{hint}; there are {listing}")
 
     @classmethod
-    def of(cls, home: Path, sweep_id: str) -> SweepFolder | None:
+    def of(cls, home: Path, sweep_id: str, storage: str | None = None) -> SweepFolder | None:
         """Return the sweep of that very id, None where there is none."""
-        folder = sweeps_dir(home) / sweep_id
-        return cls(folder) if NAME.fullmatch(sweep_id) and (folder / "sweep.json").is_file() else None
+        if not NAME.fullmatch(sweep_id):
+            return None
+        folder, remote = sweeps_dir(home) / sweep_id, RemoteSweep.of(storage, sweep_id)
+        if remote is not None:
+            remote.fetch_records(folder)
+        return cls(folder) if (folder / "sweep.json").is_file() else None
 
     def is_called(self, reference: str) -> bool:
         """Whether a reference means this sweep, by id, MLflow's id, a prefix of one, or name."""
@@ -174,6 +200,18 @@ class SweepFolder:
         record = self.record
         extensions = [*record.extensions, [redact(word) for word in command]]
         write_json(self.folder / "sweep.json", asdict(replace(record, sweep=sweep.to_dict(), extensions=extensions)))
+        if self._as_run.remote is not None:
+            self._as_run.remote.send_records(self.folder, "sweep.json")
+
+    def enter(self, entry: Entry) -> None:
+        """Write into the ledger how a trial ended, and the time spent; it lasts when this returns."""
+        self.ledger.append(entry)
+        self.tick()
+        self._as_run.send_files()
+
+    def fetch(self) -> None:
+        """Bring ledger and report from the object store, where another machine wrote them last."""
+        self._as_run.fetch_files()
 
     def profile(self, cluster: str | None = None) -> Profile:
         """Return the profile asked for, or the one that the sweep was started with."""
@@ -233,12 +271,13 @@ class SweepFolder:
             raise RunLockedError(str(error).replace("run ", "sweep ", 1)) from None
 
     def trials(self) -> dict[str, Run]:
-        """Return the runs of this sweep's trials that were begun, by key."""
+        """Return the runs of this sweep's trials that were begun, by key; with their files, where those last in an object store."""
         home = self.folder.parent.parent
         found = {}
-        for run in Run.all(home):
+        for run in Run.all(home, self.record.profile.get("storage")):
             trial = trial_of(run.record)
             if trial is not None and trial.sweep == self.id:
+                run.fetch_files()
                 found[trial.key] = run
         return found
 

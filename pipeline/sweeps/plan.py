@@ -16,7 +16,6 @@ from pipeline.metrics.metric_identity import Generation
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.settings.config import Experiment
-from pipeline.storage.remote import is_remote
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
 from pipeline.sweeps.points import Checked, Point, check, grid, title
 from pipeline.training.device import num_gpus
@@ -97,7 +96,6 @@ def make_sweep_plan(
 ) -> SweepPlan:
     """Check every point against profile and dataset; UsageError where none is left. What is not known of the dataset is None."""
     sweep, base = asked.sweep, asked.base
-    _require_shared_folder(asked.profile)
     num_workers = choose_workers(base, asked.profile)
     require_resources(asked.profile, num_workers)
 
@@ -153,15 +151,6 @@ def _work(plan: Plan) -> int:
     """Return what a trial's time grows with: its parameters times the images that it is trained on."""
     training = plan.experiment.training
     return (plan.num_parameters or 0) * training.batch_size * training.steps
-
-
-def _require_shared_folder(profile: Profile) -> None:
-    """Refuse a sweep on a cluster whose runs last in an object store alone: its ledger and report would go with the driver's machine."""
-    if profile.is_remote and is_remote(profile.storage):
-        raise UsageError(
-            f"profile {profile.name!r}: storage {profile.storage!r}: a sweep's ledger and report need a folder that outlasts the driver's "
-            "machine; set storage to one that all nodes share, such as /mnt/ddpm, or sweep with --cluster local"
-        )
 
 
 def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) -> None:

@@ -57,6 +57,10 @@ class Work:
     interrupted: bool = False
     begun_at: float = field(default_factory=time.monotonic)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles what it is given into its own state, which is thrown away; locks and connections are of this process."""
+        return {}
+
     def suggest(self, trial_id: str) -> Run | _Done | None:
         """Return the run folder of the next trial that the ledger does not hold; None to wait."""
         if len(self.running) >= self.room():
@@ -93,8 +97,7 @@ class Work:
             self.halving.take(values_by_rung(run.folder), key)  # what it showed as its process was killed went unheard
             rungs = self.halving.rungs_of(key)
         entry = entry_of(run, self.for_trials.metric, self.for_trials.judged_by, status, rungs, reason)
-        self.folder.ledger.append(entry)
-        self.folder.tick()
+        self.folder.enter(entry)
         self.ended.append(entry)
         self.trials.ended(following, entry.status, entry.value, entry.rungs)
         self.console.say(self._line(entry))

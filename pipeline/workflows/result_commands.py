@@ -188,7 +188,7 @@ def _copy(opened: Opened | None, run: Run, figures: dict[str, float], files: lis
 
 def sync(reference: str, cluster: str | None) -> str:
     """Deliver a run's undelivered records to the tracking store, or a sweep's; return one line on what was done."""
-    sweep = None if reference == "latest" else SweepFolder.of(home_of(cluster), reference)
+    sweep = None if reference == "latest" else SweepFolder.of(home_of(cluster), reference, storage_of(cluster))
     if sweep is not None:
         settings = TrackingSettings.of_profile(home_of(cluster), sweep.profile(cluster))
         with sweep.lock():

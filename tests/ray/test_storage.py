@@ -1,4 +1,4 @@
-"""`ddpm-pipe` with its runs and its data in an object store, as a user types it: begun on one machine, gone on with on another."""
+"""`ddpm-pipe` with runs, sweeps and data in an object store, as a user types it: begun on one machine, gone on with on another."""
 
 from __future__ import annotations
 
@@ -78,3 +78,47 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     names = objects(f"{bucket}/ddpm/runs/{row['id']}")
     assert {"run.json", "status.json", "log.txt", "pictures/samples.png"} <= set(names)
     assert not any(name.startswith("lease/") for name in names)
+
+
+def test_a_sweep_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, home, tmp_path, user_environment):
+    environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
+    for place in (home, tmp_path):
+        (place / "tiny.yaml").write_text(
+            TINY.replace("steps: 60", "steps: 20").replace("enabled: false", "num_images: 128")
+        )
+    profile = tmp_path / "store.yaml"
+    profile.write_text(
+        f"workers: 1\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\nstorage: {bucket}/ddpm\n"
+        f"cache: {{folder: {tmp_path / 'cache'}, max_gb: 1}}\n"
+    )
+    cluster = ("--cluster", str(profile))
+    over = ("--over", "diffusion.schedule=linear,cosine", "--steps", "10", "--seeds", "1", "--max-concurrent", "1")
+    command = [str(Path(sys.executable).with_name("ddpm-pipe")), "sweep", "--base", "tiny.yaml", *over, *cluster]
+    with subprocess.Popen(
+        command, cwd=home, env=user_environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not any(name.endswith("/ledger.jsonl") for name in objects(f"{bucket}/ddpm/sweeps")):
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        os.killpg(process.pid, signal.SIGKILL)  # the machine is gone, with all that it had
+        process.communicate()
+    (done,) = (home / "sweeps").glob("*/ledger.jsonl")
+
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    there = environment | {"DDPM_PIPE_HOME": str(elsewhere)}
+    went_on = cli("resume", done.parent.name[:4], *cluster, "--json", cwd=tmp_path, env=there, timeout_s=600)
+    assert went_on.code == 0, went_on
+    result = json.loads(went_on.stdout)
+    assert [point["status"] for point in result["points"]] == ["finished", "finished"]
+    first, *others = (elsewhere / "sweeps" / result["sweep"] / "ledger.jsonl").read_text().splitlines(keepends=True)
+    assert (first, len(others)) == (done.read_text(), 1)
+    names = objects(f"{bucket}/ddpm/sweeps/{result['sweep']}")
+    assert {"ledger.jsonl", "report/sweep-report.html", "report/samples.png"} <= set(names)
+    assert not any(name.startswith(("lease/", "tune/")) for name in names)
+    third = environment | {"DDPM_PIPE_HOME": str(tmp_path / "third")}
+    planned = cli("train", "--from", result["sweep"], "--cluster", str(profile), "--dry-run", "--no-probe", env=third)
+    assert planned.code == 0, planned
+    assert str(result["best"]["point"]["diffusion.schedule"]) in planned.stdout
