@@ -48,7 +48,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # MLflow reads this when first imported, which here a test may do before our own code, and would talk on stderr.
 os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
-RAYS = "tests/ray/"  # the tests that share one Ray
+RAYS = "tests/ray/"
+SWEPT = ("tests/ray/test_sweep_command.py", "tests/ray/test_pages.py")  # they look at one sweep, which takes minutes
 _IN_PROCESS_ONLY = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "MLFLOW_LOGGING_LEVEL"}
 
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
@@ -65,20 +66,26 @@ def _no_declared_secrets_left() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put Ray's tests first: they take longest."""
-    items.sort(key=lambda item: not item.nodeid.startswith(RAYS))
+    """Put Ray's tests first, those that look at one sweep before all: they take longest."""
+    items.sort(key=lambda item: (item.nodeid.partition("::")[0] not in SWEPT, not item.nodeid.startswith(RAYS)))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one process does Ray's tests, one after another, and the others do the other files meanwhile."""
+    """Under xdist one process begins with Ray's tests and the others at the other end: in the end each does what is left of either."""
     from xdist.scheduler import LoadScopeScheduling
 
-    class OneForRay(LoadScopeScheduling):
+    class FromBothEnds(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return RAYS if nodeid.startswith(RAYS) else nodeid.partition("::")[0]
+            file = nodeid.partition("::")[0]
+            return SWEPT[0] if file in SWEPT else file
 
-    return OneForRay(config, log)
+        def _assign_work_unit(self, node: Any) -> None:
+            if node is not self.nodes[0]:
+                self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
+            super()._assign_work_unit(node)
+
+    return FromBothEnds(config, log)
 
 
 class CliResult(NamedTuple):

@@ -293,10 +293,13 @@ def load_profile(reference: str | None) -> Profile:
     return profile
 
 
-def use_variables(profile: Profile) -> None:
-    """Set a profile's `env` here too, where its work is driven: storage and tracking are reached from here as from its workers."""
+def use_variables(profile: Profile, *, over_others: bool = True) -> None:
+    """Set a profile's `env` here too, where its work is driven: storage and tracking are reached from here as from its workers.
+
+    Without `over_others` variables that are set already, such as by another profile, stay.
+    """
     if profile.kind != "job" or JOB_VARIABLE in os.environ:
-        os.environ.update(profile.env)
+        os.environ.update(profile.env if over_others else profile.env | os.environ)
 
 
 def forwarded(profile: Profile) -> dict[str, str]:

@@ -15,7 +15,7 @@ from torch import nn
 from ddpm import GaussianDiffusion
 from pipeline.data.labels import ClassNames
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.settings.cluster_profile import Profile, load_profile
+from pipeline.settings.cluster_profile import Profile, load_profile, use_variables
 from pipeline.settings.config import Experiment, experiment_from, with_overrides
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.checkpoint import Checkpoint
@@ -127,8 +127,12 @@ def experiment_of(run: Run) -> Experiment:
 
 
 def profile_of(run: Run, cluster: str | None) -> Profile:
-    """Return the profile asked for, or the one that the run was started with."""
-    return load_profile(cluster) if cluster is not None else validate(Profile, run.record.profile, f"run {run.id}")
+    """Return the profile asked for, or the one that the run was started with, whose `env` then holds here where nothing else does."""
+    if cluster is not None:
+        return load_profile(cluster)
+    profile = validate(Profile, run.record.profile, f"run {run.id}")
+    use_variables(profile, over_others=False)
+    return profile
 
 
 def _choose(run: Run, step: int | None) -> Checkpoint:

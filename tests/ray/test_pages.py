@@ -69,6 +69,11 @@ class Pages:
         return self.text()
 
 
+def widest_picture(pages: Pages) -> int:
+    widths: list[int] = pages.driver.execute_script("return [...document.images].map(i => i.naturalWidth)")
+    return max(widths, default=0)
+
+
 @pytest.fixture(scope="module")
 def pages(shell: Shell, swept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
@@ -163,13 +168,41 @@ def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dic
     pages.open(
         "samples", artifacts.format(ids["best"], "pictures/samples.png"), "pictures", "evaluations", "samples.png"
     )
-
-    def shown() -> bool:
-        widths = "return [...document.images].map(i => i.naturalWidth)"
-        return max(pages.driver.execute_script(widths), default=0) > 200
-
-    pages.wait(shown)
+    pages.wait(lambda: widest_picture(pages) > 200)
     pages.driver.save_screenshot(str(pages.pictures / "samples.png"))
+
+
+def test_a_training_shows_its_dataset_schedule_and_scored_images(
+    pages: Pages, ids: dict[str, str], shell: Shell, winner: dict[str, Any]
+) -> None:
+    run = f"{pages.root}/experiments/{ids['experiment']}/runs/{ids['trained']}"
+    pages.open("training", run, "Datasets used", "digits", "the best point of sweep")
+    pages.open("schedule", f"{run}/artifacts/pictures/schedule.png", "schedule.png")
+    pages.wait(lambda: widest_picture(pages) > 400)
+    (scores,) = (shell.home / "runs" / winner["run"] / "evaluations").glob("fid_*/scores.json")
+    folder = f"{run}/artifacts/evaluations/{scores.parent.name}"
+    value = json.loads(scores.read_text())["values"]["fid_classifier_n128"]
+    pages.open("scores", f"{folder}/scores.json", "scores.json", str(value)[:8])
+    pages.open("scored images", f"{folder}/grid.png", "grid.png", "moments.safetensors")
+    pages.wait(lambda: widest_picture(pages) > 200)
+
+
+def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str]) -> None:
+    run = f"{pages.root}/experiments/{ids['experiment']}/runs/{ids['trained']}"
+    pages.open("grids", f"{run}/model-metrics", "Model metrics", "samples")
+
+    def slider_found() -> bool:
+        pages.driver.execute_script(
+            "for (const e of document.querySelectorAll('*')) if (e.scrollHeight > e.clientHeight + 50) e.scrollTop += 300"
+        )
+        return bool(pages.driver.find_elements("css selector", "[role=slider]")) and widest_picture(pages) > 50
+
+    pages.wait(slider_found)
+    pages.driver.save_screenshot(str(pages.pictures / "grids.png"))
+    steps = {
+        slider.get_attribute("aria-valuemax") for slider in pages.driver.find_elements("css selector", "[role=slider]")
+    }
+    assert "60" in steps, steps
 
 
 def test_the_best_model_has_a_page_with_its_alias(pages: Pages, swept: dict[str, Any]) -> None:

@@ -14,6 +14,8 @@ from pipeline.settings.cluster_profile import Profile, Workers, load_profile
 from pipeline.settings.config import Precision
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.provenance import JOB_VARIABLE
+from pipeline.storage.runs import Run
+from pipeline.training.trained import profile_of
 
 JOB: dict[str, Any] = {
     "kind": "job",
@@ -161,3 +163,17 @@ def test_state_lives_in_the_profiles_storage_where_that_is_a_folder(home):
     assert Profile().home() == home
     assert validate(Profile, {"storage": "/mnt/ddpm"}, "p").home() == Path("/mnt/ddpm")
     assert validate(Profile, JOB | {"storage": "s3://bucket/ddpm"}, "p").home() == home
+
+
+def test_the_env_of_a_runs_recorded_profile_holds_where_nothing_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("CHOSEN", "OPEN"):
+        monkeypatch.setenv(name, "here")
+    monkeypatch.delenv("OPEN")
+    profile = Profile(env={"CHOSEN": "recorded", "OPEN": "recorded"}).to_dict()
+    run = Run.create(
+        tmp_path, name="x", experiment={}, config_hash="", dataset={}, profile=profile, command=["ddpm-pipe"]
+    )
+    assert profile_of(run, None).env == profile["env"]
+    assert (os.environ["CHOSEN"], os.environ["OPEN"]) == ("here", "recorded")
