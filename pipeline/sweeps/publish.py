@@ -19,6 +19,7 @@ from pipeline.sweeps.report import write_report
 from pipeline.sweeps.result import Result, statement, with_error
 from pipeline.sweeps.text import describe_sweep
 from pipeline.tracking.registry import alias_of, register
+from pipeline.tracking.run import experiment_of_run
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
 
 PARENT_TIMEOUT_S = 15.0
@@ -41,17 +42,8 @@ class SweepTracking:
     def for_trials(self) -> TrackingSettings:
         """Settings of the trials: in the sweep's own experiment, which `mlflow run` may have chosen. MLflow nests runs of one only."""
         settings = replace(self.settings, mlflow_run_id=None)
-        if self.mlflow_run_id is None:
-            return settings
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-
-        client = MlflowClient(settings.uri)
-        try:
-            experiment = client.get_experiment(client.get_run(self.mlflow_run_id).info.experiment_id)
-        except MlflowException:  # away again, or the run was deleted: the profile's experiment does
-            return settings
-        return replace(settings, experiment=experiment.name)
+        name = None if self.mlflow_run_id is None else experiment_of_run(settings.uri, self.mlflow_run_id)
+        return settings if name is None else replace(settings, experiment=name)
 
     def start(self) -> None:
         """Open the run, and wait a moment for its id: trials name it as their parent."""

@@ -59,6 +59,18 @@ def get_run(client: MlflowClient, run_id: str | None) -> Run | None:
         raise
 
 
+def experiment_of_run(uri: str, run_id: str) -> str | None:
+    """Return the name of the experiment that a run is in; None where the store is away or has no such run."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(uri)
+    try:
+        return str(client.get_experiment(client.get_run(run_id).info.experiment_id).name)
+    except MlflowException:
+        return None
+
+
 def _tagged(client: MlflowClient, experiment_id: str, our_id: str) -> Run | None:
     found = client.search_runs([experiment_id], f"tags.`{RUN_ID_TAG}` = '{our_id}'", max_results=1)
     return found[0] if found else None

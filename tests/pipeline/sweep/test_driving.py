@@ -13,13 +13,12 @@ from pipeline.cluster.nodes import resource_of_this_node
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
-from pipeline.errors import UsageError
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.fid import kid
 from pipeline.metrics.judge import judge_of
 from pipeline.sampling.generation import usual_generation
-from pipeline.settings.cluster_profile import Profile, Resources, load_profile
+from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.settings.config import load_experiment
 from pipeline.settings.presets import find
 from pipeline.storage.runs import Run
@@ -27,7 +26,6 @@ from pipeline.sweeps.config import plain_base, sweep_from, trial_experiment
 from pipeline.sweeps.driver import Room
 from pipeline.sweeps.folder import SECONDS, SweepFolder
 from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.plan import Request, make_sweep_plan
 from pipeline.sweeps.record import Trial
 from pipeline.sweeps.search import Listed, Next, Trials
 from pipeline.sweeps.trial import ForTrials
@@ -161,10 +159,3 @@ def test_an_early_kid_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) ->
     assert (found.identity.num_images, found.identity.generation) == (64, generation)
     assert found.identity.extractor_sha256 == judge.extractor.sha256
     assert set(found.flat()) == {"kid_classifier_n64", "kid_std_classifier_n64"}
-
-
-def test_a_sweep_whose_ledger_would_not_last_is_refused_before_anything_is_spent() -> None:
-    sweep = sweep_from({"base": "digits", "space": {"model.dropout": [0, 0.1]}, "budget": {"steps": 100}})
-    bucket = load_profile("kuberay")
-    with pytest.raises(UsageError, match=r"storage 's3://ddpm/store': a sweep's ledger .* such as /mnt/ddpm"):
-        make_sweep_plan(Request(sweep, plain_base(sweep), bucket), "", None, None)
