@@ -91,10 +91,21 @@ def _damage(file: StoredFile) -> Iterator[None]:
 def _num_rows(file: StoredFile) -> int:
     """Rows by the footer, which is refused before its schema is interpreted if that could run code."""
     with _damage(file), file.filesystem.open_input_file(file.path) as stream:
-        footer = pq.read_metadata(stream)
+        footer = _footer(stream)
         if _CODE_TYPES.search(base64.b64decode((footer.metadata or {}).get(b"ARROW:schema", b""))):
             raise DataError(f"{file.path} has extension types that could run code: store images as binary PNG or JPEG")
         return int(footer.num_rows)
+
+
+def _footer(stream: Any) -> Any:
+    try:
+        return pq.read_metadata(stream)
+    except (OSError, pa.ArrowException):
+        raise
+    except (
+        Exception
+    ) as error:  # extension types that others, such as Ray Data, registered in this process raise anything
+        raise pa.ArrowInvalid(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
