@@ -120,7 +120,7 @@ def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult
     """
 
     def run(
-        *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout_s: float = 300
+        *arguments: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None, timeout_s: float = 500
     ) -> CliResult:
         command = [str(Path(sys.executable).with_name("ddpm-pipe")), *map(str, arguments)]
         with subprocess.Popen(

@@ -18,7 +18,7 @@ from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.yaml_files import validate
 from tests.ray.clusters import RayCluster, ray_cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SECRET = "correct-horse-battery"
 NETWORK = f"""

@@ -24,7 +24,7 @@ from pipeline.storage.runs import Run
 from pipeline.storage.tensor_file import Arrays
 from tests.pipeline.training.trainer import make_run, train
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NUM_IMAGES = 75  # seven whole chunks and half of one
 SLOW_NETWORK = """

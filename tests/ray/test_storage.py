@@ -15,7 +15,7 @@ import pytest
 from pipeline.storage.checkpoint import MANIFEST
 from tests.object_store import objects
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TINY = """
 name: tiny
@@ -50,7 +50,7 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     with subprocess.Popen(
         command, cwd=home, env=user_environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 480
         while not any(name.endswith(f"step-0000000010-1/{MANIFEST}") for name in objects(f"{bucket}/ddpm")):
             assert process.poll() is None, process.communicate()
             assert time.monotonic() < deadline
@@ -97,7 +97,7 @@ def test_a_sweep_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli
     with subprocess.Popen(
         command, cwd=home, env=user_environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 600
         while not any(name.endswith("/ledger.jsonl") for name in objects(f"{bucket}/ddpm/sweeps")):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline

@@ -21,7 +21,7 @@ from mlflow import MlflowClient
 
 from tests.ray.clusters import RayCluster, ray_cluster
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SECRET = "correct-horse-battery-9"
 NETWORK = """

@@ -20,7 +20,7 @@ import pytest
 from pipeline.data.shards import Dataset
 from pipeline.storage import checkpoint as checkpoints
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 TINY = """
 name: tiny
@@ -80,7 +80,7 @@ class Started:
         self.process = process
         self.lines: list[str] = []
 
-    def wait_for(self, done: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait_for(self, done: Callable[[], bool], timeout_s: float = 240) -> None:
         deadline = time.monotonic() + timeout_s
         while not done():
             assert self.process.poll() is None, self.process.communicate()
@@ -88,7 +88,7 @@ class Started:
             time.sleep(0.05)
 
     def end(self) -> tuple[int, str, str]:
-        stdout, stderr = self.process.communicate(timeout=180)
+        stdout, stderr = self.process.communicate(timeout=360)
         return self.process.returncode, stdout, stderr
 
 
