@@ -98,13 +98,12 @@ def _num_rows(file: StoredFile) -> int:
 
 
 def _footer(stream: Any) -> Any:
+    """Read the footer. Extension types that others, such as Ray Data, registered in this process may raise anything on the way."""
     try:
         return pq.read_metadata(stream)
     except (OSError, pa.ArrowException):
         raise
-    except (
-        Exception
-    ) as error:  # extension types that others, such as Ray Data, registered in this process raise anything
+    except Exception as error:
         raise pa.ArrowInvalid(f"{type(error).__name__}: {error}") from error
 
 

@@ -51,11 +51,8 @@ class RemoteRun:
     """What a store has of one run, or of what is kept as a run is (pipeline/sweeps/folder.py)."""
 
     PLACE = "runs"
-    RECORDS: tuple[str, ...] = (
-        "attempt",
-        "status.json",
-        "run.json",
-    )  # the last says that there is one, and is sent last
+    # the last says that there is one, and is sent last
+    RECORDS: tuple[str, ...] = ("attempt", "status.json", "run.json")
     UNCHANGING: frozenset[str] = frozenset({"run.json"})
     NOT_AT_FIRST: frozenset[str] = frozenset({"attempt"})
 

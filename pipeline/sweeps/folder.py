@@ -65,7 +65,6 @@ class RemoteSweep(RemoteRun):
     PLACE = "sweeps"
     RECORDS = ("status.json", "sweep.json")
     UNCHANGING = frozenset()  # points are added
-    NOT_AT_FIRST = frozenset()
 
 
 class _Place(Run):

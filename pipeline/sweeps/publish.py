@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, Literal
 
 from pipeline.console import Console
@@ -38,7 +37,7 @@ class SweepTracking:
         """MLflow's id of the sweep's run; None while the store has given none."""
         return self._folder.mlflow_run_id
 
-    @cached_property
+    @property
     def for_trials(self) -> TrackingSettings:
         """Settings of the trials: in the sweep's own experiment, which `mlflow run` may have chosen. MLflow nests runs of one only."""
         settings = replace(self.settings, mlflow_run_id=None)
