@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import io
 import os
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -143,21 +145,36 @@ def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult
     return run
 
 
-@pytest.fixture
-def typed(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in this process, in an empty folder; return exit code, stdout and stderr."""
+def type_here(home: Path, *arguments: str) -> tuple[int, str, str]:
+    """Type a command in this process, in a home and folder of its own; return exit code, stdout and stderr.
+
+    Modules of the folder (networks of a user's own) are forgotten afterwards: another test has others of the same name.
+    """
     from pipeline.cli import run
 
-    monkeypatch.chdir(home)
+    stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+    known = set(sys.modules)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+    ):
+        patch.setenv("DDPM_PIPE_HOME", str(home))
+        patch.chdir(home)
+        patch.setattr(sys, "path", list(sys.path))
+        try:
+            code = run(arguments)
+        finally:
+            for name in set(sys.modules) - known:
+                if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(home)):
+                    del sys.modules[name]
+    return code, *(stream.buffer.getvalue().decode() for stream in (stdout, stderr))  # type: ignore[attr-defined, return-value]
 
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
 
-    return call
+@pytest.fixture
+def typed(home: Path) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process, in an empty folder; return exit code, stdout and stderr."""
+    return partial(type_here, home)
 
 
 @pytest.fixture
@@ -217,20 +234,20 @@ def bucket(object_store: ObjectStore) -> str:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[Any]:
-    """One local Ray of two CPUs for the whole test session, bound to loopback; yields the `ray` module."""
-    import ray
+    """One local Ray of two CPUs for the whole test session, started as commands start theirs; yields the `ray` module.
 
-    ray.init(
-        address="local",
-        num_cpus=2,
-        include_dashboard=False,
-        object_store_memory=150 * 2**20,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(Path(os.environ["RAY_TMPDIR"]) / "ray"),
-    )
-    yield ray
-    ray.shutdown()
+    A command that runs in this process (`typed`) uses it, and saves the half of a minute's work that a process and a Ray of its own take.
+    """
+    from pipeline.cluster.session import local_ray
+    from pipeline.settings.cluster_profile import Profile, Resources
+
+    before = dict(os.environ)
+    with local_ray(Profile(workers=2, resources_per_worker=Resources(CPU=1)), num_workers=2):
+        import ray
+
+        os.environ.clear()  # what Ray has been told is not for the processes that tests start
+        os.environ.update(before)
+        yield ray
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,16 @@
-"""One sweep, run once in full, for all tests that only look at what it left."""
+"""What is done once for many tests: a sweep in full, and trainings that nobody disturbed."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 
+from tests.conftest import type_here
+from tests.ray.small import SLOW_NETWORK, TWO_WORKERS, digests, only_run, slow
 from tests.ray.swept import Shell, prepare
 
 
@@ -33,3 +37,20 @@ def winner(shell: Shell, swept: dict[str, Any]) -> dict[str, Any]:
     assert code == 0, stderr
     found: dict[str, Any] = json.loads(stdout)
     return found
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Callable[[int], dict[str, str]]:
+    """The digests that the slow training of tests.ray.small ends with on one worker or two if nobody disturbs it."""
+
+    @cache
+    def train(workers: int) -> dict[str, str]:
+        home = tmp_path_factory.mktemp("calm")
+        (home / "slow_network.py").write_text(SLOW_NETWORK)
+        (home / "two.yaml").write_text(TWO_WORKERS)
+        slow(home, pause=0.0)
+        code, _, stderr = type_here(home, "train", "slow.yaml", *(["--cluster", "two.yaml"] if workers == 2 else []))
+        assert code == 0, stderr
+        return digests(only_run(home))
+
+    return train

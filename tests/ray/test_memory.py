@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pipeline.planning.memory import oom_kills
-from tests.ray.test_train_command import TINY, told
+from tests.ray.small import TINY, told
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.ray.clusters import RayCluster, ray_cluster
-from tests.ray.test_train_command import SLOW_NETWORK, TINY, Started, digests, newest_step, told
+from tests.ray.small import SLOW_NETWORK, TINY, Started, digests, newest_step, told
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
