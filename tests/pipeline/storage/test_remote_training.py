@@ -21,7 +21,7 @@ from tests.object_store import CREDENTIALS
 from tests.pipeline.training import trainer
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pipeline.training.trainer"])
+PROCESSES.set_forkserver_preload(["tests.pipeline.training.preloaded"])
 
 
 @pytest.fixture(scope="module")

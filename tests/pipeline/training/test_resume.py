@@ -17,7 +17,7 @@ from tests.pipeline.training import trainer
 
 # the children start from a process that has everything imported already, so that a training takes a second, not five
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pipeline.training.trainer"])
+PROCESSES.set_forkserver_preload(["tests.pipeline.training.preloaded"])
 
 
 @pytest.fixture(scope="module")
