@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -19,9 +18,7 @@ from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
 from tests.object_store import CREDENTIALS
 from tests.pipeline.training import trainer
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pipeline.training.preloaded"])
+from tests.pipeline.training.forks import PROCESSES
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pipeline.tracking.writer import prepare_environment
 
 prepare_environment()  # before MLflow is imported, as everywhere
 
-import mlflow.artifacts  # noqa: E402, F401
+import mlflow.artifacts  # noqa: E402
 import mlflow.tracking  # noqa: E402, F401
 import pandas  # noqa: E402, F401  pyarrow asks for it
 import torch._dynamo  # noqa: E402, F401  and so does every optimizer of torch

@@ -22,6 +22,7 @@ from pipeline.training.models import build_diffusion, build_model, build_objecti
 from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
 from tests.pipeline.training import trainer
+from tests.pipeline.training.forks import run_team
 from tests.pipeline.training.test_workers import CPU, STREAMS, by_stream, order_of
 
 STEPS, T, CLASSES = 20, 4, 10
@@ -112,7 +113,7 @@ def alone(dataset: Dataset) -> Trained:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_workers_draw_the_same_timesteps_and_labels_and_share_one_history(tmp_path, dataset, alone, size):
-    torch.multiprocessing.spawn(be_a_worker, args=(size, str(tmp_path), str(dataset.folder)), nprocs=size)
+    run_team(be_a_worker, (size, str(tmp_path), str(dataset.folder)), size)
     workers = [torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
     for step, result in enumerate(alone.results):
         together = {k: by_stream([w["told"][step][k] for w in workers]) for k in ("t", "losses", "weights")}

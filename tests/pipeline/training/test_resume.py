@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -14,10 +13,7 @@ from pipeline.errors import CheckpointError
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
 from tests.pipeline.training import trainer
-
-# the children start from a process that has everything imported already, so that a training takes a second, not five
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pipeline.training.preloaded"])
+from tests.pipeline.training.forks import PROCESSES
 
 
 @pytest.fixture(scope="module")

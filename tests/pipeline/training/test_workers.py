@@ -21,6 +21,7 @@ from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
 from tests.pipeline.training import trainer
+from tests.pipeline.training.forks import run_team
 
 STEPS = 20
 STREAMS = 8
@@ -110,7 +111,7 @@ def by_stream(parts: list[torch.Tensor]) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_same(tmp_path, dataset, alone, size):
-    torch.multiprocessing.spawn(be_a_worker, args=(size, str(tmp_path), str(dataset.folder)), nprocs=size)
+    run_team(be_a_worker, (size, str(tmp_path), str(dataset.folder)), size)
     losses, seen, learner = alone
     workers = gathered(tmp_path, size)
     for step in range(STEPS):
