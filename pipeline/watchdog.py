@@ -26,6 +26,7 @@ class Watchdog:
     """The driver's end: start it before Ray, tell it at the end that all is well."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._process = subprocess.Popen(
             [sys.executable, "-m", "pipeline.watchdog", str(folder)],
             stdin=subprocess.PIPE,
@@ -34,6 +35,10 @@ class Watchdog:
             start_new_session=True,  # Ctrl-C in a terminal is not for it
             cwd="/",
         )
+
+    def sweep_out(self) -> None:
+        """End what works in Ray's folder now: the processes of a start that failed. This process and the watchdog stay."""
+        _end_all_in(self._folder, but=self._process.pid)
 
     def dismiss(self) -> None:
         """End it: Ray was shut down in good order."""
@@ -49,23 +54,25 @@ def main(folder: Path) -> None:
     if sys.stdin.buffer.read() == ALL_IS_WELL:
         return
     time.sleep(GRACE_S)
+    _end_all_in(folder)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end_all_in(folder: Path, but: int | None = None) -> None:
     for _ in range(5):  # a process may start another while the first are being ended
-        left = list(_working_in(folder))
+        left = [process for process in _working_in(folder) if process.pid not in (os.getpid(), but)]
         if not left:
             break
         for process in left:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         time.sleep(0.2)
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _working_in(folder: Path) -> Iterator[psutil.Process]:
     prefix = str(folder)
     for process in psutil.process_iter():
         try:
-            if process.pid == os.getpid():
-                continue
             if prefix in " ".join(process.cmdline()) or any(f.path.startswith(prefix) for f in process.open_files()):
                 yield process
         except (psutil.Error, OSError):  # another user's, or gone

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -145,26 +145,28 @@ def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult
     return run
 
 
-def type_here(home: Path, *arguments: str) -> tuple[int, str, str]:
+def type_here(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Type a command in this process, in a home and folder of its own; return exit code, stdout and stderr.
 
-    Modules of the folder (networks of a user's own) are forgotten afterwards: another test has others of the same name.
+    What it leaves in the environment, and modules of the folder (networks of a user's own), are forgotten afterwards.
     """
     from pipeline.cli import run
 
     stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
-    known = set(sys.modules)
+    known, before = set(sys.modules), dict(os.environ)
     with (
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
-        patch.setenv("DDPM_PIPE_HOME", str(home))
         patch.chdir(home)
         patch.setattr(sys, "path", list(sys.path))
+        os.environ.update({"DDPM_PIPE_HOME": str(home), **(env or {})})
         try:
             code = run(arguments)
         finally:
+            os.environ.clear()
+            os.environ.update(before)
             for name in set(sys.modules) - known:
                 if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(home)):
                     del sys.modules[name]
@@ -240,8 +242,10 @@ def ray_session() -> Iterator[Any]:
     """
     from pipeline.cluster.session import local_ray
     from pipeline.settings.cluster_profile import Profile, Resources
+    from pipeline.sweeps.tune import ENVIRONMENT
 
     before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
     with local_ray(Profile(workers=2, resources_per_worker=Resources(CPU=1)), num_workers=2):
         import ray
 

@@ -18,6 +18,7 @@ from pipeline.settings.cluster_profile import Profile
 from pipeline.watchdog import Watchdog
 
 LOOPBACK = "127.0.0.1"
+STARTS, TOO_SLOW = 3, "timed out during startup"  # Ray's word for processes that did not come up in time
 OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are read from the shards by each worker
 # Ray decides these from its environment when it is first imported or started
 QUIET = {
@@ -88,7 +89,7 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     watchdog = Watchdog(folder)
     with _environment(settings, without=["RAY_ADDRESS"]):
         try:
-            _start(profile, num_workers, folder)
+            _start(profile, num_workers, folder, watchdog)
             yield
         finally:
             import ray
@@ -143,28 +144,34 @@ def is_up() -> bool:
         return False
 
 
-def _start(profile: Profile, num_workers: int, folder: Path) -> None:
+def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog) -> None:
+    """Start Ray; again where its processes needed longer than the half of a minute it grants them, as on a machine that is busy."""
     import ray
 
     gpus = profile.resources_per_worker.GPU * num_workers
-    try:
-        ray.init(
-            address="local",
-            num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
-            num_gpus=int(gpus),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level="ERROR",
-            _node_ip_address=LOOPBACK,
-            _temp_dir=str(folder),
-        )
-    except Exception as error:  # Ray raises bare exceptions where its processes do not come up in time
-        reason = " ".join(str(error).split())[:300]
-        raise ClusterError(
-            f"Ray did not start on this machine: {reason}; is there memory and room in {folder.parent}?"
-        ) from None
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(
+                address="local",
+                num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
+                num_gpus=int(gpus),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level="ERROR",
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder),
+            )
+            return
+        except Exception as error:  # Ray raises bare ones
+            reason = " ".join(str(error).split())[:300]
+            ray.shutdown()
+            watchdog.sweep_out()
+            if not left or TOO_SLOW not in reason:
+                raise ClusterError(
+                    f"Ray did not start on this machine: {reason}; is there memory and room in {folder.parent}?"
+                ) from None
 
 
 @contextlib.contextmanager

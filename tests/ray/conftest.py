@@ -15,7 +15,7 @@ from tests.ray.swept import Shell, prepare
 
 
 @pytest.fixture(scope="session")
-def shell(tmp_path_factory: pytest.TempPathFactory) -> Shell:
+def shell(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Shell:
     home = tmp_path_factory.mktemp("swept")
     prepare(home)
     return Shell(home)

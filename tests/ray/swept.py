@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.conftest import type_here
 
 TINY = """
 name: tiny
@@ -70,14 +71,19 @@ class Shell:
 
     def __init__(self, home: Path) -> None:
         self.home = home
+        self.environment: dict[str, str] = {}  # of its own
+
+    def process_environment(self) -> dict[str, str]:
+        """The environment of a process that a user starts here."""
         hidden = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-        self.environment = {k: v for k, v in os.environ.items() if k not in hidden} | {"DDPM_PIPE_HOME": str(home)}
+        plain = {name: value for name, value in os.environ.items() if name not in hidden}
+        return plain | {"DDPM_PIPE_HOME": str(self.home)} | self.environment
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
             cwd=self.home,
-            env=self.environment,
+            env=self.process_environment(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -86,10 +92,5 @@ class Shell:
         )
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
-        with self.start(*arguments) as process:
-            try:
-                stdout, stderr = process.communicate(timeout=600)
-            except BaseException:
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-        return process.returncode, stdout, stderr
+        """Type a command in this process, on the Ray that tests share: what is not about the command's own process."""
+        return type_here(self.home, *arguments, env=self.environment)

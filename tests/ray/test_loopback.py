@@ -1,9 +1,12 @@
-"""Ray as `ddpm-pipe` starts it on this machine can't be reached from another one."""
+"""Ray as `ddpm-pipe` starts it on this machine: it can't be reached from another one, and is started again where it hangs."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -36,3 +39,33 @@ def test_ray_of_the_local_profile_listens_on_loopback_alone(user_environment: di
     assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
     assert addresses
     assert process.returncode == 0
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_start_that_takes_too_long_is_ended_and_tried_again(user_environment: dict[str, str]) -> None:
+    """The first raylet stands still, as on a machine that is too busy; Ray gives it half a minute."""
+
+    def raylets(process: psutil.Process) -> list[psutil.Process]:
+        return [child for child in process.children(recursive=True) if child.name() == "raylet"]
+
+    def folders() -> set[str]:
+        return {path.name for path in Path(os.environ["RAY_TMPDIR"]).glob("ddpm-ray-*")}
+
+    before = folders()
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_RAY], env=user_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        parent = psutil.Process(process.pid)
+        while not (first := raylets(parent)):
+            assert process.poll() is None
+            time.sleep(0.005)
+        first[0].suspend()
+        assert process.stdout.readline().split() == ["up", "127.0.0.1"]
+        assert not first[0].is_running()
+        assert len(raylets(parent)) == 1
+        assert len(folders() - before) == 1
+        process.communicate()
+    assert process.returncode == 0
+    assert folders() == before

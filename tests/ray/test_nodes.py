@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from tests.ray.clusters import RayCluster, ray_cluster
-from tests.ray.small import SLOW_NETWORK, TINY, Started, digests, newest_step, told
+from tests.ray.small import SLOW_NETWORK, TINY, Started, digests, newest_step, only_run, told
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -67,21 +67,6 @@ def profile(home: Path, cluster: RayCluster, workers: Any, **settings: Any) -> s
     return "far.yaml"
 
 
-def undisturbed(home: Path, cli: Any, workers: int) -> Path:
-    """Train the same experiment on this machine alone; return its run's folder, moved away."""
-    (home / "near.yaml").write_text(f"workers: {workers}\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\n")
-    calm = cli("train", "slow.yaml", "--cluster", "near.yaml")
-    assert calm.code == 0, calm.stderr
-    (home / "runs").rename(home / "calm")
-    (run,) = (home / "calm").iterdir()
-    return run
-
-
-def run_of(home: Path) -> Path:
-    (run,) = (home / "runs").iterdir()
-    return run
-
-
 def log_of(home: Path) -> str:
     logs = list(home.glob("runs/*/log.txt"))
     return logs[0].read_text() if logs else ""
@@ -105,9 +90,8 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
-def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_machine(home, cli, start):
+def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_machine(home, calm, start):
     slow = experiment(home)
-    calm = undisturbed(home, cli, workers=2)
     with ray_cluster(num_cpus=1) as cluster:
         apart = profile(home, cluster, 2, placement="strict_spread", wait_for_resources_s=90)
         training = start(cluster, "train", slow, "--cluster", apart)
@@ -121,10 +105,12 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
         assert training.end()[0] == 0, said(home)
     assert attempts(home) == [2, 2]
     assert re.search(r"attempt 1 failed \(worker \d: its node \S+ was lost\)", said(home))
-    assert digests(run_of(home)) == digests(calm)
+    assert digests(only_run(home)) == calm(2)
 
 
-def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(home, cli, start):
+def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(
+    home, typed, ray_session, start
+):
     """Four nodes, three, four again, three announced: 4, 2, 4 and 2 workers. One attempt may fail, so that only the loss can have."""
     slow = experiment(home, steps=400, pause=0.1, dropout=0.0)
     with ray_cluster(num_cpus=1) as cluster:
@@ -146,23 +132,20 @@ def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_s
     assert attempts(home) == [4, 2, 4, 2]
     stopped, went_on = (re.findall(pattern, log_of(home)) for pattern in (r"stopped at step (\d+)", r"from step (\d+)"))
     assert stopped == went_on[1:]  # what was planned lost no step
-    apart = losses(run_of(home))
-    experiment(home, steps=400, pause=0.0, dropout=0.0)
-    together = losses(undisturbed_of(home, cli))
+    apart = losses(only_run(home))
+    (home / "runs").rename(home / "elastic")
+    code, _, stderr = typed("train", experiment(home, steps=400, pause=0.0, dropout=0.0))  # on one worker
+    assert code == 0, stderr
+    together = losses(only_run(home))
     assert apart.keys() == together.keys()
     for step, loss in together.items():
         assert apart[step] == pytest.approx(loss, rel=1e-4), step
 
 
-def undisturbed_of(home: Path, cli: Any) -> Path:
-    """Train on one worker of this machine, beside the run that is there; with another pause, which is no part of the arithmetic."""
-    (home / "runs").rename(home / "elastic")
-    return undisturbed(home, cli, workers=1)
-
-
-def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from_on_another_cluster(home, cli, start):
-    slow = experiment(home, steps=STEPS)
-    calm = undisturbed(home, cli, workers=2)
+def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from_on_another_cluster(
+    home, cli, calm, start
+):
+    slow = experiment(home)
     with ray_cluster(num_cpus=2) as cluster:
         far = profile(home, cluster, 2, timeouts={"collective_s": 8})
         training = start(cluster, "train", slow, "--cluster", far)
@@ -173,7 +156,7 @@ def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from
         # Ray's own patience is ten minutes, torch's half an hour
         training.wait_for(lambda: "attempt 2 continues" in log_of(home), PATIENCE_S)
         assert "did not answer within timeouts.collective_s" in said(home)
-        stacks = "".join(path.read_text() for path in run_of(home).glob("stacks/attempt-1-worker-*.txt"))
+        stacks = "".join(path.read_text() for path in only_run(home).glob("stacks/attempt-1-worker-*.txt"))
         assert "loop.py" in stacks  # where the other one waited
         reached = newest_step(home)
         training.wait_for(lambda: newest_step(home) > reached, PATIENCE_S)
@@ -181,8 +164,8 @@ def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from
         assert training.end()[0] == 8, said(home)
     last = told(said(home))
     assert "head did not answer" in last
-    assert last.endswith(f"ddpm-pipe resume {run_of(home).name}")
+    assert last.endswith(f"ddpm-pipe resume {only_run(home).name}")
     with ray_cluster(num_cpus=2) as another:
         went_on = cli("resume", "latest", "--cluster", profile(home, another, 2), env=another.environment)
         assert went_on.code == 0, went_on.stderr
-    assert digests(run_of(home)) == digests(calm)
+    assert digests(only_run(home)) == calm(2)

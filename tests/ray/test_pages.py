@@ -280,7 +280,7 @@ def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    environment = shell.environment | {
+    environment = shell.process_environment() | {
         "MLFLOW_TRACKING_URI": f"sqlite:///{shell.home}/mlflow.db",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
