@@ -145,8 +145,8 @@ def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult
     return run
 
 
-def type_here(home: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
-    """Type a command in this process, in a home and folder of its own; return exit code, stdout and stderr.
+def type_here(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
+    """Type a command in this process, in a folder and with variables of its own; return exit code, stdout and stderr.
 
     What it leaves in the environment, and modules of the folder (networks of a user's own), are forgotten afterwards.
     """
@@ -159,23 +159,24 @@ def type_here(home: Path, *arguments: str, env: Mapping[str, str] | None = None)
         contextlib.redirect_stdout(stdout),
         contextlib.redirect_stderr(stderr),
     ):
-        patch.chdir(home)
+        patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
-        os.environ.update({"DDPM_PIPE_HOME": str(home), **(env or {})})
+        os.environ.update(env or {})
         try:
             code = run(arguments)
         finally:
             os.environ.clear()
             os.environ.update(before)
             for name in set(sys.modules) - known:
-                if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(home)):
+                if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
                     del sys.modules[name]
     return code, *(stream.buffer.getvalue().decode() for stream in (stdout, stderr))  # type: ignore[attr-defined, return-value]
 
 
 @pytest.fixture
-def typed(home: Path) -> Callable[..., tuple[int, str, str]]:
-    """Run a command line in this process, in an empty folder; return exit code, stdout and stderr."""
+def typed(home: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line in this process, in an empty folder, where the test is, too; return exit code, stdout and stderr."""
+    monkeypatch.chdir(home)
     return partial(type_here, home)
 
 

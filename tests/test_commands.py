@@ -159,6 +159,12 @@ def test_a_resume_with_other_settings_is_refused_field_by_field(typed, trained):
     assert "--fork" in err
 
 
+def test_a_number_of_trials_is_for_sweeps_alone(typed, trained):
+    code, _, stderr = typed("resume", "latest", "--max-concurrent", "2")
+    assert code == 2
+    assert "latest is no sweep" in stderr
+
+
 def test_a_resume_on_other_images_is_refused(typed, trained, home):
     import numpy as np
 

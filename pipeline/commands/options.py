@@ -48,6 +48,15 @@ def dry_run_option(command: F) -> F:
     return click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")(command)
 
 
+def max_concurrent_option(command: F) -> F:
+    """Add `--max-concurrent`."""
+    return click.option(
+        "--max-concurrent",
+        type=click.IntRange(min=1),
+        help="Trials of a sweep at once. Default: as many as there is room for.",
+    )(command)
+
+
 def sampling_options(command: F) -> F:
     """Add the options that change how images are generated; what is not given is as the run's experiment says."""
     options = (

@@ -12,6 +12,7 @@ from pipeline.commands.options import (
     dry_run_option,
     example,
     json_option,
+    max_concurrent_option,
     print_json,
     print_table,
     set_option,
@@ -58,9 +59,7 @@ ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
 @click.option(
     "--extend", metavar="SWEEP", help="Add values, seeds or points to this sweep; what is done is not done again."
 )
-@click.option(
-    "--max-concurrent", type=click.IntRange(min=1), help="Trials at once. Default: as many as there is room for."
-)
+@max_concurrent_option
 @runs_on_cluster(files=["sweep", "base"])
 @set_option
 @dry_run_option

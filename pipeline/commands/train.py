@@ -9,6 +9,7 @@ from pipeline.commands.options import (
     dry_run_option,
     example,
     json_option,
+    max_concurrent_option,
     print_json,
     set_option,
 )
@@ -79,9 +80,16 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 @set_option
 @click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
 @click.option("--data", metavar="DATA", help="With --fork: other images, an ingested dataset or a source.")
+@max_concurrent_option
 @json_option
 def resume(
-    run: str, cluster: str | None, overrides: tuple[str, ...], fork: bool, data: str | None, as_json: bool
+    run: str,
+    cluster: str | None,
+    overrides: tuple[str, ...],
+    fork: bool,
+    data: str | None,
+    max_concurrent: int | None,
+    as_json: bool,
 ) -> None:
     """Go on with RUN from its newest checkpoint that verifies, bit for bit, or with what is left of a sweep.
 
@@ -98,7 +106,9 @@ def resume(
             raise UsageError(
                 f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
             )
-        show(sweep_commands.go_on(folder, cluster), as_json=as_json)
+        show(sweep_commands.go_on(folder, cluster, max_concurrent), as_json=as_json)
         return
+    if max_concurrent is not None:
+        raise UsageError(f"--max-concurrent: got {max_concurrent}, but {run} is no sweep; leave it out")
     result = training_run.go_on(run, cluster, overrides, fork=fork, command=command_line(), data=data)
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())

@@ -49,7 +49,8 @@ def calm(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Callable
         (home / "slow_network.py").write_text(SLOW_NETWORK)
         (home / "two.yaml").write_text(TWO_WORKERS)
         slow(home, pause=0.0)
-        code, _, stderr = type_here(home, "train", "slow.yaml", *(["--cluster", "two.yaml"] if workers == 2 else []))
+        chosen = ["--cluster", "two.yaml"] if workers == 2 else []
+        code, _, stderr = type_here(home, "train", "slow.yaml", *chosen, env={"DDPM_PIPE_HOME": str(home)})
         assert code == 0, stderr
         return digests(only_run(home))
 

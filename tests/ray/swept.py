@@ -71,13 +71,13 @@ class Shell:
 
     def __init__(self, home: Path) -> None:
         self.home = home
-        self.environment: dict[str, str] = {}  # of its own
+        self.environment = {"DDPM_PIPE_HOME": str(home)}
 
     def process_environment(self) -> dict[str, str]:
         """The environment of a process that a user starts here."""
         hidden = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
         plain = {name: value for name, value in os.environ.items() if name not in hidden}
-        return plain | {"DDPM_PIPE_HOME": str(self.home)} | self.environment
+        return plain | self.environment
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(

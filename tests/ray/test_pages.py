@@ -191,11 +191,13 @@ def test_a_training_shows_its_dataset_schedule_and_scored_images(
     pages.wait(lambda: widest_picture(pages) > 200)
 
 
-def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str]) -> None:
+def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winner: dict[str, Any]) -> None:
     from selenium.webdriver.common.keys import Keys
 
-    runs = f"{pages.root}/experiments/{ids['experiment']}/runs?workflowType=machine_learning"
-    pages.open("charts of runs", f"{runs}&compareRunsMode=CHART", "Run Name", "sweep grid")
+    # asked for by name: without words of its own, the page may take those of an earlier search
+    words = quote(f"tags.`ddpm_pipe.run_id` = '{winner['run']}'")
+    runs = f"{pages.root}/experiments/{ids['experiment']}/runs?workflowType=machine_learning&searchFilter={words}"
+    pages.open("charts of runs", f"{runs}&compareRunsMode=CHART", "Run Name", "1 matching run")
 
     def shows_step(step: int) -> bool:
         sources = pages.driver.execute_script("return [...document.images].map(i => i.naturalWidth > 200 ? i.src : '')")

@@ -87,7 +87,9 @@ def whole(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the file that one worker makes, undisturbed."""
     home = tmp_path_factory.mktemp("whole")
     moved(trained, home)
-    code, _, stderr = type_here(home, *sampling(trained, home / "out", profile(home, 1)))
+    code, _, stderr = type_here(
+        home, *sampling(trained, home / "out", profile(home, 1)), env={"DDPM_PIPE_HOME": str(home)}
+    )
     assert code == 0, stderr
     return digest(home / "out")
 

@@ -31,7 +31,7 @@ def digits_are_good(scores: dict[str, Any]) -> bool:
 
 
 @pytest.mark.timeout(1800)  # seven minutes on slow cores, alone
-def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli):
+def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli, typed, ray_session):
     trained = cli("train", "--json", timeout_s=1500)
     assert trained.code == 0, trained.stderr
     scores = json.loads(trained.stdout)["scores"]
@@ -41,14 +41,14 @@ def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli):
     assert fid < noise / 10
     assert fid < 10 * real
 
-    untrained = cli("train", "--json", "-s", "training.steps=1")
-    assert untrained.code == 0, untrained.stderr
-    assert not digits_are_good(json.loads(untrained.stdout)["scores"])
+    code, stdout, stderr = typed("train", "--json", "-s", "training.steps=1")
+    assert code == 0, stderr
+    assert not digits_are_good(json.loads(stdout)["scores"])
 
 
-def test_a_run_is_found_listed_sampled_scored_and_tracked(cli, home):
-    trained = cli("train", *SHORT)
-    assert trained.code == 0, trained.stderr
+def test_a_run_is_found_listed_sampled_scored_and_tracked(typed, ray_session, home):
+    code, stdout, stderr = typed("train", *SHORT)
+    assert code == 0, stderr
     (folder,) = (home / "runs").iterdir()
     for said in (
         "fid_classifier_n559",
@@ -56,20 +56,20 @@ def test_a_run_is_found_listed_sampled_scored_and_tracked(cli, home):
         "uniform noise",
         f"ddpm-pipe sample {folder.name}",
     ):
-        assert said in trained.stdout
-    (row,) = json.loads(cli("runs", "--json").stdout)
+        assert said in stdout
+    (row,) = json.loads(typed("runs", "--json")[1])
     assert (row["id"], row["status"], row["steps"], row["T"]) == (folder.name, "FINISHED", "20/20", 1000)
     assert row["metric"] == "fid_classifier_n559"
 
-    sampled = cli("sample", "latest", "-n", "9", "--json")
-    assert sampled.code == 0, sampled.stderr
-    grid = next(Path(path) for path in json.loads(sampled.stdout)["written"] if path.endswith(".png"))
+    code, stdout, stderr = typed("sample", "latest", "-n", "9", "--json")
+    assert code == 0, stderr
+    grid = next(Path(path) for path in json.loads(stdout)["written"] if path.endswith(".png"))
     with Image.open(grid) as picture:
         assert np.asarray(picture).std() > 10  # there is something to see
 
-    scored = cli("evaluate", folder.name[:5], "--steps", "2", "--json")
-    assert scored.code == 0, scored.stderr
-    identity = json.loads(scored.stdout)["identities"]["fid_classifier_n559"]
+    code, stdout, stderr = typed("evaluate", folder.name[:5], "--steps", "2", "--json")
+    assert code == 0, stderr
+    identity = json.loads(stdout)["identities"]["fid_classifier_n559"]
     assert (identity["generation"]["steps"], identity["generation"]["weights"]) == (2, "ema")
 
     tracked_as_a_reader_finds_it(home, folder)
@@ -119,14 +119,14 @@ def tracked_as_a_reader_finds_it(home: Path, folder: Path) -> None:
     assert len(client.search_logged_models([experiment.experiment_id])) == 1
 
 
-def test_images_without_labels_end_with_samples_and_say_what_was_skipped(cli, home):
+def test_images_without_labels_end_with_samples_and_say_what_was_skipped(typed, ray_session, home):
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     np.savez(home / "noise.npz", images=images)
-    result = cli("train", "--data", "noise.npz", *SHORT, "-s", "training.batch_size=32")
-    assert result.code == 0, result.stderr
-    assert "ingesting" in result.stderr
-    assert "was skipped" in result.stdout
-    assert "ddpm-pipe evaluate" in result.stdout
+    code, stdout, stderr = typed("train", "--data", "noise.npz", *SHORT, "-s", "training.batch_size=32")
+    assert code == 0, stderr
+    assert "ingesting" in stderr
+    assert "was skipped" in stdout
+    assert "ddpm-pipe evaluate" in stdout
     (grid,) = home.glob("runs/*/pictures/samples.png")
     with Image.open(grid) as picture:
         assert picture.mode == "RGB"

@@ -194,7 +194,7 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
     by_hand = client.create_experiment("by hand", f"file://{elsewhere.home}/artifacts")
     opened = client.create_run(by_hand).info.run_id
     (elsewhere.home / "own.yaml").write_text(f"mlflow: {{tracking_uri: '{other}'}}\n")
-    elsewhere.environment = {"MLFLOW_RUN_ID": opened, "MLFLOW_TRACKING_URI": store}
+    elsewhere.environment |= {"MLFLOW_RUN_ID": opened, "MLFLOW_TRACKING_URI": store}
     arguments = (
         "sweep",
         "--base",
@@ -231,7 +231,7 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
     assert child.data.tags["ddpm_pipe.run_id"] == run.name
     assert not (elsewhere.home / "other.db").exists()
 
-    elsewhere.environment = {"MLFLOW_TRACKING_URI": store}
+    del elsewhere.environment["MLFLOW_RUN_ID"]
     code, stdout, stderr = elsewhere.run("resume", folder.name, "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["points"][0]["status"] == "finished"

@@ -82,13 +82,13 @@ def test_with_images_it_is_scored(typed: Typed, home: Path, pipeline: Path) -> N
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_it_is_fine_tuned_as_a_new_run(cli: Any, home: Path, pipeline: Path) -> None:
-    assert cli("import", "theirs").code == 0
+def test_it_is_fine_tuned_as_a_new_run(typed: Typed, ray_session: Any, home: Path, pipeline: Path) -> None:
+    assert typed("import", "theirs")[0] == 0
     settings = ["training.steps=2", "training.batch_size=16", "training.warmup_steps=0", "evaluation.enabled=false"]
     changed = [word for setting in settings for word in ("-s", setting)]
-    result = cli("resume", "latest", "--fork", "--data", "digits", *changed, "--json")
-    assert result.code == 0, result.stderr
-    tuned = Run.find(home, json.loads(result.stdout[result.stdout.index("{") :])["run"])
+    code, stdout, stderr = typed("resume", "latest", "--fork", "--data", "digits", *changed, "--json")
+    assert code == 0, stderr
+    tuned = Run.find(home, json.loads(stdout[stdout.index("{") :])["run"])
     (imported,) = (run for run in Run.all(home) if run.id != tuned.id)
     tags = MlflowClient(f"sqlite:///{home}/mlflow.db").get_run(str(tuned.mlflow_run_id)).data.tags
     assert (tags["ddpm_pipe.origin"], tags["ddpm_pipe.origin_mlflow_run"]) == (
