@@ -145,6 +145,13 @@ def cli(home: Path, user_environment: dict[str, str]) -> Callable[..., CliResult
     return run
 
 
+def restore_environment(before: Mapping[str, str]) -> None:
+    """Make the environment what it was, variable by variable: threads of Ray and MLflow may be reading it."""
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update({name: value for name, value in before.items() if os.environ.get(name) != value})
+
+
 def type_here(folder: Path, *arguments: str, env: Mapping[str, str] | None = None) -> tuple[int, str, str]:
     """Type a command in this process, in a folder and with variables of its own; return exit code, stdout and stderr.
 
@@ -165,8 +172,7 @@ def type_here(folder: Path, *arguments: str, env: Mapping[str, str] | None = Non
         try:
             code = run(arguments)
         finally:
-            os.environ.clear()
-            os.environ.update(before)
+            restore_environment(before)
             for name in set(sys.modules) - known:
                 if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
                     del sys.modules[name]
@@ -250,8 +256,7 @@ def ray_session() -> Iterator[Any]:
     with local_ray(Profile(workers=2, resources_per_worker=Resources(CPU=1)), num_workers=2):
         import ray
 
-        os.environ.clear()  # what Ray has been told is not for the processes that tests start
-        os.environ.update(before)
+        restore_environment(before)  # what Ray has been told is not for the processes that tests start
         yield ray
 
 
