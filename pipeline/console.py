@@ -9,6 +9,11 @@ from typing import TextIO
 PLAIN_EVERY_S = 15.0
 
 
+def answer(line: str) -> None:
+    """Print a line of what was asked for on stdout, at once: a program may wait for it at the other end of a pipe."""
+    print(line, flush=True)
+
+
 class Console:
     """Lines for people, on stderr so that results on stdout can be piped."""
 

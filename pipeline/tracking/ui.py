@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote, urlsplit
 
+from pipeline.console import answer
 from pipeline.errors import TrackingError, UsageError
 from pipeline.storage.home import artifacts_dir, make_folder
 from pipeline.tracking.ui_columns import choose_columns
@@ -33,7 +34,7 @@ def serve_ui(
     uri: str | None = None,
     experiment: str = "ddpm",
     open_browser: bool = False,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = answer,
 ) -> None:
     """Serve the pages on 127.0.0.1 until Ctrl-C or SIGTERM, then stop every process of the server.
 

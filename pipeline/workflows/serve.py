@@ -24,6 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 import torch
 from torch import Tensor
 
+from pipeline.console import answer
 from pipeline.errors import PipelineError, UsageError
 from pipeline.pictures.pictures import as_png, grid_picture, picture_of
 from pipeline.signals import listening
@@ -72,7 +73,7 @@ class Gallery:
         return denoiser.images(range(number * size, (number + 1) * size))
 
 
-def serve_model(run: Run, host: str, port: int, say: Callable[[str], None] = print) -> None:
+def serve_model(run: Run, host: str, port: int, say: Callable[[str], None] = answer) -> None:
     """Answer requests until Ctrl-C or SIGTERM. UsageError where the port is taken."""
     gallery = Gallery(run)
     try:

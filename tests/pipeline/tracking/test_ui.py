@@ -26,7 +26,7 @@ from pathlib import Path
 from pipeline.errors import PipelineError
 from pipeline.tracking.ui import serve_ui
 try:
-    serve_ui(Path(sys.argv[1]), int(sys.argv[2]), say=lambda line: print(line, flush=True))
+    serve_ui(Path(sys.argv[1]), int(sys.argv[2]))
 except PipelineError as error:
     print(error)
     sys.exit(error.exit_code)
