@@ -48,11 +48,17 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 os.environ["OMP_NUM_THREADS"] = "1"
 # Ray reads this when first imported; on Linux it alone makes Ray listen on loopback only, whatever `_node_ip_address` says.
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-# MLflow reads this when first imported, which here a test may do before our own code, and would talk on stderr.
+# MLflow reads these when first imported, which here a test may do before our own code, and would talk on stderr and to its makers.
 os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
+os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 RAYS = "tests/ray/"
 SWEPT = ("tests/ray/test_sweep_command.py", "tests/ray/test_pages.py")  # they look at one sweep, which takes minutes
-_IN_PROCESS_ONLY = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "MLFLOW_LOGGING_LEVEL"}
+IN_PROCESS_ONLY = {
+    "OMP_NUM_THREADS",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+    "MLFLOW_LOGGING_LEVEL",
+    "MLFLOW_DISABLE_TELEMETRY",
+}
 
 settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
 settings.load_profile("seeded")
@@ -110,7 +116,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def user_environment(home: Path) -> dict[str, str]:
     """The environment for a process that stands for a user's own: isolated, but without what eases tests in this process."""
-    return {name: value for name, value in os.environ.items() if name not in _IN_PROCESS_ONLY}
+    return {name: value for name, value in os.environ.items() if name not in IN_PROCESS_ONLY}
 
 
 @pytest.fixture

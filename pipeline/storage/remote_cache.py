@@ -99,7 +99,8 @@ class NodeCache:
                         raise DataError(
                             f"{where} is damaged (its sha256 differs from the manifest's, fetched twice): restore it or ingest again"
                         )
-                    part.rename(path)
+                    with self._locked():  # whoever counts meanwhile might see it under neither name
+                        part.rename(path)
                 finally:
                     part.unlink(missing_ok=True)
         except OSError as error:
@@ -107,8 +108,7 @@ class NodeCache:
 
     def _make_room(self) -> None:
         """Remove what was unused longest until all on its way fits, as far as that is not in use."""
-        with (self._folder / "lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with self._locked():
             whole, coming = self._contents()
             excess = sum(size for _, size, _ in whole) + coming - self._max_bytes
             for _, size, path in sorted(whole):
@@ -116,6 +116,12 @@ class NodeCache:
                     return
                 if _remove_unused(path):
                     excess -= size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self._folder / "lock").open("ab") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _contents(self) -> tuple[list[tuple[int, int, Path]], int]:
         """Return the whole files with time of use and size, and the bytes of those on their way, one's own among them."""

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import type_here
+from tests.conftest import IN_PROCESS_ONLY, type_here
 
 TINY = """
 name: tiny
@@ -75,8 +75,7 @@ class Shell:
 
     def process_environment(self) -> dict[str, str]:
         """The environment of a process that a user starts here."""
-        hidden = {"OMP_NUM_THREADS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"}
-        plain = {name: value for name, value in os.environ.items() if name not in hidden}
+        plain = {name: value for name, value in os.environ.items() if name not in IN_PROCESS_ONLY}
         return plain | self.environment
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:

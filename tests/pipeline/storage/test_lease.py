@@ -118,7 +118,17 @@ def test_a_holder_that_beats_is_not_passed_over_and_one_that_was_stopped_has_los
     os.kill(process.pid, signal.SIGCONT)
     time.sleep(5 * beat_s)  # it beats again, if it thinks that it may
     taker.require()
-    assert len([entry for entry in folder.objects() if entry.name.startswith("held-")]) == 1
+
+    def beats() -> list[tuple[str, float]]:
+        return sorted((entry.name, entry.modified_s) for entry in folder.objects() if entry.name.startswith("held-"))
+
+    before = beats()
+    assert (
+        len(before) <= 2
+    )  # a beat that was on its way when it was stopped may arrive, of a holder that is not the newest
+    time.sleep(5 * beat_s)
+    assert beats() == before  # but no other follows
+    taker.require()
 
 
 def test_whoever_was_taken_over_is_refused(bucket):
