@@ -26,7 +26,8 @@ from pathlib import Path
 
 # Ray takes 127.0.0.1 for a mistake and puts the machine's address in its place; another address of loopback it leaves alone.
 LOOPBACK = "127.0.0.2"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 90.0
+STARTS = 3  # Ray gives a node half a minute to come up, which on a busy machine may be too little
 
 
 def free_ports(count: int) -> list[int]:
@@ -78,21 +79,30 @@ class RayCluster:
     ) -> Node:
         """Start another node and wait until the cluster counts it."""
         before = self.alive()
-        agent, agent_grpc, runtime_env, metrics = free_ports(4)
-        node = self._start(
-            f"--address={self.gcs}",
-            *_ports(agent, agent_grpc, runtime_env, metrics),
-            f"--num-cpus={num_cpus}",
-            f"--resources={json.dumps(resources or {})}",
-            f"--temp-dir={self.folder / f'n{agent}'}",  # in a shared one, a node that joins removes what a job has just unpacked
-            env=env,
-        )
+        for _ in range(STARTS):
+            agent, agent_grpc, runtime_env, metrics = free_ports(4)
+            node = self._start(
+                f"--address={self.gcs}",
+                *_ports(agent, agent_grpc, runtime_env, metrics),
+                f"--num-cpus={num_cpus}",
+                f"--resources={json.dumps(resources or {})}",
+                f"--temp-dir={self.folder / f'n{agent}'}",  # in a shared one, a node that joins removes what a job has just unpacked
+                env=env,
+            )
+            if self._joined(node, before):
+                return node
+            self.remove(node)
+        raise AssertionError(self.log())
+
+    def _joined(self, node: Node, before: set[str]) -> bool:
+        """Wait until the cluster counts a node that was not there before; False where it ended instead."""
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (new := self.alive() - before):  # one that was just killed may still be counted
-            assert time.monotonic() < deadline, self.log()
+            if node.process.poll() is not None or time.monotonic() > deadline:
+                return False
             time.sleep(0.3)
         (node.id,) = new
-        return node
+        return True
 
     def remove(self, node: Node) -> None:
         """Kill a node as a machine dies that loses power; the cluster notices it by itself, after some seconds."""
@@ -166,12 +176,29 @@ def ray_cluster(
     env: dict[str, str] | None = None,
 ) -> Iterator[RayCluster]:
     """Start a head with its dashboard on loopback for the time of the context; its nodes are killed at the end, whatever happened."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(STARTS):
+            cluster = stack.enter_context(_head(num_cpus, authenticated, resources, env))
+            if _is_ready(cluster):
+                break
+            said = cluster.log()
+            stack.close()
+        else:
+            raise AssertionError(said)
+        yield cluster
+
+
+@contextlib.contextmanager
+def _head(
+    num_cpus: int, authenticated: bool, resources: dict[str, float] | None, env: dict[str, str] | None
+) -> Iterator[RayCluster]:
+    """Start the processes of a head; all nodes are killed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # short: its path goes into names of sockets
     gcs, dashboard, agent, agent_grpc, runtime_env, metrics = free_ports(6)
     token = secrets.token_hex(16) if authenticated else None
     cluster = RayCluster(token, f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}", folder)
     try:
-        head = cluster._start(
+        cluster._start(
             "--head",
             f"--port={gcs}",
             f"--dashboard-host={LOOPBACK}",
@@ -183,7 +210,6 @@ def ray_cluster(
             f"--temp-dir={folder / 'ray'}",
             env=env,
         )
-        _wait_until_ready(cluster, head)
         yield cluster
     finally:
         for node in reversed(cluster.nodes):
@@ -201,14 +227,13 @@ def _ports(agent: int, agent_grpc: int, runtime_env: int, metrics: int) -> list[
     ]
 
 
-def _wait_until_ready(cluster: RayCluster, head: Node) -> None:
-    """Wait until the dashboard answers and has an agent that takes jobs."""
+def _is_ready(cluster: RayCluster) -> bool:
+    """Wait until the dashboard answers and has an agent that takes jobs; False where the head ended instead."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while True:
-        assert head.process.poll() is None, cluster.log()
-        assert time.monotonic() < deadline, cluster.log()
+    while cluster.nodes[0].process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(OSError, http.client.HTTPException, KeyError, ValueError):
             status, _ = cluster.get("/api/jobs/")
             if status == 200 and cluster.num_alive() == 1:
-                return
+                return True
         time.sleep(0.3)
+    return False

@@ -48,7 +48,7 @@ class Slow(nn.Module):
 """
 
 
-def wait_until(done: Callable[[], bool], timeout_s: float = 240) -> None:
+def wait_until(done: Callable[[], bool], timeout_s: float = 480) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert time.monotonic() < deadline, "waited too long"
@@ -62,7 +62,7 @@ class Started:
         self.process = process
         self.lines: list[str] = []
 
-    def wait_for(self, done: Callable[[], bool], timeout_s: float = 240) -> None:
+    def wait_for(self, done: Callable[[], bool], timeout_s: float = 480) -> None:
         def done_or_dead() -> bool:
             found = done()
             assert found or self.process.poll() is None, self.process.communicate()
@@ -71,7 +71,7 @@ class Started:
         wait_until(done_or_dead, timeout_s)
 
     def end(self) -> tuple[int, str, str]:
-        stdout, stderr = self.process.communicate(timeout=360)
+        stdout, stderr = self.process.communicate(timeout=600)
         return self.process.returncode, stdout, stderr
 
 

@@ -28,7 +28,7 @@ from PIL import Image
 
 from tests.ray.swept import Shell
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 FLAGS = (
     "--headless=new",
     "--no-sandbox",

@@ -30,7 +30,7 @@ def elsewhere(tmp_path: Path, ray_session: Any) -> Shell:
     return Shell(tmp_path)
 
 
-def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 240) -> None:
+def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 480) -> None:
     deadline = time.monotonic() + timeout_s
     while not done():
         assert process.poll() is None, process.communicate()
