@@ -174,6 +174,7 @@ def type_here(folder: Path, *arguments: str, env: Mapping[str, str] | None = Non
     ):
         patch.chdir(folder)
         patch.setattr(sys, "path", list(sys.path))
+        patch.setattr(sys, "argv", ["ddpm-pipe", *arguments])
         os.environ.update(env or {})
         try:
             code = run(arguments)
