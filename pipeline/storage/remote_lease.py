@@ -131,6 +131,7 @@ class Lease:
         while not self._closing.wait(self._beat_s):
             with suppress(StorageError):  # the store may come back; whoever asks `require` is told
                 if not self._is_mine():
+                    self._folder.delete(self._held)  # a beat that was on its way while this process stood still
                     return
                 self._write(self._held)
 

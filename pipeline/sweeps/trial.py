@@ -59,9 +59,8 @@ def run_trial(config: dict[str, Any], told: ForTrials) -> None:
     run = Run(Path(config["run"]))
     os.environ.update(told.secrets)
     os.environ["DDPM_PIPE_HOME"] = str(run.folder.parent.parent)
-    os.chdir(
-        told.code_folder
-    )  # a cluster's processes stand elsewhere, and those of the training look where this one stands
+    # a cluster's processes stand elsewhere, and those of the training look where this one stands
+    os.chdir(told.code_folder)
     allow_modules_in(told.code_folder)
     give_back(run.id)  # of a former process of this trial that was killed
     reported: set[float] = set()
