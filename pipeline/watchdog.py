@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,6 +35,15 @@ class Watchdog:
             start_new_session=True,  # Ctrl-C in a terminal is not for it
             cwd="/",
         )
+
+    def started(self) -> list[psutil.Process]:
+        """Return Ray's processes that are there now: those that this process has started in the folder, and all below them."""
+        found = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # gone meanwhile
+                if child.pid != self._process.pid and str(self._folder) in " ".join(child.cmdline()):
+                    found += [child, *child.children(recursive=True)]
+        return found
 
     def sweep_out(self) -> None:
         """End what works in Ray's folder now: the processes of a start that failed. This process and the watchdog stay."""
@@ -58,14 +67,19 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def end_all(processes: Iterable[psutil.Process]) -> None:
+    """End processes at once; some may be gone."""
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def _end_all_in(folder: Path, but: int | None = None) -> None:
     for _ in range(5):  # a process may start another while the first are being ended
         left = [process for process in _working_in(folder) if process.pid not in (os.getpid(), but)]
         if not left:
             break
-        for process in left:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        end_all(left)
         time.sleep(0.2)
 
 

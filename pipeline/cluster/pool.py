@@ -77,19 +77,30 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
             max_task_retries=retries,
         )
         workers = [remote.remote(profile, os.getcwd(), forwarded(profile), shared) for _ in range(count)]
-        waiting, to_come = list(chunks.items())[::-1], len(chunks)
-        # a worker gets work once it is up: one for which the cluster has no room holds nobody up
-        running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}
-        while to_come:
-            ended, _ = ray.wait(list(running), num_returns=1)
-            number, worker = running.pop(ended[0])
-            result = _result(ended[0])
-            if waiting:
-                following, indices = waiting.pop()
-                running[worker.compute.remote(indices)] = (following, worker)
-            if number is not None:
-                to_come -= 1
-                yield number, result
+        try:
+            yield from _dealt(chunks, workers)
+        finally:
+            for worker in workers:  # left to itself, each would take seconds to end, and may hang in doing so
+                ray.kill(worker)
+
+
+def _dealt(chunks: Mapping[int, range], workers: list[Any]) -> Iterator[tuple[int, Arrays]]:
+    """Deal chunks to workers as each is free, and return them as they are done."""
+    import ray
+
+    waiting, to_come = list(chunks.items())[::-1], len(chunks)
+    # a worker gets work once it is up: one for which the cluster has no room holds nobody up
+    running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}
+    while to_come:
+        ended, _ = ray.wait(list(running), num_returns=1)
+        number, worker = running.pop(ended[0])
+        result = _result(ended[0])
+        if waiting:
+            following, indices = waiting.pop()
+            running[worker.compute.remote(indices)] = (following, worker)
+        if number is not None:
+            to_come -= 1
+            yield number, result
 
 
 def _result(reference: Any) -> Arrays:

@@ -15,7 +15,7 @@ from pathlib import Path
 from pipeline.cluster.join import joined_ray, require_room
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster_profile import Profile
-from pipeline.watchdog import Watchdog
+from pipeline.watchdog import Watchdog, end_all
 
 LOOPBACK = "127.0.0.1"
 STARTS, TOO_SLOW = 3, "timed out during startup"  # Ray's word for processes that did not come up in time
@@ -94,7 +94,9 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
         finally:
             import ray
 
+            processes = watchdog.started()
             ray.shutdown()
+            end_all(processes)  # a worker that hangs as it ends is one that Ray has forgotten
             shutil.rmtree(folder, ignore_errors=True)
             watchdog.dismiss()
 

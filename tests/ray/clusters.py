@@ -24,6 +24,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
+from pipeline.watchdog import end_all
+
 # Ray takes 127.0.0.1 for a mistake and puts the machine's address in its place; another address of loopback it leaves alone.
 LOOPBACK = "127.0.0.2"
 START_TIMEOUT_S = 90.0
@@ -41,15 +45,19 @@ def free_ports(count: int) -> list[int]:
 
 @dataclass
 class Node:
-    """One node: `ray start --block` in a session of its own, whose processes all belong to its group."""
+    """One node: `ray start --block` in a session of its own; all its processes belong to its group or descend from it."""
 
     process: subprocess.Popen[bytes]
     id: str = ""
 
     def kill(self) -> None:
         """End all its processes at once."""
+        below = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            below = psutil.Process(self.process.pid).children(recursive=True)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
+        end_all(below)
         self.process.wait(timeout=30)
 
 

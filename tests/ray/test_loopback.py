@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -39,6 +41,38 @@ def test_ray_of_the_local_profile_listens_on_loopback_alone(user_environment: di
     assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
     assert addresses
     assert process.returncode == 0
+
+
+@pytest.mark.ray
+def test_a_worker_that_hangs_as_it_ends_does_not_outlive_its_driver(user_environment: dict[str, str]) -> None:
+    hangs = """
+class Hanging:
+    def __init__(self):
+        import atexit, signal, time
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        atexit.register(time.sleep, 600)
+    def pid(self):
+        import os
+        return os.getpid()
+hanging = ray.remote(Hanging).remote()
+print(ray.get(hanging.pid.remote()), flush=True)
+del hanging  # told to end
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD_RAY.replace("    sys.stdin", textwrap.indent(hangs, "    ") + "    sys.stdin")],
+        env=user_environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline().split() == ["up", "127.0.0.1"]
+        worker = psutil.Process(int(process.stdout.readline()))
+        process.communicate()
+    assert process.returncode == 0
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker.wait(timeout=5)
 
 
 @pytest.mark.ray
