@@ -17,11 +17,12 @@ from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.provenance import JOB_VARIABLE
 
 SETTLING_S = 4.0
-# Ray decides these from the driver's environment
+# Ray decides these from its environment when it is first imported or started
 SETTINGS = {
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that still works as Ray is shut down would start another, open to the outside
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # a process that keeps a state for other drivers to read
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }

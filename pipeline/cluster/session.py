@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cluster.join import joined_ray, require_room
+from pipeline.cluster.join import SETTINGS, joined_ray, require_room
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.watchdog import Watchdog, end_all
@@ -20,16 +20,9 @@ from pipeline.watchdog import Watchdog, end_all
 LOOPBACK = "127.0.0.1"
 STARTS, TOO_SLOW = 3, "timed out during startup"  # Ray's word for processes that did not come up in time
 OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are read from the shards by each worker
-# Ray decides these from its environment when it is first imported or started
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+LOCAL_SETTINGS = SETTINGS | {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    # processes for what one machine cannot have: nodes that are taken away, and a state for other drivers to read
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one machine has no nodes that are taken away
     "RAY_worker_niceness": "0",  # Ray's own 15 lets anything else on the machine go first
     # on, Ray takes a loopback address for a mistake and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
@@ -76,7 +69,7 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     The token lives in the environment of Ray's processes alone: no file, no argument list. Nothing that the user has set for other
     clusters (an address file, RAY_ADDRESS) is looked at.
     """
-    settings = QUIET | profile.env
+    settings = LOCAL_SETTINGS | profile.env
     if "ray" not in sys.modules:
         os.environ.update(TOKEN | {k: v for k, v in os.environ.items() if k == "RAY_AUTH_TOKEN" and v})
     if not profile.use_gpu:

@@ -24,6 +24,11 @@ with local_ray(load_profile("local"), num_workers=1):
     ray.get(ray.remote(lambda: 1).remote())
     print("up", *(node["NodeManagerAddress"] for node in ray.nodes()), flush=True)
     sys.stdin.read()
+try:
+    ray.put(1)
+except ray.exceptions.RaySystemError:
+    pass
+sys.exit(ray.is_initialized())
 """
 
 
