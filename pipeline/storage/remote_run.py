@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -109,6 +110,14 @@ class RemoteRun:
         for name in names or self.RECORDS:
             if (local / name).is_file():
                 self.folder.write(name, (local / name).read_bytes())
+
+    def announce(self, local: Path) -> None:
+        """Send the first records of a folder just made, which is removed where the store does not take them (StorageError)."""
+        try:
+            self.send_records(local)
+        except StorageError:
+            shutil.rmtree(local, ignore_errors=True)
+            raise
 
     # -- files
 

@@ -18,7 +18,6 @@ import logging
 import os
 import random
 import re
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -146,11 +145,7 @@ class Run:
         write_json(run.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(run.folder / "run.json", asdict(replace(record, id=run.id)))  # last: a folder without it is no run
         if run.remote is not None:
-            try:
-                run.remote.send_records(run.folder)
-            except StorageError:
-                shutil.rmtree(run.folder, ignore_errors=True)
-                raise
+            run.remote.announce(run.folder)
         return run
 
     @classmethod

@@ -11,7 +11,6 @@ Where the profile's storage is an object store all of it lasts there, as a run d
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -117,13 +116,8 @@ class SweepFolder:
         )
         write_json(found.folder / "status.json", asdict(RunState(updated=record.created)))
         write_json(found.folder / "sweep.json", asdict(record))
-        remote = found._as_run.remote
-        if remote is not None:
-            try:
-                remote.send_records(found.folder)
-            except StorageError:
-                shutil.rmtree(found.folder, ignore_errors=True)
-                raise
+        if (remote := found._as_run.remote) is not None:
+            remote.announce(found.folder)
         return found
 
     @classmethod
