@@ -19,6 +19,7 @@ from pipeline.commands.submit import jobs
 from pipeline.commands.sweep import serve, sweep
 from pipeline.commands.train import resume, train
 from pipeline.errors import PipelineError
+from pipeline.signals import Terminated, raising
 
 COMMANDS = (
     train,
@@ -72,7 +73,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
         words = None if arguments is None else list(arguments)
-        left = cli.main(args=words, prog_name="ddpm-pipe", standalone_mode=False)
+        with raising():
+            left = cli.main(args=words, prog_name="ddpm-pipe", standalone_mode=False)
         return left if isinstance(left, int) else 0  # a command that ends by `Context.exit` leaves its code
     except PipelineError as error:
         return _fail(str(error), error.exit_code)
@@ -82,6 +84,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         return _fail(_explain(error), 2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("stopped", 130)
+    except Terminated:
+        return _fail("stopped", 143)
     except BrokenPipeError:
         # whoever read our output has left, as `| head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,7 +2,8 @@
 
 Three nets, each alone incomplete: known shapes (cloud and forge tokens, passwords in addresses), names that announce a
 secret (`api_key`, `password`), and strings that look random. The values of environment variables with such names are
-removed wherever they appear. Long hexadecimal strings stay: fingerprints and hashes are what a record is for.
+removed wherever they appear, but for what the program reads back from a record (`READ_BACK`): there they are refused. Long
+hexadecimal strings stay: fingerprints and hashes are what a record is for.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
+from pipeline.errors import UsageError
+
 HIDDEN = "<redacted>"
 DECLARED_SECRETS = (
     "DDPM_PIPE_SECRETS"  # names of variables, joined by commas, that hold secrets whatever their names say
 )
+READ_BACK = ("path", "fingerprint", "storage")  # names in a record without whose values a run cannot be worked with
+LEAST_CHARACTERS = 8  # of a secret in the environment: a shorter one would be found in half of all words
 
 # `key` alone names many harmless things, so it counts with a companion only
 SECRET_NAME = re.compile(r"(?i)passw(or)?d|passphrase|secret|credential|token|(api|access|private|signing)[_-]?key")
@@ -36,14 +41,20 @@ ASSIGNMENT = re.compile(
     r"|x-amz-signature)[\w-]{0,40}"
     r"[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]+)"
 )
+# words and small numbers, such as a region, a bucket or a user
+PLAIN_NAME = re.compile(r"[a-z]+[0-9]{0,2}(?:[-_.][a-z]*[0-9]{0,2})*")
 # longer ones are pictures in base64, not secrets
 RANDOM_CANDIDATE = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{20,512}(?![A-Za-z0-9+/=_-])")
 
 
 def redact(text: str) -> str:
     """Return the text with everything that looks like a secret replaced by `<redacted>`."""
-    for value in environment_secrets():
+    for value in environment_secrets().values():
         text = text.replace(value, HIDDEN)
+    return _without_shapes(text)
+
+
+def _without_shapes(text: str) -> str:
     text = USERINFO.sub("", text)
     text = KNOWN_SHAPES.sub(HIDDEN, text)
     text = ASSIGNMENT.sub(lambda match: match[1] + HIDDEN, text)
@@ -57,12 +68,29 @@ def redact_value(name: str, value: str) -> str:
 
 
 def redact_tree(content: Any, name: str = "") -> Any:
-    """Return nested plain data (mappings, lists, scalars) with every string redacted; numbers stay as they are."""
+    """Return nested plain data (mappings, lists, scalars) with every string redacted; numbers stay as they are.
+
+    UsageError where a secret of the environment stands in a value that has to be read back.
+    """
     if isinstance(content, Mapping):
         return {key: redact_tree(value, str(key)) for key, value in content.items()}
     if isinstance(content, list | tuple):
         return [redact_tree(value, name) for value in content]
-    return redact_value(name, content) if isinstance(content, str) else content
+    if not isinstance(content, str):
+        return content
+    return _read_back(name, content) if name in READ_BACK else redact_value(name, content)
+
+
+def _read_back(name: str, value: str) -> str:
+    """Return a value that the program works by later, in which nothing may be hidden that only looks like a secret of the environment."""
+    value = _without_shapes(value)
+    for variable, secret in environment_secrets().items():
+        if secret in value and not _is_plain_name(variable, secret):
+            raise UsageError(
+                f"{name}: holds the value of the variable {variable}, which is secret, and runs are recorded with it; name the place "
+                f"otherwise, or change {variable}"
+            )
+    return value
 
 
 def public_uri(uri: str) -> str:
@@ -85,17 +113,24 @@ def announces_secret(name: str, value: str) -> bool:
     return bool(
         SECRET_NAME.search(name)
         and not name.endswith(("_PATH", "_FILE", "_DIR"))
-        and len(value) >= 8
+        and len(value) >= LEAST_CHARACTERS
         and not value.isalpha()
     )
 
 
-def environment_secrets() -> list[str]:
-    """Return the values of environment variables that hold secrets, by their names or because a profile says so."""
+def environment_secrets() -> dict[str, str]:
+    """Return the environment variables that hold secrets, by their names or because a profile says so."""
     declared = set(os.environ.get(DECLARED_SECRETS, "").split(","))
-    return [
-        value for name, value in os.environ.items() if announces_secret(name, value) or (value and name in declared)
-    ]
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if announces_secret(name, value) or (len(value) >= LEAST_CHARACTERS and name in declared)
+    }
+
+
+def _is_plain_name(variable: str, value: str) -> bool:
+    """Whether a variable that was declared secret holds what is none, to all appearance: a region, a user, the id of a key."""
+    return bool(PLAIN_NAME.fullmatch(value)) and (variable.endswith("_ID") or not SECRET_NAME.search(variable))
 
 
 def _looks_random(word: str) -> bool:

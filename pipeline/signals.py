@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from types import FrameType
 
 
+class Terminated(BaseException):
+    """SIGTERM where nobody reads signals: as Ctrl-C's KeyboardInterrupt does, it passes what handles errors, up to who ends the work."""
+
+
 @dataclass
 class Signals:
     """What the user or the system has asked for since the context began: SIGINT or SIGTERM, and how often."""
@@ -39,3 +43,35 @@ def listening() -> Iterator[Signals]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def raising() -> Iterator[None]:
+    """Let SIGTERM raise Terminated instead of ending the process; `listening` goes before, for its time."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def keeping_sigterm() -> Iterator[None]:
+    """Keep the handler of SIGTERM through what sets one of its own, as Ray's start does: that ends the process without a word."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    except SystemExit:  # by Ray's handler, which has been there for a moment
+        raise Terminated from None
+    finally:
+        signal.signal(signal.SIGTERM, before)

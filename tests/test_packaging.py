@@ -252,21 +252,33 @@ def test_help_lists_every_target() -> None:
 # --- the MLproject
 
 
+def handed_over(entry: str, parameters: dict[str, str], folder: Path) -> list[str]:
+    """Run MLflow's own command in the shell it uses, where a `ddpm-pipe` that only prints its arguments comes first; return these."""
+    from mlflow.projects import load_project
+
+    command = load_project(str(REPOSITORY)).get_entry_point(entry).compute_command(parameters, None)
+    printer = folder / "ddpm-pipe"
+    printer.write_text("#!/bin/sh\nprintf '%s\\0' \"$@\"\n")
+    printer.chmod(0o755)
+    out = run("env", f"PATH={folder}:/usr/bin:/bin", "bash", "-c", command, cwd=folder)
+    return out.stdout.split("\0")[:-1]
+
+
 @pytest.mark.parametrize(("parameters", "wanted"), list(zip(CASES, WANTED, strict=True)))
 def test_mlproject_hands_its_parameters_over_unharmed(
     parameters: dict[str, str], wanted: list[str], tmp_path: Path
 ) -> None:
-    """MLflow's own command, run by the shell it uses, where a `ddpm-pipe` that only prints its arguments comes first."""
-    from mlflow.projects import load_project
-
-    command = load_project(str(REPOSITORY)).get_entry_point(wanted[0]).compute_command(parameters, None)
-    printer = tmp_path / "ddpm-pipe"
-    printer.write_text(f"#!{sys.executable}\nimport json, sys\nprint(json.dumps(sys.argv[1:]))\n")
-    printer.chmod(0o755)
     (tmp_path / "a=file").touch()  # what an unguarded `*` would pick up
-    out = run("env", f"PATH={tmp_path}:/usr/bin:/bin", "bash", "-c", command, cwd=tmp_path)
-    assert json.loads(out.stdout) == wanted
+    assert handed_over(wanted[0], parameters, tmp_path) == wanted
     assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("entry", ["train", "sweep", "sample", "evaluate"])
+@pytest.mark.parametrize("off", ["", "0", "no", "No", "false", "False", "FALSE"])
+def test_mlproject_takes_a_dry_run_that_is_false_for_what_it_says(entry: str, off: str, tmp_path: Path) -> None:
+    """Else a training that was asked for would end at once, as a success."""
+    assert "--dry-run" not in handed_over(entry, {"dry_run": off}, tmp_path)
+    assert "--dry-run" in handed_over(entry, {"dry_run": "true"}, tmp_path)
 
 
 def mlflow_run(home: Path, entry: str, **parameters: str) -> None:

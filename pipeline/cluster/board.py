@@ -156,11 +156,12 @@ def run_worker(config: dict[str, Any]) -> None:
     os.environ.update(ray.get(board.environment.remote()))
     board.join.remote(Member.of_this_process())
     try:
-        team = Team.join()
-        gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none
         job: Job = config["job"]
+        collective_s = job.profile["timeouts"]["collective_s"]
+        team = Team.join(collective_s)
+        gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none
         path = path_of(Path(job.run_folder), job.attempt, team.rank)
-        with Stacks(path, job.profile["timeouts"]["collective_s"]) as stacks:
+        with Stacks(path, collective_s) as stacks:
             worker = Worker(job, team, BoardLink(board, stacks), gpu)
             with Decoding(Path(job.run_folder).name, job.attempt, team.rank) as worker.dataset.decoding:
                 outcome = worker.work()

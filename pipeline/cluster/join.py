@@ -14,6 +14,7 @@ from pipeline.cluster.token import admission, knock_at_store
 from pipeline.errors import ClusterError, UsageError
 from pipeline.planning.capacity import needs, room, shortage
 from pipeline.settings.cluster_profile import Profile
+from pipeline.signals import keeping_sigterm
 from pipeline.storage.provenance import JOB_VARIABLE
 
 SETTLING_S = 4.0
@@ -62,7 +63,7 @@ def store_address(profile: Profile) -> str:
     named = os.environ.get("RAY_ADDRESS", "")
     if ":" in named and "://" not in named:
         return named
-    file = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / "ray" / "ray_current_cluster"
+    file = _folder_of_ray() / "ray_current_cluster"
     try:
         return file.read_text().strip()
     except OSError:
@@ -70,6 +71,12 @@ def store_address(profile: Profile) -> str:
             f"profile {profile.name!r}: address auto, but this machine is no node of a Ray cluster (no {file}, no RAY_ADDRESS); "
             "start one with: ray start --head, or give the address"
         ) from None
+
+
+def _folder_of_ray() -> Path:
+    """Return where a node's Ray keeps its files unless it is told, by the same variables as Ray."""
+    of_system = os.environ.get("TMPDIR") if sys.platform == "linux" else None
+    return Path(os.environ.get("RAY_TMPDIR") or of_system or "/tmp") / "ray"
 
 
 def _init(profile: Profile, address: str) -> None:
@@ -80,13 +87,14 @@ def _init(profile: Profile, address: str) -> None:
         # gloo would otherwise look the machine's name up and talk over the network card
         env["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     try:
-        ray.init(
-            address=address,
-            runtime_env={"env_vars": env} if env else None,
-            log_to_driver=False,
-            configure_logging=True,
-            logging_level="ERROR",
-        )
+        with keeping_sigterm():
+            ray.init(
+                address=address,
+                runtime_env={"env_vars": env} if env else None,
+                log_to_driver=False,
+                configure_logging=True,
+                logging_level="ERROR",
+            )
     except Exception as error:  # Ray raises bare exceptions of many kinds
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(

@@ -7,10 +7,14 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from pipeline.cluster import nodes as cluster_nodes
+from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session, is_up
+from pipeline.console import Console
 from pipeline.errors import ClusterError, PipelineError
 from pipeline.planning.capacity import held_here
 from pipeline.settings.cluster_profile import Profile, forwarded
+from pipeline.signals import Signals
 from pipeline.storage.chunks import Runner, Task, in_process
 from pipeline.storage.tensor_file import Arrays
 from pipeline.training.device import sampling_compute
@@ -64,8 +68,11 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
     if not profile.is_remote:
         most = max(held_here(range(profile.least_workers, most + 1), profile), default=most)
     count = min(most, len(chunks))
-    with Session(profile, count) as session:  # a sweep's trial is inside a Ray already
+    inside = is_up()  # as a sweep's trial, which waits for its turn
+    with Session(profile, count) as session:
         session.ensure()
+        if profile.is_remote and not inside:
+            _wait_for_room(count, profile)
         import ray
 
         shared = [ray.put(task)]
@@ -82,6 +89,12 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
         finally:
             for worker in workers:  # left to itself, each would take seconds to end, and may hang in doing so
                 ray.kill(worker)
+
+
+def _wait_for_room(count: int, profile: Profile) -> None:
+    """Wait until the cluster has room for one worker at least: for an actor without room Ray waits for ever (ClusterError)."""
+    with cluster_nodes.wanted() as want:
+        gather(range(count, 0, -1), profile, Console(), Signals([]), (), want, "the same command")
 
 
 def _dealt(chunks: Mapping[int, range], workers: list[Any]) -> Iterator[tuple[int, Arrays]]:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 from pipeline.cluster.join import SETTINGS, joined_ray, require_room
 from pipeline.errors import ClusterError
+from pipeline.planning.capacity import whole_gpus
 from pipeline.settings.cluster_profile import Profile
+from pipeline.signals import keeping_sigterm
 from pipeline.watchdog import Watchdog, end_all
 
 LOOPBACK = "127.0.0.1"
@@ -38,18 +40,17 @@ def require_resources(profile: Profile, num_workers: int) -> None:
     A cluster that may grow is asked when the work begins, and waited for as long as its profile says.
     """
     if profile.is_remote:
-        least = profile.workers if isinstance(profile.workers, int) else profile.workers.min
         with joined_ray(profile):
             if not profile.wait_for_resources_s:
-                require_room(profile, least)
+                require_room(profile, profile.least_workers)
         return
     if profile.use_gpu:
         from pipeline.training.device import num_gpus
 
-        need, gpus = profile.resources_per_worker.GPU * num_workers, num_gpus()
+        need, gpus = whole_gpus(num_workers, profile.resources_per_worker.GPU), num_gpus()
         if need > gpus:
             raise ClusterError(
-                f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need:g} "
+                f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need} "
                 f"GPUs, this machine has {gpus}; use --cluster local to train on its CPUs"
             )
     each, have = profile.cpus_per_worker(num_workers), os.cpu_count() or 1
@@ -143,21 +144,21 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
     """Start Ray; again where its processes needed longer than the half of a minute it grants them, as on a machine that is busy."""
     import ray
 
-    gpus = profile.resources_per_worker.GPU * num_workers
     for left in reversed(range(STARTS)):
         try:
-            ray.init(
-                address="local",
-                num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
-                num_gpus=int(gpus),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                configure_logging=True,
-                logging_level="ERROR",
-                _node_ip_address=LOOPBACK,
-                _temp_dir=str(folder),
-            )
+            with keeping_sigterm():
+                ray.init(
+                    address="local",
+                    num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
+                    num_gpus=whole_gpus(num_workers, profile.resources_per_worker.GPU),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    log_to_driver=False,
+                    configure_logging=True,
+                    logging_level="ERROR",
+                    _node_ip_address=LOOPBACK,
+                    _temp_dir=str(folder),
+                )
             return
         except Exception as error:  # Ray raises bare ones
             reason = " ".join(str(error).split())[:300]

@@ -9,27 +9,23 @@ node, is tried again while attempts last and checkpoints advance. A node that is
 from __future__ import annotations
 
 import signal
-import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from dataclasses import replace
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.attempt import CLUSTER_GONE, Attempt, Observer
+from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session
-from pipeline.console import Console, duration
+from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import ClusterError, DataError, InterruptedRunError
-from pipeline.planning.capacity import fitting_counts, largest, needs, shortage
+from pipeline.planning.capacity import fitting_counts
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import experiment_from
 from pipeline.signals import Signals, listening
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training.job import Job
-
-LOOK_S = 0.5
-GRACE_S = 20.0  # what dead workers held is free after some seconds, and a node that has just started takes as long to be counted
-STEADY_S = 3.0  # fewer workers than could be are taken once nothing has changed for so long
 
 
 def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
@@ -59,7 +55,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 run.fetch_files()
             if ended.outcome == "finished":
                 return
-            step = _newest_step(run)
+            step, lost = _newest_step(run), ended.lost
             if ended.outcome == "stopped" and ended.planned and signals.first is None:
                 run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
                 continue
@@ -71,7 +67,6 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 )
             if signals.first is not None or ended.outcome == "stopped":
                 raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
-            lost = ended.lost
             run.log(f"attempt {attempt} failed: {ended.cause}")
             if again := ended.rows & rows:  # whatever was saved meanwhile: the third time it would die there, too
                 raise _undecodable(run, job, profile, min(again))
@@ -87,49 +82,6 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
         f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
         f"go on from step {max(causes[-1][0], 0)} with: ddpm-pipe resume {run.id}"
     )
-
-
-def gather(
-    counts: Sequence[int],
-    profile: Profile,
-    console: Console,
-    signals: Signals,
-    lost: Collection[str],
-    want: Callable[[dict[str, float], int], None],
-    again: str,
-) -> int:
-    """Return how many workers the next attempt takes: the largest of the counts that the cluster holds now, without `lost` nodes.
-
-    Waits for the smallest of them as long as the profile says, says what is missing meanwhile, and tells a cluster that scales itself
-    what to `want`; ClusterError after that, InterruptedRunError on a signal, both with what to type `again`.
-    """
-    if profile.kind == "local":  # this machine was looked at before Ray was started on it
-        return counts[0]
-    begin = changed = time.monotonic()
-    found: int | None = None
-    limit = max(profile.wait_for_resources_s, GRACE_S)
-    while True:
-        nodes, now = cluster_nodes.nodes(lost), time.monotonic()
-        before, found = found, largest(counts, nodes, profile)
-        changed = now if found != before else changed
-        if found != counts[0]:
-            want(needs(profile, counts[0]), counts[0])
-        if found == counts[0] or (found is not None and now - changed >= STEADY_S):
-            return found
-        if signals.first is not None:
-            raise InterruptedRunError(
-                f"stopped while waiting for the cluster; go on with: {again}",
-                130 if signals.first == signal.SIGINT else 75,
-            )
-        if found is None:
-            missing = shortage(counts[-1], nodes, profile)
-            if now - begin > limit:
-                raise ClusterError(
-                    f"profile {profile.name!r} wants {missing}; add nodes or lower workers (wait_for_resources_s waits "
-                    f"longer than {duration(limit)}), then: {again}"
-                )
-            console.progress(f"waiting for {missing}; {duration(limit - (now - begin))} left")
-        time.sleep(LOOK_S)
 
 
 def _undecodable(run: Run, job: Job, profile: Profile, row: int) -> DataError:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from pipeline.errors import ClusterError
+from pipeline.planning.capacity import needs
 from pipeline.settings.cluster_profile import Profile, forwarded
 
 T = TypeVar("T")
@@ -19,6 +20,9 @@ START_S = 30.0  # workers load torch while they start
 
 class Member:
     """One worker: `call` runs a function in its process, as `function(team, *arguments)`."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
 
     def address(self) -> tuple[str, int]:
         """Return where the group's members can find this one: the node's address, and a port that was free a moment ago."""
@@ -41,17 +45,17 @@ class Member:
         """Set variables whose values are secret: an argument of a call, which Ray shows nobody."""
         os.environ.update(environment)
 
-    def join(self, rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
+    def join(self, rank: int, size: int, master: tuple[str, int], backend: str) -> None:
         """Become one of the group; all of them at once."""
         from pipeline.training.team import found_group
 
-        found_group(rank, size, master, backend, timeout_s)
+        found_group(rank, size, master, backend, self._timeout_s)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what the function returns here."""
         from pipeline.training.team import Team
 
-        return function(Team.join(), *arguments)
+        return function(Team.join(self._timeout_s), *arguments)
 
 
 class Group:
@@ -81,8 +85,7 @@ def worker_group(
 
     from pipeline.training.device import backend_of
 
-    cpus, gpus = profile.cpus_per_worker(num_workers), profile.resources_per_worker.GPU
-    bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+    bundle = needs(profile, num_workers)
     place = placement_group([bundle] * num_workers, strategy=profile.placement.upper())
     try:
         if not place.wait(start_s):
@@ -93,10 +96,10 @@ def worker_group(
         actor = ray.remote(Member)
         members = [
             actor.options(
-                num_cpus=cpus,
-                num_gpus=gpus,
+                num_cpus=bundle["CPU"],
+                num_gpus=bundle.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(place, placement_group_bundle_index=index),
-            ).remote()
+            ).remote(collective_s)
             for index in range(num_workers)
         ]
         secret = forwarded(profile)
@@ -105,9 +108,7 @@ def worker_group(
         if num_workers > 1:
             (master,) = _together([members[0].address.remote()], start_s)
             backend = backend_of(profile)
-            _together(
-                [m.join.remote(r, num_workers, master, backend, collective_s) for r, m in enumerate(members)], start_s
-            )
+            _together([m.join.remote(r, num_workers, master, backend) for r, m in enumerate(members)], start_s)
         nodes = _together([member.node.remote() for member in members], start_s)
         yield Group(members, len(set(nodes)))
     finally:

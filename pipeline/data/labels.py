@@ -70,7 +70,7 @@ def labels_of(indices: range, labels: str | int, names: ClassNames) -> Tensor:
     """Return the labels of generated images, int64 [len(indices)]: functions of (image index, `labels`) alone.
 
     `labels` is "balanced" (index modulo the number of classes), "none" (the null class, which has the number after the last
-    class's), or one class: its name, or its number.
+    class's), or one class: its name, or its number where no class has that name.
     """
     if labels == BALANCED:
         return torch.arange(indices.start, indices.stop, dtype=torch.int64) % len(names)
@@ -80,7 +80,7 @@ def labels_of(indices: range, labels: str | int, names: ClassNames) -> Tensor:
 def _index(label: str | int, names: ClassNames) -> int:
     if label == NONE:
         return len(names)
-    if label in names:
+    if str(label) in names:  # a number is a name first: typed `2` and a file's 2 are one class
         return names.index(str(label))
     number = int(label) if str(label).isdecimal() else -1
     if 0 <= number < len(names):

@@ -22,6 +22,7 @@ from pipeline.errors import ClusterError
 from pipeline.planning.plan import BYTES_PER_PARAMETER
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment
+from pipeline.storage.remote import is_remote
 from pipeline.training.models import Shape
 
 if TYPE_CHECKING:
@@ -30,13 +31,14 @@ if TYPE_CHECKING:
 
 READ_S, STEP_S = 4.0, 3.0
 CLOCKS_S = 10.0
+DISK_S = 13.0
 STORAGE_S = 11.0  # for writing, and for reading
 REMOVE_S = 5.0
 
 
 def versions(examination: Examination) -> Finding:
     """Compare what each node runs with what this process runs."""
-    here = node_checks.facts("here", ()).versions
+    here = node_checks.facts("here").versions
     return checks.judge_versions(here, examination.facts)
 
 
@@ -62,9 +64,12 @@ def clocks(examination: Examination) -> Finding:
 
 
 def disk(examination: Examination) -> Finding:
-    """Look at the free space of every place that fills."""
+    """Ask every node for the free space of each place that fills."""
+    places = () if is_remote(examination.place) else (examination.place,)
+    free = examination.ask({node: partial(node_checks.free_bytes, places) for node in examination.names}, DISK_S)
+    by_name = {examination.names[node]: there for node, there in free.items()}
     checkpoint = examination.num_parameters * BYTES_PER_PARAMETER * 4
-    return checks.judge_disk(examination.facts, checkpoint, examination.experiment.checkpoint.keep)
+    return checks.judge_disk(by_name, checkpoint, examination.experiment.checkpoint.keep)
 
 
 def storage(examination: Examination) -> Finding:
@@ -105,11 +110,11 @@ def storage_left_as_it_was(examination: Examination) -> Iterator[None]:
     """Remove what the storage was tried with, whatever became of that. No node may still be writing: leave the cluster before."""
     place = examination.place
     folder = Path(place)
-    was_there = "://" in place or folder.is_dir()
+    look = in_thread(lambda: is_remote(place) or os.path.isdir(place), "doctor-look")  # which hangs on a dead mount
 
     def remove() -> None:
         node_checks.remove_tests(place, examination.test_folder)
-        if not was_there and folder.is_dir() and not any(folder.iterdir()):
+        if look(0.0) is False and folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
 
     try:

@@ -15,6 +15,7 @@ from pipeline.doctor.verdicts import NodeFacts
 from pipeline.errors import ClusterError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment
+from pipeline.storage.remote import is_remote
 from pipeline.training.models import Shape
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class Examination:
     @property
     def place(self) -> str:
         """Where runs are kept: a folder, or an address in an object store."""
-        remote = self.profile.storage is not None and "://" in self.profile.storage
-        return str(self.profile.storage) if remote else str(self.profile.home())
+        return str(self.profile.storage if is_remote(self.profile.storage) else self.profile.home())
 
     @cached_property
     def nodes(self) -> list[Node]:
@@ -82,8 +82,7 @@ class Examination:
     @cached_property
     def facts(self) -> list[NodeFacts]:
         """What each node says about itself."""
-        places = () if "://" in self.place else (self.place,)
         answered = self.ask(
-            {node.id: partial(node_checks.facts, self.names[node.id], places) for node in self.nodes}, limit_s=20.0
+            {node.id: partial(node_checks.facts, self.names[node.id]) for node in self.nodes}, limit_s=20.0
         )
         return [answered[node.id] for node in self.nodes]

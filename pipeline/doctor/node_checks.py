@@ -20,19 +20,23 @@ from typing import Protocol
 from pipeline.doctor.verdicts import NodeFacts, Reading
 from pipeline.errors import PipelineError
 from pipeline.settings.cluster_profile import Cache
+from pipeline.storage.remote import RemoteFolder, is_remote
 
 TEST_BYTES = 8_000_000
 
 
-def facts(name: str, places: tuple[str, ...]) -> NodeFacts:
-    """Return what this node is; `places` are folders whose free space matters, besides the one for temporary files."""
+def facts(name: str) -> NodeFacts:
+    """Return what this node is, without a look at any storage, which may hang."""
     from pipeline.storage.provenance import code_version, library_versions
 
     versions = library_versions() | {"ddpm-pipe": code_version()}
+    return NodeFacts(name, versions, _free_memory_bytes(), os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+def free_bytes(places: tuple[str, ...]) -> dict[str, int]:
+    """Return the free space of folders, and of the one for temporary files."""
     folders = {tempfile.gettempdir(), *places}
-    free = {folder: shutil.disk_usage(existing(Path(folder))).free for folder in folders}
-    load = os.getloadavg()[0] / (os.cpu_count() or 1)
-    return NodeFacts(name, versions, _free_memory_bytes(), free, load)
+    return {folder: shutil.disk_usage(existing(Path(folder))).free for folder in folders}
 
 
 def clock() -> float:
@@ -54,7 +58,7 @@ def write_test(place: str, name: str, *, make_folder: bool = False) -> Trial:
     content = os.urandom(TEST_BYTES)
     begin = time.perf_counter()
     try:
-        if "://" not in place:
+        if not is_remote(place):
             folder = (Path(place) / name).parent
             if make_folder:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -155,8 +159,6 @@ class _Folder:
 
 
 def _store(place: str) -> _Store:
-    from pipeline.storage.remote import RemoteFolder, is_remote
-
     return RemoteFolder(place) if is_remote(place) else _Folder(Path(place))
 
 

@@ -65,12 +65,11 @@ def skipped(check: str, says: str) -> Finding:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node says about itself: versions by package (python and ddpm-pipe among them), free bytes by place, load."""
+    """What a node says about itself: versions by package (python and ddpm-pipe among them), free memory, load."""
 
     name: str
     versions: Mapping[str, str]
     free_memory_bytes: int
-    free_disk_bytes: Mapping[str, int]
     load_per_cpu: float = 0.0  # processes that want a CPU, over the last minute
 
 
@@ -167,10 +166,10 @@ def judge_clocks(skews_s: Mapping[str, float]) -> Finding:
     return verdict("clocks", says, "synchronise the nodes' clocks (chrony, systemd-timesyncd)", **figures)
 
 
-def judge_disk(nodes: Sequence[NodeFacts], checkpoint_bytes: int, keep: int) -> Finding:
-    """Each place must hold the checkpoints of a run, with the one being written, and what Ray spills."""
+def judge_disk(free_bytes: Mapping[str, Mapping[str, int]], checkpoint_bytes: int, keep: int) -> Finding:
+    """Each place must hold the checkpoints of a run, with the one being written, and what Ray spills; free space by node and place."""
     need = max(DISK_RED_BYTES, (keep + 2) * checkpoint_bytes)
-    free, place, name = min((free, place, node.name) for node in nodes for place, free in node.free_disk_bytes.items())
+    free, place, name = min((free, place, node) for node, there in free_bytes.items() for place, free in there.items())
     says = f"{size(free)} free in {place} on {name}"
     figures = {"free_bytes": free, "needed_bytes": need}
     if free < need:

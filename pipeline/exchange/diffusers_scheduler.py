@@ -78,10 +78,10 @@ def from_their_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if theirs["clip_sample"] and theirs["clip_sample_range"] != 1:
         raise ValueError(f"clip_sample_range is {theirs['clip_sample_range']!r}; this package clips to [-1, 1]")
     variance, prediction = theirs["variance_type"], theirs["prediction_type"]
-    if variance not in _VARIANCES:
+    if not isinstance(variance, str) or variance not in _VARIANCES:
         raise ValueError(f"variance_type is {variance!r}; this package has only {', '.join(_VARIANCES)}")
     ours = {name: our for our, name in _PREDICTIONS.items()}
-    if prediction not in ours:
+    if not isinstance(prediction, str) or prediction not in ours:
         raise ValueError(f"prediction_type is {prediction!r}; this package has only {', '.join(ours)}")
     return {
         **_our_schedule(theirs),
@@ -116,12 +116,13 @@ def _our_schedule(theirs: Mapping[str, Any]) -> dict[str, Any]:
     if type(T) is not int or not 2 <= T <= MAX_TIMESTEPS:
         raise ValueError(f"num_train_timesteps is {T!r}; expected an integer from 2 to {MAX_TIMESTEPS}")
     if table is not None:
-        if not isinstance(table, list) or len(table) != T or not all(_is_number(beta) for beta in table):
+        numbers = [_number(beta) for beta in table] if isinstance(table, list) else []
+        if len(numbers) != T or None in numbers:
             raise ValueError(f"trained_betas are not a list of {T} numbers")
-        return _named(torch.tensor(table, dtype=torch.float64))
-    name, first, last = theirs["beta_schedule"], theirs["beta_start"], theirs["beta_end"]
-    if not _is_number(first) or not _is_number(last):
-        raise ValueError(f"beta_start {first!r} and beta_end {last!r} are not numbers")
+        return _named(torch.tensor(numbers, dtype=torch.float64))
+    name, first, last = theirs["beta_schedule"], _number(theirs["beta_start"]), _number(theirs["beta_end"])
+    if first is None or last is None:
+        raise ValueError(f"beta_start {theirs['beta_start']!r} and beta_end {theirs['beta_end']!r} are not numbers")
     if name == "linear":
         return _named(torch.linspace(first, last, T, dtype=torch.float64))
     if name == "scaled_linear":
@@ -148,5 +149,12 @@ def _named(betas: Tensor) -> dict[str, Any]:
     return {"schedule": "table", "num_timesteps": T, "betas": betas.tolist()}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _number(value: object) -> float | None:
+    """Return a finite number, or None where the value is anything else; JSON has integers that no float holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None

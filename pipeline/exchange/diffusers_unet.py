@@ -16,6 +16,9 @@ from pipeline.training.models import Shape
 
 CLASS = "UNet2DModel"
 LEARNED, POSITIONAL = "learned", "positional"
+# no network of a paper is larger; what a stranger's file asks for beyond them is refused before it is built
+MAX_IMAGE_CHANNELS, MAX_SIDE = 64, 4096
+MAX_WIDTH, MAX_LEVELS, MAX_RES_BLOCKS, MAX_NORM_GROUPS = 4096, 10, 32, 1024
 
 # what UNet2DModel takes where its config.json says nothing
 _THEIR_DEFAULTS: dict[str, Any] = {
@@ -191,7 +194,12 @@ def _attention_resolutions(theirs: Mapping[str, Any], shape: Shape) -> list[int]
 
 def _check_kinds(theirs: Mapping[str, Any]) -> None:
     """Refuse values of another kind than expected, or so large that no network of a paper has them."""
-    counts = {"in_channels": 64, "out_channels": 128, "layers_per_block": 32, "norm_num_groups": 1024}
+    counts = {
+        "in_channels": MAX_IMAGE_CHANNELS,
+        "out_channels": 2 * MAX_IMAGE_CHANNELS,
+        "layers_per_block": MAX_RES_BLOCKS,
+        "norm_num_groups": MAX_NORM_GROUPS,
+    }
     for key, most in counts.items():
         if type(theirs[key]) is not int or not 1 <= theirs[key] <= most:
             raise ValueError(f"{key} is {theirs[key]!r}; expected an integer from 1 to {most}")
@@ -200,8 +208,8 @@ def _check_kinds(theirs: Mapping[str, Any]) -> None:
         if not isinstance(theirs[key], list | tuple) or not all(type(item) is kind for item in theirs[key]):
             raise ValueError(f"{key} is {theirs[key]!r}; expected a list of {kind.__name__}")
     widths = theirs["block_out_channels"]
-    if not 1 <= len(widths) <= 10 or not all(1 <= width <= 4096 for width in widths):
-        raise ValueError(f"block_out_channels are {widths}; expected 1 to 10 numbers from 1 to 4096")
+    if not 1 <= len(widths) <= MAX_LEVELS or not all(1 <= width <= MAX_WIDTH for width in widths):
+        raise ValueError(f"block_out_channels are {widths}; expected 1 to {MAX_LEVELS} numbers from 1 to {MAX_WIDTH}")
     if not len(widths) == len(theirs["down_block_types"]) == len(theirs["up_block_types"]):
         raise ValueError("block_out_channels, down_block_types and up_block_types are not of one length")
 
@@ -212,7 +220,7 @@ def _shape(theirs: Mapping[str, Any]) -> Shape:
     if (
         not isinstance(sides, list | tuple)
         or len(sides) != 2
-        or not all(type(s) is int and 1 <= s <= 4096 for s in sides)
+        or not all(type(s) is int and 1 <= s <= MAX_SIDE for s in sides)
     ):
         raise ValueError(f"sample_size is {size!r}; expected the side of the images in pixels, or [height, width]")
     return theirs["in_channels"], sides[0], sides[1]

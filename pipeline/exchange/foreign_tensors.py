@@ -66,7 +66,7 @@ def read_tensors(path: Path, expected: Shapes, rename: Rename | None = None) -> 
     if size > limit:
         raise ValueError(f"{path.name} has {size} bytes, more than the {limit} that this network can need")
     with path.open("rb") as file:
-        data = file.read(limit)
+        data = file.read(size)  # not `limit`: room for that is taken at once, and a large network's may not be there
     load = _from_safetensors if path.suffix == ".safetensors" else _from_torch
     tensors = load(data, path.name, expected, rename or (lambda names: {name: name for name in names}))
     for name, tensor in tensors.items():

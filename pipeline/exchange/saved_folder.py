@@ -7,10 +7,21 @@ from typing import Any
 
 from pipeline.errors import UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel
+from pipeline.exchange.diffusers_scheduler import MAX_TIMESTEPS
+from pipeline.exchange.diffusers_unet import (
+    MAX_IMAGE_CHANNELS,
+    MAX_LEVELS,
+    MAX_NORM_GROUPS,
+    MAX_RES_BLOCKS,
+    MAX_SIDE,
+    MAX_WIDTH,
+)
 from pipeline.exchange.foreign_tensors import read_json, read_tensors
-from pipeline.settings.config import experiment_from
+from pipeline.settings.config import Experiment, experiment_from
 from pipeline.training.models import Shape, build_model
 from pipeline.training.trained import EXPERIMENT_FILE, WEIGHTS_FILE
+
+_MAX_LATENT_DIM = 1 << 16
 
 
 def is_saved(folder: Path) -> bool:
@@ -36,6 +47,7 @@ def read_saved(folder: Path) -> ForeignModel:
         raise ValueError(f"{folder.name}/ has no {WEIGHTS_FILE}")
     try:
         experiment = experiment_from(settings, EXPERIMENT_FILE)
+        _check_sizes(experiment, shape)
         model = build_model(experiment, shape, device="meta", num_classes=len(names))
     except UsageError as error:  # here the settings are the folder's, not the user's
         raise ValueError(str(error)) from None
@@ -47,6 +59,22 @@ def read_saved(folder: Path) -> ForeignModel:
 
 def _shape(value: Any) -> Shape | None:
     """Return (C, H, W), or None where the value is anything else."""
-    if isinstance(value, list) and len(value) == 3 and all(type(side) is int and 1 <= side <= 4096 for side in value):
-        return value[0], value[1], value[2]
-    return None
+    sides = isinstance(value, list) and len(value) == 3 and all(type(n) is int and 1 <= n <= MAX_SIDE for n in value)
+    return (value[0], value[1], value[2]) if sides else None
+
+
+def _check_sizes(experiment: Experiment, shape: Shape) -> None:
+    """Refuse what no network of a paper has (ValueError): its layers alone would fill the memory, even without numbers."""
+    model = experiment.model
+    sizes = {
+        "the images' channels": (shape[0], MAX_IMAGE_CHANNELS),
+        "diffusion.num_timesteps": (experiment.diffusion.num_timesteps, MAX_TIMESTEPS),
+        "model.channels, of the widest level": (model.channels * max(model.channel_multipliers), MAX_WIDTH),
+        "model.channel_multipliers, their number": (len(model.channel_multipliers), MAX_LEVELS),
+        "model.num_res_blocks": (model.num_res_blocks, MAX_RES_BLOCKS),
+        "model.norm_groups": (model.norm_groups, MAX_NORM_GROUPS),
+        "model.latent_dim": (model.latent_dim, _MAX_LATENT_DIM),
+    }
+    for what, (number, most) in sizes.items():
+        if number > most:
+            raise ValueError(f"{what}: got {number}, expected at most {most}")

@@ -11,9 +11,11 @@ import importlib.util
 import io
 import os
 import subprocess
+import sys
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 
 import pipeline
@@ -22,7 +24,7 @@ from pipeline.errors import UsageError
 from pipeline.redaction import KNOWN_SHAPES
 from pipeline.settings import presets
 
-# names of files and folders, in any folder, that never travel
+# names of files and folders, in any folder, that never travel; written small, and matched however a name is written
 VERSION_CONTROL = (".git", ".hg", ".svn", ".jj")
 CACHES = (
     "__pycache__",
@@ -63,6 +65,7 @@ NEVER_OF_OURS = tuple(pattern for pattern in NEVER if pattern not in WEIGHTS)  #
 # folders of ours, in the folder that is sent alone: elsewhere such names are people's own
 OURS = ("runs", "sweeps", "datasets", "ddpm", "pipeline", "dist", "build")
 MAX_FILES = 20_000
+GIT_S = 30.0
 SCANNED_BYTES = 1 << 20  # a longer file is no place where a person keeps a token
 FOREIGN = ".ddpm-pipe"  # where files from outside the folder stand in the archive
 
@@ -161,18 +164,24 @@ def code(modules: Sequence[str] = (), excludes: Sequence[str] = ()) -> Package:
     return package
 
 
-def is_importable_elsewhere(module: str, folder: Path) -> bool:
-    """Whether a module is found here, but not in the folder that is sent: an installed one, or one on PYTHONPATH."""
+def own_module(module: str, folder: Path, sent: Package) -> str | None:
+    """Return the path of the module or package that a network comes from, where it is found here and is not sent with the folder.
+
+    It may be installed, in the folder's `.venv` even, which never travels; stand on PYTHONPATH; or be one that git ignores. The folder
+    is looked into first, as it is where the network is built.
+    """
     top = module.partition(".")[0]
     try:
-        found = importlib.util.find_spec(top)
+        found = PathFinder.find_spec(top, [str(folder), *sys.path]) or importlib.util.find_spec(top)
     except (ImportError, ValueError):
-        return False
-    return (
-        found is not None
-        and bool(found.origin)
-        and not Path(str(found.origin)).resolve().is_relative_to(folder.resolve())
-    )
+        return None
+    if found is None or not found.has_location:
+        return None
+    origin = Path(str(found.origin)).resolve()
+    place = origin.parent if origin.name == "__init__.py" else origin
+    name = origin.relative_to(place.parent).as_posix()  # under which alone a job finds it in the folder
+    travels = name in sent.files and sent.files[name].resolve() == origin
+    return None if travels else str(place)
 
 
 def _folder_of(module: str) -> Path:
@@ -227,18 +236,39 @@ def _names(folder: Path) -> Iterator[str]:
 
 
 def _by_git(folder: Path) -> list[str] | None:
-    """Return what git has and does not ignore below a folder; None where that says nothing of it.
+    """Return what git has and does not ignore below a folder; None where there is no checkout, or this is nothing of one.
 
-    So it is without a checkout, and in a folder that is ignored as a whole by the checkout it stands in: what a person types a command
-    in is wanted, whatever the checkout around it keeps.
+    The latter is a folder that is ignored as a whole by the checkout it stands in: what a person types a command in is wanted, whatever
+    the checkout around it keeps. UsageError where a checkout is there and git fails: what it ignores may be a secret.
     """
-    command = ["git", "-C", str(folder), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        done = subprocess.run(command, capture_output=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+    done = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if done is None:
         return None
-    names = [os.fsdecode(name) for name in done.stdout.split(b"\0") if name] if done.returncode == 0 else []
-    return names or None
+    names = [os.fsdecode(name) for name in done.stdout.split(b"\0") if name]
+    if not names:
+        ignored = _git(folder, "check-ignore", "-q", ".")
+        return None if ignored is not None and ignored.returncode == 0 else []
+    return names
+
+
+def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes] | None:
+    """Return what git answers, which is yes (0) or no (1); None where it fails and no checkout is there, else UsageError."""
+    try:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, timeout=GIT_S)
+        if done.returncode in (0, 1):
+            return done
+        why = " ".join(done.stderr.decode(errors="replace").split())[:400]
+    except subprocess.TimeoutExpired:
+        why = f"no answer within {GIT_S:g} s"
+    except OSError as error:
+        why = str(error)
+    there = folder.resolve()
+    if not any(os.path.lexists(place / ".git") for place in (there, *there.parents)):
+        return None
+    raise UsageError(
+        f"{folder} is in a git checkout, and git does not say what it ignores there ({why}); make `git status` work there, type the "
+        "command elsewhere, or set runtime_env: {working_dir: false}"
+    )
 
 
 def _by_walking(folder: Path) -> Iterator[str]:
@@ -256,7 +286,8 @@ def _is_ours(name: str) -> bool:
 def _is_excluded(name: str, excludes: Sequence[str], never: Sequence[str] = NEVER) -> bool:
     parts = PurePosixPath(name).parts
     return (
-        any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in (*never, *excludes))
+        any(fnmatch.fnmatch(part.lower(), pattern) for part in parts for pattern in never)
+        or any(fnmatch.fnmatch(part, pattern) for part in parts for pattern in excludes)
         or any(fnmatch.fnmatch(name, pattern) for pattern in excludes)
         or any(fnmatch.fnmatch(name, f"{pattern.rstrip('/')}/*") for pattern in excludes)
     )

@@ -66,8 +66,8 @@ class Jobs:
         here = Path.cwd()
         work, names = packing.working_folder(here, settings.excludes, files, whole=settings.working_dir)
         modules = list(settings.py_modules)
-        if module and packing.is_importable_elsewhere(module, here) and module not in modules:
-            modules.append(module.partition(".")[0])
+        if module and (own := packing.own_module(module, here, work)):
+            modules.append(own)
         code = packing.code(modules, settings.excludes)
         for package in (work, code):
             package.require_size(settings.max_mb)
@@ -324,7 +324,7 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
                 "an argument looks like a secret, and a job's command line is shown to everybody who may list jobs; "
                 "put it into the environment, and its name into the profile's forward_env"
             )
-        if any(value in argument for value in environment_secrets() if len(value) >= 6):
+        if any(value in argument for value in environment_secrets().values()):
             raise UsageError(
                 "an argument holds the value of a secret variable of your environment, and a job's command line is shown to everybody "
                 "who may list jobs; name the variable in the profile's forward_env, and leave the value out (one that is no secret "

@@ -68,7 +68,8 @@ class Measured:
     def flat(self) -> dict[str, float]:
         """Return all numbers under names fit for a tracking server."""
         errors = {
-            self.identities[k].named(f"{self.identities[k].metric}_se").key: s.value for k, s in self.spreads.items()
+            self.identities[k].named(f"{self.identities[k].metric}_{s.suffix}").key: s.value
+            for k, s in self.spreads.items()
         }
         return self.values | errors
 

@@ -11,7 +11,7 @@ from pipeline.data.shards import Dataset
 from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.judge import judge_of
-from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity
+from pipeline.metrics.metric_identity import Generation, MetricIdentity, recorded_split
 from pipeline.metrics.registry import METRICS, Pair
 from pipeline.metrics.scoring import identity_of
 from pipeline.settings.config import Experiment
@@ -54,7 +54,7 @@ def early_kid(
     Raises:
         RefusedError, DataError: as the evaluation at the end would.
     """
-    split = experiment.data.split or TRAIN
+    split = recorded_split(experiment.data.split)
     judge = judge_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
     extractor, reference = judge.extractor, judge.reference
     found = extract(extractor, in_batches(images, _BATCH))

@@ -85,9 +85,10 @@ def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
     written: list[Path] = []
     if found.scored is not None:
         scores = found.scored.scores
-        key, identity = next(iter(scores.identities.items()))
-        generation = identity.generation
-        folder = root / f"{key}-{generation.sampler}{generation.steps}-{_digest(found.model, identity.to_json())}"
+        key, generation = next(iter(scores.identities)), next(iter(scores.identities.values())).generation
+        # all of them: an evaluation by fewer metrics leaves the file of one by more as it is
+        identities = [identity.to_json() for _, identity in sorted(scores.identities.items())]
+        folder = root / f"{key}-{generation.sampler}{generation.steps}-{_digest(found.model, *identities)}"
         written += write_scores(scores, folder, found.model)
         save_grid(found.scored.preview, folder / "grid.png")
         written.append(folder / "grid.png")

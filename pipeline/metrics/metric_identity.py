@@ -6,7 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pipeline.ingest.choice import split_of
+
 TRAIN = "train"  # the split of images whose source names none
+
+
+def recorded_split(asked: str | None) -> str:
+    """Return the split that images are recorded as, by the name of what is taken: "validation" for "val"."""
+    return TRAIN if asked is None else split_of(asked) or asked
 
 
 @dataclass(frozen=True)
@@ -86,13 +93,8 @@ class MetricIdentity:
         return replace(self, metric=metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data that `from_json` reads back to an equal identity."""
+        """Return plain data."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, data: dict[str, Any]) -> MetricIdentity:
-        """Read what `to_json` gave, of an older version too; TypeError where a field is missing or unknown."""
-        return cls(**{**data, "generation": Generation(**data["generation"])})
 
 
 @dataclass(frozen=True)

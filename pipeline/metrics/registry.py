@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -56,19 +57,29 @@ class MetricSettings:
 USUAL = MetricSettings()
 
 
+def require_enough(metrics: Collection[str], chosen: MetricSettings, *, num_real: int, num_judged: int) -> None:
+    """Raise RefusedError where the settings of these metrics want more images than will be compared."""
+    size, smaller = chosen.kid_subset_size, min(num_real, num_judged)
+    if "kid" in metrics and size is not None and size > smaller:
+        raise RefusedError(
+            f"evaluation.kid_subset_size: got {size}, more than the {smaller} images on each side; choose fewer, or leave it out"
+        )
+    splits = chosen.inception_score_splits
+    if "is" in metrics and splits > num_judged:
+        raise RefusedError(
+            f"evaluation.inception_score_splits: got {splits}, more than the {num_judged} images; choose fewer"
+        )
+
+
 def _fid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     return Outcome({"fid": fid.frechet_distance(pair.real_moments, pair.judged_moments)})
 
 
 def _kid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     smaller = min(len(pair.real.features), len(pair.judged.features))
-    if chosen.kid_subset_size is not None and chosen.kid_subset_size > smaller:
-        raise RefusedError(
-            f"evaluation.kid_subset_size: got {chosen.kid_subset_size}, more than the {smaller} images on each side; choose fewer, or "
-            "leave it out"
-        )
     # Subsets of all images would be one and the same: half of fewer than 1000 leaves the deviation a meaning.
     size = chosen.kid_subset_size or (1000 if smaller >= 1000 else smaller // 2)
+    size = min(size, smaller)  # a yardstick may have fewer images than `require_enough` looked at
     result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=seed)
     subsets = f"{result.num_subsets} subsets of {result.subset_size}"
     return Outcome({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
@@ -77,11 +88,7 @@ def _kid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
 def _inception_score(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
     if pair.judged.logits is None:
         raise RefusedError("the Inception Score needs an extractor with logits; use inception or classifier")
-    splits = chosen.inception_score_splits
-    if splits > len(pair.judged.logits):
-        raise RefusedError(
-            f"evaluation.inception_score_splits: got {splits}, more than the {len(pair.judged.logits)} images; choose fewer"
-        )
+    splits = min(chosen.inception_score_splits, len(pair.judged.logits))  # fewer of a yardstick that has fewer images
     mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=seed)
     if splits == 1:  # of which there is no deviation
         return Outcome({"inception_score": mean}, "1 split")

@@ -10,12 +10,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import DataError
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.metric_identity import LUCK, MetricIdentity, differences
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
-from pipeline.storage.tensor_file import pack, unpack
+from pipeline.storage.tensor_file import pack
 
 SCORES_FILE = "scores.json"
 MOMENTS_FILE = "moments.safetensors"
@@ -28,14 +27,19 @@ class Spread:
     """How far a value scatters: a standard deviation over what `over` says, such as "3 seeds" or "100 subsets of 279".
 
     Over seeds it is the sample's (ddof 1), and `parts` are the values; over subsets and splits that of the metric's
-    definition (ddof 0). `standard_error` is that of the mean where one is known: deviations over subsets and splits, which share
-    images, tell none.
+    definition (ddof 0); of a mean over images `value` is its standard error. `standard_error` is that of the mean where one is
+    known: deviations over subsets and splits, which share images, tell none.
     """
 
     value: float
     over: str
     parts: tuple[float, ...] = ()
     standard_error: float | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What the value's name ends in: `se` where it is itself the standard error of a mean, else `std`."""
+        return "se" if self.standard_error is not None and not self.parts else "std"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -76,7 +80,7 @@ class Scores:
         numbers = dict(self.values)
         for key, spread in self.spreads.items():
             identity = self.identities[key]
-            numbers[identity.named(f"{identity.metric}_std").key] = spread.value
+            numbers[identity.named(f"{identity.metric}_{spread.suffix}").key] = spread.value
         by_metric = {identity.metric: key for key, identity in self.identities.items()}
         for name, values in self.yardsticks.items():
             numbers |= {f"yardstick_{name}_{by_metric[metric]}": value for metric, value in values.items()}
@@ -93,21 +97,6 @@ class Scores:
             "confident": self.confident,
             "class_shares": self.class_shares,
         }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any], generated: Moments, reference: Moments) -> Scores:
-        """Read what `to_json` gave."""
-        identities = {key: MetricIdentity.from_json(value) for key, value in data["identities"].items()}
-        return cls(
-            data["values"],
-            identities,
-            {key: Spread.from_json(value) for key, value in data["spreads"].items()},
-            data["yardsticks"],
-            data["confident"],
-            data["class_shares"],
-            generated,
-            reference,
-        )
 
 
 def over_seeds(each: Sequence[Scores]) -> Scores:
@@ -159,16 +148,3 @@ def write_scores(scores: Scores, folder: Path, model: Mapping[str, Any] | None =
     for name, content in files.items():
         write_atomically(folder / name, content)
     return [folder / name for name in files]
-
-
-def read_scores(folder: Path) -> Scores:
-    """Read what `write_scores` wrote; DataError where it is missing or damaged."""
-    try:
-        data = json.loads((folder / SCORES_FILE).read_bytes())
-        _, arrays = unpack((folder / MOMENTS_FILE).read_bytes())
-        generated, reference = (Moments.from_arrays(arrays, name) for name in ("generated", "reference"))
-        return Scores.from_json(data, generated, reference)
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise DataError(
-            f"{folder}: no scores that can be read ({str(error).splitlines()[0]}); evaluate again"
-        ) from None

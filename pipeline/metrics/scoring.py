@@ -24,8 +24,8 @@ from pipeline.metrics.fid import Moments
 from pipeline.metrics.inception import Inception
 from pipeline.metrics.metric_identity import Generation, MetricIdentity, differences
 from pipeline.metrics.reference import Reference, prepare_reference
-from pipeline.metrics.registry import METRICS, USUAL, MetricSettings, Pair
-from pipeline.metrics.scores import Scores, Spread, over_seeds, read_scores, write_scores
+from pipeline.metrics.registry import METRICS, USUAL, MetricSettings, Pair, require_enough
+from pipeline.metrics.scores import Scores, Spread, over_seeds, write_scores
 
 __all__ = [
     "METRICS",
@@ -40,7 +40,6 @@ __all__ = [
     "differences",
     "over_seeds",
     "prepare_reference",
-    "read_scores",
     "score",
     "write_scores",
 ]
@@ -100,12 +99,14 @@ def score(
     `metrics` are names of METRICS; `seed` draws KID's subsets and the Inception Score's splits.
 
     Raises:
-        RefusedError: another number of images than the reference is for, or a metric that this extractor cannot give.
+        RefusedError: another number of images than the reference is for, settings that want more of them, or a metric that this
+            extractor cannot give.
     """
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise RefusedError(f"metric {unknown[0]!r} is not known, expected some of {', '.join(METRICS)}")
-    found = generated if isinstance(generated, Extracted) else _extract(generated, extractor, progress)
     n = reference.num_images
+    require_enough(metrics, settings, num_real=len(reference.real.features), num_judged=n)
+    found = generated if isinstance(generated, Extracted) else _extract(generated, extractor, progress)
     if len(found.features) != n:
         raise RefusedError(f"got {len(found.features)} generated images, expected {n}, as many as the reference is for")
     pairs = _pairs(found, reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -85,8 +86,22 @@ def shortage(num_workers: int, nodes: Sequence[Node], profile: Profile) -> str:
     return f"{num_workers} workers with {each} each{apart}; the cluster has {have} {on}, which holds {fits}"
 
 
+def whole_gpus(num_workers: int, each: float) -> int:
+    """Return how many GPUs so many workers need: shares stand on one GPU each, as Ray gives them out."""
+    if 0 < each < 1:
+        return math.ceil(num_workers / int((1 + EPSILON) / each))
+    return round(num_workers * each)
+
+
 def _room_on(resources: dict[str, float], need: dict[str, float]) -> int:
-    return min(int((resources.get(name, 0.0) + EPSILON) / amount) for name, amount in need.items())
+    return min(_times(name, resources.get(name, 0.0) + EPSILON, amount) for name, amount in need.items())
+
+
+def _times(name: str, amount: float, each: float) -> int:
+    if name != "GPU" or each >= 1:
+        return int(amount / each)
+    whole = int(amount)  # a share is never put together from what is left of several
+    return whole * int((1 + EPSILON) / each) + int((amount - whole) / each)
 
 
 class Growth:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 WORTH = 0.7  # of an added node's work: with less of it used, the money buys more elsewhere
 MOST_NODES = 64
-FORWARD_SHARE = 1 / 3  # of a training step's arithmetic: what sampling does
+STEP_CALLS = 3  # network calls that cost what training does to an image: forwards once, backwards twice as much
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Forecast:
     images_per_s: float
     step_s: float
     training_s: float
-    sampling_s: float
+    scoring_s: float
     total_s: float  # with what failures and saving take
     cost: float
     currency: str
@@ -82,9 +82,9 @@ def forecast(plan: Plan, probe: Probe, workers_per_node: int | None = None) -> F
     """Work out what follows from a measured step; `workers_per_node` is the cluster's, where it was looked at."""
     training, profile = plan.experiment.training, plan.profile
     seconds = training.steps * probe.step_s
-    sampling = _sampling_s(plan, probe)
+    scoring = calls_s(scoring_calls(plan), plan, probe)
     saving = None if probe.checkpoint_s is None else _checkpoints(plan, probe.step_s, probe.checkpoint_s, seconds)
-    total = seconds / (1 - min(saving.lost, 0.99) if saving else 1) + sampling
+    total = seconds / (1 - min(saving.lost, 0.99) if saving else 1) + scoring
     network = _network(plan, workers_per_node)
     nodes = math.ceil(plan.num_workers / network.workers_per_node)
     rows = _scaling(plan, probe, network)
@@ -92,7 +92,7 @@ def forecast(plan: Plan, probe: Probe, workers_per_node: int | None = None) -> F
         images_per_s=training.batch_size / probe.step_s,
         step_s=probe.step_s,
         training_s=seconds,
-        sampling_s=sampling,
+        scoring_s=scoring,
         total_s=total,
         cost=profile.price.per_worker_hour * plan.num_workers * total / 3600,
         currency=profile.price.currency,
@@ -124,17 +124,26 @@ def _checkpoints(plan: Plan, step: float, stops_for: float, training_s: float) -
     )
 
 
-def _sampling_s(plan: Plan, probe: Probe) -> float:
-    """Return about how long the images for the scores take, shared by the workers; 0 where nothing is scored."""
-    experiment = plan.experiment
-    if not experiment.evaluation.enabled:
-        return 0.0
-    images = min(experiment.evaluation.num_images, plan.num_rows or experiment.evaluation.num_images)
+def scoring_calls(plan: Plan) -> int:
+    """Return the network calls for the scores: of images that are generated at each of the sampler's steps, for bits/dim of each row at T.
+
+    0 where nothing is scored; what judges the images is left out.
+    """
+    experiment, asked = plan.experiment, plan.experiment.evaluation
+    if not asked.enabled:
+        return 0
+    measured = (plan.num_rows or 0) if "bpd" in asked.metrics else 0
+    generated = min(asked.num_images, plan.num_rows or asked.num_images) if set(asked.metrics) != {"bpd"} else 0
     if not has_process(experiment):
-        return images * probe.image_s * FORWARD_SHARE / plan.num_workers
-    guided = 2 if experiment.sampling.guidance_scale != 1 else 1
-    calls = images * experiment.sampling.num_steps(experiment.diffusion.num_timesteps) * guided
-    return calls * probe.image_s * FORWARD_SHARE / plan.num_workers
+        return generated + measured
+    T, sampling = experiment.diffusion.num_timesteps, experiment.sampling
+    guided = 2 if sampling.guidance_scale != 1 else 1
+    return generated * sampling.num_steps(T) * guided + measured * T
+
+
+def calls_s(calls: int, plan: Plan, probe: Probe) -> float:
+    """Return about how long network calls take that the workers share, each for one image and forwards only."""
+    return calls * probe.image_s / STEP_CALLS / plan.num_workers
 
 
 def _network(plan: Plan, workers_per_node: int | None) -> Network:
@@ -186,7 +195,7 @@ def describe(plan: Plan, probe: Probe, seen: Forecast) -> dict[str, str]:
     lines = {
         "measured": f"{seen.images_per_s:,.3g} images/s, {_short(seen.step_s)} a step ({images}; {probe.device})",
         "time": f"{duration(seen.total_s)}"
-        + (f", {duration(seen.sampling_s)} of it to draw images for the scores" if seen.sampling_s >= 1 else ""),
+        + (f", {duration(seen.scoring_s)} of it for the scores" if seen.scoring_s >= 1 else ""),
         "cost": f"{seen.cost:,.2f} {seen.currency} ({plan.num_workers} x {price.per_worker_hour:g} {seen.currency} an hour)"
         if price.per_worker_hour
         else "unknown: the profile's price.per_worker_hour is 0",

@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ import torch
 import torch.distributed as dist
 
 from pipeline.data.batches import Batch
+from pipeline.errors import StorageError
 from pipeline.planning.scaling import BUCKET_BYTES
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.remote import is_remote
+from pipeline.storage.remote_run import own_folder
 from pipeline.training.device import Compute, sampling_compute, training_compute
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import Shape, build_model, build_objective
@@ -45,7 +49,7 @@ class Probe:
     step_s: float  # of the worker's whole part of the batch, gradients exchanged
     measured_batch: int  # the largest one that was timed; a step of a larger one is extrapolated
     batch: int  # the worker's part
-    checkpoint_s: float | None  # None: not tried
+    checkpoint_s: float | None  # None: not tried, or it could not be written
     device: str
 
     def to_dict(self) -> dict[str, Any]:
@@ -66,6 +70,7 @@ def probe_training(
 ) -> Probe:
     """Time this worker's steps within about `budget_s`, and one checkpoint in a temporary folder below `folder`.
 
+    On a cluster with object storage the checkpoint is written where training writes it first: in the node's own folder.
     All workers of a team call this together. What is compiled in training is measured as it is: compiling alone would take longer.
     """
     threads = torch.get_num_threads()
@@ -103,7 +108,8 @@ def _probe(
         shared_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
     image_s, fixed_s = _line(alone_s, large, full_s)
     step_s = shared_s + (batch - large) * image_s
-    return Probe(image_s, fixed_s, step_s, large, batch, _checkpoint_s(steps.learner, team, folder), compute.name)
+    saving_s = _checkpoint_s(steps.learner, team, profile, folder)
+    return Probe(image_s, fixed_s, step_s, large, batch, saving_s, compute.name)
 
 
 class _Steps:
@@ -167,23 +173,28 @@ def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
     return (large_s - fixed_s) / large, fixed_s
 
 
-def _checkpoint_s(learner: Learner, team: Team, folder: Path | None) -> float | None:
+def _checkpoint_s(learner: Learner, team: Team, profile: Profile, folder: Path | None) -> float | None:
     """Write a checkpoint as training does, or so much of it as tells the rate; return how long a whole one takes, on every worker."""
     taken: float | None = None
     if team.leads and folder is not None:
-        tensors = learner.tensors()
-        part = _part_of(tensors, TRIED_BYTES)
-        there = next(place for place in (folder, *folder.parents) if place.is_dir())
-        temporary = Path(tempfile.mkdtemp(prefix=".ddpm-probe-", dir=there))
-        try:
-            begin = time.perf_counter()
-            checkpoints.save(temporary, 0, 1, part, {}, may_commit=lambda: True)
-            scale = checkpoints.num_bytes(tensors) / max(1, checkpoints.num_bytes(part))
-            taken = (time.perf_counter() - begin) * max(1.0, scale)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        with suppress(OSError, StorageError):  # the steps are worth telling all the same
+            in_store = profile.is_remote and is_remote(profile.storage)
+            taken = _save_s(learner.tensors(), own_folder("runs") if in_store else folder)
     told: float | None = team.told(taken)
     return told
+
+
+def _save_s(tensors: checkpoints.Tensors, folder: Path) -> float:
+    part = _part_of(tensors, TRIED_BYTES)
+    there = next(place for place in (folder, *folder.parents) if place.is_dir())
+    temporary = Path(tempfile.mkdtemp(prefix=".ddpm-probe-", dir=there))
+    try:
+        begin = time.perf_counter()
+        checkpoints.save(temporary, 0, 1, part, {}, may_commit=lambda: True)
+        scale = checkpoints.num_bytes(tensors) / max(1, checkpoints.num_bytes(part))
+        return (time.perf_counter() - begin) * max(1.0, scale)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _part_of(tensors: checkpoints.Tensors, limit_bytes: int) -> checkpoints.Tensors:

@@ -51,8 +51,8 @@ def _check_no_process(experiment: Experiment) -> None:
 
 def _refuse_changed(name: str, section: Section, read: set[str], why: str) -> None:
     default = type(section)()
-    for key in type(section).model_fields.keys() - read:
-        if getattr(section, key) != getattr(default, key):
+    for key in type(section).model_fields:
+        if key not in read and getattr(section, key) != getattr(default, key):
             raise UsageError(f"{name}.{key}: got {getattr(section, key)!r}, but {why}; leave it out")
 
 

@@ -272,9 +272,11 @@ def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experime
 
 def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
     """Apply `key=value` overrides; a table of betas and a schedule replace each other, and a path is relative to the current folder."""
-    keys = _keys(overrides)
+    keys, own_sampler = _keys(overrides), _sampler(content)
     for assignment in overrides:
         set_override(content, assignment)
+    if "sampling.sampler" in keys and not keys & {"sampling", "sampling.steps"} and _sampler(content) != own_sampler:
+        content["sampling"].pop("steps", None)  # those that were there are meant for the sampler that was
     diffusion = content.get("diffusion")
     if not isinstance(diffusion, dict):
         return
@@ -293,10 +295,17 @@ def _keys(overrides: Sequence[str]) -> set[str]:
     return {assignment.partition("=")[0].strip() for assignment in overrides}
 
 
+def _sampler(content: dict[str, Any]) -> Any:
+    """Return the sampler that unchecked settings name, or the one that stands where they name none."""
+    sampling = content.get("sampling")
+    usual = SamplingConfig().sampler
+    return sampling.get("sampler", usual) if isinstance(sampling, dict) else usual
+
+
 def _refuse_unread_eta(content: dict[str, Any]) -> None:
     """Refuse an eta that is given together with a sampler that has none (UsageError)."""
     sampling = content.get("sampling")
-    if isinstance(sampling, dict) and sampling.get("eta") and sampling.get("sampler", "ddim") != "ddim":
+    if isinstance(sampling, dict) and sampling.get("eta") and _sampler(content) != "ddim":
         raise UsageError(
             f"sampling.eta: got {sampling['eta']}, which is ddim's; the sampler is {sampling['sampler']!r}: leave eta out, or "
             "use sampler ddim"

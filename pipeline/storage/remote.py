@@ -226,14 +226,6 @@ class RemoteFolder:
         """Remove every object below a name in this folder."""
         self._try(below, lambda: self.filesystem.delete_dir_contents(self._path(below), missing_dir_ok=True))
 
-    def require_writable(self) -> None:
-        """Write, read and remove a small object; StorageError says why that cannot be done."""
-        name = f".probe-{os.urandom(8).hex()}"
-        self.write(name, b"ddpm-pipe")
-        if self.read(name) != b"ddpm-pipe":
-            raise StorageError(f"{self}: what was written is not what is read back; is this store consistent?")
-        self.delete(name)
-
     # -- inner
 
     def _path(self, name: str) -> str:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from pipeline.settings.yaml_files import set_override
 from pipeline.storage.runs import Run
 
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
@@ -22,10 +25,7 @@ def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
 def _row(run: Run) -> dict[str, Any]:
     record, state = run.record, run.state()
     settings = record.experiment
-    total = _setting(settings, "training", "steps")
-    for override in state.overrides:
-        key, _, value = override.partition("=")
-        total = int(value) if key == "training.steps" else total
+    total = _total_steps(settings, state.overrides)
     metric = headline(state.summary)
     is_vae = _setting(settings, "model", "type") == "vae"
     return {
@@ -43,6 +43,15 @@ def _row(run: Run) -> dict[str, Any]:
         "created": record.created[:16].replace("T", " "),
         "mlflow_run_id": run.mlflow_run_id,
     }
+
+
+def _total_steps(settings: dict[str, Any], overrides: Sequence[str]) -> int | None:
+    """Return how many steps a run is to make, read as its settings are: `training.steps=1e4` is 10000."""
+    content = deepcopy(settings)
+    for override in overrides:
+        set_override(content, override)
+    total = _setting(content, "training", "steps")
+    return None if total is None else int(float(total))
 
 
 def headline(summary: dict[str, float]) -> str | None:

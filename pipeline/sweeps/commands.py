@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -199,8 +198,9 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
             tracking.for_trials,
             os.getcwd(),
             forwarded(profile),
+            profile,
         )
-        run_missing(folder, asked, plan, profile, dataset, tracking.mlflow_run_id, for_trials, console)
+        run_missing(folder, asked, plan, dataset, tracking.mlflow_run_id, for_trials, console)
     except PipelineError as error:
         interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
         folder.tick()
@@ -248,7 +248,7 @@ def _summary(result: Result) -> dict[str, float]:
 
 
 def sweep_meant(reference: str, cluster: str | None) -> SweepFolder | None:
-    """Return the sweep that a reference given to `resume` means, None where it means a run.
+    """Return the sweep that a reference given to `resume` means, None where it means a run; UsageError where it fits several of either.
 
     `latest` means the sweep whose trial the latest run is, while that sweep is not finished.
     """
@@ -256,11 +256,21 @@ def sweep_meant(reference: str, cluster: str | None) -> SweepFolder | None:
     sweeps = SweepFolder.all(home, storage)
     if reference != "latest":
         found = [sweep for sweep in sweeps if sweep.is_called(reference)]
-        with contextlib.suppress(UsageError):
-            if found and Run.find(home, reference, storage).id.startswith(reference) and found[0].id != reference:
-                return None  # ambiguous between the two: the longer id decides
-        return found[0] if len(found) == 1 else None
+        return _only(reference, found, Run.all(home, storage)) if found else None
     runs = Run.all(home, storage)
     trial = trial_of(runs[-1].record) if runs else None
     of_latest = [sweep for sweep in sweeps if trial is not None and sweep.id == trial.sweep]
     return of_latest[0] if of_latest and of_latest[0].state().status is not RunStatus.FINISHED else None
+
+
+def _only(reference: str, sweeps: Sequence[SweepFolder], runs: Sequence[Run]) -> SweepFolder | None:
+    """Return which of the sweeps that a reference fits is meant, None where a run is: a whole id decides."""
+    known: list[SweepFolder | Run] = [*sweeps, *runs]
+    whole = [each for each in known if reference in (each.id, each.mlflow_run_id)]
+    beginning = [run for run in runs if any(i.startswith(reference) for i in (run.id, run.mlflow_run_id or ""))]
+    found = whole or [*sweeps, *beginning]
+    if len(found) == 1:
+        return found[0] if isinstance(found[0], SweepFolder) else None
+    fits = [f"{'sweep' if isinstance(each, SweepFolder) else 'run'} {each.id} ({each.record.name})" for each in found]
+    listing = ", ".join(fits[:5]) + (f" and {len(fits) - 5} more" if len(fits) > 5 else "")
+    raise UsageError(f"{reference!r} is ambiguous: it fits {listing}; give more characters of the id")

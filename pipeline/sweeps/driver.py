@@ -6,15 +6,13 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.session import Session
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
-from pipeline.errors import PipelineError
 from pipeline.planning.capacity import needs
-from pipeline.planning.plan import make_plan
 from pipeline.settings import presets
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment
@@ -22,10 +20,11 @@ from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, trial_experiment
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.plan import Request, SweepPlan, require_equal_calls
+from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.plan import Request, SweepPlan, drawing
 from pipeline.sweeps.points import Point, key_of, title
-from pipeline.sweeps.record import Trial
-from pipeline.sweeps.search import TPE, Listed, Next, Source, Trials
+from pipeline.sweeps.record import Trial, trial_of
+from pipeline.sweeps.search import Listed, Next, Trials
 from pipeline.sweeps.trial import ForTrials
 from pipeline.sweeps.tune import ENVIRONMENT, Work, run_trials
 from pipeline.training.job import Allowance
@@ -38,49 +37,42 @@ def run_missing(
     folder: SweepFolder,
     asked: Request,
     plan: SweepPlan,
-    profile: Profile,
     dataset: Dataset,
     parent: str | None,
     for_trials: ForTrials,
     console: Console,
 ) -> None:
     """Start Ray and run the trials, unless the ledger holds them all."""
-    sweep, num_workers = asked.sweep, plan.trial.num_workers
-    trials = Trials(sweep, _source(asked, plan))
-    entries = [entry for entry in folder.ledger.entries().values() if entry.status != "failed"]
-    if sweep.search == "tpe":
-        trials.known(entries)
-    halving = None
-    if sweep.early_stopping is not None:
-        halving = Halving(sweep.early_stopping.reduction_factor)
-        for entry in entries:
-            halving.take(entry.rungs, entry.key)
-    begun = folder.trials()
+    sweep, profile, num_workers = asked.sweep, for_trials.profile, plan.trial.num_workers
+    known, begun = folder.ledger.entries(), folder.trials()
+    trials = trials_left(asked, plan, known, begun)
+    halving = None if sweep.early_stopping is None else Halving(sweep.early_stopping.reduction_factor)
     if halving is not None:
-        for key, run in begun.items():
-            halving.take(values_by_rung(run.folder), key)
+        _take_up(halving, known, begun)
 
     def settled(following: Next) -> tuple[Experiment, str]:
         experiment = trial_experiment(sweep, asked.base, following.point, following.seed)
         return experiment, key_of(sweep, experiment, dataset.manifest.fingerprint, for_trials.judged_by)
 
-    def begin(following: Next) -> tuple[str, Run]:
-        experiment, key = settled(following)
-        if key not in begun:
-            begun[key] = _trial_run(folder, asked, following, experiment, key, profile, dataset, parent)
-        return key, begun[key]
+    def key(following: Next) -> str:
+        return settled(following)[1]
 
-    known = folder.ledger.entries()
+    def begin(following: Next) -> Run:
+        experiment, word = settled(following)
+        if word not in begun:
+            begun[word] = _trial_run(folder, asked, following, experiment, word, profile, dataset, parent)
+        return begun[word]
+
     missing = [
         following
         for following in _all_trials(sweep, plan.checked.points)
-        if (key := settled(following)[1]) not in known or known[key].status == "failed"
+        if (word := key(following)) not in known or known[word].status == "failed"
     ]
-    if sweep.search != "tpe" and not missing:
+    if not (trials.has_next() if sweep.search == "tpe" else missing):
         return
     total = None if sweep.search == "tpe" or sweep.early_stopping else len(missing)
     room = Room(profile, num_workers, plan.max_concurrent)
-    work = Work(folder, for_trials, trials, begin, console, halving, total, room)
+    work = Work(folder, for_trials, trials, key, begin, console, halving, total, room)
     os.environ.update(ENVIRONMENT)  # before Ray starts: its processes read it
     with Session(profile, num_workers * plan.max_concurrent) as session:
         session.ensure()
@@ -92,22 +84,22 @@ def _all_trials(sweep: Sweep, points: Sequence[Point]) -> list[Next]:
     return [Next(point, seed) for seed in range(sweep.seeds) for point in points]
 
 
-def _source(asked: Request, plan: SweepPlan) -> Source:
-    sweep = asked.sweep
-    if sweep.search != "tpe":
-        return Listed(plan.checked.points)
+def trials_left(asked: Request, plan: SweepPlan, known: Mapping[str, Entry], begun: Mapping[str, Run]) -> Trials:
+    """Return the trials of a sweep; a search that draws its points takes up first what earlier drivers finished, and what they left."""
+    if asked.sweep.search != "tpe":
+        return Trials(asked.sweep, Listed(plan.checked.points))
+    trials = Trials(asked.sweep, drawing(asked, plan.trial, plan.checked))
+    trials.known(known.values(), [trial.point for run in begun.values() if (trial := trial_of(run.record)) is not None])
+    return trials
 
-    def refuses(point: Point) -> str | None:
-        try:
-            experiment = trial_experiment(sweep, asked.base, point, 0)
-            make_plan(experiment, asked.profile, plan.trial.num_workers, data="", num_rows=None, shape=plan.trial.shape)
-            require_equal_calls(sweep, asked.base, experiment)
-        except PipelineError as error:
-            return str(error)
-        return None
 
-    assert sweep.num_points is not None
-    return TPE(sweep.space, sweep.num_points, asked.base.seed, refuses)
+def _take_up(halving: Halving, known: Mapping[str, Entry], begun: Mapping[str, Run]) -> None:
+    """Tell early stopping what trials showed under earlier drivers."""
+    for key, entry in known.items():
+        if entry.status != "failed":
+            halving.take(entry.rungs, key)
+    for key, run in begun.items():
+        halving.take(values_by_rung(run.folder), key)
 
 
 class Room:
@@ -169,6 +161,7 @@ def _trial_run(
     )
     trial = Trial(folder.id, key, following.point, title(following.point), following.seed, allowance, parent)
     settings = {**sweep.overrides, **following.point, "seed": experiment.seed}
+    settings |= {"evaluation.metrics": list(experiment.evaluation.metrics), "evaluation.enabled": True}
     if sweep.budget.minutes is None:  # else the clock says how many, and no number of steps is true beforehand
         settings["training.steps"] = experiment.training.steps
     base = ["--preset", sweep.base] if sweep.base in presets.names("experiments") else [sweep.base]

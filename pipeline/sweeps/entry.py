@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from pipeline.metrics.metric_identity import Generation
+from pipeline.metrics.metric_identity import Generation, recorded_split
 from pipeline.sampling.generation import usual_generation
 from pipeline.settings.config import Experiment
 from pipeline.storage.run_checkpoints import RunCheckpoints
@@ -114,5 +114,5 @@ def _but_steps(generation: Generation) -> Generation:
 
 def _of_all_images(identity: Mapping[str, Any], experiment: Experiment) -> bool:
     """Whether a bound is that of the averaged weights over all images that the run was trained on."""
-    asked = ("ema", experiment.data.split or "train", experiment.seed, identity["of_images"])
+    asked = ("ema", recorded_split(experiment.data.split), experiment.seed, identity["of_images"])
     return tuple(identity[name] for name in ("weights", "split", "seed", "num_images")) == asked

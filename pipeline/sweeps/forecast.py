@@ -6,7 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.console import duration
+from pipeline.planning.forecast import calls_s, scoring_calls
+from pipeline.planning.plan import Plan
+from pipeline.sweeps.config import Sweep
 from pipeline.sweeps.plan import Request, SweepPlan, network_calls, trial_profile
+from pipeline.training.models import has_process
 from pipeline.workflows.dry_run import DryRun, dry_run
 from pipeline.workflows.training_run import Request as TrainingRequest
 
@@ -50,13 +54,22 @@ def forecast_sweep(asked: Request, plan: SweepPlan, *, measure: bool) -> SweepFo
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
     minutes = plan.sweep.budget.minutes
     found = dry_run(TrainingRequest(plan.trial.experiment, profile), measure=measure)
-    if found.forecast is None:
+    if found.forecast is None or found.probe is None:
         return SweepForecast(plan, found, None, None, None)
-    usual = network_calls(plan.trial.experiment)
-    scoring_s = found.forecast.sampling_s * (1 + sum(plan.sweep.more_network_calls) / usual)
+    scoring_s = calls_s(trial_calls(plan.sweep, found.plan), found.plan, found.probe)
     training_s = found.forecast.training_s if minutes is None else minutes * 60
     trial_s = START_S + training_s + scoring_s
     total_s = trial_s * -(-plan.num_trials // plan.max_concurrent)
     price = asked.profile.price
     cost = price.per_worker_hour * plan.trial.num_workers * trial_s * plan.num_trials / 3600
     return SweepForecast(plan, found, trial_s, total_s, cost)
+
+
+def trial_calls(sweep: Sweep, trial: Plan) -> int:
+    """Return the network calls for all that a trial is scored by: at its end, at further numbers of calls, and on the way."""
+    has_steps = has_process(trial.experiment)
+    calls, usual = scoring_calls(trial), network_calls(trial.experiment) if has_steps else 1
+    if has_steps and sweep.metric != "bpd":
+        calls += calls // usual * sum(sweep.more_network_calls)
+    early = sweep.early_stopping
+    return calls if early is None else calls + early.rungs * early.num_images * usual

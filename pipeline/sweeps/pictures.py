@@ -249,15 +249,12 @@ def _parallel_coordinates(result: Result) -> Any:
 
 
 def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
-    """The first images of each point's first seed, best first: a column is one and the same noise."""
+    """The first images of each point, best first, all of one seed: a column is one and the same noise."""
+    seed, pictured = _of_one_seed(result.ranked[:MOST_POINTS], runs)
     strips: list[tuple[PointResult, Any]] = []
-    for point in result.ranked[:MOST_POINTS]:
-        run = runs.get(next(entry.run for entry in point.entries if entry.value is not None))
-        picture = None if run is None else run.folder / "pictures" / "samples.png"
-        if run is None or picture is None or not picture.is_file():
-            continue
+    for point, run in pictured:
         shape = _image_shape(run)
-        images = read_grid(picture, shape, SHEET_IMAGES)
+        images = read_grid(_samples_of(run), shape, SHEET_IMAGES)
         gap = np.full((images.shape[1], shape[1], 1), 128, np.uint8)
         strip = np.concatenate([part for image in images for part in (image, gap)][:-1], axis=2)
         strips.append((point, strip.transpose(1, 2, 0)))
@@ -277,9 +274,26 @@ def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
         axes.tick_params(length=0)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    title = f"The same noise in each column, best point first{_of_how_many(result)}"
+    lacking = len(result.ranked[:MOST_POINTS]) - len(strips)
+    without = f"; {lacking} without images of it" if lacking else ""
+    title = f"The same noise in each column (seed {seed}{without}), best point first{_of_how_many(result)}"
     figure.suptitle(title, fontsize=10.5, color=INK)
     return figure
+
+
+def _of_one_seed(points: Sequence[PointResult], runs: Mapping[str, Run]) -> tuple[int, list[tuple[PointResult, Run]]]:
+    """Return the seed that most points have images of, the lowest of several such, and those points, each with its run of that seed."""
+    by_seed: dict[int, list[tuple[PointResult, Run]]] = {}
+    for point in points:
+        for entry in point.entries:
+            run = runs.get(entry.run)
+            if entry.value is not None and run is not None and _samples_of(run).is_file():
+                by_seed.setdefault(entry.seed, []).append((point, run))
+    return min(by_seed.items(), key=lambda item: (-len(item[1]), item[0]), default=(0, []))
+
+
+def _samples_of(run: Run) -> Path:
+    return run.folder / "pictures" / "samples.png"
 
 
 # -- parts

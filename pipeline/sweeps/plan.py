@@ -13,11 +13,13 @@ from pipeline.cluster.session import require_resources
 from pipeline.console import size
 from pipeline.errors import PipelineError, UsageError
 from pipeline.metrics.metric_identity import Generation
+from pipeline.planning.forecast import STEP_CALLS, scoring_calls
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.settings.config import Experiment
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
-from pipeline.sweeps.points import Checked, Point, check, grid, title
+from pipeline.sweeps.points import Checked, Point, Refused, check, grid, title
+from pipeline.sweeps.search import TPE
 from pipeline.training.device import num_gpus
 from pipeline.training.models import build_diffusion, has_process
 
@@ -37,7 +39,10 @@ class Request:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked sweep, before anything is spent. `trial` plans its largest point, `largest`, which is None of points alike."""
+    """A checked sweep, before anything is spent. `trial` plans its largest point, `largest`, which is None of points alike.
+
+    Of a search that draws its points, `checked` gets what it meets (see `drawing`).
+    """
 
     sweep: Sweep
     checked: Checked
@@ -107,20 +112,55 @@ def make_sweep_plan(
         )
         require_equal_calls(sweep, base, experiment)
         plans.append(one)
-        return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
+        return _warnings(experiment)
 
     checked = Checked([], [], {}) if sweep.search == "tpe" else check(sweep, base, test)
     if not checked.points and sweep.search != "tpe":
-        first = checked.refused[0]
-        raise UsageError(f"every point of the sweep is refused; the first, {title(first.point)}: {first.reason}")
+        raise _all_refused(checked)
     points, num_points = checked.points, len(checked.points)
     if sweep.search == "tpe":
         points, num_points = _ends(sweep, base, test), most_points(sweep)
-    trial = max(plans, key=_work)
-    largest = points[plans.index(trial)] if len({_work(one) for one in plans}) > 1 else None
+    work = [_work(sweep, one) for one in plans]
+    trial = plans[work.index(max(work))]
+    largest = points[plans.index(trial)] if len(set(work)) > 1 else None
+    met = Checked([], [], {})
+    if sweep.search == "tpe" and drawing(asked, trial, met).draw() is None:
+        raise _all_refused(met)
     num_trials = num_points * sweep.seeds
     at_once = max_concurrent(asked.profile, num_workers, num_trials, asked.max_concurrent)
     return SweepPlan(sweep, checked, trial, num_trials, at_once, largest)
+
+
+def _all_refused(checked: Checked) -> UsageError:
+    first = checked.refused[0]
+    return UsageError(f"every point of the sweep is refused; the first, {title(first.point)}: {first.reason}")
+
+
+def _warnings(experiment: Experiment) -> Sequence[str]:
+    return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
+
+
+def drawing(asked: Request, trial: Plan, met: Checked) -> TPE:
+    """Return the search that draws a sweep's points, each checked as it is drawn; `met` gets what is refused, and warnings.
+
+    `trial` plans any of its trials.
+    """
+    sweep, base = asked.sweep, asked.base
+
+    def refuses(point: Point) -> bool:
+        try:
+            experiment = trial_experiment(sweep, base, point, 0)
+            make_plan(experiment, asked.profile, trial.num_workers, data="", num_rows=None, shape=trial.shape)
+            require_equal_calls(sweep, base, experiment)
+            warnings = _warnings(experiment)
+        except PipelineError as error:
+            met.refused.append(Refused(point, str(error).removeprefix("point: ")))
+            return True
+        if warnings:
+            met.warnings[title(point)] = "; ".join(warnings)
+        return False
+
+    return TPE(sweep.space, most_points(sweep), base.seed, refuses)
 
 
 def most_points(sweep: Sweep) -> int:
@@ -147,10 +187,11 @@ def _ends(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[
     return found or [{}]
 
 
-def _work(plan: Plan) -> int:
-    """Return what a trial's time grows with: its parameters times the images that it is trained on."""
+def _work(sweep: Sweep, plan: Plan) -> int:
+    """Return what a trial's time grows with: parameters times network calls, of training unless the clock ends it, and of the scores."""
     training = plan.experiment.training
-    return (plan.num_parameters or 0) * training.batch_size * training.steps
+    steps = training.steps if sweep.budget.minutes is None else 0
+    return (plan.num_parameters or 0) * (STEP_CALLS * training.batch_size * steps + scoring_calls(plan))
 
 
 def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,11 +14,11 @@ from pipeline.storage.durable import write_json
 from pipeline.storage.home import make_folder
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.record import PARENT_TAG, SWEEP_TAG, trial_of
+from pipeline.sweeps.record import PARENT_TAG, trial_of
 from pipeline.sweeps.report import write_report
 from pipeline.sweeps.result import Result, statement, with_error
 from pipeline.sweeps.text import describe_sweep
-from pipeline.tracking.registry import alias_of, register
+from pipeline.tracking.registry import SWEEP_TAG, alias_of, register
 from pipeline.tracking.run import experiment_of_run
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
 
@@ -99,13 +100,14 @@ def publish(folder: SweepFolder, result: Result, tracking: SweepTracking, consol
 
 
 def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) -> None:
-    """Record each trial's value and the best so far, by the number of trials done: MLflow draws them as lines."""
-    best: float | None = None
-    for count, entry in enumerate(folder.ledger.entries().values(), 1):
-        if entry.value is None:
-            continue
-        best = entry.value if best is None else min(best, entry.value)
-        tracker.metrics(count, {f"trial_{entry.metric}": entry.value, f"best_{entry.metric}": best}, family="result")
+    """Record the value of each trial that is ranked, and the best so far, by the number of trials done: MLflow draws them as lines."""
+    values = {e.key: e.value for point in result.ranked for e in point.entries if e.value is not None}
+    best = math.inf
+    for count, key in enumerate(folder.ledger.entries(), 1):
+        if key in values:
+            best = min(best, values[key])
+            drawn = {f"trial_{result.metric_name}": values[key], f"best_{result.metric_name}": best}
+            tracker.metrics(count, drawn, family="result")
 
 
 def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking) -> None:
@@ -153,11 +155,11 @@ def _register(
         run.mlflow_run_id,
         name,
         alias,
+        sweep=folder.id,
         value=best.mean,
         spoken=f"{best.title}: {entry.metric} {with_error(best)}, mean over {len(best.values)} seed{'s' * (len(best.values) > 1)}, by "
         f"which the alias is given; this model, of seed {entry.seed}: {entry.value:.4g}. From sweep {folder.id}.",
         about={
-            "sweep": folder.id,
             "run": run.id,
             "point": best.title,
             "metric": entry.metric,

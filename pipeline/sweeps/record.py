@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.storage.runs import Run, RunRecord
+from pipeline.tracking.registry import SWEEP_TAG
 from pipeline.training.job import Allowance
 
-SWEEP_TAG = "ddpm_pipe.sweep"
 PARENT_TAG = "mlflow.parentRunId"
 
 

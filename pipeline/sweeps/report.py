@@ -28,7 +28,8 @@ CAPTIONS = {
     "means that no complete point's beats in both.",
     "parallel_coordinates": "Read a line from left to right: its settings, then its value. Listed values stand in their order, evenly "
     "spaced. The thick line is the best point.",
-    "samples": "First seed of each point. Equal noise makes the settings the only difference within a column.",
+    "samples": "One seed, the same for all points; a point without images of it is left out. Equal noise makes the settings the only "
+    "difference within a column.",
 }
 STYLE = """
 :root { color-scheme: light; }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -57,6 +57,9 @@ class Source(Protocol):
     def draw(self) -> Point | None:
         """Return a point not given before, or None where there are no more."""
 
+    def take(self, point: Point) -> None:
+        """Take up a point that was given under an earlier driver; it is not given again."""
+
     def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
         """Hear the mean over the seeds of a point, None where it has none; `stopped`: what one that was stopped early showed by then."""
 
@@ -73,6 +76,9 @@ class Listed:
         """Return the next point."""
         return self._points.pop(0) if self._points else None
 
+    def take(self, point: Point) -> None:
+        """Listed points are all given; what is done of them, the ledger says."""
+
     def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
         """Listed points do not depend on values."""
 
@@ -80,29 +86,31 @@ class Listed:
 class TPE:
     """The tree-structured Parzen estimator of Optuna (Bergstra et al. 2011), a function of the seed and of what it is told.
 
-    `refuses` says why a point cannot be trained, None where it can; such points are told as failures, and another is drawn. What early
-    stopping ended is told as pruned: worse than what was finished, and among its like as bad as its KID, of as late a rung as it has.
+    `refuses` says whether a point cannot be trained, and is asked once of each; such points are told as failures, and another is drawn.
+    What early stopping ended is told as pruned: worse than what was finished, and among its like as bad as its KID, of as late a rung as
+    it has.
     """
 
     learns = True
 
-    def __init__(
-        self, space: dict[str, Axis], num_points: int, seed: int, refuses: Callable[[Point], str | None]
-    ) -> None:
+    def __init__(self, space: dict[str, Axis], num_points: int, seed: int, refuses: Callable[[Point], bool]) -> None:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         sampler = optuna.samplers.TPESampler(seed=seed_of("tpe", seed) % 2**32, constant_liar=True)
         self._study = optuna.create_study(sampler=sampler)
-        self._space, self._left, self._refuses = space, num_points, refuses
+        self._space, self._num_points, self._refuses = space, num_points, refuses
+        self._given: set[str] = set()  # here, or under an earlier driver
+        self._refused: set[str] = set()
         self._asked: dict[str, Any] = {}
         self._known: dict[str, tuple[float | None, Rungs | None]] = {}
+        self._in_vain = False  # drawn since it last heard something: it would be so again
 
     def draw(self) -> Point | None:
-        """Return a new point that can be trained, None after `num_points` or where the space holds no more."""
+        """Return a new point that can be trained; None after `num_points`, or where `MAX_DRAWS` in a row are none, until it hears more."""
         import optuna
 
-        if self._left <= 0:
+        if len(self._given) >= self._num_points or self._in_vain:
             return None
         for _ in range(MAX_DRAWS):
             trial = self._study.ask()
@@ -110,26 +118,29 @@ class TPE:
             word = canonical(point)
             if word in self._known:
                 self._answer(trial, *self._known[word])
-            elif word in self._asked or self._refuses(point) is not None:
+            elif word in self._given or self._is_refused(word, point):
                 self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
             else:
                 self._asked[word] = trial
-                self._left -= 1
+                self._given.add(word)
                 return point
+        self._in_vain = True
         return None
 
+    def take(self, point: Point) -> None:
+        """Count a point of an earlier driver as drawn, whether its value is known yet or not."""
+        self._given.add(canonical(point))
+
     def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
-        """Hear a value, of a point drawn here or known from the ledger, which then counts as drawn."""
+        """Hear a value, of a point drawn here or taken up; of one whose first repetition failed, perhaps once more."""
         import optuna
 
+        self._in_vain = False
         word = canonical(point)
-        counted = word in self._known
         self._known[word] = (value, stopped)
         if (trial := self._asked.pop(word, None)) is not None:
             self._answer(trial, value, stopped)
             return
-        if not counted:  # a point whose first repetition failed is told of once more
-            self._left -= 1
         if value is None and stopped is None:
             return
         self._study.add_trial(
@@ -141,6 +152,11 @@ class TPE:
                 intermediate_values=_by_step(stopped),
             )
         )
+
+    def _is_refused(self, word: str, point: Point) -> bool:
+        if word not in self._refused and self._refuses(point):
+            self._refused.add(word)
+        return word in self._refused
 
     def _answer(self, trial: Any, value: float | None, stopped: Rungs | None) -> None:
         for step, kid in _by_step(stopped).items():
@@ -196,31 +212,49 @@ class Trials:
         self._sweep, self._source = sweep, source
         self._points: dict[str, Progress] = {}
 
-    def known(self, entries: list[Entry]) -> None:
-        """Take up what an earlier driver finished, before the first `next`: only a search that draws points needs it."""
+    def known(self, entries: Iterable[Entry], begun: Iterable[Point] = ()) -> None:
+        """Take up an earlier driver's entries, and points it had begun, before the first `next`: only a search that draws points needs it.
+
+        What failed or was only begun is run before more is drawn.
+        """
+        for point in begun:
+            self._take(point)
         for entry in entries:
-            progress = self._points.setdefault(canonical(entry.point), Progress(entry.point))
-            self._note(progress, entry.seed, entry.status, entry.value, entry.rungs)
+            progress = self._take(entry.point)
+            if entry.status != "failed":
+                self._note(progress, entry.seed, entry.status, entry.value, entry.rungs)
         for progress in self._points.values():
             self._tell_if_complete(progress)
 
+    def _take(self, point: Point) -> Progress:
+        self._source.take(point)
+        return self._points.setdefault(canonical(point), Progress(point))
+
     def next(self) -> Next | _Done | None:
         """Return the next trial, None to wait for one that runs, or DONE."""
+        following = self._following()
+        if following is not None:
+            self._points[canonical(following.point)].running.add(following.seed)
+            return following
+        return None if any(progress.running for progress in self._points.values()) else DONE
+
+    def has_next(self) -> bool:
+        """Whether there is a trial to run now, which the next `next` returns."""
+        return self._following() is not None
+
+    def _following(self) -> Next | None:
         if self._source.learns and (pending := self._pending()) is not None:
             return pending  # values of whole points teach more than many begun ones
         point = self._source.draw()
         if point is not None:
             self._points.setdefault(canonical(point), Progress(point))
-        if (pending := self._pending()) is not None:
-            return pending
-        return None if any(progress.running for progress in self._points.values()) else DONE
+        return self._pending()
 
     def _pending(self) -> Next | None:
         for seed in range(self._sweep.seeds):
             for progress in self._points.values():
                 if seed in progress.values or seed in progress.running or not self._may_repeat(progress, seed):
                     continue
-                progress.running.add(seed)
                 return Next(progress.point, seed)
         return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,19 @@ from pipeline.cluster.board import board_name
 from pipeline.cluster.placement import give_back
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
+from pipeline.settings.cluster_profile import Profile, use_variables
+from pipeline.storage.durable import write_json
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import allow_modules_in, has_process
-from pipeline.training.trained import experiment_of, profile_of
+from pipeline.training.trained import experiment_of
 from pipeline.workflows.evaluate import ScoreRequest, evaluate_run
 from pipeline.workflows.training_run import carry_on
 
 STOPPED_EARLY = "stopped early"
+VERDICT_FILE = "stopped_early.json"  # of the run folder of a trial that was told to stop
+Tell = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class ForTrials:
         tracking: the store that the driver records in: that of `mlflow run` is known to the driver alone.
         code_folder: where modules of the user's own are.
         secrets: the profile's forwarded variables, which no setting holds.
+        profile: what each trial takes now. A trial that an earlier driver began may have had another share of the CPUs.
     """
 
     metric: str
@@ -46,13 +51,14 @@ class ForTrials:
     tracking: TrackingSettings
     code_folder: str
     secrets: Mapping[str, str]
+    profile: Profile
 
 
 def run_trial(config: dict[str, Any], told: ForTrials) -> None:
-    """Train and score one trial, telling Tune of each rung, and at the end how it went: what Tune calls.
+    """Train and score one trial in a process of its own: what Tune calls.
 
-    A fault is told, not raised: it is the trial's, and the sweep goes on. Only where this process is killed does Tune start the trial
-    again, which then goes on from its newest checkpoint. `told` comes through Ray's object store: Ray shows a trial's settings to all.
+    Only where this process is killed does Tune start the trial again, which then goes on from its newest checkpoint. `told` comes through
+    Ray's object store: Ray shows a trial's settings to all.
     """
     from ray import tune
 
@@ -63,6 +69,19 @@ def run_trial(config: dict[str, Any], told: ForTrials) -> None:
     os.chdir(told.code_folder)
     allow_modules_in(told.code_folder)
     give_back(run.id)  # of a former process of this trial that was killed
+    carry_out(run, told, tune.report)
+
+
+def condemn(run: Run, rung: float) -> None:
+    """Keep that a trial is to stop early: the driver that says so may be killed before the trial has saved."""
+    write_json(run.folder / VERDICT_FILE, {"rung": rung})
+
+
+def carry_out(run: Run, told: ForTrials, tell: Tell) -> None:
+    """Train and score one trial, telling of each rung, and at the end how it went.
+
+    A fault is told, not raised: it is the trial's, and the sweep goes on.
+    """
     reported: set[float] = set()
     stop = ""
 
@@ -72,24 +91,31 @@ def run_trial(config: dict[str, Any], told: ForTrials) -> None:
         for judgement in seen.get("judgements", []):
             if judgement["rung"] not in reported:
                 reported.add(judgement["rung"])
-                tune.report({**judgement, "board": board_name(run.id, run.current_attempt())})
+                tell({**judgement, "board": board_name(run.id, run.current_attempt())})
 
     try:
         if run.state().status is not RunStatus.FINISHED:
-            carry_on(run, _silent(), observe, told.tracking)
+            if (run.folder / VERDICT_FILE).exists():  # of an earlier driver
+                _stop(run, tell)
+                return
+            carry_on(run, _silent(), observe, told.tracking, told.profile)
         _score(run, told)
-        tune.report({"status": "finished"})
+        tell({"status": "finished"})
     except InterruptedRunError as error:
         if stop == STOPPED_EARLY:
-            step = run.state().step
-            run.update(status=RunStatus.KILLED, reason=f"{STOPPED_EARLY} at step {step}: others were better by then")
-            tune.report({"status": "stopped"})
+            _stop(run, tell)
         else:
-            tune.report({"status": "interrupted", "reason": str(error)})
+            tell({"status": "interrupted", "reason": str(error)})
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         run.log(f"the trial failed: {reason}")
-        tune.report({"status": "failed", "reason": reason})
+        tell({"status": "failed", "reason": reason})
+
+
+def _stop(run: Run, tell: Tell) -> None:
+    step = run.state().step
+    run.update(status=RunStatus.KILLED, reason=f"{STOPPED_EARLY} at step {step}: others were better by then")
+    tell({"status": "stopped"})
 
 
 def _score(run: Run, told: ForTrials) -> None:
@@ -97,7 +123,8 @@ def _score(run: Run, told: ForTrials) -> None:
 
     A training scores its model itself, but goes without where that fails.
     """
-    experiment, profile = experiment_of(run), profile_of(run, None)
+    experiment, profile = experiment_of(run), told.profile
+    use_variables(profile)
     if not has_value(run, told.metric, told.judged_by):
         evaluate_run(run, ScoreRequest(), profile, told.tracking, _silent())
     done = calls_scored(run, told.metric, told.judged_by)

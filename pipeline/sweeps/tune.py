@@ -26,7 +26,7 @@ from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.search import Next, Trials, _Done
-from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, run_trial
+from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, condemn, run_trial
 from pipeline.training.judgements import values_by_rung
 
 POLL_S = 0.5
@@ -47,7 +47,8 @@ class Work:
     folder: SweepFolder
     for_trials: ForTrials
     trials: Trials
-    begin: Callable[[Next], tuple[str, Run]]  # the key of a trial, and its run folder, made where there is none
+    key_of: Callable[[Next], str]
+    begin: Callable[[Next], Run]  # the run folder of a trial, made where there is none
     console: Console
     halving: Halving | None
     total: int | None
@@ -72,11 +73,12 @@ class Work:
                 break
             if following is None:
                 return None
-            key, run = self.begin(following)
+            key = self.key_of(following)
             entry = done.get(key)
-            if entry is not None and entry.status != "failed":
+            if entry is not None and entry.status != "failed":  # whether its run folder is still there or not
                 self.trials.ended(following, entry.status, entry.value, entry.rungs)
                 continue
+            run = self.begin(following)
             self.running[trial_id] = (following, key, run)
             return run
         return _Done()
@@ -238,6 +240,7 @@ def _scheduler(work: Work) -> Any:
             if work.halving is not None and "rung" in result and trial.trial_id in work.running:
                 _, key, run = work.running[trial.trial_id]
                 if not work.halving.goes_on(result["rung"], key, result["value"]):
+                    condemn(run, result["rung"])
                     stop_workers(run, STOPPED_EARLY, result["board"])
             return str(TrialScheduler.CONTINUE)
 

@@ -16,6 +16,8 @@ from pipeline.redaction import one_line
 
 log = logging.getLogger(__name__)
 VALUE_TAG = "ddpm_pipe.value"
+IDENTITY_TAG = "ddpm_pipe.identity"
+SWEEP_TAG = "ddpm_pipe.sweep"
 
 
 def alias_of(identity: Mapping[str, Any]) -> str:
@@ -41,15 +43,17 @@ def register(
     name: str,
     alias: str,
     *,
+    sweep: str,
     value: float,
     spoken: str,
     about: Mapping[str, str],
     identity: Mapping[str, Any],
 ) -> str | None:
-    """Register a run's logged model, and give it the alias unless the model that has it scored lower; return one line on what was done.
+    """Register the model of a sweep's best run, and give the alias to the model of the lowest value; return one line on what was done.
 
-    `value` is what aliases are given by, `spoken` the same in words; `about` are tags. Registering the same model again changes nothing.
-    None where the store is away or has no model of the run.
+    `value` is what aliases are given by, `spoken` the same in words; `about` are tags. What the sweep registered before under the alias
+    stays a version, but loses its value: with more points or seeds the sweep ranks another one first. Registering the same model again
+    changes nothing. None where the store is away or has no model of the run.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -62,17 +66,20 @@ def register(
             return None
         version = _version(client, name, mlflow_run_id, models[0].model_id)
         tags = {f"ddpm_pipe.{key}": text for key, text in about.items()}
-        tags |= {VALUE_TAG: repr(value), "ddpm_pipe.identity": json.dumps(identity)}
+        tags |= {SWEEP_TAG: sweep, VALUE_TAG: repr(value), IDENTITY_TAG: json.dumps(identity)}
         for key, text in tags.items():
             client.set_model_version_tag(name, version, key, text)
         client.update_model_version(name, version, spoken)
-        holder = _holder(client, name, alias)
-        if holder is not None and holder[0] != version and holder[1] < value:
-            return f"registered models:/{name}/{version}; @{alias} stays with version {holder[0]}, which scored {holder[1]:.4g}"
-        client.set_registered_model_alias(name, alias, version)
+        holder = version
+        for other, scored in _others(client, name, alias, version, sweep):
+            if scored < value:
+                holder, value = other, scored
+        client.set_registered_model_alias(name, alias, holder)
     except (MlflowException, OSError) as error:
         log.warning("the model registry: %s", one_line(error))
         return None
+    if holder != version:
+        return f"registered models:/{name}/{version}; @{alias} is that of version {holder}, which scored {value:.4g}"
     return f"registered models:/{name}@{alias} (version {version})"
 
 
@@ -109,13 +116,15 @@ def _as_default(uri: str) -> Iterator[None]:
             os.environ["MLFLOW_TRACKING_URI"] = before
 
 
-def _holder(client: Any, name: str, alias: str) -> tuple[str, float] | None:
-    """Return version and value of the model that has an alias, None where none has it.
-
-    Asked of the list of aliases: a store tells of an alias that is not there and of a request that failed by errors alike.
-    """
-    number = client.get_registered_model(name).aliases.get(alias)
-    if number is None:
-        return None
-    version = client.get_model_version(name, str(number))
-    return str(version.version), float(version.tags.get(VALUE_TAG, "nan"))
+def _others(client: Any, name: str, alias: str, version: str, sweep: str) -> Iterator[tuple[str, float]]:
+    """Yield version and value of each other model that competes for an alias; take the values from those that the sweep supersedes."""
+    for other in client.search_model_versions(f"name = '{name}'"):
+        tags, number = other.tags, str(other.version)
+        if number == version or not {VALUE_TAG, IDENTITY_TAG} <= tags.keys():
+            continue
+        if alias_of(json.loads(tags[IDENTITY_TAG])) != alias:
+            continue
+        if tags.get(SWEEP_TAG) == sweep:
+            client.delete_model_version_tag(name, number, VALUE_TAG)
+        else:
+            yield number, float(tags[VALUE_TAG])

@@ -11,10 +11,13 @@ from pipeline.storage.runs import RunRecord
 YARDSTICK = "yardstick_"
 
 
-def describe(record: RunRecord, summary: Mapping[str, Any]) -> str:
-    """Return Markdown for a reader who has only this page; `summary` holds figures by name, yardsticks among them."""
+def describe(record: RunRecord, summary: Mapping[str, Any], steps: int = 0) -> str:
+    """Return Markdown for a reader who has only this page; `summary` holds figures by name, yardsticks among them.
+
+    `steps` are those that were made, 0 while that is not known: of a trial whose time is limited, the settings do not say.
+    """
     parts = [
-        _opening(record),
+        _opening(record, steps),
         _settings(record),
         "### What came out",
         _results(summary),
@@ -24,17 +27,24 @@ def describe(record: RunRecord, summary: Mapping[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _opening(record: RunRecord) -> str:
-    if record.imported_from:
-        return f"**{record.name}**: a denoising diffusion model that was trained elsewhere, imported from `{record.imported_from}`."
-    training = record.experiment.get("training", {})
+def _opening(record: RunRecord, steps: int) -> str:
     kind = "variational autoencoder" if _is_vae(record) else "denoising diffusion model"
+    if record.imported_from:
+        return f"**{record.name}**: a {kind} that was trained elsewhere, imported from `{record.imported_from}`."
+    training = record.experiment.get("training", {})
     origin = record.origin
     comes_from = f", {origin['words']} {origin['what']}" if origin else ""
     return (
         f"**{record.name}**: a {kind} of the images of `{_dataset(record)}`, "
-        f"{_get(training, 'steps')} steps at a batch of {_get(training, 'batch_size')}{comes_from}."
+        f"{_length(record, steps)} at a batch of {_get(training, 'batch_size')}{comes_from}."
     )
+
+
+def _length(record: RunRecord, steps: int) -> str:
+    seconds = ((record.trial or {}).get("allowance") or {}).get("seconds")
+    if seconds is None:
+        return f"{_get(record.experiment.get('training', {}), 'steps')} steps"
+    return f"{seconds / 60:g} minutes of training" + (f" ({steps:,} steps)" if steps else "")
 
 
 def _settings(record: RunRecord) -> str:

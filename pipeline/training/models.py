@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
@@ -95,6 +96,19 @@ def build_model(
 def num_parameters(model: nn.Module) -> int:
     """Return the number of trainable numbers in a network."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def misfit_of(weights: Mapping[str, Tensor], model: nn.Module) -> str:
+    """Return what is the first tensor of these weights that is not as a network has it, in words; "" where all are."""
+    wanted = model.state_dict()
+    for name in [*wanted, *sorted(weights)]:
+        if name not in weights:
+            return f"the weights have no {name}"
+        if name not in wanted:
+            return f"the network has no {name}"
+        if weights[name].shape != wanted[name].shape:
+            return f"{name} is {list(weights[name].shape)}, expected {list(wanted[name].shape)}"
+    return ""
 
 
 def _unet(experiment: Experiment, shape: Shape, out_channels: int, num_classes: int | None) -> nn.Module:

@@ -23,11 +23,16 @@ class Team:
     _control: Any = field(default=None, repr=False)
 
     @classmethod
-    def join(cls) -> Team:
-        """Return this process's place in torch's process group, or a team of one where there is no group."""
+    def join(cls, timeout_s: float) -> Team:
+        """Return this process's place in torch's process group, or a team of one where there is no group.
+
+        A decision that takes longer than `timeout_s` fails; where the group itself speaks gloo, its own limit holds.
+        """
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return cls()
-        control = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        control = dist.group.WORLD
+        if dist.get_backend() != "gloo":
+            control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))  # type: ignore[assignment]
         return cls(dist.get_rank(), dist.get_world_size(), control)
 
     @property

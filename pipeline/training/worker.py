@@ -36,7 +36,7 @@ from pipeline.training.device import Compute, training_compute
 from pipeline.training.job import Job
 from pipeline.training.judgements import note
 from pipeline.training.loop import Learner, StepResult, fit
-from pipeline.training.models import allow_modules_in, build_model, build_objective
+from pipeline.training.models import allow_modules_in, build_model, build_objective, misfit_of
 from pipeline.training.team import Team
 
 PUBLISH_EVERY_S = 0.25
@@ -281,6 +281,7 @@ class Worker:
         """Generate uint8 images [count, C, H, W] from the averaged weights, as the experiment samples; say how they came about."""
         if self.sampling_model is None:
             self.sampling_model = copy.deepcopy(self.learner.model)
+        self.sampling_model.load_state_dict(self.learner.model.state_dict())  # buffers, which are not averaged
         self.learner.ema.copy_to(self.sampling_model)
         sampling = self.experiment.sampling.model_copy(
             update={"batch_size": min(count, self.experiment.sampling.batch_size)}
@@ -339,14 +340,14 @@ class Worker:
 
     def _take_weights(self, place: str) -> None:
         """Begin a new run from another run's weights; the average and the optimizer start afresh."""
-        weights = self.team.told(checkpoint_at(place).tensors("ema")["ema"] if self.team.leads else None)
-        try:
-            self.learner.model.load_state_dict(weights, strict=False)
-        except RuntimeError as error:
+        found = self.team.told(checkpoint_at(place).tensors("model", "ema") if self.team.leads else None)
+        weights = found["model"] | found["ema"]  # buffers, of a network that has them, are not averaged
+        if misfit := misfit_of(weights, self.learner.model):
             raise CheckpointError(
-                f"{place}: these weights do not fit the network of this run ({str(error).splitlines()[-1].strip()}); "
+                f"{place}: these weights do not fit the network of this run ({misfit}); "
                 "keep the settings of the model, the prediction and the variance"
-            ) from None
+            )
+        self.learner.model.load_state_dict(weights)
         self.learner = self._new_learner(self.learner.model)
 
     def _owns(self) -> bool:

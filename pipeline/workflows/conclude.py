@@ -96,7 +96,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
     tracker.metrics(trained.step, {"training_s": trained.training_s}, family="result")
-    tracker.describe(describe(run.record, summary))
+    tracker.describe(describe(run.record, summary, trained.step))
     tracker.finish("FINISHED")
     delivered = tracker.close()
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]
@@ -119,5 +119,9 @@ def _evaluate(
                 f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
                 f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
             )
-    found = evaluate_model(run, trained, compute, judge, request, profile, console)
+    try:
+        found = evaluate_model(run, trained, compute, judge, request, profile, console)
+    except RefusedError as error:
+        skipped = f"no images were scored: {error}; by other metrics: ddpm-pipe evaluate {run.id} --metrics fid"
+        found = evaluate_model(run, trained, compute, None, request, profile, console)  # bits/dim, if asked for
     return (None if found.scored is None and found.measured is None else found), skipped

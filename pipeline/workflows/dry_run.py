@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster import nodes
+from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session
-from pipeline.cluster.train import gather
 from pipeline.cluster.worker_group import worker_group
 from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES

@@ -20,6 +20,7 @@ from pipeline.metrics.evaluation import Evaluation, Scored, Sheet, record, write
 from pipeline.metrics.judge import Judge
 from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
 from pipeline.metrics.neighbours import find_neighbours
+from pipeline.metrics.registry import require_enough
 from pipeline.metrics.scores import over_seeds
 from pipeline.sampling.generated import Workshop
 from pipeline.sampling.generation import usual_generation
@@ -122,11 +123,13 @@ def score_samples(
     asked = request.evaluation(trained.experiment)
     metrics = sample_metrics(asked)
     settings = scoring.MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
+    num_real, num_images = len(judge.reference.real.features), judge.reference.num_images
+    require_enough(metrics, settings, num_real=num_real, num_judged=num_images)  # before any image is generated
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
         generator = generator_for(trained, replace(request, seed=seed), compute)
-        made = workshop.features(generator, judge.extractor, judge.reference.num_images)
+        made = workshop.features(generator, judge.extractor, num_images)
         identity = generator.identity(trained.weights)
         each.append(
             scoring.score(
@@ -162,7 +165,7 @@ def evaluate_run(
             state = run.state()
             if request.checkpoint is None or found.step >= state.step:  # not of a model that was left behind
                 run.update(summary=with_newest(state.summary, figures))
-            tracker.describe(describe(run.record, run.state().summary))
+            tracker.describe(describe(run.record, run.state().summary, run.state().step))
     return found, written
 
 

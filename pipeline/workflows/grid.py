@@ -119,14 +119,14 @@ class Grid:
         return list(dict.fromkeys(name for point in self.points for name in point.values))
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row for each point: settings, network calls, values, and `<metric>_std` where there is a spread."""
+        """Return a row for each point: settings, network calls, values, and `<metric>_std` or `<metric>_se` where they have a spread."""
         rows = []
         for point in self.points:
             row: dict[str, Any] = {**point.setting, CALLS: point.network_calls}
             for name, value in point.values.items():
                 row[name] = value
                 if name in point.spreads:
-                    row[f"{name}_std"] = point.spreads[name].value
+                    row[f"{name}_{point.spreads[name].suffix}"] = point.spreads[name].value
             rows.append(row)
         return rows
 

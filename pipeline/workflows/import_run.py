@@ -20,6 +20,7 @@ from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
+from pipeline.training.models import has_process
 from pipeline.training.trained import Trained
 
 
@@ -48,10 +49,20 @@ def import_folder(
         "found": foreign.about,
         "images": f"{channels}x{height}x{width}",
         "parameters": sum(tensor.numel() for tensor in foreign.model.values()),
-        "schedule": f"{experiment.diffusion.schedule}, T = {experiment.diffusion.num_timesteps}",
-        "prediction": experiment.diffusion.prediction,
-        "variance": experiment.diffusion.variance,
+        **_process(experiment),
         "data": "none: it can be sampled, not scored" if dataset is None else dataset.manifest.name,
+    }
+
+
+def _process(experiment: Experiment) -> dict[str, str]:
+    """Return what there is to say of the diffusion process; nothing of a model that has none."""
+    diffusion = experiment.diffusion
+    if not has_process(experiment):
+        return {}
+    return {
+        "schedule": f"{diffusion.schedule}, T = {diffusion.num_timesteps}",
+        "prediction": diffusion.prediction,
+        "variance": diffusion.variance,
     }
 
 
@@ -77,6 +88,8 @@ def _named(experiment: Experiment, name: str | None, data: str | None) -> Experi
     changes: dict[str, Any] = {
         "data": DataConfig(source=data or "none"),  # what was said of other images does not hold of these
         "training": experiment.training.model_copy(update=averages),  # one average came along
+        # a place that the folder's maker names is not opened here
+        "evaluation": experiment.evaluation.model_copy(update={"inception_weights": None}),
     }
     if name is not None:
         changes["name"] = normalise_name(name)
@@ -136,10 +149,11 @@ def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: P
     settings = TrackingSettings.of_profile(profile.home(), profile)
     trained = Trained.from_run(run)
     tracker = Tracker(run.folder, settings)
+    diffusion = experiment.diffusion
+    process = {"schedule": diffusion.schedule, "num_timesteps": str(diffusion.num_timesteps)}
     tags = {
         "dataset": run.record.dataset["name"],
-        "schedule": experiment.diffusion.schedule,
-        "num_timesteps": str(experiment.diffusion.num_timesteps),
+        **(process if has_process(experiment) else {}),
         "imported_from": run.record.imported_from,
         "code_version": run.record.code_version,
         "checkpoints": str(run.checkpoints),

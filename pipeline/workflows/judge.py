@@ -12,7 +12,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
 from pipeline.ingest.ingest import ensure_ingested, ingest_options
 from pipeline.metrics.judge import Judge, judge_of
-from pipeline.metrics.metric_identity import TRAIN
+from pipeline.metrics.metric_identity import recorded_split
 from pipeline.settings.config import EvaluationConfig, Experiment
 from pipeline.storage.chunks import Runner, as_it_stands
 from pipeline.storage.home import datasets_dir
@@ -39,7 +39,7 @@ def find_judge(
         open_images(run, "to compare with"),
         asked,
         run.folder.parent.parent,
-        split=split or own_split(experiment_of(run)),
+        split=own_split(experiment_of(run)) if split is None else recorded_split(split),
         against=None if split is None else open_split(run, split, console),
         download=download,
         device=device,
@@ -61,7 +61,7 @@ def open_images(run: Run, purpose: str) -> Dataset:
 
 def own_split(experiment: Experiment) -> str:
     """Return which part of their source the images of an experiment are."""
-    return experiment.data.split or TRAIN
+    return recorded_split(experiment.data.split)
 
 
 def open_split(run: Run, split: str, console: Console) -> Dataset:

@@ -15,6 +15,7 @@ from pipeline.exchange.export import Format as ExportFormat
 from pipeline.exchange.export import export_run
 from pipeline.redaction import public_uri
 from pipeline.settings.cluster_profile import home_of, load_profile, storage_of
+from pipeline.signals import Terminated
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
@@ -215,12 +216,13 @@ def to_text(result: dict[str, Any]) -> str:
 
 @contextmanager
 def _kept_when_stopped() -> Iterator[None]:
-    """Tell whoever presses Ctrl-C that nothing is lost."""
+    """Tell whoever presses Ctrl-C or sends SIGTERM that nothing is lost."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         raise InterruptedRunError(
-            "stopped; what was computed so far is kept: the same command goes on from there", 130
+            "stopped; what was computed so far is kept: the same command goes on from there",
+            130 if isinstance(stop, KeyboardInterrupt) else 75,
         ) from None
 
 

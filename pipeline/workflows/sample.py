@@ -59,9 +59,10 @@ class SampleRequest:
             for key, value in asdict(self).items()
             if key in ("sampler", "steps", "spacing", "eta", "guidance_scale", "labels") and value is not None
         }
-        if given.get("sampler") == "ancestral" and experiment.sampling.sampler != "ancestral":
-            given.setdefault("steps", None)  # all T: the experiment's steps are meant for its own sampler
-        sampling = validate(SamplingConfig, {**experiment.sampling.model_dump(), **given}, "sampling")
+        asked = {**experiment.sampling.model_dump(), **given}
+        if asked["sampler"] != experiment.sampling.sampler and self.steps is None:
+            del asked["steps"]  # the experiment's are meant for its own sampler
+        sampling = validate(SamplingConfig, asked, "sampling")
         if self.eta and sampling.sampler != "ddim":
             raise UsageError(f"--eta: got {self.eta:g}, which is ddim's; the sampler is {sampling.sampler!r}")
         check_sampling(experiment, sampling)

@@ -14,6 +14,7 @@ from pipeline.errors import UsageError
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.runs import Run
+from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
 from pipeline.workflows.sample import SampleRequest, identity_of, load_denoiser, new_folder, write_about
 
@@ -41,6 +42,12 @@ def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Pictu
 
 def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
     """Return the request as DDIM can be run backwards: unguided, and with one label for all frames; UsageError where it cannot be."""
+    experiment, labels = experiment_of(run), request.labels
+    if not has_process(experiment):
+        raise UsageError(
+            f"--interpolate: the way between images is a diffusion model's, and run {run.id} is a {experiment.model.type}; "
+            "leave it out, or name a run of a diffusion model"
+        )
     if request.guidance_scale not in (None, 1.0):
         raise UsageError("--guidance: a guided model cannot be run backwards; leave it out with --interpolate")
     if request.sampler not in (None, "ddim") or request.eta:
@@ -53,7 +60,6 @@ def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
         )
     if request.num_images < 2 or request.num_images > MOST_IMAGES:
         raise UsageError(f"--num-images: got {request.num_images}; from one image to another take 2 .. {MOST_IMAGES}")
-    experiment, labels = experiment_of(run), request.labels
     if experiment.model.class_conditional and labels is None:
         if experiment.training.label_dropout == 0:
             raise UsageError(

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.session import require_resources
 from pipeline.cluster.train import run_attempts
 from pipeline.console import Console
-from pipeline.data.labels import class_name, class_names_of
+from pipeline.data.labels import ClassNames, class_name, class_names_of
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, InterruptedRunError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
@@ -27,11 +28,12 @@ from pipeline.settings.config import (
     load_experiment,
     with_overrides,
 )
+from pipeline.signals import Terminated
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.provenance import JOB_VARIABLE, of_submission
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
-from pipeline.sweeps.record import allowance_of, trial_of
+from pipeline.sweeps.record import Trial, allowance_of, trial_of
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
 from pipeline.training.job import Job
@@ -144,6 +146,8 @@ def go_on(
         origin = saved.newest_verified().checkpoint
         if origin is None:
             raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
+        if new.model.class_conditional:
+            _require_same_classes(run, tuple(origin.state().get("class_names", ())), dataset)
         comes_from = origin_of(
             f"run {run.id}", f"from the averaged weights of step {origin.step} of", run.mlflow_run_id
         )
@@ -166,13 +170,18 @@ def go_on(
 
 
 def carry_on(
-    run: Run, console: Console, observe: Observer | None = None, tracking: TrackingSettings | None = None
+    run: Run,
+    console: Console,
+    observe: Observer | None = None,
+    tracking: TrackingSettings | None = None,
+    profile: Profile | None = None,
 ) -> Outcome:
     """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
 
-    `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is.
+    `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is. `profile` is what it
+    takes, if that is not what it was begun with.
     """
-    experiment, profile = experiment_of(run), profile_of(run, None)
+    experiment, profile = experiment_of(run), profile or profile_of(run, None)
     use_variables(profile)
     dataset = _dataset_of(run, profile)
     checked = _plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
@@ -218,9 +227,11 @@ def _carry_out(
         except InterruptedRunError as error:
             _close(run, settings, RunStatus.INTERRUPTED, str(error))
             raise
-        except KeyboardInterrupt:
-            _close(run, settings, RunStatus.INTERRUPTED, "stopped by the user")
-            raise InterruptedRunError(f"stopped; go on with: ddpm-pipe resume {run.id}", 130) from None
+        except (KeyboardInterrupt, Terminated) as stop:
+            by_user = isinstance(stop, KeyboardInterrupt)
+            _close(run, settings, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
+            code = 130 if by_user else 75 if RunCheckpoints(run).committed() else 143
+            raise InterruptedRunError(f"stopped; go on with: ddpm-pipe resume {run.id}", code) from None
         except Exception as error:
             _close(run, settings, RunStatus.FAILED, str(error))
             raise
@@ -249,7 +260,11 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
             **of_submission(),
             "checkpoints": str(run.checkpoints if run.remote is None else run.remote.folder.child("checkpoints")),
         },
-        params={**experiment.flat(), "num_parameters": checked.num_parameters, "num_streams": checked.num_streams},
+        params={
+            **_told_settings(experiment, trial),
+            "num_parameters": checked.num_parameters,
+            "num_streams": checked.num_streams,
+        },
         description=describe(run.record, {}),
         dataset=TrackedDataset(manifest.name, manifest.fingerprint, dataset.location),
     )
@@ -267,6 +282,12 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
 def origin_of(what: str, words: str, mlflow_run_id: str | None) -> dict[str, str]:
     """Return what a run's record says of the run or sweep it comes from; `words` go before its name."""
     return {"what": what, "words": words, "mlflow_run_id": mlflow_run_id or ""}
+
+
+def _told_settings(experiment: Experiment, trial: Trial | None) -> dict[str, Any]:
+    """Return the settings by name; without the number of steps where the clock ends a trial, for none would be true beforehand."""
+    timed = trial is not None and trial.allowance.seconds is not None
+    return {key: value for key, value in experiment.flat().items() if not (timed and key == "training.steps")}
 
 
 def _origin_tags(run: Run) -> dict[str, str]:
@@ -330,6 +351,17 @@ def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, datase
         shape=manifest.shape,
         num_classes=len(class_names),
     )
+
+
+def _require_same_classes(run: Run, known: ClassNames, dataset: Dataset) -> None:
+    """Refuse images whose labels are not the classes that a run's weights know by these numbers (UsageError)."""
+    found = class_names_of(dataset)
+    for number, (old, new) in enumerate(zip_longest(known, found)):
+        if known and old != new:
+            raise UsageError(
+                f"class {number} of run {run.id} is {old!r}, of the images of {dataset.manifest.name} it is {new!r}: its weights "
+                "would take one class for another; give images with its classes in its order, or train a new model on these"
+            )
 
 
 def _dataset_of(run: Run, profile: Profile) -> Dataset:

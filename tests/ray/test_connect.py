@@ -114,6 +114,13 @@ def test_a_training_on_two_workers_is_recorded_on_the_server_and_lives_in_the_st
         assert sampled.code == 0, sampled.stderr
         files[out] = (out / "samples.parquet").read_bytes()
     assert len(set(files.values())) == 1
+    # workers for which there is no room at all are not waited for without end
+    profile = profile_of(cluster, resources_per_worker={"CPU": 3}, forward_env=["THE_KEY"])
+    refused = cli("sample", run.name, "-n", "350", "--cluster", profile, env=environment, timeout_s=120)
+    assert refused.code == 8, refused.stderr
+    (line,) = [line for line in refused.stderr.splitlines() if line.startswith("ddpm-pipe: ")]
+    assert "wants 1 workers with 3 CPUs each; the cluster has 2 of 2 CPUs free on 1 node, which holds 0" in line
+    assert line.endswith("then: the same command")
 
 
 @pytest.mark.parametrize("where", ["store", "dashboard"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -12,14 +13,18 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 
+from pipeline.cluster.gather import gather
 from pipeline.cluster.pool import runner_of
+from pipeline.console import Console
 from pipeline.errors import DataError
 from pipeline.settings.cluster_profile import Profile, Resources
+from pipeline.signals import Signals
 from pipeline.storage.runs import Run
 from pipeline.storage.tensor_file import Arrays
 from tests.conftest import type_here
@@ -122,6 +127,13 @@ def test_an_error_of_ours_while_a_worker_gets_ready_is_raised_as_itself(ray_sess
     settings = Profile(workers=2, resources_per_worker=Resources(CPU=1), threads_per_worker=1)
     with pytest.raises(DataError, match="the images are gone"):
         list(runner_of(settings)(Lacking(), {0: range(1), 1: range(1, 2)}))
+
+
+def test_a_lost_node_that_answers_again_is_taken_back_where_nothing_else_fits(ray_session: Any) -> None:
+    far = Profile(kind="connect", address="auto", storage="/shared", resources_per_worker=Resources(CPU=1))
+    here, said = ray_session.get_runtime_context().get_node_id(), io.StringIO()
+    assert gather([1], far, Console(said), Signals([]), {here}, lambda need, count: None, "the same command") == 1
+    assert "waiting for 1 workers" in said.getvalue()
 
 
 def test_files_are_the_same_from_one_two_and_four_workers(

@@ -82,6 +82,15 @@ def test_the_table_is_the_same_for_people_and_programs(tmp_path: Path):
         assert np.asarray(picture).std() > 10
 
 
+def test_a_spread_is_named_for_what_it_is():
+    error = Spread(0.02, "100 images (standard error)", standard_error=0.02)
+    over_seeds = Spread(0.1, "3 seeds", (1.0, 2.0), 0.06)
+    point = Point({"steps": 5}, 5, {"bits_per_dim": 3.0, "fid": 1.0}, {"bits_per_dim": error, "fid": over_seeds})
+    (row,) = Grid(["steps"], [point], {}).rows()
+    assert (row["bits_per_dim_se"], row["fid_std"]) == (0.02, 0.1)
+    assert "bits_per_dim_std" not in row
+
+
 @pytest.fixture
 def trained(home: Path) -> Run:
     made = trainer.make_run(

@@ -13,8 +13,10 @@ from ddpm import BetaSchedule, timestep_subset
 from pipeline.errors import UsageError
 from pipeline.sampling.generation import usual_generation
 from pipeline.settings.combinations import check_sampling, check_training
-from pipeline.settings.config import Experiment, experiment_from, load_experiment
+from pipeline.settings.config import Experiment, experiment_from, load_experiment, with_overrides
 from pipeline.storage.runs import Run
+from pipeline.workflows.evaluate import ScoreRequest
+from pipeline.workflows.grid import parse_grid
 from pipeline.workflows.sample import SampleRequest
 from tests.pipeline.training import trainer
 
@@ -113,6 +115,28 @@ def test_ancestral_takes_all_steps_unless_told_otherwise_in_a_file_as_on_the_com
 def test_naming_the_runs_own_sampler_leaves_its_steps() -> None:
     own = experiment(sampling={"sampler": "ancestral", "steps": 250}, diffusion={"variance": "fixed_small"})
     assert SampleRequest(sampler="ancestral").settings(own) == SampleRequest().settings(own)
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "steps"),
+    [
+        ({"sampler": "ancestral"}, "ddim", 50),  # all T, as an imported run has it
+        ({"sampler": "ancestral", "steps": 1000}, "dpm_solver", 50),  # as the ddpm-* presets
+        ({"sampler": "ddim", "steps": 20}, "ancestral", None),
+    ],
+)
+def test_another_sampler_does_not_take_the_steps_of_the_runs_own(
+    own: dict[str, Any], other: str, steps: int | None, tmp_path: Path
+) -> None:
+    run = experiment(sampling=own)
+    assert SampleRequest(sampler=other).settings(run)[0].steps == steps
+    assert [p.settings(run)[0].steps for p in parse_grid(f"sampler={other}", ScoreRequest())[1]] == [steps]
+    assert with_overrides(run, [f"sampling.sampler={other}"]).sampling.steps == steps
+    assert load(tmp_path, json.dumps({"sampling": own}), f"sampling.sampler={other}").sampling.steps == steps
+    for told in ([f"sampling.sampler={other}", "sampling.steps=7"], [f"sampling={{sampler: {other}, steps: 7}}"]):
+        assert with_overrides(run, told).sampling.steps == 7
+    assert with_overrides(run, [f"sampling.sampler={run.sampling.sampler}"]) == run
+    assert with_overrides(run, [f"sampling.sampler={other}"]).hash() == run.hash()
 
 
 # A setting that nothing reads

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,18 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from pipeline.console import Console
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
-from pipeline.metrics.fid import frechet_distance
-from pipeline.metrics.scores import read_scores
+from pipeline.metrics.fid import Moments, frechet_distance
+from pipeline.metrics.metric_identity import recorded_split
+from pipeline.metrics.scores import MOMENTS_FILE
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import experiment_from
 from pipeline.storage.runs import Run
 from pipeline.storage.runs_table import headline, with_newest
+from pipeline.storage.tensor_file import unpack
+from pipeline.tracking.tracker import TrackingSettings
+from pipeline.workflows.conclude import conclude
 from tests.pipeline.data.made_data import write_parquet
 from tests.pipeline.training import trainer
 
@@ -73,13 +79,14 @@ def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
     assert (summary[fid], summary[bits]) == (own["values"][fid], own["values"][bits])
     assert own["identities"][fid]["split"] == own["identities"][bits]["split"] == "train"
 
-    other = evaluate("--metrics", "fid,bpd", "--split", "test")
+    other = evaluate("--metrics", "fid,bpd", "--split", "Test")  # which is taken for what it is recorded as
     of_test = ensure_ingested(str(home / "source"), IngestOptions(split="test"), home / "datasets").manifest.fingerprint
     for key in (fid, "bits_per_dim_test_n130"):
         identity = other["identities"][key]
         assert (identity["split"], identity["dataset"]) == ("test", of_test)
-    moments = [read_scores(Path(told["written"][0]).parent) for told in (own, other)]
-    assert frechet_distance(moments[1].reference, moments[0].generated) == pytest.approx(other["values"][fid], rel=1e-9)
+    kept = [unpack((Path(told["written"][0]).parent / MOMENTS_FILE).read_bytes())[1] for told in (own, other)]
+    reference, generated = Moments.from_arrays(kept[1], "reference"), Moments.from_arrays(kept[0], "generated")
+    assert frechet_distance(reference, generated) == pytest.approx(other["values"][fid], rel=1e-9)
     assert other["values"][fid] != own["values"][fid]
     summary = trained.state().summary
     apart = f"{fid}/ddim2_eta0_ema_seed0_against_test"
@@ -98,6 +105,33 @@ def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
     assert summary[bits] == own["values"][bits]
     assert (summary[f"{bits}/raw_seed0"], summary[f"{bits}/ema_seed3"]) == (raw, noise)
     assert len({own["values"][bits], raw, noise}) == 3
+
+
+def test_a_split_is_recorded_by_the_name_of_what_is_taken() -> None:
+    assert recorded_split("val") == recorded_split("dev") == recorded_split("validation") == "validation"
+    assert (recorded_split(None), recorded_split("all"), recorded_split("training")) == ("train", "all", "train")
+
+
+def test_a_setting_that_does_not_fit_costs_a_finished_training_its_scores_alone(home: Path) -> None:
+    run = trainer.make_run(
+        home,
+        training={"steps": 2, "batch_size": 16},
+        sampling={"steps": 2},
+        diffusion={"num_timesteps": 5, "schedule": "cosine"},
+        evaluation={"num_images": 130, "kid_subset_size": 1000, "metrics": ["fid", "kid", "bpd"]},
+    )
+    trainer.train(str(run.folder))
+    ended = conclude(run, Profile(threads_per_worker=1), TrackingSettings.resolve(home), Console(io.StringIO()))
+    assert "evaluation.kid_subset_size: got 1000, more than the 130 images" in ended.skipped
+    assert f"ddpm-pipe evaluate {run.id} --metrics fid" in ended.to_text()
+    assert not (run.folder / "features").exists()  # refused before any image was generated
+    assert ended.found is not None
+    assert (ended.found.scored, ended.found.measured is None) == (
+        None,
+        False,
+    )  # bits/dim were asked for, and can be had
+    assert all(path.is_file() for path in ended.pictures.values())
+    assert (run.folder / "model").is_dir()
 
 
 def test_a_figure_that_is_measured_again_is_the_newest() -> None:

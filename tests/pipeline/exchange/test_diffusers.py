@@ -293,9 +293,14 @@ def test_averaged_weights_beside_the_others_are_the_averaged_weights(tmp_path: P
         (SCHEDULER, {"clip_sample_range": 4.0}, "clip_sample_range"),
         (SCHEDULER, {"beta_schedule": "laplace"}, "laplace"),
         (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas"),
+        (SCHEDULER, {"variance_type": []}, "variance_type"),
+        (SCHEDULER, {"prediction_type": ["epsilon"]}, "prediction_type"),
+        (SCHEDULER, {"beta_end": 10**400}, "not numbers"),
+        (SCHEDULER, {"beta_end": 10**25}, "betas"),
+        (SCHEDULER, {"trained_betas": [10**400] * 1000}, "trained_betas"),
         (SCHEDULER, {"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
     ],
-    ids=lambda value: "-".join(map(str, value.items())) if isinstance(value, dict) else None,
+    ids=lambda value: "-".join(map(str, value.items()))[:60] if isinstance(value, dict) else None,
 )
 def test_what_has_no_equal_here_is_refused_with_the_reason(
     file: str, changes: dict[str, Any], reason: str, tmp_path: Path

@@ -14,11 +14,13 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline.errors import CheckpointError
 from pipeline.exchange import export_onnx
 from pipeline.exchange.diffusers_folder import write_pipeline
 from pipeline.settings.config import DataConfig
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.training.trained import Trained, experiment_of
+from pipeline.workflows.import_run import read_folder
 from tests.pipeline.exchange.models import IDDPM, made
 from tests.pipeline.exchange.test_foreign_tensors import Canary
 
@@ -131,6 +133,38 @@ def test_a_folder_that_is_not_to_be_taken_ends_with_4_and_leaves_no_run(
     assert not (home / "runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("model", {"num_res_blocks": 10**9}),
+        ("model", {"channel_multipliers": [1] * 1000}),
+        ("model", {"channels": 10**7}),
+        ("model", {"norm_groups": 10**400}),
+        ("diffusion", {"num_timesteps": 10**12}),
+    ],
+)
+def test_an_experiment_that_asks_for_too_much_is_refused_before_it_is_built(
+    section: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    made(num_timesteps=50).save(tmp_path / "own")
+    file = tmp_path / "own" / "experiment.json"
+    about = json.loads(file.read_text())
+    about["experiment"][section] |= changes
+    file.write_text(json.dumps(about))
+    with pytest.raises(CheckpointError, match=f"{section}.{next(iter(changes))}.*: got .*, expected at most") as told:
+        read_folder(tmp_path / "own", "own")
+    assert "\n" not in str(told.value)
+
+
+def test_a_network_larger_than_the_memory_is_refused_by_its_file(home: Path, pipeline: Path) -> None:
+    """Its numbers would need half a terabyte; the file has none of them."""
+    config = pipeline / "unet" / "config.json"
+    wide = {"block_out_channels": [4096, 4096], "layers_per_block": 32}
+    config.write_text(json.dumps(json.loads(config.read_text()) | wide))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ more"):
+        read_folder(pipeline, "wide")
+
+
 def test_images_of_another_shape_are_told_and_how_to_make_them(typed: Typed, home: Path) -> None:
     write_pipeline(made(shape=(3, 16, 8), num_timesteps=50, model={"attention_resolutions": [8]}), home / "tall")
     code, _, err = typed("import", "tall", "--data", "digits")
@@ -148,15 +182,18 @@ def test_images_of_classes_that_a_model_does_not_know_are_told(typed: Typed, hom
 
 
 def test_of_its_images_an_imported_run_says_what_was_given_here(typed: Typed, home: Path) -> None:
-    """What the exporter's run said of its own images would make another set of ours."""
+    """What the exporter's run said of its own images would make another set of ours; a place that it names is not opened."""
     own = made(num_timesteps=50)
     data = own.experiment.data.model_copy(
         update={"source": "their/photos", "split": "validation", "image_size": 8, "mode": "L"}
     )
-    replace(own, experiment=own.experiment.model_copy(update={"data": data})).save(home / "own")
+    evaluation = own.experiment.evaluation.model_copy(update={"inception_weights": "/dev/zero", "num_images": 77})
+    theirs = own.experiment.model_copy(update={"data": data, "evaluation": evaluation})
+    replace(own, experiment=theirs).save(home / "own")
     assert typed("import", "own", "--data", "digits")[0] == 0
     experiment = experiment_of(Run.find(home, "latest"))
     assert experiment.data == DataConfig(source="digits")
+    assert (experiment.evaluation.inception_weights, experiment.evaluation.num_images) == (None, 77)
     assert experiment.model == own.experiment.model
 
 

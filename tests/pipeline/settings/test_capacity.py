@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cluster.session import require_resources
 from pipeline.errors import ClusterError, UsageError
-from pipeline.planning.capacity import Growth, Node, fitting_counts, largest, room, shortage
+from pipeline.planning.capacity import Growth, Node, fitting_counts, largest, room, shortage, whole_gpus
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, experiment_from
 from pipeline.settings.yaml_files import validate
@@ -86,6 +86,31 @@ def test_workers_fit_on_single_nodes_not_on_their_sum() -> None:
     assert room(nodes, {"CPU": 2, "GPU": 1}, "pack") == 0
     assert room([node("d", 64, gpus=8)], {"CPU": 2, "GPU": 1}, "pack") == 8  # the scarcer resource decides
     assert room([node("e", 0.3)], {"CPU": 0.1}, "pack") == 3  # in floating point 0.3 / 0.1 is below 3
+
+
+@pytest.mark.parametrize(
+    ("share", "gpus", "fitting"),
+    [
+        (0.6, 8, 8),  # one on each, though all the shares together are 4.8 of 8
+        (0.5, 2, 4),
+        (0.3, 2, 6),
+        (0.1, 1, 10),
+        (0.6, 7.4, 7),  # of eight, one of which has a worker
+        (0.4, 1.5, 3),
+        (1, 8, 8),
+        (2, 7, 3),
+    ],
+)
+def test_a_share_of_a_gpu_is_never_put_together_from_several(share: float, gpus: float, fitting: int) -> None:
+    assert room([node("a", 64, gpus=gpus)], {"CPU": 1, "GPU": share}, "pack") == fitting
+
+
+@pytest.mark.parametrize(
+    ("workers", "share", "gpus"),
+    [(1, 0.5, 1), (2, 0.5, 1), (3, 0.5, 2), (3, 0.6, 3), (13, 0.6, 13), (10, 0.1, 1), (3, 2, 6), (4, 0, 0)],
+)
+def test_ray_is_given_as_many_whole_gpus_as_the_workers_need(workers: int, share: float, gpus: int) -> None:
+    assert whole_gpus(workers, share) == gpus
 
 
 def test_the_largest_count_that_fits_is_taken() -> None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import re
+import sys
+import tempfile
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline.cluster.join import store_address
 from pipeline.data.manifest import Manifest
+from pipeline.doctor import checks as doctor_checks
+from pipeline.doctor import node_checks, request
 from pipeline.doctor import verdicts as checks
 from pipeline.doctor.doctor import require_healthy
 from pipeline.doctor.limited_checks import begin
@@ -22,10 +31,8 @@ HERE = {"ddpm-pipe": "0.1.0", "python": "3.11.7", "ray": "2.60.0", "torch": "2.1
 GB = 10**9
 
 
-def facts(
-    name: str = "a", *, memory: int = 64 * GB, disk: int = 100 * GB, load: float = 0.1, **versions: str
-) -> NodeFacts:
-    return NodeFacts(name, HERE | versions, memory, {"/tmp": disk}, load)
+def facts(name: str = "a", *, memory: int = 64 * GB, load: float = 0.1, **versions: str) -> NodeFacts:
+    return NodeFacts(name, HERE | versions, memory, load)
 
 
 def node(name: str, cpus: float, *, free: float | None = None, gpus: float = 0) -> Node:
@@ -64,7 +71,7 @@ def test_versions(versions, verdict, told):
 
 
 def test_a_package_that_a_node_lacks_is_red():
-    lacking = NodeFacts("b", {k: v for k, v in HERE.items() if k != "torch"}, GB, {"/": GB})
+    lacking = NodeFacts("b", {k: v for k, v in HERE.items() if k != "torch"}, GB)
     assert "torch missing on b" in checks.judge_versions(HERE, [lacking]).says
 
 
@@ -135,7 +142,7 @@ def test_clocks(skews, verdict, told):
     ],
 )
 def test_disk(free, checkpoint, verdict):
-    finding = checks.judge_disk([facts("a", disk=1000 * GB), facts("b", disk=free)], checkpoint, keep=2)
+    finding = checks.judge_disk({"a": {"/tmp": 1000 * GB}, "b": {"/tmp": free}}, checkpoint, keep=2)
     assert finding.verdict is verdict
     assert "on b" in finding.says
 
@@ -195,8 +202,6 @@ def test_all_reduce(right, backend, seconds, verdict):
 
 
 def test_a_check_that_hangs_or_fails_is_red():
-    import threading
-
     never = threading.Event()
     hanging = begin("x", lambda: checks.green("x", str(never.wait())), 0.2)()
     never.set()
@@ -210,9 +215,64 @@ def test_a_check_that_hangs_or_fails_is_red():
     assert begin("x", lambda: 1 / 0, 5.0)().says == "ZeroDivisionError: division by zero"  # type: ignore[arg-type, return-value]
 
 
+def test_looks_at_a_storage_that_hangs_hold_nothing_up(tmp_path, monkeypatch):
+    dead, never = tmp_path / "dead", threading.Event()
+
+    def hanging(look):
+        return lambda path: never.wait() if Path(path).is_relative_to(dead) else look(path)
+
+    dead.mkdir()
+    monkeypatch.setenv("DDPM_PIPE_HOME", str(dead))
+    monkeypatch.setattr(request, "LOOK_S", 0.3)
+    monkeypatch.setattr(doctor_checks, "REMOVE_S", 0.3)
+    for place, name in ((os.path, "isdir"), (Path, "is_file"), (Path, "is_dir")):
+        monkeypatch.setattr(place, name, hanging(getattr(place, name)))
+    try:
+        examination = request.examination_of("local", str(dead / "data"), "digits")
+        assert examination.shape == request.USUAL_SHAPE  # since that of the images was not to be had
+        with doctor_checks.storage_left_as_it_was(examination):
+            examination.storage_is_tried = True
+        assert node_checks.facts("here").free_memory_bytes > 0
+    finally:
+        never.set()
+    assert dead.exists()  # where it is not known what was there before, nothing is taken away
+
+
+def test_free_space_is_told_of_each_place_by_the_nearest_folder_that_is_there(tmp_path):
+    wanted = str(tmp_path / "not" / "there")
+    assert node_checks.free_bytes((wanted,)).keys() == {wanted, tempfile.gettempdir()}
+
+
 def test_only_red_is_refused():
     calm = [checks.green("a", ""), checks.yellow("b", "", "r"), checks.skipped("c", "")]
     require_healthy(calm)
     with pytest.raises(RefusedError, match=r"1 of 4 checks are red \(d\)") as refused:
         require_healthy([*calm, checks.red("d", "x", "y")])
     assert refused.value.exit_code == 10
+
+
+@pytest.mark.parametrize(
+    ("variables", "place"),
+    [
+        (["RAY_TMPDIR"], "RAY_TMPDIR"),
+        (["RAY_TMPDIR", "TMPDIR"], "RAY_TMPDIR"),
+        pytest.param(
+            ["TMPDIR"],
+            "TMPDIR",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="Ray reads it on Linux alone"),
+        ),
+    ],
+)
+def test_the_cluster_of_this_machine_is_looked_for_where_ray_would_have_told_of_it(
+    variables: list[str], place: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in variables:
+        monkeypatch.setenv(name, str(tmp_path / name))
+    told = tmp_path / place / "ray" / "ray_current_cluster"
+    with pytest.raises(ClusterError, match=re.escape(f"no {told}, no RAY_ADDRESS")):
+        store_address(profile(1))
+    told.parent.mkdir(parents=True)
+    told.write_text("10.0.0.4:6379\n")
+    assert store_address(profile(1)) == "10.0.0.4:6379"

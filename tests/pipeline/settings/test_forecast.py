@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,14 +92,20 @@ def test_the_sooner_of_steps_and_minutes_saves():
     assert (saving.count, saving.interval_s) == (1, pytest.approx(1280.0))  # the last step always
 
 
-def test_sampling_for_scores_is_counted_in():
-    """10,000 images of 50 calls, a third of a training step's arithmetic each, on 4 workers; guidance calls the network twice."""
-    plain = forecast(plan(gpus(4), num_workers=4), probe(), 8).sampling_s
+def test_scoring_is_counted_in_by_what_is_scored():
+    """10,000 images of 50 calls, a third of a training step's arithmetic each, on 4 workers; guidance calls the network twice.
+
+    For bits/dim no image is generated, but each of 50,000 is measured at each of T = 1000.
+    """
+    plain = forecast(plan(gpus(4), num_workers=4), probe(), 8).scoring_s
     assert plain == pytest.approx(10_000 * 50 * 0.01 / 3 / 4)
     guided = plan(gpus(4), num_workers=4, sampling={"guidance_scale": 2.0}, model={"class_conditional": True},
                   training={"label_dropout": 0.1})  # fmt: skip
-    assert forecast(guided, probe(), 8).sampling_s == pytest.approx(2 * plain)
-    assert forecast(plan(evaluation={"enabled": False}), probe()).sampling_s == 0
+    assert forecast(guided, probe(), 8).scoring_s == pytest.approx(2 * plain)
+    assert forecast(plan(evaluation={"enabled": False}), probe()).scoring_s == 0
+    for metrics, generated in ((["bpd"], 0), (["fid", "bpd"], 10_000 * 50)):
+        asked = plan(evaluation={"metrics": metrics})
+        assert forecast(asked, probe()).scoring_s == pytest.approx((generated + 50_000 * 1000) * 0.01 / 3)
 
 
 @pytest.mark.parametrize(
@@ -207,6 +214,21 @@ def test_the_probe_times_real_steps_and_leaves_nothing(tmp_path, monkeypatch):
     assert seen.checkpoint_s > 0
     assert torch.get_num_threads() == threads
     assert not storage.exists()
+
+
+def test_the_probe_writes_its_checkpoint_where_the_node_can(tmp_path, monkeypatch):
+    (tmp_path / "quick_network.py").write_text(SLEEPY.replace("0.02", "0.0"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    elsewhere = Path("/proc/home")  # the driver's: no folder can be made on this node
+    experiment = experiment_from(
+        {"model": {"type": "quick_network:Sleepy"}, "training": {"batch_size": 2}, "evaluation": {"enabled": False}}
+    )
+    for storage, measured in (("s3://bucket/ddpm", True), ("/proc/home", False)):
+        profile = Profile(kind="connect", address="auto", storage=storage, resources_per_worker={"CPU": 1})
+        seen = probe_training(experiment, (1, 4, 4), profile, 1, budget_s=0.2, folder=elsewhere)
+        assert (seen.checkpoint_s is not None) == measured
+    assert not list(tmp_path.glob("ddpm-pipe-*/runs/.ddpm-probe-*"))
 
 
 def test_a_dry_run_without_a_probe_says_so():

@@ -25,7 +25,7 @@ from pipeline.jobs.submit import ENTRY
 SENT = ["own.py", "net/deep.py", "conf/a b.yaml", "secrets.py", "notes.md", "runs.py"]
 KEPT = [
     *(
-        ".git/config",
+        ".hg/store",
         "net/__pycache__/deep.pyc",
         ".venv/bin/python",
         ".mypy_cache/x",
@@ -51,6 +51,7 @@ KEPT = [
         ".aws/credentials",
         "gcp-credentials.json",
     ),
+    *(".ENV", "Credentials.json", "ID_RSA", "data/DSC0001.JPG", "Backup.Zip"),
     *(".netrc", "auth_token", "my-secret.yaml", "kubeconfig", ".kube/config", "terraform.tfstate", ".pypirc"),
 ]
 
@@ -87,13 +88,47 @@ def test_links_that_lead_out_of_the_folder_are_not_followed(folder, tmp_path):
 
 def test_what_git_ignores_stays(folder):
     (folder / ".gitignore").write_text("net/\n")
-    for name in [".git/config"]:
-        (folder / name).unlink()
-    (folder / ".git").rmdir()
-    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    git(folder, "init", "-q")
     package, _ = packing.working_folder(folder, ())
-    assert "own.py" in package.files
-    assert "net/deep.py" not in package.files
+    assert sorted(package.files) == sorted({*SENT, ".gitignore"} - {"net/deep.py"})
+
+
+def failing_git(monkeypatch: pytest.MonkeyPatch, places: Path, script: str) -> None:
+    """Put a git first on PATH that is a shell script."""
+    places.mkdir()
+    (places / "git").write_text(f"#!/bin/sh\n{script}\n")
+    (places / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{places}:/usr/bin:/bin")
+
+
+@pytest.mark.parametrize("below", ["", "net"])
+@pytest.mark.parametrize("trouble", ["another's", "slow", "missing"])
+def test_where_git_fails_in_a_checkout_nothing_is_sent(folder, tmp_path, monkeypatch, trouble, below):
+    git(folder, "init", "-q")
+    if trouble == "another's":
+        monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+        said = "dubious ownership"
+    elif trouble == "slow":
+        monkeypatch.setattr(packing, "GIT_S", 0.2)
+        failing_git(monkeypatch, tmp_path / "slow", "exec sleep 20")
+        said = r"no answer within 0\.2 s"
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+        said = "No such file or directory"
+    with pytest.raises(UsageError, match=rf"^\S+ is in a git checkout.*{said}.*; make `git status` work there"):
+        packing.working_folder(folder / below, ())
+    packing.working_folder(folder, (), whole=False)  # which asks nothing of git
+
+
+def test_without_a_checkout_a_git_that_fails_is_not_needed(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path / "nowhere"))
+    assert sorted(packing.working_folder(folder, ())[0].files) == sorted(SENT)
+
+
+def test_a_folder_of_a_checkout_whose_files_are_all_ignored_sends_none_of_them(folder):
+    git(folder, "init", "-q")
+    (folder / ".gitignore").write_text("deep.py\n")
+    assert packing.working_folder(folder / "net", ())[0].files == {}
 
 
 def git(folder: Path, *words: str) -> None:
@@ -102,9 +137,6 @@ def git(folder: Path, *words: str) -> None:
 
 
 def test_a_folder_that_the_checkout_around_it_ignores_travels_as_one_without_a_checkout(folder):
-    for name in [".git/config"]:
-        (folder / name).unlink()
-    (folder / ".git").rmdir()
     git(folder.parent, "init", "-q")
     (folder.parent / ".gitignore").write_text("mine/\n")
     package, _ = packing.working_folder(folder, ())
@@ -155,6 +187,33 @@ def test_a_module_of_which_nothing_would_be_sent_is_refused(tmp_path):
     (module / "table.npz").write_bytes(b"x")
     with pytest.raises(UsageError, match=r"nothing of '.*tables' in .* would be sent"):
         packing.code([str(module)])
+
+
+def test_a_network_that_does_not_travel_with_the_folder_is_sent_on_its_own(folder, monkeypatch):
+    git(folder, "init", "-q")
+    (folder / ".gitignore").write_text("ignored_net/\n")
+    site = folder / ".venv" / "lib" / "site-packages"
+    for name in ("installed_net/__init__.py", "installed_net/deep.py", "one_file_net.py"):
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("x = 1\n")
+    for name in ("own_net/__init__.py", "ignored_net/__init__.py", "src/below_net.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.syspath_prepend(str(folder / "src"))
+    sent, _ = packing.working_folder(folder, ())
+
+    def files_of(module: str) -> set[str]:
+        place = packing.own_module(module, folder, sent)
+        code = packing.code([] if place is None else [place])
+        return {name for name in code.files if name.partition("/")[0] not in ("ddpm", "pipeline")}
+
+    assert files_of("installed_net.deep") == {"installed_net/__init__.py", "installed_net/deep.py"}
+    assert files_of("one_file_net") == {"one_file_net.py"}
+    assert files_of("ignored_net") == {"ignored_net/__init__.py"}
+    assert files_of("below_net") == {"below_net.py"}  # a job looks into the folder, not below it
+    assert packing.own_module("own_net", folder, sent) is None
+    assert packing.own_module("no_such_net", folder, sent) is None
 
 
 def test_named_files_travel_wherever_they_stand(folder, tmp_path):

@@ -32,7 +32,6 @@ def test_what_is_written_is_read_back_listed_and_removed(bucket, tmp_path):
     folder.delete_all("deep")
     assert [entry.name for entry in folder.objects()] == ["large"]
     assert RemoteFolder(folder.uri).read("large") == large.read_bytes()
-    folder.require_writable()
 
 
 def test_a_small_object_is_one_request(bucket, object_store):
@@ -66,7 +65,7 @@ def test_a_store_that_stays_away_is_told_in_one_line(bucket, object_store):
 
 def test_a_bucket_that_is_not_there_is_told(object_store):
     with pytest.raises(StorageError, match=r"NO_SUCH_BUCKET.*make the bucket"):
-        RemoteFolder("s3://nobody-made-this/runs").require_writable()
+        RemoteFolder("s3://nobody-made-this/runs").write("x", b"")
 
 
 @pytest.mark.parametrize(

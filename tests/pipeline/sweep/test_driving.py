@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,18 +24,21 @@ from pipeline.sampling.generation import usual_generation
 from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.settings.config import load_experiment
 from pipeline.settings.presets import find
-from pipeline.storage.runs import Run
+from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.config import plain_base, sweep_from, trial_experiment
-from pipeline.sweeps.driver import Room
+from pipeline.sweeps.driver import Room, trials_left
 from pipeline.sweeps.folder import SECONDS, SweepFolder
 from pipeline.sweeps.halving import Halving
+from pipeline.sweeps.plan import Request, make_sweep_plan
+from pipeline.sweeps.points import title
 from pipeline.sweeps.record import Trial
 from pipeline.sweeps.search import Listed, Next, Trials
-from pipeline.sweeps.trial import ForTrials
-from pipeline.sweeps.tune import Work
+from pipeline.sweeps.trial import VERDICT_FILE, ForTrials, carry_out, condemn
+from pipeline.sweeps.tune import Work, _scheduler
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.device import sampling_compute
 from pipeline.training.judgements import FILE, note, values_by_rung
+from tests.pipeline.sweep.swept_entries import entry
 
 POINTS = [{"diffusion.schedule": name} for name in ("linear", "cosine", "sigmoid")]
 
@@ -46,27 +52,34 @@ def folder(tmp_path: Path) -> SweepFolder:
     return SweepFolder.create(tmp_path, sweep, base, base, about, Profile().to_dict(), ["ddpm-pipe", "sweep"])
 
 
-def work_of(folder: SweepFolder, room: int, halving: Halving | None = None) -> tuple[Work, io.StringIO]:
-    def begin(following: Next) -> tuple[str, Run]:
-        key = str(following.point["diffusion.schedule"])
-        experiment = trial_experiment(folder.sweep, folder.base, following.point, following.seed)
-        trial = Trial(folder.id, key, following.point, key, following.seed)
-        run = Run.create(
-            folder.folder.parent.parent,
-            name=key,
-            experiment=experiment.to_dict(),
-            config_hash=experiment.hash(),
-            dataset=folder.record.dataset,
-            profile={},
-            command=["ddpm-pipe", "train"],
-            trial=trial.to_json(),
-        )
-        return key, run
+def for_trials(profile: Profile) -> ForTrials:
+    return ForTrials("fid", {}, (), TrackingSettings("sqlite:///nowhere.db"), ".", {}, profile)
 
-    said = io.StringIO()
-    for_trials = ForTrials("fid", {}, (), TrackingSettings("sqlite:///nowhere.db"), ".", {})
-    trials = Trials(folder.sweep, Listed(POINTS))
-    return Work(folder, for_trials, trials, begin, Console(said), halving, 3, lambda: room), said
+
+def key_of(following: Next) -> str:
+    return title(following.point)
+
+
+def begun(folder: SweepFolder, following: Next, dataset: dict[str, Any] | None = None) -> Run:
+    key = key_of(following)
+    experiment = trial_experiment(folder.sweep, folder.base, following.point, following.seed)
+    trial = Trial(folder.id, key, following.point, key, following.seed)
+    return Run.create(
+        folder.folder.parent.parent,
+        name=key,
+        experiment=experiment.to_dict(),
+        config_hash=experiment.hash(),
+        dataset=dataset or folder.record.dataset,
+        profile={},
+        command=["ddpm-pipe", "train"],
+        trial=trial.to_json(),
+    )
+
+
+def work_of(folder: SweepFolder, room: int, halving: Halving | None = None) -> tuple[Work, io.StringIO]:
+    said, trials = io.StringIO(), Trials(folder.sweep, Listed(POINTS))
+    begin = partial(begun, folder)
+    return Work(folder, for_trials(Profile()), trials, key_of, begin, Console(said), halving, 3, lambda: room), said
 
 
 def test_no_more_trials_are_begun_than_there_is_room_for(folder: SweepFolder) -> None:
@@ -76,6 +89,77 @@ def test_no_more_trials_are_begun_than_there_is_room_for(folder: SweepFolder) ->
     assert work.suggest("c") is None  # wait
     work.room = lambda: 3  # the cluster has grown
     assert isinstance(work.suggest("c"), Run)
+
+
+def test_no_folder_is_made_for_a_finished_trial_whose_own_is_gone(folder: SweepFolder) -> None:
+    work, _ = work_of(folder, room=3)
+    folder.ledger.append(replace(entry(POINTS[0], 0, 1.0), key="linear"))
+    folder.ledger.append(replace(entry(POINTS[1], 0, None), key="cosine"))
+    run = work.suggest("a")
+    assert isinstance(run, Run)
+    assert [found.record.name for found in Run.all(folder.folder.parent.parent)] == ["cosine"]  # it failed
+
+
+def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_begun_with(
+    folder: SweepFolder, tmp_path: Path
+) -> None:
+    location = ensure_ingested("digits", IngestOptions(), tmp_path / "datasets").location
+    about = {"path": location, "fingerprint": Dataset.open(location).manifest.fingerprint, "name": "digits"}
+    run = begun(folder, Next(POINTS[0], 0), about)
+    told: list[dict[str, Any]] = []
+    carry_out(run, for_trials(Profile(workers=5)), told.append)  # of a record that has one worker
+    (end,) = told
+    assert end["status"] == "failed"
+    assert "workers: got 5, which does not divide" in end["reason"]
+
+
+def test_a_trial_that_was_told_to_stop_early_is_not_gone_on_with_by_the_next_driver(folder: SweepFolder) -> None:
+    run = begun(folder, Next(POINTS[0], 0))
+    condemn(run, 0.5)
+    run.update(status=RunStatus.INTERRUPTED, step=50)  # its driver was killed before the ledger had it
+    told: list[dict[str, Any]] = []
+    carry_out(run, for_trials(Profile()), told.append)
+    assert told == [{"status": "stopped"}]
+    state = run.state()
+    assert (state.status, state.step) == (RunStatus.KILLED, 50)
+    assert state.reason == "stopped early at step 50: others were better by then"
+
+
+@pytest.mark.ray
+def test_a_verdict_is_kept_as_it_is_made(folder: SweepFolder, ray_session: Any) -> None:
+    work, _ = work_of(folder, room=3, halving=Halving(3))
+    good, bad = work.suggest("a"), work.suggest("b")
+    assert isinstance(good, Run)
+    assert isinstance(bad, Run)
+    scheduler = _scheduler(work)
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        shown = {"rung": 0.5, "value": value, "board": "nobody"}
+        assert scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), shown) == "CONTINUE"
+    assert not (good.folder / VERDICT_FILE).exists()
+    assert (bad.folder / VERDICT_FILE).is_file()
+
+
+def test_tpe_goes_on_first_with_what_an_earlier_driver_left(tmp_path: Path) -> None:
+    space = {"training.learning_rate": {"log": [1e-4, 1e-2]}}
+    sweep = sweep_from({"space": space, "budget": {"steps": 10}, "search": "tpe", "num_points": 5})
+    base, about = plain_base(sweep), {"path": "", "fingerprint": "images", "name": "digits"}
+    folder = SweepFolder.create(tmp_path, sweep, base, base, about, Profile().to_dict(), ["ddpm-pipe", "sweep"])
+    failed, saved, done = ({"training.learning_rate": rate} for rate in (1e-3, 2e-3, 3e-3))
+    begun(folder, Next(failed, 0))
+    begun(folder, Next(saved, 0))
+    folder.ledger.append(entry(failed, 0, None))
+    folder.ledger.append(entry(done, 0, 1.0))
+    asked = Request(sweep, base, Profile())
+    plan = make_sweep_plan(asked, "here", 1797, (1, 8, 8))
+    trials = trials_left(asked, plan, folder.ledger.entries(), folder.trials())
+    assert trials.has_next()
+    found = []
+    while isinstance(following := trials.next(), Next):
+        found.append(following.point)
+        trials.ended(following, "finished", 1.0, {})
+    assert found[:2] == [failed, saved]
+    assert len(found) == 4  # and two more are drawn, of five
+    assert done not in found
 
 
 @pytest.mark.ray

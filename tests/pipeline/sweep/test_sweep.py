@@ -22,7 +22,7 @@ from pipeline.sweeps.config import Axis, Sweep, base_experiment, load_sweep, swe
 from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.plan import max_concurrent
-from pipeline.sweeps.points import active, check, grid, key_of, title
+from pipeline.sweeps.points import MAX_DRAWS, active, check, grid, key_of, title
 from pipeline.sweeps.search import DONE, TPE, Listed, Next, Trials
 from tests.pipeline.sweep.swept_entries import entry
 
@@ -221,7 +221,7 @@ def value_of(point: dict[str, Any]) -> float:
 
 
 def tpe(seeds: int = 1) -> tuple[TPE, Trials]:
-    source = TPE(a_space(), 30, 0, lambda point: "too large" if point["b"] > 0.05 else None)
+    source = TPE(a_space(), 30, 0, lambda point: point["b"] > 0.05)
     sweep = a_sweep(search="tpe", num_points=30, seeds=seeds, space={"model.dropout": {"uniform": [0, 0.5]}})
     return source, Trials(sweep, source)
 
@@ -244,6 +244,37 @@ def test_tpe_takes_up_what_a_killed_driver_had_finished() -> None:
     rest = all_of(trials, lambda following: value_of(following.point))
     assert len(rest) == 10
     assert not {json.dumps(f.point) for f in rest} & {json.dumps(f.point) for f in before}
+
+
+def test_further_seeds_of_what_tpe_finished_draw_no_further_points() -> None:
+    before = all_of(tpe()[1], lambda following: value_of(following.point))
+    source, trials = tpe(seeds=2)
+    trials.known([entry(following.point, 0, value_of(following.point)) for following in before])
+    waiting = [trials.next() for _ in range(31)]  # before any of them is told
+    assert waiting[:30] == [Next(following.point, 1) for following in before]
+    assert waiting[30] is None
+    assert source.draw() is None
+
+
+def test_tpe_draws_no_more_where_its_space_has_no_more_until_it_hears_something() -> None:
+    asked: list[Any] = []
+
+    def refuses(point: dict[str, Any]) -> bool:
+        asked.append(point)
+        return bool(point == {"a": 2, "b": "y"})
+
+    source = TPE({"a": Axis(choice=(1, 2)), "b": Axis(choice=("x", "y", "z"))}, 20, 0, refuses)
+    points = []
+    while (point := source.draw()) is not None:
+        points.append(point)
+    assert len(points) == 5
+    assert len(asked) == 6  # each once
+    tried = len(source._study.trials)
+    assert [source.draw() for _ in range(50)] == [None] * 50
+    assert len(source._study.trials) == tried
+    source.tell(points[0], 1.0, None)
+    assert source.draw() is None
+    assert len(source._study.trials) == tried + MAX_DRAWS
 
 
 def test_tpe_hears_the_mean_over_seeds_and_completes_a_point_first() -> None:
@@ -279,7 +310,7 @@ def test_tpe_learns_from_what_was_stopped_early() -> None:
 
 def test_tpe_takes_up_what_was_stopped_early_and_what_was_rounded_at_an_end() -> None:
     space = {"b": Axis(log=(1.23456e-4, 9.87654e-2)), "k": Axis(integer=(2, 11), step=2)}
-    source = TPE(space, 12, 0, lambda point: None)
+    source = TPE(space, 12, 0, lambda point: False)
     trials = Trials(a_sweep(search="tpe", num_points=12, space={"model.dropout": {"uniform": [0, 0.5]}}), source)
     ends = [{"b": axis, "k": 2} for axis in (space["b"].rounded(1.23456e-4), space["b"].rounded(9.87654e-2))]
     known = [entry(ends[0], 0, None, status="stopped", rungs={1 / 9: 2.0, 1 / 3: 1.5}), entry(ends[1], 0, 0.3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.pictures.pictures import save_grid
+from pipeline.storage.runs import Run
 from pipeline.sweeps import pictures
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.result import Result, result_of
@@ -109,6 +112,36 @@ def test_the_front_of_times_is_that_of_the_means() -> None:
     (axes,) = pictures._training_time(result).axes
     (front,) = [line for line in axes.lines if line.get_label() == "Pareto front"]
     np.testing.assert_allclose(front.get_xydata(), [[1.5, 9.05], [11, 1.05]])
+
+
+def test_a_column_of_the_sheet_is_one_noise_and_a_point_without_that_seed_is_left_out(tmp_path: Path) -> None:
+    runs = {}
+    for schedule in SCHEDULES:
+        for seed in range(2):  # an image of the seed's own grey stands for its noise
+            run = runs[f"{schedule}{seed}"] = Run(tmp_path / f"{schedule}{seed}")
+            (run.folder / "pictures").mkdir(parents=True)
+            (run.folder / "model").mkdir()
+            (run.folder / "model" / "experiment.json").write_text('{"shape": [1, 8, 8]}')
+            save_grid(np.full((16, 1, 8, 8), 100 * seed, np.uint8), run.folder / "pictures" / "samples.png")
+
+    def drawn(failed: dict[str, int]) -> Any:
+        entries = [
+            replace(entry({"a": name}, s, None if failed.get(name) == s else i + 0.1 * s), run=f"{name}{s}")
+            for i, name in enumerate(SCHEDULES)
+            for s in range(2)
+        ]
+        return pictures._samples(result_of("s", "s", "fid", entries), runs)
+
+    def seeds(figure: Any) -> list[int]:
+        return [int(axes.images[0].get_array()[0, 0]) // 100 for axes in figure.axes]
+
+    sheet = drawn({SCHEDULES[1]: 0})
+    assert seeds(sheet) == [1, 1, 1]  # the one that all have
+    assert "(seed 1)" in sheet.get_suptitle()
+    sheet = drawn({SCHEDULES[1]: 0, SCHEDULES[2]: 1})
+    assert seeds(sheet) == [0, 0]
+    assert "(seed 0; 1 without images of it)" in sheet.get_suptitle()
+    assert seeds(drawn({})) == [0, 0, 0]
 
 
 def test_all_pictures_are_drawn_of_a_sweep_with_troubles(tmp_path: Path) -> None:

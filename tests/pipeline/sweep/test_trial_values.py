@@ -9,13 +9,20 @@ from typing import Any
 
 import pytest
 
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity
 from pipeline.sampling.generation import usual_generation
+from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, SamplingConfig, load_experiment
 from pipeline.settings.presets import find
 from pipeline.storage.runs import Run, RunStatus
+from pipeline.sweeps.config import base_experiment, plain_base, sweep_from, trial_experiment
+from pipeline.sweeps.driver import _trial_run
 from pipeline.sweeps.entry import calls_scored, entry_of, has_value
+from pipeline.sweeps.folder import SweepFolder
+from pipeline.sweeps.plan import Request
 from pipeline.sweeps.record import Trial
+from pipeline.sweeps.search import Next
 
 JUDGED_BY = {"extractor": "classifier", "extractor_sha256": "ab12", "num_images": 128}
 SETTINGS = ["seed=7", "sampling.steps=50", "sampling.eta=0"]
@@ -40,6 +47,30 @@ def trial(tmp_path: Path) -> Run:
     )
     run.update(status=RunStatus.FINISHED, step=200)
     return run
+
+
+@pytest.mark.parametrize("metric", ["bpd", "fid"])
+def test_the_command_of_a_trial_does_again_what_it_did(home: Path, metric: str) -> None:
+    sweep = sweep_from(
+        {
+            "base": "digits",
+            "space": {"diffusion.schedule": ["cosine"]},
+            "overrides": {"evaluation.metrics": ["fid", "is"], "evaluation.enabled": False},
+            "budget": {"steps": 9},
+            "metric": metric,
+        }
+    )
+    base, point = base_experiment(sweep), {"diffusion.schedule": "cosine"}
+    about = {"path": "", "fingerprint": "images", "name": "digits"}
+    folder = SweepFolder.create(home, sweep, base, plain_base(sweep), about, Profile().to_dict(), ["ddpm-pipe"])
+    experiment = trial_experiment(sweep, base, point, 0)
+    dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
+    asked = Request(sweep, base, Profile())
+    run = _trial_run(folder, asked, Next(point, 0), experiment, "key", Profile(), dataset, None)
+    program, verb, _, preset, *words = run.record.command
+    assert (program, verb, preset) == ("ddpm-pipe", "train", "digits")
+    assert set(words[::2]) == {"-s"}
+    assert load_experiment(find("experiments", preset), words[1::2]) == experiment
 
 
 def score(run: Run, identity: MetricIdentity | BoundIdentity, value: float, step: int = 200) -> None:

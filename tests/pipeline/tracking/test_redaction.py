@@ -11,7 +11,8 @@ import requests
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.redaction import HIDDEN, one_line, public_uri, redact, redact_tree, redact_value
+from pipeline.errors import UsageError
+from pipeline.redaction import DECLARED_SECRETS, HIDDEN, one_line, public_uri, redact, redact_tree, redact_value
 
 
 @pytest.mark.parametrize(
@@ -91,6 +92,39 @@ def test_values_of_secret_environment_variables_are_hidden_wherever_they_stand(m
     monkeypatch.setenv("TOKENIZERS_MODE", "disabled")
     assert redact("connect with tr0ub4dor&3 now") == f"connect with {HIDDEN} now"
     assert redact("read /home/me/token-file, disabled") == "read /home/me/token-file, disabled"
+
+
+SHORT = {"AWS_ACCESS_KEY_ID": "ddpm", "AWS_DEFAULT_REGION": "us-east-1", "NUMBER": "1", "AWS_SESSION_TOKEN": "ddpm"}
+SECRET = {"MY_KEY": "x9Kq-40staple", "DB_PASSWORD": "correct-horse", "THE_SECRET": "tr0ub4dor&3"}
+
+
+def declare(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str]) -> None:
+    """Set variables, and name them in a profile's `forward_env`."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(DECLARED_SECRETS, ",".join(variables))
+
+
+def test_what_is_read_back_is_recorded_whole_though_forwarded_values_stand_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    declare(monkeypatch, SHORT | {"AWS_ACCESS_KEY_ID": "ddpm-user"})
+    storage = "s3://ddpm-user/store?region=us-east-1"
+    record = {"dataset": {"path": f"{storage}/d", "fingerprint": "a1" * 32}, "profile": {"storage": storage}}
+    assert redact_tree(record) == record
+    assert redact_tree({"path": "s3://u:pass@b/c"}) == {"path": "s3://b/c"}
+    assert (
+        redact("image 11, by ddpm-user") == f"image 11, by {HIDDEN}"
+    )  # which elsewhere is a secret as it was declared
+
+
+@pytest.mark.parametrize("name", list(SECRET))
+@pytest.mark.parametrize("field", ["storage", "path"])
+def test_a_secret_in_what_is_read_back_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, field: str) -> None:
+    declare(monkeypatch, SECRET)
+    with pytest.raises(UsageError, match=rf"^{field}: holds the value of the variable {name}, which is secret") as told:
+        redact_tree({"profile": {field: f"/data/{SECRET[name]}/here"}})
+    assert SECRET[name] not in str(told.value)
 
 
 def test_nested_content_keeps_its_shape_and_its_numbers() -> None:

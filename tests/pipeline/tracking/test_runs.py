@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import RunLockedError, StorageError, UsageError
+from pipeline.redaction import DECLARED_SECRETS
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.runs import Run, RunStatus, new_id, normalise_name
 from tests.pipeline.tracking.stores import python
@@ -186,6 +187,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
 from pathlib import Path
+from pipeline.redaction import DECLARED_SECRETS
 from pipeline.storage.durable import write_atomically
 from pipeline.errors import StorageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -208,6 +210,18 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot be created.*DDPM_PIPE_HOME"):
         Run.create(tmp_path / "file", name="x", experiment={}, config_hash="", dataset={}, profile={}, command=[])
+
+
+def test_a_short_or_common_value_that_is_forwarded_leaves_the_run_usable(
+    new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "ddpm", "NUMBER": "1", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv(DECLARED_SECRETS, "AWS_ACCESS_KEY_ID,NUMBER,AWS_DEFAULT_REGION")
+    dataset = {"path": "s3://ddpm/digits?region=us-east-1", "fingerprint": "a1" * 32}
+    run = new_run(dataset=dataset, profile={"storage": "/mnt/ddpm/us-east-1"})
+    assert run.record.dataset == dataset
+    assert run.record.profile["storage"] == "/mnt/ddpm/us-east-1"
 
 
 def test_secrets_do_not_reach_the_run_folder(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,11 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 
-from pipeline.settings.config import Experiment
+from pipeline.settings.config import Experiment, with_overrides
 from pipeline.storage.runs import Run
 from pipeline.storage.runs_table import COLUMNS, headline, runs_table
+from pipeline.sweeps.record import Trial
 from pipeline.tracking.monitor import SystemMonitor
 from pipeline.tracking.text import describe
+from pipeline.training.job import Allowance
+from pipeline.workflows.training_run import _told_settings
 from tests.pipeline.tracking.stores import REPOSITORY
 
 
@@ -45,6 +48,17 @@ def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Ru
     }
     assert (rows[1]["steps"], rows[1]["status"], rows[1]["fid"]) == ("40/250", "INTERRUPTED", None)
     json.dumps(rows)
+
+
+@pytest.mark.parametrize(("typed", "steps"), [("1e4", 10_000), ("1_000", 1000), ("' 250'", 250), ("250.0", 250)])
+def test_the_steps_of_a_resume_are_read_as_the_settings_are(
+    new_run: Callable[..., Run], home: Path, typed: str, steps: int
+) -> None:
+    override = f"training.steps={typed}"
+    assert with_overrides(Experiment(), [override]).training.steps == steps
+    new_run().update(overrides=["training.steps=7", override])
+    (row,) = runs_table(home)
+    assert (row["total_steps"], row["steps"]) == (steps, f"0/{steps}")
 
 
 def test_the_headline_is_the_newest_fid_and_never_a_yardstick() -> None:
@@ -90,6 +104,20 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
     ):  # fmt: skip
         assert part in text, part
     assert "Nothing is scored yet" in describe(run.record, {})
+
+
+def test_of_a_trial_that_the_clock_ends_the_description_tells_minutes_and_the_steps_that_they_were(
+    new_run: Callable[..., Run],
+) -> None:
+    trial = Trial("k7m2", "key", {}, "linear", 0, Allowance(seconds=300.0))
+    run = new_run(experiment={"training": {"steps": 10**9, "batch_size": 64}}, trial=trial.to_json())
+    assert "5 minutes of training at a batch of 64." in describe(run.record, {})
+    told = describe(run.record, {"fid_x_n1": 1.0}, 2345)
+    assert "5 minutes of training (2,345 steps) at a batch of 64." in told
+    assert "1,000,000,000" not in told
+    experiment = Experiment()
+    assert set(experiment.flat()) - set(_told_settings(experiment, trial)) == {"training.steps"}
+    assert _told_settings(experiment, None) == experiment.flat()
 
 
 def test_the_machine_is_sampled_in_plausible_figures() -> None:

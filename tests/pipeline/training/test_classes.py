@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -18,8 +19,11 @@ from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
 from pipeline.settings import presets
 from pipeline.settings.config import load_experiment, with_overrides
+from pipeline.storage.run_checkpoints import Saver
+from pipeline.storage.runs import Run
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
+from tests.pipeline.training import trainer
 from tests.pipeline.training.test_workers import CPU
 
 DIGITS = tuple("0123456789")
@@ -93,6 +97,9 @@ def test_labels_are_functions_of_the_index():
     assert labels_of(range(2), "none", DIGITS).tolist() == [10, 10]
     assert labels_of(range(2), "dog", ("cat", "dog")).tolist() == [1, 1]
     assert class_name(1, ("cat", "dog")) == class_name("dog", ("cat", "dog")) == "dog"
+    turned = ("2", "1", "0")  # a number that is a name names that class, however it is typed
+    assert labels_of(range(1), 2, turned).tolist() == labels_of(range(1), "2", turned).tolist() == [0]
+    assert class_name(2, turned) == class_name("2", turned) == "2"
     for wrong in ("dgo", "2", -1):
         with pytest.raises(UsageError, match="by name or number: cat, dog"):
             class_name(wrong, ("cat", "dog"))
@@ -103,3 +110,17 @@ def test_images_without_labels_cannot_train_classes(tmp_path):
     unlabelled = ensure_ingested(str(tmp_path / "images.npz"), IngestOptions(), tmp_path / "datasets")
     with pytest.raises(UsageError, match="have no labels"):
         class_names_of(unlabelled)
+
+
+@pytest.mark.parametrize(
+    ("known", "told"), [(DIGITS[:2] + DIGITS[:1:-1], "class 2 of .* is '9', .* it is '2'"), (DIGITS[:9], "it is '9'")]
+)
+def test_a_fork_onto_classes_that_have_other_numbers_is_refused(typed, home, known: tuple[str, ...], told: str):
+    """The rows of an embedding are classes by number: a folder's are sorted by name, those of other sets are not."""
+    run = trainer.make_run(home, model=trainer.SETTINGS["model"] | {"class_conditional": True})
+    state = {"step": 0, "class_names": list(known)}
+    Saver(run, run.next_attempt(), keep=1).save(0, {"model": {}, "ema": {}}, state, wait=True)
+    code, out, err = typed("resume", run.id, "--fork")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert re.search(told, err)
+    assert [r.id for r in Run.all(home)] == [run.id]

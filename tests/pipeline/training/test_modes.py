@@ -91,7 +91,7 @@ def train(dataset: Dataset, chosen: Experiment, team: Team) -> Trained:
 
 def be_a_worker(rank: int, size: int, folder: str, data: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
-    mine = train(Dataset.open(data), experiment(), Team.join())
+    mine = train(Dataset.open(data), experiment(), Team.join(60))
     told = [{"t": r.timesteps, "losses": r.losses, "weights": r.weights} for r in mine.results]
     averages = {name: average.shadow for name, average in mine.learner.averages.items()}
     history = mine.learner.timesteps.state_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,9 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
+from pipeline.training.team import Team
+from pipeline.training.trained import Trained
+from pipeline.training.worker import Worker
 from tests.pipeline.training import trainer
 from tests.pipeline.training.forks import PROCESSES
 
@@ -109,6 +113,61 @@ def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_c
     to_the_end(struck)
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
     assert trainer.final_digests(calm) != undisturbed[0]
+
+
+OWN_NETWORK = """
+from torch import nn
+
+class Own(nn.Module):
+    def __init__(self, depth=1):
+        super().__init__()
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(1, 1, 3, padding=1), nn.BatchNorm2d(1))]
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x, t):
+        return self.layers(x)
+"""
+
+
+def worker_of_own_network(home: Path, initial_weights: str | None = None, depth: int = 1) -> Worker:
+    """Return the worker of a training of three steps, of a network that has buffers; it draws a picture at the begin and the end."""
+    (home / "own_network.py").write_text(OWN_NETWORK)
+    run = trainer.make_run(
+        home,
+        initial_weights,
+        model={"type": "own_network:Own", "arguments": {"depth": depth}},
+        training={"steps": 3, "batch_size": 16},
+        sampling={"steps": 2},
+        logging={"grid_every_steps": 1000, "grid_images": 2},
+    )
+    return Worker(trainer.job_of(run), Team(), trainer.Alone())
+
+
+def test_pictures_are_drawn_with_the_buffers_that_training_has_come_to(tmp_path):
+    worker = worker_of_own_network(tmp_path)
+    worker.work()
+    assert worker.sampling_model is not None
+    drawn, trained = (dict(model.named_buffers()) for model in (worker.sampling_model, worker.learner.model))
+    assert int(trained["layers.1.num_batches_tracked"]) == 3
+    torch.testing.assert_close(drawn, trained, rtol=0, atol=0)
+
+
+def test_a_fork_begins_with_all_that_its_origin_samples_with_or_not_at_all(tmp_path):
+    origin = worker_of_own_network(tmp_path)
+    origin.work()
+    folder = str(max(origin.run.checkpoints.iterdir()))
+    fork = worker_of_own_network(tmp_path, folder)
+    fork._restore()
+    assert fork.saver is not None
+    fork.saver.close()
+    own = Trained.from_run(origin.run).model.state_dict()
+    torch.testing.assert_close(dict(fork.learner.model.state_dict()), dict(own), rtol=0, atol=0)
+    with pytest.raises(CheckpointError, match=r"the weights have no layers\.2\.weight\); keep the settings"):
+        worker_of_own_network(tmp_path, folder, depth=2).work()
+    deep = worker_of_own_network(tmp_path, depth=2)
+    deep.work()
+    with pytest.raises(CheckpointError, match=r"the network has no layers\.2\.bias"):
+        worker_of_own_network(tmp_path, str(max(deep.run.checkpoints.iterdir()))).work()
 
 
 MODES = {

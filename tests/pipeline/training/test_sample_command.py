@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +14,7 @@ import pytest
 from PIL import Image
 
 from pipeline.cli import run as command
+from pipeline.signals import Terminated, keeping_sigterm, raising
 from pipeline.storage.runs import Run
 from tests.pipeline.training import trainer
 
@@ -109,3 +114,72 @@ def test_each_mistake_is_told_in_one_line(typed, tmp_path, name):
     assert told in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+SLOW_NETWORK = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            time.sleep(0.2)
+        return self.net(x)
+"""
+
+
+def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(
+    home: Path, user_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (home / "slow_network.py").write_text(SLOW_NETWORK)
+    monkeypatch.syspath_prepend(home)
+    made = trainer.make_run(
+        home,
+        model={"type": "slow_network:Slow"},
+        training={"steps": 2, "batch_size": 16},
+        sampling={"steps": 2, "batch_size": 4},
+    )
+    trainer.train(str(made.folder))
+    monkeypatch.delitem(sys.modules, "slow_network")
+    with subprocess.Popen(
+        [str(Path(sys.executable).with_name("ddpm-pipe")), "sample", made.id, "-n", "200"],
+        cwd=home,
+        env=user_environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list((made.folder / "generated").glob("*/chunk-*")):
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.terminate()
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 75, stderr
+    assert stderr.splitlines()[-1] == (
+        "ddpm-pipe: stopped; what was computed so far is kept: the same command goes on from there"
+    )
+
+
+def test_a_handler_of_sigterm_that_rays_start_sets_does_not_stay() -> None:
+    def start(comes: bool = False) -> None:
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(number))  # as `ray.init` does
+        if comes:
+            signal.raise_signal(signal.SIGTERM)
+
+    outside = signal.getsignal(signal.SIGTERM)
+    with raising():
+        ours = signal.getsignal(signal.SIGTERM)
+        with keeping_sigterm():
+            start()
+        assert signal.getsignal(signal.SIGTERM) is ours
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Terminated), keeping_sigterm():
+            start(comes=True)
+    assert signal.getsignal(signal.SIGTERM) is outside

@@ -21,6 +21,7 @@ from pipeline.errors import UsageError
 from pipeline.sampling.generation import VaeSampler, generator_of
 from pipeline.settings.config import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
 from pipeline.storage.runs import Run
+from pipeline.tracking.text import describe
 from pipeline.training.device import serving_compute
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.trained import Trained
@@ -220,6 +221,8 @@ def test_it_is_sampled_scored_and_listed_by_the_same_commands(typed: Typed, home
     assert (code, "one call" in err) == (2, True)
     code, _, err = typed("sample", trained.id, "--format", "strip")
     assert (code, "one call" in err) == (2, True)
+    code, _, err = typed("sample", trained.id, "--interpolate", "1", "2")
+    assert (code, "diffusion model" in err, "spacing" in err) == (2, True, False)
     code, _, err = typed("export", trained.id, "out")
     assert (code, "a vae" in err) == (2, True)
 
@@ -245,7 +248,10 @@ def test_it_travels_as_safetensors(typed: Typed, home: Path, trained: Run) -> No
     assert typed("export", trained.id, "model", "--format", "safetensors")[0] == 0
     code, out, err = typed("import", "model", "--json")
     assert code == 0, err
-    back = Trained.from_run(Run.find(home, json.loads(out)["run"])).model.state_dict()
+    assert not {"schedule", "prediction", "variance"} & json.loads(out).keys()
+    imported = Run.find(home, json.loads(out)["run"])
+    assert "a variational autoencoder that was trained elsewhere" in describe(imported.record, {})
+    back = Trained.from_run(imported).model.state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in Trained.from_run(trained).model.state_dict().items())
 
 

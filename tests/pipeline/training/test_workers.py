@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +82,7 @@ def train(
 def be_a_worker(rank: int, size: int, folder: str, data: str, compute: Compute = CPU) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
     compute.start()
-    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join(), compute)
+    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join(60), compute)
     words = ("u_t", "u_flip", "u_label", "eps")
     told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
     torch.save({"losses": losses, "told": told, "ema": learner.ema.shadow}, f"{folder}/{size}-{rank}.pt")
@@ -124,6 +126,26 @@ def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_sam
     for name, average in learner.ema.shadow.items():
         assert all(torch.equal(w["ema"][name], workers[0]["ema"][name]) for w in workers)
         torch.testing.assert_close(workers[0]["ema"][name], average, rtol=1e-3, atol=1e-5)
+
+
+def be_one_who_waits(rank: int, folder: str) -> None:
+    """Wait for a decision of a worker that hangs, in a group of another backend than gloo, as NCCL's is."""
+    dist.init_process_group("cpu:gloo,cuda:gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    team = Team.join(timeout_s=0.5)
+    if rank == 1:
+        begin = time.monotonic()
+        with pytest.raises(RuntimeError, match="Timed out waiting 500ms"):
+            team.decide(True)
+        Path(folder, "given-up").write_text(str(time.monotonic() - begin))
+    while not Path(folder, "given-up").exists():
+        time.sleep(0.05)
+    os._exit(0)  # a group that has failed would be waited for
+
+
+@pytest.mark.slow
+def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
+    run_team(be_one_who_waits, (str(tmp_path),), 2)
+    assert (tmp_path / "given-up").exists()
 
 
 def test_micro_batches_add_up_to_the_batch(dataset, alone):

@@ -1,0 +1,65 @@
+"""Which sweep or run a reference given to `resume` means, where it could mean several."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import UsageError
+from pipeline.storage.runs import Run
+from pipeline.sweeps.commands import sweep_meant
+from pipeline.sweeps.config import plain_base, sweep_from
+from pipeline.sweeps.folder import SweepFolder
+
+
+def sweep(home: Path, name: str, identifier: str) -> SweepFolder:
+    asked = sweep_from(
+        {"name": name, "base": "digits", "space": {"diffusion.schedule": ["linear"]}, "budget": {"steps": 9}}
+    )
+    base = plain_base(asked)
+    made = SweepFolder.create(home, asked, base, base, {"path": "", "fingerprint": "images"}, {}, ["ddpm-pipe"])
+    renamed(made.folder, "sweep.json", identifier)
+    return SweepFolder(made.folder.with_name(identifier))
+
+
+def run(home: Path, identifier: str) -> Run:
+    made = Run.create(
+        home, name="mine", experiment={}, config_hash="", dataset={"fingerprint": ""}, profile={}, command=["ddpm-pipe"]
+    )
+    renamed(made.folder, "run.json", identifier)
+    return Run(made.folder.with_name(identifier))
+
+
+def renamed(folder: Path, record: str, identifier: str) -> None:
+    """Give a folder an id that a test can tell."""
+    path = folder / record
+    path.write_text(path.read_text().replace(folder.name, identifier))
+    folder.rename(folder.with_name(identifier))
+
+
+def test_a_reference_that_fits_several_names_them_all(home: Path) -> None:
+    sweep(home, "twice", "k7aaaaaa")
+    sweep(home, "twice", "k7bbbbbb")
+    sweep(home, "once", "m2cccccc")
+    run(home, "m2dddddd")
+    both = (
+        "'twice' is ambiguous: it fits sweep k7aaaaaa (twice), sweep k7bbbbbb (twice); give more characters of the id"
+    )
+    with pytest.raises(UsageError, match=f"^{re.escape(both)}$"):
+        sweep_meant("twice", None)
+    with pytest.raises(UsageError, match=r"'m2' is ambiguous: it fits sweep m2cccccc \(once\), run m2dddddd \(mine\);"):
+        sweep_meant("m2", None)
+    for reference in ("once", "m2c", "m2cccccc"):
+        found = sweep_meant(reference, None)
+        assert found is not None
+        assert found.id == "m2cccccc"
+    assert sweep_meant("m2d", None) is None
+    assert sweep_meant("nothing", None) is None
+
+
+def test_a_whole_id_decides_against_a_sweep_of_that_name(home: Path) -> None:
+    sweep(home, "m2dddddd", "k7aaaaaa")
+    run(home, "m2dddddd")
+    assert sweep_meant("m2dddddd", None) is None
