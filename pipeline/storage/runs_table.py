@@ -16,8 +16,8 @@ COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "
 def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
     """Return a row for each run, oldest first; those of an object store (a profile's `storage`) too.
 
-    `steps` reads "done/total"; `fid` is the value of the newest FID and `metric` its full name, both None before the
-    first evaluation; `created` is UTC. `step`, `total_steps` and `mlflow_run_id` come along for programs.
+    `steps` reads "done/total", or "done" where a clock ends the training; `fid` is the value of the newest FID and `metric` its
+    full name, both None before the first evaluation; `created` is UTC. `step`, `total_steps` and `mlflow_run_id` come along for programs.
     """
     return [_row(run) for run in Run.all(home, storage)]
 
@@ -25,7 +25,10 @@ def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
 def _row(run: Run) -> dict[str, Any]:
     record, state = run.record, run.state()
     settings = record.experiment
-    total = _total_steps(settings, state.overrides)
+    timed = (record.trial or {}).get("allowance", {}).get(
+        "seconds"
+    ) is not None  # of a sweep: the clock says how many steps
+    total = None if timed else _total_steps(settings, state.overrides)
     metric = headline(state.summary)
     is_vae = _setting(settings, "model", "type") == "vae"
     return {
@@ -34,7 +37,7 @@ def _row(run: Run) -> dict[str, Any]:
         "dataset": record.dataset.get("name") or Path(str(record.dataset.get("path", ""))).name,
         "schedule": None if is_vae else _setting(settings, "diffusion", "schedule"),
         "T": None if is_vae else _setting(settings, "diffusion", "num_timesteps"),
-        "steps": f"{state.step}/{total}",
+        "steps": f"{state.step}" if timed else f"{state.step}/{total}",
         "step": state.step,
         "total_steps": total,
         "fid": None if metric is None else state.summary[metric],

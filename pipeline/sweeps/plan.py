@@ -75,12 +75,12 @@ class SweepPlan:
         """Return what `--dry-run` prints."""
         sweep = self.sweep
         points = self.num_trials // sweep.seeds
-        early = sweep.early_stopping
+        early, most = sweep.early_stopping, f"at most {self.trial.experiment.evaluation.num_images:,}"
         lines = {
             "base": sweep.base,
             "trials": f"{self.num_trials} at most: {points} points x {sweep.seeds} seeds, {self.max_concurrent} at once",
             "each": f"{sweep.budget.to_text()}, {self.trial.num_workers} workers ({self.trial.profile.name})",
-            "ranked by": f"{sweep.metric} of {self.trial.experiment.evaluation.num_images:,} images at most",
+            "ranked by": f"{sweep.metric} of {'all' if sweep.metric == 'bpd' else most} images",
             "early stop": "no"
             if early is None
             else f"ASHA on the KID of {early.num_images} images at {', '.join(f'{s:.0%}' for s in early.shares)} of the budget",

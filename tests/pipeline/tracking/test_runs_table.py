@@ -115,6 +115,8 @@ def test_of_a_trial_that_the_clock_ends_the_description_tells_minutes_and_the_st
     told = describe(run.record, {"fid_x_n1": 1.0}, 2345)
     assert "5 minutes of training (2,345 steps) at a batch of 64." in told
     assert "1,000,000,000" not in told
+    (row,) = runs_table(run.folder.parent.parent)
+    assert (row["steps"], row["total_steps"]) == ("0", None)
     experiment = Experiment()
     assert set(experiment.flat()) - set(_told_settings(experiment, trial)) == {"training.steps"}
     assert _told_settings(experiment, None) == experiment.flat()
