@@ -28,48 +28,18 @@ from pipeline.signals import Signals
 from pipeline.storage.runs import Run
 from pipeline.storage.tensor_file import Arrays
 from tests.conftest import type_here
-from tests.pipeline.training.trainer import make_run, train
+from tests.pipeline.training.trainer import make_run, train, trained_slow_sampler
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 Typed = Callable[..., tuple[int, str, str]]
 NUM_IMAGES = 75  # seven whole chunks and half of one
-SLOW_NETWORK = """
-import time
-import torch
-from torch import nn
-
-class Slow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Conv2d(1, 1, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            time.sleep(0.2)
-        return self.net(x)
-"""
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A trained run whose network takes a second per chunk."""
-    home = tmp_path_factory.mktemp("trained")
-    (home / "slow_network.py").write_text(SLOW_NETWORK)
-    made = make_run(
-        home,
-        model={"type": "slow_network:Slow"},
-        training={"steps": 3, "batch_size": 16},
-        sampling={"steps": 5, "batch_size": 10, "eta": 1.0},
-    )
-    path = list(sys.path)
-    try:
-        sys.path.insert(0, str(home))
-        assert train(str(made.folder)) == "finished"
-    finally:
-        sys.path[:] = path
-        del sys.modules["slow_network"]
-    return made
+    return trained_slow_sampler(tmp_path_factory.mktemp("trained"), steps=5, batch_size=10, eta=1.0)
 
 
 def moved(run: Run, home: Path) -> Run:

@@ -116,36 +116,8 @@ def test_each_mistake_is_told_in_one_line(typed, tmp_path, name):
     assert not (tmp_path / "out").exists()
 
 
-SLOW_NETWORK = """
-import time
-import torch
-from torch import nn
-
-class Slow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Conv2d(1, 1, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            time.sleep(0.2)
-        return self.net(x)
-"""
-
-
-def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(
-    home: Path, user_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (home / "slow_network.py").write_text(SLOW_NETWORK)
-    monkeypatch.syspath_prepend(home)
-    made = trainer.make_run(
-        home,
-        model={"type": "slow_network:Slow"},
-        training={"steps": 2, "batch_size": 16},
-        sampling={"steps": 2, "batch_size": 4},
-    )
-    trainer.train(str(made.folder))
-    monkeypatch.delitem(sys.modules, "slow_network")
+def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(home: Path, user_environment: dict[str, str]) -> None:
+    made = trainer.trained_slow_sampler(home, steps=2, batch_size=4)
     with subprocess.Popen(
         [str(Path(sys.executable).with_name("ddpm-pipe")), "sample", made.id, "-n", "200"],
         cwd=home,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import tempfile
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -36,6 +37,22 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"every_steps": 4, "every_minutes": None},
     "logging": {"every_steps": 3, "grid_every_steps": None},
 }
+
+SLOW_NETWORK = """
+import time
+import torch
+from torch import nn
+
+class Slow(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Conv2d(1, 1, 3, padding=1)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            time.sleep(0.2)
+        return self.net(x)
+"""
 
 
 class Alone:
@@ -91,6 +108,22 @@ def job_of(run: Run) -> Job:
 def train(folder: str, told: Connection | None = None, stop_after: int | None = None) -> str:
     """Be the worker of a run's next attempt, until the end, a stop or a kill."""
     return Worker(job_of(Run(Path(folder))), Team(), Alone(told, stop_after)).work()
+
+
+def trained_slow_sampler(home: Path, **sampling: Any) -> Run:
+    """Return a trained run whose network, a module in `home`, takes a fifth of a second for each call that samples."""
+    (home / "slow_network.py").write_text(SLOW_NETWORK)
+    made = make_run(
+        home, model={"type": "slow_network:Slow"}, training={"steps": 3, "batch_size": 16}, sampling=sampling
+    )
+    path = list(sys.path)
+    try:
+        sys.path.insert(0, str(home))
+        assert train(str(made.folder)) == "finished"
+    finally:
+        sys.path[:] = path
+        del sys.modules["slow_network"]  # other tests' networks are called so, too
+    return made
 
 
 def train_in_store(
