@@ -79,6 +79,12 @@ class RunRecord:
     imported_from: str = ""  # the folder that the weights of step 0 came from
     origin: dict[str, str] | None = None
 
+    @property
+    def seconds_allowed(self) -> float | None:
+        """How long a sweep's trial trains, where its budget is time; None where the experiment's steps decide."""
+        seconds: float | None = (self.trial or {}).get("allowance", {}).get("seconds")
+        return seconds
+
 
 @dataclass(frozen=True)
 class RunState:

@@ -25,9 +25,7 @@ def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
 def _row(run: Run) -> dict[str, Any]:
     record, state = run.record, run.state()
     settings = record.experiment
-    timed = (record.trial or {}).get("allowance", {}).get(
-        "seconds"
-    ) is not None  # of a sweep: the clock says how many steps
+    timed = record.seconds_allowed is not None  # the clock says how many steps
     total = None if timed else _total_steps(settings, state.overrides)
     metric = headline(state.summary)
     is_vae = _setting(settings, "model", "type") == "vae"

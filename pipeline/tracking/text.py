@@ -41,7 +41,7 @@ def _opening(record: RunRecord, steps: int) -> str:
 
 
 def _length(record: RunRecord, steps: int) -> str:
-    seconds = ((record.trial or {}).get("allowance") or {}).get("seconds")
+    seconds = record.seconds_allowed
     if seconds is None:
         return f"{_get(record.experiment.get('training', {}), 'steps')} steps"
     return f"{seconds / 60:g} minutes of training" + (f" ({steps:,} steps)" if steps else "")

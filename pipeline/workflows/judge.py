@@ -39,7 +39,7 @@ def find_judge(
         open_images(run, "to compare with"),
         asked,
         run.folder.parent.parent,
-        split=own_split(experiment_of(run)) if split is None else recorded_split(split),
+        split=own_split(experiment_of(run), split),
         against=None if split is None else open_split(run, split, console),
         download=download,
         device=device,
@@ -59,9 +59,9 @@ def open_images(run: Run, purpose: str) -> Dataset:
     return Dataset.open(path, profile_of(run, None).cache)
 
 
-def own_split(experiment: Experiment) -> str:
-    """Return which part of their source the images of an experiment are."""
-    return recorded_split(experiment.data.split)
+def own_split(experiment: Experiment, asked: str | None = None) -> str:
+    """Return which part of their source images are recorded as: the one asked for, or else that of the experiment's."""
+    return recorded_split(experiment.data.split if asked is None else asked)
 
 
 def open_split(run: Run, split: str, console: Console) -> Dataset:

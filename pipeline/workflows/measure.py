@@ -9,7 +9,7 @@ from pipeline.console import Console, Rate
 from pipeline.data.labels import told_labels
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
-from pipeline.metrics.metric_identity import BoundIdentity, recorded_split
+from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.sampling.generated import digest
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.chunks import ChunkStore, compute
@@ -49,7 +49,7 @@ def measure_bound(
     identity = BoundIdentity(
         metric=METRIC,
         dataset=dataset.manifest.fingerprint,
-        split=own_split(trained.experiment) if split is None else recorded_split(split),
+        split=own_split(trained.experiment, split),
         num_images=len(rows),
         of_images=dataset.manifest.num_rows,
         weights=trained.weights,

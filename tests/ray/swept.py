@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.conftest import IN_PROCESS_ONLY, type_here
+from tests.pipeline.training.trainer import SLOW_NETWORK
 
 TINY = """
 name: tiny
@@ -40,21 +41,6 @@ budget: {steps: 240}
 metric: kid
 early_stopping: {rungs: 1, reduction_factor: 2, num_images: 64}
 """
-SLOW_NETWORK = """
-import time
-import torch
-from torch import nn
-
-class Slow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Conv2d(1, 1, 3, padding=1)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if self.training:
-            time.sleep(0.3)
-        return self.net(x)
-"""
 
 
 def prepare(home: Path) -> None:
@@ -63,7 +49,9 @@ def prepare(home: Path) -> None:
     (home / "race.yaml").write_text(RACE)
     (home / "slow_network.py").write_text(SLOW_NETWORK)
     lines = [line for line in TINY.splitlines() if not line.startswith("model:")]
-    (home / "slow.yaml").write_text("\n".join([*lines, "model: {type: 'slow_network:Slow'}"]))
+    (home / "slow.yaml").write_text(
+        "\n".join([*lines, "model: {type: 'slow_network:Slow', arguments: {training_s: 0.3}}"])
+    )
 
 
 class Shell:

@@ -44,13 +44,13 @@ import torch
 from torch import nn
 
 class Slow(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, training_s: float = 0.0, sampling_s: float = 0.0) -> None:
         super().__init__()
         self.net = nn.Conv2d(1, 1, 3, padding=1)
+        self.training_s, self.sampling_s = training_s, sampling_s
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            time.sleep(0.2)
+        time.sleep(self.training_s if self.training else self.sampling_s)
         return self.net(x)
 """
 
@@ -114,7 +114,10 @@ def trained_slow_sampler(home: Path, **sampling: Any) -> Run:
     """Return a trained run whose network, a module in `home`, takes a fifth of a second for each call that samples."""
     (home / "slow_network.py").write_text(SLOW_NETWORK)
     made = make_run(
-        home, model={"type": "slow_network:Slow"}, training={"steps": 3, "batch_size": 16}, sampling=sampling
+        home,
+        model={"type": "slow_network:Slow", "arguments": {"sampling_s": 0.2}},
+        training={"steps": 3, "batch_size": 16},
+        sampling=sampling,
     )
     path = list(sys.path)
     try:
