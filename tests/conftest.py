@@ -51,8 +51,7 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # MLflow reads these when first imported, which here a test may do before our own code, and would talk on stderr and to its makers.
 os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-RAYS = "tests/ray/"
-SWEPT = ("tests/ray/test_sweep_command.py", "tests/ray/test_pages.py")  # they look at one sweep, which takes minutes
+pytest_plugins = ["tests.kit.scheduling"]
 IN_PROCESS_ONLY = {
     "OMP_NUM_THREADS",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
@@ -71,29 +70,6 @@ def _no_declared_secrets_left() -> Iterator[None]:
     from pipeline.redaction import DECLARED_SECRETS
 
     os.environ.pop(DECLARED_SECRETS, None)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put Ray's tests first, those that look at one sweep before all: they take longest."""
-    items.sort(key=lambda item: (item.nodeid.partition("::")[0] not in SWEPT, not item.nodeid.startswith(RAYS)))
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under xdist one process begins with Ray's tests and the others at the other end: in the end each does what is left of either."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class FromBothEnds(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            return SWEPT[0] if file in SWEPT else file
-
-        def _assign_work_unit(self, node: Any) -> None:
-            if node is not self.nodes[0]:
-                self.workqueue.move_to_end(next(reversed(self.workqueue)), last=False)
-            super()._assign_work_unit(node)
-
-    return FromBothEnds(config, log)
 
 
 class CliResult(NamedTuple):
