@@ -1,0 +1,112 @@
+"""What each test costs: `pytest --costs FILE` appends one JSON line per test with its CPU and wall seconds, set-up and teardown included.
+
+CPU seconds count every process that the test starts, and hardly depend on what else the machine does, so they decide a test's tier and
+place in the order (scheduling.py). They come from a control group where one can be made (Linux, root); elsewhere only children that were
+waited for are counted. The set-up of a fixture that several tests share is part of the first test that uses it.
+
+    python -m tests.kit.costs FILE      prints the sum, the 25 most expensive tests, and the sum of each file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+OPTION = "--costs"
+
+
+@contextlib.contextmanager
+def cpu_clock() -> Iterator[Callable[[], float]]:
+    """Yield a function that returns the CPU seconds of this process and of all that it starts meanwhile."""
+    v1 = Path("/sys/fs/cgroup/cpuacct")
+    own, clock = next(
+        (own, clock)
+        for own, clock in (
+            (v1 / f"ddpm-pipe-{os.getpid()}", lambda: int((own / "cpuacct.usage").read_text()) / 1e9),
+            (Path(f"/sys/fs/cgroup/ddpm-pipe-{os.getpid()}"), lambda: _cpu_stat(own)),
+            (None, lambda: sum(os.times()[:4])),
+        )
+        if own is None or _made(own)
+    )
+    try:
+        yield clock
+    finally:
+        if own is not None:
+            (own.parent / "cgroup.procs").write_text(str(os.getpid()))
+            with contextlib.suppress(OSError):  # a process that a test left is still in it
+                own.rmdir()
+
+
+def _made(group: Path) -> bool:
+    """Make a control group and enter it; False where that is not allowed."""
+    try:
+        group.mkdir()
+        (group / "cgroup.procs").write_text(str(os.getpid()))
+        next(group.glob("cpuacct.usage"), None) or (group / "cpu.stat").read_text()
+    except OSError:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        return False
+    return True
+
+
+def _cpu_stat(group: Path) -> float:
+    values = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
+    return int(values["usage_usec"]) / 1e6
+
+
+class Costs:
+    """The plugin that measures; each process of a run appends to the same file."""
+
+    def __init__(self, file: Path, clock: Callable[[], float]) -> None:
+        self.file, self.clock = file, clock
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Iterator[None]:
+        cpu_s, wall_s = self.clock(), time.monotonic()
+        found = yield
+        cost = {"test": item.nodeid, "cpu_s": self.clock() - cpu_s, "wall_s": time.monotonic() - wall_s}
+        with self.file.open("a") as stream:
+            stream.write(json.dumps(cost | {"marks": sorted({mark.name for mark in item.iter_markers()})}) + "\n")
+        return found
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(OPTION, metavar="FILE", type=Path, help="append the CPU and wall seconds of each test to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption(OPTION)
+    if file is None or (config.getoption("numprocesses", None) and not hasattr(config, "workerinput")):
+        return  # under xdist the workers measure
+    stack = contextlib.ExitStack()
+    config.add_cleanup(stack.close)
+    config.pluginmanager.register(Costs(file.absolute(), stack.enter_context(cpu_clock())), "costs")
+
+
+def report(lines: list[str]) -> str:
+    costs = {cost["test"]: cost for cost in map(json.loads, lines)}  # of a test that was run twice, the last time
+    files: dict[str, float] = defaultdict(float)
+    for test, cost in costs.items():
+        files[test.partition("::")[0]] += cost["cpu_s"]
+    slowest = sorted(costs.values(), key=lambda cost: -cost["cpu_s"])[:25]
+    return "\n".join(
+        [
+            f"{len(costs)} tests, {sum(files.values()):.0f} CPU s",
+            *(f"{cost['cpu_s']:7.1f} CPU s {cost['wall_s']:7.1f} s  {cost['test']}" for cost in slowest),
+            "",
+            *(f"{cpu_s:7.1f} CPU s  {file}" for file, cpu_s in sorted(files.items(), key=lambda item: -item[1])),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    print(report(Path(sys.argv[1]).read_text().splitlines()))
