@@ -16,6 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,31 +27,25 @@ OPTION = "--costs"
 @contextlib.contextmanager
 def cpu_clock() -> Iterator[Callable[[], float]]:
     """Yield a function that returns the CPU seconds of this process and of all that it starts meanwhile."""
-    v1 = Path("/sys/fs/cgroup/cpuacct")
-    own, clock = next(
-        (own, clock)
-        for own, clock in (
-            (v1 / f"ddpm-pipe-{os.getpid()}", lambda: int((own / "cpuacct.usage").read_text()) / 1e9),
-            (Path(f"/sys/fs/cgroup/ddpm-pipe-{os.getpid()}"), lambda: _cpu_stat(own)),
-            (None, lambda: sum(os.times()[:4])),
-        )
-        if own is None or _made(own)
-    )
-    try:
-        yield clock
-    finally:
-        if own is not None:
-            (own.parent / "cgroup.procs").write_text(str(os.getpid()))
-            with contextlib.suppress(OSError):  # a process that a test left is still in it
-                own.rmdir()
+    for root, name in (("/sys/fs/cgroup/cpuacct", "cpuacct.usage"), ("/sys/fs/cgroup", "cpu.stat")):
+        group = Path(root, f"ddpm-pipe-{os.getpid()}")
+        if _entered(group, name):
+            try:
+                yield partial(_seconds, group / name)
+            finally:
+                (group.parent / "cgroup.procs").write_text(str(os.getpid()))
+                with contextlib.suppress(OSError):  # a process that a test left is still in it
+                    group.rmdir()
+            return
+    yield lambda: sum(os.times()[:4])
 
 
-def _made(group: Path) -> bool:
-    """Make a control group and enter it; False where that is not allowed."""
+def _entered(group: Path, name: str) -> bool:
+    """Make a control group and enter it; False where that is not allowed, or it does not count CPU time."""
     try:
         group.mkdir()
+        _seconds(group / name)
         (group / "cgroup.procs").write_text(str(os.getpid()))
-        next(group.glob("cpuacct.usage"), None) or (group / "cpu.stat").read_text()
     except OSError:
         with contextlib.suppress(OSError):
             group.rmdir()
@@ -58,9 +53,10 @@ def _made(group: Path) -> bool:
     return True
 
 
-def _cpu_stat(group: Path) -> float:
-    values = dict(line.split() for line in (group / "cpu.stat").read_text().splitlines())
-    return int(values["usage_usec"]) / 1e6
+def _seconds(file: Path) -> float:
+    """Read a group's CPU time: version 1 gives nanoseconds, version 2 lines of names and microseconds."""
+    text = file.read_text()
+    return int(text) / 1e9 if file.name == "cpuacct.usage" else int(text.split()[1]) / 1e6
 
 
 class Costs:
