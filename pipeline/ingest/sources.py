@@ -5,18 +5,22 @@ Here are the built-in digits and image folders; other modules named ingest_* hav
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.choice import ALL_SPLITS, choose_split, split_of
 from pipeline.ingest.rows import Item
 
+FloatArray = NDArray[np.float64]
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # with dot files: what systems leave beside images
 
@@ -61,15 +65,26 @@ def digits(split: str | None = None) -> Source:
         raise UsageError(f"digits has no split {split!r}: leave out --split")
 
     def items() -> Iterator[Item]:
-        from sklearn.datasets import load_digits
-
-        data = load_digits()
-        levels = np.rint(data.images * (255 / 16)).astype(np.uint8)
-        for row, (image, label) in enumerate(zip(levels, data.target, strict=True)):
-            yield Item(f"digits, row {row}", image[:, :, None], int(label))
+        table = _digits_table()
+        images = np.rint(table[:, :-1] * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
+        for row, (image, label) in enumerate(zip(images, table[:, -1], strict=True)):
+            yield Item(f"digits, row {row}", image, int(label))
 
     names = tuple(str(digit) for digit in range(10))
     return Source("digits", "digits (scikit-learn)", items, lambda: "digits 1", names, True, 1797)
+
+
+def _digits_table() -> FloatArray:
+    """Read the file that scikit-learn's `load_digits` reads: a row per image, 64 levels and the label.
+
+    Importing scikit-learn for it would take longer than anything else that an ingest of the digits does.
+    """
+    package = find_spec("sklearn")
+    if package is None or not package.submodule_search_locations:
+        raise DataError("scikit-learn, which ships the digits, is not installed: pip install scikit-learn")
+    file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
+    with gzip.open(file, "rt") as lines:
+        return np.loadtxt(lines, delimiter=",")
 
 
 def image_folder(root: Path, split: str | None = None) -> Source:

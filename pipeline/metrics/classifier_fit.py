@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from pipeline.data.image_set import Images
 from pipeline.metrics.classifier import Labels, SmallNetwork
+from pipeline.training.optimizer import AdamW
 
 
 def fit(
@@ -39,7 +40,7 @@ def fit(
         network = SmallNetwork(shape, num_classes, width)
     generator = torch.Generator().manual_seed(seed)
     pool, targets = torch.from_numpy(np.ascontiguousarray(images)), torch.from_numpy(labels)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
+    optimizer = AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=4e-3, total_steps=num_steps, pct_start=0.2)
     for step in range(num_steps):
         rows = torch.randint(len(pool), (batch_size,), generator=generator)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, Precision
+from pipeline.training.optimizer import AdamW
 
 BF16_FROM = (
     8,
@@ -122,7 +123,7 @@ class Compute:
 
     def optimizer(self, parameters: Any, **settings: Any) -> torch.optim.Optimizer:
         """Return AdamW (with no weight decay it is Adam) with one fused kernel for all parameters, which both kinds of device have."""
-        return torch.optim.AdamW(parameters, fused=True, **settings)
+        return AdamW(parameters, fused=True, **settings)
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which the network is called."""

@@ -7,6 +7,6 @@ prepare_environment()  # before MLflow is imported, as everywhere
 import mlflow.artifacts  # noqa: E402
 import mlflow.tracking  # noqa: E402, F401
 import pandas  # noqa: E402, F401  pyarrow asks for it
-import torch._dynamo  # noqa: E402, F401  and so does every optimizer of torch
+import torch._dynamo  # noqa: E402, F401  and so does DistributedDataParallel
 
 import tests.pipeline.training.trainer  # noqa: E402, F401
