@@ -69,7 +69,7 @@ def store_address(profile: Profile) -> str:
     except OSError:
         raise ClusterError(
             f"profile {profile.name!r}: address auto, but this machine is no node of a Ray cluster (no {file}, no RAY_ADDRESS); "
-            "start one with: ray start --head, or give the address"
+            "start one with: RAY_USAGE_STATS_REPORT_URL=disabled ray start --head --disable-usage-stats, or give the address"
         ) from None
 
 

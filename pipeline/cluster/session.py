@@ -25,6 +25,7 @@ OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are 
 LOCAL_SETTINGS = SETTINGS | {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one machine has no nodes that are taken away
+    "RAY_USAGE_STATS_REPORT_URL": "disabled",  # a dashboard reports even that statistics are off
     "RAY_worker_niceness": "0",  # Ray's own 15 lets anything else on the machine go first
     # on, Ray takes a loopback address for a mistake and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",

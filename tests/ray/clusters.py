@@ -77,6 +77,7 @@ class RayCluster:
         common = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is found there
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # conftest's 0 forbids clusters of several nodes
+            "RAY_USAGE_STATS_REPORT_URL": "disabled",  # the dashboard reports even that statistics are off
         }
         if self.token is None:
             return common | {"RAY_AUTH_MODE": "disabled"}

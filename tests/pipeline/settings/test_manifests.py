@@ -12,6 +12,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+import requests
 import yaml
 from ray._private import ray_constants
 
@@ -145,6 +146,34 @@ def test_the_launchers_file_fits_the_launchers_schema_and_its_profile():
     assert "/home/ubuntu/.ray/auth_token" in content["file_mounts"]
     bucket = str(profile.storage).split("/")[2]
     assert f"s3://{bucket}/mlflow" in (CLUSTER / "aws" / "cluster.yaml").read_text()
+
+
+def test_every_head_that_we_write_or_start_reports_to_nobody(monkeypatch):
+    """Ray's dashboard contacts the host of its usage statistics even where they are switched off: to say so."""
+    from ray._common.usage import usage_lib
+
+    from pipeline.cluster.session import LOCAL_SETTINGS
+
+    (name,) = {name for name in LOCAL_SETTINGS if name.endswith("REPORT_URL")}
+    setting = f"{name}={LOCAL_SETTINGS[name]}"
+    (launched,) = (
+        line for line in documents("aws/cluster.yaml")[0]["head_start_ray_commands"] if "ray start --head" in line
+    )
+    assert setting in launched.split()
+    image = re.search(r"^ENV .*RAY_USAGE_STATS_ENABLED=0.*$", (CLUSTER / "kuberay" / "Dockerfile").read_text(), re.M)
+    assert image is not None
+    assert setting in image[0].split()
+    by_hand = (CLUSTER.parent / "README.md").read_text().partition("ray start --head")[0].rpartition("```sh")[2]
+    assert re.search(rf"^export .*\b{re.escape(setting)}\b", by_hand, re.M)
+    for spec in cluster_specs():  # pods take it from the image
+        for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
+            assert group["template"]["spec"]["containers"][0]["image"].rpartition("/")[2].startswith("ddpm-pipe:")
+
+    monkeypatch.setenv(name, LOCAL_SETTINGS[name])
+    with pytest.raises(requests.exceptions.MissingSchema):  # before any connection
+        usage_lib.UsageReportClient().report_usage_data(
+            usage_lib._usage_stats_report_url(), usage_lib.generate_disabled_report_data()
+        )
 
 
 def test_the_image_is_made_from_the_locked_environment():
