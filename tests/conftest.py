@@ -51,7 +51,7 @@ os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 # MLflow reads these when first imported, which here a test may do before our own code, and would talk on stderr and to its makers.
 os.environ["MLFLOW_LOGGING_LEVEL"] = "WARNING"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-pytest_plugins = ["tests.kit.scheduling", "tests.kit.costs"]
+pytest_plugins = ["tests.kit.scheduling", "tests.kit.costs", "tests.kit.skips"]
 IN_PROCESS_ONLY = {
     "OMP_NUM_THREADS",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -264,7 +265,6 @@ def test_folders_globs_splits_and_uris(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_other_stores_go_through_fsspec(tmp_path: Path) -> None:
-    fsspec = pytest.importorskip("fsspec")
     images = some_images(12)
     path = write_parquet(tmp_path / "x.parquet", images, LABELS, NAMES)
     store = fsspec.filesystem("memory")
