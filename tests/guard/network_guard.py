@@ -15,7 +15,7 @@ import socket
 import sys
 from typing import Any
 
-LOG_VARIABLE = "DDPM_PIPE_TEST_NETWORK_LOG"  # refused attempts are appended to this file, for the runner to show
+LOG_VARIABLE = "DDPM_PIPE_TEST_NETWORK_LOG"  # refused attempts are appended to this file, for the runner to judge
 _INSTALLED = "_ddpm_pipe_network_guard"
 _SENDS = {"socket.connect", "socket.sendto", "socket.sendmsg"}
 _LOOKUPS = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"}
@@ -48,7 +48,7 @@ def _note(event: str, target: object) -> None:
     if path:
         with open(path, "a", encoding="utf-8") as log:
             log.write(
-                f"{event} {target!r} by pid {os.getpid()}: {' '.join(getattr(sys, 'argv', None) or ['?'])[:120]}\n"
+                f"{event} {target!r} by pid {os.getpid()}: {' '.join(getattr(sys, 'argv', None) or ['?'])[:300]!r}\n"
             )
 
 
