@@ -22,7 +22,7 @@ from pipeline.errors import DivergedError
 from pipeline.settings.config import TrainingConfig
 from pipeline.training.averages import make_averages
 from pipeline.training.device import Compute, LossScaler
-from pipeline.training.models import Loss
+from pipeline.training.models import Loss, load_weights, weights_of
 from pipeline.training.randomness import seed_dropout
 
 LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left to gain
@@ -69,13 +69,13 @@ class Learner:
                 moments[f"{key}/{name}"] = value
         averages = {name: dict(average.shadow) for name, average in self.averages.items()}
         history = self.timesteps.state_dict()
-        return {"model": dict(self.model.state_dict()), "optimizer": moments, **averages} | (
+        return {"model": weights_of(self.model), "optimizer": moments, **averages} | (
             {"timesteps": history} if history else {}
         )
 
     def restore(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
         """Go back to what `tensors` returned at a step."""
-        self.model.load_state_dict(tensors["model"])
+        load_weights(self.model, tensors["model"])
         for name, average in self.averages.items():
             average.load_state_dict({"num_updates": step, "shadow": tensors[name]})  # one update a step
         self.timesteps.load_state_dict(tensors.get("timesteps", {}))

@@ -83,14 +83,62 @@ def build_model(
     `num_classes` is asked for by class-conditional ones. With device "meta" nothing is allocated: for counting parameters.
     UsageError where the network cannot be built.
     """
-    out_channels = build_diffusion(experiment).output_channels(shape[0]) if has_process(experiment) else shape[0]
+    out_channels = output_channels(experiment, shape)
     torch.manual_seed(seed_of("weights", experiment.seed))
-    with torch.device(device):
+    # a network of the user's own may compute with numbers in its constructor, which a tensor without memory does not have
+    with torch.device("cpu" if is_own_network(experiment) else device):
         if experiment.model.type == "vae":
             return _vae(experiment, shape)
         if experiment.model.type == "unet":
             return _unet(experiment, shape, out_channels, num_classes)
         return _own_network(experiment)
+
+
+def output_channels(experiment: Experiment, shape: Shape) -> int:
+    """Return the number of channels that the network of an experiment predicts for images (C, H, W)."""
+    return build_diffusion(experiment).output_channels(shape[0]) if has_process(experiment) else shape[0]
+
+
+def is_own_network(experiment: Experiment) -> bool:
+    """Whether the network is a class of the user's own, `package.module:Class`."""
+    return ":" in experiment.model.type
+
+
+@torch.no_grad()
+def check_own_network(model: nn.Module, experiment: Experiment, shape: Shape, device: torch.device) -> None:
+    """Call a network of the user's own once, in evaluation mode; UsageError unless it returns a tensor of the shape that training needs."""
+    wanted = (1, output_channels(experiment, shape), *shape[1:])
+    name = experiment.model.type
+    model.eval()
+    try:
+        out: Any = model(torch.zeros(1, *shape, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UsageError(
+            f"model.type: {name} failed for x_t {[1, *shape]} float32 and t [1] int64 ({reason}); it must take both and return a tensor"
+        ) from error
+    if not isinstance(out, Tensor):
+        raise UsageError(f"model.type: {name} returned {type(out).__name__}, expected one tensor {list(wanted)}")
+    if tuple(out.shape) != wanted:
+        raise UsageError(f"model.type: {name} returned a tensor {list(out.shape)}, expected {list(wanted)}")
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a network by name; one that has several names (tied weights) under the first alone, as files hold it."""
+    return {name: tensor.detach() for name, tensor in _by_first_name(model).items()}
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Load what `weights_of` returned."""
+    first = {id(tensor): name for name, tensor in _by_first_name(model).items()}
+    names = {name: first[id(tensor)] for name, tensor in model.state_dict(keep_vars=True).items()}
+    model.load_state_dict({name: weights[names[name]] for name in names})
+
+
+def _by_first_name(model: nn.Module) -> dict[str, Tensor]:
+    named: dict[int, str] = {}
+    tensors = model.state_dict(keep_vars=True)
+    return {name: tensor for name, tensor in tensors.items() if named.setdefault(id(tensor), name) == name}
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -100,7 +148,7 @@ def num_parameters(model: nn.Module) -> int:
 
 def misfit_of(weights: Mapping[str, Tensor], model: nn.Module) -> str:
     """Return what is the first tensor of these weights that is not as a network has it, in words; "" where all are."""
-    wanted = model.state_dict()
+    wanted = weights_of(model)
     for name in [*wanted, *sorted(weights)]:
         if name not in weights:
             return f"the weights have no {name}"
@@ -179,6 +227,9 @@ def _own_network(experiment: Experiment) -> nn.Module:
 
 
 def allow_modules_in(folder: str) -> None:
-    """Let `package.module:Class` name a file in a folder (the one the command was typed in)."""
+    """Let `package.module:Class` name a file in a folder (the one the command was typed in).
+
+    The folder comes last: a file there that is called like an installed package, such as ray.py, does not replace it.
+    """
     if folder not in sys.path:
-        sys.path.insert(0, folder)
+        sys.path.append(folder)

@@ -11,7 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ddpm import UNet
 from pipeline.training.device import Compute
+from pipeline.training.vae import Vae
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,12 @@ class Team:
         if self.size == 1:
             return model
         return DistributedDataParallel(
-            model, device_ids=compute.ddp_devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            model,
+            device_ids=compute.ddp_devices,
+            gradient_as_bucket_view=True,
+            broadcast_buffers=False,
+            # a network of the user's own may have parameters that it does not use
+            find_unused_parameters=not isinstance(model, UNet | Vae),
         )
 
 

@@ -22,7 +22,7 @@ from pipeline.storage.checkpoint import Checkpoint
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training import averages
-from pipeline.training.models import Shape, build_diffusion, build_model
+from pipeline.training.models import Shape, build_diffusion, build_model, load_weights, weights_of
 
 EXPERIMENT_FILE = "experiment.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -68,7 +68,7 @@ class Trained:
         shape: Shape = tuple(state["shape"])
         class_names = tuple(state.get("class_names", ()))
         model = build_model(experiment, shape, num_classes=len(class_names))
-        model.load_state_dict(tensors | averaged)
+        load_weights(model, tensors | averaged)
         return cls(
             model=model.eval(),
             experiment=experiment,
@@ -91,7 +91,7 @@ class Trained:
         shape: Shape = tuple(about["shape"])
         class_names = tuple(about.get("class_names", ()))
         model = build_model(experiment, shape, num_classes=len(class_names))
-        model.load_state_dict(tensors)
+        load_weights(model, tensors)
         return cls(
             model.eval(),
             experiment,
@@ -105,7 +105,7 @@ class Trained:
     def save(self, folder: Path) -> Path:
         """Write weights and settings into a new folder, without pickle, and return it."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in self.model.state_dict().items()}, folder / WEIGHTS_FILE)
+        save_file({name: t.contiguous() for name, t in weights_of(self.model).items()}, folder / WEIGHTS_FILE)
         (folder / EXPERIMENT_FILE).write_text(json.dumps(self.about(), indent=1))
         return folder
 

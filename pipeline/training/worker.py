@@ -36,7 +36,15 @@ from pipeline.training.device import Compute, training_compute
 from pipeline.training.job import Job
 from pipeline.training.judgements import note
 from pipeline.training.loop import Learner, StepResult, fit
-from pipeline.training.models import allow_modules_in, build_model, build_objective, misfit_of
+from pipeline.training.models import (
+    allow_modules_in,
+    build_model,
+    build_objective,
+    check_own_network,
+    is_own_network,
+    load_weights,
+    misfit_of,
+)
 from pipeline.training.team import Team
 
 PUBLISH_EVERY_S = 0.25
@@ -101,7 +109,10 @@ class Worker:
         conditional = self.experiment.model.class_conditional
         self.class_names = class_names_of(self.dataset) if conditional else ()
         model = build_model(self.experiment, self.dataset.manifest.shape, num_classes=len(self.class_names))
-        self.learner = self._new_learner(self.compute.place(model))
+        model = self.compute.place(model)
+        if is_own_network(self.experiment):
+            check_own_network(model, self.experiment, self.dataset.manifest.shape, self.compute.device)
+        self.learner = self._new_learner(model)
         self.meter = LossMeter(self.objective.num_timesteps)
         self.elapsed_before_s = 0.0
         self.missed_saves = 0
@@ -347,7 +358,7 @@ class Worker:
                 f"{place}: these weights do not fit the network of this run ({misfit}); "
                 "keep the settings of the model, the prediction and the variance"
             )
-        self.learner.model.load_state_dict(weights)
+        load_weights(self.learner.model, weights)
         self.learner = self._new_learner(self.learner.model)
 
     def _owns(self) -> bool:
