@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,7 +88,8 @@ def _init(profile: Profile, address: str) -> None:
         # gloo would otherwise look the machine's name up and talk over the network card
         env["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     try:
-        with keeping_sigterm():
+        # in a folder without modules: Ray puts the current one first on its workers' path
+        with keeping_sigterm(), tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
             ray.init(
                 address=address,
                 runtime_env={"env_vars": env} if env else None,

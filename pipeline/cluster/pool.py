@@ -12,13 +12,13 @@ from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session, is_up
 from pipeline.console import Console
 from pipeline.errors import ClusterError, PipelineError
+from pipeline.import_path import allow_modules_in
 from pipeline.planning.capacity import held_here
 from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.signals import Signals
 from pipeline.storage.chunks import Runner, Task, in_process
 from pipeline.storage.tensor_file import Arrays
 from pipeline.training.device import sampling_compute
-from pipeline.training.models import allow_modules_in
 
 
 class ChunkWorker:

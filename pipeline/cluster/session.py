@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pipeline.cluster.join import SETTINGS, joined_ray, require_room
 from pipeline.errors import ClusterError
+from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
 from pipeline.settings.cluster_profile import Profile
 from pipeline.signals import keeping_sigterm
@@ -78,9 +79,8 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
         # gloo would otherwise look the machine's name up and talk over the network card
         settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
-    parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp")
-    parent.mkdir(parents=True, exist_ok=True)  # as Ray itself makes it
-    folder = Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=parent))
+    settings |= environment_for_ray()
+    folder = _folder_for_ray()
     watchdog = Watchdog(folder)
     with _environment(settings, without=["RAY_ADDRESS"]):
         try:
@@ -94,6 +94,18 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
             end_all(processes)  # a worker that hangs as it ends is one that Ray has forgotten
             shutil.rmtree(folder, ignore_errors=True)
             watchdog.dismiss()
+
+
+def _folder_for_ray() -> Path:
+    """Make the folder that Ray's processes meet in; ClusterError where that cannot be done."""
+    parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp").absolute()
+    try:
+        parent.mkdir(parents=True, exist_ok=True)  # as Ray itself makes it
+        return Path(tempfile.mkdtemp(prefix="ddpm-ray-", dir=parent))
+    except OSError as error:
+        raise ClusterError(
+            f"Ray's temporary folder cannot be made in {parent} ({error.strerror}); set RAY_TMPDIR to a folder that can be written"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -147,7 +159,8 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
 
     for left in reversed(range(STARTS)):
         try:
-            with keeping_sigterm():
+            # in a folder without modules: Ray puts the current one first on its workers' path
+            with keeping_sigterm(), contextlib.chdir(folder):
                 ray.init(
                     address="local",
                     num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
@@ -165,6 +178,11 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
             reason = " ".join(str(error).split())[:300]
             ray.shutdown()
             watchdog.sweep_out()
+            if "AF_UNIX" in reason:
+                raise ClusterError(
+                    f"Ray did not start: the path of its temporary folder {folder} is too long for the names of sockets; set RAY_TMPDIR "
+                    "to a shorter one, such as /tmp"
+                ) from None
             if not left or TOO_SLOW not in reason:
                 raise ClusterError(
                     f"Ray did not start on this machine: {reason}; is there memory and room in {folder.parent}?"

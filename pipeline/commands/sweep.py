@@ -149,9 +149,9 @@ def serve(run: str, port: int, host: str, cluster: str | None) -> None:
     """
     import os
 
+    from pipeline.import_path import allow_modules_in
     from pipeline.settings.cluster_profile import home_of, storage_of
     from pipeline.storage.runs import Run
-    from pipeline.training.models import allow_modules_in
     from pipeline.workflows.serve import serve_model
 
     allow_modules_in(os.getcwd())

@@ -215,8 +215,8 @@ def step(examination: Examination, group: Group, count: int) -> Finding:
 def _step_in_worker(
     team: Team, experiment: Experiment, shape: Shape, profile: Profile, count: int, code_folder: str
 ) -> Probe:
+    from pipeline.import_path import allow_modules_in
     from pipeline.planning.probe import probe_training
-    from pipeline.training.models import allow_modules_in
 
     allow_modules_in(code_folder)
     return probe_training(experiment, shape, profile, count, team=team, budget_s=STEP_S)

@@ -168,11 +168,11 @@ def own_module(module: str, folder: Path, sent: Package) -> str | None:
     """Return the path of the module or package that a network comes from, where it is found here and is not sent with the folder.
 
     It may be installed, in the folder's `.venv` even, which never travels; stand on PYTHONPATH; or be one that git ignores. The folder
-    is looked into first, as it is where the network is built.
+    is looked into last, as where the network is built.
     """
     top = module.partition(".")[0]
     try:
-        found = PathFinder.find_spec(top, [str(folder), *sys.path]) or importlib.util.find_spec(top)
+        found = PathFinder.find_spec(top, [*sys.path, str(folder)]) or importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
     if found is None or not found.has_location:

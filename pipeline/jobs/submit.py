@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pipeline.cluster.token import admission, knock_at_dashboard, travels_readable
 from pipeline.console import Console, duration, size
 from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
+from pipeline.import_path import replacing
 from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
 from pipeline.redaction import ASSIGNMENT, KNOWN_SHAPES, USERINFO, environment_secrets, redact
@@ -65,6 +66,11 @@ class Jobs:
         values = forwarded(profile)
         here = Path.cwd()
         work, names = packing.working_folder(here, settings.excludes, files, whole=settings.working_dir)
+        if found := replacing(work.files):
+            raise UsageError(
+                f"{found[0]} in this folder would replace an installed module in the job; rename it, or leave it out with "
+                f"runtime_env: {{excludes: [{found[0]}]}}"
+            )
         modules = list(settings.py_modules)
         if module and (own := packing.own_module(module, here, work)):
             modules.append(own)

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
+from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.judge import judge_of
 from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_profile, storage_of
@@ -26,7 +27,6 @@ from pipeline.sweeps.record import trial_of
 from pipeline.sweeps.report import REPORT_FILE
 from pipeline.sweeps.result import Result, result_of
 from pipeline.sweeps.trial import ForTrials
-from pipeline.training.models import allow_modules_in
 from pipeline.workflows import training_run
 from pipeline.workflows.judge import progress_on
 

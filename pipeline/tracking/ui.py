@@ -100,7 +100,7 @@ def server_command(port: int) -> list[str]:
     hosts = f"{HOST}:{port},localhost:{port}"
     origins = f"http://{HOST}:{port},http://localhost:{port}"
     return [
-        *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
+        *(sys.executable, "-P", "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"),
         *("--allowed-hosts", hosts, "--cors-allowed-origins", origins, "--uvicorn-opts", "--log-level warning"),
     ]
 

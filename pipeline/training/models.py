@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -224,12 +223,3 @@ def _own_network(experiment: Experiment) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise UsageError(f"model.type: {settings.type} made a {type(model).__name__}; expected a torch.nn.Module")
     return model
-
-
-def allow_modules_in(folder: str) -> None:
-    """Let `package.module:Class` name a file in a folder (the one the command was typed in).
-
-    The folder comes last: a file there that is called like an installed package, such as ray.py, does not replace it.
-    """
-    if folder not in sys.path:
-        sys.path.append(folder)

@@ -18,6 +18,7 @@ from pipeline.data.labels import class_names_of
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, ClusterError, StorageError
+from pipeline.import_path import allow_modules_in
 from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.metric_identity import Generation
 from pipeline.pictures.pictures import save_grid
@@ -37,7 +38,6 @@ from pipeline.training.job import Job
 from pipeline.training.judgements import note
 from pipeline.training.loop import Learner, StepResult, fit
 from pipeline.training.models import (
-    allow_modules_in,
     build_model,
     build_objective,
     check_own_network,

@@ -95,7 +95,7 @@ def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe, int]:
 
 def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path, code_folder: str) -> Probe:
     """Be one worker of the probe."""
-    from pipeline.training.models import allow_modules_in
+    from pipeline.import_path import allow_modules_in
 
     allow_modules_in(code_folder)
     return probe_training(

@@ -13,6 +13,7 @@ from pipeline.console import Console
 from pipeline.errors import InterruptedRunError, UsageError
 from pipeline.exchange.export import Format as ExportFormat
 from pipeline.exchange.export import export_run
+from pipeline.import_path import allow_modules_in
 from pipeline.redaction import public_uri
 from pipeline.settings.cluster_profile import home_of, load_profile, storage_of
 from pipeline.signals import Terminated
@@ -22,7 +23,6 @@ from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.opened import Opened
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.tracking.tracker import sync as deliver
-from pipeline.training.models import allow_modules_in
 from pipeline.training.trained import experiment_of, profile_of
 from pipeline.workflows.compare import compare as rank
 from pipeline.workflows.compare import entries_of

@@ -16,6 +16,7 @@ from pipeline.console import Console
 from pipeline.data.labels import ClassNames, class_name, class_names_of
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, InterruptedRunError, UsageError
+from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.pictures.schedule_picture import draw_schedules, example_of
 from pipeline.planning.plan import Plan, choose_workers, make_plan
@@ -37,7 +38,7 @@ from pipeline.sweeps.record import Trial, allowance_of, trial_of
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
 from pipeline.training.job import Job
-from pipeline.training.models import allow_modules_in, build_diffusion, has_process
+from pipeline.training.models import build_diffusion, has_process
 from pipeline.training.trained import experiment_of, profile_of
 from pipeline.workflows.conclude import Outcome, conclude
 
