@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from pipeline.cli import run
-from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from tests.pipeline.training import trainer
-
-Typed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def trained(home: Path) -> Run:
-    """A run with a checkpoint at step 30, trained without Ray."""
-    made = trainer.make_run(home)
-    trainer.train(str(made.folder))
-    return made
-
+from tests.kit import trainer
 
 MISTAKES = {
     "unknown key": (["-s", "training.learning_rat=1"], 2, "did you mean 'learning_rate'"),

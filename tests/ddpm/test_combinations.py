@@ -27,8 +27,8 @@ from ddpm import (
     normal_noise,
     timestep_subset,
 )
-from tests.ddpm.closed_forms import seeded
 from tests.ddpm.test_likelihood import images
+from tests.kit.closed_forms import seeded
 
 
 @dataclass(frozen=True)

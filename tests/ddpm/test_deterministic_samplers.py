@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion, Model, Step, ddim, ddim_invert, dpm_solver, slerp, timestep_subset
-from tests.ddpm.closed_forms import abar_at, ignorant, normal_data, point_mass, randn
+from tests.kit.closed_forms import abar_at, ignorant, normal_data, point_mass, randn
 
 
 def linear(T: int = 1000, prediction: str = "eps") -> GaussianDiffusion:

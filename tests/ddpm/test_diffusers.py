@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion, ancestral, ddim, dpm_solver, normal_noise, timestep_subset
-from tests.ddpm.closed_forms import ignorant, randn, seeded
+from tests.kit.closed_forms import ignorant, randn, seeded
 
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
 

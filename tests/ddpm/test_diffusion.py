@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion
-from tests.ddpm.closed_forms import as_output, ignorant, randn
+from tests.kit.closed_forms import as_output, ignorant, randn
 
 PREDICTIONS = ("eps", "x0", "v", "x_prev")
 VARIANCES = ("fixed_small", "fixed_large", "learned_range")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion, UNet, conditioned, ddim, drop_labels, guided
-from tests.ddpm.closed_forms import as_output, ignorant, randn, seeded
+from tests.kit.closed_forms import as_output, ignorant, randn, seeded
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])

@@ -13,7 +13,7 @@ from torch import Tensor
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, bits_per_dim, normal_noise
 from ddpm.gaussian import discretized_log_likelihood, normal_kl
 from ddpm.likelihood import decoder_bits, divergence_bits, prior_bits, vlb_term
-from tests.ddpm.closed_forms import ignorant, normal_data, point_mass, randn, seeded
+from tests.kit.closed_forms import ignorant, normal_data, point_mass, randn, seeded
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 

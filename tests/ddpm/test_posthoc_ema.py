@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddpm import PowerFunctionEMA, Profile, posthoc_weights, reconstruct
 from ddpm.posthoc_ema import gamma_of
-from tests.ddpm.closed_forms import seeded
+from tests.kit.closed_forms import seeded
 
 
 @pytest.mark.parametrize(("sigma_rel", "gamma"), [(0.05, 16.972), (0.10, 6.937)])

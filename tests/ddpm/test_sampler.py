@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion, ancestral, ddim, few_steps_warning, normal_noise, timestep_subset
-from tests.ddpm.closed_forms import ignorant, linear_response, normal_data, point_mass, randn, seeded
+from tests.kit.closed_forms import ignorant, linear_response, normal_data, point_mass, randn, seeded
 
 
 def linear(T: int = 1000, **kwargs: object) -> GaussianDiffusion:

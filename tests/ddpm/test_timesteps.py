@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddpm import LossAwareTimesteps, UniformTimesteps
-from tests.ddpm.closed_forms import seeded
+from tests.kit.closed_forms import seeded
 
 
 def uniform(num: int, seed: int = 0) -> Tensor:

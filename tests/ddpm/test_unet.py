@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm import UNet
 from pipeline.exchange.diffusers_weights import to_their_tensors
-from tests.ddpm.closed_forms import randn
+from tests.kit.closed_forms import randn
 
 SMALL: dict[str, Any] = {"image_size": 16, "channels": 32, "channel_multipliers": (1, 2), "attention_resolutions": (8,)}
 IDDPM: dict[str, Any] = {

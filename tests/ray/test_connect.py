@@ -16,7 +16,7 @@ from pipeline.cluster.token import admission, knock_at_dashboard, knock_at_store
 from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.yaml_files import validate
-from tests.ray.clusters import RayCluster, ray_cluster
+from tests.kit.clusters import RayCluster, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 

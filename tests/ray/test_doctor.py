@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ import yaml
 
 from pipeline.cli import run
 from pipeline.storage.remote import RemoteFolder
-from tests.conftest import CliResult
-from tests.object_store import CREDENTIALS
-from tests.ray.clusters import RayCluster, free_ports, ray_cluster
+from tests.kit.clusters import RayCluster, ray_cluster
+from tests.kit.commands import PROGRAM, Result
+from tests.kit.object_store import CREDENTIALS
+from tests.kit.ports import free_port
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -40,7 +40,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     images = np.random.default_rng(0).integers(0, 256, (3000, 8, 8, 1), dtype=np.uint8)
     np.savez(folder / "images.npz", images=images)
@@ -69,22 +69,22 @@ def profile(home: Path, mlflow_server: str, tmp_path: Path) -> Callable[..., str
     return write
 
 
-def found(result: CliResult) -> dict[str, dict[str, Any]]:
+def found(result: Result) -> dict[str, dict[str, Any]]:
     assert "Traceback" not in result.stderr
     findings = json.loads(result.stdout)["checks"]
     assert sorted(finding["check"] for finding in findings) == sorted(ALL)
     return {finding["check"]: finding for finding in findings}
 
 
-def reds(result: CliResult) -> set[str]:
+def reds(result: Result) -> set[str]:
     return {name for name, finding in found(result).items() if finding["verdict"] == "red"}
 
 
-def test_a_healthy_cluster_of_two_nodes(cli, cluster, profile, dataset, tmp_path):
+def test_a_healthy_cluster_of_two_nodes(cli, cluster, profile, noise, tmp_path):
     node = cluster.add_node(num_cpus=1)
     try:
         result = cli(
-            "doctor", "--cluster", profile(cluster, placement="strict_spread"), "--data", dataset, "--json",
+            "doctor", "--cluster", profile(cluster, placement="strict_spread"), "--data", noise, "--json",
             env=cluster.environment,
         )  # fmt: skip
     finally:
@@ -118,14 +118,14 @@ def test_another_clock_and_another_torch_on_a_node(cli, cluster, profile, tmp_pa
     assert "300 s ahead" in seen["clocks"]["says"]
 
 
-def test_too_few_cpus_a_damaged_dataset_and_a_dead_tracking_server(cli, cluster, profile, dataset, tmp_path):
+def test_too_few_cpus_a_damaged_dataset_and_a_dead_tracking_server(cli, cluster, profile, noise, tmp_path):
     damaged = tmp_path / "damaged"
-    shutil.copytree(dataset, damaged)
+    shutil.copytree(noise, damaged)
     (shard,) = damaged.glob("**/*.parquet")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    path = profile(cluster, workers=4, mlflow={"tracking_uri": f"http://127.0.0.1:{free_ports(1)[0]}"})
+    path = profile(cluster, workers=4, mlflow={"tracking_uri": f"http://127.0.0.1:{free_port()}"})
     result = cli("doctor", "--cluster", path, "--data", damaged, "--json", env=cluster.environment)
     assert result.code == 10, result
     assert reds(result) == {"resources", "dataset", "mlflow"}
@@ -142,7 +142,7 @@ def test_a_wrong_token_and_an_absent_cluster(cli, cluster, profile):
     assert "token" in result.stdout.split("versions")[0]
     assert "skipped versions" in result.stdout
     absent = cli(
-        "doctor", "--cluster", profile(cluster, address=f"127.0.0.1:{free_ports(1)[0]}"), "--json",
+        "doctor", "--cluster", profile(cluster, address=f"127.0.0.1:{free_port()}"), "--json",
         env=cluster.environment,
     )  # fmt: skip
     assert absent.code == 10, absent
@@ -170,9 +170,9 @@ def test_this_machine_needs_no_profile_and_nothing_stays(cli, home):
     assert list(home.iterdir()) == []
 
 
-def test_an_object_store_holds_runs_and_data(cli, home, bucket, dataset):
+def test_an_object_store_holds_runs_and_data(cli, home, bucket, noise):
     (home / "remote.yaml").write_text(f"storage: {bucket}\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\n")
-    images = dataset.parent / "images.npz"
+    images = noise.parent / "images.npz"
     environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     assert cli("ingest", images, f"{bucket}/set", env=environment).code == 0
     result = cli("doctor", "--cluster", "remote.yaml", "--data", f"{bucket}/set", "--json", env=environment)
@@ -184,7 +184,7 @@ def test_an_object_store_holds_runs_and_data(cli, home, bucket, dataset):
 
 
 def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fails_leaves_nothing(
-    cli, cluster, profile, bucket, dataset, object_store, user_environment
+    cli, cluster, profile, bucket, noise, object_store, user_environment
 ):
     """The nodes have no credentials of their own, this process no address of the store."""
     variables = {"env": {"AWS_ENDPOINT_URL": object_store.url}, "forward_env": list(CREDENTIALS)}
@@ -195,7 +195,7 @@ def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fai
     assert (
         cli(
             "ingest",
-            dataset.parent / "images.npz",
+            noise.parent / "images.npz",
             f"{bucket}/set",
             env=CREDENTIALS | {"AWS_ENDPOINT_URL": object_store.url},
         ).code
@@ -211,13 +211,12 @@ def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fai
     assert {entry.name.split("/")[0] for entry in RemoteFolder(bucket).objects()} == {"set"}
 
 
-def test_a_read_only_place_without_room(home, user_environment):
+def test_a_read_only_place_without_room(home, shell):
     """In a mount namespace of its own, where the storage is a small read-only file system."""
     place = home / "place"
     place.mkdir()
     (home / "there.yaml").write_text(f"storage: {place}\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\n")
-    ddpm_pipe = Path(sys.executable).with_name("ddpm-pipe")
-    script = f"mount -t tmpfs -o size=20m,ro tmpfs {place} && exec {ddpm_pipe} doctor --cluster there.yaml --json"
+    script = f"mount -t tmpfs -o size=20m,ro tmpfs {place} && exec {PROGRAM} doctor --cluster there.yaml --json"
     alone = (
         ["unshare", "--mount", "sh", "-c"]
         if os.geteuid() == 0
@@ -225,8 +224,7 @@ def test_a_read_only_place_without_room(home, user_environment):
     )
     if subprocess.run([*alone, f"mount -t tmpfs tmpfs {place}"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
-    done = subprocess.run([*alone, script], cwd=home, env=user_environment, capture_output=True, text=True, timeout=300)
-    result = CliResult(done.returncode, done.stdout, done.stderr)
+    result = shell.launch(*alone, script).end(300)
     assert result.code == 10, result
     assert reds(result) >= {"disk", "storage"}
     seen = found(result)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.planning.memory import oom_kills
-from tests.ray.small import TINY, told
+from tests.kit.commands import PROGRAM, told
+from tests.kit.experiments import tiny_experiment, write_yaml
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -54,17 +52,14 @@ def limited() -> Iterator[Path]:
     group.rmdir()
 
 
-def test_a_worker_without_memory_is_told_as_such_with_what_to_lower(home, user_environment, limited):
+def test_a_worker_without_memory_is_told_as_such_with_what_to_lower(home, shell, limited):
     (home / "greedy.py").write_text(GREEDY)
-    content = yaml.safe_load(TINY) | {"model": {"type": "greedy:Greedy"}}
-    (home / "greedy.yaml").write_text(yaml.safe_dump(content))
-    train = f"{Path(sys.executable).with_name('ddpm-pipe')} train greedy.yaml"
+    write_yaml(home / "greedy.yaml", tiny_experiment() | {"model": {"type": "greedy:Greedy"}})
+    train = f"{PROGRAM} train greedy.yaml"
     join = f"echo $$ > {limited}/cgroup.procs && exec {train}"
-    result = subprocess.run(
-        ["sh", "-c", join], cwd=home, env=user_environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 8, result.stderr
-    last = told(result.stderr)
+    code, _, stderr = shell.launch("sh", "-c", join).end(300)
+    assert code == 8, stderr
+    last = told(stderr)
     assert "ended by the system for want of memory" in last
     assert "training.micro_batch_size" in last
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -12,10 +11,7 @@ import shutil
 import signal
 import socket
 import struct
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +22,10 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from tests.ray.swept import Shell
+from tests.kit.commands import Shell
+from tests.kit.ports import free_port
+from tests.kit.tracking import answers
+from tests.kit.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 FLAGS = (
@@ -54,17 +53,14 @@ class Pages:
     def text(self) -> str:
         return str(self.driver.find_element("tag name", "body").text)
 
-    def wait(self, done: Any, timeout_s: float = WAIT_S) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not done():
-            assert time.monotonic() < deadline, self.text()
-            time.sleep(0.3)
+    def wait_for(self, condition: Any, timeout_s: float = WAIT_S) -> None:
+        wait_for(condition, timeout_s, pause_s=0.3, explain=self.text)
 
     def open(self, name: str, address: str, *texts: str) -> str:
         """Open a page, wait until it shows all the texts, keep a picture of it, and return what it shows."""
         self.driver.get("about:blank")
         self.driver.get(address)
-        self.wait(lambda: all(text in self.text() for text in texts))
+        self.wait_for(lambda: all(text in self.text() for text in texts))
         self.driver.save_screenshot(str(self.pictures / f"{name}.png"))
         return self.text()
 
@@ -82,39 +78,32 @@ def scroll_on(pages: Pages) -> None:
 
 
 @pytest.fixture(scope="module")
-def pages(shell: Shell, swept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
+def pages(swept_shell: Shell, swept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
     chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
     if chromium is None or chromedriver is None:
         pytest.skip("no chromium and chromium-driver here: `apt-get install chromium-driver` brings both")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = shell.start("ui", "--port", str(port))
-    assert server.stdout is not None
-    assert server.stderr is not None
-    said = server.stdout.readline()
-    address = re.search(r"http://\S+", said)
-    assert address is not None, said
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in FLAGS:
         options.add_argument(flag)
-    driver = webdriver.Chrome(options=options, service=Service(chromedriver))
-    try:
-        yield Pages(driver, address[0], tmp_path_factory.mktemp("pictures"))
-    finally:
-        driver.quit()
-        server.send_signal(signal.SIGINT)
-        server.communicate(timeout=60)
+    with swept_shell.start("ui", "--port", str(free_port())) as server:
+        address = server.wait_for(lambda: re.search(r"http://\S+(?=\s)", server.stdout))
+        driver = webdriver.Chrome(options=options, service=Service(chromedriver))
+        try:
+            yield Pages(driver, address[0], tmp_path_factory.mktemp("pictures"))
+        finally:
+            driver.quit()
+            server.send(signal.SIGINT)
+            server.end(60)
 
 
 @pytest.fixture(scope="module")
-def ids(shell: Shell, swept: dict[str, Any], winner: dict[str, Any]) -> dict[str, str]:
+def ids(swept_shell: Shell, swept: dict[str, Any], winner: dict[str, Any]) -> dict[str, str]:
     """MLflow's ids of the sweep's run, of its best trial's, and of the training of its best point."""
-    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{swept_shell.home}/mlflow.db")
     experiment = client.get_experiment_by_name("ddpm").experiment_id
     (parent,) = client.search_runs([experiment], "tags.kind = 'sweep'")
     (best,) = client.search_runs([experiment], "attributes.run_name LIKE '%best FID%'")
@@ -129,7 +118,7 @@ def test_the_list_shows_what_matters_and_trials_under_their_sweep(pages: Pages, 
     (row,) = (row for row in pages.driver.find_elements("css selector", "[role=row]") if "sweep grid" in row.text)
     row.find_element("css selector", "button").click()
     titles = [point["title"] for point in swept["points"]]
-    pages.wait(lambda: all(title in pages.text() for title in titles))
+    pages.wait_for(lambda: all(title in pages.text() for title in titles))
     pages.driver.save_screenshot(str(pages.pictures / "nested.png"))
     assert f"{swept['best']['title']}, best FID, seed 0" in pages.text()
 
@@ -154,8 +143,8 @@ def test_a_run_tells_what_it_was_and_how_to_do_it_again(
         scroll_on(pages)
         return "loss_t_quartile_1" in pages.text()
 
-    pages.wait(found_further_down)
-    pages.wait(lambda: len(pages.driver.find_elements("css selector", ".js-plotly-plot")) >= 2)
+    pages.wait_for(found_further_down)
+    pages.wait_for(lambda: len(pages.driver.find_elements("css selector", ".js-plotly-plot")) >= 2)
     pages.driver.save_screenshot(str(pages.pictures / "charts.png"))
 
 
@@ -164,31 +153,31 @@ def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dic
     pages.open(
         "report", artifacts.format(ids["parent"], "report/sweep-report.html"), "heatmap.png", "sweep-report.html"
     )
-    pages.wait(lambda: pages.driver.find_elements("tag name", "iframe"))
+    pages.wait_for(lambda: pages.driver.find_elements("tag name", "iframe"))
     pages.driver.switch_to.frame(pages.driver.find_element("tag name", "iframe"))
-    pages.wait(lambda: "Points, best first" in pages.text())
+    pages.wait_for(lambda: "Points, best first" in pages.text())
     assert len(pages.driver.find_elements("tag name", "img")) == 6
     pages.driver.switch_to.default_content()
     pages.open(
         "samples", artifacts.format(ids["best"], "pictures/samples.png"), "pictures", "evaluations", "samples.png"
     )
-    pages.wait(lambda: widest_picture(pages) > 200)
+    pages.wait_for(lambda: widest_picture(pages) > 200)
     pages.driver.save_screenshot(str(pages.pictures / "samples.png"))
 
 
 def test_a_training_shows_its_dataset_schedule_and_scored_images(
-    pages: Pages, ids: dict[str, str], shell: Shell, winner: dict[str, Any]
+    pages: Pages, ids: dict[str, str], swept_shell: Shell, winner: dict[str, Any]
 ) -> None:
     run = f"{pages.root}/experiments/{ids['experiment']}/runs/{ids['trained']}"
     pages.open("training", run, "Description", "Datasets", "digits (")
     pages.open("schedule", f"{run}/artifacts/pictures/schedule.png", "schedule.png")
-    pages.wait(lambda: widest_picture(pages) > 400)
-    (scores,) = (shell.home / "runs" / winner["run"] / "evaluations").glob("fid_*/scores.json")
+    pages.wait_for(lambda: widest_picture(pages) > 400)
+    (scores,) = (swept_shell.home / "runs" / winner["run"] / "evaluations").glob("fid_*/scores.json")
     folder = f"{run}/artifacts/evaluations/{scores.parent.name}"
     value = json.loads(scores.read_text())["values"]["fid_classifier_n128"]
     pages.open("scores", f"{folder}/scores.json", "scores.json", str(value)[:8])
     pages.open("scored images", f"{folder}/grid.png", "grid.png", "moments.safetensors")
-    pages.wait(lambda: widest_picture(pages) > 200)
+    pages.wait_for(lambda: widest_picture(pages) > 200)
 
 
 def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winner: dict[str, Any]) -> None:
@@ -207,11 +196,11 @@ def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winne
         scroll_on(pages)
         return bool(pages.driver.find_elements("css selector", "[role=slider]")) and shows_step(0)
 
-    pages.wait(slider_found, 2 * WAIT_S)  # below all the charts
+    pages.wait_for(slider_found, 2 * WAIT_S)  # below all the charts
     (slider,) = pages.driver.find_elements("css selector", "[role=slider]")
     assert [slider.get_attribute(f"aria-value{end}") for end in ("min", "max")] == ["0", "60"]
     slider.send_keys(Keys.ARROW_RIGHT)
-    pages.wait(lambda: shows_step(20))
+    pages.wait_for(lambda: shows_step(20))
     pages.driver.save_screenshot(str(pages.pictures / "grids.png"))
 
 
@@ -221,19 +210,14 @@ def test_the_best_model_has_a_page_with_its_alias(pages: Pages, swept: dict[str,
     assert swept["sweep"] in said
 
 
-def test_the_best_model_answers_requests_with_pngs(shell: Shell, swept: dict[str, Any]) -> None:
+def test_the_best_model_answers_requests_with_pngs(swept_shell: Shell, swept: dict[str, Any]) -> None:
     import urllib.error
     import urllib.request
 
     (run,) = swept["best"]["runs"].values()
-    server = shell.start("serve", run, "--port", "0")
-    lines: list[str] = []
+    server = swept_shell.start("serve", run, "--port", "0")
     try:
-        assert server.stdout is not None
-        reader = threading.Thread(target=lambda: lines.append(server.stdout.readline()), daemon=True)
-        reader.start()
-        reader.join(120)
-        (address,) = re.findall(r"http://127.0.0.1:\d+/", lines[0])
+        address = server.wait_for(lambda: re.search(r"http://127.0.0.1:\d+/", server.stdout))[0]
 
         def get(path: str) -> bytes:
             with urllib.request.urlopen(address + path, timeout=60) as answer:
@@ -264,30 +248,28 @@ def test_the_best_model_answers_requests_with_pngs(shell: Shell, swept: dict[str
         assert get("health") == b"ok"
         get("grid.png?n=300&seed=9")  # waits for the model, which the one that left has had before
     finally:
-        server.send_signal(signal.SIGINT)
-        _, stderr = server.communicate(timeout=60)
-    assert server.returncode == 0
+        server.send(signal.SIGINT)
+        code, _, stderr = server.end(60)
+    assert code == 0
     assert "Traceback" not in stderr
 
 
 def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
-    shell: Shell, swept: dict[str, Any], ending: Any
+    swept_shell: Shell, swept: dict[str, Any]
 ) -> None:
     import urllib.error
     import urllib.request
 
-    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{swept_shell.home}/mlflow.db")
     (model,) = client.search_registered_models()
     (alias,) = model.aliases
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = shell.process_environment() | {
-        "MLFLOW_TRACKING_URI": f"sqlite:///{shell.home}/mlflow.db",
+    port = free_port()
+    environment = {
+        "MLFLOW_TRACKING_URI": f"sqlite:///{swept_shell.home}/mlflow.db",
         "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    command = [
+    command = (
         "-m",
         "mlflow",
         "models",
@@ -298,29 +280,9 @@ def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
         str(port),
         "-m",
         f"models:/{model.name}@{alias}",
-    ]
-    with (shell.home / "serve.log").open("w") as said:
-        server = ending(
-            subprocess.Popen(
-                [sys.executable, *command],
-                cwd=shell.home,
-                env=environment,
-                stdout=said,
-                stderr=said,
-                start_new_session=True,
-            )
-        )
-
-        def up() -> bool:
-            assert server.poll() is None, (shell.home / "serve.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
-                return True
-            return False
-
-        deadline = time.monotonic() + WAIT_S
-        while not up():
-            assert time.monotonic() < deadline, (shell.home / "serve.log").read_text()
-            time.sleep(0.3)
+    )
+    with swept_shell.launch(sys.executable, *command, env=environment) as server:
+        server.wait_for(lambda: answers(f"http://127.0.0.1:{port}/ping"))
 
         def ask(**params: int) -> bytes:
             body = json.dumps({"inputs": {"n": [3]}, "params": params}).encode()
@@ -338,9 +300,9 @@ def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
         assert "steps: got 9999; expected 1 to" in json.loads(refusal.value.read())["message"]
         refusal.value.close()
     (run,) = swept["best"]["runs"].values()
-    code, _, stderr = shell.run("sample", run, "-n", "3", "--seed", "5", "--format", "png", "--out", "three")
+    code, _, stderr = swept_shell.type("sample", run, "-n", "3", "--seed", "5", "--format", "png", "--out", "three")
     assert code == 0, stderr
-    files = sorted((shell.home / "three").rglob("*.png"))
+    files = sorted((swept_shell.home / "three").rglob("*.png"))
     for png, file in zip(pngs, files, strict=True):
         served, sampled = (np.asarray(Image.open(source), np.int16) for source in (io.BytesIO(png), file))
         assert np.abs(served - sampled).max() <= 1  # another number of threads rounds otherwise

@@ -5,18 +5,12 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 
 from pipeline.cluster.gather import gather
@@ -27,44 +21,32 @@ from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.signals import Signals
 from pipeline.storage.runs import Run
 from pipeline.storage.tensor_file import Arrays
-from tests.conftest import type_here
-from tests.pipeline.training.trainer import make_run, train, trained_slow_sampler
+from tests.kit.commands import Shell, Typed, children_of
+from tests.kit.trainer import copied, trained_run, trained_slow_sampler
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-Typed = Callable[..., tuple[int, str, str]]
 NUM_IMAGES = 75  # seven whole chunks and half of one
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def slow_sampler(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A trained run whose network takes a second per chunk."""
     return trained_slow_sampler(tmp_path_factory.mktemp("trained"), steps=5, batch_size=10, eta=1.0)
 
 
-def moved(run: Run, home: Path) -> Run:
-    """Copy a run into another home, with its dataset."""
-    before = run.folder.parent.parent
-    shutil.copytree(before, home, dirs_exist_ok=True)
-    record = home / "runs" / run.id / "run.json"
-    record.write_text(record.read_text().replace(str(before), str(home)))
-    return Run(record.parent)
-
-
 @pytest.fixture
-def run(trained: Run, home: Path) -> Run:
+def run(slow_sampler: Run, home: Path) -> Run:
     """The trained run, in a home of the test's own; its module stands in the folder where commands are typed."""
-    return moved(trained, home)
+    return copied(slow_sampler, home)
 
 
 @pytest.fixture(scope="module")
-def whole(trained: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+def whole(slow_sampler: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the file that one worker makes, undisturbed."""
     home = tmp_path_factory.mktemp("whole")
-    moved(trained, home)
-    code, _, stderr = type_here(
-        home, *sampling(trained, home / "out", profile(home, 1)), env={"DDPM_PIPE_HOME": str(home)}
-    )
+    copied(slow_sampler, home)
+    code, _, stderr = Shell(home).type(*sampling(slow_sampler, home / "out", profile(home, 1)))
     assert code == 0, stderr
     return digest(home / "out")
 
@@ -134,29 +116,26 @@ def test_scores_are_the_same_and_a_repeat_computes_nothing(
 
 @pytest.mark.parametrize("fault", ["ctrl-c", "kill", "worker"])
 def test_what_was_generated_before_a_fault_is_kept(
-    run: Run, home: Path, user_environment: dict[str, str], typed: Typed, ray_session: object, whole: str, fault: str
+    run: Run, home: Path, shell: Shell, typed: Typed, ray_session: object, whole: str, fault: str
 ) -> None:
-    command = [str(Path(sys.executable).with_name("ddpm-pipe")), *sampling(run, home / "out", profile(home, 2))]
-    with subprocess.Popen(
-        command, cwd=home, env=user_environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        deadline = time.monotonic() + 240
-        while len(chunks := list((run.folder / "generated").glob("*/chunk-*"))) < 2:
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        kept = {path.name: path.stat().st_mtime_ns for path in chunks}
-        if fault == "worker":
-            next(w for w in psutil.Process(process.pid).children(recursive=True) if "ChunkWorker" in w.name()).kill()
-        else:
-            os.kill(process.pid, signal.SIGINT if fault == "ctrl-c" else signal.SIGKILL)
-        _, stderr = process.communicate(timeout=240)
+    process = shell.start(*sampling(run, home / "out", profile(home, 2)))
+
+    def chunks() -> list[Path]:
+        return list((run.folder / "generated").glob("*/chunk-*"))
+
+    process.wait_for(lambda: len(chunks()) >= 2)
+    kept = {path.name: path.stat().st_mtime_ns for path in chunks()}
     if fault == "worker":
-        assert process.returncode == 0, stderr
+        next(w for w in children_of(process.pid) if "ChunkWorker" in w.name()).kill()
     else:
-        assert process.returncode == (130 if fault == "ctrl-c" else -signal.SIGKILL), stderr
+        process.send(signal.SIGINT if fault == "ctrl-c" else signal.SIGKILL)
+    code, _, stderr = process.end(240)
+    if fault == "worker":
+        assert code == 0, stderr
+    else:
+        assert code == (130 if fault == "ctrl-c" else -signal.SIGKILL), stderr
         assert fault == "kill" or "the same command goes on" in stderr.splitlines()[-1]
-        now = {path.name: path.stat().st_mtime_ns for path in (run.folder / "generated").glob("*/chunk-*")}
+        now = {path.name: path.stat().st_mtime_ns for path in chunks()}
         assert kept.items() <= now.items()
         assert len(now) < 8
         code, _, stderr = typed(*sampling(run, home / "out", profile(home, 2)))
@@ -167,13 +146,12 @@ def test_what_was_generated_before_a_fault_is_kept(
 def test_bits_per_dim_are_the_same_bytes_from_one_two_and_four_workers(
     home: Path, typed: Typed, ray_session: object
 ) -> None:
-    run = make_run(
+    run = trained_run(
         home,
         diffusion={"num_timesteps": 20, "schedule": "cosine"},
         sampling={"steps": 5, "batch_size": 10},
         training={"steps": 2, "batch_size": 16},
     )
-    assert train(str(run.folder)) == "finished"
     bounds = set()
     for workers in (1, 2, 4):
         shutil.rmtree(run.folder / "bound", ignore_errors=True)

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
 from pipeline.storage.checkpoint import MANIFEST
-from tests.object_store import objects
+from tests.kit.experiments import tiny_experiment, write_yaml
+from tests.kit.object_store import objects
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-TINY = """
-name: tiny
-model: {channels: 16, channel_multipliers: [1, 2], num_res_blocks: 1, attention_resolutions: [4], norm_groups: 4}
-training: {steps: 60, batch_size: 16, warmup_steps: 5, ema_decay: 0.9}
-checkpoint: {every_steps: 5, every_minutes: null}
-logging: {every_steps: 4, grid_every_steps: null}
-sampling: {steps: 2}
-evaluation: {enabled: false}
-"""
 
-
-def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, home, tmp_path, user_environment):
+def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, start, home, tmp_path):
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
-    (home / "tiny.yaml").write_text(TINY)
+    write_yaml(home / "tiny.yaml", tiny_experiment(training={"steps": 60}))
     (home / "store.yaml").write_text(
         f"workers: 2\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\nstorage: {bucket}/ddpm\n"
         f"cache: {{folder: {tmp_path / 'cache'}, max_gb: 1}}\n"
@@ -38,28 +24,13 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     profile = str(home / "store.yaml")
     data = f"{bucket}/data/digits"
     assert cli("ingest", "digits", data, env=environment).code == 0
-    command = [
-        str(Path(sys.executable).with_name("ddpm-pipe")),
-        "train",
-        "tiny.yaml",
-        "--cluster",
-        profile,
-        "--data",
-        data,
-    ]
-    with subprocess.Popen(
-        command, cwd=home, env=user_environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        deadline = time.monotonic() + 480
-        while not any(name.endswith(f"step-0000000010-1/{MANIFEST}") for name in objects(f"{bucket}/ddpm")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        held = cli("resume", "latest", "--cluster", profile, env=environment)
-        os.killpg(process.pid, signal.SIGKILL)  # the machine is gone, with all that it had
-        process.communicate()
+    training = start("train", "tiny.yaml", "--cluster", profile, "--data", data, env=environment)
+    saved = f"step-0000000010-1/{MANIFEST}"
+    training.wait_for(lambda: any(name.endswith(saved) for name in objects(f"{bucket}/ddpm")))
+    held = cli("resume", "latest", "--cluster", profile, env=environment)
+    training.kill()  # the machine is gone, with all that it had
     assert held.code == 9, held
-    assert f"process {process.pid}" in held.stderr
+    assert f"process {training.pid}" in held.stderr
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -80,12 +51,10 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     assert not any(name.startswith("lease/") for name in names)
 
 
-def test_a_sweep_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, home, tmp_path, user_environment):
+def test_a_sweep_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, start, home, tmp_path):
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
     for place in (home, tmp_path):
-        (place / "tiny.yaml").write_text(
-            TINY.replace("steps: 60", "steps: 20").replace("enabled: false", "num_images: 128")
-        )
+        write_yaml(place / "tiny.yaml", tiny_experiment(training={"steps": 20}) | {"evaluation": {"num_images": 128}})
     profile = tmp_path / "store.yaml"
     profile.write_text(
         f"workers: 1\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\nstorage: {bucket}/ddpm\n"
@@ -93,17 +62,9 @@ def test_a_sweep_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli
     )
     cluster = ("--cluster", str(profile))
     over = ("--over", "diffusion.schedule=linear,cosine", "--steps", "10", "--seeds", "1", "--max-concurrent", "1")
-    command = [str(Path(sys.executable).with_name("ddpm-pipe")), "sweep", "--base", "tiny.yaml", *over, *cluster]
-    with subprocess.Popen(
-        command, cwd=home, env=user_environment | environment, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
-        deadline = time.monotonic() + 600
-        while not any(name.endswith("/ledger.jsonl") for name in objects(f"{bucket}/ddpm/sweeps")):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.2)
-        os.killpg(process.pid, signal.SIGKILL)  # the machine is gone, with all that it had
-        process.communicate()
+    sweep = start("sweep", "--base", "tiny.yaml", *over, *cluster, env=environment)
+    sweep.wait_for(lambda: any(name.endswith("/ledger.jsonl") for name in objects(f"{bucket}/ddpm/sweeps")))
+    sweep.kill()  # the machine is gone, with all that it had
     (done,) = (home / "sweeps").glob("*/ledger.jsonl")
 
     elsewhere = tmp_path / "elsewhere"

@@ -8,9 +8,7 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from tests.ray.clusters import RayCluster, ray_cluster
+from tests.kit.clusters import RayCluster, ray_cluster
+from tests.kit.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -153,20 +152,8 @@ def test_arguments_arrive_as_they_were_typed_and_exit_codes_come_back(cli, clust
     assert not canary.exists()
 
 
-def started(arguments: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def test_a_job_is_left_alone_found_again_stopped_after_saving_and_resumed(
-    cli, cluster, profile_of, folder, outside, tmp_path, user_environment
+    cli, start, cluster, profile_of, folder, outside, tmp_path
 ):
     environment = cluster.environment
     profile = profile_of(timeouts={"stop_s": 20})
@@ -175,18 +162,15 @@ def test_a_job_is_left_alone_found_again_stopped_after_saving_and_resumed(
     job = sent.stdout.strip()
     assert f"ddpm-pipe jobs follow {job} --cluster {profile}" in sent.stderr
 
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "shared").glob("runs/*/checkpoints/*")):
-        assert time.monotonic() < deadline, cluster.get(f"/api/jobs/{job}/logs")
-        time.sleep(0.5)
-    with started(
-        ["jobs", "follow", job.removeprefix("ddpm-")[:5], "--cluster", profile], user_environment | environment, folder
-    ) as following:
-        assert following.stderr is not None
-        line = following.stderr.readline()  # the log is there
-        following.send_signal(signal.SIGINT)
-        _, rest = following.communicate(timeout=60)
-    assert following.returncode == 130, line + rest
+    wait_for(
+        lambda: list((tmp_path / "shared").glob("runs/*/checkpoints/*")),
+        explain=lambda: cluster.get(f"/api/jobs/{job}/logs"),
+    )
+    following = start("jobs", "follow", job.removeprefix("ddpm-")[:5], "--cluster", profile, env=environment)
+    following.wait_for(lambda: "\n" in following.stderr)  # the log is there
+    following.send(signal.SIGINT)
+    code, _, rest = following.end(60)
+    assert code == 130, rest
     assert f"{job} goes on" in rest
     assert f"ddpm-pipe jobs stop {job} --cluster {profile}" in rest
     assert json.loads(cluster.get(f"/api/jobs/{job}")[1])["status"] == "RUNNING"
@@ -249,7 +233,7 @@ def way(cluster: RayCluster) -> Iterator[Way]:
 
 
 def test_following_is_taken_up_again_where_the_connection_was_lost(
-    cli, cluster, profile_of, folder, outside, user_environment, way
+    cli, start, cluster, profile_of, folder, outside, way
 ):
     environment = cluster.environment
     sent = cli(
@@ -257,18 +241,15 @@ def test_following_is_taken_up_again_where_the_connection_was_lost(
     )
     assert sent.code == 0, sent.stderr
     profile = profile_of(address=way.url, timeouts={"stop_s": 20})
-    with started(
-        ["jobs", "follow", "latest", "--cluster", profile], user_environment | environment, folder
-    ) as following:
-        assert following.stderr is not None
-        told = [following.stderr.readline()]  # the log is there
-        way.cut()
-        while "again\n" not in told[-1] and told[-1]:
-            told.append(following.stderr.readline())
-        stopped = cli("jobs", "stop", "latest", "--cluster", profile, env=environment)
-        told += following.communicate(timeout=120)[1].splitlines(keepends=True)
+    following = start("jobs", "follow", "latest", "--cluster", profile, env=environment)
+    following.wait_for(lambda: "\n" in following.stderr)  # the log is there
+    way.cut()
+    following.wait_for(lambda: "again\n" in following.stderr)
+    stopped = cli("jobs", "stop", "latest", "--cluster", profile, env=environment)
+    code, _, stderr = following.end(120)
+    told = stderr.splitlines(keepends=True)
     assert stopped.code == 0, stopped.stderr
-    assert following.returncode in (75, 143), told  # as far as it had come when it was stopped
+    assert code in (75, 143), told  # as far as it had come when it was stopped
     job = sent.stdout.strip()
     assert sum(f"lost the connection to {job}" in line for line in told) == 1
     assert sum(f"following {job} again" in line for line in told) == 1

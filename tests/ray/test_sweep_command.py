@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +14,20 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
 from pipeline.sweeps.ledger import Entry, Ledger
-from tests.ray.swept import Shell, prepare
+from tests.kit.commands import Shell, children_of
+from tests.kit.sweeps import prepare
+from tests.kit.trainer import newest_step, only_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 @pytest.fixture
-def elsewhere(tmp_path: Path, ray_session: Any) -> Shell:
+def elsewhere(tmp_path: Path, ray_session: Any) -> Iterator[Shell]:
     prepare(tmp_path)
-    return Shell(tmp_path)
-
-
-def wait_for(done: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 480) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not done():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.1)
+    with Shell(tmp_path) as shell:
+        yield shell
 
 
 def ledger(home: Path) -> dict[str, Entry]:
@@ -47,7 +39,7 @@ def numbers(result: dict[str, Any]) -> dict[str, Any]:
     return {point["title"]: (point["values"], point["curve"]) for point in result["points"]}
 
 
-def test_a_grid_is_ranked_and_what_cannot_be_trained_is_named(shell: Shell, swept: dict[str, Any]) -> None:
+def test_a_grid_is_ranked_and_what_cannot_be_trained_is_named(swept_shell: Shell, swept: dict[str, Any]) -> None:
     means = [point["mean"] for point in swept["points"]]
     assert len(means) == 4
     assert means == sorted(means)
@@ -58,7 +50,9 @@ def test_a_grid_is_ranked_and_what_cannot_be_trained_is_named(shell: Shell, swep
     assert "one seed" in swept["statement"]
 
 
-def test_the_report_needs_nothing_else_and_its_pictures_show_something(shell: Shell, swept: dict[str, Any]) -> None:
+def test_the_report_needs_nothing_else_and_its_pictures_show_something(
+    swept_shell: Shell, swept: dict[str, Any]
+) -> None:
     page = Path(swept["report"])
     text = page.read_text()
     assert not re.findall(r"(?:src|href)=['\"](?!data:)", text)
@@ -70,8 +64,8 @@ def test_the_report_needs_nothing_else_and_its_pictures_show_something(shell: Sh
             assert len(picture.convert("RGB").getcolors(1 << 24)) > 20, name
 
 
-def test_trials_are_nested_found_by_words_and_the_best_is_registered(shell: Shell, swept: dict[str, Any]) -> None:
-    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+def test_trials_are_nested_found_by_words_and_the_best_is_registered(swept_shell: Shell, swept: dict[str, Any]) -> None:
+    client = MlflowClient(f"sqlite:///{swept_shell.home}/mlflow.db")
     experiment = client.get_experiment_by_name("ddpm")
     (parent,) = client.search_runs([experiment.experiment_id], "tags.kind = 'sweep'")
     children = client.search_runs([experiment.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
@@ -96,20 +90,18 @@ def test_trials_are_nested_found_by_words_and_the_best_is_registered(shell: Shel
     assert float(version.tags["ddpm_pipe.value"]) == best["mean"]
 
 
-def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
-    swept: dict[str, Any], elsewhere: Shell, ending: Any
-) -> None:
-    killed = ending(elsewhere.start("sweep", "grid.yaml"))
-    wait_for(lambda: (elsewhere.home / "sweeps").is_dir() and len(ledger(elsewhere.home)) >= 1, killed)
-    processes = psutil.Process(killed.pid).children(recursive=True)
-    killed.kill()
+def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dict[str, Any], elsewhere: Shell) -> None:
+    killed = elsewhere.start("sweep", "grid.yaml")
+    killed.wait_for(lambda: (elsewhere.home / "sweeps").is_dir() and len(ledger(elsewhere.home)) >= 1)
+    processes = children_of(killed.pid)
+    killed.send(signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
     done = ledger(elsewhere.home)
     assert 1 <= len(done) < 4
     (folder,) = (elsewhere.home / "sweeps").iterdir()
 
-    code, stdout, stderr = elsewhere.run("resume", folder.name, "--json")
+    code, stdout, stderr = elsewhere.type("resume", folder.name, "--json")
     assert code == 0, stderr
     assert numbers(json.loads(stdout)) == numbers(swept)
     begun = {run.id for run in Run.all(elsewhere.home)}
@@ -119,7 +111,7 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
     spent_s = json.loads(stdout)["seconds"]
 
     more = ("--over", "diffusion.num_timesteps=20")
-    code, stdout, stderr = elsewhere.run("sweep", "--extend", folder.name, *more, "--json")
+    code, stdout, stderr = elsewhere.type("sweep", "--extend", folder.name, *more, "--json")
     assert code == 0, stderr
     extended = json.loads(stdout)
     assert numbers(extended).items() >= numbers(swept).items()
@@ -132,25 +124,25 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(
     assert extended["seconds"] > spent_s  # of all drivers
 
 
-def test_the_forecast_is_measured_and_writes_nothing(shell: Shell, swept: dict[str, Any]) -> None:
-    before = {path for name in ("runs", "sweeps") for path in (shell.home / name).iterdir()}
-    code, stdout, stderr = shell.run("sweep", "grid.yaml", "--dry-run", "--json")
+def test_the_forecast_is_measured_and_writes_nothing(swept_shell: Shell, swept: dict[str, Any]) -> None:
+    before = {path for name in ("runs", "sweeps") for path in (swept_shell.home / name).iterdir()}
+    code, stdout, stderr = swept_shell.type("sweep", "grid.yaml", "--dry-run", "--json")
     assert code == 0, stderr
     forecast = json.loads(stdout)
     assert (forecast["num_trials"], len(forecast["refused"])) == (4, 2)
     assert forecast["total_s"] >= forecast["trial_s"] > 0
-    assert {path for name in ("runs", "sweeps") for path in (shell.home / name).iterdir()} == before
+    assert {path for name in ("runs", "sweeps") for path in (swept_shell.home / name).iterdir()} == before
 
 
 def test_the_best_point_is_trained_and_says_where_it_comes_from(
-    shell: Shell, swept: dict[str, Any], winner: dict[str, Any]
+    swept_shell: Shell, swept: dict[str, Any], winner: dict[str, Any]
 ) -> None:
-    record = json.loads((shell.home / "runs" / winner["run"] / "run.json").read_text())
+    record = json.loads((swept_shell.home / "runs" / winner["run"] / "run.json").read_text())
     schedule, steps = swept["best"]["point"]["diffusion.schedule"], swept["best"]["point"]["diffusion.num_timesteps"]
     diffusion = record["experiment"]["diffusion"]
     assert (diffusion["schedule"], diffusion["num_timesteps"]) == (schedule, steps)
     assert record["experiment"]["training"]["steps"] == 60  # the base's, not the sweep's
-    client = MlflowClient(f"sqlite:///{shell.home}/mlflow.db")
+    client = MlflowClient(f"sqlite:///{swept_shell.home}/mlflow.db")
     experiment = client.get_experiment_by_name("ddpm").experiment_id
     (run,) = client.search_runs([experiment], f"tags.`ddpm_pipe.origin` = 'sweep {swept['sweep']}'")
     assert run.data.tags["ddpm_pipe.run_id"] == winner["run"]
@@ -159,7 +151,7 @@ def test_the_best_point_is_trained_and_says_where_it_comes_from(
 
 
 def test_the_hopeless_are_stopped_early_and_one_that_fails_does_not_end_the_sweep(elsewhere: Shell) -> None:
-    code, stdout, stderr = elsewhere.run("sweep", "race.yaml", "--json")
+    code, stdout, stderr = elsewhere.type("sweep", "race.yaml", "--json")
     assert code == 11, stderr
     assert "1 of its trials failed" in stderr
     result = json.loads(stdout)
@@ -182,12 +174,13 @@ def test_the_hopeless_are_stopped_early_and_one_that_fails_does_not_end_the_swee
 
 
 def trial_processes(pid: int) -> list[psutil.Process]:
-    found = psutil.Process(pid).children(recursive=True)
-    return [p for p in found if "ImplicitFunc" in " ".join(p.cmdline()) or "run_trial" in " ".join(p.cmdline())]
+    return [
+        p for p in children_of(pid) if "ImplicitFunc" in " ".join(p.cmdline()) or "run_trial" in " ".join(p.cmdline())
+    ]
 
 
 def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_store_of_mlflow_run(
-    elsewhere: Shell, ending: Any
+    elsewhere: Shell,
 ) -> None:
     store, other = (f"sqlite:///{elsewhere.home}/{name}.db" for name in ("chosen", "other"))
     client = MlflowClient(store)
@@ -206,22 +199,18 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
         "--seeds",
         "1",
     )
-    sweep = ending(elsewhere.start(*arguments, "--cluster", "own.yaml", "-s", "logging.every_steps=20", "--json"))
+    sweep = elsewhere.start(*arguments, "--cluster", "own.yaml", "-s", "logging.every_steps=20", "--json")
 
-    def saved() -> int:
-        steps = [c.step for folder in elsewhere.home.glob("runs/*/checkpoints") for c in checkpoints.committed(folder)]
-        return max(steps, default=-1)
-
-    wait_for(lambda: saved() >= 10, sweep, timeout_s=400)
+    sweep.wait_for(lambda: newest_step(elsewhere.home) >= 10)
     (trial,) = trial_processes(sweep.pid)
     trial.kill()
-    (run,) = (elsewhere.home / "runs").iterdir()
-    wait_for(lambda: "attempt 2 continues from step" in (run / "log.txt").read_text(), sweep, timeout_s=400)
+    run = only_run(elsewhere.home).folder
+    sweep.wait_for(lambda: "attempt 2 continues from step" in (run / "log.txt").read_text())
     assert re.search(r"attempt 2 continues from step [1-4]0", (run / "log.txt").read_text())
-    sweep.send_signal(signal.SIGINT)
-    stdout, stderr = sweep.communicate(timeout=400)
+    sweep.send(signal.SIGINT)
+    code, stdout, stderr = sweep.end()
     (folder,) = (elsewhere.home / "sweeps").iterdir()
-    assert (sweep.returncode, stdout) == (130, ""), stderr
+    assert (code, stdout) == (130, ""), stderr
     assert f"go on with: ddpm-pipe resume {folder.name}" in stderr
     assert json.loads((folder / "status.json").read_text())["status"] == "INTERRUPTED"
     assert ledger(elsewhere.home) == {}  # it is neither done nor failed
@@ -232,7 +221,7 @@ def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
     assert not (elsewhere.home / "other.db").exists()
 
     del elsewhere.environment["MLFLOW_RUN_ID"]
-    code, stdout, stderr = elsewhere.run("resume", folder.name, "--json")
+    code, stdout, stderr = elsewhere.type("resume", folder.name, "--json")
     assert code == 0, stderr
     assert json.loads(stdout)["points"][0]["status"] == "finished"
     assert (run / "attempt").read_text().strip() == "3"

@@ -10,12 +10,9 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -23,20 +20,10 @@ import pytest
 
 from pipeline.data.shards import Dataset
 from pipeline.storage import checkpoint as checkpoints
-from tests.ray.small import (
-    SLOW_NETWORK,
-    TINY,
-    TWO_WORKERS,
-    Started,
-    children_of,
-    digests,
-    newest_step,
-    only_run,
-    slow,
-    told,
-    training_workers,
-    wait_until,
-)
+from tests.kit.commands import children_of, told, training_workers
+from tests.kit.experiments import TWO_WORKERS, slow_experiment, tiny_experiment, write_yaml
+from tests.kit.trainer import final_digests, newest_step, only_run
+from tests.kit.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -58,27 +45,9 @@ if sys.argv[0].endswith("default_worker.py"):
 
 
 @pytest.fixture
-def start(home: Path, user_environment: dict[str, str], ending: Any) -> Callable[..., Started]:
-    def begin(*arguments: str) -> Started:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).with_name("ddpm-pipe")), *arguments],
-            cwd=home,
-            env=user_environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        return Started(ending(process))
-
-    return begin
-
-
-@pytest.fixture
 def tiny(home: Path) -> Path:
-    (home / "tiny.yaml").write_text(TINY)
+    write_yaml(home / "tiny.yaml", tiny_experiment())
     (home / "two.yaml").write_text(TWO_WORKERS)
-    (home / "slow_network.py").write_text(SLOW_NETWORK)
     return home
 
 
@@ -92,71 +61,71 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 
 def test_killing_a_worker_costs_an_attempt_and_changes_nothing(tiny, typed, ray_session, calm):
-    slow(tiny)
+    slow_experiment(tiny)
 
     def kill() -> None:
-        wait_until(lambda: newest_step(tiny) >= 10)
+        wait_for(lambda: newest_step(tiny) >= 10)
         training_workers(os.getpid())[-1].kill()
 
     with meanwhile(kill):
         code, _, stderr = typed("train", "slow.yaml", "--cluster", "two.yaml")
     assert code == 0, stderr
     assert "attempt 1 failed" in stderr
-    assert digests(only_run(tiny)) == calm(2)
+    assert final_digests(only_run(tiny)) == calm(2)
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_ends_the_same(tiny, start, typed, ray_session, calm):
-    slow(tiny)
+    slow_experiment(tiny)
     stopped = start("train", "slow.yaml")
     stopped.wait_for(lambda: newest_step(tiny) >= 5)
     run = only_run(tiny)
     code, _, stderr = typed("resume", "latest")
     assert code == 9  # one run is worked on by one process
-    assert f"process {stopped.process.pid}" in stderr
+    assert f"process {stopped.pid}" in stderr
 
-    os.killpg(stopped.process.pid, signal.SIGINT)  # as a terminal does: to every process of the command
+    stopped.send(signal.SIGINT, to_all=True)  # as a terminal does: to every process of the command
     code, _, stderr = stopped.end()
     assert code == 130, stderr
     last = told(stderr)
     assert last.startswith("ddpm-pipe: stopped, saved at step")
-    assert last.endswith(f"ddpm-pipe resume {run.name}")
+    assert last.endswith(f"ddpm-pipe resume {run.id}")
     (row,) = json.loads(typed("runs", "--json")[1])
     assert row["status"] == "INTERRUPTED"
     assert 5 <= row["step"] < 40
 
-    code, _, stderr = typed("resume", run.name)
+    code, _, stderr = typed("resume", run.id)
     assert code == 0, stderr
-    assert digests(run) == calm(1)
+    assert final_digests(run) == calm(1)
 
 
 def test_sigterm_ends_with_75_and_sigkill_of_the_driver_leaves_no_process(tiny, start, typed, ray_session, calm):
-    slow(tiny)
+    slow_experiment(tiny)
     asked = start("train", "slow.yaml")
     asked.wait_for(lambda: newest_step(tiny) >= 5)
-    asked.process.send_signal(signal.SIGTERM)
+    asked.send(signal.SIGTERM)
     assert asked.end()[0] == 75
 
-    run = only_run(tiny).name
+    run = only_run(tiny).id
     killed = start("resume", run)
     before = newest_step(tiny)
     killed.wait_for(lambda: newest_step(tiny) > before)
-    processes = children_of(killed.process.pid)
-    killed.process.kill()
+    processes = children_of(killed.pid)
+    killed.send(signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
     (row,) = json.loads(typed("runs", "--json")[1])
     assert row["status"] == "INTERRUPTED"
     assert typed("resume", run[:4])[0] == 0
-    assert digests(only_run(tiny)) == calm(1)
+    assert final_digests(only_run(tiny)) == calm(1)
 
 
 def test_a_run_that_dies_twice_at_one_step_is_not_tried_for_ever(tiny, typed, ray_session):
-    slow(tiny, pause=0.0, die_at=3)
+    slow_experiment(tiny, pause=0.0, die_at=3)
     code, _, stderr = typed("train", "slow.yaml")
     assert code == 8, stderr
     assert "died twice" in told(stderr)
     assert "ddpm-pipe resume" in told(stderr)
-    assert (only_run(tiny) / "attempt").read_text().strip() == "2"
+    assert (only_run(tiny).folder / "attempt").read_text().strip() == "2"
 
 
 def test_an_image_that_crashes_the_decoder_twice_is_named(tiny, typed, ray_session, tmp_path):
@@ -169,8 +138,9 @@ def test_an_image_that_crashes_the_decoder_twice_is_named(tiny, typed, ray_sessi
     stored = dataset.storage(1)
     dataset.load(np.array([17]), stored, np.empty(1, dtype=np.int64))
     digest = hashlib.sha256(stored[0]).hexdigest()
-    (tiny / "slow_network.py").write_text(SLOW_NETWORK + CRASHING_DECODER.replace("DIGEST", digest))
-    slow(tiny, pause=0.0)
+    slow_experiment(tiny, pause=0.0)
+    with (tiny / "slow_network.py").open("a") as module:
+        module.write(CRASHING_DECODER.replace("DIGEST", digest))
     code, _, stderr = typed("train", "slow.yaml", "--data", str(tmp_path / "set"), "--cluster", "two.yaml")
     assert code == 3, stderr
     assert f"{dataset.location}/shard-00000.parquet, row group 0, row 17" in told(stderr)
@@ -182,5 +152,5 @@ def test_divergence_is_told_with_its_step_and_no_checkpoint_holds_it(tiny, typed
     code, _, stderr = typed("train", "tiny.yaml", "-s", "training.learning_rate=1e30", "-s", "training.grad_clip=null")
     assert code == 5, stderr
     assert "diverged at step" in stderr
-    for checkpoint in checkpoints.committed(only_run(tiny) / "checkpoints"):
+    for checkpoint in checkpoints.committed(only_run(tiny).folder / "checkpoints"):
         assert all(t.isfinite().all() for group in checkpoint.tensors().values() for t in group.values())

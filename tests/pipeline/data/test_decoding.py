@@ -15,7 +15,7 @@ import pytest
 from pipeline.data.decoding import Decoding, rows_left
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
-from tests.pipeline.data.made_data import dataset_of, some_images
+from tests.kit.data import dataset_of, some_images
 
 # at the second image the decoder follows a null pointer
 CRASHING = """

@@ -20,7 +20,7 @@ from PIL import Image, PngImagePlugin
 
 from pipeline.data.images import convert_array, crop_and_resize, decode_image, flip, to_float, to_uint8
 from pipeline.errors import DataError, DivergedError
-from tests.pipeline.data.made_data import (
+from tests.kit.data import (
     COLOUR,
     COLOUR_ALPHA,
     GREY,

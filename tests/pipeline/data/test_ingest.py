@@ -15,7 +15,7 @@ import pytest
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest, source_key
-from tests.pipeline.data.made_data import (
+from tests.kit.data import (
     Pixels,
     jpeg_of,
     png_of,

@@ -30,7 +30,7 @@ from pipeline.ingest.download import Archive, fetch
 from pipeline.ingest.files import find_files, without_credentials
 from pipeline.ingest.ingest import ingest
 from pipeline.ingest.sets import SETS
-from tests.pipeline.data.made_data import (
+from tests.kit.data import (
     Pixels,
     hugging_face,
     png_of,

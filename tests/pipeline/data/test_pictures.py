@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.ingest.ingest import ingest
 from pipeline.pictures.pictures import card_lines, dataset_card, inspect_picture, save_grid, save_strip
-from tests.pipeline.data.made_data import Pixels, dataset_of, some_images
+from tests.kit.data import Pixels, dataset_of, some_images
 
 
 def picture(path: Path) -> Pixels:

@@ -11,13 +11,13 @@ import pytest
 
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset, RawBatch, read_batches
-from tests.pipeline.data.made_data import dataset_of, some_images
+from tests.kit.data import dataset_of, some_images
 
 FROM_DISK = 0  # a memory budget that nothing fits
 
 
 @pytest.fixture(scope="module", params=["raw", "png"])
-def dataset(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+def stored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """Raw images in row groups of 128 and two shards; PNG without labels in row groups of 64 and four shards."""
     shape, count = {"raw": ((64, 64, 3), 300), "png": ((72, 72, 3), 200)}[request.param]
     folder = tmp_path_factory.mktemp(request.param) / "data"
@@ -40,51 +40,49 @@ def assert_same(a: RawBatch, b: RawBatch) -> None:
 
 @pytest.mark.parametrize(("num_streams", "batch_size"), [(4, 12), (2, 200), (50, 50)])
 @pytest.mark.parametrize("window", [1, 100, 10_000])
-def test_memory_and_disk_give_the_same_batches(
-    dataset: Dataset, window: int, num_streams: int, batch_size: int
-) -> None:
+def test_memory_and_disk_give_the_same_batches(stored: Dataset, window: int, num_streams: int, batch_size: int) -> None:
     """Also where a step takes more rows of a stream than a window has, and where slices are shorter than windows."""
-    order = Order(dataset.manifest.row_groups, 5, num_streams, batch_size, window)
-    num_steps = 2 * len(dataset) // batch_size + 5  # into the third epoch
-    held = Dataset.open(dataset.folder)
+    order = Order(stored.manifest.row_groups, 5, num_streams, batch_size, window)
+    num_steps = 2 * len(stored) // batch_size + 5  # into the third epoch
+    held = Dataset.open(stored.folder)
     from_memory = batches(held, order, range(num_streams), 0, num_steps, 2**40)
-    from_disk = batches(dataset, order, range(num_streams), 0, num_steps, FROM_DISK)
+    from_disk = batches(stored, order, range(num_streams), 0, num_steps, FROM_DISK)
     assert held.in_memory
-    assert not dataset.in_memory
+    assert not stored.in_memory
     for a, b in zip(from_memory, from_disk, strict=True):
         assert_same(a, b)
 
 
-def test_batches_are_the_rows_of_the_order(dataset: Dataset) -> None:
-    order = Order(dataset.manifest.row_groups, 5, 4, 12, 100)
-    for batch in batches(dataset, order, range(4), 0, 30, FROM_DISK):
+def test_batches_are_the_rows_of_the_order(stored: Dataset) -> None:
+    order = Order(stored.manifest.row_groups, 5, 4, 12, 100)
+    for batch in batches(stored, order, range(4), 0, 30, FROM_DISK):
         np.testing.assert_array_equal(batch.rows, np.concatenate([order.rows_for(batch.step, k) for k in range(4)]))
-        np.testing.assert_array_equal(batch.images, dataset.read(batch.rows))
+        np.testing.assert_array_equal(batch.images, stored.read(batch.rows))
         if batch.labels is not None:
             np.testing.assert_array_equal(batch.labels, batch.rows)  # as they were ingested
 
 
 @pytest.mark.parametrize("budget", [FROM_DISK, 2**40], ids=["disk", "memory"])
-def test_starting_later_gives_the_tail(dataset: Dataset, budget: int) -> None:
-    order = Order(dataset.manifest.row_groups, 5, 2, 8, 100)
-    whole = batches(Dataset.open(dataset.folder), order, range(2), 0, 90, budget)
+def test_starting_later_gives_the_tail(stored: Dataset, budget: int) -> None:
+    order = Order(stored.manifest.row_groups, 5, 2, 8, 100)
+    whole = batches(Dataset.open(stored.folder), order, range(2), 0, 90, budget)
     for start in (1, 17, 38, 89):
-        tail = batches(Dataset.open(dataset.folder), order, range(2), start, 90 - start, budget)
+        tail = batches(Dataset.open(stored.folder), order, range(2), start, 90 - start, budget)
         for a, b in zip(whole[start:], tail, strict=True):
             assert_same(a, b)
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_workers_together_read_what_one_reads(dataset: Dataset, world: int) -> None:
-    order = Order(dataset.manifest.row_groups, 5, 8, 24, 100)
-    alone = batches(dataset, order, range(8), 0, 30, FROM_DISK)
+def test_workers_together_read_what_one_reads(stored: Dataset, world: int) -> None:
+    order = Order(stored.manifest.row_groups, 5, 8, 24, 100)
+    alone = batches(stored, order, range(8), 0, 30, FROM_DISK)
     parts = [
-        batches(Dataset.open(dataset.folder), order, streams_of_worker(rank, world, 8), 0, 30, FROM_DISK)
+        batches(Dataset.open(stored.folder), order, streams_of_worker(rank, world, 8), 0, 30, FROM_DISK)
         for rank in range(world)
     ]
     for step, batch in enumerate(alone):
         by_stream = {
-            stream: (part[step].rows.reshape(-1, 3)[i], part[step].images.reshape(-1, 3, *dataset.manifest.shape)[i])
+            stream: (part[step].rows.reshape(-1, 3)[i], part[step].images.reshape(-1, 3, *stored.manifest.shape)[i])
             for rank, part in enumerate(parts)
             for i, stream in enumerate(streams_of_worker(rank, world, 8))
         }
@@ -138,6 +136,6 @@ def test_a_worker_holds_no_more_than_its_windows(tmp_path: Path) -> None:
     assert peak < 0.2 * dataset.manifest.num_bytes_decoded
 
 
-def test_an_order_of_another_dataset_is_refused(dataset: Dataset) -> None:
+def test_an_order_of_another_dataset_is_refused(stored: Dataset) -> None:
     with pytest.raises(ValueError, match="other row groups"):
-        read_batches(dataset, Order((8, 8), 0, 1, 4, 8), [0])
+        read_batches(stored, Order((8, 8), 0, 1, 4, 8), [0])

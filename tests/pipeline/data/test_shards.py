@@ -19,7 +19,7 @@ import pytest
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
-from tests.pipeline.data.made_data import Pixels, dataset_of, some_images
+from tests.kit.data import Pixels, dataset_of, some_images
 
 LABELS = np.arange(150) % 7
 

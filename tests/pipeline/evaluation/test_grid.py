@@ -18,7 +18,7 @@ from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.workflows.evaluate import ScoreRequest
 from pipeline.workflows.grid import Grid, Point, draw_grid, parse_grid
-from tests.pipeline.training import trainer
+from tests.kit import trainer
 
 
 def test_points_are_every_combination_the_last_key_fastest():
@@ -92,26 +92,25 @@ def test_a_spread_is_named_for_what_it_is():
 
 
 @pytest.fixture
-def trained(home: Path) -> Run:
-    made = trainer.make_run(
+def coarse(home: Path) -> Run:
+    """A run with 25 steps of diffusion."""
+    return trainer.trained_run(
         home,
         diffusion={"num_timesteps": 25, "schedule": "cosine"},
         sampling={"steps": 2, "batch_size": 100},
         training={"steps": 2, "batch_size": 16},
     )
-    trainer.train(str(made.folder))
-    return made
 
 
-def test_a_grid_is_one_table_and_goes_on_where_it_was_stopped(trained, home, monkeypatch, capsys):
+def test_a_grid_is_one_table_and_goes_on_where_it_was_stopped(coarse, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     store = TrackingSettings.resolve(home)
-    tracker = Tracker(trained.folder, store)
+    tracker = Tracker(coarse.folder, store)
     tracker.start("ddpm", "tiny", {}, {}, "")
     assert tracker.close()
     command = [
         "evaluate",
-        trained.id,
+        coarse.id,
         "--grid",
         "sampler=ddim,ancestral steps=1,2",
         "-n",
@@ -121,17 +120,17 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_stopped(trained, home, mon
     ]
 
     assert (
-        run_command(["evaluate", trained.id, "--grid", "sampler=ddim steps=1,26"]) == 2
+        run_command(["evaluate", coarse.id, "--grid", "sampler=ddim steps=1,26"]) == 2
     )  # before any point is computed
     assert "T = 25" in capsys.readouterr().err
-    assert not (trained.folder / "features").exists()
+    assert not (coarse.folder / "features").exists()
     assert run_command([*command, "--dry-run", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["points"]) == 4
-    assert not (trained.folder / "features").exists()
+    assert not (coarse.folder / "features").exists()
 
     assert run_command([*command[:2], "--sampler", "ddim", "--steps", "2", "-n", "200", "--json"]) == 0
     alone = json.loads(capsys.readouterr().out)["values"]["fid_classifier_n200"]
-    kept = {path: path.stat().st_mtime_ns for path in trained.folder.glob("features/*/chunk-*")}
+    kept = {path: path.stat().st_mtime_ns for path in coarse.folder.glob("features/*/chunk-*")}
     assert run_command([*command, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [(row["sampler"], row["steps"]) for row in told["rows"]] == [
@@ -139,26 +138,26 @@ def test_a_grid_is_one_table_and_goes_on_where_it_was_stopped(trained, home, mon
         *(("ancestral", 1), ("ancestral", 2)),
     ]
     assert told["rows"][1]["fid"] == alone  # the same point by itself, which was not computed again
-    chunks = {path: path.stat().st_mtime_ns for path in trained.folder.glob("features/*/chunk-*")}
+    chunks = {path: path.stat().st_mtime_ns for path in coarse.folder.glob("features/*/chunk-*")}
     assert kept.items() < chunks.items()
     with Image.open(next(path for path in told["written"] if path.endswith("grid.png"))) as picture:
         assert np.asarray(picture).std() > 10
 
     assert run_command([*command, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"] == told["rows"]
-    assert {path: path.stat().st_mtime_ns for path in trained.folder.glob("features/*/chunk-*")} == chunks
+    assert {path: path.stat().st_mtime_ns for path in coarse.folder.glob("features/*/chunk-*")} == chunks
 
     folder = Path(told["written"][0]).parent.name
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store.uri)
     experiment = mlflow.get_experiment_by_name("ddpm")
     assert experiment is not None
     table = mlflow.MlflowClient().load_table(
-        experiment.experiment_id, f"evaluations/{folder}/table.json", run_ids=[trained.mlflow_run_id]
+        experiment.experiment_id, f"evaluations/{folder}/table.json", run_ids=[coarse.mlflow_run_id]
     )
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert table["fid"].tolist() == [row["fid"] for row in told["rows"]]
 
-    assert run_command(["compare", trained.id, "--metric", "fid", "--across", "sampler,steps", "--json"]) == 0
+    assert run_command(["compare", coarse.id, "--metric", "fid", "--across", "sampler,steps", "--json"]) == 0
     (ranking,) = json.loads(capsys.readouterr().out)["rankings"]
     best = min(told["rows"], key=lambda row: row["fid"])
     first = ranking["ranking"][0]

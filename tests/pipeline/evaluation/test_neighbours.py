@@ -12,7 +12,7 @@ from PIL import Image
 
 from pipeline.metrics.classifier_store import classifier_for
 from pipeline.metrics.neighbours import NUM_NEIGHBOURS, find_neighbours, neighbour_lines, write_neighbours
-from tests.pipeline.metrics.array_set import ArraySet, digits
+from tests.kit.array_set import ArraySet, digits
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,9 @@ from pipeline.storage.runs import Run
 from pipeline.workflows.evaluate import ScoreRequest
 from pipeline.workflows.grid import parse_grid
 from pipeline.workflows.sample import SampleRequest
-from tests.pipeline.training import trainer
-
-Typed = Callable[..., tuple[int, str, str]]
+from tests.kit import trainer
+from tests.kit.commands import Typed
+from tests.kit.experiments import TINY
 
 
 def experiment(**sections: Any) -> Experiment:
@@ -197,8 +196,8 @@ def test_a_grid_says_it_of_each_point_once(typed: Typed, run: Run) -> None:
 def test_one_label_for_both_ends_of_a_passage_is_asked_for(typed: Typed, home: Path) -> None:
     made = trainer.make_run(
         home,
-        model=trainer.SETTINGS["model"] | {"class_conditional": True},
-        training=trainer.SETTINGS["training"] | {"label_dropout": 0.0},
+        model=TINY["model"] | {"class_conditional": True},
+        training=TINY["training"] | {"label_dropout": 0.0},
     )
     code, _, err = typed("sample", made.id, "--interpolate", "5", "6", "--dry-run")
     assert (code, "--label CLASS" in err, err.count("\n")) == (2, True, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,16 @@ from pipeline.storage.runs_table import headline, with_newest
 from pipeline.storage.tensor_file import unpack
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.workflows.conclude import conclude
-from tests.pipeline.data.made_data import write_parquet
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.commands import Typed
+from tests.kit.data import write_parquet
+from tests.kit.experiments import TINY
 
-Typed = Callable[..., tuple[int, str, str]]
 NAMES = ("nought", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 @pytest.fixture
-def trained(home: Path) -> Run:
+def split_run(home: Path) -> Run:
     """A run on the train split of the digits; in the test split classes have other numbers, as folders in another order give them."""
     digits = load_digits()
     pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)[..., None]
@@ -41,10 +41,10 @@ def trained(home: Path) -> Run:
     turned = (9 - digits.target[1197:]).tolist()
     write_parquet(source / "data" / "test-00000-of-00001.parquet", pixels[1197:], turned, NAMES[::-1])
     experiment = experiment_from(
-        trainer.SETTINGS
+        TINY
         | {
             "data": {"source": str(source), "split": "train"},
-            "model": trainer.SETTINGS["model"] | {"class_conditional": True},
+            "model": TINY["model"] | {"class_conditional": True},
             "diffusion": {"num_timesteps": 5, "schedule": "cosine"},
             "sampling": {"steps": 2, "batch_size": 100},
             "training": {"steps": 2, "batch_size": 16, "ema_decay": [0.9, 0.5]},
@@ -65,16 +65,16 @@ def trained(home: Path) -> Run:
 
 
 def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
-    typed: Typed, home: Path, trained: Run
+    typed: Typed, home: Path, split_run: Run
 ) -> None:
     def evaluate(*arguments: str) -> dict[str, Any]:
-        code, out, err = typed("evaluate", trained.id, "-n", "130", *arguments, "--json")
+        code, out, err = typed("evaluate", split_run.id, "-n", "130", *arguments, "--json")
         assert code == 0, err
         told: dict[str, Any] = json.loads(out)
         return told
 
     own = evaluate("--metrics", "fid,bpd")
-    summary = trained.state().summary
+    summary = split_run.state().summary
     fid, bits = "fid_classifier_n130", "bits_per_dim_train_n130"
     assert (summary[fid], summary[bits]) == (own["values"][fid], own["values"][bits])
     assert own["identities"][fid]["split"] == own["identities"][bits]["split"] == "train"
@@ -88,7 +88,7 @@ def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
     reference, generated = Moments.from_arrays(kept[1], "reference"), Moments.from_arrays(kept[0], "generated")
     assert frechet_distance(reference, generated) == pytest.approx(other["values"][fid], rel=1e-9)
     assert other["values"][fid] != own["values"][fid]
-    summary = trained.state().summary
+    summary = split_run.state().summary
     apart = f"{fid}/ddim2_eta0_ema_seed0_against_test"
     assert (summary[fid], summary[apart]) == (own["values"][fid], other["values"][fid])
     assert headline(summary) == fid
@@ -96,12 +96,12 @@ def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
     # the run's own way of sampling in other words
     same = evaluate("--metrics", "fid", "--sampler", "ddim", "--steps", "2", "--weights", "ema:0.9", "--seed", "0")
     assert same["values"] == {fid: own["values"][fid]}
-    assert set(trained.state().summary) == set(summary)
+    assert set(split_run.state().summary) == set(summary)
 
     # bits/dim of other weights, and of other noise, beside those of the average
     raw = evaluate("--metrics", "bpd", "--weights", "raw")["values"][bits]
     noise = evaluate("--metrics", "bpd", "--seed", "3")["values"][bits]
-    summary = trained.state().summary
+    summary = split_run.state().summary
     assert summary[bits] == own["values"][bits]
     assert (summary[f"{bits}/raw_seed0"], summary[f"{bits}/ema_seed3"]) == (raw, noise)
     assert len({own["values"][bits], raw, noise}) == 3

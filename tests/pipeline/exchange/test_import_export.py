@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from pipeline.settings.config import DataConfig
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.training.trained import Trained, experiment_of
 from pipeline.workflows.import_run import read_folder
+from tests.kit.commands import Typed
 from tests.pipeline.exchange.models import IDDPM, made
 from tests.pipeline.exchange.test_foreign_tensors import Canary
-
-Typed = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,10 @@ from pipeline.storage.chunks import ChunkStore, compute
 from pipeline.storage.tensor_file import Arrays, unpack
 from pipeline.training.device import sampling_compute
 from pipeline.training.randomness import image_generators
-from tests.ddpm.closed_forms import ignorant, point_mass
-from tests.pipeline.metrics.array_set import ArraySet
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.array_set import ArraySet
+from tests.kit.closed_forms import ignorant, point_mass
+from tests.kit.commands import Typed
 
 T = 20
 
@@ -235,8 +235,6 @@ def test_what_is_written_says_all_of_it(tmp_path: Path) -> None:
 
 
 # The command
-
-Typed = Callable[..., tuple[int, str, str]]
 
 
 def test_evaluate_measures_a_whole_split_and_repeats_nothing(typed: Typed, home: Path) -> None:

@@ -20,7 +20,7 @@ from pipeline.metrics.classifier_fit import fit
 from pipeline.metrics.classifier_store import SHIPPED, Recipe, classifier_for, fit_and_save
 from pipeline.metrics.fit_rule import SALT, FitRule, content_hashes, hash_rows, held_out_rows
 from pipeline.storage.tensor_file import Arrays, pack, unpack
-from tests.pipeline.metrics.array_set import ArraySet, digits, stripes
+from tests.kit.array_set import ArraySet, digits, stripes
 
 QUICK = Recipe(fraction=0.4, width=8, num_steps=60)
 

@@ -28,7 +28,7 @@ from pipeline.metrics.reference import Reference, prepare_reference
 from pipeline.metrics.registry import Pair
 from pipeline.metrics.scoring import METRICS, choose_extractor, score, write_scores
 from pipeline.storage.tensor_file import unpack
-from tests.pipeline.metrics.array_set import ArraySet, digits
+from tests.kit.array_set import ArraySet, digits
 
 GENERATION = Generation("ddim", 50)
 Features = npt.NDArray[np.float32]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,10 @@ from PIL import Image
 
 from ddpm import BetaSchedule, GaussianDiffusion
 from ddpm.likelihood import prior_bits
-from pipeline.cli import run
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.pictures.schedule_picture import draw_schedules, example_digit, example_of
 from pipeline.pictures.schedule_report import curves, facts, most_prior_bits
-
-Typed = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def typed(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Typed:
-    monkeypatch.chdir(home)
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = run(["schedule", *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+from tests.kit.commands import Typed
 
 
 @pytest.mark.parametrize(("name", "T"), [("linear", 1000), ("linear_raw", 50), ("cosine", 30), ("jsd", 40)])
@@ -76,7 +61,7 @@ def test_curves_are_the_moments_of_what_q_sample_draws() -> None:
 
 
 def test_the_command_prints_figures_and_draws(typed: Typed, home: Path) -> None:
-    code, out, err = typed("linear", "cosine", "-T", "1000", "-T", "15")
+    code, out, err = typed("schedule", "linear", "cosine", "-T", "1000", "-T", "15")
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["linear", "1000"], ["cosine", "1000"], ["cosine", "15"]]
@@ -88,7 +73,7 @@ def test_the_command_prints_figures_and_draws(typed: Typed, home: Path) -> None:
 
 
 def test_json_has_every_point_and_its_warnings(typed: Typed, home: Path) -> None:
-    code, out, _ = typed("linear_raw", "linear", "-T", "15", "--json", "-o", "a.png")
+    code, out, _ = typed("schedule", "linear_raw", "linear", "-T", "15", "--json", "-o", "a.png")
     data = json.loads(out)
     raw, refused = data["schedules"]
     assert code == 0
@@ -101,7 +86,7 @@ def test_json_has_every_point_and_its_warnings(typed: Typed, home: Path) -> None
 
 def test_a_table_of_betas_and_zero_terminal_snr(typed: Typed, home: Path) -> None:
     (home / "betas.txt").write_text("\n".join(str(b) for b in np.linspace(1e-4, 0.3, 40)))
-    code, out, _ = typed("--betas", "betas.txt", "--zero-terminal-snr", "--json")
+    code, out, _ = typed("schedule", "--betas", "betas.txt", "--zero-terminal-snr", "--json")
     (fact,) = json.loads(out)["schedules"]
     assert code == 0
     assert (fact["num_timesteps"], fact["abar_T"], fact["prior_bits_per_dim_at_most"]) == (40, 0.0, 0.0)
@@ -119,7 +104,7 @@ def test_a_table_of_betas_and_zero_terminal_snr(typed: Typed, home: Path) -> Non
     ],
 )
 def test_what_cannot_be_is_told_in_a_line(typed: Typed, home: Path, arguments: list[str], code: int, told: str) -> None:
-    got, out, err = typed(*arguments)
+    got, out, err = typed("schedule", *arguments)
     assert (got, out) == (code, ""), err
     assert told in err
     assert len(err.splitlines()) == 1

@@ -25,7 +25,7 @@ from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested,
 from pipeline.settings.cluster_profile import Cache
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.remote_cache import NodeCache
-from tests.object_store import objects
+from tests.kit.object_store import objects
 
 PROCESSES = multiprocessing.get_context("spawn")
 FROM_DISK = 0  # bytes that may be held in memory

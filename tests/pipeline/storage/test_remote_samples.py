@@ -11,7 +11,7 @@ import yaml
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote import RemoteFolder
-from tests.pipeline.training import trainer
+from tests.kit import trainer
 
 
 @pytest.fixture

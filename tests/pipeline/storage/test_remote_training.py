@@ -16,9 +16,9 @@ from pipeline.storage.checkpoint import MANIFEST
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
-from tests.object_store import CREDENTIALS
-from tests.pipeline.training import trainer
-from tests.pipeline.training.forks import PROCESSES
+from tests.kit import trainer
+from tests.kit.forks import PROCESSES
+from tests.kit.object_store import CREDENTIALS
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.publish import _chart_of_progress
 from pipeline.tracking.tracker import Tracker, TrackingSettings
+from tests.kit.tracking import history
 from tests.pipeline.sweep.swept_entries import entry
-from tests.pipeline.tracking.stores import history
 
 SCHEDULES = ["linear", "cosine", "sigmoid"]
 

@@ -12,7 +12,7 @@ from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.record import Trial
-from tests.object_store import ObjectStore, objects
+from tests.kit.object_store import ObjectStore, objects
 from tests.pipeline.sweep.swept_entries import entry
 
 POINT = {"diffusion.schedule": "linear"}

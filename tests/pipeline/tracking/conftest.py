@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
-from tests.pipeline.tracking.stores import Gate
+from tests.kit.tracking import Gate
 
 
 @pytest.fixture

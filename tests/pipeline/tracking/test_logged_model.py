@@ -19,7 +19,7 @@ from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute
 from pipeline.training.models import build_model
 from pipeline.training.trained import Trained
-from tests.pipeline.tracking.stores import client_of
+from tests.kit.tracking import client_of
 
 LOAD = """
 import io, sys, warnings
@@ -60,7 +60,7 @@ class Own(torch.nn.Module):
 """
 
 
-def trained(experiment: Experiment) -> Trained:
+def made_model(experiment: Experiment) -> Trained:
     torch.manual_seed(0)
     model = build_model(experiment, (1, 8, 8)).eval()
     return Trained(model, experiment, (1, 8, 8), 100, "ema", training_s=1.0)
@@ -89,7 +89,7 @@ def test_it_loads_without_pickle_and_gives_the_runs_images(
         diffusion=DiffusionConfig(num_timesteps=50),
         sampling=SamplingConfig(steps=5, batch_size=4),
     )
-    model = trained(experiment)
+    model = made_model(experiment)
     model_id = log(run, store, model)
     files = [path for path in (home / "mlartifacts").rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix in {".pkl", ".pickle", ".pt", ".pth", ".pyc"}]
@@ -119,7 +119,7 @@ def test_a_network_of_the_users_own_goes_with_it_and_once(
 ) -> None:
     (tmp_path / "my_network.py").write_text(OWN_NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
-    model = trained(Experiment(model=ModelConfig(type="my_network:Own", arguments={"gain": 0.5})))
+    model = made_model(Experiment(model=ModelConfig(type="my_network:Own", arguments={"gain": 0.5})))
     log(run, store, model)
     (found,) = (home / "mlartifacts").rglob("my_network.py")
     assert found.read_text() == OWN_NETWORK

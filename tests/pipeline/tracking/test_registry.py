@@ -12,7 +12,7 @@ from pipeline.metrics.metric_identity import Generation, MetricIdentity
 from pipeline.storage.runs import Run
 from pipeline.tracking.registry import alias_of, register
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from tests.pipeline.tracking.stores import client_of
+from tests.kit.tracking import client_of
 
 IDENTITY = asdict(
     MetricIdentity("fid", "", "classifier", "ab", "none", 128, 128, "all", "images", Generation("ddim", 4))

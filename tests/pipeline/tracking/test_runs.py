@@ -18,7 +18,7 @@ from pipeline.errors import RunLockedError, StorageError, UsageError
 from pipeline.redaction import DECLARED_SECRETS
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.runs import Run, RunStatus, new_id, normalise_name
-from tests.pipeline.tracking.stores import python
+from tests.kit.commands import python
 
 HOLD = """
 import sys, time

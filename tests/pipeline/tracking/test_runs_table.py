@@ -21,7 +21,7 @@ from pipeline.tracking.monitor import SystemMonitor
 from pipeline.tracking.text import describe
 from pipeline.training.job import Allowance
 from pipeline.workflows.training_run import _told_settings
-from tests.pipeline.tracking.stores import REPOSITORY
+from tests.hermetic import REPOSITORY
 
 
 def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Run], home: Path) -> None:

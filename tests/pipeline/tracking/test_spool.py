@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pipeline.tracking.delivery import MAX_METRICS_PER_CALL, groups
 from pipeline.tracking.spool import CHUNK_BYTES, Event, Position, Spool
-from tests.pipeline.tracking.stores import python
+from tests.kit.commands import python
 
 
 def event(number: int, **fields: object) -> Event:

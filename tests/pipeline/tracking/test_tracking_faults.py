@@ -14,7 +14,8 @@ from pipeline.errors import TrackingError
 from pipeline.storage.runs import Run
 from pipeline.tracking.spool import Spool
 from pipeline.tracking.tracker import Tracker, TrackingSettings, sync
-from tests.pipeline.tracking.stores import Gate, client_of, history, python, runs_in
+from tests.kit.commands import python
+from tests.kit.tracking import Gate, client_of, history, runs_in
 
 TRAIN = """
 import sys, time

@@ -21,7 +21,7 @@ from pipeline.storage.runs import Run
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings, sync
-from tests.pipeline.tracking.stores import client_of, history, runs_in
+from tests.kit.tracking import client_of, history, runs_in
 
 FINGERPRINT = "c0ffee" * 10 + "abcd"
 

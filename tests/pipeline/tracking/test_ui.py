@@ -18,7 +18,8 @@ from pipeline.errors import TrackingError, UsageError
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.tracking.ui import require_free, serve_ui, server_command, server_environment
-from tests.pipeline.tracking.stores import free_port, python
+from tests.kit.commands import python
+from tests.kit.ports import free_port
 
 SERVE = """
 import sys

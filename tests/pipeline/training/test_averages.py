@@ -15,13 +15,14 @@ from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.trained import Trained
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.experiments import TINY
 
 WIDTHS = [0.05, 0.1]
 
 
 def train(home: Path, **training: object) -> Run:
-    run = trainer.make_run(home, training=trainer.SETTINGS["training"] | {"ema_decay": [0.9, 0.5]} | training)
+    run = trainer.make_run(home, training=TINY["training"] | {"ema_decay": [0.9, 0.5]} | training)
     trainer.train(str(run.folder))
     return run
 

@@ -23,19 +23,15 @@ from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.experiments import TINY
 from tests.pipeline.training.test_workers import CPU
 
 DIGITS = tuple("0123456789")
 
 
 @pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
-
-
-@pytest.fixture(scope="module")
-def trained(dataset: Dataset) -> Denoiser:
+def denoiser(dataset: Dataset) -> Denoiser:
     """The digits preset for 300 steps, told the labels; about half a minute."""
     torch.set_num_threads(1)
     settings = ("model.class_conditional=true", "diffusion.prediction=v", "training.ema_decay=0.98")
@@ -64,27 +60,27 @@ def decisions(dataset: Dataset, denoiser: Denoiser, tmp_path, **sampling: object
 
 
 @pytest.mark.slow
-def test_the_digits_that_are_asked_for_come(tmp_path, dataset, trained):
-    seen = decisions(dataset, trained, tmp_path, guidance_scale=2.0)
+def test_the_digits_that_are_asked_for_come(tmp_path, dataset, denoiser):
+    seen = decisions(dataset, denoiser, tmp_path, guidance_scale=2.0)
     assert (seen == np.arange(100) % 10).mean() > 0.95  # balanced: image i is of class i mod 10
-    sevens = decisions(dataset, trained, tmp_path, guidance_scale=2.0, labels="7")
+    sevens = decisions(dataset, denoiser, tmp_path, guidance_scale=2.0, labels="7")
     assert (sevens == 7).mean() > 0.95
 
 
 @pytest.mark.slow
-def test_without_a_label_every_digit_comes(tmp_path, dataset, trained):
-    seen = decisions(dataset, trained, tmp_path, labels="none")
+def test_without_a_label_every_digit_comes(tmp_path, dataset, denoiser):
+    seen = decisions(dataset, denoiser, tmp_path, labels="none")
     assert len(np.unique(seen)) >= 8
     assert (seen == np.arange(100) % 10).mean() < 0.3
 
 
 @pytest.mark.slow
-def test_guidance_makes_them_more_alike(dataset, trained):
+def test_guidance_makes_them_more_alike(dataset, denoiser):
     """Stronger guidance trades variety for fidelity (Ho & Salimans 2022): the sevens lie closer together."""
 
     def spread(scale: float) -> float:
-        sampling = trained.sampling.model_copy(update={"labels": "7", "guidance_scale": scale})
-        images = torch.cat(list(replace(trained, sampling=sampling).generate(100))).float()
+        sampling = denoiser.sampling.model_copy(update={"labels": "7", "guidance_scale": scale})
+        images = torch.cat(list(replace(denoiser, sampling=sampling).generate(100))).float()
         return float(images.var(0).mean())
 
     assert spread(4.0) < 0.9 * spread(1.0)
@@ -117,7 +113,7 @@ def test_images_without_labels_cannot_train_classes(tmp_path):
 )
 def test_a_fork_onto_classes_that_have_other_numbers_is_refused(typed, home, known: tuple[str, ...], told: str):
     """The rows of an embedding are classes by number: a folder's are sorted by name, those of other sets are not."""
-    run = trainer.make_run(home, model=trainer.SETTINGS["model"] | {"class_conditional": True})
+    run = trainer.make_run(home, model=TINY["model"] | {"class_conditional": True})
     state = {"step": 0, "class_names": list(known)}
     Saver(run, run.next_attempt(), keep=1).save(0, {"model": {}, "ema": {}}, state, wait=True)
     code, out, err = typed("resume", run.id, "--fork")

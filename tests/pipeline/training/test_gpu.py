@@ -16,7 +16,6 @@ from ddpm import bits_per_dim
 from pipeline.data.batches import training_batches
 from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
 from pipeline.settings.cluster_profile import Profile
@@ -29,7 +28,8 @@ from pipeline.training.loop import Learner
 from pipeline.training.models import build_diffusion, build_model
 from pipeline.training.randomness import image_generators
 from pipeline.training.team import Team, found_group
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.experiments import TINY
 from tests.pipeline.training.test_resume import killed_after, to_the_end
 from tests.pipeline.training.test_workers import (
     CPU,
@@ -58,11 +58,6 @@ def gpu(chosen: Experiment, **changes: Any) -> Compute:
     assert compute.on_gpu
     compute.start()
     return compute
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +114,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mode", RESUMED)
 def test_oracle_11_killed_on_a_gpu_and_resumed_ends_with_the_same_bytes(tmp_path: Path, mode: str) -> None:
-    sections = {name: trainer.SETTINGS.get(name, {}) | changes for name, changes in RESUMED[mode].items()}
+    sections = {name: TINY.get(name, {}) | changes for name, changes in RESUMED[mode].items()}
     calm, struck = (trainer.make_run(tmp_path, profile=profile(), **sections) for _ in range(2))
     to_the_end(calm)
     killed_after(struck, 10)

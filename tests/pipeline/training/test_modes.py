@@ -15,21 +15,20 @@ from ddpm import GaussianDiffusion, Objective
 from pipeline.data.batches import training_batches
 from pipeline.data.order import streams_of_worker
 from pipeline.data.shards import Dataset
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.settings.config import Experiment, experiment_from
 from pipeline.training.loop import Learner, StepResult, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
-from tests.pipeline.training import trainer
-from tests.pipeline.training.forks import run_team
+from tests.kit.experiments import TINY
+from tests.kit.forks import run_team
 from tests.pipeline.training.test_workers import CPU, STREAMS, by_stream, order_of
 
 STEPS, T, CLASSES = 20, 4, 10
 
 
 def experiment(**changes: Any) -> Experiment:
-    settings = dict(trainer.SETTINGS)
+    settings = dict(TINY)
     settings["model"] = settings["model"] | {"dropout": 0.0, "class_conditional": True}
     settings["diffusion"] = {"schedule": "cosine", "num_timesteps": T, "variance": "learned_range"}
     training = {
@@ -98,11 +97,6 @@ def be_a_worker(rank: int, size: int, folder: str, data: str) -> None:
     content = {"told": told, "labels": mine.labels, "averages": averages, "history": history}
     torch.save(content, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")

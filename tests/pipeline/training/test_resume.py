@@ -16,8 +16,9 @@ from pipeline.storage.runs import Run
 from pipeline.training.team import Team
 from pipeline.training.trained import Trained
 from pipeline.training.worker import Worker
-from tests.pipeline.training import trainer
-from tests.pipeline.training.forks import PROCESSES
+from tests.kit import trainer
+from tests.kit.experiments import TINY
+from tests.kit.forks import PROCESSES
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +186,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path, undisturbed, mode):
-    sections = {name: trainer.SETTINGS.get(name, {}) | changes for name, changes in MODES[mode].items()}
+    sections = {name: TINY.get(name, {}) | changes for name, changes in MODES[mode].items()}
     calm, struck = (trainer.make_run(tmp_path, **sections) for _ in range(2))
     to_the_end(calm)
     for steps in (3, 9, 5):
@@ -211,7 +212,7 @@ def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path
 
 def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
     """The fused optimizer walks through memory: a moment in another order than its weight's belongs to other weights."""
-    training = trainer.SETTINGS["training"] | {"channels_last": True}
+    training = TINY["training"] | {"channels_last": True}
     calm, struck = (trainer.make_run(tmp_path, training=training) for _ in range(2))
     to_the_end(calm)
     killed_after(struck, 10)
@@ -221,7 +222,7 @@ def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
 
 def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
     """The scale doubles after 2000 steps without an overflow: a resume that began to count anew would double it later."""
-    training = trainer.SETTINGS["training"] | {"precision": "fp16"}
+    training = TINY["training"] | {"precision": "fp16"}
     calm, struck = (trainer.make_run(tmp_path, training=training) for _ in range(2))
     to_the_end(calm)
     killed_after(struck, 10)

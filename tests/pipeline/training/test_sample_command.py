@@ -4,46 +4,38 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.cli import run as command
 from pipeline.signals import Terminated, keeping_sigterm, raising
 from pipeline.storage.runs import Run
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.commands import Shell, Typed
+from tests.kit.experiments import TINY
 
 FEW = ("--steps", "3")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    home = tmp_path_factory.mktemp("home")
-    made = trainer.make_run(
-        home,
-        model=trainer.SETTINGS["model"] | {"class_conditional": True},
-        training=trainer.SETTINGS["training"] | {"steps": 6, "ema_decay": [0.9, 0.5], "warmup_steps": 0},
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with classes and two averages of weights."""
+    return trainer.trained_run(
+        tmp_path_factory.mktemp("home"),
+        model=TINY["model"] | {"class_conditional": True},
+        training=TINY["training"] | {"steps": 6, "ema_decay": [0.9, 0.5], "warmup_steps": 0},
         sampling={"eta": 1.0, "batch_size": 4},
     )
-    trainer.train(str(made.folder))
-    return made
 
 
 @pytest.fixture
-def typed(trained: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setenv("DDPM_PIPE_HOME", str(trained.folder.parent.parent))
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        code = command(["sample", trained.id, *arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def sample(labelled: Run) -> Typed:
+    """Type `ddpm-pipe sample` for that run."""
+    return partial(Shell(labelled.folder.parent.parent).type, "sample", labelled.id)
 
 
 def about(folder: Path) -> dict[str, object]:
@@ -51,7 +43,7 @@ def about(folder: Path) -> dict[str, object]:
     return content
 
 
-def test_every_option_is_part_of_what_the_images_are(typed, tmp_path):
+def test_every_option_is_part_of_what_the_images_are(sample, tmp_path):
     options = [
         "--sampler",
         "dpm_solver",
@@ -64,7 +56,7 @@ def test_every_option_is_part_of_what_the_images_are(typed, tmp_path):
         "--weights",
         "ema:0.5",
     ]
-    code, _, err = typed(*FEW, "-n", "4", *options, "--format", "png", "--out", str(tmp_path / "a"))
+    code, _, err = sample(*FEW, "-n", "4", *options, "--format", "png", "--out", str(tmp_path / "a"))
     assert (code, "Traceback" in err) == (0, False)
     expected = {"sampler": "dpm_solver", "steps": 3, "spacing": "linspace", "guidance_scale": 2.0, "labels": "7"}
     found = about(tmp_path / "a")
@@ -73,11 +65,11 @@ def test_every_option_is_part_of_what_the_images_are(typed, tmp_path):
     assert (found["weights"], found["eta"]) == ("ema:0.5", 0.0)
 
 
-def test_strips_animations_and_passages_are_drawn(typed, tmp_path):
-    assert typed(*FEW, "--format", "strip", "-n", "2", "--out", str(tmp_path / "strip"))[0] == 0
-    assert typed(*FEW, "--format", "gif", "-n", "3", "--out", str(tmp_path / "gif"))[0] == 0
+def test_strips_animations_and_passages_are_drawn(sample, tmp_path):
+    assert sample(*FEW, "--format", "strip", "-n", "2", "--out", str(tmp_path / "strip"))[0] == 0
+    assert sample(*FEW, "--format", "gif", "-n", "3", "--out", str(tmp_path / "gif"))[0] == 0
     Image.fromarray(np.full((20, 20), 90, np.uint8)).save(tmp_path / "mine.png")
-    code, out, _ = typed(
+    code, out, _ = sample(
         *FEW, "--interpolate", "5", str(tmp_path / "mine.png"), "-n", "4", "--out", str(tmp_path / "way")
     )
     assert code == 0
@@ -107,32 +99,22 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_each_mistake_is_told_in_one_line(typed, tmp_path, name):
+def test_each_mistake_is_told_in_one_line(sample, tmp_path, name):
     arguments, told = MISTAKES[name]
-    code, _, err = typed(*arguments, "--out", str(tmp_path / "out"))
+    code, _, err = sample(*arguments, "--out", str(tmp_path / "out"))
     assert code == 2
     assert told in err
     assert err.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(home: Path, user_environment: dict[str, str]) -> None:
+def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(home: Path, start) -> None:
     made = trainer.trained_slow_sampler(home, steps=2, batch_size=4)
-    with subprocess.Popen(
-        [str(Path(sys.executable).with_name("ddpm-pipe")), "sample", made.id, "-n", "200"],
-        cwd=home,
-        env=user_environment,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        deadline = time.monotonic() + 120
-        while not list((made.folder / "generated").glob("*/chunk-*")):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.terminate()
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75, stderr
+    sampling = start("sample", made.id, "-n", "200")
+    sampling.wait_for(lambda: list((made.folder / "generated").glob("*/chunk-*")))
+    sampling.send(signal.SIGTERM)
+    code, _, stderr = sampling.end(60)
+    assert code == 75, stderr
     assert stderr.splitlines()[-1] == (
         "ddpm-pipe: stopped; what was computed so far is kept: the same command goes on from there"
     )

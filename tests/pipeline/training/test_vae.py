@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,14 @@ from pipeline.training.device import serving_compute
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.trained import Trained
 from pipeline.training.vae import Vae, VaeObjective, elbo
-from tests.ddpm.closed_forms import seeded
-from tests.pipeline.training import trainer
+from tests.kit import trainer
+from tests.kit.closed_forms import seeded
+from tests.kit.commands import Typed
+from tests.kit.experiments import TINY
 
 VAE: dict[str, Any] = {
     "model": {"type": "vae", "channels": 8, "channel_multipliers": [1, 2], "latent_dim": 5, "norm_groups": 4},
-    "training": trainer.SETTINGS["training"] | {"steps": 8},
+    "training": TINY["training"] | {"steps": 8},
     "sampling": {"batch_size": 600},
 }
 
@@ -199,36 +200,31 @@ def test_it_learns(home: Path) -> None:
 
 
 @pytest.fixture
-def trained(home: Path) -> Run:
-    made = trainer.make_run(home, **VAE)
-    trainer.train(str(made.folder))
-    return made
+def vae_run(home: Path) -> Run:
+    return trainer.trained_run(home, **VAE)
 
 
-Typed = Callable[..., tuple[int, str, str]]
-
-
-def test_it_is_sampled_scored_and_listed_by_the_same_commands(typed: Typed, home: Path, trained: Run) -> None:
-    code, out, err = typed("sample", trained.id, "-n", "3", "--out", "images", "--format", "png", "--json")
+def test_it_is_sampled_scored_and_listed_by_the_same_commands(typed: Typed, home: Path, vae_run: Run) -> None:
+    code, out, err = typed("sample", vae_run.id, "-n", "3", "--out", "images", "--format", "png", "--json")
     assert code == 0, err
     assert (json.loads(out)["sampler"], json.loads(out)["steps"]) == ("vae", 1)
-    code, out, err = typed("evaluate", trained.id, "-n", "130", "--json")
+    code, out, err = typed("evaluate", vae_run.id, "-n", "130", "--json")
     assert code == 0, err
     assert json.loads(out)["values"]["fid_classifier_n130"] > 1
     (row,) = json.loads(typed("runs", "--json")[1])
     assert (row["schedule"], row["T"]) == (None, None)
-    code, _, err = typed("sample", trained.id, "--steps", "10")
+    code, _, err = typed("sample", vae_run.id, "--steps", "10")
     assert (code, "one call" in err) == (2, True)
-    code, _, err = typed("sample", trained.id, "--format", "strip")
+    code, _, err = typed("sample", vae_run.id, "--format", "strip")
     assert (code, "one call" in err) == (2, True)
-    code, _, err = typed("sample", trained.id, "--interpolate", "1", "2")
+    code, _, err = typed("sample", vae_run.id, "--interpolate", "1", "2")
     assert (code, "diffusion model" in err, "spacing" in err) == (2, True, False)
-    code, _, err = typed("export", trained.id, "out")
+    code, _, err = typed("export", vae_run.id, "out")
     assert (code, "a vae" in err) == (2, True)
 
 
-def test_its_bound_is_measured_beside_those_of_diffusion_models(typed: Typed, home: Path, trained: Run) -> None:
-    code, out, err = typed("evaluate", trained.id, "--metrics", "bpd", "--json")
+def test_its_bound_is_measured_beside_those_of_diffusion_models(typed: Typed, home: Path, vae_run: Run) -> None:
+    code, out, err = typed("evaluate", vae_run.id, "--metrics", "bpd", "--json")
     assert code == 0, err
     values = json.loads(out)["values"]
     total, prior, steps, decoder = (
@@ -236,23 +232,23 @@ def test_its_bound_is_measured_beside_those_of_diffusion_models(typed: Typed, ho
     )
     assert steps == 0
     assert total == pytest.approx(prior + decoder, abs=1e-9)
-    dataset = Dataset.open(trained.record.dataset["path"])
+    dataset = Dataset.open(vae_run.record.dataset["path"])
     x0 = to_float(torch.from_numpy(dataset.read(np.arange(1797))))
     with torch.no_grad():  # other draws of the codes, the same mean within its error
-        found = elbo(Trained.from_run(trained).model, x0, torch.randn(1797, 5, generator=seeded()))
+        found = elbo(Trained.from_run(vae_run).model, x0, torch.randn(1797, 5, generator=seeded()))
     assert prior == pytest.approx(float(found.rate.mean()), rel=1e-4)  # no draw is in it
     assert decoder == pytest.approx(float(found.distortion.mean()), rel=0.02)
 
 
-def test_it_travels_as_safetensors(typed: Typed, home: Path, trained: Run) -> None:
-    assert typed("export", trained.id, "model", "--format", "safetensors")[0] == 0
+def test_it_travels_as_safetensors(typed: Typed, home: Path, vae_run: Run) -> None:
+    assert typed("export", vae_run.id, "model", "--format", "safetensors")[0] == 0
     code, out, err = typed("import", "model", "--json")
     assert code == 0, err
     assert not {"schedule", "prediction", "variance"} & json.loads(out).keys()
     imported = Run.find(home, json.loads(out)["run"])
     assert "a variational autoencoder that was trained elsewhere" in describe(imported.record, {})
     back = Trained.from_run(imported).model.state_dict()
-    assert all(torch.equal(back[name], tensor) for name, tensor in Trained.from_run(trained).model.state_dict().items())
+    assert all(torch.equal(back[name], tensor) for name, tensor in Trained.from_run(vae_run).model.state_dict().items())
 
 
 def test_there_is_no_process_to_ask_for() -> None:

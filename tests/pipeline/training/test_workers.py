@@ -16,14 +16,13 @@ from pipeline.data.batches import Batch, training_batches
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import DivergedError
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.settings.config import Experiment, experiment_from
 from pipeline.training.device import AUTOCAST, Compute
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
-from tests.pipeline.training import trainer
-from tests.pipeline.training.forks import run_team
+from tests.kit.experiments import TINY
+from tests.kit.forks import run_team
 
 STEPS = 20
 STREAMS = 8
@@ -31,7 +30,7 @@ CPU = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=Fa
 
 
 def experiment(**training: Any) -> Experiment:
-    settings = dict(trainer.SETTINGS)
+    settings = dict(TINY)
     settings["model"] = settings["model"] | {"dropout": 0.0}
     settings["training"] = settings["training"] | {"batch_size": 32, "num_streams": STREAMS} | training
     settings["data"] = {"horizontal_flip": True}
@@ -87,11 +86,6 @@ def be_a_worker(rank: int, size: int, folder: str, data: str, compute: Compute =
     told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
     torch.save({"losses": losses, "told": told, "ema": learner.ema.shadow}, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory) -> Dataset:
-    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -27,20 +26,13 @@ from pathlib import Path
 import psutil
 
 from pipeline.watchdog import end_all
+from tests.kit.ports import free_ports
+from tests.kit.waiting import wait_for
 
 # Ray takes 127.0.0.1 for a mistake and puts the machine's address in its place; another address of loopback it leaves alone.
 LOOPBACK = "127.0.0.2"
 START_TIMEOUT_S = 90.0
 STARTS = 3  # Ray gives a node half a minute to come up, which on a busy machine may be too little
-
-
-def free_ports(count: int) -> list[int]:
-    """Return ports on loopback that nobody listened on a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        return [each.getsockname()[1] for each in sockets]
 
 
 @dataclass
@@ -76,8 +68,12 @@ class RayCluster:
         """What the environment of a client's or node's process holds: the mode, and the token where there is one."""
         common = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is found there
+<<<<<<< HEAD:tests/ray/clusters.py
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # conftest's 0 forbids clusters of several nodes
             "RAY_USAGE_STATS_REPORT_URL": "disabled",  # the dashboard reports even that statistics are off
+=======
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # the 0 of tests/kit/environment.py forbids clusters of several nodes
+>>>>>>> 0f57f7c (Tests: one kit for commands, waiting, ports, data, experiments, trained runs, stores, servers and clusters; fixtures are registered once):tests/kit/clusters.py
         }
         if self.token is None:
             return common | {"RAY_AUTH_MODE": "disabled"}
@@ -89,7 +85,7 @@ class RayCluster:
         """Start another node and wait until the cluster counts it."""
         before = self.alive()
         for _ in range(STARTS):
-            agent, agent_grpc, runtime_env, metrics = free_ports(4)
+            agent, agent_grpc, runtime_env, metrics = free_ports(4, LOOPBACK)
             node = self._start(
                 f"--address={self.gcs}",
                 *_ports(agent, agent_grpc, runtime_env, metrics),
@@ -131,10 +127,12 @@ class RayCluster:
 
     def wait_for_nodes(self, count: int) -> None:
         """Wait until the cluster counts this many nodes as alive."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while self.num_alive() != count:
-            assert time.monotonic() < deadline, f"{self.num_alive()} nodes instead of {count}"
-            time.sleep(0.3)
+        wait_for(
+            lambda: self.num_alive() == count,
+            START_TIMEOUT_S,
+            pause_s=0.3,
+            explain=lambda: f"{self.num_alive()} nodes instead of {count}",
+        )
 
     def get(self, path: str, token: str | None = "") -> tuple[int, str]:
         """Return status and body of a request to the dashboard; with the cluster's own token unless told otherwise."""
@@ -203,7 +201,7 @@ def _head(
 ) -> Iterator[RayCluster]:
     """Start the processes of a head; all nodes are killed at the end."""
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))  # short: its path goes into names of sockets
-    gcs, dashboard, agent, agent_grpc, runtime_env, metrics = free_ports(6)
+    gcs, dashboard, agent, agent_grpc, runtime_env, metrics = free_ports(6, LOOPBACK)
     token = secrets.token_hex(16) if authenticated else None
     cluster = RayCluster(token, f"{LOOPBACK}:{gcs}", f"http://{LOOPBACK}:{dashboard}", folder)
     try:

@@ -9,4 +9,4 @@ import mlflow.tracking  # noqa: E402, F401
 import pandas  # noqa: E402, F401  pyarrow asks for it
 import torch._dynamo  # noqa: E402, F401  and so does DistributedDataParallel
 
-import tests.pipeline.training.trainer  # noqa: E402, F401
+import tests.kit.trainer  # noqa: E402, F401

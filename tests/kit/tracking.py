@@ -1,19 +1,20 @@
-"""What the tracking tests ask real stores, the processes they start, and a way to cut a server off."""
+"""Real MLflow stores: what they hold, a real server, and a way to cut it off."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
-import subprocess
 import sys
 import threading
+import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.tracker import TrackingSettings
-
-REPOSITORY = Path(__file__).resolve().parents[3]
+from tests.kit.commands import Started
+from tests.kit.ports import free_port
 
 
 def client_of(settings: TrackingSettings) -> Any:
@@ -34,23 +35,24 @@ def runs_in(settings: TrackingSettings) -> list[Any]:
     return list(client.search_runs([experiment.experiment_id for experiment in client.search_experiments()]))
 
 
-def python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start a Python process in the repository, its output piped."""
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
-        cwd=REPOSITORY,
-        env={**os.environ, **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+@contextlib.contextmanager
+def running_server(folder: Path) -> Iterator[str]:
+    """Run a real `mlflow server` on loopback on the store `folder/mlflow.db`; yields its address."""
+    port = free_port()
+    command = [
+        *(sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "artifacts")),
+    ]
+    with Started(command, folder, {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}) as server:
+        server.wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
+        yield f"http://127.0.0.1:{port}"
 
 
-def free_port() -> int:
-    """A port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def answers(address: str) -> bool:
+    """Return whether a server answers at an address."""
+    with contextlib.suppress(OSError), urllib.request.urlopen(address, timeout=5):
+        return True
+    return False
 
 
 class Gate:

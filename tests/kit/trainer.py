@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
 from dataclasses import replace
@@ -12,9 +13,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import experiment_from
+from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage import remote
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
@@ -22,37 +26,7 @@ from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.job import Job
 from pipeline.training.team import Team
 from pipeline.training.worker import Worker
-
-SETTINGS: dict[str, Any] = {
-    "name": "tiny",
-    "model": {
-        "channels": 16,
-        "channel_multipliers": [1, 2],
-        "num_res_blocks": 1,
-        "attention_resolutions": [4],
-        "norm_groups": 4,
-        "dropout": 0.2,
-    },
-    "training": {"steps": 30, "batch_size": 16, "warmup_steps": 5, "ema_decay": 0.9},
-    "checkpoint": {"every_steps": 4, "every_minutes": None},
-    "logging": {"every_steps": 3, "grid_every_steps": None},
-}
-
-SLOW_NETWORK = """
-import time
-import torch
-from torch import nn
-
-class Slow(nn.Module):
-    def __init__(self, training_s: float = 0.0, sampling_s: float = 0.0) -> None:
-        super().__init__()
-        self.net = nn.Conv2d(1, 1, 3, padding=1)
-        self.training_s, self.sampling_s = training_s, sampling_s
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.training_s if self.training else self.sampling_s)
-        return self.net(x)
-"""
+from tests.kit.experiments import TINY, slow_model
 
 
 class Alone:
@@ -73,7 +47,7 @@ class Alone:
 
 def make_run(home: Path, initial_weights: str | None = None, profile: Profile | None = None, **changes: Any) -> Run:
     """Make a run of the tiny experiment; `changes` replace its sections. Forked where `initial_weights` says; one thread by default."""
-    experiment = experiment_from(SETTINGS | changes)
+    experiment = experiment_from(TINY | changes)
     dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
     return Run.create(
         home,
@@ -110,23 +84,36 @@ def train(folder: str, told: Connection | None = None, stop_after: int | None = 
     return Worker(job_of(Run(Path(folder))), Team(), Alone(told, stop_after)).work()
 
 
+def trained_run(home: Path, **changes: Any) -> Run:
+    """Return a run of the tiny experiment, trained to its end; `changes` replace sections of the experiment."""
+    made = make_run(home, **changes)
+    known = set(sys.modules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(home)
+        assert train(str(made.folder)) == "finished"
+    for name in set(sys.modules) - known:  # networks of other homes are called so, too
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(home)):
+            del sys.modules[name]
+    return made
+
+
+def copied(run: Run, home: Path) -> Run:
+    """Copy a run's home, with its dataset, to another one; return the run there."""
+    before = run.folder.parent.parent
+    shutil.copytree(before, home, dirs_exist_ok=True)
+    record = home / "runs" / run.id / "run.json"
+    record.write_text(record.read_text().replace(str(before), str(home)))
+    return Run(record.parent)
+
+
 def trained_slow_sampler(home: Path, **sampling: Any) -> Run:
     """Return a trained run whose network, a module in `home`, takes a fifth of a second for each call that samples."""
-    (home / "slow_network.py").write_text(SLOW_NETWORK)
-    made = make_run(
+    return trained_run(
         home,
-        model={"type": "slow_network:Slow", "arguments": {"sampling_s": 0.2}},
+        model=slow_model(home, sampling_s=0.2),
         training={"steps": 3, "batch_size": 16},
         sampling=sampling,
     )
-    path = list(sys.path)
-    try:
-        sys.path.insert(0, str(home))
-        assert train(str(made.folder)) == "finished"
-    finally:
-        sys.path[:] = path
-        del sys.modules["slow_network"]  # other tests' networks are called so, too
-    return made
 
 
 def train_in_store(
@@ -146,8 +133,20 @@ def train_in_store(
         run.fetch_files()
 
 
+def only_run(home: Path) -> Run:
+    """Return the one run of a home."""
+    (run,) = Run.all(home)
+    return run
+
+
+def newest_step(home: Path) -> int:
+    """Return the step of the newest committed checkpoint of a home's runs; -1 if there is none."""
+    steps = [c.step for folder in home.glob("runs/*/checkpoints") for c in checkpoints.committed(folder)]
+    return max(steps, default=-1)
+
+
 def final_digests(run: Run) -> dict[str, str]:
-    """Return the SHA-256 of the newest checkpoint's tensors, by group."""
+    """Return the SHA-256 of the newest checkpoint's tensors, by group; it must be the last step's."""
     checkpoint = RunCheckpoints(run).newest_verified().checkpoint
     assert checkpoint is not None
     assert checkpoint.step == run.record.experiment["training"]["steps"]

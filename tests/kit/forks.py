@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.pipeline.training.preloaded"])
+PROCESSES.set_forkserver_preload(["tests.kit.preloaded"])
 
 
 def run_team(function: Callable[..., None], arguments: tuple[Any, ...], size: int) -> None:
