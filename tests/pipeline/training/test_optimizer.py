@@ -16,7 +16,7 @@ UNNEEDED = {"torch._dynamo", "sklearn", "matplotlib", "ray", "torchvision", "sym
 TRAINING = """
 import sys
 from pathlib import Path
-from tests.pipeline.training.trainer import make_run, train
+from tests.kit.trainer import make_run, train
 run = make_run(Path(sys.argv[1]), training={"steps": 2, "batch_size": 16})
 assert train(str(run.folder)) == "finished"
 print(*sorted(set(sys.argv[2:]) & sys.modules.keys()))
