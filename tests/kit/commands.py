@@ -25,7 +25,7 @@ import psutil
 import pytest
 
 from tests.hermetic import REPOSITORY
-from tests.kit.environment import restore_environment, users_own
+from tests.kit.environment import forget_modules, restore_environment, users_own
 from tests.kit.waiting import PATIENCE_S, Found, wait_for
 
 PROGRAM = str(Path(sys.executable).with_name("ddpm-pipe"))
@@ -157,9 +157,7 @@ class Shell:
                 code = run(words)
             finally:
                 restore_environment(before)
-                for name in set(sys.modules) - known:
-                    if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(self.home)):
-                        del sys.modules[name]
+                forget_modules(self.home, known)
         out, err = (stream.buffer.getvalue().decode() for stream in (stdout, stderr))  # type: ignore[attr-defined]
         return Result(code, out, err)
 

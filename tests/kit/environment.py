@@ -6,9 +6,9 @@ import atexit
 import os
 import shutil
 import signal
-from collections.abc import Mapping
-
-from hypothesis import settings
+import sys
+from collections.abc import Mapping, Set
+from pathlib import Path
 
 from tests.guard import network_guard
 from tests.hermetic import MARKER, hermetic_environment, make_root
@@ -43,6 +43,8 @@ def make_safe() -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.update(IN_PROCESS_ONLY)
+    from hypothesis import settings
+
     settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
     settings.load_profile("seeded")
 
@@ -50,6 +52,13 @@ def make_safe() -> None:
 def users_own() -> dict[str, str]:
     """Return the environment for a process that stands for a user's own: isolated, but without what eases tests in this process."""
     return {name: value for name, value in os.environ.items() if name not in IN_PROCESS_ONLY}
+
+
+def forget_modules(folder: Path, known: Set[str]) -> None:
+    """Forget the modules of a folder that were imported since `known` were: another test's network may be called the same."""
+    for name in set(sys.modules) - known:
+        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(folder)):
+            del sys.modules[name]
 
 
 def restore_environment(before: Mapping[str, str]) -> None:

@@ -13,8 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import experiment_from
@@ -26,6 +24,7 @@ from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.job import Job
 from pipeline.training.team import Team
 from pipeline.training.worker import Worker
+from tests.kit.environment import forget_modules
 from tests.kit.experiments import TINY, slow_model
 
 
@@ -87,13 +86,13 @@ def train(folder: str, told: Connection | None = None, stop_after: int | None = 
 def trained_run(home: Path, **changes: Any) -> Run:
     """Return a run of the tiny experiment, trained to its end; `changes` replace sections of the experiment."""
     made = make_run(home, **changes)
-    known = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(home)
+    path, known = list(sys.path), set(sys.modules)
+    sys.path.insert(0, str(home))
+    try:
         assert train(str(made.folder)) == "finished"
-    for name in set(sys.modules) - known:  # networks of other homes are called so, too
-        if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(home)):
-            del sys.modules[name]
+    finally:
+        sys.path[:] = path
+        forget_modules(home, known)
     return made
 
 
