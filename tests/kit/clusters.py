@@ -68,12 +68,8 @@ class RayCluster:
         """What the environment of a client's or node's process holds: the mode, and the token where there is one."""
         common = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is found there
-<<<<<<< HEAD:tests/ray/clusters.py
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # conftest's 0 forbids clusters of several nodes
             "RAY_USAGE_STATS_REPORT_URL": "disabled",  # the dashboard reports even that statistics are off
-=======
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",  # the 0 of tests/kit/environment.py forbids clusters of several nodes
->>>>>>> 0f57f7c (Tests: one kit for commands, waiting, ports, data, experiments, trained runs, stores, servers and clusters; fixtures are registered once):tests/kit/clusters.py
         }
         if self.token is None:
             return common | {"RAY_AUTH_MODE": "disabled"}
