@@ -17,8 +17,8 @@ from pipeline.settings.config import Experiment, experiment_from
 from pipeline.training.models import build_model, load_weights, weights_of
 from pipeline.training.team import Team
 from pipeline.training.trained import Trained
-from tests.pipeline.training import trainer
-from tests.pipeline.training.forks import run_team
+from tests.kit import trainer
+from tests.kit.forks import run_team
 from tests.pipeline.training.test_workers import experiment, train
 
 NETWORKS = """
