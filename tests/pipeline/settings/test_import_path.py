@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.import_path import LATE_FOLDERS, allow_modules_in, environment_for_ray, replacing
-from tests.conftest import CliResult
+from tests.kit.commands import Result
 
 TAKEN = "raise SystemExit('a file of the user was imported in place of an installed module')\n"
 OWN = """
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_installed_modules_win_over_pythonpath_and_the_current_folder(
-    folder: Path, home: Path, cli: Callable[..., CliResult]
+    folder: Path, home: Path, cli: Callable[..., Result]
 ):
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
     found = cli(
@@ -81,7 +81,7 @@ def test_without_such_folders_nothing_changes(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_training_with_two_workers_in_such_a_folder(folder: Path, cli: Callable[..., CliResult], home: Path):
+def test_a_training_with_two_workers_in_such_a_folder(folder: Path, cli: Callable[..., Result], home: Path):
     (folder / "two.yaml").write_text("workers: 2\nresources_per_worker: {CPU: 1}\nthreads_per_worker: 1\n")
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
     found = cli(
