@@ -109,7 +109,7 @@ def write_measured(measured: Measured, folder: Path, model: Mapping[str, Any] | 
     write_atomically(paths[SCORES_FILE], (json.dumps({"model": model, **measured.to_json()}, indent=1) + "\n").encode())
     write_atomically(paths[BOUND_FILE], pack(measured.bound.to_arrays(), measured.identity.to_json()))
     write_atomically(paths[CURVES_FILE], curves_csv(measured.bound).encode())
-    draw_curves([(measured.identity.key, measured.bound)], paths[PICTURE_FILE])
+    save_figure(curves_figure([(measured.identity.key, measured.bound)]), paths[PICTURE_FILE])
     return list(paths.values())
 
 
@@ -126,8 +126,8 @@ def curves_csv(bound: Bound) -> str:
     return text.getvalue()
 
 
-def draw_curves(bounds: list[tuple[str, Bound]], path: Path) -> None:
-    """Write a picture: the bound's terms over t (Nichol & Dhariwal 2021, fig. 2), and distortion against rate (Ho et al. 2020, fig. 5)."""
+def curves_figure(bounds: list[tuple[str, Bound]]) -> Any:
+    """Return a figure: the bound's terms over t (Nichol & Dhariwal 2021, fig. 2), and distortion against rate (Ho et al. 2020, fig. 5)."""
     figure = new_figure(10.4, 4.2)
     over_t, trade = figure.subplots(1, 2)
     for i, (name, bound) in enumerate(bounds):
@@ -147,4 +147,4 @@ def draw_curves(bounds: list[tuple[str, Bound]], path: Path) -> None:
     dress(trade, "rate and distortion (dot: t = 0)", "RMSE of the predicted image, of 255", "rate, bits/dim")
     trade.set_ylim(bottom=0)
     over_t.legend(frameon=False, fontsize=8.5)
-    save_figure(figure, path)
+    return figure

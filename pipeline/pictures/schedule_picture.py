@@ -23,13 +23,17 @@ _LEAST_LOG_SNR, _LEAST_WEIGHT = -25.0, 1e-7  # the axes end here: some schedules
 
 
 def draw_schedules(schedules: Sequence[BetaSchedule], image: Tensor, variance: float, path: Path) -> None:
-    """Write a PNG: four curves for each schedule, and a strip of one image noised at equal steps.
+    """Write `schedules_figure` as a PNG; StorageError where it cannot be written."""
+    save_figure(schedules_figure(schedules, image, variance), path)
+
+
+def schedules_figure(schedules: Sequence[BetaSchedule], image: Tensor, variance: float) -> Any:
+    """Return a figure: four curves for each schedule, and a strip of one image noised at equal steps.
 
     Args:
         schedules: the same noise is added under each.
         image: uint8 [C, H, W] with one channel or three (of others the first is drawn).
         variance: of the pixels of such images, on [-1, 1].
-        path: file to write; StorageError where it cannot be.
     """
     height, width = image.shape[1:]
     cell = 9.6 / (_FRAMES + 1.6)
@@ -60,7 +64,7 @@ def draw_schedules(schedules: Sequence[BetaSchedule], image: Tensor, variance: f
         axes.set_xlabel("t" if alike else "t / (T - 1)", color=INK)
     upper.legend(loc="outside upper center", ncols=min(len(schedules), 5), frameon=False, fontsize=10)
     _draw_strip(lower, schedules, image, alike)
-    save_figure(figure, path)
+    return figure
 
 
 def example_digit() -> tuple[Tensor, float]:

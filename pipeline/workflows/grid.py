@@ -170,12 +170,12 @@ def write_grid(grid: Grid, folder: Path) -> list[Path]:
     paths = [folder / name for name in (TABLE_FILE, CSV_FILE, PICTURE_FILE)]
     write_atomically(paths[0], json.dumps(grid.table()).encode())
     write_atomically(paths[1], grid.csv().encode())
-    draw_grid(grid, paths[2])
+    save_figure(grid_figure(grid), paths[2])
     return paths
 
 
-def draw_grid(grid: Grid, path: Path) -> None:
-    """Write a picture: a panel for each metric against network calls per image, a line for each setting but the steps."""
+def grid_figure(grid: Grid) -> Any:
+    """Return a figure: a panel for each metric against network calls per image, a line for each setting but the steps."""
     names = [name for name in grid.metrics if not name.startswith("bits_per_dim_")]
     columns = min(len(names), 2)
     rows = -(-len(names) // columns)
@@ -206,7 +206,7 @@ def draw_grid(grid: Grid, path: Path) -> None:
         panel.margins(x=0.05)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
-    save_figure(figure, path)
+    return figure
 
 
 def _scale(panel: Any, calls: list[int], values: list[float]) -> None:

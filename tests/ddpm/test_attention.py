@@ -29,6 +29,25 @@ def test_training_and_sampling_compute_the_same(heads: int, side: int) -> None:
     torch.testing.assert_close(module(x).detach(), fused, rtol=1e-12, atol=1e-12)
 
 
+def test_weights_of_large_products_do_not_overflow() -> None:
+    """exp overflows float32 above 88; the products here reach thousands, so that each pixel attends to one other alone."""
+    module, x = attention(2).float(), pixels(4).float()
+    with torch.no_grad():
+        module.qkv.weight *= 30
+        q, k, v = module.qkv(module.norm(x).flatten(2).transpose(1, 2)).view(2, 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        products = q @ k.transpose(-1, -2) / 8**0.5
+        first, second = products.topk(2, dim=-1).values.unbind(-1)
+        chosen = torch.gather(v, 2, products.argmax(-1, keepdim=True).expand_as(v))
+        alone = x + module.out(chosen.transpose(1, 2).reshape(2, 16, 16)).transpose(1, 2).reshape(x.shape)
+        sure = ((first - second) > 20).all(1).view(2, 1, 4, 4).expand_as(x)
+        fused = module(x)
+    assert float(products.max()) > 1000
+    assert float(sure.float().mean()) > 0.5
+    for out in (fused, module(x).detach()):
+        assert bool(out.isfinite().all())
+        torch.testing.assert_close(out[sure], alone[sure], rtol=1e-4, atol=1e-3)
+
+
 def test_gradients_equal_finite_differences() -> None:
     module, x = attention(2), pixels(2).requires_grad_()
     assert torch.autograd.gradcheck(module, (x,))

@@ -238,10 +238,16 @@ def test_bf16_autocast_is_finite_and_near_fp32() -> None:
     assert float((rough.float() - exact).norm() / exact.norm()) < 0.05
 
 
-def test_large_activations_stay_finite_in_bf16() -> None:
+@pytest.mark.parametrize(("dtype", "error"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+def test_large_activations_are_normalised_in_float32(dtype: torch.dtype, error: float) -> None:
+    """Their squares, which GroupNorm sums, are beyond float16's 65,504, and bfloat16 keeps 3 of their digits."""
     model = randomised(small())
-    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
-        assert bool(torch.isfinite(model(1e4 * randn(2, 3, 16, 16).float(), torch.tensor([0, 999]))).all())
+    x, t = 1e4 * randn(2, 3, 16, 16).float(), torch.tensor([0, 999])
+    with torch.no_grad():
+        exact = model(x, t)
+        with torch.autocast("cpu", dtype=dtype):
+            rough = model(x, t)
+    assert float((rough.float() - exact).norm() / exact.norm()) < error
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])

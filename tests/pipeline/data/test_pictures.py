@@ -7,28 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pipeline.ingest.ingest import ingest
 from pipeline.pictures.pictures import card_lines, dataset_card, inspect_picture, save_grid, save_strip
-from tests.kit.data import Pixels, dataset_of, some_images
-
-
-def picture(path: Path) -> Pixels:
-    with Image.open(path) as image:
-        assert image.mode == "RGB"
-        return np.asarray(image)
-
-
-def place_of(image: Pixels, sheet: Pixels, scale: int) -> tuple[int, int]:
-    """Top and left of the one place where `image` [C, H, W], enlarged pixel by pixel, stands in the sheet."""
-    block = np.kron(image.transpose(1, 2, 0), np.ones((scale, scale, 1), dtype=np.uint8))
-    block = np.broadcast_to(block, (*block.shape[:2], 3))
-    corners = np.argwhere((sheet == block[0, 0]).all(axis=2))
-    height, width = block.shape[:2]
-    found = [(int(y), int(x)) for y, x in corners if np.array_equal(sheet[y : y + height, x : x + width], block)]
-    assert len(found) == 1
-    return found[0]
+from tests.kit.data import dataset_of, some_images
+from tests.kit.drawings import pixels_of, place_of
 
 
 @pytest.mark.parametrize(
@@ -42,7 +25,7 @@ def test_a_grid_has_every_image_in_reading_order(
     save_grid(
         torch.from_numpy(images), tmp_path / "g.png", captions=[f"number {i}" for i in range(7)] if captioned else None
     )
-    sheet = picture(tmp_path / "g.png")
+    sheet = pixels_of(tmp_path / "g.png")
     places = [place_of(image, sheet, scale) for image in images]
     assert places == sorted(places)
     tops, lefts = ([place[axis] for place in places] for axis in (0, 1))
@@ -55,14 +38,14 @@ def test_a_grid_has_every_image_in_reading_order(
 def test_a_grid_takes_as_many_columns_as_asked(tmp_path: Path) -> None:
     images = some_images(6, (8, 8, 3)).transpose(0, 3, 1, 2)
     save_grid(images, tmp_path / "g.png", columns=6)
-    places = [place_of(image, picture(tmp_path / "g.png"), 8) for image in images]
+    places = [place_of(image, pixels_of(tmp_path / "g.png"), 8) for image in images]
     assert len({top for top, _ in places}) == 1
 
 
 def test_a_strip_has_images_down_and_time_across(tmp_path: Path) -> None:
     frames = [some_images(2, (8, 8, 1), seed).transpose(0, 3, 1, 2) for seed in range(5)]
     save_strip(frames, tmp_path / "s.png", labels=[f"t = {t}" for t in range(5)])
-    sheet = picture(tmp_path / "s.png")
+    sheet = pixels_of(tmp_path / "s.png")
     places = np.array(
         [[place_of(image, sheet, 8) for image in frame] for frame in frames]
     )  # [time, image, (top, left)]
@@ -71,14 +54,14 @@ def test_a_strip_has_images_down_and_time_across(tmp_path: Path) -> None:
     assert len(np.unique(places[:, 0, 0])) == len(np.unique(places[0, :, 1])) == 1
     assert (sheet[: places[0, 0, 0]] < 128).any()  # the labels
     save_strip(frames, tmp_path / "plain.png")
-    assert picture(tmp_path / "plain.png").shape[0] < sheet.shape[0]
+    assert pixels_of(tmp_path / "plain.png").shape[0] < sheet.shape[0]
 
 
 def test_images_of_two_and_four_channels_are_shown_too(tmp_path: Path) -> None:
     for channels, shown in ((2, [0, 0, 0]), (4, [0, 1, 2])):
         images = some_images(1, (8, 8, channels)).transpose(0, 3, 1, 2)
         save_grid(images, tmp_path / "g.png")
-        place_of(images[0][shown], picture(tmp_path / "g.png"), 8)
+        place_of(images[0][shown], pixels_of(tmp_path / "g.png"), 8)
 
 
 def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
@@ -100,11 +83,11 @@ def test_a_dataset_shows_images_from_its_beginning_to_its_end(tmp_path: Path) ->
     dataset = dataset_of(tmp_path / "d", some_images(100, (8, 8, 1)), np.arange(100) % 3)
     inspect_picture(dataset, tmp_path / "p.png", num_images=4)
     for row in (0, 33, 66, 99):
-        place_of(dataset.read([row])[0], picture(tmp_path / "p.png"), 8)
+        place_of(dataset.read([row])[0], pixels_of(tmp_path / "p.png"), 8)
     small = dataset_of(tmp_path / "s", some_images(3, (8, 8, 1)))
     inspect_picture(small, tmp_path / "q.png")
     for image in small.read(range(3)):
-        place_of(image, picture(tmp_path / "q.png"), 8)
+        place_of(image, pixels_of(tmp_path / "q.png"), 8)
 
 
 def test_the_card_says_what_the_dataset_is(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from pipeline.metrics.classifier_store import classifier_for
 from pipeline.metrics.neighbours import NUM_NEIGHBOURS, find_neighbours, neighbour_lines, write_neighbours
+from pipeline.pictures.pictures import save_strip
 from tests.kit.array_set import ArraySet, digits
+from tests.kit.drawings import pixels_of
 
 
 @pytest.fixture(autouse=True)
@@ -51,10 +52,14 @@ def test_neighbours_are_those_of_brute_force_and_copies_are_copies(
     told = json.loads(about.read_text())
     assert set(told["shown"][:2]) == {3, 7}
     assert told["by_pixel"]["rows"][3][0] == 12
-    with Image.open(sheet) as picture:
-        pixels = np.asarray(picture.convert("L"))
-    assert pixels.shape[1] / pixels.shape[0] > 1.2  # seven columns, five rows
-    assert pixels.std() > 10
+    shown = np.argsort(found.ratios, kind="stable")[:5]
+    assert told["shown"] == shown.tolist()
+    columns = [generated[shown]]
+    for nearest in (found.by_feature, found.by_pixel):
+        columns += [data.images[nearest.rows[shown, i]] for i in range(NUM_NEIGHBOURS)]
+    labels = [f"{space} {i + 1}" for space in ("feature", "pixel") for i in range(NUM_NEIGHBOURS)]
+    save_strip(columns, tmp_path / "wanted.png", ["generated", *labels])
+    np.testing.assert_array_equal(pixels_of(sheet), pixels_of(tmp_path / "wanted.png"))
 
 
 def test_an_image_that_is_there_twice_is_one_neighbour_of_the_smaller_row_whatever_the_chunks(

@@ -13,7 +13,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, Model, bits_per_dim
@@ -21,7 +20,7 @@ from pipeline.data.images import to_float
 from pipeline.data.labels import told_labels
 from pipeline.errors import UsageError
 from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
-from pipeline.metrics.bound_report import Measured, write_measured
+from pipeline.metrics.bound_report import Measured, curves_figure, write_measured
 from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.chunks import ChunkStore, compute
@@ -32,6 +31,7 @@ from tests.kit import trainer
 from tests.kit.array_set import ArraySet
 from tests.kit.closed_forms import ignorant, point_mass
 from tests.kit.commands import Typed
+from tests.kit.drawings import holds, points_of
 
 T = 20
 
@@ -229,8 +229,22 @@ def test_what_is_written_says_all_of_it(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(row["t"]) for row in rows] == list(range(T))
     assert sum(float(row["bits_per_dim"]) for row in rows) + parts[0] == pytest.approx(bound.total.mean())
-    with Image.open(paths["curves.png"]) as picture:
-        assert np.asarray(picture).std() > 10
+    figure = curves_figure([(identity.key, bound)])
+    over_t, trade = figure.axes
+    (line,) = over_t.lines
+    np.testing.assert_allclose(points_of(line), np.stack([np.arange(T), bound.terms.mean], axis=1))
+    assert ([text.get_text() for text in over_t.get_legend().get_texts()], over_t.get_yscale()) == (
+        [identity.key],
+        "log",
+    )
+    band = over_t.collections[0].get_paths()[0].vertices
+    for t in range(T):
+        mean, error = bound.terms.mean[t], bound.terms.standard_error[t]
+        np.testing.assert_allclose(sorted(set(band[band[:, 0] == t, 1]))[-1], mean + error)
+    curve, start = trade.lines
+    np.testing.assert_allclose(points_of(curve), np.stack(bound.rate_distortion(), axis=1))
+    np.testing.assert_allclose(points_of(start), points_of(curve)[:1])
+    assert holds(paths["curves.png"], figure)
     assert any("6 of 9 images" in line for line in measured.lines())
 
 

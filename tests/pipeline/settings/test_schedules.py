@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from ddpm import BetaSchedule, GaussianDiffusion
 from ddpm.likelihood import prior_bits
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
-from pipeline.pictures.schedule_picture import draw_schedules, example_digit, example_of
+from pipeline.pictures.schedule_picture import example_digit, example_of, schedules_figure
 from pipeline.pictures.schedule_report import curves, facts, most_prior_bits
 from tests.kit.commands import Typed
+from tests.kit.drawings import holds, points_of
 
 
 @pytest.mark.parametrize(("name", "T"), [("linear", 1000), ("linear_raw", 50), ("cosine", 30), ("jsd", 40)])
@@ -67,9 +67,8 @@ def test_the_command_prints_figures_and_draws(typed: Typed, home: Path) -> None:
     assert [line.split()[:2] for line in lines[1:4]] == [["linear", "1000"], ["cosine", "1000"], ["cosine", "15"]]
     assert "4.036e-05" in lines[1]
     assert any(line.startswith("refused: linear, T = 15") and "linear_raw" in line for line in lines)
-    with Image.open(home / "schedule.png") as picture:
-        picture.load()
-        assert picture.width > 1000
+    drawn = [BetaSchedule.named("linear", 1000), BetaSchedule.named("cosine", 1000), BetaSchedule.named("cosine", 15)]
+    assert holds(home / "schedule.png", schedules_figure(drawn, *example_digit()))
 
 
 def test_json_has_every_point_and_its_warnings(typed: Typed, home: Path) -> None:
@@ -111,6 +110,40 @@ def test_what_cannot_be_is_told_in_a_line(typed: Typed, home: Path, arguments: l
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.parametrize("lengths", [(50, 50), (50, 30)])
+def test_the_picture_shows_the_curves_and_one_image_under_the_same_noise(lengths: tuple[int, int]) -> None:
+    schedules = [BetaSchedule.named(name, T) for name, T in zip(("linear_raw", "cosine"), lengths, strict=True)]
+    image, variance = example_digit()
+    figure = schedules_figure(schedules, image, variance)
+    alike = len(set(lengths)) == 1
+    names = [s.name if alike else f"{s.name}, T = {s.num_timesteps}" for s in schedules]
+    upper, lower = figure.subfigs
+    for axes, values in zip(upper.axes, ("alphas_cumprod", "log_snr", "marginal_variance", "x0_weight"), strict=True):
+        assert len(axes.lines) == 2
+        for line, schedule in zip(axes.lines, schedules, strict=True):
+            x, y = points_of(line).T
+            T = schedule.num_timesteps
+            np.testing.assert_allclose(x, np.arange(T) if alike else np.linspace(0, 1, T), rtol=1e-6)
+            wanted = getattr(curves(schedule, variance), values).numpy()
+            np.testing.assert_allclose(y, np.where(np.isfinite(wanted) & (wanted != 0), wanted, np.nan))
+    assert len({line.get_color() for line in upper.axes[0].lines}) == 2
+    assert [text.get_text() for text in upper.legends[0].get_texts()] == names
+
+    x0, eps = image[None] / 127.5 - 1, torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = [lower.axes[:11], lower.axes[11:]]
+    assert [row[0].get_ylabel() for row in rows] == names
+    for row, schedule in zip(rows, schedules, strict=True):
+        assert np.array_equal(row[0].images[0].get_array(), image[0])
+        last = schedule.num_timesteps - 1
+        for k, axes in list(enumerate(row))[1:]:
+            abar = float(schedule.alphas_cumprod[round(k * last / 10)])
+            x_t = math.sqrt(abar) * x0 + math.sqrt(1 - abar) * eps
+            shown = torch.from_numpy(np.asarray(axes.images[0].get_array(), dtype=np.float64))
+            torch.testing.assert_close(shown, ((x_t + 1) * 127.5).clamp(0, 255)[0, 0].double(), rtol=0, atol=0.51)
+    last_title = rows[0][-1].get_title()
+    assert last_title == ("t = 49" if alike else "100% of T")
+
+
 def test_a_dataset_of_colour_is_drawn_with_its_own_variance(home: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 12, 16, 3), dtype=np.uint8)
     np.savez(home / "images.npz", images=pixels)
@@ -118,11 +151,9 @@ def test_a_dataset_of_colour_is_drawn_with_its_own_variance(home: Path) -> None:
     image, variance = example_of(dataset)
     assert image.shape == (3, 12, 16)
     assert variance == pytest.approx((pixels / 127.5 - 1).var(), rel=1e-6)
-    draw_schedules([BetaSchedule.named("jsd", 30)], image, variance, home / "a.png")
-    with Image.open(home / "a.png") as picture:
-        colours = picture.convert("RGB").getcolors(1 << 24)
-    assert colours is not None
-    assert any(r != g or g != b for _, (r, g, b) in colours)
+    figure = schedules_figure([BetaSchedule.named("jsd", 30)], image, variance)
+    _, lower = figure.subfigs
+    np.testing.assert_array_equal(lower.axes[0].images[0].get_array(), pixels[0])
 
 
 def test_the_digit_needs_no_data() -> None:

@@ -22,6 +22,7 @@ from pipeline.data.order import Order
 from pipeline.data.shards import Dataset, read_batches
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest
+from pipeline.pictures.pictures import inspect_picture
 from pipeline.settings.cluster_profile import Cache
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.remote_cache import NodeCache
@@ -314,7 +315,7 @@ def test_a_source_is_ingested_into_the_store_once_and_known_there_by_every_machi
     )
 
 
-def test_inspect_and_a_dry_run_fetch_no_shard(in_store, cli, object_store, tmp_path, home):
+def test_inspect_and_a_dry_run_fetch_no_shard(in_store, on_disk, cli, object_store, tmp_path, home):
     object_store.requests.clear()
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
     shown = cli("inspect", in_store, "--json", env=environment)
@@ -336,7 +337,8 @@ def test_inspect_and_a_dry_run_fetch_no_shard(in_store, cli, object_store, tmp_p
     assert object_store.count("GET", "parquet") == 0
     picture = cli("inspect", in_store, "--verify", "--picture", "grid.png", env=environment)
     assert picture.code == 0, picture.stderr
-    assert (home / "grid.png").stat().st_size > 1000
+    inspect_picture(Dataset.open(on_disk), tmp_path / "wanted.png")
+    assert (home / "grid.png").read_bytes() == (tmp_path / "wanted.png").read_bytes()
     RemoteFolder(in_store).write("shard-00000.parquet", b"?")
     refused = cli("inspect", in_store, env=environment)
     assert (refused.code, refused.stderr.count("\n")) == (3, 1)

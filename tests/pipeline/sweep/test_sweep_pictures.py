@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from pipeline.pictures.pictures import save_grid
 from pipeline.storage.runs import Run
 from pipeline.sweeps import pictures
 from pipeline.sweeps.ledger import Entry
-from pipeline.sweeps.result import Result, result_of
+from pipeline.sweeps.result import Result, result_of, within_noise
+from tests.kit.drawings import holds, points_of
 from tests.pipeline.sweep.swept_entries import entry
 
 SCHEDULES = ("sigmoid", "linear", "cosine")  # as listed: neither by the alphabet nor by rank
@@ -133,7 +133,12 @@ def test_a_column_of_the_sheet_is_one_noise_and_a_point_without_that_seed_is_lef
         return pictures._samples(result_of("s", "s", "fid", entries), runs)
 
     def seeds(figure: Any) -> list[int]:
-        return [int(axes.images[0].get_array()[0, 0]) // 100 for axes in figure.axes]
+        strips = [np.asarray(axes.images[0].get_array()) for axes in figure.axes]
+        gap = [8 + 9 * i for i in range(11)]  # a grey column between two images
+        assert all(strip.shape == (8, 12 * 9 - 1) and (strip[:, gap] == 128).all() for strip in strips)
+        noises = [set(np.delete(strip, gap, axis=1).ravel().tolist()) for strip in strips]
+        assert all(len(noise) == 1 for noise in noises)
+        return [noise.pop() // 100 for noise in noises]
 
     sheet = drawn({SCHEDULES[1]: 0})
     assert seeds(sheet) == [1, 1, 1]  # the one that all have
@@ -145,8 +150,82 @@ def test_a_column_of_the_sheet_is_one_noise_and_a_point_without_that_seed_is_lef
 
 
 def test_all_pictures_are_drawn_of_a_sweep_with_troubles(tmp_path: Path) -> None:
-    found = pictures.draw_all(with_a_failed_seed(swept()), {}, tmp_path)
-    assert list(found) == ["ranking", "heatmap", "network_calls", "training_time", "parallel_coordinates"]
-    for path in found.values():
-        with Image.open(path) as picture:
-            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+    result = with_a_failed_seed(swept())
+    found = pictures.draw_all(result, {}, tmp_path)
+    drawings = {
+        "ranking": pictures._ranking,
+        "heatmap": pictures._heat_map,
+        "network_calls": pictures._network_calls,
+        "training_time": pictures._training_time,
+        "parallel_coordinates": pictures._parallel_coordinates,
+    }
+    assert list(found) == list(drawings)
+    for name, path in found.items():
+        assert holds(path, drawings[name](result)), name
+
+
+def test_the_ranking_shows_each_mean_with_its_error_and_its_seeds() -> None:
+    result = swept()
+    (axes,) = pictures._ranking(result).axes
+    assert len(result.ranked) == 9
+    looks = (("o", 7), ("|", 9))  # the ends of an error bar are smaller
+    dots, seeds = ([line for line in axes.lines if (line.get_marker(), line.get_ms()) == look] for look in looks)
+    np.testing.assert_allclose([points_of(dot)[0] for dot in dots], [(p.mean, y) for y, p in enumerate(result.ranked)])
+    for y, (point, line) in enumerate(zip(result.ranked, seeds, strict=True)):
+        np.testing.assert_allclose(points_of(line), [(value, y) for value in point.values])
+    for y, (point, bars) in enumerate(zip(result.ranked, axes.containers, strict=True)):
+        (ends,) = bars[2][0].get_segments()
+        error = np.std(point.values, ddof=1) / np.sqrt(2)
+        np.testing.assert_allclose(ends, [(point.mean - error, y), (point.mean + error, y)])
+    assert [label.get_text() for label in axes.get_yticklabels()] == [point.title for point in result.ranked]
+    alike = within_noise(result)
+    wanted = [pictures.GOOD] + [pictures.NOISE if point in alike else pictures.REST for point in result.ranked[1:]]
+    assert [dot.get_color() for dot in dots] == wanted
+    assert len(set(wanted)) == 3
+
+
+def test_a_cell_of_the_heat_map_is_the_mean_of_its_point_and_the_best_is_framed() -> None:
+    result = swept(num_timesteps=(100, 250))
+    (axes,) = pictures._heat_map(result).axes
+    cells = {(p.point["diffusion.schedule"], p.point["diffusion.num_timesteps"]): p for p in result.points}
+    texts = {(int(text.get_position()[1]), int(text.get_position()[0])): text.get_text() for text in axes.texts}
+    shown = np.asarray(axes.images[0].get_array())
+    assert len(texts) == shown.size == 6
+    for y, schedule in enumerate(SCHEDULES):
+        for x, T in enumerate((100, 250)):
+            point = cells[schedule, T]
+            assert shown[y, x] == point.mean
+            assert texts[y, x] == f"{point.mean:.4g}\n± {point.standard_error:.2g}"
+    assert result.best is not None
+    (frame,) = axes.patches
+    y, x = (
+        SCHEDULES.index(result.best.point["diffusion.schedule"]),
+        (100, 250).index(result.best.point["diffusion.num_timesteps"]),
+    )
+    assert (round(frame.get_x() + frame.get_width() / 2), round(frame.get_y() + frame.get_height() / 2)) == (x, y)
+
+
+def test_lines_and_points_stand_where_their_numbers_are() -> None:
+    result = swept()
+    lines = {line.get_label(): points_of(line) for line in pictures._network_calls(result).axes[0].lines}
+    (axes,) = pictures._training_time(result).axes
+    places = {bars.get_label(): points_of(bars[0]) for bars in axes.containers}
+    for point in result.ranked:
+        np.testing.assert_allclose(lines[point.title], [(calls, value) for calls, value in point.curve.items()])
+        np.testing.assert_allclose(places[point.title], [(np.mean(point.training_times), np.mean(point.values))])
+
+
+def test_parallel_coordinates_lead_every_point_through_its_settings_to_its_value() -> None:
+    result = swept()
+    (axes,) = pictures._parallel_coordinates(result).axes
+    lines = [points_of(line) for line in axes.lines if len(line.get_xdata()) == 3]
+    means = np.array([point.mean for point in result.ranked])
+    wanted = [
+        (
+            SCHEDULES.index(point.point["diffusion.schedule"]) / 2,
+            (100, 250, 1000).index(point.point["diffusion.num_timesteps"]) / 2,
+            (point.mean - means.min()) / (means.max() - means.min()),
+        )
+        for point in reversed(result.ranked)  # the best is drawn last, above the others
+    ]
+    np.testing.assert_allclose([line[:, 1] for line in lines], wanted, atol=1e-12)

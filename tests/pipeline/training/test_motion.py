@@ -17,6 +17,7 @@ from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end, trajectory
 from pipeline.settings.config import SamplingConfig
+from tests.kit.drawings import pixels_of, place_of
 from tests.pipeline.training.test_workers import CPU
 
 
@@ -93,8 +94,19 @@ def test_pictures_are_written(tmp_path: Path, digits):
     shown = last[2 : 2 + 64 : 8, 2 : 2 + 64 : 8]
     image = denoiser(20).images(range(5))[0, 0].numpy()
     assert np.abs(shown.astype(int) - image.astype(int)).max() <= 3  # a GIF has 256 colours
-    with Image.open(tmp_path / "passage.png") as passage:
-        assert passage.size[0] == 7 * (64 + 2) + 2
+    strip = pixels_of(tmp_path / "strip.png")
+    frames, labels = trajectory(denoiser(20), 3, strip.shape[1] // 66)
+    tops = [place_of(image.numpy(), strip, 8)[0] for image in frames[-1]]
+    assert np.diff(tops).tolist() == [66, 66]
+    for column, frame in enumerate(frames):
+        for image, top in zip(frame, tops, strict=True):
+            left = 2 + 66 * column
+            np.testing.assert_array_equal(strip[top : top + 64 : 8, left : left + 64 : 8, 0], image[0])
+    assert len(frames) == len(labels) == (strip.shape[1] - 2) / 66
+    drawn, (first, last_end) = pixels_of(tmp_path / "passage.png"), digits.read([3, 700])
+    between = interpolate(denoiser(20), torch.from_numpy(digits.read([3, 700])), 5).frames.numpy()
+    pictures = [first, *between, last_end]
+    assert [place_of(image, drawn, 8) for image in pictures] == [(2, 2 + 66 * i) for i in range(7)]
 
 
 def test_an_end_is_a_row_or_a_file(tmp_path: Path, digits, monkeypatch):

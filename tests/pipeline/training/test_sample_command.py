@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.data.shards import Dataset
 from pipeline.signals import Terminated, keeping_sigterm, raising
 from pipeline.storage.runs import Run
 from tests.kit import trainer
 from tests.kit.commands import Shell, Typed
+from tests.kit.drawings import pixels_of, place_of
 from tests.kit.experiments import TINY
 
 FEW = ("--steps", "3")
@@ -65,21 +67,34 @@ def test_every_option_is_part_of_what_the_images_are(sample, tmp_path):
     assert (found["weights"], found["eta"]) == ("ema:0.5", 0.0)
 
 
-def test_strips_animations_and_passages_are_drawn(sample, tmp_path):
-    assert sample(*FEW, "--format", "strip", "-n", "2", "--out", str(tmp_path / "strip"))[0] == 0
-    assert sample(*FEW, "--format", "gif", "-n", "3", "--out", str(tmp_path / "gif"))[0] == 0
+def test_strips_animations_and_passages_are_drawn(sample, labelled, tmp_path):
+    for kind, count in (("png", 3), ("strip", 2), ("gif", 3)):
+        assert sample(*FEW, "--format", kind, "-n", str(count), "--out", str(tmp_path / kind))[0] == 0
     Image.fromarray(np.full((20, 20), 90, np.uint8)).save(tmp_path / "mine.png")
     code, out, _ = sample(
         *FEW, "--interpolate", "5", str(tmp_path / "mine.png"), "-n", "4", "--out", str(tmp_path / "way")
     )
     assert code == 0
     assert "error_of_the_ends" in out
+    images = [np.asarray(Image.open(path))[None] for path in sorted((tmp_path / "png").rglob("*.png"))]
+    assert len(images) == 3
+    strip = pixels_of(tmp_path / "strip" / "denoising.png")
+    places = [place_of(image, strip, 8) for image in images[:2]]  # the last of three columns, one below the other
+    assert places[1][0] - places[0][0] == 66
+    assert {left for _, left in places} == {2 + 2 * 66}
+    assert strip.shape[1] == 2 + 3 * 66
     with Image.open(tmp_path / "gif" / "denoising.gif") as motion:
         assert motion.n_frames == 3
-    with Image.open(tmp_path / "way" / "interpolation.png") as picture:
-        assert picture.width == 6 * 66 + 2
+        motion.seek(2)
+        last = np.asarray(motion.convert("L")).astype(int)
+    for i, image in enumerate(images):
+        top, left = 2 + 66 * (i // 2), 2 + 66 * (i % 2)
+        assert np.abs(last[top : top + 64 : 8, left : left + 64 : 8] - image[0]).max() <= 3  # a GIF has 256 colours
+    way = pixels_of(tmp_path / "way" / "interpolation.png")
+    assert way.shape[1] == 6 * 66 + 2
+    assert place_of(Dataset.open(labelled.record.dataset["path"]).read([5])[0], way, 8) == (2, 2)
+    assert place_of(np.full((1, 8, 8), 90, np.uint8), way, 8) == (2, 2 + 5 * 66)
     assert about(tmp_path / "way")["labels"] == "none"
-    assert (tmp_path / "strip" / "denoising.png").stat().st_size > 0
 
 
 MISTAKES = {
