@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import operator
 import re
 import shlex
 from collections.abc import Iterator
@@ -164,6 +166,23 @@ def test_files_and_targets_named_in_the_documents_exist(document: Path) -> None:
         for target in make_targets(block)
     }
     assert called <= set(targets.split()), f"{document.name}: make {sorted(called - set(targets.split()))}"
+
+
+def test_the_maths_names_code_that_exists() -> None:
+    """`ddpm/FILE.py` followed by `Name` or `Class.attribute`, several separated by commas; tables name their file above."""
+    text = (REPOSITORY / "docs" / "maths.md").read_text()
+    named = re.findall(r"`ddpm/(\w+)\.py`\)? ?((?:`[\w.]+`(?:, )?)+)", text)
+    for file, names in named:
+        module = importlib.import_module(f"ddpm.{file}")
+        for name in re.findall(r"`([\w.]+)`", names):
+            assert operator.attrgetter(name)(module) is not None
+    assert len(named) > 10
+    tables = {"schedule": r"`(BetaSchedule\.\w+)` \|", "likelihood": r"`(\w+_bits)` \|"}
+    for file, pattern in tables.items():
+        names = re.findall(pattern, text)
+        assert len(names) >= 3
+        for name in names:
+            assert name == "BetaSchedule.betas" or operator.attrgetter(name)(importlib.import_module(f"ddpm.{file}"))
 
 
 def make_targets(text: str) -> list[str]:
