@@ -19,6 +19,7 @@ from pipeline.commands.submit import jobs
 from pipeline.commands.sweep import serve, sweep
 from pipeline.commands.train import resume, train
 from pipeline.errors import PipelineError
+from pipeline.redaction import refuse_secrets
 from pipeline.signals import Terminated, raising
 
 COMMANDS = (
@@ -72,7 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
     try:
-        words = None if arguments is None else list(arguments)
+        words = sys.argv[1:] if arguments is None else list(arguments)
+        refuse_secrets(words, "the command line")
         with raising():
             left = cli.main(args=words, prog_name="ddpm-pipe", standalone_mode=False)
         return left if isinstance(left, int) else 0  # a command that ends by `Context.exit` leaves its code

@@ -1,19 +1,14 @@
-"""Secrets never reach a record: run folders, spools, MLflow's parameters, tags and text files pass through here.
+"""Secrets: refused where they would come into a record, hidden in text that leaves.
 
-Three nets, each alone incomplete: known shapes (cloud and forge tokens, passwords in addresses), names that announce a
-secret (`api_key`, `password`), and strings that look random. The values of environment variables with such names are
-removed wherever they appear, but for what the program reads back from a record (`READ_BACK`): there they are refused. Long
-hexadecimal strings stay: fingerprints and hashes are what a record is for.
+A run's records hold exact values, because they are read back. So nothing secret may come in: `refuse_secrets` looks at settings files and
+command lines before anything is spent. Text that leaves (logs, MLflow, a job's metadata, messages of libraries) passes through `redact`.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections import Counter
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pipeline.errors import UsageError
@@ -22,75 +17,85 @@ HIDDEN = "<redacted>"
 DECLARED_SECRETS = (
     "DDPM_PIPE_SECRETS"  # names of variables, joined by commas, that hold secrets whatever their names say
 )
-READ_BACK = ("path", "fingerprint", "storage")  # names in a record without whose values a run cannot be worked with
 LEAST_CHARACTERS = 8  # of a secret in the environment: a shorter one would be found in half of all words
+LEAST_EQUAL = 12  # of a setting that is refused because it equals one: shorter ones are region names and the like
 
 # `key` alone names many harmless things, so it counts with a companion only
-SECRET_NAME = re.compile(r"(?i)passw(or)?d|passphrase|secret|credential|token|(api|access|private|signing)[_-]?key")
+_WORDS = r"(?:passw(?:or)?d|passphrase|secret|credentials?|token|(?:api|access|private|signing)[_-]?key)"
+SECRET_NAME = re.compile(rf"(?i){_WORDS}")
+# the last word of a setting's name announces a secret: `hub_token`, not `token_mixer`; a number is none
+_SECRET_SETTING = re.compile(rf"(?i)[\w-]*{_WORDS}")
+_PLAIN_VALUE = re.compile(r"(?i)[-+.\de]*|true|false|null|none")
+# the full form of each kind of key, as a word of its own: a part of a path or of a longer name is none
 KNOWN_SHAPES = re.compile(
-    r"(?:AKIA|ASIA)[A-Z0-9]{12,}"
-    r"|hf_[A-Za-z0-9]{16,}"
-    r"|gh[opsur]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,}"
-    r"|sk-[A-Za-z0-9_-]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|dapi[a-f0-9]{32}|AIza[A-Za-z0-9_-]{30,}"
-    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}(?:\.[A-Za-z0-9_-]*)?"
+    r"(?<![\w/.-])(?:"
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}"
+    r"|hf_[A-Za-z0-9]{34}"
+    r"|gh[opsur]_[A-Za-z0-9]{36}|github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}|glpat-[A-Za-z0-9_-]{20}"
+    r"|sk-(?:proj-|svcacct-|ant-)[A-Za-z0-9_-]{40,}|sk-[A-Za-z0-9]{48}"
+    r"|xox[abeprs]-[0-9]{8,}-[A-Za-z0-9-]{10,}|dapi[a-f0-9]{32}|AIza[A-Za-z0-9_-]{35}"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}"
+    r")(?![\w/-])"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
 )
 USERINFO = re.compile(r"(?<=://)[^/\s@'\"]+@")
+CREDENTIALS = re.compile(r"://[^/\s@:'\"]*:[^/\s@'\"]+@|(?i:[?&](?:x-amz-signature|x-goog-signature|sig)=[^&\s]+)")
 ASSIGNMENT = re.compile(
-    r"(?i)(?<![\w-])([\w-]{0,40}?(?:passw(?:or)?d|passphrase|secret|credential|token|(?:api|access|private|signing)[_-]?key"
-    r"|x-amz-signature)[\w-]{0,40}"
-    r"[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}]+)"
+    rf"(?i)(?<![\w-])([\w-]{{0,40}}?(?:{_WORDS}|x-amz-signature)[\"']?\s*[=:]\s*[\"']?)([^\s\"'&,;}}]+)"
 )
-# words and small numbers, such as a region, a bucket or a user
-PLAIN_NAME = re.compile(r"[a-z]+[0-9]{0,2}(?:[-_.][a-z]*[0-9]{0,2})*")
-# longer ones are pictures in base64, not secrets
-RANDOM_CANDIDATE = re.compile(r"(?<![A-Za-z0-9+/=_-])[A-Za-z0-9+/=_-]{20,512}(?![A-Za-z0-9+/=_-])")
 
 
 def redact(text: str) -> str:
-    """Return the text with everything that looks like a secret replaced by `<redacted>`."""
+    """Return the text with everything that is a secret by its form, its name or the environment replaced by `<redacted>`."""
     for value in environment_secrets().values():
         text = text.replace(value, HIDDEN)
-    return _without_shapes(text)
-
-
-def _without_shapes(text: str) -> str:
     text = USERINFO.sub("", text)
     text = KNOWN_SHAPES.sub(HIDDEN, text)
-    text = ASSIGNMENT.sub(lambda match: match[1] + HIDDEN, text)
-    return RANDOM_CANDIDATE.sub(lambda match: HIDDEN if _looks_random(match[0]) else match[0], text)
+    return ASSIGNMENT.sub(lambda match: match[0] if _PLAIN_VALUE.fullmatch(match[2]) else match[1] + HIDDEN, text)
 
 
 def redact_value(name: str, value: str) -> str:
-    """Return a named value ready to be recorded: hidden where its name announces a secret, else redacted as text."""
-    last = name.rsplit(".", 1)[-1]
-    return HIDDEN if value and value != "None" and SECRET_NAME.search(last) else redact(value)
+    """Return a named value as it may leave: hidden where the end of its name announces a secret, else redacted as text."""
+    announced = _SECRET_SETTING.fullmatch(name.rpartition(".")[2]) and not _PLAIN_VALUE.fullmatch(value)
+    return HIDDEN if announced else redact(value)
 
 
-def redact_tree(content: Any, name: str = "") -> Any:
-    """Return nested plain data (mappings, lists, scalars) with every string redacted; numbers stay as they are.
+def refuse_secrets(content: Any, where: str) -> None:
+    """Refuse nested plain data of a user's (settings, words of a command line) in which a secret stands.
 
-    UsageError where a secret of the environment stands in a value that has to be read back.
+    Secrets are: credentials inside an address, a key by its full form, and a value of at least 12 characters that equals a variable of
+    the environment which is named like a secret or declared one. Raises UsageError, which does not repeat the value.
     """
-    if isinstance(content, Mapping):
-        return {key: redact_tree(value, str(key)) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [redact_tree(value, name) for value in content]
-    if not isinstance(content, str):
-        return content
-    return _read_back(name, content) if name in READ_BACK else redact_value(name, content)
-
-
-def _read_back(name: str, value: str) -> str:
-    """Return a value that the program works by later, in which nothing may be hidden that only looks like a secret of the environment."""
-    value = _without_shapes(value)
-    for variable, secret in environment_secrets().items():
-        if secret in value and not _is_plain_name(variable, secret):
+    secrets = {value: name for name, value in environment_secrets().items() if len(value) >= LEAST_EQUAL}
+    for name, value in _strings(content):
+        at = f"{where}: {name}" if name else where
+        if CREDENTIALS.search(value):
             raise UsageError(
-                f"{name}: holds the value of the variable {variable}, which is secret, and runs are recorded with it; name the place "
-                f"otherwise, or change {variable}"
+                f"{at}: the address holds credentials, and runs are recorded with their settings; leave them out and set the variables "
+                "of its service, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a cluster: their names in forward_env)"
             )
-    return value
+        if KNOWN_SHAPES.search(value):
+            raise UsageError(
+                f"{at}: the value has the form of a secret key, and runs are recorded with their settings; put it into a variable of "
+                "the environment (for a cluster: its name in forward_env)"
+            )
+        if variable := secrets.get(value) or secrets.get(value.partition("=")[2]):
+            raise UsageError(
+                f"{at}: the value is that of the variable {variable}, which is secret, and runs are recorded with their settings; choose "
+                f"another value, or change {variable}"
+            )
+
+
+def _strings(content: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted name, string) for all strings of nested plain data."""
+    if isinstance(content, str):
+        yield name, content
+    elif isinstance(content, Mapping):
+        for key, value in content.items():
+            yield from _strings(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(content, list | tuple):
+        for value in content:
+            yield from _strings(value, name)
 
 
 def public_uri(uri: str) -> str:
@@ -124,25 +129,6 @@ def environment_secrets() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if announces_secret(name, value) or (len(value) >= LEAST_CHARACTERS and name in declared)
+        if name != DECLARED_SECRETS
+        and (announces_secret(name, value) or (len(value) >= LEAST_CHARACTERS and name in declared))
     }
-
-
-def _is_plain_name(variable: str, value: str) -> bool:
-    """Whether a variable that was declared secret holds what is none, to all appearance: a region, a user, the id of a key."""
-    return bool(PLAIN_NAME.fullmatch(value)) and (variable.endswith("_ID") or not SECRET_NAME.search(variable))
-
-
-def _looks_random(word: str) -> bool:
-    """Whether a word mixes upper case, lower case and digits as only generated tokens do.
-
-    In random base64 about six of ten neighbours differ in kind (letter case, digit); in names and paths fewer than
-    three do.
-    """
-    kinds = ["u" if c.isupper() else "l" if c.islower() else "d" if c.isdigit() else "" for c in word]
-    kinds = [kind for kind in kinds if kind]
-    if not {"u", "l", "d"} <= set(kinds):
-        return False
-    changes = sum(a != b for a, b in pairwise(kinds))
-    entropy = -sum(n / len(word) * math.log2(n / len(word)) for n in Counter(word).values())
-    return changes >= 0.45 * len(kinds) and entropy > 3.3

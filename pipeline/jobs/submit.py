@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import shlex
 import signal
 import time
@@ -20,7 +19,7 @@ from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, Us
 from pipeline.import_path import replacing
 from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
-from pipeline.redaction import ASSIGNMENT, KNOWN_SHAPES, USERINFO, environment_secrets, redact
+from pipeline.redaction import HIDDEN, USERINFO, redact
 from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
 from pipeline.storage.runs import new_id
@@ -31,7 +30,6 @@ AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is l
 RECONNECT_S = 300.0
 OWN_SIGNALS = {130, 143}  # exit codes above 128 that a command of ours ends with by itself
 # what a setting like `num_tokens` is, for all its name: a count, a list that begins with one, a switch
-NO_SECRET = re.compile(r"(?i)\[?[-+.\de]{1,7}\]?|true|false|null|none")
 # Ray decides these from its environment when it is first imported; in the job that may be before this package is
 DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
@@ -80,7 +78,11 @@ class Jobs:
         if left_out := [*work.left_out, *code.left_out]:
             self._console.say(f"left out, because they look like secrets: {', '.join(left_out[:5])}")
         arguments = arguments_of(names)
-        _refuse_secrets(arguments)
+        if any(HIDDEN in redact(argument) for argument in arguments):
+            raise UsageError(
+                "an argument looks like a secret, and a job's command line is shown to everybody who may list jobs; "
+                "put it into the environment, and its name into the profile's forward_env"
+            )
 
         job = f"{PREFIX}{new_id()}"
         env = DRIVER | profile.env | self._environment(job, values)
@@ -319,28 +321,6 @@ def _client(address: str, token: str | None) -> Any:
         raise ClusterError(f"the jobs of {address} cannot be reached: {_reason(error)}") from None
     finally:
         os.environ.update(aside)
-
-
-def _refuse_secrets(arguments: Sequence[str]) -> None:
-    """UsageError where an argument holds a secret: Ray shows and logs a job's command line as it is."""
-    for argument in arguments:
-        assigned = any(_is_secret(name, value) for name, value in ASSIGNMENT.findall(argument))
-        if assigned or KNOWN_SHAPES.search(argument) or re.search(r"://[^/\s@]+:[^/\s@]+@", argument):
-            raise UsageError(
-                "an argument looks like a secret, and a job's command line is shown to everybody who may list jobs; "
-                "put it into the environment, and its name into the profile's forward_env"
-            )
-        if any(value in argument for value in environment_secrets().values()):
-            raise UsageError(
-                "an argument holds the value of a secret variable of your environment, and a job's command line is shown to everybody "
-                "who may list jobs; name the variable in the profile's forward_env, and leave the value out (one that is no secret "
-                "goes into the profile's env)"
-            )
-
-
-def _is_secret(name: str, value: str) -> bool:
-    a_word = "token" in name.lower() and value.isalpha()  # such as `tokenizer=bpe`
-    return not (a_word or NO_SECRET.fullmatch(value))
 
 
 def _row(info: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -14,7 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.errors import UsageError
-from pipeline.redaction import DECLARED_SECRETS, announces_secret
+from pipeline.redaction import DECLARED_SECRETS, announces_secret, refuse_secrets
 from pipeline.settings import presets
 from pipeline.settings.config import Precision
 from pipeline.settings.yaml_files import Section, read_yaml_mapping, validate
@@ -271,12 +272,6 @@ class Profile(Section):
                 )
             if name in self.forward_env:
                 raise ValueError(f"env.{name}: also in forward_env; keep one")
-        for where, address in (("address", self.address), ("mlflow.tracking_uri", self.mlflow.tracking_uri)):
-            if address and "://" in address and urlsplit(address).password:
-                raise ValueError(
-                    f"{where} holds a password: profiles are recorded and shared; "
-                    "use RAY_AUTH_TOKEN, or MLFLOW_TRACKING_PASSWORD in forward_env"
-                )
         return self
 
 
@@ -290,6 +285,8 @@ def load_profile(reference: str | None) -> Profile:
     use_variables(profile)
     if profile.forward_env:
         os.environ[DECLARED_SECRETS] = ",".join(profile.forward_env)
+        refuse_secrets(sys.argv[1:], "the command line")  # which was looked at before these were known as secrets
+        refuse_secrets(profile.to_dict(), f"profile {profile.name!r}")
     return profile
 
 

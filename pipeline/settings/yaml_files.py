@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UsageError, nearest
+from pipeline.redaction import refuse_secrets
 
 MAX_BYTES = 1 << 20
 
@@ -88,6 +89,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"{path}: expected a mapping of settings, got {type(content).__name__}; write lines such as 'seed: 0'"
         )
+    refuse_secrets(content, str(path))
     return content
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
-from pipeline.redaction import redact, redact_tree
+from pipeline.redaction import redact
 from pipeline.storage.durable import write_atomically, write_json
 from pipeline.storage.home import make_folder, runs_dir
 from pipeline.storage.remote_run import RemoteRun
@@ -132,9 +132,9 @@ class Run:
 
         # Asking git takes long beside making a folder: it goes first, so that a kill hardly ever leaves a folder that is no run.
         record = RunRecord(
-            "", normalise_name(name), _now(), redact_tree(experiment), config_hash, redact_tree(dataset), redact_tree(profile),
-            [redact(argument) for argument in command], code_version(), library_versions(), initial_weights, trial,
-            redact(imported_from), origin,
+            "", normalise_name(name), _now(), experiment, config_hash, dataset, profile,
+            list(command), code_version(), library_versions(), initial_weights, trial,
+            imported_from, origin,
         )  # fmt: skip
         root = make_folder(runs_dir(home))
         for _ in range(100):

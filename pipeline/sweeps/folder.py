@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
-from pipeline.redaction import redact, redact_tree
 from pipeline.settings.cluster_profile import Profile, load_profile
 from pipeline.settings.config import Experiment, experiment_from
 from pipeline.settings.yaml_files import validate
@@ -106,12 +105,12 @@ class SweepFolder:
             name=sweep.name,
             created=datetime.now(UTC).isoformat(timespec="microseconds"),
             sweep=sweep.to_dict(),
-            base=redact_tree(base.to_dict()),
-            dataset=redact_tree(dataset),
-            profile=redact_tree(profile),
-            command=[redact(word) for word in command],
+            base=base.to_dict(),
+            dataset=dataset,
+            profile=profile,
+            command=list(command),
             code_version=code_version(),
-            plain_base=redact_tree(plain_base.to_dict()),
+            plain_base=plain_base.to_dict(),
             extensions=[],
         )
         write_json(found.folder / "status.json", asdict(RunState(updated=record.created)))
@@ -191,7 +190,7 @@ class SweepFolder:
     def extend(self, sweep: Sweep, command: list[str]) -> None:
         """Replace what is asked for: points or seeds were added. The caller holds the lock."""
         record = self.record
-        extensions = [*record.extensions, [redact(word) for word in command]]
+        extensions = [*record.extensions, list(command)]
         write_json(self.folder / "sweep.json", asdict(replace(record, sweep=sweep.to_dict(), extensions=extensions)))
         if self._as_run.remote is not None:
             self._as_run.remote.send_records(self.folder, "sweep.json")

@@ -97,14 +97,14 @@ def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> 
 
 @contextmanager
 def prepare_store(uri: str) -> Iterator[None]:
-    """Make a SQLite store readable by its owner alone, and let one process at a time set up its tables."""
+    """Make the file of a SQLite store, under the umask, and let one process at a time set up its tables."""
     if not uri.startswith("sqlite:///"):
         yield
         return
     path = Path(uri.removeprefix("sqlite:///").split("?")[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
     except OSError as error:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror}); make it writable, or set DDPM_PIPE_HOME"

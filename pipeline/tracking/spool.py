@@ -66,7 +66,7 @@ class Spool:
                 return
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+                descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
                 try:
                     while self._unwritten:
                         self._write_line(descriptor, self._unwritten[0])

@@ -110,7 +110,8 @@ def test_a_folder_that_is_called_like_a_preset_is_not_taken_for_it(send, dashboa
 
 
 @pytest.mark.parametrize(
-    "argument", ["api_key=q8Zt4Lw0", "x.password=hunter22", "hf_" + "a1B2c3D4e5F6g7H8i9", "of-correct-horse-9-battery"]
+    "argument",
+    ["api_key=q8Zt4Lw0", "x.password=hunter22", "hf_" + "a1B2c3D4e5F6g7H8i9" + "k" * 16, "of-correct-horse-9-battery"],
 )
 def test_secrets_in_arguments_are_refused_before_anything_is_sent(send, dashboard, monkeypatch, argument):
     monkeypatch.setenv("MY_SECRET", "correct-horse-9")

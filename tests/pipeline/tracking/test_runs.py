@@ -224,21 +224,31 @@ def test_a_short_or_common_value_that_is_forwarded_leaves_the_run_usable(
     assert run.record.profile["storage"] == "/mnt/ddpm/us-east-1"
 
 
-def test_secrets_do_not_reach_the_run_folder(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("STORE_PASSWORD", "correct-horse-9")
+@pytest.mark.parametrize(
+    "name", ["task-ddpm-experiments-2024", "hf_runs", "tokens=16", "sk-lab-2024", "kQ3vX9bT2mLr7Wn5cYp8ZsA1"]
+)
+def test_records_are_exact(new_run: Callable[..., Run], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", "experiments-2024")
+    experiment = {"model": {"arguments": {"token_mixer": "point", "hub_token": name}}}
+    dataset = {"path": f"/home/{name}/datasets/a", "fingerprint": "a1" * 32}
+    command = ["ddpm-pipe", "train", "--data", f"/data/{name}"]
     run = new_run(
-        command=["ddpm-pipe", "train", "--data", "s3://u:hunter22@bucket/x", "-s", "name=hf_abcdefghijklmnop1234"],
-        profile={"env": {"API_KEY": "zyxwvuts"}, "note": "uses correct-horse-9"},
+        name="x", experiment=experiment, dataset=dataset, command=command, profile={"storage": f"/mnt/{name}"}
     )
+    record = Run(run.folder).record
+    assert record.experiment == experiment
+    assert record.dataset == dataset
+    assert record.command == command
+    assert record.profile == {"storage": f"/mnt/{name}"}
+
+
+def test_the_log_and_reasons_hide_secrets(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORE_PASSWORD", "correct-horse-9")
+    run = new_run()
     run.update(reason="https://u:hunter22@host refused AKIAABCDEFGHIJKLMNOP")
-    run.log("token=plainvalue")
+    run.log("token=plainvalue, tokens=16, with correct-horse-9, in /home/task-ddpm-experiments-2024")
     written = b"".join(path.read_bytes() for path in run.folder.iterdir())
-    for secret in (
-        b"hunter22",
-        b"hf_abcdefghijklmnop1234",
-        b"zyxwvuts",
-        b"correct-horse-9",
-        b"AKIAABCDE",
-        b"plainvalue",
-    ):
+    for secret in (b"hunter22", b"AKIAABCDE", b"plainvalue", b"correct-horse-9"):
         assert secret not in written
+    assert b"tokens=16" in written
+    assert b"/home/task-ddpm-experiments-2024" in written

@@ -71,10 +71,17 @@ def test_a_run_arrives_with_all_that_was_said_of_it(run: Run, store: TrackingSet
     assert found.info.artifact_uri.startswith((run.folder.parent.parent / "mlartifacts").as_uri())
 
 
-def test_the_database_is_the_owners_alone(run: Run, home: Path) -> None:
-    settings = TrackingSettings.resolve(home)  # no tables yet: this run makes them
-    assert started(run, settings).close()
-    assert stat.S_IMODE((home / "mlflow.db").stat().st_mode) == 0o600
+@pytest.mark.parametrize("umask", [0o027, 0o002])
+def test_files_follow_the_users_umask(run: Run, home: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        settings = TrackingSettings.resolve(home)  # no tables yet: this run makes them
+        assert started(run, settings).close()
+    finally:
+        os.umask(before)
+    written = [home / "mlflow.db", *(path for path in (run.folder / "spool").rglob("*") if path.is_file())]
+    assert len(written) > 1
+    assert {stat.S_IMODE(path.stat().st_mode) for path in written} == {0o666 & ~umask}
     assert len(runs_in(settings)) == 1
 
 
@@ -285,10 +292,10 @@ def test_no_secret_reaches_the_store(
     monkeypatch.setenv("BUCKET_SECRET", "s3cr3t-of-the-env")
     planted = [
         "AKIAQWERTYUIOPASDFGH",
-        "hf_plantedplantedplanted",
+        "hf_plantedplantedplantedplantedplanted1"[:37],
         "pa55w0rd!",
         "s3cr3t-of-the-env",
-        "kQ3vX9bT2mLr7Wn5cYp8ZsA1",
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0NTY3ODkwIn0.dozjgNryP4J3jVmNHl0w5N",
     ]
     tracker = started(
         run,
