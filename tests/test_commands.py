@@ -123,6 +123,7 @@ def test_a_bad_profile_is_told(typed, home, text):
     assert "bad.yaml" in err
 
 
+@pytest.mark.fault(7)
 def test_a_home_that_cannot_be_written_is_told(typed, home, monkeypatch):
     (home / "file").write_text("")
     monkeypatch.setenv("DDPM_PIPE_HOME", str(home / "file" / "home"))
@@ -138,6 +139,7 @@ def test_unknown_runs_are_told(typed, trained, command):
     assert trained.id in err
 
 
+@pytest.mark.fault(22)
 def test_a_resume_with_other_settings_is_refused_field_by_field(typed, trained):
     code, _, err = typed("resume", trained.id, "-s", "diffusion.num_timesteps=500", "-s", "seed=1")
     assert code == 4
@@ -152,6 +154,7 @@ def test_a_number_of_trials_is_for_sweeps_alone(typed, trained):
     assert "latest is no sweep" in stderr
 
 
+@pytest.mark.fault(22)
 def test_a_resume_on_other_images_is_refused(typed, trained, home):
     import numpy as np
 

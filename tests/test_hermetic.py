@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ import psutil
 import pytest
 
 from tests.hermetic import REPOSITORY, hermetic_environment
+from tests.kit.ports import listening_addresses
+from tests.kit.waiting import wait_for
 
 PUBLIC = ("192.0.2.77", 80)  # an address reserved for documentation (RFC 5737)
 
@@ -104,13 +105,6 @@ def test_ray_workers_are_guarded(ray_session: Any) -> None:
         return result
 
     assert ray_session.get(ray_session.remote(attempt).remote()) == ("ENETUNREACH", True)
-
-
-def listening_addresses(process: psutil.Process) -> set[str]:
-    """Return the addresses on which `process` and its descendants accept connections."""
-    family = [process, *process.children(recursive=True)]
-    sockets = [connection for member in family for connection in member.net_connections(kind="inet")]
-    return {connection.laddr.ip for connection in sockets if connection.status == psutil.CONN_LISTEN}
 
 
 @pytest.mark.ray
@@ -215,9 +209,7 @@ def test_stopping_the_runner_stops_pytest_and_removes_the_root(tmp_path: Path) -
     with subprocess.Popen(
         hermetic_command(test_file), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as runner:
-        while not (started.exists() and started.read_text()):
-            assert runner.poll() is None
-            time.sleep(0.1)
+        wait_for(lambda: started.exists() and started.read_text())
         runner.send_signal(signal.SIGTERM)
         stdout, _ = runner.communicate(timeout=60)
     assert "KeyboardInterrupt" in stdout

@@ -27,8 +27,7 @@ from ddpm import (
     normal_noise,
     timestep_subset,
 )
-from tests.ddpm.test_likelihood import images
-from tests.kit.closed_forms import seeded
+from tests.kit.closed_forms import images, seeded
 
 
 @dataclass(frozen=True)

@@ -4,25 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion, ancestral, ddim, dpm_solver, normal_noise, timestep_subset
-from tests.kit.closed_forms import ignorant, randn, seeded
+from tests.kit.closed_forms import exact, ignorant, randn, seeded
 
 NAMES = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-
-
-def exact(peer: Any, schedule: BetaSchedule) -> Any:
-    """The peer with float64 tables: its own are float32 and would decide the tolerance."""
-    peer.betas = torch.from_numpy(schedule.betas.numpy().copy())
-    peer.alphas = 1 - peer.betas
-    peer.alphas_cumprod = torch.from_numpy(np.cumprod(1 - schedule.betas.numpy()))
-    peer.one = torch.tensor(1.0, dtype=torch.float64)
-    peer.final_alpha_cumprod = peer.one
-    return peer
 
 
 class SameNoise:

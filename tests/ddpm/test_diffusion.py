@@ -19,6 +19,7 @@ def all_steps(T: int) -> Tensor:
     return torch.arange(T)
 
 
+@pytest.mark.oracle(1)
 @pytest.mark.parametrize("name", ["linear", "cosine", "quadratic", "sigmoid"])
 def test_oracle_1_posterior_is_bayes_product(name: str) -> None:
     T = 200
@@ -71,6 +72,7 @@ def test_q_sample_is_float32_for_half_images(dtype: torch.dtype) -> None:
         assert torch.equal(diffusion.q_sample(x0, t, eps), x_t)
 
 
+@pytest.mark.oracle(7)
 @pytest.mark.parametrize("name", ["linear", "cosine"])
 def test_oracle_7_four_readings_of_one_denoiser_give_the_same_x0(name: str) -> None:
     T = 1000

@@ -13,11 +13,12 @@ from torch import Tensor
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, bits_per_dim, normal_noise
 from ddpm.gaussian import discretized_log_likelihood, normal_kl
 from ddpm.likelihood import decoder_bits, divergence_bits, prior_bits, vlb_term
-from tests.kit.closed_forms import ignorant, normal_data, point_mass, randn, seeded
+from tests.kit.closed_forms import ignorant, images, normal_data, point_mass, randn, seeded
 
 LEVELS = torch.arange(256, dtype=torch.float64) / 127.5 - 1
 
 
+@pytest.mark.oracle(12)
 @pytest.mark.parametrize("std", [1e-3, 0.01, 0.1, 1.0, 30.0])
 @pytest.mark.parametrize("mean", [-1.3, -1.0, -0.30101, 0.0, 0.9, 1.0, 2.0])
 def test_oracle_12_256_probabilities_sum_to_1(mean: float, std: float) -> None:
@@ -26,6 +27,7 @@ def test_oracle_12_256_probabilities_sum_to_1(mean: float, std: float) -> None:
     assert float(mass.sum()) == pytest.approx(1, abs=1e-12)
 
 
+@pytest.mark.oracle(12)
 @pytest.mark.parametrize("std", [0.004, 0.01, 0.3, 50.0])
 @pytest.mark.parametrize("mean", [-1.0, -0.3, 0.7, 1.4])
 def test_oracle_12_level_by_level_in_50_digits(mean: float, std: float) -> None:
@@ -83,6 +85,7 @@ def expected_terms(diffusion: GaussianDiffusion, decoder_variance: float) -> tup
     return float(prior_bits(diffusion, x0).mean()) * math.log(2), total
 
 
+@pytest.mark.oracle(6)
 @pytest.mark.parametrize(
     ("variance", "decoder", "nats"),
     [
@@ -101,11 +104,6 @@ def test_oracle_6_the_bound_of_the_optimal_network_on_normal_data(variance: str,
         assert prior + rest == pytest.approx(
             0.5 * math.log(2 * math.pi * math.e), abs=1e-9
         )  # the entropy: the bound is tight
-
-
-def images(B: int, C: int = 1, side: int = 4, seed: int = 0) -> Tensor:
-    levels = torch.randint(256, (B, C, side, side), generator=seeded(seed))
-    return levels.double() / 127.5 - 1
 
 
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from ddpm import BetaSchedule, GaussianDiffusion, Objective, bits_per_dim, l_simple, normal_noise
 from ddpm.gaussian import discretized_log_likelihood
-from tests.ddpm.test_likelihood import images
-from tests.kit.closed_forms import as_output, ignorant, normal_data, randn, seeded
+from tests.kit.closed_forms import as_output, ignorant, images, normal_data, randn, seeded
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])

@@ -18,6 +18,7 @@ def linear(T: int = 1000, **kwargs: object) -> GaussianDiffusion:
     return GaussianDiffusion(BetaSchedule.named("linear", T), clip_x0=False, **kwargs)  # type: ignore[arg-type]
 
 
+@pytest.mark.oracle(2)
 @pytest.mark.parametrize(
     ("variance", "steps", "end"),
     [
@@ -41,6 +42,7 @@ def test_oracle_2_variance_on_normal_data(variance: str, steps: int, end: float)
         )  # log-variances pass through float64 tables
 
 
+@pytest.mark.oracle(2)
 @pytest.mark.parametrize(("steps", "rule"), [(50, "linspace"), (50, "trailing"), (10, "leading"), (7, "quad")])
 def test_oracle_2_fixed_large_ends_at_abar_of_the_first_kept_step(steps: int, rule: str) -> None:
     diffusion = linear()
@@ -53,6 +55,7 @@ def test_oracle_2_fixed_large_ends_at_abar_of_the_first_kept_step(steps: int, ru
     assert variances[-1] == pytest.approx(float(diffusion.schedule.alphas_cumprod[kept[0]]), abs=1e-6)
 
 
+@pytest.mark.oracle(3)
 @pytest.mark.parametrize("eta", [None, 0.0, 0.5, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_oracle_3_a_point_mass_is_followed_at_every_step(prediction: str, eta: float | None) -> None:
@@ -75,6 +78,7 @@ def test_oracle_3_a_point_mass_is_followed_at_every_step(prediction: str, eta: f
         assert float((weights**2).sum()) == pytest.approx(1 - before, abs=1e-6)
 
 
+@pytest.mark.oracle(3)
 @pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
 def test_oracle_3_from_the_prior_the_end_point_holds(sampler: str) -> None:
     diffusion = linear(60, variance="fixed_small")
@@ -86,6 +90,7 @@ def test_oracle_3_from_the_prior_the_end_point_holds(sampler: str) -> None:
     torch.testing.assert_close(x, torch.full_like(x, -0.3), rtol=0, atol=1e-9)
 
 
+@pytest.mark.oracle(4)
 @pytest.mark.parametrize(("rule", "gain"), [("linspace", 0.96338), ("trailing", 0.96355)])
 def test_oracle_4_ddim_on_normal_data_multiplies_by_cosines(rule: str, gain: float) -> None:
     diffusion = linear()
@@ -97,6 +102,7 @@ def test_oracle_4_ddim_on_normal_data_multiplies_by_cosines(rule: str, gain: flo
     assert float(x) == pytest.approx(gain, abs=6e-6)
 
 
+@pytest.mark.oracle(5)
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("steps", [40, 13, 1])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v", "x_prev"])

@@ -211,6 +211,7 @@ def test_zero_terminal_snr_equals_a_peers() -> None:
     torch.testing.assert_close(ours.alphas_cumprod.float(), peer.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.oracle(8)
 @pytest.mark.parametrize("kept", [(0, 3, 7, 29), (4, 5, 6), (29,), (11,), tuple(range(30))])
 @pytest.mark.parametrize("name", ["linear", "cosine", "jsd"])
 def test_oracle_8_respacing_keeps_abar(name: str, kept: tuple[int, ...]) -> None:
@@ -218,6 +219,7 @@ def test_oracle_8_respacing_keeps_abar(name: str, kept: tuple[int, ...]) -> None
     torch.testing.assert_close(s.respaced(kept).alphas_cumprod, s.alphas_cumprod[list(kept)], rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.oracle(8)
 def test_oracle_8_respacing_keeps_abar_over_jumps_that_beta_cannot_tell_from_1() -> None:
     s = BetaSchedule.named("constant", 21)
     for kept in ((20,), (14, 20), (0, 15, 20)):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -87,3 +89,19 @@ def linear_response(sampler: Sampler, num_draws: int, *, x_T: Tensor | None = No
     solution = torch.linalg.lstsq(inputs, torch.stack(states, 1), driver="gelsd").solution
     torch.testing.assert_close(inputs @ solution, torch.stack(states, 1), rtol=0, atol=1e-8)
     return [(column[0], column[1:]) for column in solution.T]
+
+
+def images(B: int, C: int = 1, side: int = 4, seed: int = 0) -> Tensor:
+    """Float64 images on the 256 levels."""
+    levels = torch.randint(256, (B, C, side, side), generator=seeded(seed))
+    return levels.double() / 127.5 - 1
+
+
+def exact(peer: Any, schedule: BetaSchedule) -> Any:
+    """The peer with float64 tables: its own are float32 and would decide the tolerance."""
+    peer.betas = torch.from_numpy(schedule.betas.numpy().copy())
+    peer.alphas = 1 - peer.betas
+    peer.alphas_cumprod = torch.from_numpy(np.cumprod(1 - schedule.betas.numpy()))
+    peer.one = torch.tensor(1.0, dtype=torch.float64)
+    peer.final_alpha_cumprod = peer.one
+    return peer

@@ -31,17 +31,25 @@ from torch import nn
 
 class Slow(nn.Module):
     def __init__(
-        self, training_s: float = 0.0, sampling_s: float = 0.0, dropout: float = 0.0, die_at: int | None = None
+        self,
+        training_s: float = 0.0,
+        sampling_s: float = 0.0,
+        dropout: float = 0.0,
+        die_at: int | None = None,
+        hang_at: int | None = None,
     ) -> None:
         super().__init__()
         self.net, self.drop = nn.Conv2d(1, 1, 3, padding=1), nn.Dropout(dropout)
-        self.training_s, self.sampling_s, self.die_at, self.calls = training_s, sampling_s, die_at, 0
+        self.training_s, self.sampling_s, self.die_at, self.hang_at = training_s, sampling_s, die_at, hang_at
+        self.calls = 0
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         time.sleep(self.training_s if self.training else self.sampling_s)
         self.calls += self.training
         if self.calls == self.die_at:
             os.kill(os.getpid(), 9)
+        if self.calls == self.hang_at:
+            time.sleep(600)
         return self.drop(self.net(x))
 """
 
@@ -67,9 +75,7 @@ def slow_model(home: Path, **arguments: Any) -> dict[str, Any]:
     return {"type": "slow_network:Slow", "arguments": arguments}
 
 
-def slow_experiment(
-    home: Path, *, pause: float = 0.15, steps: int = 40, dropout: float = 0.2, die_at: int | None = None
-) -> str:
+def slow_experiment(home: Path, *, pause: float = 0.15, steps: int = 40, dropout: float = 0.2, **arguments: Any) -> str:
     """Write the tiny experiment with a network that takes `pause` seconds for a step of training; return its file's name."""
-    model = slow_model(home, training_s=pause, dropout=dropout, die_at=die_at)
+    model = slow_model(home, training_s=pause, dropout=dropout, **arguments)
     return write_yaml(home / "slow.yaml", tiny_experiment(training={"steps": steps}) | {"model": model})

@@ -118,6 +118,7 @@ def test_another_clock_and_another_torch_on_a_node(cli, cluster, profile, tmp_pa
     assert "300 s ahead" in seen["clocks"]["says"]
 
 
+@pytest.mark.fault(9)
 def test_too_few_cpus_a_damaged_dataset_and_a_dead_tracking_server(cli, cluster, profile, noise, tmp_path):
     damaged = tmp_path / "damaged"
     shutil.copytree(noise, damaged)
@@ -211,6 +212,7 @@ def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fai
     assert {entry.name.split("/")[0] for entry in RemoteFolder(bucket).objects()} == {"set"}
 
 
+@pytest.mark.fault(6, 7)
 def test_a_read_only_place_without_room(home, shell):
     """In a mount namespace of its own, where the storage is a small read-only file system."""
     place = home / "place"

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from tests.test_hermetic import listening_addresses
+from tests.kit.ports import listening_addresses
+from tests.kit.waiting import wait_for
 
 HOLD_RAY = """
 import sys
@@ -48,6 +48,7 @@ def test_ray_of_the_local_profile_listens_on_loopback_alone(user_environment: di
     assert process.returncode == 0
 
 
+@pytest.mark.fault(2)
 @pytest.mark.ray
 def test_a_worker_that_hangs_as_it_ends_does_not_outlive_its_driver(user_environment: dict[str, str]) -> None:
     hangs = """
@@ -97,9 +98,7 @@ def test_a_start_that_takes_too_long_is_ended_and_tried_again(user_environment: 
     ) as process:
         assert process.stdout is not None
         parent = psutil.Process(process.pid)
-        while not (first := raylets(parent)):
-            assert process.poll() is None
-            time.sleep(0.005)
+        first = wait_for(lambda: raylets(parent), pause_s=0.005)
         first[0].suspend()
         assert process.stdout.readline().split() == ["up", "127.0.0.1"]
         assert not first[0].is_running()

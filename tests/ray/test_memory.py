@@ -52,6 +52,7 @@ def limited() -> Iterator[Path]:
     group.rmdir()
 
 
+@pytest.mark.fault(17)
 def test_a_worker_without_memory_is_told_as_such_with_what_to_lower(home, shell, limited):
     (home / "greedy.py").write_text(GREEDY)
     write_yaml(home / "greedy.yaml", tiny_experiment() | {"model": {"type": "greedy:Greedy"}})

@@ -51,6 +51,8 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
+@pytest.mark.fault(4)
+@pytest.mark.promise("P1")
 def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_machine(home, calm, start):
     slow = slow_experiment(home)
     with ray_cluster(num_cpus=1) as cluster:
@@ -69,6 +71,8 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
     assert final_digests(only_run(home)) == calm(2)
 
 
+@pytest.mark.fault(4)
+@pytest.mark.promise("P2")
 def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(
     home, typed, ray_session, start
 ):
@@ -103,6 +107,8 @@ def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_s
         assert apart[step] == pytest.approx(loss, rel=1e-4), step
 
 
+@pytest.mark.fault(5, 25)
+@pytest.mark.promise("P1")
 def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from_on_another_cluster(
     home, cli, calm, start
 ):

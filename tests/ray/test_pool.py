@@ -114,6 +114,7 @@ def test_scores_are_the_same_and_a_repeat_computes_nothing(
     assert scores["one"] == scores["two"] == scores["again"]
 
 
+@pytest.mark.fault(1, 2, 20)
 @pytest.mark.parametrize("fault", ["ctrl-c", "kill", "worker"])
 def test_what_was_generated_before_a_fault_is_kept(
     run: Run, home: Path, shell: Shell, typed: Typed, ray_session: object, whole: str, fault: str

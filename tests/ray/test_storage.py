@@ -14,6 +14,7 @@ from tests.kit.object_store import objects
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
+@pytest.mark.fault(2, 19)
 def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, start, home, tmp_path):
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
     write_yaml(home / "tiny.yaml", tiny_experiment(training={"steps": 60}))

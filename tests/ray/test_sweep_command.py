@@ -90,6 +90,7 @@ def test_trials_are_nested_found_by_words_and_the_best_is_registered(swept_shell
     assert float(version.tags["ddpm_pipe.value"]) == best["mean"]
 
 
+@pytest.mark.fault(2)
 def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dict[str, Any], elsewhere: Shell) -> None:
     killed = elsewhere.start("sweep", "grid.yaml")
     killed.wait_for(lambda: (elsewhere.home / "sweeps").is_dir() and len(ledger(elsewhere.home)) >= 1)
@@ -179,6 +180,7 @@ def trial_processes(pid: int) -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.fault(1, 20)
 def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_store_of_mlflow_run(
     elsewhere: Shell,
 ) -> None:

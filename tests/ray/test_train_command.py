@@ -60,6 +60,8 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
         done.result(timeout=0)
 
 
+@pytest.mark.fault(1)
+@pytest.mark.promise("P1")
 def test_killing_a_worker_costs_an_attempt_and_changes_nothing(tiny, typed, ray_session, calm):
     slow_experiment(tiny)
 
@@ -74,6 +76,8 @@ def test_killing_a_worker_costs_an_attempt_and_changes_nothing(tiny, typed, ray_
     assert final_digests(only_run(tiny)) == calm(2)
 
 
+@pytest.mark.fault(19, 20)
+@pytest.mark.promise("P1")
 def test_ctrl_c_saves_says_how_to_go_on_and_going_on_ends_the_same(tiny, start, typed, ray_session, calm):
     slow_experiment(tiny)
     stopped = start("train", "slow.yaml")
@@ -98,6 +102,8 @@ def test_ctrl_c_saves_says_how_to_go_on_and_going_on_ends_the_same(tiny, start, 
     assert final_digests(run) == calm(1)
 
 
+@pytest.mark.fault(2, 20)
+@pytest.mark.promise("P1")
 def test_sigterm_ends_with_75_and_sigkill_of_the_driver_leaves_no_process(tiny, start, typed, ray_session, calm):
     slow_experiment(tiny)
     asked = start("train", "slow.yaml")
@@ -119,6 +125,7 @@ def test_sigterm_ends_with_75_and_sigkill_of_the_driver_leaves_no_process(tiny, 
     assert final_digests(only_run(tiny)) == calm(1)
 
 
+@pytest.mark.fault(28)
 def test_a_run_that_dies_twice_at_one_step_is_not_tried_for_ever(tiny, typed, ray_session):
     slow_experiment(tiny, pause=0.0, die_at=3)
     code, _, stderr = typed("train", "slow.yaml")
@@ -128,6 +135,7 @@ def test_a_run_that_dies_twice_at_one_step_is_not_tried_for_ever(tiny, typed, ra
     assert (only_run(tiny).folder / "attempt").read_text().strip() == "2"
 
 
+@pytest.mark.fault(27)
 def test_an_image_that_crashes_the_decoder_twice_is_named(tiny, typed, ray_session, tmp_path):
     images = np.random.default_rng(0).integers(
         0, 256, (40, 66, 30, 1), dtype=np.uint8
@@ -148,6 +156,7 @@ def test_an_image_that_crashes_the_decoder_twice_is_named(tiny, typed, ray_sessi
     assert "Traceback" not in stderr
 
 
+@pytest.mark.fault(16)
 def test_divergence_is_told_with_its_step_and_no_checkpoint_holds_it(tiny, typed, ray_session):
     code, _, stderr = typed("train", "tiny.yaml", "-s", "training.learning_rate=1e30", "-s", "training.grad_clip=null")
     assert code == 5, stderr

@@ -50,6 +50,7 @@ def large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Dataset:
     return dataset
 
 
+@pytest.mark.fault(27)
 def test_the_row_at_which_a_process_crashed_is_known_once(large: Dataset) -> None:
     done = subprocess.run([sys.executable, "-c", CRASHING, large.location], capture_output=True, text=True)
     assert done.returncode == -signal.SIGSEGV, done.stderr

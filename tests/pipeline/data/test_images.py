@@ -181,6 +181,7 @@ CASES: dict[str, tuple[bytes, Any, Any, Any]] = {
 }
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("kind", CASES)
 def test_the_table_of_modes(kind: str) -> None:
     data, *expected = CASES[kind]
@@ -197,6 +198,7 @@ def test_the_table_of_modes(kind: str) -> None:
             np.testing.assert_allclose(found.astype(int), np.asarray(wanted, dtype=int), rtol=0, atol=int(blended))
 
 
+@pytest.mark.fault(12)
 def test_the_documented_table_is_the_tested_one() -> None:
     text = (Path(__file__).parents[3] / "docs" / "data.md").read_text()
     section = text.partition("| image | without `--mode` |")[2].partition("\n\n")[0]
@@ -233,6 +235,7 @@ MORE: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.fault(12)
 @pytest.mark.parametrize("kind", MORE)
 def test_refusals_say_what_was_got(kind: str) -> None:
     data, message = MORE[kind]
@@ -284,6 +287,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
+@pytest.mark.fault(11)
 def test_bombs_are_refused_from_their_header(monkeypatch: pytest.MonkeyPatch) -> None:
     def opened(*_: object, **__: object) -> None:
         raise AssertionError("a bomb reached the decoder")
@@ -307,6 +311,7 @@ def test_bombs_are_refused_from_their_header(monkeypatch: pytest.MonkeyPatch) ->
         decode_image(bytes(2**27 + 1))
 
 
+@pytest.mark.fault(11)
 def test_a_text_bomb_in_a_png_is_refused() -> None:
     info = PngImagePlugin.PngInfo()
     info.add_text("a", "b" * 2**23, zip=True)
@@ -316,6 +321,7 @@ def test_a_text_bomb_in_a_png_is_refused() -> None:
         decode_image(file.getvalue())
 
 
+@pytest.mark.fault(10)
 def test_every_truncation_of_a_png_and_of_a_jpeg_is_noticed() -> None:
     image = some_images(1, (9, 11, 3))[0]
     for data, end in ((png_of(image), 0), (jpeg_of(image), 2)):  # a JPEG that only lacks its end marker is whole
@@ -350,6 +356,7 @@ print(json.dumps(counts))
 """
 
 
+@pytest.mark.fault(10)
 def test_damaged_images_never_crash_and_pngs_never_change_in_silence(tmp_path: Path) -> None:
     image = some_images(1, (20, 20, 3))[0]
     (tmp_path / "png").write_bytes(png_of(image))

@@ -107,6 +107,7 @@ def test_a_class_may_be_named_train(tmp_path: Path) -> None:
         ingest(str(tmp_path / "in"), tmp_path / "other", split="train")
 
 
+@pytest.mark.fault(10)
 def test_what_does_not_belong_into_an_image_folder_is_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "in", some_images(12), LABELS, NAMES)
     cases: list[tuple[str, bytes, str]] = [
@@ -333,6 +334,7 @@ def test_no_rows_are_no_dataset(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.fault(10)
 def test_damaged_parquet_never_crashes_and_is_named(tmp_path: Path) -> None:
     """Without page checksums, as such files come: what is noticed is named; the PNGs inside notice the rest."""
     images = some_images(30, (12, 12, 3))
@@ -469,6 +471,7 @@ def test_cifar10(tmp_path: Path) -> None:
     assert (manifest.class_names[0], manifest.class_names[9]) == ("airplane", "truck")
 
 
+@pytest.mark.fault(10)
 def test_damaged_sets_are_named(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     images, labels = some_images(5, (28, 28, 1))[..., 0], np.arange(5, dtype=np.uint8)

@@ -70,6 +70,7 @@ def test_the_order_is_its_definition(order: Order) -> None:
         assert stream_rows(order, k, steps) == expected[: steps * order.rows_per_stream]
 
 
+@pytest.mark.promise("P3")
 @given(orders())
 def test_every_row_comes_exactly_once_in_each_epoch(order: Order) -> None:
     for epoch in range(3):
@@ -82,6 +83,7 @@ def test_every_row_comes_exactly_once_in_each_epoch(order: Order) -> None:
         assert sorted(seen) == list(range(order.num_rows))
 
 
+@pytest.mark.promise("P3")
 @given(orders(), st.integers(0, 40))
 def test_a_step_is_found_without_the_steps_before_it(order: Order, step: int) -> None:
     fresh = pickle.loads(pickle.dumps(order))  # noqa: S301

@@ -62,6 +62,7 @@ def test_batches_are_the_rows_of_the_order(stored: Dataset) -> None:
             np.testing.assert_array_equal(batch.labels, batch.rows)  # as they were ingested
 
 
+@pytest.mark.promise("P3")
 @pytest.mark.parametrize("budget", [FROM_DISK, 2**40], ids=["disk", "memory"])
 def test_starting_later_gives_the_tail(stored: Dataset, budget: int) -> None:
     order = Order(stored.manifest.row_groups, 5, 2, 8, 100)
@@ -72,6 +73,7 @@ def test_starting_later_gives_the_tail(stored: Dataset, budget: int) -> None:
             assert_same(a, b)
 
 
+@pytest.mark.promise("P3")
 @pytest.mark.parametrize("world", [2, 4])
 def test_workers_together_read_what_one_reads(stored: Dataset, world: int) -> None:
     order = Order(stored.manifest.row_groups, 5, 8, 24, 100)

@@ -90,6 +90,7 @@ def test_rows_outside_the_dataset_are_refused(raw: Dataset) -> None:
             raw.labels(rows)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("cut", [1, 1000, None, "all", "gone"])
 def test_a_truncated_shard_is_named_when_the_dataset_is_opened(raw: Dataset, tmp_path: Path, cut: Any) -> None:
     shard = copy_of(raw, tmp_path / "d") / "shard-00001.parquet"
@@ -102,6 +103,8 @@ def test_a_truncated_shard_is_named_when_the_dataset_is_opened(raw: Dataset, tmp
         Dataset.open(tmp_path / "d")
 
 
+@pytest.mark.fault(9)
+@pytest.mark.promise("P3")
 @pytest.mark.parametrize("held", [False, True], ids=["disk", "memory"])
 @pytest.mark.parametrize("kind", ["raw", "compressed", "large"])
 def test_no_flipped_bit_goes_unnoticed(kind: str, held: bool, tmp_path: Path, request: pytest.FixtureRequest) -> None:
@@ -138,6 +141,7 @@ def test_no_flipped_bit_goes_unnoticed(kind: str, held: bool, tmp_path: Path, re
     assert all(str(shard) in message and "\n" not in message for message in messages)
 
 
+@pytest.mark.fault(9)
 def test_no_single_bit_of_the_structure_goes_unnoticed(tmp_path: Path) -> None:
     """Every bit of a page header and of the footer, one after another: what chance would hardly hit."""
     dataset = dataset_of(tmp_path / "d", some_images(40, (20, 20, 3)), np.arange(40))
@@ -159,6 +163,8 @@ def test_no_single_bit_of_the_structure_goes_unnoticed(tmp_path: Path) -> None:
     assert outcomes["noticed"] > outcomes["same"]
 
 
+@pytest.mark.fault(9)
+@pytest.mark.promise("P3")
 def test_damage_is_placed(raw: Dataset, tmp_path: Path) -> None:
     shard = copy_of(raw, tmp_path / "d") / "shard-00001.parquet"
     data = bytearray(shard.read_bytes())
@@ -219,6 +225,7 @@ FORGERIES: dict[str, tuple[Callable[[Any, Path], None], str]] = {
 }
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("kind", FORGERIES)
 def test_only_our_own_layout_is_opened(raw: Dataset, tmp_path: Path, kind: str) -> None:
     folder = copy_of(raw, tmp_path / "d")

@@ -16,8 +16,7 @@ from pipeline.exchange import diffusers_scheduler, diffusers_weights
 from pipeline.exchange.diffusers_folder import read_pipeline, write_pipeline
 from pipeline.training.models import build_diffusion, build_model
 from pipeline.training.trained import Trained
-from tests.ddpm.test_diffusers import exact
-from tests.kit.closed_forms import seeded
+from tests.kit.closed_forms import exact, seeded
 from tests.pipeline.exchange.models import IDDPM, made
 
 UNET = "unet/config.json"

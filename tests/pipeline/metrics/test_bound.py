@@ -106,6 +106,7 @@ def test_a_known_image_costs_its_decoder_and_the_prior() -> None:
     np.testing.assert_allclose(found.divergences, 0, atol=1e-9)
 
 
+@pytest.mark.oracle(10)
 @given(cut=st.integers(1, 19), seed=st.integers(0, 2**16), offset=st.sampled_from([0.0, 1e4]))
 def test_oracle_10_moments_of_parts_are_those_of_the_whole(cut: int, seed: int, offset: float) -> None:
     values = np.random.default_rng(seed).normal(size=(20, 4)) + offset

@@ -39,6 +39,7 @@ def moments_with(covariance: Array, mean: Array, count: int = 1001) -> Moments:
     return Moments(count, mean, (covariance + covariance.T) / 2 * (count - 1))
 
 
+@pytest.mark.oracle(9)
 @pytest.mark.parametrize(("width", "rank"), [(3, 3), (64, 64), (64, 10), (512, 100)])
 def test_oracle_9_commuting_covariances(width: int, rank: int) -> None:
     """|mu_a - mu_b|^2 + sum (sqrt a - sqrt b)^2 for covariances with common eigenvectors, one of deficient rank."""
@@ -52,6 +53,7 @@ def test_oracle_9_commuting_covariances(width: int, rank: int) -> None:
     assert got == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.oracle(9)
 @pytest.mark.parametrize(("count", "width"), [(2000, 32), (20, 64), (100, 512), (2, 8)])
 def test_oracle_9_distance_of_a_set_with_itself_is_zero_even_when_rank_deficient(count: int, width: int) -> None:
     moments = Moments.of(gaussian(count, width, seed=3, mean=5.0))
@@ -82,6 +84,7 @@ def test_fid_equals_torch_fidelity_and_torchmetrics_on_the_same_features(width: 
     assert ours == pytest.approx(float(metrics), rel=1e-6)
 
 
+@pytest.mark.oracle(10)
 @settings(deadline=None, max_examples=30)
 @given(
     cuts=st.lists(st.integers(0, 200), max_size=6), order_seed=st.integers(0, 2**16), offset=st.sampled_from([0, 1e3])
@@ -101,6 +104,7 @@ def test_oracle_10_moments_of_shards_in_any_order_are_the_moments_of_the_whole(
     np.testing.assert_allclose(merged.covariance, np.cov(x, rowvar=False), rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.oracle(10)
 def test_oracle_10_merging_is_commutative_and_associative() -> None:
     parts = [Moments.of(gaussian(n, 6, seed=n, mean=n / 10)) for n in (3, 50, 200)]
     results = [a.merge(b).merge(c) for a, b, c in itertools.permutations(parts)]

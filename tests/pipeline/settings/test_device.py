@@ -39,6 +39,7 @@ def compute(name: str, **settings: Any) -> Compute:
     return Compute(torch.device(name), **plain | gpu | settings)
 
 
+@pytest.mark.promise("P6")
 @pytest.mark.parametrize(
     ("hardware", "training", "settings", "gpu", "wanted"),
     [

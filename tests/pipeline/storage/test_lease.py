@@ -50,6 +50,7 @@ def holder(bucket):
             pipe.close()
 
 
+@pytest.mark.fault(19)
 def test_of_several_that_ask_at_once_exactly_one_wins(bucket):
     for trial in range(8):
         folder = RemoteFolder(f"{bucket}/lease-{trial}")
@@ -87,6 +88,7 @@ def test_the_lease_is_free_again_after_its_holder_and_nothing_is_left(bucket):
     assert Lease(folder, "run x").holder() is None
 
 
+@pytest.mark.fault(19)
 def test_a_holder_of_this_machine_that_was_killed_is_passed_over_at_once(bucket, holder):
     process = holder(beat_s=600.0, elsewhere=False)
     waiting = Lease(RemoteFolder(f"{bucket}/lease"), "run x", beat_s=600.0)
@@ -98,6 +100,7 @@ def test_a_holder_of_this_machine_that_was_killed_is_passed_over_at_once(bucket,
     waiting.require()
 
 
+@pytest.mark.fault(19)
 def test_a_holder_that_beats_is_not_passed_over_and_one_that_was_stopped_has_lost_when_it_comes_back(bucket, holder):
     beat_s = 0.4
     process = holder(beat_s, elsewhere=True)
@@ -130,6 +133,7 @@ def test_a_holder_that_beats_is_not_passed_over_and_one_that_was_stopped_has_los
     taker.require()
 
 
+@pytest.mark.fault(19)
 def test_whoever_was_taken_over_is_refused(bucket):
     folder = RemoteFolder(f"{bucket}/lease")
     stopped = Lease(folder, "run x", beat_s=0.1)

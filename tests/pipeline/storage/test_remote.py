@@ -92,6 +92,7 @@ def test_the_address_may_name_the_store(object_store, bucket, monkeypatch):
     assert "endpoint" not in str(folder)
 
 
+@pytest.mark.fault(24)
 def test_an_upload_whose_third_part_fails_leaves_no_object_and_one_that_fails_for_a_while_arrives(
     bucket, object_store, tmp_path
 ):

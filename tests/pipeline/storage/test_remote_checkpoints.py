@@ -50,6 +50,7 @@ def place(bucket, tmp_path):
     return Place(bucket, tmp_path)
 
 
+@pytest.mark.promise("P5")
 def test_another_machine_finds_the_newest_with_equal_bytes(place, object_store):
     for step in (1, 2):
         sent = place.push(step)
@@ -62,6 +63,7 @@ def test_another_machine_finds_the_newest_with_equal_bytes(place, object_store):
     assert object_store.count("GET", "safetensors") == 0
 
 
+@pytest.mark.fault(24)
 def test_the_manifest_is_the_last_request_and_a_single_one(place, object_store):
     object_store.requests.clear()
     place.push(1)
@@ -70,6 +72,8 @@ def test_the_manifest_is_the_last_request_and_a_single_one(place, object_store):
     assert puts[-1].endswith(MANIFEST)
 
 
+@pytest.mark.fault(24, 26)
+@pytest.mark.promise("P5")
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", ["gone", "empty", "short", "flipped"])
 def test_an_object_that_is_gone_short_or_flipped_is_never_used_and_the_one_before_is(place, name, damage):
@@ -93,6 +97,7 @@ def test_an_object_that_is_gone_short_or_flipped_is_never_used_and_the_one_befor
     assert place.newest_elsewhere() == (1, [])  # nobody has to find that out again
 
 
+@pytest.mark.fault(26)
 def test_a_bit_flipped_anywhere_is_never_silent(place):
     place.push(1)
     folder, rng = place.push(2).folder.name, random.Random(0)
@@ -109,6 +114,8 @@ def test_a_bit_flipped_anywhere_is_never_silent(place):
     assert place.newest_elsewhere() == (2, [])
 
 
+@pytest.mark.fault(6, 24)
+@pytest.mark.promise("P5")
 @pytest.mark.parametrize("refused", FILES)
 def test_an_upload_that_fails_at_any_object_leaves_the_one_before_and_can_be_done_again(place, object_store, refused):
     place.push(1)
@@ -138,6 +145,7 @@ def test_a_download_that_was_damaged_on_the_way_is_fetched_again(place, monkeypa
     assert damaged
 
 
+@pytest.mark.fault(19)
 def test_a_writer_that_was_replaced_before_or_during_its_commit_commits_nothing(place):
     place.push(1, attempt=2)
     for answers in ([False], [True, False]):

@@ -121,6 +121,7 @@ def test_the_default_cache_is_the_users_own_in_the_machines_temporary_folder(in_
         Dataset.open(in_store)
 
 
+@pytest.mark.fault(8)
 @pytest.mark.parametrize("damage", ["gone", "short"])
 def test_a_shard_that_is_missing_or_short_is_refused_before_anything_is_fetched(in_store, cache, damage, object_store):
     folder, name = RemoteFolder(in_store), "shard-00003.parquet"
@@ -135,6 +136,7 @@ def test_a_shard_that_is_missing_or_short_is_refused_before_anything_is_fetched(
     assert object_store.count("GET", "parquet") == 0
 
 
+@pytest.mark.fault(9)
 def test_a_shard_with_a_flipped_bit_is_fetched_twice_and_refused_by_its_name(in_store, cache, object_store):
     folder, name = RemoteFolder(in_store), "shard-00001.parquet"
     whole = folder.read(name)
@@ -165,6 +167,7 @@ def test_a_damaged_download_is_fetched_again(on_disk, in_store, cache, monkeypat
     assert damaged
 
 
+@pytest.mark.fault(9)
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_a_copy_that_this_machines_disk_damaged_is_fetched_again(on_disk, in_store, cache, in_memory):
     Dataset.open(in_store, cache).read([0])

@@ -86,6 +86,9 @@ def site(tmp_path, bucket, object_store):
     return Site(tmp_path, f"{bucket}/ddpm", object_store)
 
 
+@pytest.mark.fault(5)
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1")
 def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends_the_same(site, undisturbed):
     site.to_the_end(stop_after=7)
     assert Run.find(site.root / "first", site.run.id, site.storage).state().step == 7
@@ -99,6 +102,9 @@ def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends
     assert (state.step, state.attempt) == (30, 2)
 
 
+@pytest.mark.fault(3, 24)
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1")
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(4))
 def test_killed_while_sending_and_gone_on_with_elsewhere_ends_the_same(site, undisturbed, trial):
@@ -112,6 +118,7 @@ def test_killed_while_sending_and_gone_on_with_elsewhere_ends_the_same(site, und
     assert site.result("second") == undisturbed
 
 
+@pytest.mark.fault(6)
 def test_a_store_that_is_away_for_a_while_costs_checkpoints_and_changes_nothing(site, undisturbed):
     left = [2]  # manifests that do not arrive, however often they are tried
 
@@ -132,6 +139,7 @@ def test_a_store_that_is_away_for_a_while_costs_checkpoints_and_changes_nothing(
     assert not [c for c in RunCheckpoints(site.run).committed() if c.step in (8, 12)]
 
 
+@pytest.mark.fault(6)
 def test_a_store_that_stays_away_ends_the_training_with_what_arrived(site):
     site.store.refuse = lambda method, path: (
         method == "PUT" and path.endswith(MANIFEST) and "step-0000000004" not in path
@@ -145,6 +153,7 @@ def test_a_store_that_stays_away_ends_the_training_with_what_arrived(site):
     assert found.checkpoint.step == 4
 
 
+@pytest.mark.fault(19)
 @pytest.mark.parametrize("file", ["state.json", MANIFEST])
 def test_a_worker_that_was_replaced_commits_nothing_more(site, file):
     """Replaced while it sends step 8, or between its last look and its commit."""
@@ -163,6 +172,7 @@ def test_a_worker_that_was_replaced_commits_nothing_more(site, file):
     assert [c.step for c in RunCheckpoints(site.run).committed()] == [4]
 
 
+@pytest.mark.fault(19)
 def test_one_process_works_on_the_run_whichever_machine_it_is_on(site):
     elsewhere = Run.find(site.root / "second", site.run.id, site.storage)
     with site.run.lock():

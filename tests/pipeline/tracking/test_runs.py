@@ -127,6 +127,7 @@ def test_a_damaged_folder_does_not_hide_the_others(
         _ = Run(broken.folder).record
 
 
+@pytest.mark.fault(19)
 def test_a_second_process_is_refused_at_once_and_told_who_holds_the_run(run: Run) -> None:
     with python(HOLD, run.folder) as holder:
         assert holder.stdout is not None
@@ -145,6 +146,7 @@ def test_a_second_process_is_refused_at_once_and_told_who_holds_the_run(run: Run
     assert not run.is_locked()
 
 
+@pytest.mark.fault(19)
 def test_of_processes_that_start_together_exactly_one_gets_the_run(run: Run) -> None:
     begin = time.time() + 2.0
     racers = [python(RACE, run.folder, begin) for _ in range(4)]
@@ -152,6 +154,7 @@ def test_of_processes_that_start_together_exactly_one_gets_the_run(run: Run) -> 
     assert sorted(out for out, _ in outputs) == ["lost 9\n"] * 3 + ["won 1\n"], outputs
 
 
+@pytest.mark.fault(19)
 def test_attempts_count_up_and_a_stale_one_is_known(run: Run) -> None:
     assert run.current_attempt() == 0
     assert [run.next_attempt() for _ in range(3)] == [1, 2, 3]
@@ -183,6 +186,7 @@ def test_fields_of_a_later_version_do_not_make_a_run_unreadable(run: Run) -> Non
     assert Run(run.folder).record == run.record
 
 
+@pytest.mark.fault(6)
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys
@@ -206,6 +210,7 @@ except StorageError as error:
     assert os.listdir(tmp_path) == ["status.json"]
 
 
+@pytest.mark.fault(7)
 def test_a_home_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match=r"cannot be created.*DDPM_PIPE_HOME"):

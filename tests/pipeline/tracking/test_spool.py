@@ -7,6 +7,8 @@ import random
 import signal
 from pathlib import Path
 
+import pytest
+
 from pipeline.tracking.delivery import MAX_METRICS_PER_CALL, groups
 from pipeline.tracking.spool import CHUNK_BYTES, Event, Position, Spool
 from tests.kit.commands import python
@@ -55,6 +57,7 @@ def test_a_line_cut_at_any_byte_is_skipped_and_the_next_one_is_whole(tmp_path: P
         assert spool.size() == spool.events_path.stat().st_size
 
 
+@pytest.mark.promise("P4")
 def test_a_process_killed_while_appending_leaves_a_prefix_of_whole_events(tmp_path: Path) -> None:
     code = """
 import sys
@@ -100,6 +103,8 @@ for n in range(500):
         writer.communicate()
 
 
+@pytest.mark.fault(6)
+@pytest.mark.promise("P4")
 def test_a_full_disk_loses_nothing_and_raises_nothing(tmp_path: Path) -> None:
     code = """
 import resource, signal, sys

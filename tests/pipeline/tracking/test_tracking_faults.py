@@ -53,6 +53,7 @@ def start(run: Run, settings: TrackingSettings) -> Tracker:
     return tracker
 
 
+@pytest.mark.promise("P4")
 def test_killed_at_random_steps_and_resumed_every_step_is_there_once(run: Run, store: TrackingSettings) -> None:
     rng = random.Random(7)
     begin, kills = 0, 0
@@ -80,6 +81,7 @@ def test_killed_at_random_steps_and_resumed_every_step_is_there_once(run: Run, s
     assert history(store, found.info.run_id, "rare") == [(step, float(step)) for step in steps if step % 7 == 0]
 
 
+@pytest.mark.promise("P4")
 def test_killed_between_the_store_and_the_recorded_position(run: Run, store: TrackingSettings) -> None:
     tracker = start(run, store)
     assert tracker.flush()
@@ -97,6 +99,7 @@ def test_killed_between_the_store_and_the_recorded_position(run: Run, store: Tra
     assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 61)]
 
 
+@pytest.mark.promise("P4")
 def test_a_process_that_ends_without_closing_loses_nothing(run: Run, store: TrackingSettings) -> None:
     code = TRAIN.partition("tracker.finish")[0].replace("tracker.flush(60)", "").replace("time.sleep(0.004)", "")
     with python(code, run.folder, store.uri, store.artifacts, 0, 50) as process:
@@ -106,6 +109,8 @@ def test_a_process_that_ends_without_closing_loses_nothing(run: Run, store: Trac
     assert history(store, runs_in(store)[0].info.run_id, "loss") == [(step, 1 / step) for step in range(1, 51)]
 
 
+@pytest.mark.fault(15)
+@pytest.mark.promise("P4")
 def test_a_store_locked_by_a_process_that_is_killed(run: Run, store: TrackingSettings, home: Path) -> None:
     tracker = start(run, store)
     assert tracker.flush()
@@ -122,6 +127,8 @@ def test_a_store_locked_by_a_process_that_is_killed(run: Run, store: TrackingSet
     assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 201)]
 
 
+@pytest.mark.fault(15)
+@pytest.mark.promise("P4")
 @pytest.mark.slow
 def test_a_store_locked_for_longer_than_mlflow_waits(run: Run, store: TrackingSettings, home: Path) -> None:
     tracker = start(run, store)
@@ -137,6 +144,8 @@ def test_a_store_locked_for_longer_than_mlflow_waits(run: Run, store: TrackingSe
     assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 201)]
 
 
+@pytest.mark.fault(14)
+@pytest.mark.promise("P4")
 @pytest.mark.parametrize("state", ["refusing", "hanging"])
 def test_a_server_away_for_ever_costs_seconds_and_loses_nothing(
     state: str, run: Run, remote: TrackingSettings, gate: Gate, caplog: pytest.LogCaptureFixture
@@ -169,6 +178,8 @@ def test_a_server_away_for_ever_costs_seconds_and_loses_nothing(
     assert not Spool(run.folder / "spool").unreachable
 
 
+@pytest.mark.fault(13)
+@pytest.mark.promise("P4")
 def test_a_server_that_comes_and_goes_gets_every_step_once(run: Run, remote: TrackingSettings, gate: Gate) -> None:
     tracker = start(run, remote)  # the run is made late: nobody listens yet
     states = iter(["open", "refusing", "open", "hanging", "open"])
@@ -203,6 +214,7 @@ def test_pictures_files_and_models_go_through_a_server(run: Run, remote: Trackin
     assert Path(stored).read_text() == '{"fid": 1.5}'
 
 
+@pytest.mark.fault(14)
 def test_strict_stops_at_the_start_and_at_the_end(run: Run, remote: TrackingSettings, gate: Gate) -> None:
     strict = replace(remote, strict=True, start_timeout_s=2.0)
     with pytest.raises(TrackingError, match=r"does not take the run.*ddpm-pipe sync") as caught:

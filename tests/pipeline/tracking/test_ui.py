@@ -20,6 +20,7 @@ from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.tracking.ui import require_free, serve_ui, server_command, server_environment
 from tests.kit.commands import python
 from tests.kit.ports import free_port
+from tests.kit.waiting import wait_for
 
 SERVE = """
 import sys
@@ -114,8 +115,7 @@ def test_other_signals_end_it_as_well_even_while_it_starts(
 ) -> None:
     with python(SERVE, home, free_port()) as process:
         parent = psutil.Process(process.pid)
-        while not (children := parent.children(recursive=True)):
-            time.sleep(0.02)
+        children = wait_for(lambda: parent.children(recursive=True))
         process.send_signal(number)
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "stopped\n", "")

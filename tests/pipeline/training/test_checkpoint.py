@@ -37,6 +37,7 @@ def test_what_was_saved_is_loaded(tmp_path):
             assert torch.equal(loaded[group][name], tensor)
 
 
+@pytest.mark.fault(18)
 def test_newest_is_by_step_then_attempt_whatever_the_clock_says(tmp_path):
     for step, attempt in [(20, 1), (100, 2), (100, 10), (3, 11)]:
         folder = save(tmp_path, step, attempt).folder
@@ -46,6 +47,8 @@ def test_newest_is_by_step_then_attempt_whatever_the_clock_says(tmp_path):
     assert (found.step, found.attempt) == (100, 10)
 
 
+@pytest.mark.fault(26)
+@pytest.mark.promise("P5")
 def test_300_single_bit_flips_are_all_found_and_the_older_checkpoint_used(tmp_path):
     # torch.load alone lets 292 of 300 such flips pass
     save(tmp_path, 1)
@@ -69,6 +72,8 @@ def test_300_single_bit_flips_are_all_found_and_the_older_checkpoint_used(tmp_pa
     assert again.step == 2
 
 
+@pytest.mark.fault(24)
+@pytest.mark.promise("P5")
 @pytest.mark.parametrize("name", [*(f"{group}.safetensors" for group in checkpoints.GROUPS), checkpoints.STATE])
 @pytest.mark.parametrize("damage", ["short", "empty", "gone"])
 def test_a_file_that_is_short_or_gone_makes_the_older_one_the_newest(tmp_path, name, damage):
@@ -83,6 +88,7 @@ def test_a_file_that_is_short_or_gone_makes_the_older_one_the_newest(tmp_path, n
     assert found.checkpoint.step == 1
 
 
+@pytest.mark.fault(26)
 def test_damaged_manifests_never_raise_anything_else(tmp_path):
     save(tmp_path, 1)
     manifest = save(tmp_path, 2).folder / checkpoints.MANIFEST
@@ -96,6 +102,7 @@ def test_damaged_manifests_never_raise_anything_else(tmp_path):
         assert found.checkpoint.step == 1
 
 
+@pytest.mark.fault(23)
 def test_a_newer_format_is_refused_by_name(tmp_path):
     manifest = save(tmp_path, 1).folder / checkpoints.MANIFEST
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 3'))
@@ -103,6 +110,7 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
         checkpoints.newest_verified(tmp_path)
 
 
+@pytest.mark.fault(19)
 def test_a_writer_that_was_replaced_does_not_commit(tmp_path):
     with pytest.raises(CheckpointError, match="replaced"):
         checkpoints.save(tmp_path, 5, 1, tensors(5), {}, may_commit=lambda: False)
@@ -110,6 +118,7 @@ def test_a_writer_that_was_replaced_does_not_commit(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.promise("P5")
 def test_pruning_keeps_the_newest_and_stops_where_the_newest_is_damaged(tmp_path):
     for step in (1, 2, 3):
         save(tmp_path, step)
@@ -123,6 +132,7 @@ def test_pruning_keeps_the_newest_and_stops_where_the_newest_is_damaged(tmp_path
     assert [c.step for c in checkpoints.committed(tmp_path)] == [4, 3, 2]
 
 
+@pytest.mark.fault(6)
 def test_a_place_without_room_is_refused_before_a_byte_is_written(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
@@ -154,6 +164,8 @@ except StorageError as error:
 """
 
 
+@pytest.mark.fault(6)
+@pytest.mark.promise("P5")
 def test_a_write_that_fails_midway_leaves_the_older_checkpoint_alone(tmp_path):
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("told: storage full")
@@ -176,6 +188,8 @@ SITES = [("mkdir", 1), *(("write", n) for n in range(1, 6)), *(("fsync", n) for 
 COMMITTED = ("fsync", 7)  # of the folder, after the rename; the kill arrives as a call begins
 
 
+@pytest.mark.fault(3)
+@pytest.mark.promise("P5")
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("strace") is None, reason="strace kills at the n-th system call")
 def test_a_kill_at_any_system_call_of_a_save_leaves_a_checkpoint_that_verifies(tmp_path):

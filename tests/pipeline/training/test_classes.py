@@ -25,7 +25,7 @@ from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from tests.kit import trainer
 from tests.kit.experiments import TINY
-from tests.pipeline.training.test_workers import CPU
+from tests.pipeline.training.steps import CPU
 
 DIGITS = tuple("0123456789")
 

@@ -23,7 +23,7 @@ from pipeline.settings.config import Experiment, experiment_from
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.randomness import training_draws
-from tests.pipeline.training.test_workers import CPU
+from tests.pipeline.training.steps import CPU
 
 SHAPE, NAMES = (1, 4, 4), ("zero", "one", "two")
 STEPS, BATCH = 3, 4

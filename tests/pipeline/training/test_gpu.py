@@ -30,8 +30,7 @@ from pipeline.training.randomness import image_generators
 from pipeline.training.team import Team, found_group
 from tests.kit import trainer
 from tests.kit.experiments import TINY
-from tests.pipeline.training.test_resume import killed_after, to_the_end
-from tests.pipeline.training.test_workers import (
+from tests.pipeline.training.steps import (
     CPU,
     STEPS,
     STREAMS,
@@ -42,6 +41,7 @@ from tests.pipeline.training.test_workers import (
     overflow_until_it_stops,
     train,
 )
+from tests.pipeline.training.test_resume import killed_after, to_the_end
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 
@@ -112,6 +112,9 @@ RESUMED: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.fault(1)
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1")
 @pytest.mark.parametrize("mode", RESUMED)
 def test_oracle_11_killed_on_a_gpu_and_resumed_ends_with_the_same_bytes(tmp_path: Path, mode: str) -> None:
     sections = {name: TINY.get(name, {}) | changes for name, changes in RESUMED[mode].items()}
@@ -125,6 +128,7 @@ def test_oracle_11_killed_on_a_gpu_and_resumed_ends_with_the_same_bytes(tmp_path
     assert ends[0] == ends[1]
 
 
+@pytest.mark.promise("P6")
 def test_a_run_of_the_cpu_goes_on_on_a_gpu(tmp_path: Path) -> None:
     """Another device rounds differently, and says nothing of it being the same run bit for bit; but it goes on."""
     run = trainer.make_run(tmp_path)
@@ -141,6 +145,7 @@ def test_a_run_of_the_cpu_goes_on_on_a_gpu(tmp_path: Path) -> None:
         assert here[step] == pytest.approx(loss, rel=0.1)  # dropout is on, whose masks differ
 
 
+@pytest.mark.fault(16)
 def test_fp16_stops_when_its_scale_collapses(dataset: Dataset) -> None:
     overflow_until_it_stops(dataset, gpu(experiment(precision="fp16", warmup_steps=0)))
 

@@ -22,7 +22,7 @@ from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
 from tests.kit.experiments import TINY
 from tests.kit.forks import run_team
-from tests.pipeline.training.test_workers import CPU, STREAMS, by_stream, order_of
+from tests.pipeline.training.steps import CPU, STREAMS, by_stream, order_of
 
 STEPS, T, CLASSES = 20, 4, 10
 

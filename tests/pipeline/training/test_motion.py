@@ -18,7 +18,7 @@ from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end, trajectory
 from pipeline.settings.config import SamplingConfig
 from tests.kit.drawings import pixels_of, place_of
-from tests.pipeline.training.test_workers import CPU
+from tests.pipeline.training.steps import CPU
 
 
 class Gaussians(nn.Module):

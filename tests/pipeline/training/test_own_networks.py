@@ -19,7 +19,7 @@ from pipeline.training.team import Team
 from pipeline.training.trained import Trained
 from tests.kit import trainer
 from tests.kit.forks import run_team
-from tests.pipeline.training.test_workers import experiment, train
+from tests.pipeline.training.steps import experiment, train
 
 NETWORKS = """
 import torch

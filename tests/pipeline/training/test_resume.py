@@ -49,6 +49,9 @@ def killed_after(run: Run, steps: int) -> None:
     assert process.exitcode == -signal.SIGKILL
 
 
+@pytest.mark.fault(1)
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", range(20))
 def test_oracle_11_killed_at_a_random_step_and_resumed_ends_with_the_same_bytes(tmp_path, undisturbed, trial):
@@ -58,6 +61,9 @@ def test_oracle_11_killed_at_a_random_step_and_resumed_ends_with_the_same_bytes(
     assert (trainer.final_digests(run), trainer.logged_losses(run)) == undisturbed
 
 
+@pytest.mark.fault(1)
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1")
 def test_oracle_11_killed_again_and_again_still_ends_with_the_same_bytes(tmp_path, undisturbed):
     run = trainer.make_run(tmp_path)
     for steps in (3, 6, 1, 9, 5):
@@ -66,6 +72,9 @@ def test_oracle_11_killed_again_and_again_still_ends_with_the_same_bytes(tmp_pat
     assert (trainer.final_digests(run), trainer.logged_losses(run)) == undisturbed
 
 
+@pytest.mark.fault(20)
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P2")
 def test_oracle_11_asked_to_stop_loses_no_step(tmp_path, undisturbed):
     run = trainer.make_run(tmp_path)
     to_the_end(run, stop_after=7)
@@ -74,6 +83,8 @@ def test_oracle_11_asked_to_stop_loses_no_step(tmp_path, undisturbed):
     assert (trainer.final_digests(run), trainer.logged_losses(run)) == undisturbed
 
 
+@pytest.mark.fault(26)
+@pytest.mark.promise("P1")
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, undisturbed):
     run = trainer.make_run(tmp_path)
     killed_after(run, 15)
@@ -87,6 +98,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_
     assert "model.safetensors is damaged" in run.log_path.read_text()
 
 
+@pytest.mark.fault(22)
 def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     run = trainer.make_run(tmp_path)
     to_the_end(run, stop_after=4)
@@ -103,6 +115,8 @@ def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):
     assert trainer.final_digests(run) != undisturbed[0]
 
 
+@pytest.mark.fault(1)
+@pytest.mark.promise("P1")
 def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_checkpoint(tmp_path, undisturbed):
     origin = trainer.make_run(tmp_path)
     to_the_end(origin)
@@ -184,6 +198,8 @@ MODES = {
 }
 
 
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1")
 @pytest.mark.parametrize("mode", MODES)
 def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path, undisturbed, mode):
     sections = {name: TINY.get(name, {}) | changes for name, changes in MODES[mode].items()}
@@ -210,6 +226,7 @@ def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path
             assert all(torch.equal(tensor, snapshots[1][group][name]) for name, tensor in tensors.items())
 
 
+@pytest.mark.oracle(11)
 def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
     """The fused optimizer walks through memory: a moment in another order than its weight's belongs to other weights."""
     training = TINY["training"] | {"channels_last": True}
@@ -220,6 +237,7 @@ def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
 
 
+@pytest.mark.oracle(11)
 def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
     """The scale doubles after 2000 steps without an overflow: a resume that began to count anew would double it later."""
     training = TINY["training"] | {"precision": "fp16"}

@@ -7,6 +7,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from pipeline.training.stacks import Stacks, path_of
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -47,6 +49,7 @@ def ended(target: object, path: Path) -> int | None:
     return process.exitcode
 
 
+@pytest.mark.fault(25)
 def test_a_step_that_takes_too_long_leaves_its_stack(tmp_path):
     path = path_of(tmp_path, attempt=2, rank=1)
     assert ended(hang, path) == 0
@@ -54,6 +57,7 @@ def test_a_step_that_takes_too_long_leaves_its_stack(tmp_path):
     assert "sleep_too_long" in path.read_text()
 
 
+@pytest.mark.fault(27)
 def test_a_crash_leaves_its_stack(tmp_path):
     path = path_of(tmp_path, attempt=1, rank=0)
     assert ended(crash, path) == -signal.SIGSEGV

@@ -179,6 +179,8 @@ def test_image_i_is_a_function_of_seed_and_i() -> None:
     assert (identity.sampler, identity.steps, identity.chunk) == ("vae", 1, 4)
 
 
+@pytest.mark.oracle(11)
+@pytest.mark.promise("P1")
 def test_training_goes_through_the_worker_and_resumes_bit_for_bit(home: Path) -> None:
     whole, broken = trainer.make_run(home, **VAE), trainer.make_run(home, **VAE)
     assert trainer.train(str(whole.folder)) == "finished"

@@ -6,86 +6,31 @@ import os
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.data.batches import Batch, training_batches
-from pipeline.data.order import Order, streams_of_worker
+from pipeline.data.batches import training_batches
 from pipeline.data.shards import Dataset
-from pipeline.errors import DivergedError
-from pipeline.settings.config import Experiment, experiment_from
-from pipeline.training.device import AUTOCAST, Compute
+from pipeline.settings.config import Experiment
+from pipeline.training.device import AUTOCAST
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
-from tests.kit.experiments import TINY
 from tests.kit.forks import run_team
-
-STEPS = 20
-STREAMS = 8
-CPU = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
-
-
-def experiment(**training: Any) -> Experiment:
-    settings = dict(TINY)
-    settings["model"] = settings["model"] | {"dropout": 0.0}
-    settings["training"] = settings["training"] | {"batch_size": 32, "num_streams": STREAMS} | training
-    settings["data"] = {"horizontal_flip": True}
-    return experiment_from(settings)
-
-
-def order_of(dataset: Dataset, chosen: Experiment) -> Order:
-    return Order(
-        dataset.manifest.row_groups, chosen.seed, STREAMS, chosen.training.batch_size, chosen.data.shuffle_window
-    )
-
-
-def train(
-    dataset: Dataset, chosen: Experiment, team: Team, compute: Compute = CPU
-) -> tuple[list[torch.Tensor], list[Batch], Learner]:
-    """Train 20 steps as one worker of a team; return its losses and batches by step, and the learner."""
-    torch.set_num_threads(1)
-    model = compute.place(build_model(chosen, dataset.manifest.shape))
-    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
-    seen: list[Batch] = []
-    streams = streams_of_worker(team.rank, team.size, STREAMS)
-    batches = training_batches(dataset, order_of(dataset, chosen), streams, 0, chosen.seed)
-
-    def noted():
-        for batch in batches:
-            seen.append(batch)
-            yield batch
-
-    network = compute.compiled(team.share_gradients(learner.model, compute))
-    losses = []
-    for result in fit(
-        learner,
-        network,
-        build_objective(chosen),
-        noted(),
-        chosen.training,
-        compute,
-        seed=chosen.seed,
-        rank=team.rank,
-        horizontal_flip=chosen.data.horizontal_flip,
-    ):
-        losses.append(result.losses.cpu())
-        if result.step == STEPS:
-            break
-    return losses, seen, learner
-
-
-def be_a_worker(rank: int, size: int, folder: str, data: str, compute: Compute = CPU) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
-    compute.start()
-    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join(60), compute)
-    words = ("u_t", "u_flip", "u_label", "eps")
-    told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
-    torch.save({"losses": losses, "told": told, "ema": learner.ema.shadow}, f"{folder}/{size}-{rank}.pt")
-    dist.destroy_process_group()
+from tests.pipeline.training.steps import (
+    CPU,
+    STEPS,
+    STREAMS,
+    be_a_worker,
+    by_stream,
+    experiment,
+    gathered,
+    order_of,
+    overflow_until_it_stops,
+    train,
+)
 
 
 @pytest.fixture(scope="module")
@@ -93,17 +38,7 @@ def alone(dataset):
     return train(dataset, experiment(), Team())
 
 
-def gathered(folder: Path, size: int) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{size}-{rank}.pt", weights_only=True) for rank in range(size)]
-
-
-def by_stream(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Put the workers' parts of a step back into the order of streams: worker r of R holds streams r, r + R, ..."""
-    per_worker = STREAMS // len(parts)
-    pieces = [part.reshape(per_worker, -1, *part.shape[1:]) for part in parts]
-    return torch.stack(pieces, dim=1).flatten(0, 2)
-
-
+@pytest.mark.promise("P3")
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
 def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_same(tmp_path, dataset, alone, size):
@@ -136,6 +71,7 @@ def be_one_who_waits(rank: int, folder: str) -> None:
     os._exit(0)  # a group that has failed would be waited for
 
 
+@pytest.mark.fault(25)
 @pytest.mark.slow
 def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
     run_team(be_one_who_waits, (str(tmp_path),), 2)
@@ -204,24 +140,7 @@ def test_fp16_learns_what_fp32_learns(dataset, alone):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=2e-2, atol=0)
 
 
-def overflow_until_it_stops(dataset: Dataset, compute: Compute) -> tuple[Learner, dict[str, torch.Tensor]]:
-    """Train in fp16 with gradients that all overflow; return the learner, and the weights that it began with, but the spoiled ones."""
-    chosen = experiment(precision="fp16", warmup_steps=0)
-    model = compute.place(build_model(chosen, dataset.manifest.shape))
-    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
-    with torch.no_grad():
-        next(learner.model.parameters()).fill_(float("inf"))  # every gradient from here on is infinite or NaN
-    others = {name: p.clone() for name, p in list(learner.model.named_parameters())[1:]}
-    batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    steps = fit(learner, learner.model, build_objective(chosen), batches, chosen.training, compute, seed=0)
-    done: list[int] = []
-    with pytest.raises(DivergedError, match=r"loss scale down to 0\.5"):
-        done.extend(result.step for result in steps)
-    # halved once a step: 65,536 = 2^16 is below 1 after 17 steps, and that is noticed in the step that follows
-    assert done == list(range(1, 18))
-    return learner, others
-
-
+@pytest.mark.fault(16)
 def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
     learner, others = overflow_until_it_stops(dataset, replace(CPU, autocast_dtype=torch.float16))
     for name, parameter in list(learner.model.named_parameters())[1:]:
