@@ -191,6 +191,8 @@ def test_noise_per_image_does_not_depend_on_the_batch() -> None:
     pair = normal_noise((2, *shape[1:]), [seeded(3), seeded(4)])
     assert torch.equal(together[3:], pair)
     assert together.dtype == torch.float32
+    with pytest.raises(ValueError, match="2 generators for a batch of 5 images"):
+        normal_noise(shape, [seeded(0), seeded(1)])
 
 
 @pytest.mark.parametrize("eta", [None, 0.7])
