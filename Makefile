@@ -19,7 +19,7 @@ PROJECT_ID := $(shell cksum < pyproject.toml | tr ' ' '-')
 LOCKED := $(VENV)/.locked-$(LOCK_ID)
 INSTALLED := $(VENV)/.installed-$(LOCK_ID)-$(PROJECT_ID)
 
-.PHONY: help setup train test lint lock clean
+.PHONY: help setup train test mutants lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -31,6 +31,9 @@ train: $(INSTALLED) ## train on the embedded digits, draw samples and score them
 
 test: lint ## lint, types and the whole test suite, shut off from the network and from your files
 	@$(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+
+mutants: $(INSTALLED) ## put 200 random faults into the code, SEED=... for the same again; the tests must find 90 %
+	@$(BIN)/python -m tests.mutants $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 lint: $(INSTALLED) ## formatting, lint and types only
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ." >&2; exit 1; }

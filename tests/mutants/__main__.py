@@ -31,7 +31,7 @@ import time
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
 from typing import Any
@@ -288,6 +288,16 @@ def verdict(status: int, folder: Path, num_tests: int) -> tuple[bool, str]:
     return True, told["failed"]
 
 
+def control(mutant: Mutant, reach: Reach, root: Path) -> None:
+    """Try the code as it is in a mutant's place: what kills that would kill every mutant. SystemExit where it does not survive."""
+    tests, folder = reach.tests_of(mutant)[:20], root / "control"
+    _, status = os.waitpid(try_mutant(replace(mutant, choice=None), tests, reach.cost_s, folder), 0)
+    killed, by = verdict(status, folder, len(tests))
+    if killed:
+        print(f"the code as it is does not survive in the place of {mutant}: {by}", file=sys.stderr)
+        raise SystemExit(2)
+
+
 def check(mutants: Sequence[Mutant], reach: Reach, root: Path, jobs: int) -> dict[Mutant, tuple[bool, str]]:
     """Try all mutants, some at a time; tell each survivor as it is found."""
     verdicts: dict[Mutant, tuple[bool, str]] = {}
@@ -361,6 +371,7 @@ def main() -> int:
         begin = time.monotonic()
         reach = reach_of(targets, TESTS, root)
         print(f"{len(reach.cost_s)} tests pass on the code as it is ({time.monotonic() - begin:.0f} s)", flush=True)
+        control(drawn[0], reach, root)
         verdicts = check(drawn, reach, root, chosen.jobs)
     finally:
         shutil.rmtree(root, ignore_errors=True)

@@ -86,7 +86,7 @@ class Mutant:
     before: str
     after: str
     spot: int
-    choice: int
+    choice: int | None  # None: the code as it is
     on_import: bool  # a constant, a default, a class's body: read when the module is imported, not when a test runs
 
     def __str__(self) -> str:
@@ -95,9 +95,10 @@ class Mutant:
     def code(self, root: Path) -> CodeType:
         """The compiled module with the fault in it."""
         tree = ast.parse((root / self.path).read_text())
-        spot = list(_spots(tree))[self.spot]
-        spot.put(list(_faults(spot.node))[self.choice])
-        return compile(ast.fix_missing_locations(tree), str(root / self.path), "exec")
+        if self.choice is not None:
+            spot = list(_spots(tree))[self.spot]
+            spot.put(list(_faults(spot.node))[self.choice])
+        return compile(ast.fix_missing_locations(tree), str(root / self.path), "exec", dont_inherit=True)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +38,124 @@ def test_what_was_saved_is_loaded(tmp_path):
     for group, expected in tensors(7).items():
         for name, tensor in expected.items():
             assert torch.equal(loaded[group][name], tensor)
+
+
+def test_a_checkpoint_says_what_it_holds(tmp_path):
+    """Its files, sizes and hashes, taken again; groups as they were named, of any number; sizes of every kind of number."""
+    several = {
+        "model": {"w": torch.ones(3, 5)[:, ::2], "n": torch.arange(7)},
+        "ema-0.5": {"h": torch.zeros(9, dtype=torch.float16)},
+        "a": {},
+    }
+    assert checkpoints.num_bytes(several) == 3 * 3 * 4 + 7 * 8 + 9 * 2
+    saved = checkpoints.save(tmp_path / "far" / "away", 12, 3, several, {"x": [1, None]}, may_commit=lambda: True)
+    assert saved == checkpoints.Checkpoint(tmp_path / "far" / "away" / "step-0000000012-3", 12, 3)
+    assert saved.state() == {"x": [1, None]}
+    assert sorted(saved.groups()) == ["a", "ema-0.5", "model"]
+    loaded, some = saved.tensors(), saved.tensors("ema-0.5")
+    assert list(some) == ["ema-0.5"]
+    for group, expected in several.items():
+        assert loaded[group].keys() == expected.keys()
+        assert all(torch.equal(loaded[group][name], tensor) for name, tensor in expected.items())
+    files = {path.name: path.read_bytes() for path in saved.folder.iterdir() if path.name != checkpoints.MANIFEST}
+    assert saved.manifest() == {
+        "format": 1,
+        "step": 12,
+        "attempt": 3,
+        "groups": ["a", "ema-0.5", "model"],
+        "files": {name: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for name, b in files.items()},
+    }
+    assert saved.num_bytes == sum(map(len, files.values()))
+    saved.verify()
+    with pytest.raises(CheckpointError, match=r"holds no optimizer\.safetensors"):
+        saved.tensors("optimizer")
+
+
+def test_all_is_on_the_disk_before_the_commit_and_the_commit_before_the_save_returns(tmp_path, monkeypatch):
+    """What is flushed, in order, with the size it has then; `may_commit` is asked when nothing but the manifest is missing."""
+    flushed, asked, really = [], [], os.fsync
+    folder = tmp_path / checkpoints.name_of(4, 1)
+
+    def fsync(descriptor):
+        stat = os.fstat(descriptor)
+        flushed.append((stat.st_ino, stat.st_size, (folder / checkpoints.MANIFEST).exists()))
+        really(descriptor)
+
+    def may_commit():
+        asked.append(sorted(path.name for path in folder.iterdir()))
+        return True
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    checkpoints.save(tmp_path, 4, 1, tensors(4), {}, may_commit=may_commit)
+    names = [*(f"{group}.safetensors" for group in checkpoints.GROUPS), checkpoints.STATE]
+    assert asked == [sorted(names)]
+    *files, first, manifest, second, root = flushed
+    inode = {path: path.stat().st_ino for path in (tmp_path, folder, *folder.iterdir())}
+    assert sorted(files) == sorted((inode[folder / n], (folder / n).stat().st_size, False) for n in names)
+    assert (first[0], first[2]) == (inode[folder], False)
+    written = folder / checkpoints.MANIFEST
+    assert manifest == (inode[written], written.stat().st_size, False)
+    assert [(place, committed) for place, _, committed in (second, root)] == [
+        (inode[folder], True),
+        (inode[tmp_path], True),
+    ]
+    descriptors = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
+    checkpoints.save(tmp_path, 5, 1, tensors(5), {}, may_commit=may_commit)
+    assert descriptors == 0 or len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_committed_checkpoint_is_not_written_again_and_remains_are(tmp_path):
+    first = save(tmp_path, 3)
+    before = {path: path.stat() for path in first.folder.iterdir()}
+    assert checkpoints.save(tmp_path, 3, 1, tensors(9), {}, may_commit=lambda: False) == first
+    assert {path: path.stat() for path in first.folder.iterdir()} == before
+    remains = tmp_path / checkpoints.name_of(4, 1)
+    remains.mkdir()
+    (remains / "model.safetensors").write_text("cut off")
+    (remains / "other").write_text("")
+    assert save(tmp_path, 4).tensors().keys() == set(checkpoints.GROUPS)
+    assert not (remains / "other").exists()
+
+
+def test_a_disk_that_fails_after_the_commit_leaves_it_and_one_that_fails_before_leaves_nothing(tmp_path, monkeypatch):
+    really = os.fsync
+    for committed in (False, True):
+        folder = tmp_path / checkpoints.name_of(1 + committed, 1)
+
+        def fsync(descriptor, folder=folder, committed=committed):
+            if (folder / checkpoints.MANIFEST).exists() is committed and (folder / checkpoints.STATE).exists():
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            really(descriptor)
+
+        monkeypatch.setattr(os, "fsync", fsync)
+        with pytest.raises(StorageError, match=r"cannot be written \(Input/output error\); make the folder writable"):
+            save(tmp_path, 1 + committed)
+        assert folder.exists() is committed
+    assert [c.step for c in checkpoints.committed(tmp_path)] == [2]
+    assert checkpoints.newest_verified(tmp_path).warnings == []
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, "storage full: .* MB left at"),
+        (errno.EDQUOT, "storage full"),
+        (errno.EFBIG, "storage full"),
+        (errno.EROFS, r"cannot be written \(Read-only file system\)"),
+    ],
+)
+def test_what_the_system_says_of_a_place_is_one_line(tmp_path, monkeypatch, number, told):
+    def fails(root):
+        with checkpoints._storage_errors(root):
+            raise OSError(number, os.strerror(number))
+
+    free = shutil.disk_usage(tmp_path)._replace(free=7_340_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    for root, left in ((tmp_path, "7.3"), (tmp_path / "gone", "0.0")):
+        with pytest.raises(StorageError, match=told) as error:
+            fails(root)
+        assert "\n" not in str(error.value)
+        assert "full" not in told or f"storage full: {left} MB left at {root}" in str(error.value)
 
 
 @pytest.mark.fault(18)
@@ -95,11 +216,57 @@ def test_damaged_manifests_never_raise_anything_else(tmp_path):
     whole = manifest.read_text()
     outside = json.loads(whole)
     outside["files"]["../escape"] = outside["files"].pop(checkpoints.STATE)
-    for text in ["", "{", "[]", "{}", whole[: len(whole) // 2], json.dumps(outside)]:
+    itself = json.loads(whole)
+    itself["files"][checkpoints.MANIFEST] = itself["files"][checkpoints.STATE]
+    fewer, stateless, bare = json.loads(whole), json.loads(whole), json.loads(whole)
+    del fewer["files"]["ema.safetensors"], stateless["files"][checkpoints.STATE]
+    bare["files"][checkpoints.STATE] = 5
+    unread = r"step-0000000002-1: its manifest cannot be read \({}\)"
+    damages = {
+        "": unread.format("JSONDecodeError"),
+        "{": unread.format("JSONDecodeError"),
+        "[]": unread.format("TypeError"),
+        "{}": unread.format("KeyError"),
+        '{"format": 1, "files": []}': unread.format("AttributeError"),
+        whole[: len(whole) // 2]: unread.format("JSONDecodeError"),
+        json.dumps(bare): unread.format("TypeError"),
+        json.dumps(outside): "its manifest does not name all files",
+        json.dumps(
+            outside | {"files": outside["files"] | {checkpoints.STATE: outside["files"]["../escape"]}}
+        ): "names a file outside it",
+        json.dumps(itself): "its manifest names a file outside it",
+        json.dumps(fewer): "its manifest does not name all files",
+        json.dumps(stateless): "its manifest does not name all files",
+        # the groups that are always there, where an early release named none
+        json.dumps({name: value for name, value in fewer.items() if name != "groups"}): "does not name all files",
+    }
+    for text, told in damages.items():
         manifest.write_text(text)
         found = checkpoints.newest_verified(tmp_path)
         assert found.checkpoint is not None
         assert found.checkpoint.step == 1
+        assert len(found.warnings) == 1
+        assert re.search(told, found.warnings[0]), (text, found.warnings)
+        assert found.warnings[0].endswith("; an older checkpoint is used")
+    manifest.write_text(json.dumps({name: value for name, value in json.loads(whole).items() if name != "groups"}))
+    assert checkpoints.newest_verified(tmp_path).warnings == []
+    manifest.unlink()
+    with pytest.raises(CheckpointError, match=unread.format("FileNotFoundError")):
+        checkpoints.Checkpoint(manifest.parent, 2, 1).manifest()
+
+
+def test_where_none_verifies_each_is_told_and_none_is_used(tmp_path):
+    assert checkpoints.newest_verified(tmp_path / "nothing") == checkpoints.Found(None)
+    for step in (1, 2, 3):
+        (save(tmp_path, step).folder / "ema.safetensors").write_bytes(b"x" * step)
+    (tmp_path / "step-0000000009-1.old").mkdir()
+    (tmp_path / "step-0000000008-1").mkdir()  # not committed
+    found = checkpoints.newest_verified(tmp_path)
+    assert found.checkpoint is None
+    size = save(tmp_path / "whole", 1).manifest()["files"]["ema.safetensors"]["bytes"]
+    assert [line.partition(": ")[2].partition(";")[0] for line in found.warnings] == [
+        f"ema.safetensors has {step} bytes, {size} were committed" for step in (3, 2, 1)
+    ]
 
 
 @pytest.mark.fault(23)
@@ -130,6 +297,35 @@ def test_pruning_keeps_the_newest_and_stops_where_the_newest_is_damaged(tmp_path
     (newest.folder / "model.safetensors").write_bytes(b"")
     checkpoints.prune(tmp_path, keep=2)
     assert [c.step for c in checkpoints.committed(tmp_path)] == [4, 3, 2]
+
+
+def test_pruning_leaves_alone_what_may_still_be_written_and_what_is_not_its_own(tmp_path):
+    checkpoints.prune(tmp_path / "nothing", keep=1)
+    (tmp_path / checkpoints.name_of(1, 1)).mkdir()
+    checkpoints.prune(tmp_path, keep=1)  # without a committed one nothing is known to be remains
+    assert [path.name for path in tmp_path.iterdir()] == [checkpoints.name_of(1, 1)]
+    for step, attempt in ((5, 1), (6, 2), (7, 3)):
+        save(tmp_path, step, attempt)
+    kept = [checkpoints.name_of(9, 3), checkpoints.name_of(8, 4), "step-0000000001-1.copy"]
+    for name in (*kept, checkpoints.name_of(2, 2)):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-0000000002-1").write_text("a file in the way cannot be removed as a folder, and is left")
+    checkpoints.prune(tmp_path, keep=2)
+    left = {path.name for path in tmp_path.iterdir()} - {"step-0000000002-1"}
+    assert left == {*kept, checkpoints.name_of(6, 2), checkpoints.name_of(7, 3)}
+    (tmp_path / checkpoints.name_of(7, 3) / "state.json").write_bytes(b"")
+    checkpoints.prune(tmp_path, keep=1)
+    assert [c.step for c in checkpoints.committed(tmp_path)] == [7, 6]
+
+
+def test_room_for_a_checkpoint_and_a_little_more_is_enough(tmp_path, monkeypatch):
+    """2.2 times the 3 * 53 float32 numbers, to the byte."""
+    usage, need = shutil.disk_usage(tmp_path), int(3 * 53 * 4 * 2.2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need))
+    assert save(tmp_path, 1).step == 1
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=need - 1))
+    with pytest.raises(StorageError, match=r"storage full: need 0\.0 MB for a checkpoint, have 0\.0 MB at "):
+        save(tmp_path, 2)
 
 
 @pytest.mark.fault(6)
