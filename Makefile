@@ -3,12 +3,15 @@
 #   make train ARGS="--preset mnist"            arguments for `ddpm-pipe train`
 #   make test PYTEST_ARGS="-k schedule -x"      arguments for pytest
 #   make test JOBS=0                            one test after another, in one process
+#   make soak SEED=7 MINUTES=60                 random faults; without SEED a fresh one, which is printed
 #   make PYTHON=/opt/python3.11/bin/python3 ... a Python 3.11 that isn't on PATH
 
 SHELL := /bin/sh
 ARGS ?=
 PYTEST_ARGS ?=
 JOBS ?= 2
+SEED ?=
+MINUTES ?= 30
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -18,19 +21,30 @@ LOCK_ID := $(shell cksum < requirements.lock | tr ' ' '-')
 PROJECT_ID := $(shell cksum < pyproject.toml | tr ' ' '-')
 LOCKED := $(VENV)/.locked-$(LOCK_ID)
 INSTALLED := $(VENV)/.installed-$(LOCK_ID)-$(PROJECT_ID)
+# shut off from the network and from your files
+PYTEST := $(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train test mutants lint lock clean
+.PHONY: help setup train quick test test-all soak mutants lint lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) ## make .venv from the hashed lock file and install the project into it
 
 train: $(INSTALLED) ## train on the embedded digits, draw samples and score them (about 4 minutes on two cores)
 	@$(BIN)/ddpm-pipe train $(ARGS)
 
-test: lint ## lint, types and the whole test suite, shut off from the network and from your files
-	@$(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadscope --no-loadscope-reorder $(PYTEST_ARGS)
+quick: $(INSTALLED) ## tests for the desk, without Ray: at most three minutes
+	@$(PYTEST) -m "not ray and not slow and not all" $(PYTEST_ARGS)
+
+test: lint ## lint, types and a real test of every promise; what CI runs
+	@$(PYTEST) -m "not all" $(PYTEST_ARGS)
+
+test-all: lint ## lint, types and every test: after a larger change, and before a release
+	@$(PYTEST) $(PYTEST_ARGS)
+
+soak: $(INSTALLED) ## random faults and random examples, with the seed SEED, for MINUTES
+	@$(BIN)/python tests/hermetic.py --run tests.kit.soak --minutes $(MINUTES) $(addprefix --seed ,$(SEED))
 
 mutants: $(INSTALLED) ## put 200 random faults into the code, SEED=... for the same again; the tests must find 90 %
 	@$(BIN)/python -m tests.mutants $(if $(SEED),--seed $(SEED)) $(ARGS)

@@ -4,7 +4,8 @@ CPU seconds count every process that the test starts, and hardly depend on what 
 place in the order (scheduling.py). They come from a control group where one can be made (Linux, root); elsewhere only children that were
 waited for are counted. The set-up of a fixture that several tests share is part of the first test that uses it.
 
-    python -m tests.kit.costs FILE      prints the sum, the 25 most expensive tests, and the sum of each file
+    python -m tests.kit.costs FILE          prints the sum, the 25 most expensive tests, and the sum of each file
+    python -m tests.kit.costs FILE --json   prints what `costs.json` holds: the CPU seconds of each file, where they are more than two
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,21 +90,31 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(Costs(file.absolute(), stack.enter_context(cpu_clock())), "costs")
 
 
-def report(lines: list[str]) -> str:
-    costs = {cost["test"]: cost for cost in map(json.loads, lines)}  # of a test that was run twice, the last time
+def by_file(costs: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Return the CPU seconds of each file, the most expensive first."""
     files: dict[str, float] = defaultdict(float)
-    for test, cost in costs.items():
-        files[test.partition("::")[0]] += cost["cpu_s"]
-    slowest = sorted(costs.values(), key=lambda cost: -cost["cpu_s"])[:25]
+    for cost in costs:
+        files[cost["test"].partition("::")[0]] += cost["cpu_s"]
+    return dict(sorted(files.items(), key=lambda item: -item[1]))
+
+
+def report(costs: list[dict[str, Any]]) -> str:
+    files = by_file(costs)
+    slowest = sorted(costs, key=lambda cost: -cost["cpu_s"])[:25]
     return "\n".join(
         [
             f"{len(costs)} tests, {sum(files.values()):.0f} CPU s",
             *(f"{cost['cpu_s']:7.1f} CPU s {cost['wall_s']:7.1f} s  {cost['test']}" for cost in slowest),
             "",
-            *(f"{cpu_s:7.1f} CPU s  {file}" for file, cpu_s in sorted(files.items(), key=lambda item: -item[1])),
+            *(f"{cpu_s:7.1f} CPU s  {file}" for file, cpu_s in files.items()),
         ]
     )
 
 
 if __name__ == "__main__":
-    print(report(Path(sys.argv[1]).read_text().splitlines()))
+    found = map(json.loads, Path(sys.argv[1]).read_text().splitlines())
+    last = list({cost["test"]: cost for cost in found}.values())  # of a test that was run twice, the last time
+    if "--json" in sys.argv:
+        print(json.dumps({file: round(cpu_s) for file, cpu_s in by_file(last).items() if cpu_s > 2}, indent=1))
+    else:
+        print(report(last))
