@@ -79,6 +79,7 @@ def log(run: Run, store: TrackingSettings, model: Trained) -> str:
     return str(found.model_id)
 
 
+@pytest.mark.slow
 def test_it_loads_without_pickle_and_gives_the_runs_images(
     run: Run, store: TrackingSettings, home: Path, tmp_path: Path
 ) -> None:

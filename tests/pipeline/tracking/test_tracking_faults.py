@@ -54,6 +54,7 @@ def start(run: Run, settings: TrackingSettings) -> Tracker:
 
 
 @pytest.mark.promise("P4")
+@pytest.mark.slow
 def test_killed_at_random_steps_and_resumed_every_step_is_there_once(run: Run, store: TrackingSettings) -> None:
     rng = random.Random(7)
     begin, kills = 0, 0
@@ -146,6 +147,7 @@ def test_a_store_locked_for_longer_than_mlflow_waits(run: Run, store: TrackingSe
 
 @pytest.mark.fault(14)
 @pytest.mark.promise("P4")
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["refusing", "hanging"])
 def test_a_server_away_for_ever_costs_seconds_and_loses_nothing(
     state: str, run: Run, remote: TrackingSettings, gate: Gate, caplog: pytest.LogCaptureFixture

@@ -50,6 +50,7 @@ def test_each_name_means_its_own_group_of_the_checkpoint(run):
     assert averages.choose("ema:0.9", Trained.from_run(run).experiment.training).name == "ema"
 
 
+@pytest.mark.slow
 def test_an_average_made_after_training_is_the_one_that_would_have_been_kept(tmp_path):
     """Beside trainings that kept the width 0.15 itself, to step 90 and to step 60; what is added up is in float16.
 

@@ -183,9 +183,7 @@ def train_sample_and_score(experiment: Experiment) -> list[Tensor]:
     return [*out, bits.total]
 
 
-@settings(max_examples=100)
-@given(CHOICES)
-def test_every_experiment_trains_samples_and_is_scored_or_is_refused_with_its_reason(choice: Choice) -> None:
+def trains_or_is_refused_with_its_reason(choice: Choice) -> None:
     experiment = choice.experiment
     if choice.refused_with:
         with pytest.raises(UsageError) as error:
@@ -199,6 +197,20 @@ def test_every_experiment_trains_samples_and_is_scored_or_is_refused_with_its_re
     one, two = train_sample_and_score(experiment), train_sample_and_score(experiment)
     assert all(bool(torch.isfinite(x).all()) for x in one)
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.slow
+@settings(max_examples=30)
+@given(CHOICES)
+def test_every_experiment_trains_samples_and_is_scored_or_is_refused_with_its_reason(choice: Choice) -> None:
+    trains_or_is_refused_with_its_reason(choice)
+
+
+@pytest.mark.all
+@settings(max_examples=200)
+@given(CHOICES)
+def test_every_experiment_of_many_trains_samples_and_is_scored_or_is_refused_with_its_reason(choice: Choice) -> None:
+    trains_or_is_refused_with_its_reason(choice)
 
 
 def test_a_degenerate_schedule_warns_and_runs() -> None:
