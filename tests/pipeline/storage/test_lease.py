@@ -51,6 +51,7 @@ def holder(bucket):
 
 
 @pytest.mark.fault(19)
+@pytest.mark.slow
 def test_of_several_that_ask_at_once_exactly_one_wins(bucket):
     for trial in range(8):
         folder = RemoteFolder(f"{bucket}/lease-{trial}")

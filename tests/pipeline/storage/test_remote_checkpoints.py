@@ -98,6 +98,7 @@ def test_an_object_that_is_gone_short_or_flipped_is_never_used_and_the_one_befor
 
 
 @pytest.mark.fault(26)
+@pytest.mark.slow
 def test_a_bit_flipped_anywhere_is_never_silent(place):
     place.push(1)
     folder, rng = place.push(2).folder.name, random.Random(0)

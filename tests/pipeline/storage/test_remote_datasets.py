@@ -232,6 +232,7 @@ def use_at_random(folder: str, seed: int, pipe: Connection) -> None:
     pipe.send(len(fetched))
 
 
+@pytest.mark.slow
 def test_processes_share_a_cache_that_stays_within_its_bound(tmp_path):
     pipes = [PROCESSES.Pipe(duplex=False) for _ in range(3)]
     processes = [
@@ -318,6 +319,7 @@ def test_a_source_is_ingested_into_the_store_once_and_known_there_by_every_machi
     )
 
 
+@pytest.mark.slow
 def test_inspect_and_a_dry_run_fetch_no_shard(in_store, on_disk, cli, object_store, tmp_path, home):
     object_store.requests.clear()
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}

@@ -26,6 +26,7 @@ def asked(bucket: str, home: Path, tmp_path: Path) -> tuple[str, list[str]]:
     return f"{storage}/runs/{run.id}/samples", command
 
 
+@pytest.mark.slow
 def test_what_a_job_makes_is_found_in_the_store(typed, asked, monkeypatch, tmp_path):
     samples, command = asked
     monkeypatch.setenv(JOB_VARIABLE, "ddpm-k7m2")
@@ -40,6 +41,7 @@ def test_what_a_job_makes_is_found_in_the_store(typed, asked, monkeypatch, tmp_p
     assert files["1"] == files["2"] == (tmp_path / "1" / "runs").glob("*/samples/1/grid.png").__next__().read_bytes()
 
 
+@pytest.mark.slow
 def test_what_is_made_here_stays_here(typed, asked, home):
     samples, command = asked
     code, out, err = typed(*command)
@@ -48,6 +50,7 @@ def test_what_is_made_here_stays_here(typed, asked, home):
     assert RemoteFolder(samples).objects() == []
 
 
+@pytest.mark.slow
 def test_an_address_is_no_folder(typed, asked, home):
     _, command = asked
     code, _, err = typed(*command, "--out", "s3://bucket/x")

@@ -58,6 +58,7 @@ def ask(port: int, method: str, path: str, body: str | None = None, **headers: s
     return answer.status, content
 
 
+@pytest.mark.slow
 def test_it_serves_the_runs_refuses_strangers_and_leaves_nothing(
     serving: tuple[subprocess.Popen[str], int, str], run: Run
 ) -> None:
@@ -129,6 +130,7 @@ def test_a_taken_port_is_one_line_before_anything_is_made(tmp_path: Path) -> Non
     assert not (tmp_path / "home" / "mlflow.db").exists()
 
 
+@pytest.mark.slow
 def test_a_store_that_is_no_database_ends_in_one_line(home: Path) -> None:
     (home / "mlflow.db").write_text("this is no database, and says so at length " * 100)
     with pytest.raises(TrackingError, match="MLflow") as caught:

@@ -42,6 +42,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return float(torch.cat([(a[name] - b[name]).flatten() for name in a]).norm())
 
 
+@pytest.mark.slow
 def test_each_name_means_its_own_group_of_the_checkpoint(run):
     stored = checkpoints.newest_verified(run.checkpoints).checkpoint.tensors()
     for weights, group in {"ema": "ema", "ema:0.9": "ema", "ema:0.5": "ema-0.5", "raw": "model"}.items():

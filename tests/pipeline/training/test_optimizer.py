@@ -48,6 +48,7 @@ def test_it_steps_as_torchs_does_bit_for_bit_also_from_a_saved_state(fused: bool
     assert torch.equal(*weights)
 
 
+@pytest.mark.slow
 def test_a_training_imports_no_compiler_no_ray_and_nothing_for_pictures(home: Path) -> None:
     command = [sys.executable, "-c", TRAINING, str(home), *UNNEEDED]
     done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=True)

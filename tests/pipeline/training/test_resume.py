@@ -53,7 +53,7 @@ def killed_after(run: Run, steps: int) -> None:
 @pytest.mark.oracle(11)
 @pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", range(20))
+@pytest.mark.parametrize("trial", [*range(6), *(pytest.param(n, marks=pytest.mark.all) for n in range(6, 20))])
 def test_oracle_11_killed_at_a_random_step_and_resumed_ends_with_the_same_bytes(tmp_path, undisturbed, trial):
     run = trainer.make_run(tmp_path)
     killed_after(run, random.Random(trial).randint(1, 29))
@@ -64,6 +64,7 @@ def test_oracle_11_killed_at_a_random_step_and_resumed_ends_with_the_same_bytes(
 @pytest.mark.fault(1)
 @pytest.mark.oracle(11)
 @pytest.mark.promise("P1")
+@pytest.mark.slow
 def test_oracle_11_killed_again_and_again_still_ends_with_the_same_bytes(tmp_path, undisturbed):
     run = trainer.make_run(tmp_path)
     for steps in (3, 6, 1, 9, 5):
@@ -117,6 +118,7 @@ def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):
 
 @pytest.mark.fault(1)
 @pytest.mark.promise("P1")
+@pytest.mark.slow
 def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_checkpoint(tmp_path, undisturbed):
     origin = trainer.make_run(tmp_path)
     to_the_end(origin)
@@ -200,6 +202,7 @@ MODES = {
 
 @pytest.mark.oracle(11)
 @pytest.mark.promise("P1")
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path, undisturbed, mode):
     sections = {name: TINY.get(name, {}) | changes for name, changes in MODES[mode].items()}
@@ -227,6 +230,7 @@ def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path
 
 
 @pytest.mark.oracle(11)
+@pytest.mark.slow
 def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
     """The fused optimizer walks through memory: a moment in another order than its weight's belongs to other weights."""
     training = TINY["training"] | {"channels_last": True}
@@ -238,6 +242,7 @@ def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
 
 
 @pytest.mark.oracle(11)
+@pytest.mark.slow
 def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
     """The scale doubles after 2000 steps without an overflow: a resume that began to count anew would double it later."""
     training = TINY["training"] | {"precision": "fp16"}

@@ -124,6 +124,7 @@ def test_each_mistake_is_told_in_one_line(sample, tmp_path, name):
 
 
 @pytest.mark.fault(20)
+@pytest.mark.slow
 def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(home: Path, start) -> None:
     made = trainer.trained_slow_sampler(home, steps=2, batch_size=4)
     sampling = start("sample", made.id, "-n", "200")

@@ -191,6 +191,7 @@ def test_training_goes_through_the_worker_and_resumes_bit_for_bit(home: Path) ->
     assert all(math.isfinite(loss) for loss in losses.values())
 
 
+@pytest.mark.slow
 def test_it_learns(home: Path) -> None:
     settings = VAE["training"] | {"steps": 200, "learning_rate": 3e-3, "batch_size": 64}
     made = trainer.make_run(
@@ -206,6 +207,7 @@ def vae_run(home: Path) -> Run:
     return trainer.trained_run(home, **VAE)
 
 
+@pytest.mark.slow
 def test_it_is_sampled_scored_and_listed_by_the_same_commands(typed: Typed, home: Path, vae_run: Run) -> None:
     code, out, err = typed("sample", vae_run.id, "-n", "3", "--out", "images", "--format", "png", "--json")
     assert code == 0, err
@@ -225,6 +227,7 @@ def test_it_is_sampled_scored_and_listed_by_the_same_commands(typed: Typed, home
     assert (code, "a vae" in err) == (2, True)
 
 
+@pytest.mark.slow
 def test_its_bound_is_measured_beside_those_of_diffusion_models(typed: Typed, home: Path, vae_run: Run) -> None:
     code, out, err = typed("evaluate", vae_run.id, "--metrics", "bpd", "--json")
     assert code == 0, err
@@ -242,6 +245,7 @@ def test_its_bound_is_measured_beside_those_of_diffusion_models(typed: Typed, ho
     assert decoder == pytest.approx(float(found.distortion.mean()), rel=0.02)
 
 
+@pytest.mark.slow
 def test_it_travels_as_safetensors(typed: Typed, home: Path, vae_run: Run) -> None:
     assert typed("export", vae_run.id, "model", "--format", "safetensors")[0] == 0
     code, out, err = typed("import", "model", "--json")
