@@ -46,6 +46,7 @@ def make_safe() -> None:
     from hypothesis import settings
 
     settings.register_profile("seeded", derandomize=True, deadline=None, database=None)
+    settings.register_profile("soak", max_examples=1000, deadline=None, database=None, print_blob=True)
     settings.load_profile("seeded")
 
 

@@ -252,6 +252,7 @@ def test_what_is_written_says_all_of_it(tmp_path: Path) -> None:
 # The command
 
 
+@pytest.mark.slow
 def test_evaluate_measures_a_whole_split_and_repeats_nothing(typed: Typed, home: Path) -> None:
     made = trainer.make_run(
         home,

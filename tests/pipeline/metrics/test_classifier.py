@@ -235,6 +235,7 @@ def test_a_classifier_of_the_digits_is_not_used_on_anything_else(digit_set: Arra
             classifier_for(data, tmp_path, recipe=Recipe(fraction=0.4, width=32, num_steps=2))
 
 
+@pytest.mark.slow
 def test_fitted_once_and_kept(tmp_path: Path) -> None:
     data = stripes(600, seed=0)
     seen: list[str] = []

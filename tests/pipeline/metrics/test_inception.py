@@ -63,6 +63,7 @@ def no_weights_around(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
 
 
+@pytest.mark.slow
 def test_equals_torch_fidelitys_network_on_the_same_weights(weights: Path, extractor: Inception, images: Any) -> None:
     """A peer that was ported from the graph by others; the same operations in the same order give the same bits here."""
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -251,6 +251,7 @@ def test_the_same_files_make_the_same_archive(folder):
     assert packing.package_name(packing.working_folder(folder, ())[0].archive()) != packing.package_name(first)
 
 
+@pytest.mark.slow
 def test_the_code_that_is_sent_runs_without_a_checkout(tmp_path):
     with zipfile.ZipFile(io.BytesIO(packing.code(["yaml"]).archive())) as archive:
         archive.extractall(tmp_path)

@@ -119,6 +119,7 @@ def test_killed_while_sending_and_gone_on_with_elsewhere_ends_the_same(site, und
     assert site.result("second") == undisturbed
 
 
+@pytest.mark.slow
 @pytest.mark.fault(6)
 def test_a_store_that_is_away_for_a_while_costs_checkpoints_and_changes_nothing(site, undisturbed):
     left = [2]  # manifests that do not arrive, however often they are tried

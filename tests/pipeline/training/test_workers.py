@@ -78,6 +78,7 @@ def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
     assert (tmp_path / "given-up").exists()
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(dataset, alone):
     losses, _, learner = train(dataset, experiment(micro_batch_size=5), Team())
     for mine, theirs in zip(losses, alone[0], strict=True):
@@ -132,6 +133,7 @@ def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, pr
         assert {tensor.dtype for tensor in group.values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_fp16_learns_what_fp32_learns(dataset, alone):
     """The scale is taken off the gradient again: losses of 20 steps agree to fp16's rounding, and the clip sees the true norm."""
     compute = replace(CPU, autocast_dtype=torch.float16)
@@ -140,6 +142,7 @@ def test_fp16_learns_what_fp32_learns(dataset, alone):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=2e-2, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.fault(16)
 def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
     learner, others = overflow_until_it_stops(dataset, replace(CPU, autocast_dtype=torch.float16))
