@@ -44,7 +44,7 @@ test-all: lint ## lint, types and every test: after a larger change, and before 
 	@$(PYTEST) $(PYTEST_ARGS)
 
 soak: $(INSTALLED) ## random faults and random examples, with the seed SEED, for MINUTES
-	@$(BIN)/python -m tests.kit.soak --minutes $(MINUTES) $(addprefix --seed ,$(SEED))
+	@$(BIN)/python -m tests.kit.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 mutants: $(INSTALLED) ## put 200 random faults into the code, SEED=... for the same again; the tests must find 90 %
 	@$(BIN)/python -m tests.mutants $(if $(SEED),--seed $(SEED)) $(ARGS)
