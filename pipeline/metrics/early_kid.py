@@ -55,7 +55,15 @@ def early_kid(
         RefusedError, DataError: as the evaluation at the end would.
     """
     split = recorded_split(experiment.data.split)
-    judge = judge_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
+    judge = judge_of(
+        dataset,
+        experiment.evaluation,
+        home,
+        split=split,
+        download=False,
+        device=compute.device,
+        on_gpu=compute.on_gpu,
+    )
     extractor, reference = judge.extractor, judge.reference
     found = extract(extractor, in_batches(images, _BATCH))
     pair = Pair(reference.real, found, reference.moments, Moments.of(found.features))

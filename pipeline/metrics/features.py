@@ -11,6 +11,8 @@ import torch
 
 from pipeline.data.image_set import Images
 from pipeline.metrics.fit_rule import FitRule
+from pipeline.training.device import exact_inference
+from pipeline.training.threads import spread
 
 Floats = npt.NDArray[np.float32]
 
@@ -76,6 +78,18 @@ def extract(
         if progress is not None:
             progress(done)
     return concatenate(parts, extractor)
+
+
+def extract_batches(
+    function: Callable[[Images], Extracted],
+    batches: Iterable[Images],
+    extractor: FeatureExtractor,
+    device: torch.device,
+) -> Extracted:
+    """Return what a network's `function` gives for all images: of each batch the same on any CPU cores, float32 exact on a GPU."""
+    each = spread if device.type == "cpu" else map
+    with exact_inference():
+        return concatenate(list(each(function, batches)), extractor)
 
 
 def concatenate(parts: list[Extracted], extractor: FeatureExtractor) -> Extracted:
