@@ -108,14 +108,15 @@ def frechet_distance(a: Moments, b: Moments) -> float:
 
 
 def _root(covariance: Array) -> tuple[Tensor, Tensor]:
-    """Return the roots of the eigenvalues of a covariance, and its eigenvectors as columns.
+    """Return the roots of the eigenvalues of a covariance [k], k <= width, and their eigenvectors as columns [width, k].
 
-    Eigenvalues below the rounding error of the decomposition are zero: their roots would be 1e-8 of the largest and, a
+    Eigenvalues below the rounding error of the decomposition are left out: their roots would be 1e-8 of the largest and, a
     hundred at a time, show in the result.
     """
     values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
     noise = len(values) * torch.finfo(torch.float64).eps * max(float(values[-1]), 0.0)
-    return torch.where(values > noise, values, 0.0).sqrt(), vectors
+    kept = values > noise
+    return values[kept].sqrt(), vectors[:, kept]
 
 
 @dataclass(frozen=True)
