@@ -55,15 +55,7 @@ def early_kid(
         RefusedError, DataError: as the evaluation at the end would.
     """
     split = recorded_split(experiment.data.split)
-    judge = judge_of(
-        dataset,
-        experiment.evaluation,
-        home,
-        split=split,
-        download=False,
-        device=compute.device,
-        on_gpu=compute.on_gpu,
-    )
+    judge = judge_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
     extractor, reference = judge.extractor, judge.reference
     found = extract(extractor, in_batches(images, _BATCH))
     pair = Pair(reference.real, found, reference.moments, Moments.of(found.features))

@@ -12,7 +12,6 @@ import torch
 from pipeline.data.image_set import Images
 from pipeline.metrics.fit_rule import FitRule
 from pipeline.training.device import exact_inference
-from pipeline.training.threads import spread
 
 Floats = npt.NDArray[np.float32]
 
@@ -87,9 +86,8 @@ def extract_batches(
     device: torch.device,
 ) -> Extracted:
     """Return what a network's `function` gives for all images: of each batch the same on any CPU cores, float32 exact on a GPU."""
-    each = spread if device.type == "cpu" else map
-    with exact_inference():
-        return concatenate(list(each(function, batches)), extractor)
+    with exact_inference(device) as of_each:
+        return concatenate(list(of_each(function, batches)), extractor)
 
 
 def concatenate(parts: list[Extracted], extractor: FeatureExtractor) -> Extracted:

@@ -36,14 +36,14 @@ def judge_of(
     against: Dataset | None = None,
     download: bool = True,
     device: torch.device | None = None,
-    on_gpu: bool = False,
+    computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Judge:
     """Return what an evaluation judges by; what it takes of real images is kept in `home`, and nearly free after the first time.
 
     The real images are those of `dataset`, for which the extractor is chosen, or `against`: in either case `split` of their source.
-    `device` is this process's, `on_gpu` whether `runner` computes on GPUs.
+    `device` is this process's, `computed_on` that of `runner`, by default the same.
 
     Raises:
         RefusedError, DataError: nothing can judge this dataset as asked.
@@ -64,7 +64,7 @@ def judge_of(
         asked.num_images,
         cache,
         split=split,
-        on_gpu=on_gpu,
+        computed_on=computed_on or device,
         runner=runner,
         progress=progress,
     )

@@ -87,13 +87,13 @@ def find_neighbours(
     extractor: FeatureExtractor,
     folder: Path,
     *,
-    on_gpu: bool = False,
+    computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbours:
     """Return the closest images of a dataset to each of `generated`, uint8 [q, C, H, W]; what is computed is kept in `folder`.
 
-    `on_gpu` says whether `runner` computes on GPUs.
+    `computed_on` is the kind of device of `runner`, by default the CPU.
     """
     features = extractor(generated).features
     key = {
@@ -101,7 +101,7 @@ def find_neighbours(
         "extractor": [extractor.name, extractor.sha256],
         "generated": hashlib.sha256(generated.tobytes()).hexdigest(),
         "k": NUM_NEIGHBOURS,
-        "arithmetic": shared_arithmetic(on_gpu=on_gpu),
+        "arithmetic": shared_arithmetic(computed_on or torch.device("cpu")),
     }
     task = NearestOfRows(dataset, extractor, generated, features)
     at_once = min(_ROWS_AT_ONCE, max(1, _FLOATS_AT_ONCE // dataset.manifest.image_bytes))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.data.image_set import Images, ImageSet, Progress, Rows
 from pipeline.errors import RefusedError
@@ -69,7 +70,7 @@ def prepare_reference(
     cache_dir: Path,
     *,
     split: str = TRAIN,
-    on_gpu: bool = False,
+    computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Reference:
@@ -77,7 +78,7 @@ def prepare_reference(
 
     Take the count from the result: with an extractor that was fitted on part of the dataset it is at most half of what
     is left. `split` says which part of its source the dataset is. `runner` says where features of real images are taken, and
-    `on_gpu` whether it has GPUs; the result depends on nothing else of it, neither on workers nor on threads.
+    `computed_on` on which kind of device, by default the CPU; the result depends on nothing else of it, neither on workers nor on threads.
 
     Raises:
         RefusedError: too few images for the extractor's features, or images that it cannot judge.
@@ -96,7 +97,7 @@ def prepare_reference(
         "counts": [plan.num_real, plan.num_other, len(plan.rows)],
         "rule": plan.rule,
         "noise_seed": NOISE_SEED,
-        "arithmetic": shared_arithmetic(on_gpu=on_gpu),
+        "arithmetic": shared_arithmetic(computed_on or torch.device("cpu")),
     }
     path = cache_dir / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
     arrays = _cached(path, key)

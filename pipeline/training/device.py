@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,10 @@ from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, Precision
 from pipeline.training.optimizer import AdamW
-from pipeline.training.threads import THREADS
+from pipeline.training.threads import THREADS, spread
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 BF16_FROM = (
     8,
@@ -231,16 +234,17 @@ def serving_compute() -> Compute:
 
 def arithmetic_of(profile: Profile) -> dict[str, Any]:
     """Return what the last bits of images and bits/dim depend on besides the model and how it is used, as it is recorded with them."""
-    return _arithmetic(profile.threads(profile.most_workers), on_gpu=profile.use_gpu)
+    return shared_arithmetic(workers_device(profile)) | {"threads": profile.threads(profile.most_workers)}
 
 
-def shared_arithmetic(*, on_gpu: bool) -> dict[str, Any]:
+def shared_arithmetic(device: torch.device) -> dict[str, Any]:
     """Return the same of what is kept for several profiles, whose threads are always one: a part of its key."""
-    return _arithmetic(THREADS, on_gpu=on_gpu)
+    return {"device": device.type, "threads": THREADS, "torch": torch.__version__}
 
 
-def _arithmetic(threads: int, *, on_gpu: bool) -> dict[str, Any]:
-    return {"device": "cuda" if on_gpu else "cpu", "threads": threads, "torch": torch.__version__}
+def workers_device(profile: Profile) -> torch.device:
+    """Return the kind of device that a profile's workers compute on; this process may have another."""
+    return torch.device("cuda" if profile.use_gpu else "cpu")
 
 
 def backend_of(profile: Profile) -> str:
@@ -254,8 +258,11 @@ def num_gpus() -> int:
 
 
 @contextlib.contextmanager
-def exact_inference() -> Iterator[None]:
-    """Run a network without gradients, and float32 as float32: TF32 would shift the features that GPUs compute."""
+def exact_inference(device: torch.device) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
+    """Run a network without gradients, and float32 as float32: TF32 would shift the features that GPUs compute.
+
+    Given is what calls a function with each of several batches: on a CPU with some at once, each on one thread.
+    """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -263,7 +270,7 @@ def exact_inference() -> Iterator[None]:
             torch.inference_mode(),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
         ):
-            yield
+            yield spread if device.type == "cpu" else map
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
 

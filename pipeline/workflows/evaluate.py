@@ -30,7 +30,7 @@ from pipeline.storage.runs import Run
 from pipeline.storage.runs_table import with_newest
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from pipeline.training.device import Compute, arithmetic_of
+from pipeline.training.device import Compute, arithmetic_of, workers_device
 from pipeline.training.trained import Trained
 from pipeline.workflows.judge import find_judge, own_split
 from pipeline.workflows.measure import measure_bound
@@ -100,7 +100,7 @@ def evaluate_model(
                 judge.dataset,
                 judge.extractor,
                 run.folder / "neighbours",
-                on_gpu=profile.use_gpu,
+                computed_on=workers_device(profile),
                 runner=workshop.runner,
                 progress=rate,
             )

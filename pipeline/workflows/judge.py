@@ -17,7 +17,7 @@ from pipeline.settings.config import EvaluationConfig, Experiment
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
-from pipeline.training.device import sampling_compute
+from pipeline.training.device import sampling_compute, workers_device
 from pipeline.training.trained import experiment_of, profile_of
 
 
@@ -44,7 +44,7 @@ def find_judge(
         against=None if split is None else open_split(run, split, console),
         download=download,
         device=sampling_compute(profile, here=False).device,
-        on_gpu=profile.use_gpu,
+        computed_on=workers_device(profile),
         runner=runner_of(profile),
         progress=progress_on(console),
     )
