@@ -26,6 +26,10 @@ def test_no_mark_names_a_row_that_there_is_not_and_no_row_is_without_a_test() ->
     assert holders().keys() == set(rows(MAP.read_text()))
 
 
+def test_make_test_holds_every_row_without_what_it_leaves_to_make_test_all() -> None:
+    assert holders(in_make_test=True).keys() == set(rows(MAP.read_text()))
+
+
 def test_every_mark_is_found_where_pytest_finds_it(pytestconfig: pytest.Config) -> None:
     """The script reads decorators and `pytestmark`: a mark written in any other place would be missed."""
     written = re.compile(r"\bmark\.(?:fault|oracle|promise)\(")
@@ -56,3 +60,15 @@ def test_a_missing_test_would_be_seen(tmp_path: Path) -> None:
     assert rows(text) == [("fault", "1"), ("fault", "2")]
     assert rendered(text, found).splitlines()[2:4] == ["| 1 | a | `test_x.py::test_a` |", "| 2 | b \\| c | none |"]
     assert rendered(text, found).splitlines()[-1] == "| 1 | no table of ours | x |"
+
+
+def test_what_make_test_leaves_out_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\n@pytest.mark.fault(1)\n@pytest.mark.all\ndef test_a(): ...\n\n"
+        "@pytest.mark.fault(2)\n@pytest.mark.parametrize('n', [1, pytest.param(2, marks=pytest.mark.all)])\ndef test_b(n): ...\n"
+    )
+    (tmp_path / "test_y.py").write_text(
+        "import pytest\npytestmark = [pytest.mark.ray, pytest.mark.all]\n\n@pytest.mark.fault(3)\ndef test_c(): ...\n"
+    )
+    assert holders(tmp_path).keys() == {("fault", "1"), ("fault", "2"), ("fault", "3")}
+    assert holders(tmp_path, in_make_test=True).keys() == {("fault", "2")}

@@ -150,6 +150,7 @@ def score(diffusion: GaussianDiffusion, model: Model) -> Tensor:
     return result.total
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(CHOICES)
 def test_every_combination_works_or_is_refused_where_it_should_be(choice: Choice) -> None:

@@ -260,6 +260,7 @@ def test_memory_layout_does_not_change_the_result(layout: torch.memory_format) -
         torch.testing.assert_close(model(x.to(memory_format=layout), t), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
     model = randomised(small(num_classes=2))
     x, t, y = randn(2, 3, 16, 16).float(), torch.tensor([3, 4]), torch.tensor([0, 1])

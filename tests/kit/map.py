@@ -31,20 +31,32 @@ def marks_of(node: ast.expr) -> Iterator[Key]:
                 yield call.func.attr, str(ast.literal_eval(argument))
 
 
-def holders(folder: Path = TESTS) -> dict[Key, list[str]]:
-    """Return the tests that bear each mark, as `file::test`, in the order of their names."""
+def is_of_test_all_alone(decorators: list[ast.expr]) -> bool:
+    """Whether a test bears the mark `all`: `make test` leaves it out."""
+    return any(ast.unparse(node).endswith("mark.all") for decorator in decorators for node in parts_of(decorator))
+
+
+def parts_of(node: ast.expr) -> list[ast.expr]:
+    """Return the marks of a list, or the one mark."""
+    return node.elts if isinstance(node, ast.List) else [node]
+
+
+def holders(folder: Path = TESTS, *, in_make_test: bool = False) -> dict[Key, list[str]]:
+    """Return the tests that bear each mark, as `file::test`, in the order of their names; all of them, or those of `make test`."""
     found: dict[Key, list[str]] = defaultdict(list)
     for file in sorted(folder.rglob("test_*.py"), key=lambda path: path.name):
         tree = ast.parse(file.read_text())
         of_file = [
-            key
+            node.value
             for node in tree.body
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "pytestmark"
-            for key in marks_of(node.value)
         ]
         for node in tree.body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                for key in dict.fromkeys([*of_file, *(key for d in node.decorator_list for key in marks_of(d))]):
+                marks = [*of_file, *node.decorator_list]
+                if in_make_test and is_of_test_all_alone(marks):
+                    continue
+                for key in dict.fromkeys(key for mark in marks for key in marks_of(mark)):
                     found[key].append(f"{file.name}::{node.name}")
     return dict(found)
 

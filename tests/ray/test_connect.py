@@ -185,6 +185,7 @@ def test_more_than_the_cluster_holds_fails_soon_and_says_what_is_missing(cli, cl
     assert not (tmp_path / "shared" / "runs").exists()
 
 
+@pytest.mark.all
 def test_a_dry_run_measures_with_the_workers_that_a_training_would_begin_with(cli, cluster, profile_of, home):
     (home / "trusted.py").write_text(NETWORK)
     (home / "own.yaml").write_text("model: {type: 'trusted:Trusted'}\n")

@@ -80,6 +80,7 @@ def reds(result: Result) -> set[str]:
     return {name for name, finding in found(result).items() if finding["verdict"] == "red"}
 
 
+@pytest.mark.all
 def test_a_healthy_cluster_of_two_nodes(cli, cluster, profile, noise, tmp_path):
     node = cluster.add_node(num_cpus=1)
     try:
@@ -136,6 +137,7 @@ def test_too_few_cpus_a_damaged_dataset_and_a_dead_tracking_server(cli, cluster,
     assert (seen["step"]["verdict"], seen["all-reduce"]["verdict"]) == ("skipped", "skipped")
 
 
+@pytest.mark.all
 def test_a_wrong_token_and_an_absent_cluster(cli, cluster, profile):
     result = cli("doctor", "--cluster", profile(cluster), env=cluster.environment | {"RAY_AUTH_TOKEN": "0" * 32})
     assert result.code == 10, result
@@ -151,6 +153,7 @@ def test_a_wrong_token_and_an_absent_cluster(cli, cluster, profile):
     assert found(absent)["mlflow"]["verdict"] == "green"
 
 
+@pytest.mark.all
 def test_a_cluster_that_jobs_are_sent_to(cli, cluster, profile):
     """The same command line goes there as a job, and looks at the cluster from inside."""
     path = profile(cluster, kind="job", address=cluster.dashboard, workers=1)
@@ -171,6 +174,7 @@ def test_this_machine_needs_no_profile_and_nothing_stays(cli, home):
     assert list(home.iterdir()) == []
 
 
+@pytest.mark.all
 def test_an_object_store_holds_runs_and_data(cli, home, bucket, noise):
     (home / "remote.yaml").write_text(f"storage: {bucket}\nresources_per_worker: {{CPU: 1}}\nthreads_per_worker: 1\n")
     images = noise.parent / "images.npz"
@@ -184,6 +188,7 @@ def test_an_object_store_holds_runs_and_data(cli, home, bucket, noise):
     assert {entry.name.split("/")[0] for entry in RemoteFolder(bucket).objects()} == {"set"}
 
 
+@pytest.mark.all
 def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fails_leaves_nothing(
     cli, cluster, profile, bucket, noise, object_store, user_environment
 ):
@@ -213,6 +218,7 @@ def test_nodes_reach_the_store_by_what_the_profile_forwards_and_a_check_that_fai
 
 
 @pytest.mark.fault(6, 7)
+@pytest.mark.all
 def test_a_read_only_place_without_room(home, shell):
     """In a mount namespace of its own, where the storage is a small read-only file system."""
     place = home / "place"

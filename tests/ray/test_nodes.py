@@ -73,6 +73,7 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
 
 @pytest.mark.fault(4)
 @pytest.mark.promise("P2")
+@pytest.mark.all
 def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(
     home, typed, ray_session, start
 ):

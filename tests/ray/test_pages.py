@@ -123,12 +123,14 @@ def test_the_list_shows_what_matters_and_trials_under_their_sweep(pages: Pages, 
     assert f"{swept['best']['title']}, best FID, seed 0" in pages.text()
 
 
+@pytest.mark.all
 def test_the_best_trial_is_found_by_its_words(pages: Pages, ids: dict[str, str], swept: dict[str, Any]) -> None:
     words = quote(f"attributes.run_name LIKE '%{swept['best']['title']}, best FID%'")
     address = f"{pages.root}/experiments/{ids['experiment']}/runs?workflowType=machine_learning&searchFilter={words}"
     pages.open("search", address, "2 matching runs")  # it, under its sweep
 
 
+@pytest.mark.all
 def test_a_run_tells_what_it_was_and_how_to_do_it_again(
     pages: Pages, ids: dict[str, str], swept: dict[str, Any]
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_run_tells_what_it_was_and_how_to_do_it_again(
     pages.driver.save_screenshot(str(pages.pictures / "charts.png"))
 
 
+@pytest.mark.all
 def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dict[str, str]) -> None:
     artifacts = f"{pages.root}/experiments/{ids['experiment']}/runs/{{}}/artifacts/{{}}"
     pages.open(
@@ -165,6 +168,7 @@ def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dic
     pages.driver.save_screenshot(str(pages.pictures / "samples.png"))
 
 
+@pytest.mark.all
 def test_a_training_shows_its_dataset_schedule_and_scored_images(
     pages: Pages, ids: dict[str, str], swept_shell: Shell, winner: dict[str, Any]
 ) -> None:
@@ -180,6 +184,7 @@ def test_a_training_shows_its_dataset_schedule_and_scored_images(
     pages.wait_for(lambda: widest_picture(pages) > 200)
 
 
+@pytest.mark.all
 def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winner: dict[str, Any]) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -204,6 +209,7 @@ def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winne
     pages.driver.save_screenshot(str(pages.pictures / "grids.png"))
 
 
+@pytest.mark.all
 def test_the_best_model_has_a_page_with_its_alias(pages: Pages, swept: dict[str, Any]) -> None:
     said = pages.open("model", f"{pages.root}/models/ddpm-digits", "ddpm-digits", "Version 1", "best-fid")
     assert swept["best"]["title"] in said
@@ -254,6 +260,7 @@ def test_the_best_model_answers_requests_with_pngs(swept_shell: Shell, swept: di
     assert "Traceback" not in stderr
 
 
+@pytest.mark.all
 def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
     swept_shell: Shell, swept: dict[str, Any]
 ) -> None:

@@ -115,7 +115,7 @@ def test_scores_are_the_same_and_a_repeat_computes_nothing(
 
 
 @pytest.mark.fault(1, 2, 20)
-@pytest.mark.parametrize("fault", ["ctrl-c", "kill", "worker"])
+@pytest.mark.parametrize("fault", ["ctrl-c", pytest.param("kill", marks=pytest.mark.all), "worker"])
 def test_what_was_generated_before_a_fault_is_kept(
     run: Run, home: Path, shell: Shell, typed: Typed, ray_session: object, whole: str, fault: str
 ) -> None:

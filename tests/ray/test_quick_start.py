@@ -30,6 +30,7 @@ def digits_are_good(scores: dict[str, Any]) -> bool:
     return scores["confident"]["generated"] >= 0.9 and min(scores["class_shares"].values()) >= 0.04
 
 
+@pytest.mark.all
 @pytest.mark.timeout(1800)  # seven minutes on slow cores, alone
 def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli, typed, ray_session):
     trained = cli("train", "--json", timeout_s=1500)

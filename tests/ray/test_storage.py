@@ -11,7 +11,7 @@ from pipeline.storage.checkpoint import MANIFEST
 from tests.kit.experiments import tiny_experiment, write_yaml
 from tests.kit.object_store import objects
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.all, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.fault(2, 19)

@@ -232,6 +232,7 @@ def way(cluster: RayCluster) -> Iterator[Way]:
     made.close()
 
 
+@pytest.mark.all
 def test_following_is_taken_up_again_where_the_connection_was_lost(
     cli, start, cluster, profile_of, folder, outside, way
 ):

@@ -91,6 +91,7 @@ def test_trials_are_nested_found_by_words_and_the_best_is_registered(swept_shell
 
 
 @pytest.mark.fault(2)
+@pytest.mark.all
 def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dict[str, Any], elsewhere: Shell) -> None:
     killed = elsewhere.start("sweep", "grid.yaml")
     killed.wait_for(lambda: (elsewhere.home / "sweeps").is_dir() and len(ledger(elsewhere.home)) >= 1)
@@ -123,6 +124,23 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dic
     assert {run.id for run in Run.all(elsewhere.home)} > begun
     assert len(Run.all(elsewhere.home)) == 5  # what was done was not done again
     assert extended["seconds"] > spent_s  # of all drivers
+
+
+def test_a_sweep_whose_driver_is_killed_goes_on_from_its_trials_checkpoint(elsewhere: Shell) -> None:
+    over = ("--over", "training.learning_rate=1e-3", "--steps", "40", "--seeds", "1")
+    killed = elsewhere.start("sweep", "--base", "slow.yaml", *over, "-s", "logging.every_steps=20")
+    killed.wait_for(lambda: newest_step(elsewhere.home) >= 10)
+    processes = children_of(killed.pid)
+    killed.send(signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=20)
+    assert alive == []
+    run, saved = only_run(elsewhere.home), newest_step(elsewhere.home)
+    (folder,) = (elsewhere.home / "sweeps").iterdir()
+    code, stdout, stderr = elsewhere.type("resume", folder.name, "--json")
+    assert code == 0, stderr
+    assert [point["status"] for point in json.loads(stdout)["points"]] == ["finished"]
+    assert only_run(elsewhere.home).id == run.id
+    assert f"attempt 2 continues from step {saved}\n" in run.log_path.read_text()
 
 
 def test_the_forecast_is_measured_and_writes_nothing(swept_shell: Shell, swept: dict[str, Any]) -> None:
@@ -181,6 +199,7 @@ def trial_processes(pid: int) -> list[psutil.Process]:
 
 
 @pytest.mark.fault(1, 20)
+@pytest.mark.all
 def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_store_of_mlflow_run(
     elsewhere: Shell,
 ) -> None:

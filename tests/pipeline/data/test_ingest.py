@@ -71,6 +71,7 @@ def test_other_content_gives_another_fingerprint(tmp_path: Path, changed: str) -
     assert original.fingerprint != other.fingerprint
 
 
+@pytest.mark.slow
 def test_processes_and_shards_change_nothing_of_the_content(tmp_path: Path) -> None:
     """Three chunks for the pool: of JPEGs, and made larger, so that decoding, resizing and PNG are in it."""
     root = tmp_path / "photos"
@@ -85,6 +86,7 @@ def test_processes_and_shards_change_nothing_of_the_content(tmp_path: Path) -> N
     Dataset.open(tmp_path / "pool").verify()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["an unguarded script", "standard input"])
 def test_the_pool_does_not_need_the_main_module(tmp_path: Path, how: str) -> None:
     folder = write_folder(tmp_path / "in", some_images(600, (4, 4, 1)))
@@ -182,6 +184,7 @@ def group_is_gone(group: int) -> bool:
     return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_ctrl_c_ends_all_processes_and_leaves_nothing(tmp_path: Path, num_workers: int) -> None:
     folder = write_folder(tmp_path / "in", some_images(6000, (8, 8, 3)))
@@ -192,6 +195,7 @@ def test_ctrl_c_ends_all_processes_and_leaves_nothing(tmp_path: Path, num_worker
     assert {path.name for path in tmp_path.iterdir()} == {"in", "slow.py"}
 
 
+@pytest.mark.slow
 def test_a_killed_ingest_leaves_no_process_and_the_next_one_takes_its_place(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", some_images(6000, (8, 8, 3)))
     with start_slow_ingest(tmp_path, folder, 2) as process:
@@ -438,6 +442,7 @@ print(ensure_ingested(sys.argv[1], IngestOptions(), Path(sys.argv[2]), lambda te
 """
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_dataset_make_it_once(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", some_images(3000, (8, 8, 3)))
     command = [sys.executable, "-c", ENSURE, str(folder), str(tmp_path / "cache")]
@@ -468,6 +473,7 @@ def test_real_mnist(real_data: Path, tmp_path: Path) -> None:
     dataset.verify()
 
 
+@pytest.mark.slow
 def test_real_cifar10(real_data: Path, tmp_path: Path) -> None:
     source = str(real_data / "cifar10" / "train-00000-*.parquet")
     alone = ingest(source, tmp_path / "a", num_workers=1)

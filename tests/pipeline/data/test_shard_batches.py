@@ -38,6 +38,7 @@ def assert_same(a: RawBatch, b: RawBatch) -> None:
         np.testing.assert_array_equal(a.labels, b.labels)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_streams", "batch_size"), [(4, 12), (2, 200), (50, 50)])
 @pytest.mark.parametrize("window", [1, 100, 10_000])
 def test_memory_and_disk_give_the_same_batches(stored: Dataset, window: int, num_streams: int, batch_size: int) -> None:

@@ -40,6 +40,7 @@ def unknown_fields(content: Any, schema: dict[str, Any], path: str = "") -> Iter
                 yield from unknown_fields(value, schema["properties"].get(key, {}), f"{path}.{key}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RAY_KINDS)
 def test_ray_manifests_fit_kuberays_own_definitions(name):
     folder = Path(os.environ.get("DDPM_PIPE_TEST_SCHEMAS", BESIDE))
