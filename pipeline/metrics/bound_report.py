@@ -102,11 +102,13 @@ class Measured:
         ]
 
 
-def write_measured(measured: Measured, folder: Path, model: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write figures, with the `model` they are of, per-image bits, curves and their picture into a folder, and return their paths."""
+def write_measured(measured: Measured, folder: Path, about: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write figures, with what there is to say `about` them, per-image bits, curves and a picture into a folder; return their paths."""
     make_folder(folder)
     paths = {name: folder / name for name in (SCORES_FILE, BOUND_FILE, CURVES_FILE, PICTURE_FILE)}
-    write_atomically(paths[SCORES_FILE], (json.dumps({"model": model, **measured.to_json()}, indent=1) + "\n").encode())
+    write_atomically(
+        paths[SCORES_FILE], (json.dumps({**(about or {}), **measured.to_json()}, indent=1) + "\n").encode()
+    )
     write_atomically(paths[BOUND_FILE], pack(measured.bound.to_arrays(), measured.identity.to_json()))
     write_atomically(paths[CURVES_FILE], curves_csv(measured.bound).encode())
     save_figure(curves_figure([(measured.identity.key, measured.bound)]), paths[PICTURE_FILE])

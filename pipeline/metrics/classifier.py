@@ -20,11 +20,10 @@ from torch import Tensor, nn
 from pipeline.data.image_set import Images
 from pipeline.data.images import to_float
 from pipeline.errors import DataError, RefusedError
-from pipeline.metrics.features import Extracted, check_images, concatenate, in_batches
+from pipeline.metrics.features import Extracted, check_images, extract_batches, in_batches
 from pipeline.metrics.fit_rule import SALT, FitRule
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.tensor_file import pack, unpack
-from pipeline.training.device import exact_inference
 
 MIN_ACCURACY = 0.95
 CONFIDENT = 0.9
@@ -32,7 +31,7 @@ MIN_PER_FEATURE = 4
 """Fewest images per feature on each side of a comparison: below, FID is mostly the bias of two estimated covariances."""
 
 _FORMAT = 1
-_BATCH_SIZE = 500
+_BATCH_SIZE = 128
 
 Labels = npt.NDArray[np.int64]
 
@@ -147,12 +146,11 @@ class Classifier:
     def __call__(self, images: Images) -> Extracted:
         """Extract from uint8 images [n, C, H, W] of the shape it was fitted on."""
         check_images(images, (self.card.shape[0],))
-        return concatenate([self._extract(batch) for batch in in_batches(images, _BATCH_SIZE)], self)
+        return extract_batches(self._extract, in_batches(images, _BATCH_SIZE), self, self._device)
 
     def _extract(self, images: Images) -> Extracted:
-        with exact_inference():
-            features, logits = self._network(torch.from_numpy(np.ascontiguousarray(images)).to(self._device))
-            return Extracted(features.cpu().numpy(), logits.cpu().numpy())
+        features, logits = self._network(torch.from_numpy(np.ascontiguousarray(images)).to(self._device))
+        return Extracted(features.cpu().numpy(), logits.cpu().numpy())
 
     @classmethod
     def load(cls, path: Path, *, sha256: str | None = None, device: torch.device | None = None) -> Classifier:

@@ -1,4 +1,4 @@
-"""Fitting the small classifier: bit for bit the same weights for the same images, threads and torch release.
+"""Fitting the small classifier: bit for bit the same weights for the same images and torch release, on any number of cores.
 
 Noise and scrambled images are shown to it as belonging to no class (Hendrycks et al. 2019, outlier exposure), so that
 its confidence says something about images that are not of the dataset, as those of an untrained model.
@@ -17,8 +17,10 @@ from torch.nn import functional
 from pipeline.data.image_set import Images
 from pipeline.metrics.classifier import Labels, SmallNetwork
 from pipeline.training.optimizer import AdamW
+from pipeline.training.threads import one_thread
 
 
+@one_thread()
 def fit(
     images: Images,
     labels: Labels,
@@ -32,7 +34,7 @@ def fit(
 ) -> SmallNetwork:
     """Fit a network on uint8 images [n, C, H, W] and labels int64 [n] in 0 .. num_classes - 1.
 
-    The same weights, bit for bit, for the same arguments, number of threads, torch release and kind of processor.
+    The same weights, bit for bit, for the same arguments, torch release and kind of processor.
     """
     shape = (images.shape[1], images.shape[2], images.shape[3])
     with torch.random.fork_rng(devices=[]):

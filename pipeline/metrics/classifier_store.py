@@ -26,6 +26,7 @@ from pipeline.metrics.classifier_fit import fit
 from pipeline.metrics.features import extract
 from pipeline.metrics.fit_rule import FitRule, Hashes, hash_rows, held_out_rows
 from pipeline.storage.home import make_folder
+from pipeline.training.threads import THREADS
 
 MAX_SIZE = 64
 MIN_SIZE = 8
@@ -113,7 +114,8 @@ class Recipe:
 
     def key(self, dataset: ImageSet) -> str:
         """Return a name for this recipe on this content."""
-        content = json.dumps([_RECIPE_FORMAT, dataset.manifest.fingerprint, asdict(self), str(FitRule(self.fraction))])
+        rule = str(FitRule(self.fraction))
+        content = json.dumps([_RECIPE_FORMAT, dataset.manifest.fingerprint, asdict(self), rule, {"threads": THREADS}])
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
 
@@ -225,21 +227,9 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m pipeline.metrics.classifier_store", description=main.__doc__)
     parser.add_argument("dataset", type=Path, help="folder that `ddpm-pipe ingest` wrote")
     parser.add_argument("out", type=Path, help="file to write, .safetensors")
-    parser.add_argument("--threads", type=int, default=1, help="threads; the weights' last bits depend on it")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(options.threads)
     dataset = Dataset.open(options.dataset)
-    command = shlex.join(
-        [
-            "python",
-            "-m",
-            "pipeline.metrics.classifier_store",
-            options.dataset.name,
-            options.out.name,
-            "--threads",
-            str(options.threads),
-        ]
-    )
+    command = shlex.join(["python", "-m", "pipeline.metrics.classifier_store", options.dataset.name, options.out.name])
     recipe = Recipe.for_dataset(dataset)
     card = fit_and_save(dataset, options.out, recipe=recipe, hashes=hash_rows(dataset), command=command)
     digest = hashlib.sha256(options.out.read_bytes()).hexdigest()

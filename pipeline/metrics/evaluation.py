@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class Evaluation:
     scored: Scored | None = None
     measured: Measured | None = None
     sheet: Sheet | None = None
+    arithmetic: dict[str, Any] = field(default_factory=dict)  # of the images and bits/dim: device, threads, torch
 
     @property
     def lines(self) -> list[str]:
@@ -66,7 +67,7 @@ class Evaluation:
             parts.append(self.measured.to_json())
         if self.scored is not None:
             parts.append(self.scored.scores.to_json())
-        joint: dict[str, Any] = {"model": self.model}
+        joint: dict[str, Any] = self.about
         for part in parts:
             merged = {name: {**joint.get(name, {}), **part[name]} for name in ("values", "identities", "spreads")}
             joint |= {**part, **merged}
@@ -79,6 +80,11 @@ class Evaluation:
         """What is judged."""
         return {"run": self.run, "step": self.step}
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """What the files say of all figures: the model, and how it was computed."""
+        return {"model": self.model, "arithmetic": self.arithmetic}
+
 
 def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
     """Write what was found, each part into a folder that is named by its identity and the model's step; return the files."""
@@ -89,7 +95,7 @@ def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
         # all of them: an evaluation by fewer metrics leaves the file of one by more as it is
         identities = [identity.to_json() for _, identity in sorted(scores.identities.items())]
         folder = root / f"{key}-{generation.sampler}{generation.steps}-{_digest(found.model, *identities)}"
-        written += write_scores(scores, folder, found.model)
+        written += write_scores(scores, folder, found.about)
         save_grid(found.scored.preview, folder / "grid.png")
         written.append(folder / "grid.png")
         if found.sheet is not None:
@@ -97,7 +103,7 @@ def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
     if found.measured is not None:
         bound = found.measured.identity
         folder = root / f"{bound.key}-{_digest(found.model, bound.to_json())}"
-        written += write_measured(found.measured, folder, found.model)
+        written += write_measured(found.measured, folder, found.about)
     return written
 
 

@@ -1,7 +1,8 @@
 """Distances of two sets of images by their features: FID, KID, and the Inception Score of one set.
 
 Everything here is arithmetic in float64 on arrays [n, width]; where the features come from is `pipeline.metrics.features`'
-business, and which images may be compared is `pipeline.metrics.scoring`'s.
+business, and which images may be compared is `pipeline.metrics.scoring`'s. Matrix products and decompositions are torch's, each on
+one thread (`pipeline.training.threads`): numpy's would take as many as the environment of the process says.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from pipeline.training.threads import one_thread, spread
 
 Array = npt.NDArray[np.float64]
 
@@ -37,14 +40,15 @@ class Moments:
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     @classmethod
+    @one_thread()
     def of(cls, features: npt.ArrayLike) -> Moments:
         """Return the moments of features [n, width], n >= 0; they are converted to float64 first."""
         x = as_features(features, "features")
         if len(x) == 0:
             return cls.empty(x.shape[1])
         mean = x.mean(axis=0)
-        centred = x - mean
-        return cls(len(x), mean, centred.T @ centred)
+        centred = torch.from_numpy(x - mean)
+        return cls(len(x), mean, (centred.T @ centred).numpy())
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], name: str) -> Moments:
@@ -84,6 +88,7 @@ class Moments:
         return self.scatter / (self.count - 1)
 
 
+@one_thread()
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Return |mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), the Frechet distance of Heusel et al. 2017, eq. 6 (a square).
 
@@ -95,22 +100,23 @@ def frechet_distance(a: Moments, b: Moments) -> float:
         raise ValueError(f"moments of width {a.width} and {b.width} have no distance")
     root_a, vectors_a = _root(a.covariance)
     root_b, vectors_b = _root(b.covariance)
-    singular = np.linalg.svd(root_a[:, None] * (vectors_a.T @ vectors_b) * root_b, compute_uv=False)
-    delta = a.mean - b.mean
+    singular = torch.linalg.svdvals(root_a[:, None] * (vectors_a.T @ vectors_b) * root_b)
+    delta = torch.from_numpy(a.mean - b.mean)
     # The traces are summed from the same roots, so that what is left out of one term is left out of all.
-    distance = delta @ delta + np.sum(root_a**2) + np.sum(root_b**2) - 2 * np.sum(singular)
+    distance = delta.square().sum() + root_a.square().sum() + root_b.square().sum() - 2 * singular.sum()
     return max(0.0, float(distance))
 
 
-def _root(covariance: Array) -> tuple[Array, Array]:
-    """Return the roots of the eigenvalues of a covariance, and its eigenvectors as columns.
+def _root(covariance: Array) -> tuple[Tensor, Tensor]:
+    """Return the roots of the eigenvalues of a covariance [k], k <= width, and their eigenvectors as columns [width, k].
 
-    Eigenvalues below the rounding error of the decomposition are zero: their roots would be 1e-8 of the largest and, a
+    Eigenvalues below the rounding error of the decomposition are left out: their roots would be 1e-8 of the largest and, a
     hundred at a time, show in the result.
     """
-    values, vectors = np.linalg.eigh(covariance)
-    noise = len(values) * np.finfo(np.float64).eps * max(float(values[-1]), 0.0)
-    return np.sqrt(np.where(values > noise, values, 0.0)), vectors
+    values, vectors = torch.linalg.eigh(torch.from_numpy(covariance))
+    noise = len(values) * torch.finfo(torch.float64).eps * max(float(values[-1]), 0.0)
+    kept = values > noise
+    return values[kept].sqrt(), vectors[:, kept]
 
 
 @dataclass(frozen=True)
@@ -132,17 +138,15 @@ def kid(
     and is not cut off. Subsets are made smaller where n or m is below `subset_size`; the size used is in the result.
     They are drawn from numpy's legacy generator, whose stream never changes between versions.
     """
-    # torch and not numpy: its threads are the ones that the caller set, which matters for 300 small products
     left, right = map(torch.from_numpy, pair_of(x, y))
     subset_size = min(subset_size, len(left), len(right))
     if subset_size < 2 or num_subsets < 1:
         raise ValueError(f"KID needs subsets of at least 2 images and one subset, got {subset_size} and {num_subsets}")
     rng = np.random.RandomState(seed)
-    values = np.empty(num_subsets)
-    for i in range(num_subsets):
-        rows_left = rng.choice(len(left), subset_size, replace=False)
-        rows_right = rng.choice(len(right), subset_size, replace=False)
-        values[i] = _mmd2(left[rows_left], right[rows_right])
+    subsets = [
+        [rng.choice(len(side), subset_size, replace=False) for side in (left, right)] for _ in range(num_subsets)
+    ]
+    values = np.array(spread(lambda rows: _mmd2(left[rows[0]], right[rows[1]]), subsets))
     return KernelDistance(float(values.mean()), float(values.std()), num_subsets, subset_size)
 
 

@@ -20,9 +20,8 @@ from torch import nn
 from pipeline.data.image_set import Images
 from pipeline.errors import DataError, RefusedError, StorageError
 from pipeline.exchange.foreign_tensors import load_torch
-from pipeline.metrics.features import Extracted, check_images, concatenate, in_batches
+from pipeline.metrics.features import Extracted, check_images, extract_batches, in_batches
 from pipeline.metrics.inception_network import InceptionV3
-from pipeline.training.device import exact_inference
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -89,13 +88,12 @@ class Inception:
     def __call__(self, images: Images) -> Extracted:
         """Extract from uint8 images [n, C, H, W] with C 1 or 3."""
         check_images(images, (1, 3))
-        return concatenate([self._extract(batch) for batch in in_batches(images, self._batch_size)], self)
+        return extract_batches(self._extract, in_batches(images, self._batch_size), self, self._device)
 
     def _extract(self, images: Images) -> Extracted:
-        with exact_inference():
-            x = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
-            features, logits = self._network(x.expand(-1, 3, -1, -1))
-            return Extracted(features.cpu().numpy(), logits.cpu().numpy())
+        x = torch.from_numpy(np.ascontiguousarray(images)).to(self._device)
+        features, logits = self._network(x.expand(-1, 3, -1, -1))
+        return Extracted(features.cpu().numpy(), logits.cpu().numpy())
 
 
 def read_weights(

@@ -36,12 +36,14 @@ def judge_of(
     against: Dataset | None = None,
     download: bool = True,
     device: torch.device | None = None,
+    computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Judge:
     """Return what an evaluation judges by; what it takes of real images is kept in `home`, and nearly free after the first time.
 
     The real images are those of `dataset`, for which the extractor is chosen, or `against`: in either case `split` of their source.
+    `device` is this process's, `computed_on` that of `runner`, by default the same.
 
     Raises:
         RefusedError, DataError: nothing can judge this dataset as asked.
@@ -57,6 +59,13 @@ def judge_of(
         progress=progress,
     )
     reference = scoring.prepare_reference(
-        against or dataset, extractor, asked.num_images, cache, split=split, runner=runner, progress=progress
+        against or dataset,
+        extractor,
+        asked.num_images,
+        cache,
+        split=split,
+        computed_on=computed_on or device,
+        runner=runner,
+        progress=progress,
     )
     return Judge(dataset, extractor, reference)

@@ -24,7 +24,7 @@ from pipeline.storage.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays
-from pipeline.training.device import Compute
+from pipeline.training.device import Compute, shared_arithmetic
 
 PICTURE_FILE, JSON_FILE = "neighbours.png", "neighbours.json"
 NUM_NEIGHBOURS = 3
@@ -87,16 +87,21 @@ def find_neighbours(
     extractor: FeatureExtractor,
     folder: Path,
     *,
+    computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Callable[[int], None] | None = None,
 ) -> Neighbours:
-    """Return the closest images of a dataset to each of `generated`, uint8 [q, C, H, W]; what is computed is kept in `folder`."""
+    """Return the closest images of a dataset to each of `generated`, uint8 [q, C, H, W]; what is computed is kept in `folder`.
+
+    `computed_on` is the kind of device of `runner`, by default the CPU.
+    """
     features = extractor(generated).features
     key = {
         "dataset": dataset.manifest.fingerprint,
         "extractor": [extractor.name, extractor.sha256],
         "generated": hashlib.sha256(generated.tobytes()).hexdigest(),
         "k": NUM_NEIGHBOURS,
+        "arithmetic": shared_arithmetic(computed_on or torch.device("cpu")),
     }
     task = NearestOfRows(dataset, extractor, generated, features)
     at_once = min(_ROWS_AT_ONCE, max(1, _FLOATS_AT_ONCE // dataset.manifest.image_bytes))

@@ -7,7 +7,7 @@ of the definition: equal images are at distance exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.metrics.fid import pair_of
+from pipeline.training.threads import spread
 
-_BLOCK_VALUES = 1 << 24  # distances of one block: 128 MB of float64, and a few masks of it
+_BLOCK_VALUES = 1 << 22  # distances of one block: 32 MB of float64, and a few masks of it, for each thread
 
 
 class PRDC(NamedTuple):
@@ -45,20 +46,21 @@ def prdc(real: npt.ArrayLike, generated: npt.ArrayLike, *, k_precision: int = 3,
     r, g = (_Points.of(torch.from_numpy(features)) for features in pair_of(real, generated))
     real_radii, wide_radii = _radii(r, (k_precision, k_density))
     (generated_radii,) = _radii(g, (k_precision,))
-    precise, memberships = 0, 0
-    recalled, covered = (torch.zeros(len(r.x), dtype=torch.bool) for _ in range(2))
-    for rows, squares in _blocks(g, r):
+
+    def judge(rows: slice) -> tuple[int, int, Tensor, Tensor]:
         part = g.part(rows)
-        precise += int(_within(squares, part, r, real_radii[None, :]).any(1).sum())
+        squares = _squares(part, r)
+        precise = int(_within(squares, part, r, real_radii[None, :]).any(1).sum())
         inside = _within(squares, part, r, wide_radii[None, :])
-        memberships += int(inside.sum())
-        covered |= inside.any(0)
-        recalled |= _within(squares, part, r, generated_radii[rows, None]).any(0)
+        recalled = _within(squares, part, r, generated_radii[rows, None]).any(0)
+        return precise, int(inside.sum()), recalled, inside.any(0)
+
+    precise, memberships, recalled, covered = zip(*spread(judge, _blocks(g, r)), strict=True)
     return PRDC(
-        precise / len(g.x),
-        float(recalled.double().mean()),
-        memberships / (k_density * len(g.x)),
-        float(covered.double().mean()),
+        sum(precise) / len(g.x),
+        float(torch.stack(recalled).any(0).double().mean()),
+        sum(memberships) / (k_density * len(g.x)),
+        float(torch.stack(covered).any(0).double().mean()),
     )
 
 
@@ -81,9 +83,10 @@ def _radii(points: _Points, ks: Sequence[int]) -> list[Tensor]:
     n, furthest = len(points.x), max(ks)
     if not 1 <= min(ks) <= furthest < n:
         raise ValueError(f"the {furthest}-th neighbour needs more than {furthest} images, got {n}")
-    radii = torch.empty(len(ks), n, dtype=torch.float64)
-    for rows, squares in _blocks(points, points):
+
+    def of_rows(rows: slice) -> Tensor:
         part = points.part(rows)
+        squares = _squares(part, points)
         own = torch.arange(len(part.x))
         squares[own, rows.start + own] = torch.inf  # a point is not its own neighbour
         nearest = squares.kthvalue(furthest, dim=1).values[:, None]
@@ -92,18 +95,20 @@ def _radii(points: _Points, ks: Sequence[int]) -> list[Tensor]:
         exact = _exact(part, points, row, column)
         order = torch.from_numpy(np.lexsort((exact.numpy(), row.numpy())))
         first = torch.searchsorted(row, own)  # `row` ascends, before and after this sort
-        for i, k in enumerate(ks):
-            radii[i, rows] = exact[order[first + k - 1]]
-    return list(radii)
+        return torch.stack([exact[order[first + k - 1]] for k in ks])
+
+    return list(torch.cat(spread(of_rows, _blocks(points, points)), dim=1))
 
 
-def _blocks(a: _Points, b: _Points) -> Iterator[tuple[slice, Tensor]]:
-    """Yield (rows, squared distances [rows, len(b)], right but for `_doubt`) over blocks of rows of `a`."""
+def _blocks(a: _Points, b: _Points) -> list[slice]:
+    """Return blocks of rows of `a` whose distances to all of `b` are held at once."""
     step = max(1, _BLOCK_VALUES // len(b.x))
-    for start in range(0, len(a.x), step):
-        rows = slice(start, min(start + step, len(a.x)))
-        part = a.part(rows)
-        yield rows, torch.addmm(part.square[:, None] + b.square[None, :], part.x, b.x.T, alpha=-2)
+    return [slice(start, min(start + step, len(a.x))) for start in range(0, len(a.x), step)]
+
+
+def _squares(a: _Points, b: _Points) -> Tensor:
+    """Return squared distances [len(a), len(b)], right but for `_doubt`."""
+    return torch.addmm(a.square[:, None] + b.square[None, :], a.x, b.x.T, alpha=-2)
 
 
 def _within(squares: Tensor, a: _Points, b: _Points, radii: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.data.image_set import Images, ImageSet, Progress, Rows
 from pipeline.errors import RefusedError
@@ -26,11 +27,11 @@ from pipeline.storage.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays, pack, unpack
-from pipeline.training.device import Compute
+from pipeline.training.device import Compute, shared_arithmetic
 
 NOISE_SEED = 0
 
-_FORMAT = 1
+_FORMAT = 2
 _NOISE_BATCH = 1000
 _ROWS_AT_ONCE = 1024  # a multiple of what the extractors put through their networks at once
 
@@ -69,14 +70,15 @@ def prepare_reference(
     cache_dir: Path,
     *,
     split: str = TRAIN,
+    computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
 ) -> Reference:
     """Return the reference for a comparison with `num_images` generated images, or as many as the dataset allows.
 
     Take the count from the result: with an extractor that was fitted on part of the dataset it is at most half of what
-    is left. `split` says which part of its source the dataset is. `runner` says where features of real images are taken; the
-    result does not depend on it.
+    is left. `split` says which part of its source the dataset is. `runner` says where features of real images are taken, and
+    `computed_on` on which kind of device, by default the CPU; the result depends on nothing else of it, neither on workers nor on threads.
 
     Raises:
         RefusedError: too few images for the extractor's features, or images that it cannot judge.
@@ -95,6 +97,7 @@ def prepare_reference(
         "counts": [plan.num_real, plan.num_other, len(plan.rows)],
         "rule": plan.rule,
         "noise_seed": NOISE_SEED,
+        "arithmetic": shared_arithmetic(computed_on or torch.device("cpu")),
     }
     path = cache_dir / f"reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]}.safetensors"
     arrays = _cached(path, key)

@@ -136,13 +136,13 @@ def _means(each: Sequence[dict[str, float]]) -> dict[str, float]:
     return {name: statistics.fmean(shares[name] for shares in each) for name in each[0]}
 
 
-def write_scores(scores: Scores, folder: Path, model: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write `scores.json`, which says of which `model` they are, and `moments.safetensors` to a folder; return their paths."""
+def write_scores(scores: Scores, folder: Path, about: Mapping[str, Any] | None = None) -> list[Path]:
+    """Write `scores.json`, with what there is to say `about` them, and `moments.safetensors` to a folder; return their paths."""
     make_folder(folder)
     identities = {key: identity.to_json() for key, identity in scores.identities.items()}
     arrays = scores.generated.to_arrays("generated") | scores.reference.to_arrays("reference")
     files = {
-        SCORES_FILE: (json.dumps({"model": model, **scores.to_json()}, indent=1) + "\n").encode(),
+        SCORES_FILE: (json.dumps({**(about or {}), **scores.to_json()}, indent=1) + "\n").encode(),
         MOMENTS_FILE: pack(arrays, {"identities": identities}),
     }
     for name, content in files.items():

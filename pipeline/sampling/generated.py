@@ -25,7 +25,8 @@ from pipeline.metrics.metric_identity import Generation
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.chunks import ChunkStore, Runner, compute
 from pipeline.storage.tensor_file import Arrays
-from pipeline.training.device import Compute, sampling_compute
+from pipeline.training.device import Compute, arithmetic_of
+from pipeline.training.threads import THREADS
 
 PREVIEW_IMAGES = 100
 
@@ -86,7 +87,9 @@ class Workshop:
 
     def features(self, generator: ImageGenerator, extractor: FeatureExtractor, num_images: int) -> Generated:
         """Return the features of images 0 .. num_images - 1 and the first images: those that are kept, the others made now."""
-        store = ChunkStore(self.folder / "features", self._identity(generator, [extractor.name, extractor.sha256]))
+        store = ChunkStore(
+            self.folder / "features", self._identity(generator, [extractor.name, extractor.sha256, THREADS])
+        )
         task = GenerateTask(generator, PREVIEW_IMAGES, extractor)
         parts = self._computed(task, generator, num_images, store)
         found = [Extracted(part["features"], part.get("logits")) for part in parts]
@@ -105,15 +108,14 @@ class Workshop:
         rate = Rate(self.console, "sampling", num_images)
         return list(compute(task, num_images, generator.chunk_size, store, self.runner, rate))
 
-    def _identity(self, generator: ImageGenerator, extractor: list[str] | None) -> dict[str, Any]:
+    def _identity(self, generator: ImageGenerator, extractor: list[Any] | None) -> dict[str, Any]:
         """Return all that the bytes depend on: the model, how it generates, what looks at the images, and the arithmetic."""
         return {
             "format": _FORMAT,
             "model": self.model,
             "generation": asdict(generator.identity(self.weights)),
             "extractor": extractor,
-            "torch": torch.__version__,
-            "threads": sampling_compute(self.profile, self.profile.most_workers, here=False).threads,
+            **arithmetic_of(self.profile),
         }
 
 

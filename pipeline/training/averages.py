@@ -29,6 +29,7 @@ from ddpm import (
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.settings.config import TrainingConfig
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.training.threads import one_thread
 
 SNAPSHOTS = "snapshots"
 DEFAULT = "ema"
@@ -107,6 +108,7 @@ def save_snapshot(
     checkpoints.save(root, step, attempt, groups, {"step": step}, may_commit=may_commit)
 
 
+@one_thread()
 def posthoc(
     run_folder: Path, sigma_rel: float, widths: tuple[float, ...], step: int | None
 ) -> tuple[dict[str, Tensor], int]:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, Precision
 from pipeline.training.optimizer import AdamW
+from pipeline.training.threads import THREADS, spread
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 BF16_FROM = (
     8,
@@ -73,7 +77,11 @@ class Compute:
         return next(name for name, dtype in AUTOCAST.items() if dtype == self.autocast_dtype)
 
     def start(self) -> None:
-        """Set what torch keeps per process: threads, what float32 means, and whether kernels must repeat."""
+        """Set what torch keeps per process: threads, what float32 means, and whether kernels must repeat.
+
+        UsageError where the environment has OpenMP take fewer threads than are recorded.
+        """
+        _require_threads(self.threads)
         torch.set_num_threads(self.threads)
         if self.on_gpu:
             torch.cuda.set_device(self.device)
@@ -216,9 +224,27 @@ def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, he
 
 
 def serving_compute() -> Compute:
-    """Decide for a model loaded outside this program, where there is no profile: the GPU if there is one, and torch's own settings."""
+    """Decide for a model that is served, where there is no profile: the GPU if there is one, else a thread for each CPU.
+
+    In a process of somebody else's it is not started: torch's settings there are that process's own.
+    """
     device = torch.device("cuda" if num_gpus() else "cpu")
-    return Compute(device, "gloo", None, compile=False, channels_last=False, threads=torch.get_num_threads())
+    return Compute(device, "gloo", None, compile=False, channels_last=False, threads=os.cpu_count() or 1)
+
+
+def arithmetic_of(profile: Profile) -> dict[str, Any]:
+    """Return what the last bits of images and bits/dim depend on besides the model and how it is used, as it is recorded with them."""
+    return shared_arithmetic(workers_device(profile)) | {"threads": profile.threads(profile.most_workers)}
+
+
+def shared_arithmetic(device: torch.device) -> dict[str, Any]:
+    """Return the same of what is kept for several profiles, whose threads are always one: a part of its key."""
+    return {"device": device.type, "threads": THREADS, "torch": torch.__version__}
+
+
+def workers_device(profile: Profile) -> torch.device:
+    """Return the kind of device that a profile's workers compute on; this process may have another."""
+    return torch.device("cuda" if profile.use_gpu else "cpu")
 
 
 def backend_of(profile: Profile) -> str:
@@ -232,8 +258,11 @@ def num_gpus() -> int:
 
 
 @contextlib.contextmanager
-def exact_inference() -> Iterator[None]:
-    """Run a network without gradients, and float32 as float32: TF32 would shift the features that GPUs compute."""
+def exact_inference(device: torch.device) -> Iterator[Callable[[Callable[[T], R], Iterable[T]], Iterable[R]]]:
+    """Run a network without gradients, and float32 as float32: TF32 would shift the features that GPUs compute.
+
+    Given is what calls a function with each of several batches: on a CPU with some at once, each on one thread.
+    """
     matmul = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
@@ -241,9 +270,23 @@ def exact_inference() -> Iterator[None]:
             torch.inference_mode(),
             torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
         ):
-            yield
+            yield spread if device.type == "cpu" else map
     finally:
         torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def _require_threads(threads: int) -> None:
+    """Raise UsageError where OpenMP, which read these variables as it was loaded, would silently take fewer threads."""
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    if limit.isdigit() and int(limit) < threads:
+        raise UsageError(
+            f"OMP_THREAD_LIMIT: got {limit}, expected at least {threads}, the threads of each worker, which results depend on. "
+            "Unset it, or set threads_per_worker in the profile."
+        )
+    if threads > 1 and os.environ.get("OMP_DYNAMIC", "").strip().lower() == "true":
+        raise UsageError(
+            f"OMP_DYNAMIC: got true, expected it unset: results depend on the threads of each worker, which are {threads}. Unset it."
+        )
 
 
 def _device(capabilities: Capabilities, profile: Profile, index: int) -> torch.device:

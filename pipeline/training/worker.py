@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,7 @@ class Worker:
         self.run = self._run_here()
         profile = validate(Profile, job.profile, "profile")
         self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, gpu)
+        self.named_threads = profile.threads_per_worker
         self._require_equal_arithmetic()
         self.compute.start()
         allow_modules_in(job.code_folder)
@@ -125,8 +126,10 @@ class Worker:
         self.rungs = list(job.allowance.rungs) if team.leads else []
 
     def _require_equal_arithmetic(self) -> None:
-        """Raise ClusterError where `mixed` means different things on this worker's machine and on rank 0's."""
-        mine, first = self.compute.precision, self.team.told(self.compute.precision)
+        """Take rank 0's threads; ClusterError where `mixed` means different things on this worker's machine and on rank 0's."""
+        mine = self.compute.precision
+        first, threads = self.team.told((self.compute.precision, self.compute.threads))
+        self.compute = replace(self.compute, threads=threads)
         if mine != first:
             raise ClusterError(
                 f"training.precision: mixed is {mine} on the machine of worker {self.team.rank}, and {first} on that of worker 0; "
@@ -326,6 +329,7 @@ class Worker:
             raise CheckpointError(
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
             )
+        self._keep_threads(state["threads"], state["num_workers"], checkpoint.step)
         self.learner.restore(tensors, checkpoint.step)
         if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
             self.learner.scaler.load_state_dict(state["loss_scale"])
@@ -336,6 +340,17 @@ class Worker:
             assert self.tracker is not None
             self.tracker.restore(state["undelivered"])
             self.run.log(f"attempt {self.job.attempt} continues from step {checkpoint.step}")
+
+    def _keep_threads(self, before: int, num_workers: int, step: int) -> None:
+        """Go on with the threads that the run has had, whatever this machine's cores are, unless the profile names another number.
+
+        With another number of workers the bytes differ anyway, and threads are shared out anew.
+        """
+        if self.named_threads is None and num_workers == self.team.size and before != self.compute.threads:
+            self.compute = replace(self.compute, threads=before)
+            self.compute.start()
+        if self.team.leads and before != self.compute.threads:
+            self.run.log(f"threads of each worker: {before} until step {step}, {self.compute.threads} from there on")
 
     def _told(self, checkpoint: checkpoints.Checkpoint) -> tuple[dict[str, Any], checkpoints.Tensors]:
         """Return a checkpoint's state and tensors: from its files where all workers see them, else from rank 0, which has them."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, duration
 from pipeline.errors import DataError, RefusedError
 from pipeline.metrics.evaluation import Evaluation, record, write_evaluation
@@ -113,7 +112,7 @@ def _evaluate(
     judge, skipped = None, ""
     if sample_metrics(asked):
         try:
-            judge = find_judge(run, asked, compute.device, console, download=False, runner=runner_of(profile))
+            judge = find_judge(run, asked, profile, console, download=False)
         except (DataError, RefusedError) as error:
             skipped = (
                 f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "

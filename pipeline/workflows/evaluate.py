@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, Rate
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics import scoring
@@ -31,7 +30,7 @@ from pipeline.storage.runs import Run
 from pipeline.storage.runs_table import with_newest
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from pipeline.training.device import Compute
+from pipeline.training.device import Compute, arithmetic_of, workers_device
 from pipeline.training.trained import Trained
 from pipeline.workflows.judge import find_judge, own_split
 from pipeline.workflows.measure import measure_bound
@@ -75,9 +74,7 @@ def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Consol
     asked = request.evaluation(trained.experiment)
     judge = None
     if sample_metrics(asked):
-        judge = find_judge(
-            run, asked, compute.device, console, download=True, split=request.split, runner=runner_of(profile)
-        )
+        judge = find_judge(run, asked, profile, console, download=True, split=request.split)
     return evaluate_model(run, trained, compute, judge, request, profile, console)
 
 
@@ -103,6 +100,7 @@ def evaluate_model(
                 judge.dataset,
                 judge.extractor,
                 run.folder / "neighbours",
+                computed_on=workers_device(profile),
                 runner=workshop.runner,
                 progress=rate,
             )
@@ -113,7 +111,7 @@ def evaluate_model(
             run, trained, compute, profile, console, seed=seed, split=request.split, num_images=request.num_images
         )
         measured = replace(bound, label=_label_of_bound(bound.identity, trained))
-    return Evaluation(run.id, trained.step, scored, measured, neighbours)
+    return Evaluation(run.id, trained.step, scored, measured, neighbours, arithmetic_of(profile))
 
 
 def score_samples(

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.cluster.pool import runner_of
 from pipeline.console import Console
 from pipeline.metrics.evaluation import write_evaluation
 from pipeline.settings.cluster_profile import Profile
@@ -42,9 +41,7 @@ def evaluate_grid(
         trained, compute = models[which]
         asked = request.evaluation(trained.experiment)
         if judge is None and sample_metrics(asked):
-            judge = find_judge(
-                run, asked, compute.device, console, download=True, split=request.split, runner=runner_of(profile)
-            )
+            judge = find_judge(run, asked, profile, console, download=True, split=request.split)
         found = evaluate_model(run, trained, compute, judge, request, profile, console)
         write_evaluation(found, run.folder / "evaluations")
         points.append(Point.of(request, keys, found))

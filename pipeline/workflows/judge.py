@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
+from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, Rate
 from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
@@ -13,25 +12,27 @@ from pipeline.errors import DataError
 from pipeline.ingest.ingest import ensure_ingested, ingest_options
 from pipeline.metrics.judge import Judge, judge_of
 from pipeline.metrics.metric_identity import recorded_split
+from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import EvaluationConfig, Experiment
-from pipeline.storage.chunks import Runner, as_it_stands
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
+from pipeline.training.device import sampling_compute, workers_device
 from pipeline.training.trained import experiment_of, profile_of
 
 
 def find_judge(
     run: Run,
     asked: EvaluationConfig,
-    device: torch.device,
+    profile: Profile,
     console: Console,
     *,
     download: bool,
     split: str | None = None,
-    runner: Runner = as_it_stands,
 ) -> Judge:
     """Return extractor and reference for a run's own images, or the reference of another split of their source.
+
+    Features are taken over the workers of a profile.
 
     DataError or RefusedError says why there is none.
     """
@@ -42,8 +43,9 @@ def find_judge(
         split=own_split(experiment_of(run), split),
         against=None if split is None else open_split(run, split, console),
         download=download,
-        device=device,
-        runner=runner,
+        device=sampling_compute(profile, here=False).device,
+        computed_on=workers_device(profile),
+        runner=runner_of(profile),
         progress=progress_on(console),
     )
 

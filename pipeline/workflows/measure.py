@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Console, Rate
 from pipeline.data.labels import told_labels
@@ -14,7 +12,7 @@ from pipeline.sampling.generated import digest
 from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.chunks import ChunkStore, compute
 from pipeline.storage.runs import Run
-from pipeline.training.device import Compute, sampling_compute
+from pipeline.training.device import Compute, arithmetic_of
 from pipeline.training.trained import Trained
 from pipeline.training.vae import Vae
 from pipeline.workflows.judge import open_images, open_split, own_split, progress_on
@@ -68,8 +66,7 @@ def measure_bound(
         "format": _FORMAT,
         "model": digest(trained.model, trained.experiment.hash()),
         "bound": identity.to_json(),
-        "torch": torch.__version__,
-        "threads": sampling_compute(profile, profile.most_workers, here=False).threads,
+        **arithmetic_of(profile),
     }
     store = ChunkStore(run.folder / "bound", kept)
     rate = Rate(console, "bits/dim", len(rows))

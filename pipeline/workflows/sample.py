@@ -26,7 +26,7 @@ from pipeline.settings.yaml_files import validate
 from pipeline.storage.chunks import ChunkStore
 from pipeline.storage.runs import Run
 from pipeline.training import averages
-from pipeline.training.device import Compute, sampling_compute
+from pipeline.training.device import Compute, arithmetic_of, sampling_compute
 from pipeline.training.models import Shape
 from pipeline.training.trained import Trained
 
@@ -83,15 +83,23 @@ class Samples:
     trained: Trained
     generator: Denoiser | VaeSampler
     store: ChunkStore
+    profile: Profile
 
     def identity(self) -> dict[str, Any]:
         """Return what makes these images these: equal identities give equal bytes on equal machines."""
-        return identity_of(self.trained, self.generator, len(self.images))
+        return identity_of(self.trained, self.generator, len(self.images), self.profile)
 
 
-def identity_of(trained: Trained, generator: Denoiser | VaeSampler, num_images: int) -> dict[str, Any]:
-    """Return what makes so many images of a model these, as plain data."""
-    return {"checkpoint_step": trained.step, **asdict(generator.identity(trained.weights)), "num_images": num_images}
+def identity_of(
+    trained: Trained, generator: Denoiser | VaeSampler, num_images: int, profile: Profile
+) -> dict[str, Any]:
+    """Return what makes so many images of a model, generated as a profile says, these, as plain data."""
+    return {
+        "checkpoint_step": trained.step,
+        **asdict(generator.identity(trained.weights)),
+        "num_images": num_images,
+        "arithmetic": arithmetic_of(profile),
+    }
 
 
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser | VaeSampler]:
@@ -131,7 +139,7 @@ def generate_from(run: Run, request: SampleRequest, profile: Profile, console: C
     """Generate images from a run's checkpoint over the profile's workers, with progress."""
     trained, generator = load(run, request, profile)
     images, store = workshop_of(run, trained, profile, console).images(generator, request.num_images)
-    return Samples(torch.from_numpy(images), trained, generator, store)
+    return Samples(torch.from_numpy(images), trained, generator, store, profile)
 
 
 def workshop_of(run: Run, trained: Trained, profile: Profile, console: Console) -> Workshop:

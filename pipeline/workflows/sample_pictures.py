@@ -36,7 +36,7 @@ def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Pictu
         path = out / f"denoising.{'png' if form == 'strip' else 'gif'}"
         draw = draw_strip if form == "strip" else draw_animation
         draw(denoiser, path, request.num_images)
-        identity = identity_of(trained, denoiser, request.num_images)
+        identity = identity_of(trained, denoiser, request.num_images, profile)
         return identity, [path, write_about(identity, out)]
 
 
@@ -84,7 +84,7 @@ def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tu
     with new_folder(out):
         path = out / "interpolation.png"
         draw_passage(passage, path)
-        identity = identity_of(trained, denoiser, request.num_images)
+        identity = identity_of(trained, denoiser, request.num_images, profile)
         del identity["seed"]  # the noise is that behind the images
         about = identity | {"between": list(ends), "error_of_the_ends": round(passage.error, 3)}
         return about, [path, write_about(about, out)]

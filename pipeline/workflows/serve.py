@@ -68,6 +68,7 @@ class Gallery:
         return asdict(generator_for(self.trained, request, self.compute).identity(self.trained.weights))
 
     def _make(self, request: str, seed: int, number: int) -> Tensor:
+        self.compute.start()  # in the thread of this request
         denoiser = generator_for(self.trained, SampleRequest(**json.loads(request)), self.compute)
         size = denoiser.sampling.batch_size
         return denoiser.images(range(number * size, (number + 1) * size))

@@ -57,14 +57,16 @@ def scored(run: Run, values: float | list[float], identity: MetricIdentity = IDE
         empty = Moments.empty(2)
         each.append(Scores({of_seed.key: value}, {of_seed.key: of_seed}, {}, {}, {}, {}, empty, empty))
     count = len(list((run.folder / "evaluations").glob("*")))
-    write_scores(over_seeds(each), run.folder / "evaluations" / str(count), {"run": run.id, "step": step})
+    write_scores(over_seeds(each), run.folder / "evaluations" / str(count), {"model": {"run": run.id, "step": step}})
 
 
 def measured(run: Run, bits: np.ndarray[Any, Any], process: str = "T = 20, x0 clipped", seed: int = 0) -> None:
     curve = Curve.of(np.tile(bits[:, None], (1, 3)) / 3)
     bound = Bound(bits * 0, bits / 2, bits / 2, curve, curve)
     identity = BoundIdentity("bits_per_dim", "cd" * 32, "test", len(bits), len(bits), "ema", process, seed, 10)
-    write_measured(Measured(bound, identity), run.folder / "evaluations" / "bound", {"run": run.id, "step": 30})
+    write_measured(
+        Measured(bound, identity), run.folder / "evaluations" / "bound", {"model": {"run": run.id, "step": 30}}
+    )
 
 
 def test_like_values_are_ranked_best_first(new_run):

@@ -358,10 +358,10 @@ def test_files_have_the_scores_and_the_moments_that_fid_compared(
 ) -> None:
     n = reference.num_images
     got = score(real_images(data, classifier, n), data, classifier, reference, GENERATION, metrics=list(METRICS))
-    paths = write_scores(got, tmp_path / "scores")
+    paths = write_scores(got, tmp_path / "scores", {"model": {"run": "abc", "step": 3}})
     assert sorted(p.name for p in paths) == ["moments.safetensors", "scores.json"]
     told = json.loads((tmp_path / "scores" / "scores.json").read_text())
-    assert told == {"model": None, **json.loads(json.dumps(got.to_json()))}
+    assert told == {"model": {"run": "abc", "step": 3}, **json.loads(json.dumps(got.to_json()))}
     assert told["values"] == got.values
     _, arrays = unpack((tmp_path / "scores" / "moments.safetensors").read_bytes())
     generated, compared = (Moments.from_arrays(arrays, name) for name in ("generated", "reference"))

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline.errors import CheckpointError
+from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training.team import Team
 from pipeline.training.trained import Trained
@@ -107,6 +110,33 @@ def test_a_checkpoint_of_other_settings_is_not_taken(tmp_path):
     run.checkpoints.rename(other.checkpoints)
     with pytest.raises(CheckpointError, match="other settings"):
         trainer.train(str(other.folder))
+
+
+def on(run: Run, profile: Profile, stop_after: int | None = None) -> list[int]:
+    """Work on a run's next attempt as a profile says, in this process; return the threads that its newest checkpoint was made with."""
+    before = torch.get_num_threads()
+    job = replace(trainer.job_of(run), profile=profile.to_dict())
+    try:
+        Worker(job, Team(), trainer.Alone(stop_after=stop_after)).work()
+        computed_with = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    checkpoint = RunCheckpoints(run).newest_verified().checkpoint
+    assert checkpoint is not None
+    return [checkpoint.state()["threads"], computed_with]
+
+
+def test_a_run_keeps_its_threads_on_a_machine_with_other_cores_unless_a_profile_names_others(tmp_path):
+    two_cores, one_core = (Profile(resources_per_worker=Resources(CPU=cpus)) for cpus in (2, 1))
+    calm, moved, renamed = (trainer.make_run(tmp_path, profile=two_cores) for _ in range(3))
+    assert on(calm, two_cores) == [2, 2]
+    for run in (moved, renamed):
+        assert on(run, two_cores, stop_after=7) == [2, 2]
+    assert on(moved, one_core) == [2, 2]
+    assert trainer.final_digests(moved) == trainer.final_digests(calm)
+    assert on(renamed, Profile(threads_per_worker=3)) == [3, 3]
+    assert "threads of each worker: 2 until step 7, 3 from there on" in renamed.log_path.read_text()
+    assert "threads of each worker" not in moved.log_path.read_text()
 
 
 def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):
