@@ -15,10 +15,10 @@ from pipeline.pictures.charts import save_figure
 Pixels = npt.NDArray[np.uint8]
 
 
-def pixels_of(path: Path) -> Pixels:
-    """Return the pixels of a picture, uint8 [H, W, 3]."""
+def pixels_of(path: Path, mode: str = "RGB") -> Pixels:
+    """Return the pixels of a picture of this mode, uint8 [H, W, C]."""
     with Image.open(path) as image:
-        assert image.mode == "RGB"
+        assert image.mode == mode
         return np.asarray(image)
 
 

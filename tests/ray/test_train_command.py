@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -158,8 +159,14 @@ def test_an_image_that_crashes_the_decoder_twice_is_named(tiny, typed, ray_sessi
 
 @pytest.mark.fault(16)
 def test_divergence_is_told_with_its_step_and_no_checkpoint_holds_it(tiny, typed, ray_session):
-    code, _, stderr = typed("train", "tiny.yaml", "-s", "training.learning_rate=1e30", "-s", "training.grad_clip=null")
+    settings = {"training.learning_rate": "1e30", "training.grad_clip": "null", "checkpoint.every_steps": "1"}
+    code, _, stderr = typed(
+        "train", "tiny.yaml", *(w for key, value in settings.items() for w in ("-s", f"{key}={value}"))
+    )
     assert code == 5, stderr
-    assert "diverged at step" in stderr
-    for checkpoint in checkpoints.committed(only_run(tiny).folder / "checkpoints"):
+    diverged = re.search(r"diverged at step (\d+)", stderr)
+    assert diverged is not None
+    saved = checkpoints.committed(only_run(tiny).folder / "checkpoints")
+    assert [checkpoint.step for checkpoint in saved][:1] == [int(diverged[1]) - 1]
+    for checkpoint in saved:
         assert all(t.isfinite().all() for group in checkpoint.tensors().values() for t in group.values())

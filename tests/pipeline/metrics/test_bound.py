@@ -278,7 +278,11 @@ def test_evaluate_measures_a_whole_split_and_repeats_nothing(typed: Typed, home:
     code, out, _ = typed("evaluate", made.id, "--metrics", "bpd", "-n", "9")
     assert code == 0
     assert "9 of 1797 images" in out
-    assert made.state().summary["bits_per_dim_train_n9"] > 0
+    code, out, err = typed("evaluate", made.id, "--metrics", "bpd", "-n", "9", "--json")
+    assert code == 0, err
+    key = "bits_per_dim_train_n9"
+    assert json.loads(out)["values"][key] == made.state().summary[key]
+    assert made.state().summary[key] != told["values"]["bits_per_dim_train_n1797"]
     code, _, err = typed("evaluate", made.id, "--metrics", "bpd", "--split", "test")
     assert code == 2
     assert "no split 'test'" in err

@@ -46,7 +46,8 @@ def test_what_is_made_here_stays_here(typed, asked, home):
     samples, command = asked
     code, out, err = typed(*command)
     assert code == 0, err
-    assert all(Path(path).is_file() for path in json.loads(out)["written"])
+    written = [Path(path) for path in json.loads(out)["written"]]
+    assert [(path.name, path.is_file()) for path in written] == [("grid.png", True), ("samples.json", True)]
     assert RemoteFolder(samples).objects() == []
 
 

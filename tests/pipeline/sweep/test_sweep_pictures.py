@@ -209,10 +209,16 @@ def test_lines_and_points_stand_where_their_numbers_are() -> None:
     result = swept()
     lines = {line.get_label(): points_of(line) for line in pictures._network_calls(result).axes[0].lines}
     (axes,) = pictures._training_time(result).axes
-    places = {bars.get_label(): points_of(bars[0]) for bars in axes.containers}
+    places = {bars.get_label(): bars for bars in axes.containers}
     for point in result.ranked:
         np.testing.assert_allclose(lines[point.title], [(calls, value) for calls, value in point.curve.items()])
-        np.testing.assert_allclose(places[point.title], [(np.mean(point.training_times), np.mean(point.values))])
+        bars, times, values = places[point.title], point.training_times, point.values
+        np.testing.assert_allclose(points_of(bars[0]), [(np.mean(times), np.mean(values))])
+        ends = np.array(
+            [collection.get_segments()[0] for collection in bars[2]]
+        )  # of the bar across, of the one upright
+        np.testing.assert_allclose(ends[0, :, 0], [min(times), max(times)])
+        np.testing.assert_allclose(ends[1, :, 1], [min(values), max(values)])
 
 
 def test_parallel_coordinates_lead_every_point_through_its_settings_to_its_value() -> None:

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from pipeline.cluster.causes import cause_of, starved
+from pipeline.planning import memory
+from tests.hermetic import REPOSITORY
+from tests.kit.memory_limit import memory_limit
 
 
 class WorkerHealthCheckFailedError(Exception):
@@ -52,3 +59,35 @@ def test_only_a_killed_process_can_have_been_starved():
         "worker 1: ended by the system for want of memory; lower training.micro_batch_size"
     )
     assert starved("worker 2: 3 is not 4") == "worker 2: 3 is not 4"
+
+
+STARVED = """
+import os
+from pipeline.planning.memory import oom_kills
+before = oom_kills()
+child = os.fork()
+if child == 0:
+    open("/proc/self/oom_score_adj", "w").write("1000")  # this one, not its parent
+    b"x" * 2**30
+    os._exit(0)
+_, status = os.waitpid(child, 0)
+print(before, os.waitstatus_to_exitcode(status), oom_kills())
+"""
+
+
+@pytest.mark.fault(17)
+def test_the_count_of_the_oom_killer_is_the_kernels() -> None:
+    """Of the process's own control group: one process in it is killed."""
+    with memory_limit(2**28) as join:
+        script = f"{join} && exec {sys.executable} -c '{STARVED}'"
+        out = subprocess.run(["sh", "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    assert out.split() == ["0", "-9", "1"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/cgroup").exists(), reason="Linux alone counts")
+def test_a_container_has_its_count_at_the_root_of_what_it_sees(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file in ("memory.events", "memory/memory.oom_control"):  # of control groups of version 2, and of version 1
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 7\n")
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert memory.oom_kills() == 7
