@@ -43,10 +43,10 @@ def _cosine(T: int) -> Tensor:
     return _from_abar(T, lambda u: torch.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2)
 
 
-def _sigmoid(T: int, start: float = -3.0, end: float = 3.0, tau: float = 1.0) -> Tensor:
-    """Jabri et al. 2022, "Scalable adaptive computation": abar itself is a logistic curve in u."""
-    low, high = 1 / (1 + math.exp(-start / tau)), 1 / (1 + math.exp(-end / tau))
-    return _from_abar(T, lambda u: (high - torch.sigmoid((start + u * (end - start)) / tau)) / (high - low))
+def _sigmoid(T: int) -> Tensor:
+    """Jabri et al. 2022, "Scalable adaptive computation": abar itself is a logistic curve in u, from -3 to 3."""
+    low, high = 1 / (1 + math.exp(3)), 1 / (1 + math.exp(-3))
+    return _from_abar(T, lambda u: (high - torch.sigmoid(6 * u - 3)) / (high - low))
 
 
 def _jsd(T: int) -> Tensor:
@@ -71,7 +71,7 @@ def named_betas(name: str, T: int) -> Tensor:
     if name in _BY_LENGTH:
         return _BY_LENGTH[name](T)
     if name.removesuffix("_raw") not in _BY_ENDS:
-        near = difflib.get_close_matches(name, SCHEDULES, n=1)
+        near = difflib.get_close_matches(name, SCHEDULES)
         hint = f"did you mean {near[0]!r}? " if near else ""
         raise ValueError(f"unknown schedule {name!r}: {hint}expected one of {', '.join(SCHEDULES)}")
     curve = _BY_ENDS[name.removesuffix("_raw")]

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tests.mutants.operators import mutants_of
+from tests.mutants.operators import marked, mutants_of
 
 SOURCE = '''
 """A module's docstring."""
@@ -54,14 +54,20 @@ def test_the_faults_of_a_small_module(tmp_path: Path) -> None:
     mutants = mutants_of("module.py", tmp_path)
     assert [str(mutant) for mutant in mutants] == [f"module.py:{line}" for line in FAULTS.strip().splitlines()]
     assert {mutant.line for mutant in mutants if mutant.on_import} == {7, 10}
-    assert {mutant.line: mutant.lines for mutant in mutants if mutant.line in (12, 15, 17)} == {
-        12: range(12, 13),
-        15: range(15, 16),
-        17: range(17, 18),
-    }
+    assert all(mutant.reach == mutant.line for mutant in mutants if not mutant.on_import)
     whole = compile(SOURCE, str(tmp_path / "module.py"), "exec", dont_inherit=True)
     assert all(mutant.code(tmp_path) != whole for mutant in mutants)
     assert replace(mutants[0], choice=None).code(tmp_path) == whole
     names: dict[str, Any] = {}
     exec(mutants[13].code(tmp_path), names)
     assert names["total"]([9.0, 1.0, 2.0]) == 2.0 / 0.5
+
+
+def test_the_marks_are_the_statements_that_ran(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text(SOURCE)
+    ran: dict[int, bool] = {}
+    names: dict[str, Any] = {"ran": ran}
+    exec(marked("module.py", tmp_path, "ran"), names)
+    assert ran == {}
+    assert names["total"]([9.0, 1.0, 2.0]) == 1.0
+    assert sorted(ran) == [11, 12, 14, 15, 16, 17]

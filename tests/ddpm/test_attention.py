@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ddpm.layers import FEW_PIXELS, Attention
 
@@ -46,6 +47,22 @@ def test_weights_of_large_products_do_not_overflow() -> None:
     for out in (fused, module(x).detach()):
         assert bool(out.isfinite().all())
         torch.testing.assert_close(out[sure], alone[sure], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("side", "training", "fused"), [(16, True, 0), (17, True, 1), (16, False, 1)])
+def test_the_plain_product_is_taken_in_training_where_pixels_are_few(
+    monkeypatch: pytest.MonkeyPatch, side: int, training: bool, fused: int
+) -> None:
+    calls, really = [], functional.scaled_dot_product_attention
+
+    def noted(*qkv: Tensor) -> Tensor:
+        calls.append(qkv)
+        return really(*qkv)
+
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", noted)
+    with torch.set_grad_enabled(training):
+        attention(2)(pixels(side))
+    assert len(calls) == fused
 
 
 def test_gradients_equal_finite_differences() -> None:

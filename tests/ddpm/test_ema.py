@@ -163,6 +163,9 @@ def test_other_networks_are_refused() -> None:
         ema.copy_to(nn.Linear(2, 2, bias=False))
     with pytest.raises(ValueError, match="the saved average and the average differ at parameters bias, weight"):
         ema.load_state_dict(ExponentialMovingAverage(nn.Linear(3, 3)).state_dict())
+    many = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    with pytest.raises(ValueError, match=r"at parameters 0.bias, 0.weight, 1.bias, 1.weight, 2.bias; both must"):
+        ema.load_state_dict(ExponentialMovingAverage(many).state_dict() | {"num_updates": 3})
     for decay in (1.0, -0.1):
         with pytest.raises(ValueError, match="expected a number in"):
             ExponentialMovingAverage(nn.Linear(2, 2), decay)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, bits_per_dim, normal_noise
-from ddpm.gaussian import discretized_log_likelihood, normal_kl
+from ddpm.gaussian import discretized_log_likelihood, log_phi, normal_kl
 from ddpm.likelihood import decoder_bits, divergence_bits, prior_bits, vlb_term
 from tests.kit.closed_forms import ignorant, images, normal_data, point_mass, randn, seeded
 
@@ -54,6 +54,18 @@ def test_the_decoder_has_finite_gradients_everywhere() -> None:
     assert bool(torch.isfinite(log).all())
     for gradient in torch.autograd.grad(log.sum(), (mean, log_variance)):
         assert bool(torch.isfinite(gradient).all())
+
+
+@pytest.mark.parametrize("z", [-1.5e5, -1.000001e5, -0.999999e5, -40.0, 0.0, 9.0])
+def test_log_phi_and_its_gradient_in_50_digits(z: float) -> None:
+    """On both sides of where the far tail begins: the gradient is phi(z) / Phi(z)."""
+    at = torch.tensor(z, dtype=torch.float64, requires_grad=True)
+    value = log_phi(at)
+    (gradient,) = torch.autograd.grad(value, at)
+    with mpmath.workdps(50):
+        mass = mpmath.erfc(-mpmath.mpf(z) / mpmath.sqrt(2)) / 2
+        assert float(value.detach()) == pytest.approx(float(mpmath.log(mass)), rel=1e-9, abs=1e-18)
+        assert float(gradient) == pytest.approx(float(mpmath.npdf(z) / mass), rel=1e-5)
 
 
 def test_kl_equals_torchs() -> None:

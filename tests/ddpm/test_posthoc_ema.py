@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm import PowerFunctionEMA, Profile, posthoc_weights, reconstruct
+from ddpm import PowerFunctionEMA, Profile, posthoc_error, posthoc_weights, reconstruct
 from ddpm.posthoc_ema import gamma_of
 from tests.kit.closed_forms import seeded
 
@@ -110,6 +110,26 @@ def test_an_average_that_was_tracked_is_rebuilt_from_two_others(sigma_rel: float
     assert error < 0.02 * float(truth.norm())
     if sigma_rel != 0.1:
         assert error < 0.1 * nearest
+
+
+def test_the_error_is_the_relative_distance_of_the_profiles() -> None:
+    """Against the integral of the squared difference, on a grid; 0 for the target itself, 1 for nothing at all."""
+    snapshots, target, weights = [Profile(0.05, 600), Profile(0.1, 1000)], Profile(0.15, 900), [0.3, 0.6]
+    grid = (np.arange(200_000) + 0.5) / 200
+
+    def density(profile: Profile) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        g, T = gamma_of(profile.sigma_rel), profile.num_updates
+        values: np.ndarray[tuple[int], np.dtype[np.float64]] = np.where(
+            grid <= T, (g + 1) / T * (np.minimum(grid, T) / T) ** g, 0.0
+        )
+        return values
+
+    wanted = density(target)
+    apart = weights[0] * density(snapshots[0]) + weights[1] * density(snapshots[1]) - wanted
+    expected = float(np.sqrt((apart**2).mean() / (wanted**2).mean()))
+    assert posthoc_error(snapshots, weights, target) == pytest.approx(expected, rel=1e-3)
+    assert posthoc_error([target], [1.0], target) == pytest.approx(0, abs=1e-7)
+    assert posthoc_error(snapshots, [0.0, 0.0], target) == 1
 
 
 def test_reconstruction_is_a_weighted_sum_in_float64() -> None:

@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm import BetaSchedule, GaussianDiffusion, ancestral, ddim, few_steps_warning, normal_noise, timestep_subset
+from ddpm import (
+    BetaSchedule,
+    GaussianDiffusion,
+    ancestral,
+    ddim,
+    few_steps_warning,
+    late_start_warning,
+    normal_noise,
+    timestep_subset,
+)
 from tests.kit.closed_forms import ignorant, linear_response, normal_data, point_mass, randn, seeded
 
 
@@ -132,7 +141,7 @@ def test_the_network_gets_the_original_steps_when_respaced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("T", "S"), [(1000, 10), (1000, 50), (1000, 400), (1000, 999), (1000, 1000), (50, 7), (50, 1), (100, 30)]
+    ("T", "S"), [(10, 2), (1000, 10), (1000, 50), (1000, 400), (1000, 999), (1000, 1000), (50, 7), (50, 1), (100, 30)]
 )
 def test_subsets_equal_a_peers_and_the_formula(T: int, S: int) -> None:
     from diffusers import DDIMScheduler
@@ -237,7 +246,19 @@ def test_gradient_mode_does_not_leak(grad: bool) -> None:
     assert inside == [False, False]
 
 
+def test_a_late_start_is_warned_about() -> None:
+    """Where abar at the last kept step is above 0.01, unless the schedule itself never gets below."""
+    schedule = BetaSchedule.from_betas([0.5, 0.96, 0.6, 0.5])  # abar 0.5, 0.02, 0.008, 0.004
+    warning = late_start_warning(schedule, (0, 1)) or ""
+    assert "the 2 steps start at t=1 of 0 .. 3, where abar = 0.02 is above 0.01" in warning
+    assert late_start_warning(schedule, (0, 2)) is None
+    assert late_start_warning(schedule, (1, 3)) is None
+    assert late_start_warning(BetaSchedule.from_betas([0.5, 0.9]), (0,)) is None
+
+
 def test_few_steps_of_fixed_large_are_warned_about() -> None:
     assert "use ddim, or variance fixed_small" in (few_steps_warning(linear(), 50) or "")
     assert few_steps_warning(linear(), 1000) is None
+    assert few_steps_warning(linear(), 250) is not None
+    assert few_steps_warning(linear(), 251) is None  # more than a quarter
     assert few_steps_warning(linear(variance="fixed_small"), 50) is None

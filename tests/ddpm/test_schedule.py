@@ -141,6 +141,8 @@ def test_refused_names_and_lengths(name: str, T: int, says: str) -> None:
         ([0.1, float("nan")], "betas[1] = nan"),
         ([0.1, float("inf")], "betas[1] = inf"),
         ([1e-17, 0.1], "betas[0] = 1e-17"),
+        ([0.1, 1e-12], "betas[1] = 1e-12"),
+        ([1 - 9.9e-15] * 5, "abar falls below 1e-70 at t=4 of 5"),
         ([[0.1, 0.2]], "one-dimensional"),
     ],
 )
@@ -155,6 +157,8 @@ def test_shortest_tables_are_taken() -> None:
     assert BetaSchedule.named("linear", 21).num_timesteps == 21
     assert BetaSchedule.named("jsd", 2).betas.tolist() == [0.5, 1.0]
     assert BetaSchedule.named("cosine", 2).betas[-1] == 0.999
+    assert BetaSchedule.from_betas([1.1e-12, 0.1]).num_timesteps == 2  # the smallest beta
+    assert BetaSchedule.from_betas([1 - 1.01e-14] * 5).num_timesteps == 5  # the smallest abar: 1.05e-70
 
 
 def test_a_table_of_ones_own_is_copied() -> None:
@@ -171,6 +175,8 @@ def test_degenerate_warns_and_runs() -> None:
     for name in ("linear", "cosine", "quadratic", "sigmoid", "jsd"):
         assert not BetaSchedule.named(name, 100).is_degenerate
         assert BetaSchedule.named(name, 100).warnings == ()
+    assert BetaSchedule.from_betas([0.5, 0.97]).is_degenerate  # abar_T = 0.015
+    assert not BetaSchedule.from_betas([0.5, 0.99]).is_degenerate  # 0.005
 
 
 def test_beyond_half_precision_is_a_note_not_a_warning() -> None:
@@ -178,6 +184,9 @@ def test_beyond_half_precision_is_a_note_not_a_warning() -> None:
     assert s.warnings == ()
     assert "81,165" in s.notes[0]
     assert BetaSchedule.named("linear", 1000).notes == ()
+    assert "no signal" in BetaSchedule.named("jsd", 100).notes[0]
+    for root, num in ((65504.5, 1), (65503.5, 0)):  # 65504 is the largest float16
+        assert len(BetaSchedule.from_betas([0.5, 1 - 2 / root**2]).notes) == num
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x_prev"])

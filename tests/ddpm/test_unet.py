@@ -159,6 +159,10 @@ def test_any_size_that_fits_keeps_its_shape(size: int | tuple[int, int], channel
         ({"image_size": (16, 18), "channel_multipliers": (1, 2, 2)}, "multiples of 4; use 16x16 or 16x20"),
         ({"image_size": 1, "channel_multipliers": (1, 2)}, "use 2x2 or 2x2"),
         ({"channels": 48, "norm_groups": 32}, "use norm_groups=24"),
+        ({"channels": 64, "norm_groups": 48}, "use norm_groups=32"),
+        ({"channels": 66, "norm_groups": 32}, "use norm_groups=22"),
+        ({"channels": 37, "norm_groups": 32}, "use norm_groups=1,"),
+        ({"norm_groups": 0}, "use norm_groups=32"),
         ({"channels": 15, "norm_groups": 5}, "channels=15, expected an even number"),
         ({"channels": 2, "norm_groups": 1}, "channels=2, expected an even number above 2"),
         (

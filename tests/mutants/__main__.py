@@ -26,20 +26,19 @@ import secrets
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import CodeType, FrameType, ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import pytest
 
 from tests.hermetic import REPOSITORY, hermetic_environment, make_root
-from tests.mutants.operators import Mutant, mutants_of
+from tests.mutants.operators import Mutant, marked, mutants_of
 
 TARGETS = (
     "ddpm/*.py",
@@ -64,87 +63,94 @@ MARKS = "not slow and not ray and not gpu"
 # Imported once, before the forks: what of the tests' imports is not ours and takes long.
 HEAVY = (
     *("numpy", "scipy.linalg", "torch", "torch._dynamo", "torch.distributed", "torchvision", "safetensors.torch"),
-    *(
-        "hypothesis",
-        "hypothesis.strategies",
-        "pydantic",
-        "yaml",
-        "pyarrow.parquet",
-        "pandas",
-        "PIL.Image",
-        "sklearn.datasets",
-    ),
+    *("hypothesis.strategies", "pydantic", "yaml", "pyarrow.parquet", "pandas", "PIL.Image", "sklearn.datasets"),
     *("diffusers", "torch_fidelity", "torchmetrics.image.fid", "torchmetrics.image.kid"),
 )
 SLACK_S, SLACK_FACTOR, LOAD_FACTOR = 5.0, 10.0, 10.0
 MEMORY_BYTES = 8 << 30
+MARK = "_reached_by_a_test"
 
 
 @dataclass
 class Reach:
-    """What the tests of the code as it is showed: the CPU time of each, and which of them run each line of the targets."""
+    """What the tests of the code as it is showed: the CPU time of each, and which of them run each statement of the targets."""
 
-    cost_s: dict[str, float] = field(default_factory=dict)
-    tests: dict[tuple[str, int], set[str]] = field(default_factory=lambda: defaultdict(set))
+    cost_s: dict[str, float]
+    tests: dict[tuple[str, int], set[str]]
 
     def tests_of(self, mutant: Mutant) -> list[str]:
         """The tests that reach a mutant, the fastest first. Constants and defaults are read on import: all tests of the file count."""
-        found = set().union(*(self.tests[mutant.path, line] for line in mutant.lines))
+        found = self.tests.get((mutant.path, mutant.reach), set())
         if mutant.on_import:
             found = set().union(*(tests for (path, _), tests in self.tests.items() if path == mutant.path))
         return sorted(found, key=lambda test: (self.cost_s[test], test))
 
 
+class Instead(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports modules from other code than that of their files, which know some names beforehand."""
+
+    def __init__(self, codes: Mapping[str, CodeType], names: Mapping[str, Mapping[str, object]]) -> None:
+        self.paths = {path.removesuffix(".py").replace("/", "."): path for path in codes}
+        self.codes, self.names = codes, names
+
+    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
+        if name not in self.paths:
+            return None
+        return importlib.util.spec_from_file_location(name, REPOSITORY / self.paths[name], loader=self)
+
+    def exec_module(self, module: ModuleType) -> None:
+        path = self.paths[module.__name__]
+        module.__dict__.update(self.names.get(path, {}))
+        exec(self.codes[path], module.__dict__)
+
+
 class Watch:
-    """A pytest plugin that notes the lines of the targets that each test runs, those of its wider fixtures included."""
+    """A pytest plugin that notes the statements of the targets that each test runs, those of its wider fixtures included."""
 
     def __init__(self, targets: Sequence[str]) -> None:
-        self.files = {str(REPOSITORY / path): path for path in targets}
-        self.lines: set[tuple[str, int]] = set()
+        self.marks: dict[str, dict[int, bool]] = {path: {} for path in targets}
         self.fixtures: dict[Any, tuple[set[tuple[str, int]], float]] = {}
-        self.reach = Reach()
+        self.cost_s: dict[str, float] = {}
+        self.tests: dict[tuple[str, int], set[str]] = defaultdict(set)
         self.failed: list[str] = []
+        codes = {path: marked(path, REPOSITORY, MARK) for path in targets if not path.endswith("__init__.py")}
+        sys.meta_path.insert(0, Instead(codes, {path: {MARK: lines} for path, lines in self.marks.items()}))
 
-    def __call__(self, frame: FrameType, event: str, argument: object) -> Callable[..., Any] | None:
-        path = self.files.get(frame.f_code.co_filename)
-        if path is None or frame.f_code.co_name == "<module>":
-            return None
-
-        def line(frame: FrameType, event: str, argument: object) -> Callable[..., Any]:
-            self.lines.add((path, frame.f_lineno))
-            return line
-
-        return line(frame, event, argument)
+    def taken(self) -> set[tuple[str, int]]:
+        """The statements that ran since the last time."""
+        found = {(path, line) for path, lines in self.marks.items() for line in lines}
+        for lines in self.marks.values():
+            lines.clear()
+        return found
 
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: Any) -> Iterator[None]:
         if fixturedef.scope == "function":
             return (yield)
-        outer, self.lines, start = self.lines, set(), time.process_time()
+        before, start = self.taken(), time.process_time()
         try:
             return (yield)
         finally:
-            self.fixtures[fixturedef] = self.lines, time.process_time() - start
-            self.lines = outer
+            self.fixtures[fixturedef] = self.taken(), time.process_time() - start
+            for path, line in before:
+                self.marks[path][line] = True
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: Any) -> Iterator[None]:
-        self.lines, start = set(), time.process_time()
-        known = set(self.fixtures)
-        threading.settrace(self)
-        sys.settrace(self)
+        self.taken()
+        start, known = time.process_time(), set(self.fixtures)
         try:
             return (yield)
         finally:
-            sys.settrace(None)
+            places = self.taken()
             cost = time.process_time() - start - sum(s for f, (_, s) in self.fixtures.items() if f not in known)
             for fixture in (f for found in item._fixtureinfo.name2fixturedefs.values() for f in found):
-                lines, cost_s = self.fixtures.get(fixture, (set(), 0.0))
-                self.lines |= lines
-                cost += cost_s
-            self.reach.cost_s[item.nodeid] = cost
-            for place in self.lines:
-                self.reach.tests[place].add(item.nodeid)
+                its_places, its_cost = self.fixtures.get(fixture, (set(), 0.0))
+                places |= its_places
+                cost += its_cost
+            self.cost_s[item.nodeid] = cost
+            for place in places:
+                self.tests[place].add(item.nodeid)
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         if report.failed:
@@ -185,20 +191,6 @@ def limit_cpu(seconds: float) -> None:
     """Let the signal's default action end this process after so much CPU time, inside native code too."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, seconds)
-
-
-class Changed(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Imports one module from changed code."""
-
-    def __init__(self, mutant: Mutant) -> None:
-        self.name, self.path = mutant.path.removesuffix(".py").replace("/", "."), REPOSITORY / mutant.path
-        self.code: CodeType = mutant.code(REPOSITORY)
-
-    def find_spec(self, name: str, path: object, target: object = None) -> importlib.machinery.ModuleSpec | None:
-        return importlib.util.spec_from_file_location(name, self.path, loader=self) if name == self.name else None
-
-    def exec_module(self, module: ModuleType) -> None:
-        exec(self.code, module.__dict__)
 
 
 def run_pytest(folder: Path, plugin: object, *arguments: str) -> int:
@@ -247,8 +239,8 @@ def reach_of(targets: Sequence[str], tests: Sequence[str], root: Path) -> Reach:
     def work() -> dict[str, Any]:
         watch = Watch(targets)
         code = run_pytest(folder, watch, *tests)
-        places = [[path, line, sorted(found)] for (path, line), found in watch.reach.tests.items()]
-        return {"code": code, "failed": watch.failed, "cost_s": watch.reach.cost_s, "places": places}
+        places = [[path, line, sorted(found)] for (path, line), found in watch.tests.items()]
+        return {"code": code, "failed": watch.failed, "cost_s": watch.cost_s, "places": places}
 
     os.waitpid(fork(folder, work), 0)
     result = folder / "result"
@@ -257,7 +249,7 @@ def reach_of(targets: Sequence[str], tests: Sequence[str], root: Path) -> Reach:
         print((folder / "output").read_text()[-4000:], *told["failed"], sep="\n", file=sys.stderr)
         print("the tests do not pass on the code as it is: no mutant was tried", file=sys.stderr)
         raise SystemExit(2)
-    return Reach(told["cost_s"], defaultdict(set, {(path, line): set(found) for path, line, found in told["places"]}))
+    return Reach(told["cost_s"], {(path, line): set(found) for path, line, found in told["places"]})
 
 
 def try_mutant(mutant: Mutant, tests: Sequence[str], cost_s: dict[str, float], folder: Path) -> int:
@@ -265,7 +257,7 @@ def try_mutant(mutant: Mutant, tests: Sequence[str], cost_s: dict[str, float], f
 
     def work() -> dict[str, Any]:
         limit_cpu(60)
-        sys.meta_path.insert(0, Changed(mutant))
+        sys.meta_path.insert(0, Instead({mutant.path: mutant.code(REPOSITORY)}, {}))
         chosen = Chosen(tests, cost_s)
         code = run_pytest(folder, chosen, "-x", *dict.fromkeys(test.partition("::")[0] for test in tests))
         return {"code": code, "passed": chosen.passed, "failed": chosen.failed}

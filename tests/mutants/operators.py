@@ -78,11 +78,11 @@ TYPE_MAKERS = {"Callable", "Sequence", "TypeVar", "NDArray", "dict"}
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: where it is, what the code says there, what it says instead; `lines` are those of which one must run to reach it."""
+    """One fault: where it is, what the code says there, what it says instead; `reach` is the line of the statement that must run."""
 
     path: str
     line: int
-    lines: range
+    reach: int
     before: str
     after: str
     spot: int
@@ -127,7 +127,7 @@ def mutants_of(path: str, root: Path) -> list[Mutant]:
         for choice, fault in enumerate(_faults(spot.node)):
             found.append(
                 Mutant(
-                    path, line, _lines(spot.statement), _short(spot.node), _short(fault), number, choice, spot.on_import
+                    path, line, _reach(spot.statement), _short(spot.node), _short(fault), number, choice, spot.on_import
                 )
             )
     return found
@@ -141,12 +141,32 @@ def _short(code: Fault) -> str:
     return " ".join(lines if isinstance(code, ast.FunctionDef | ast.ExceptHandler | ast.Try) else lines[:1])[:100]
 
 
-def _lines(statement: ast.stmt) -> range:
-    """Those that run when the statement does: of a loop, condition or context its head; of a function its body."""
-    body = getattr(statement, "body", None)
-    if body is None or isinstance(statement, ast.FunctionDef):
-        return range(statement.lineno + (body is not None), (statement.end_lineno or 0) + 1)
-    return range(statement.lineno, max(body[0].lineno, statement.lineno + 1))
+def _reach(statement: ast.stmt) -> int:
+    """The line of the statement; of a function that of its first, since its head runs on import."""
+    return (statement.body[0] if isinstance(statement, ast.FunctionDef) else statement).lineno
+
+
+def marked(path: str, root: Path, mark: str) -> CodeType:
+    """The compiled module with `mark[line] = True` before each statement of its functions."""
+
+    class Marks(ast.NodeTransformer):
+        inside = False
+
+        def generic_visit(self, node: ast.AST) -> ast.AST:
+            outer, self.inside = self.inside, self.inside or isinstance(node, ast.FunctionDef)
+            super().generic_visit(node)
+            for name in ("body", "orelse", "finalbody") if self.inside else ():
+                block = getattr(node, name, None)
+                if isinstance(block, list):
+                    marks = (ast.parse(f"{mark}[{statement.lineno}] = True").body for statement in block)
+                    setattr(
+                        node, name, [line for pair in zip(marks, block, strict=True) for line in (*pair[0], pair[1])]
+                    )
+            self.inside = outer
+            return node
+
+    tree = Marks().visit(ast.parse((root / path).read_text()))
+    return compile(ast.fix_missing_locations(tree), str(root / path), "exec", dont_inherit=True)
 
 
 def _spots(tree: ast.AST, statement: ast.stmt | None = None, in_function: bool = False) -> Iterator[_Spot]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
-from itertools import pairwise, takewhile
+from itertools import islice, pairwise, takewhile
 
 import numpy as np
 import pytest
@@ -141,6 +141,28 @@ def test_rows_may_be_written_to_without_changing_the_order() -> None:
     before = order.rows_for(0, 0).copy()
     order.rows_for(0, 0)[:] = -1
     assert list(order.rows_for(0, 0)) == list(before)
+
+
+def test_what_is_kept_cannot_be_written_to() -> None:
+    order = Order((8, 8), seed=1, num_streams=2, batch_size=4, window=16)
+    with pytest.raises(ValueError, match="read-only"):
+        order.rows_of(next(order.parts(0)))[:] = 0
+
+
+@pytest.mark.parametrize(("num_streams", "window"), [(1, 8), (4, 8), (4, 10**6), (8, 33)])
+def test_each_window_is_permuted_once_and_few_are_kept(num_streams: int, window: int) -> None:
+    """Step after step through two epochs: two windows for each stream at most, and no more than two epochs have."""
+    order = Order((8,) * 16, seed=1, num_streams=num_streams, batch_size=8, window=window)
+    asked = set()
+    for step in range(2 * 16):
+        for stream in range(num_streams):
+            asked |= {part[:2] for part in islice(order.parts(stream, step), 1)}
+            order.rows_for(step, stream)
+    found = order._permuted.cache_info()  # type: ignore[attr-defined]
+    windows = len({number for epoch, number in asked if epoch == 0})
+    assert found.misses == len(asked) == 2 * windows
+    assert found.maxsize <= min(2 * num_streams, 2 * (128 // window + 1))
+    assert order._plan.cache_info().misses == 2  # type: ignore[attr-defined]
 
 
 def test_workers_share_the_streams() -> None:
