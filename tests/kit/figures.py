@@ -20,10 +20,11 @@ from pipeline.storage.home import features_dir
 from pipeline.training.trained import profile_of
 from pipeline.workflows.evaluate import ScoreRequest, score_run
 from tests.kit import trainer
+from tests.kit.experiments import TINY
 
 SECTIONS: dict[str, Any] = {
     "diffusion": {"schedule": "cosine", "num_timesteps": 20},
-    "training": trainer.SETTINGS["training"] | {"steps": 4},
+    "training": TINY["training"] | {"steps": 4},
     "sampling": {"sampler": "ddim", "steps": 2, "batch_size": 64},
     "evaluation": {"metrics": ["fid", "kid", "is", "prdc", "bpd"], "extractor": "classifier"},
 }
