@@ -38,6 +38,18 @@ ddpm-pipe ingest ~/photos s3://bucket/data/photos --image-size 64
 @click.option("--image-column", metavar="NAME", help="Parquet column of the images. Default: found by its type.")
 @click.option("--label-column", metavar="NAME", help="Parquet column of the labels. Default: found by its type.")
 @click.option("--split", metavar="NAME", help="Split of the source, such as train or test.")
+@click.option(
+    "--layout",
+    type=click.Choice(["flat", "classes", "splits"]),
+    help="What sub-folders of images are. Default: told by their names.",
+)
+@click.option(
+    "--skip-damaged",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="N",
+    help="Leave out up to N damaged images, and list them. Default: refuse.",
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Processes that decode. Default: the machine's cores.")
 @json_option
 def ingest(
@@ -48,6 +60,8 @@ def ingest(
     image_column: str | None,
     label_column: str | None,
     split: str | None,
+    layout: str | None,
+    skip_damaged: int,
     workers: int | None,
     as_json: bool,
 ) -> None:
@@ -77,9 +91,12 @@ def ingest(
         image_column=image_column,
         label_column=label_column,
         split=split,
+        layout=layout,
+        skip_damaged=skip_damaged,
         num_workers=workers,
         progress=progress,
         say=console.say,
+        summary=console.say,
     )
     card = dataset_card(manifest)
     print_json(card) if as_json else click.echo("\n".join(card_lines(card)))

@@ -80,7 +80,10 @@ def sampling_options(command: F) -> F:
             help="Classifier-free guidance, S = 1 + w: 1 is none, 2 to 5 is usual. Classes only.",
         ),
         click.option(
-            "--label", "labels", metavar="CLASS", help="A class by name or number, `balanced`, or `none`. Classes only."
+            "--label",
+            "labels",
+            metavar="CLASS",
+            help="A class by name, or by number as `--label=#3`; `#balanced`, `#none`. Classes only.",
         ),
         click.option(
             "--seed", type=click.IntRange(min=0), help="Image i is a function of this and i. Default: the experiment's."

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError, DivergedError
-from pipeline.ingest.image_header import Header, read_header
+from pipeline.ingest.image_header import Header, RefusedFormatError, read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,6 +23,10 @@ MAX_PIXELS = 2**26  # 8192 x 8192
 PILLOW_MAX_PIXELS = 89_478_485  # above it Pillow warns by itself
 MAX_BYTES = 2**27  # of one encoded image
 _ORIENTATION = 0x0112
+
+
+class DamagedImageError(DataError):
+    """A file that is no whole image; one that is whole but not taken is another DataError."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -57,7 +61,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None 
     Format and size are read from the header before any pixel is decoded.
 
     Raises:
-        DataError: not a PNG or JPEG, damaged, over a limit, or not taken without `mode`; `where` names it.
+        DamagedImageError: no image, or a damaged one; `where` names it.
+        DataError: an image of another format, over a limit, or not taken without `mode`.
     """
     from PIL import Image
 
@@ -65,14 +70,19 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None 
         raise DataError(f"{where}: {len(data)} bytes, more than the limit of {MAX_BYTES}: leave it out or shrink it")
     try:
         header = read_header(data)
-    except ValueError as error:
+    except RefusedFormatError as error:
         raise DataError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or convert it") from None
+    except ValueError as error:
+        raise DamagedImageError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or replace it") from None
+    if header.unreadable:
+        raise DataError(f"{where}: {header.unreadable}: convert it first")
     if header.width * header.height > max_pixels:
         raise DataError(
             f"{where}: {header.width}x{header.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
         )
     try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
+            warnings.filterwarnings("ignore", "Image appears to be a malformed MPO file")
             if image.size != (header.width, header.height):
                 raise ValueError(f"its header says both {header.width}x{header.height} and {image.size}")
             obstacle = _obstacle(image, header)
@@ -82,7 +92,9 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None 
     except _RefusedImageError as error:
         raise DataError(f"{where}: {error}") from None
     except Exception as error:  # Pillow raises a dozen kinds, from SyntaxError to struct.error, for damaged files
-        raise DataError(f"{where}: a damaged {header.format} image ({error}): leave it out or replace it") from None
+        raise DamagedImageError(
+            f"{where}: a damaged {header.format} image ({error}): leave it out or replace it"
+        ) from None
 
 
 def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pixels:
@@ -119,7 +131,7 @@ class _RefusedImageError(Exception):
 
 def _obstacle(image: Image, header: Header) -> str | None:
     """Why the image cannot be taken as it is: something of it would be lost or changed; None if nothing would."""
-    if header.is_animated or getattr(image, "n_frames", 1) > 1:
+    if header.is_animated:
         raise _RefusedImageError("holds several frames, expected one image: extract the frame you want")
     if header.bits > 8:
         return f"has {header.bits} bits per channel"

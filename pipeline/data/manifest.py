@@ -49,6 +49,7 @@ class Manifest:
         has_labels: whether rows carry an int64 label.
         mean, std: per channel, of pixels on the scale [-1, 1]; std is the population's.
         fingerprint: sha256 of the content.
+        skipped: what was damaged in the source and is left out, an image each.
     """
 
     format: int
@@ -63,6 +64,7 @@ class Manifest:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    skipped: tuple[str, ...] = ()
 
     @property
     def row_groups(self) -> tuple[int, ...]:
@@ -163,8 +165,8 @@ def _checksum(content: dict[str, Any]) -> str:
 
 
 def _parse(content: dict[str, Any]) -> Manifest:
-    for key in ("shape", "mean", "std"):
-        content[key] = tuple(content[key])
+    for key in ("shape", "mean", "std", "skipped"):
+        content[key] = tuple(content.get(key, ()))
     if content["class_names"] is not None:
         content["class_names"] = tuple(content["class_names"])
     content["shards"] = tuple(Shard(**{**s, "row_group_rows": tuple(s["row_group_rows"])}) for s in content["shards"])

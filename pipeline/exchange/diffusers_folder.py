@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm import UNet
+from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import UsageError
 from pipeline.exchange import diffusers_scheduler, diffusers_unet, diffusers_weights
 from pipeline.exchange.foreign_tensors import read_json, read_tensors
@@ -38,7 +39,7 @@ class ForeignModel:
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
     about: str  # one line on what was found
-    class_names: tuple[str, ...] = ()
+    class_names: ClassNames = NO_CLASSES
 
 
 def write_pipeline(trained: Trained, folder: Path) -> None:

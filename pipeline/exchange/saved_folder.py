@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.data.labels import ClassNames
 from pipeline.errors import UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel
 from pipeline.exchange.diffusers_scheduler import MAX_TIMESTEPS
@@ -41,7 +42,9 @@ def read_saved(folder: Path) -> ForeignModel:
             f"its network is {kind!r}, code of its maker's, which an import does not run; where you trust it, train or load it by that name"
         )
     shape, names = _shape(about.get("shape")), about.get("class_names", [])
-    if shape is None or not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    untrained = about.get("untrained_classes", [])
+    named = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if shape is None or not named or not _are_numbers_below(untrained, len(names)):
         raise ValueError(f"{EXPERIMENT_FILE} says no shape of the images, or no names of the classes")
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder.name}/ has no {WEIGHTS_FILE}")
@@ -54,13 +57,17 @@ def read_saved(folder: Path) -> ForeignModel:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = read_tensors(folder / WEIGHTS_FILE, expected)
     where = f"ddpm-pipe, weights {about.get('weights')!r} of step {about.get('step')!r}"
-    return ForeignModel(experiment, shape, tensors, tensors, where, tuple(names))
+    return ForeignModel(experiment, shape, tensors, tensors, where, ClassNames(names, untrained))
 
 
 def _shape(value: Any) -> Shape | None:
     """Return (C, H, W), or None where the value is anything else."""
     sides = isinstance(value, list) and len(value) == 3 and all(type(n) is int and 1 <= n <= MAX_SIDE for n in value)
     return (value[0], value[1], value[2]) if sides else None
+
+
+def _are_numbers_below(values: Any, end: int) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < end for value in values)
 
 
 def _check_sizes(experiment: Experiment, shape: Shape) -> None:

@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import DataError, UsageError
+from pipeline.ingest.label_values import NO_LABELS, called_labels
 
-NO_LABELS = "none"  # as --label-column: leave the labels out
 ALL_SPLITS = "all"
-SPLITS = ("train", "validation", "test")
-_SPLIT_WORD = re.compile(r"(?:^|[_./-])(?:(train|training)|(val|valid|validation|dev)|(test))(?=[_./-]|$)")
+SPLITS = ("train", "validation", "test", "unlabeled")
+_SPLIT_WORD = re.compile(
+    r"(?:^|[_./=-])(?:(train|training)|(val|valid|validation|dev)|(test|testing)|(unlabell?ed))(?:\d{2,4})?(?=[_./-]|$)"
+)
 
 
 def split_of(name: str) -> str | None:
-    """Which split a file, folder or array is named for: "train", "validation", "test", or None."""
+    """Which split a file, folder or array is named for, such as train-00000, val2017 or x_test: one of SPLITS, or None."""
     words = _SPLIT_WORD.search(name.lower())
     return None if words is None else next(s for s, word in zip(SPLITS, words.groups(), strict=True) if word)
 
@@ -55,8 +53,10 @@ def pick_column(what: str, named: str | None, candidates: list[str], there: list
         DataError: no candidate.
     """
     listing = ", ".join(candidates) or "none"
+    kinds = dict(text.partition(" (")[::2] for text in there)  # "x (double)": each column with its type
     if named is not None and named not in candidates:
-        problem = f"holds no {what}s" if named in there else "does not exist"
+        kind = f" ({kinds[named]}" if kinds.get(named) else ""
+        problem = f"holds no {what}s{kind}" if named in kinds else "does not exist"
         raise UsageError(f"{where}: column {named!r} {problem}: columns of {what}s are {listing}")
     if named is not None:
         return named
@@ -70,22 +70,8 @@ def pick_column(what: str, named: str | None, candidates: list[str], there: list
 
 
 def pick_label(named: str | None, candidates: list[str], there: list[str], where: str) -> str | None:
-    """As `pick_column`; None where there are no labels, or none are wanted."""
+    """As `pick_column`, of several the only one that is called as labels are; None where there are no labels, or none are wanted."""
     if named == NO_LABELS or (named is None and not candidates):
         return None
-    return pick_column("label", named, candidates, there, where)
-
-
-def check_labels(
-    labels: Any, class_names: tuple[str, ...] | None, where: str, first_row: int = 0
-) -> npt.NDArray[np.int64]:
-    """Labels as int64 [n]; DataError names the first row whose label is no class."""
-    values: npt.NDArray[np.int64] = np.asarray(labels).reshape(len(labels)).astype(np.int64)
-    wrong = np.flatnonzero((values < 0) | (values >= (len(class_names) if class_names else 2**31)))
-    if len(wrong):
-        expected = f"0..{len(class_names) - 1}" if class_names else "0 or more"
-        raise DataError(
-            f"{where}, row {first_row + int(wrong[0])}: label {values[wrong[0]]}, expected {expected}: "
-            f"correct it, or give --label-column {NO_LABELS}"
-        )
-    return values
+    called = called_labels(candidates) if named is None else []
+    return pick_column("label", named, called if len(called) == 1 else candidates, there, where)

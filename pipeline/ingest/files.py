@@ -14,6 +14,7 @@ from pyarrow import fs
 
 from pipeline.data.shards_format import reason_of
 from pipeline.errors import DataError
+from pipeline.ingest.layout import is_litter
 
 _PYARROW_SCHEMES = {"file", "s3", "gs", "gcs", "hdfs", "viewfs", "abfs", "abfss"}
 _WILDCARD = re.compile(r"[*\[]")
@@ -46,8 +47,8 @@ class StoredFile:
 def find_files(source: str, suffix: str) -> list[StoredFile]:
     """Files that `source` names, sorted by path: one file, those below a folder that end in `suffix`, or a glob's.
 
-    As in a shell, `*` stays within one folder and `**` crosses folders. Names that begin with a dot or an underscore are
-    left out of folders.
+    As in a shell, `*` stays within one folder and `**` crosses folders. Names that begin with a dot or an underscore, and
+    what systems leave in folders, are left out of these.
 
     Raises:
         DataError: none, or the place cannot be listed.
@@ -116,7 +117,7 @@ def _list(filesystem: Any, root: str, recursive: bool) -> list[Any] | None:
 
 
 def _in_folder(name: str, suffix: str) -> bool:
-    return name.endswith(suffix) and not any(part.startswith((".", "_")) for part in name.split("/"))
+    return name.endswith(suffix) and not any(part.startswith("_") or is_litter(part) for part in name.split("/"))
 
 
 def _in_glob(name: str, pattern: str) -> bool:

@@ -10,15 +10,28 @@ from dataclasses import dataclass
 PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 JPEG_SIGNATURE = b"\xff\xd8\xff"
 
-# The first bytes of files that people give as images; for messages only.
-_OTHER_FORMATS = {
+# The first bytes of images in formats that are not taken.
+_OTHER_IMAGES = {
     b"GIF8": "GIF",
     b"BM": "BMP",
-    b"RIFF": "WebP",
     b"II*\x00": "TIFF",
     b"MM\x00*": "TIFF",
-    b"%PDF": "PDF",
     b"<svg": "SVG",
+    b"8BPS": "Photoshop",
+    b"\x00\x00\x01\x00": "ICO",
+    b"\x00\x00\x00\x0cjP  ": "JPEG 2000",
+    b"\xff\x4f\xff\x51": "JPEG 2000",
+    b"\x00\x00\x00\x0cJXL ": "JPEG XL",
+    b"\xff\x0a": "JPEG XL",
+    b"P5": "PGM",
+    b"P6": "PPM",
+    b"qoif": "QOI",
+}
+_VIDEOS = frozenset({b"isom", b"mp41", b"mp42", b"qt  ", b"M4V ", b"iso2", b"3gp4", b"3gp5"})
+_BRANDS = {b"avif": "AVIF", b"avis": "AVIF"}  # of ISO media files (ISO/IEC 14496-12); HEIC is the rest
+# The first bytes of what people find in the place of an image; for messages only.
+_OTHER_FORMATS = {
+    b"%PDF": "PDF",
     b"<htm": "HTML",
     b"<!DO": "HTML",
     b"PK\x03\x04": "zip",
@@ -28,6 +41,13 @@ _OTHER_FORMATS = {
 # Start-of-frame markers; C4, C8 and CC in between mark other things (ITU T.81, table B.1).
 _JPEG_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _JPEG_STANDALONE = frozenset({0x01, *range(0xD0, 0xD8)})
+_JPEG_DECODED = frozenset(
+    {0xC0, 0xC1, 0xC2, 0xC9, 0xCA}
+)  # baseline, extended, progressive; the last two are arithmetic
+
+
+class RefusedFormatError(ValueError):
+    """An image of a format that is not taken."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +58,7 @@ class Header:
         bits: per channel; Pillow drops the lower 8 of 16 in colour images.
         has_transparency: a PNG with a transparent colour or palette entry; Pillow loses it on conversion.
         is_animated: a PNG with more than one frame; Pillow gives the first.
+        unreadable: what no decoder here can read of a whole image; "" for most.
     """
 
     format: str
@@ -46,13 +67,15 @@ class Header:
     bits: int = 8
     has_transparency: bool = False
     is_animated: bool = False
+    unreadable: str = ""
 
 
 def read_header(data: bytes) -> Header:
     """Read the header of a PNG (every chunk's checksum is verified) or JPEG file.
 
     Raises:
-        ValueError: another format, or damaged; the message says which.
+        RefusedFormatError: an image of another format; the message says which.
+        ValueError: no image, or damaged.
     """
     if data.startswith(PNG_SIGNATURE):
         return _read_png(data)
@@ -60,6 +83,13 @@ def read_header(data: bytes) -> Header:
         return _read_jpeg(data)
     if not data:
         raise ValueError("an empty file")
+    for start, name in _OTHER_IMAGES.items():
+        if data.startswith(start):
+            raise RefusedFormatError(f"a {name} file")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        raise RefusedFormatError("a WebP file")
+    if data[4:8] == b"ftyp" and data[8:12] not in _VIDEOS:
+        raise RefusedFormatError(f"a {_BRANDS.get(data[8:12], 'HEIC')} file")
     for start, name in _OTHER_FORMATS.items():
         if data.startswith(start):
             raise ValueError(f"a {name} file")
@@ -69,13 +99,16 @@ def read_header(data: bytes) -> Header:
 def _read_png(data: bytes) -> Header:
     """Pillow skips the checksums of pixel data (IDAT) and may stop reading early, so they are verified here."""
     chunks = list(_png_chunks(data))
+    if chunks and chunks[0][0] == b"CgBI":
+        raise RefusedFormatError("a PNG in Apple's own variant (CgBI)")
     if not chunks or chunks[0][0] != b"IHDR" or len(chunks[0][1]) != 13:
         raise ValueError("a PNG without header")
     width, height, bits = struct.unpack(">IIB", chunks[0][1][:9])
-    kinds = {kind for kind, _ in chunks}
-    if b"IDAT" not in kinds:
+    found = dict(reversed(chunks))
+    if b"IDAT" not in found:
         raise ValueError("a PNG without pixels")
-    return Header("PNG", width, height, bits, b"tRNS" in kinds, b"acTL" in kinds)
+    frames = int.from_bytes(found.get(b"acTL", b"")[:4])
+    return Header("PNG", width, height, bits, b"tRNS" in found, frames > 1)
 
 
 def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
@@ -97,20 +130,32 @@ def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _read_jpeg(data: bytes) -> Header:
+    """Bytes between segments that belong to none are passed over, as every decoder does."""
     at = 2
     while at + 4 <= len(data):
         if data[at] != 0xFF:
-            raise ValueError("a damaged JPEG")
+            at += 1
+            continue
         marker = data[at + 1]
+        if marker == 0x00:  # a stuffed 0xFF, of the same kind
+            at += 2
+            continue
         if marker == 0xFF or marker in _JPEG_STANDALONE:
             at += 1 if marker == 0xFF else 2
             continue
         (length,) = struct.unpack_from(">H", data, at + 2)
         if marker in _JPEG_FRAMES:
-            if length < 8 or at + 9 > len(data):
+            if length < 8 or at + 10 > len(data):
                 break
-            bits, height, width = struct.unpack_from(">BHH", data, at + 4)
-            return Header("JPEG", width, height, bits)
+            bits, height, width, channels = struct.unpack_from(">BHHB", data, at + 4)
+            unreadable = ""
+            if bits != 8:
+                unreadable = f"a JPEG of {bits} bits per channel, expected 8"
+            elif marker not in _JPEG_DECODED:
+                unreadable = "a lossless or hierarchical JPEG"
+            elif channels not in (1, 3, 4):
+                unreadable = f"a JPEG of {channels} channels, expected 1, 3 or 4"
+            return Header("JPEG", width, height, bits, unreadable=unreadable)
         if marker == 0xDA or length < 2:  # pixels begin before any frame was declared
             break
         at += 2 + length

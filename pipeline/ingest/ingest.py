@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from pipeline.settings.cluster_profile import Cache
 from pipeline.settings.config import DataConfig
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
+
+MOST_LISTED = 20  # classes, or damaged images, in one message
+_LAST_CLAUSE = re.compile(r"(, expected a PNG or JPEG image)?: [^:]*$")  # what to do about one damaged image
 
 Progress = Callable[[int, int | None], None]  # images done, images in all where known
 Say = Callable[[str], None]
@@ -51,6 +56,8 @@ def ingest_options(data: DataConfig) -> IngestOptions:
         image_column=data.image_column,
         label_column=data.label_column,
         split=data.split,
+        layout=data.layout,
+        skip_damaged=data.skip_damaged,
     )
 
 
@@ -63,6 +70,8 @@ def ingest(
     image_column: str | None = None,
     label_column: str | None = None,
     split: str | None = None,
+    layout: str | None = None,
+    skip_damaged: int = 0,
     max_pixels: int = MAX_PIXELS,
     num_workers: int | None = None,
     rows_per_shard: int | None = None,
@@ -70,6 +79,7 @@ def ingest(
     offline: bool = False,
     progress: Progress | None = None,
     say: Say = lambda _: None,
+    summary: Say = lambda _: None,
 ) -> Manifest:
     """Write `source` as a dataset into the new folder `dest`, here or in an object store (s3://...); see `IngestOptions`.
 
@@ -80,18 +90,19 @@ def ingest(
         offline: download nothing.
         progress: is told the images done.
         say: is told what was chosen, such as a split.
+        summary: is told in the end, in lines, what the source was taken for: splits, classes, what was passed over or left out.
 
     Raises:
         UsageError, DataError, StorageError: nothing is left behind then.
     """
-    options = IngestOptions(image_size, mode, image_column, label_column, split, max_pixels)
+    options = IngestOptions(image_size, mode, image_column, label_column, split, layout, skip_damaged, max_pixels)
     place = RemoteFolder(dest) if isinstance(dest, str) and is_remote(dest) else Path(dest)
     _check_dest(source, place)
     found = resolve_source(source, options, downloads=downloads, offline=offline, say=say)
     if found.note:
         say(found.note)
     with sole_remote_writer(place) if isinstance(place, RemoteFolder) else sole_writer(place):
-        return _write(found, place, options, num_workers, rows_per_shard, progress)
+        return _write(found, place, options, num_workers, rows_per_shard, progress, summary)
 
 
 def ensure_ingested(
@@ -136,7 +147,7 @@ def ensure_ingested(
         if isinstance(dest, Path):
             shutil.rmtree(dest, ignore_errors=True)
         say(f"ingesting {source} into {dest}, once")
-        _write(found, dest, options, num_workers, None, progress)
+        _write(found, dest, options, num_workers, None, progress, say)
     return Dataset.open(_place(dest), cache)
 
 
@@ -172,9 +183,9 @@ def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int]
     if source.shape is None and source.download:
         return None
     if source.shape is None:
-        first = next(iter(source.items()), None)
         treatment = Treatment(options.mode, options.size, options.max_pixels)
-        return None if first is None else make_rows([first], treatment, None).shape
+        shapes = (make_rows([item], treatment, None).shape for item in source.items())
+        return next((shape for shape in shapes if shape is not None), None)
     channels = {"L": 1, "RGB": 3}.get(options.mode or "", source.shape[0])
     return (channels, *(options.size or source.shape[1:]))
 
@@ -200,7 +211,7 @@ def _place(folder: Path | RemoteFolder) -> Path | str:
 
 
 def _key(source: Source, options: IngestOptions) -> str:
-    return hashlib.sha256(repr(("ingest 1", source.key(), options.size, options.mode)).encode()).hexdigest()
+    return hashlib.sha256(repr(("ingest 2", source.key(), options.size, options.mode)).encode()).hexdigest()
 
 
 def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
@@ -223,7 +234,7 @@ def _refuse_options(source: str, options: IngestOptions, manifest: Manifest) -> 
             f"{source} is an ingested dataset of {manifest.shape[1]}x{manifest.shape[2]} with {manifest.shape[0]} channels, "
             "other image size or mode was asked for: ingest its source again, or leave them out"
         )
-    asked = [name for name in ("image_column", "label_column", "split") if getattr(options, name) is not None]
+    asked = [name for name in ("image_column", "label_column", "split", "layout") if getattr(options, name) is not None]
     if asked:
         raise UsageError(f"{source} is an ingested dataset, {', '.join(asked)} cannot be chosen any more: leave it out")
 
@@ -245,17 +256,68 @@ def _write(
     num_workers: int | None,
     rows_per_shard: int | None,
     progress: Progress | None,
+    summary: Say,
 ) -> Manifest:
     treatment = Treatment(options.mode, options.size, options.max_pixels)
     workers = default_num_workers(source.num_bytes) if num_workers is None else num_workers
-    done = 0
+    done, damaged, counts = 0, list[str](), Counter[int]()
     with (
         new_remote_folder(dest) if isinstance(dest, RemoteFolder) else new_folder(dest) as (folder, sent),
         ShardWriter(folder, source.has_labels, rows_per_shard, sent) as writer,
     ):
         for rows in all_rows(source.items(), treatment, workers):
-            writer.add(rows)
-            done += len(rows.images)
+            damaged += rows.damaged
+            if len(damaged) <= options.skip_damaged:
+                writer.add(rows)
+                counts.update(rows.labels.tolist())
+            done += len(rows.images) + len(rows.damaged)
             if progress:
                 progress(done, source.num_rows)
-        return writer.finish(source.name, source.origin, source.class_names)
+        if len(damaged) > options.skip_damaged:
+            raise DataError(_too_damaged(damaged, done, options.skip_damaged))
+        manifest = writer.finish(source.name, source.origin, source.class_names, tuple(map(_short, damaged)))
+    for line in (*source.lines, *_class_lines(manifest, counts), *_skipped_lines(damaged)):
+        summary(line)
+    return manifest
+
+
+def _too_damaged(damaged: list[str], num_images: int, allowed: int) -> str:
+    """Say which images are damaged: of one alone all, of several the first."""
+    if len(damaged) == 1:
+        return f"{damaged[0]} (--skip-damaged 1 leaves it out)"
+    listed = "; ".join(map(_short, damaged[:MOST_LISTED]))
+    more = f"; and {len(damaged) - MOST_LISTED} more" if len(damaged) > MOST_LISTED else ""
+    limit = f", more than the {allowed} of --skip-damaged" if allowed else ""
+    return (
+        f"{len(damaged)} of {num_images} images are damaged{limit}: {listed}{more}: replace them, or leave them out with "
+        f"--skip-damaged {len(damaged)}"
+    )
+
+
+def _short(damaged: str) -> str:
+    """Return what is wrong with an image without what to do about one alone."""
+    return _LAST_CLAUSE.sub("", damaged)
+
+
+def _class_lines(manifest: Manifest, counts: Counter[int]) -> list[str]:
+    if not manifest.has_labels:
+        return []
+    names = manifest.class_names or tuple(map(str, range(max(counts) + 1)))
+    each = [f"{name} {counts[number]:,}" for number, name in enumerate(names) if counts[number]]
+    absent = [name for number, name in enumerate(names) if not counts[number]]
+    lines = [f"classes: {len(each)} ({', '.join(each[:MOST_LISTED])}{', ...' if len(each) > MOST_LISTED else ''})"]
+    if absent:
+        listed = ", ".join(absent[:MOST_LISTED]) + (", ..." if len(absent) > MOST_LISTED else "")
+        lines.append(f"classes without images: {len(absent)} ({listed})")
+    return lines
+
+
+def _skipped_lines(damaged: list[str]) -> list[str]:
+    if not damaged:
+        return []
+    more = [f"  and {len(damaged) - MOST_LISTED} more, in the manifest"] if len(damaged) > MOST_LISTED else []
+    return [
+        f"left out: {len(damaged)} damaged images",
+        *(f"  {_short(line)}" for line in damaged[:MOST_LISTED]),
+        *more,
+    ]

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.errors import DataError, UsageError
-from pipeline.ingest.choice import ALL_SPLITS, check_labels, choose_split, pick_column, pick_label, split_of
+from pipeline.ingest.choice import ALL_SPLITS, choose_split, pick_column, pick_label, split_of
+from pipeline.ingest.label_values import NO_LABELS, Classes, classes_of, is_one_hot, names_rows
 from pipeline.ingest.rows import Item
 from pipeline.ingest.sources import Source, content_key, short_name
 
@@ -25,7 +26,8 @@ class _Array(NamedTuple):
 def npz(
     path: Path, image_column: str | None = None, label_column: str | None = None, split: str | None = None
 ) -> Source:
-    """uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W], and whole-number labels [N] where there are any.
+    """uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W], and labels where there are any: whole numbers or booleans [N], one-hot
+    rows [N, K], or text [N] where it is named.
 
     Arrays are found by type and shape whatever their names, and by the split in their names (`x_train`, `test_images`).
 
@@ -44,14 +46,13 @@ def npz(
     images = [n for n, a in arrays.items() if a.dtype == np.uint8 and len(a.shape) in (3, 4)]
     image = pick_column("image", image_column, images, list(arrays), str(path))
     num_rows = arrays[image].shape[0]
-    whole = [n for n, a in arrays.items() if a.dtype.kind in "iu" and a.shape in ((num_rows,), (num_rows, 1))]
-    label = pick_label(label_column, whole, list(arrays), str(path))
+    label, classes = _choose_labels(path, arrays, num_rows, label_column)
     to_hwc = _layout(arrays[image].shape, f"{path}: array {image!r}")
 
     def items() -> Iterator[Item]:
         with _damage(path), np.load(path, allow_pickle=False) as archive:
             pixels, values = archive[image], np.zeros(num_rows) if label is None else archive[label]
-        labels = check_labels(values, None, f"{path}, {label}")
+        labels = classes.numbers(values, f"{path}, {label}")
         for row, (array, value) in enumerate(zip(pixels, labels, strict=True)):
             yield Item(f"{path}, {image}, row {row}", to_hwc(array), int(value))
 
@@ -60,10 +61,34 @@ def npz(
         origin=f"{path.absolute()} ({image})",
         items=items,
         key=lambda: f"{content_key([(path.name, path)])} {image} {label}",
+        class_names=classes.names,
         has_labels=label is not None,
         num_rows=num_rows,
         note=note,
     )
+
+
+def _choose_labels(
+    path: Path, arrays: dict[str, _Array], num_rows: int, named: str | None
+) -> tuple[str | None, Classes]:
+    """Return the array of labels and what they mean; None where there are none."""
+    found: dict[str, Classes] = {}
+    lengths = ((num_rows,), (num_rows, 1))
+    with _damage(path), np.load(path, allow_pickle=False) as archive:
+        for name, (shape, dtype) in arrays.items():
+            if named == NO_LABELS or (named in arrays and name != named):
+                continue
+            if dtype.kind in "iub" and shape in lengths:
+                values = np.unique(archive[name])
+                if name == named or not names_rows(name, len(values), num_rows):
+                    found[name] = classes_of(values)
+            elif dtype.kind in "U" and shape in lengths and name == named:
+                found[name] = classes_of(np.unique(archive[name]))
+            elif len(shape) == 2 and shape[0] == num_rows and dtype.kind in "iubf" and is_one_hot(archive[name]):
+                found[name] = Classes(tuple(map(str, range(shape[1]))))
+    there = [f"{name} ({array.dtype})" for name, array in arrays.items()]
+    label = pick_label(named, list(found), there, str(path))
+    return label, Classes(None) if label is None else found[label]
 
 
 @contextmanager

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +21,31 @@ import pyarrow.parquet as pq
 
 from pipeline.data.shards_format import reason_of, refuse_unsafe_environment
 from pipeline.errors import DataError
-from pipeline.ingest.choice import NO_LABELS, check_labels, choose_split, pick_column, pick_label, split_of
+from pipeline.ingest.choice import choose_split, pick_column, pick_label, split_of
 from pipeline.ingest.files import StoredFile, find_files, without_credentials
+from pipeline.ingest.label_values import NO_LABELS, Classes, classes_of, is_one_hot, is_pandas_index, names_rows
+from pipeline.ingest.layout import SPLIT_KEYS, hive_key
 from pipeline.ingest.rows import Item
 from pipeline.ingest.sources import Source, content_key, short_name
 
 _BATCH_ROWS = 64
+_NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 # Extension types that run Python code of the file's choosing, or once did (CVE-2026-41486, CVE-2023-47248).
 _CODE_TYPES = re.compile(rb"ray\.data\.|arrow\.py_extension_type")
 
 
 @dataclass(frozen=True)
 class _Columns:
+    """Which columns are read, and how.
+
+    `raw` is the shape (C, H, W) of images that are stored as pixels, as `ddpm-pipe sample --format parquet` stores them. `label` may be the
+    key of a Hive path, which is no column of the files.
+    """
+
     image: str
+    raw: tuple[int, int, int] | None
     label: str | None
-    class_names: tuple[str, ...] | None
+    classes: Classes
 
 
 def parquet(
@@ -49,11 +61,19 @@ def parquet(
     """
     refuse_unsafe_environment()
     shown, files, chosen, note = without_credentials(source), find_files(source, ".parquet"), None, ""
+    lines: list[str] = []
     if len(files) > 1 or split is not None:
-        chosen, note = choose_split([file.name for file in files], split, shown)
-        files = [file for file in files if chosen is None or split_of(file.name) == chosen]
+        there = files
+        chosen, note = choose_split([_split_name(file) for file in files], split, shown)
+        files = [file for file in files if chosen is None or split_of(_split_name(file)) == chosen]
+        if chosen is not None:
+            counts = Counter(split_of(_split_name(file)) for file in there if file not in files)
+            others = ", ".join(f"{name} {count}" for name, count in counts.items())
+            lines.append(
+                f"splits: {chosen} taken ({len(files)} files)" + (f"; not taken, in files: {others}" if others else "")
+            )
     num_rows = sum(_num_rows(file) for file in files)
-    columns = _columns(files, image_column, label_column)
+    columns, told = _columns(files, num_rows, image_column, label_column)
     origin = shown if "://" in shown else str(Path(shown).absolute())
 
     def items() -> Iterator[Item]:
@@ -65,12 +85,25 @@ def parquet(
         origin=origin if chosen is None else f"{origin} (split {chosen})",
         items=items,
         key=lambda: f"{_key(files)} {columns}",
-        class_names=columns.class_names,
+        class_names=columns.classes.names,
         has_labels=columns.label is not None,
         num_rows=num_rows,
         num_bytes=sum(file.num_bytes for file in files),
         note=note,
+        lines=(*lines, *told),
     )
+
+
+def _split_name(file: StoredFile) -> str:
+    """Return what of a file's name may name a split: the value of a Hive key split=, but not that of another."""
+    parts = [part for part in file.name.split("/") if (key := hive_key(part)) is None or key[0].lower() in SPLIT_KEYS]
+    return "/".join(parts)
+
+
+def _hive_keys(file: StoredFile) -> dict[str, str]:
+    """Return keys and values of the partition that a file lies in, without that of a split."""
+    keys = [key for part in file.name.split("/")[:-1] if (key := hive_key(part)) is not None]
+    return {key: value for key, value in keys if key.lower() not in SPLIT_KEYS}
 
 
 def _key(files: list[StoredFile]) -> str:
@@ -113,24 +146,127 @@ def _opened(file: StoredFile) -> Iterator[Any]:
         yield pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=not file.is_local)
 
 
-def _columns(files: list[StoredFile], image_column: str | None, label_column: str | None) -> _Columns:
+def _columns(
+    files: list[StoredFile], num_rows: int, image_column: str | None, label_column: str | None
+) -> tuple[_Columns, list[str]]:
+    """Choose the columns, and say what was taken for labels and what was not."""
     with _opened(files[0]) as opened:
         schema = opened.schema_arrow
-    where, there, features = files[0].path, list(schema.names), _features(schema)
-    images = [name for name in there if _is_image(schema.field(name).type)]
+    where, features, keys = files[0].path, _features(schema), _hive_keys(files[0])
+    types = {name: schema.field(name).type for name in schema.names}
+    there = [f"{name} ({schema.field(name).type})" for name in schema.names]
+    shape = _raw_shape(schema)
+    images = [name for name, kind in types.items() if _is_image(kind) or (shape and _is_raw(kind, shape))]
     declared = [name for name in images if features.get(name, {}).get("_type") == "Image"]
     image = pick_column("image", image_column, images if image_column else declared or images, there, where)
-    labels = [name for name in there if pa.types.is_integer(schema.field(name).type)]
-    declared = [name for name in labels if features.get(name, {}).get("_type") == "ClassLabel"]
-    if label_column is not None:  # text is taken only where it is asked for: it may be a caption
-        labels += [name for name in there if _is_text(schema.field(name).type)]
-    label = pick_label(label_column, labels if label_column else declared or labels, there, where)
+    raw = shape if shape and _is_raw(types[image], shape) else None
+    declared = [
+        name for name, kind in types.items() if features.get(name, {}).get("_type") == "ClassLabel" and _kind(kind)
+    ]
+    passed_over: list[str] = []
+    if label_column == NO_LABELS:
+        found: dict[str, Classes | None] = {}
+    elif label_column is not None and label_column in (*types, *keys):
+        found = {label_column: _classes(files, label_column, types, keys, num_rows, named=True)}
+    elif declared:
+        found = dict.fromkeys(declared)
+    else:
+        usual = [name for name in (*types, *keys) if name not in (image, *images)]
+        found = {name: _classes(files, name, types, keys, num_rows, named=False) for name in usual}
+        passed_over = [name for name, classes in found.items() if classes is None and _kind(types[name])]
+    candidates = [name for name, classes in found.items() if classes is not None or name in declared]
+    there += [f"{key} (of the path)" for key in keys]
+    label = pick_label(label_column, candidates, there, where)
     if label is None:
-        return _Columns(image, None, None)
-    if _is_text(schema.field(label).type):
-        return _Columns(image, label, _distinct(files, label))
-    names = features.get(label, {}).get("names")
-    return _Columns(image, label, tuple(map(str, names)) if names else None)
+        columns = _Columns(image, raw, None, Classes(None))
+    else:
+        names = features.get(label, {}).get("names") if label in declared else None
+        known = (
+            Classes(tuple(map(str, names)))
+            if names
+            else found[label] or _classes(files, label, types, keys, num_rows, named=True)
+        )
+        assert known is not None
+        columns = _Columns(image, raw, label, known)
+    return columns, _told(
+        columns, [c for c in candidates if c != label], passed_over, dict(zip(types, there, strict=False))
+    )
+
+
+def _told(columns: _Columns, others: list[str], passed_over: list[str], described: dict[str, str]) -> list[str]:
+    lines = [
+        f"columns: images in {columns.image!r}, labels in {columns.label!r}"
+        if columns.label
+        else f"columns: images in {columns.image!r}"
+    ]
+    if columns.label and others:
+        lines[0] += f" (not in {', '.join(others)})"
+    if columns.label is None:
+        lines.append(
+            "classes: none"
+            + (
+                f"; no labels were seen in {', '.join(described[name] for name in passed_over)}: name one with --label-column"
+                if passed_over
+                else ""
+            )
+        )
+    return lines
+
+
+def _classes(
+    files: list[StoredFile], name: str, types: dict[str, Any], keys: dict[str, str], num_rows: int, *, named: bool
+) -> Classes | None:
+    """Return what the values of a column, or of a key of the path, mean as labels; None where they are no labels.
+
+    Text, and numbers that are written as fractions, are taken only where they are named: they may be captions and measurements.
+    """
+    if name in keys and name not in types:
+        values = {_hive_keys(file).get(name, _NO_PARTITION) for file in files} - {_NO_PARTITION}
+        numbers = all(re.fullmatch(r"0|[1-9]\d{0,17}", value) for value in values)
+        return classes_of(map(int, values)) if numbers else classes_of(values)
+    kind = _kind(types[name])
+    if kind is None or (kind in ("text", "fractions") and not named) or (is_pandas_index(name) and not named):
+        return None
+    if kind == "one-hot":
+        return _one_hot_classes(files, name)
+    distinct: set[Any] = set()
+    for file in files:
+        with _opened(file) as opened:
+            if name not in opened.schema_arrow.names:
+                raise _no_column(file, name)
+            for group in range(opened.num_row_groups):
+                values = _plain(opened.read_row_group(group, columns=[name]).column(name)).drop_null().unique()
+                if kind == "fractions" and not pc.all(pc.equal(values, pc.round(values)), min_count=0).as_py():
+                    return None
+                distinct.update(values.to_pylist())
+    if not named and kind != "truths" and names_rows(name, len(distinct), num_rows):
+        return None
+    return classes_of(map(int, distinct)) if kind == "fractions" else classes_of(distinct)
+
+
+def _one_hot_classes(files: list[StoredFile], name: str) -> Classes | None:
+    width = 0
+    for file in files:
+        with _opened(file) as opened:
+            for batch in opened.iter_batches(columns=[name]):
+                rows = _one_hot(batch.column(name))
+                if rows is None or (width and rows.shape[1] != width):
+                    return None
+                width = rows.shape[1]
+    return Classes(tuple(map(str, range(width)))) if width else None
+
+
+def _one_hot(column: Any) -> npt.NDArray[Any] | None:
+    """Return a column of lists as rows [n, K] if they are one-hot."""
+    lists = column.to_pylist()
+    if not lists or any(row is None or None in row or len(row) != len(lists[0]) for row in lists):
+        return None
+    rows = np.array(lists)
+    return rows if is_one_hot(rows) else None
+
+
+def _no_column(file: StoredFile, name: str) -> DataError:
+    return DataError(f"{file.path} has no column {name!r}, which the first file has: give files of one schema")
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
@@ -142,43 +278,84 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
         return {}
 
 
+def _plain_type(kind: Any) -> Any:
+    """Return the type of values without the ways in which they may be kept: dictionaries, extension types."""
+    while True:
+        if isinstance(kind, pa.BaseExtensionType):
+            kind = kind.storage_type
+        elif pa.types.is_dictionary(kind):
+            kind = kind.value_type
+        else:
+            return kind
+
+
+def _plain(column: Any) -> Any:
+    """Return a column's values as their plain type; text as `string`, whatever its layout."""
+    if isinstance(column.type, pa.BaseExtensionType):
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        column = pa.chunked_array([chunk.storage for chunk in chunks], column.type.storage_type)
+    kind = _plain_type(column.type)
+    kind = pa.string() if _kind(kind) == "text" else kind
+    return column if column.type == kind else column.cast(kind)
+
+
+def _kind(kind: Any) -> str | None:
+    """Return what values of a type may say of classes: "numbers", "truths", "categories", "text", "fractions", "one-hot", or None."""
+    types, plain = pa.types, _plain_type(kind)
+    if types.is_integer(plain):
+        return "numbers"
+    if types.is_boolean(plain):
+        return "truths"
+    if types.is_string(plain) or types.is_large_string(plain) or types.is_string_view(plain):
+        return "categories" if types.is_dictionary(kind) else "text"
+    if types.is_floating(plain) or types.is_decimal(plain):
+        return "fractions"
+    if (
+        types.is_list(plain)
+        or types.is_large_list(plain)
+        or types.is_fixed_size_list(plain)
+        or types.is_list_view(plain)
+    ):
+        inner = _kind(plain.value_type)
+        return "one-hot" if inner in ("numbers", "truths", "fractions") else None
+    return None
+
+
 def _is_image(kind: Any) -> bool:
-    if pa.types.is_struct(kind):
-        index = kind.get_field_index("bytes")
-        return index >= 0 and _is_image(kind.field(index).type)
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+    plain = _plain_type(kind)
+    if pa.types.is_struct(plain):
+        index = plain.get_field_index("bytes")
+        return index >= 0 and _is_image(plain.field(index).type)
+    return bool(pa.types.is_binary(plain) or pa.types.is_large_binary(plain) or pa.types.is_binary_view(plain))
 
 
-def _is_text(kind: Any) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+def _raw_shape(schema: Any) -> tuple[int, int, int] | None:
+    """Return the shape that the schema says of images that are stored as pixels: CxHxW."""
+    match = re.fullmatch(rb"(\d{1,6})x(\d{1,6})x(\d{1,6})", (schema.metadata or {}).get(b"shape", b""))
+    return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
 
-def _distinct(files: list[StoredFile], label: str) -> tuple[str, ...]:
-    """The values of a column of text, sorted: they become the class names."""
-    found: set[str] = set()
-    for file in files:
-        with _opened(file) as opened:
-            found.update(opened.read(columns=[label]).column(label).unique().drop_null().to_pylist())
-    return tuple(sorted(found))
+def _is_raw(kind: Any, shape: tuple[int, int, int]) -> bool:
+    return bool(pa.types.is_fixed_size_binary(kind)) and kind.byte_width == math.prod(shape)
 
 
 def _items(file: StoredFile, columns: _Columns) -> Iterator[Item]:
-    row, wanted = 0, [name for name in (columns.image, columns.label) if name is not None]
+    keys = _hive_keys(file)
+    row, wanted = 0, [name for name in (columns.image, columns.label) if name is not None and name not in keys]
     with _opened(file) as opened:
         missing = [name for name in wanted if name not in opened.schema_arrow.names]
         if missing:
-            raise DataError(
-                f"{file.path} has no column {missing[0]!r}, which the first file has: give files of one schema"
-            )
+            raise _no_column(file, missing[0])
         for batch in opened.iter_batches(batch_size=_BATCH_ROWS, columns=wanted, use_threads=False):
-            images, labels = _encoded(batch.column(columns.image)), _labels(batch, columns, file.path, row)
+            images, labels = _encoded(batch.column(columns.image)), _labels(batch, columns, keys, file.path, row)
             for data, label in zip(images, labels, strict=True):
-                if data is None:
-                    raise DataError(f"{file.path}, row {row} has no image bytes: images must be inside the file")
-                yield Item(f"{file.path}, row {row}", data, int(label))
+                image = data if columns.raw is None or data is None else _pixels(data, columns.raw)
+                yield Item(f"{file.path}, row {row}", image, int(label))
                 row += 1
+
+
+def _pixels(data: bytes, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
+    return np.frombuffer(data, np.uint8).reshape(shape).transpose(1, 2, 0)
 
 
 def _encoded(column: Any) -> list[bytes | None]:
@@ -188,14 +365,25 @@ def _encoded(column: Any) -> list[bytes | None]:
     return values
 
 
-def _labels(batch: Any, columns: _Columns, path: str, first_row: int) -> npt.NDArray[np.int64]:
+def _labels(batch: Any, columns: _Columns, keys: dict[str, str], path: str, first_row: int) -> npt.NDArray[np.int64]:
     if columns.label is None:
         return np.zeros(batch.num_rows, dtype=np.int64)
+    if columns.label in keys and columns.label not in batch.schema.names:
+        value = keys[columns.label]
+        if value == _NO_PARTITION:
+            raise DataError(f"{path} has no label in its path: add it, or give --label-column {NO_LABELS}")
+        is_text = columns.classes.names is not None and columns.classes.values is None
+        values = np.array([value if is_text else int(value)])
+        return np.repeat(columns.classes.numbers(values, path, first_row), batch.num_rows)
     column = batch.column(columns.label)
     if column.null_count:
         row = first_row + column.is_null().to_pylist().index(True)
         raise DataError(f"{path}, row {row} has no label: add it, or give --label-column {NO_LABELS}")
-    if _is_text(column.type):
-        index = {name: i for i, name in enumerate(columns.class_names or ())}
-        return np.array([index[name] for name in column.to_pylist()], dtype=np.int64)
-    return check_labels(column.to_numpy(zero_copy_only=False), columns.class_names, path, first_row)
+    kind = _kind(column.type)
+    if kind == "one-hot":
+        rows = _one_hot(column)
+        assert rows is not None, "was looked at when the column was chosen"
+        return columns.classes.numbers(rows, path, first_row)
+    plain = _plain(column).cast(pa.int64()) if kind == "fractions" else _plain(column)
+    values = np.array(plain.to_pylist()) if kind in ("text", "categories") else plain.to_numpy(zero_copy_only=False)
+    return columns.classes.numbers(values, path, first_row)

@@ -41,12 +41,14 @@ def all_rows(items: Iterable[Item], treatment: Treatment, num_workers: int) -> I
         DataError: of the first item, in order, that cannot be taken; or a process died while decoding.
     """
     chunks = _in_chunks(items)
-    opening = next(chunks, None)
-    if opening is None:
-        return
-    head = make_rows(opening, treatment, None)
-    yield head
-    first = (opening[0].where, head.shape)
+    first = None
+    while first is None:
+        opening = next(chunks, None)
+        if opening is None:
+            return
+        head = make_rows(opening, treatment, None)
+        yield head
+        first = head.first
     if num_workers <= 1:
         yield from (make_rows(chunk, treatment, first) for chunk in chunks)
         return
@@ -128,4 +130,6 @@ def _num_bytes(item: Item) -> int:
         with suppress(OSError):  # reading it will tell
             return item.image.stat().st_size
         return 0
-    return len(item.image) if isinstance(item.image, bytes) else item.image.nbytes
+    if isinstance(item.image, bytes):
+        return len(item.image)
+    return 0 if item.image is None else item.image.nbytes

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.data.images import MAX_PIXELS, MODES, PILLOW_MAX_PIXELS
 from pipeline.data.manifest import MANIFEST_FILE
 from pipeline.errors import DataError, UsageError, nearest
+from pipeline.ingest.files import without_credentials
+from pipeline.ingest.layout import IMAGE_SUFFIXES, is_litter
 from pipeline.ingest.npz import npz
 from pipeline.ingest.parquet import parquet
 from pipeline.ingest.remote import has_dataset
 from pipeline.ingest.sets import SETS, torchvision_set
-from pipeline.ingest.sources import IMAGE_SUFFIXES, Source, digits, image_folder, visible
+from pipeline.ingest.sources import Source, digits, image_folder
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 
@@ -29,6 +31,8 @@ class IngestOptions:
         mode: "L" or "RGB": convert images to grey or colour, also those that are refused otherwise.
         image_column, label_column: of Parquet or .npz; label column "none" leaves labels out.
         split: "train", "validation", "test" or "all", where the source has splits.
+        layout: "flat", "classes" or "splits": what the sub-folders of an image folder are, whatever their names.
+        skip_damaged: so many damaged images may be left out; with one more none of the source is ingested.
         max_pixels: of one image; larger ones are refused before they are decoded.
 
     Raises:
@@ -40,6 +44,8 @@ class IngestOptions:
     image_column: str | None = None
     label_column: str | None = None
     split: str | None = None
+    layout: str | None = None
+    skip_damaged: int = 0
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
@@ -47,6 +53,8 @@ class IngestOptions:
             raise UsageError(
                 f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}{nearest(self.mode, list(MODES))}"
             )
+        if self.skip_damaged < 0:
+            raise UsageError(f"skip_damaged: got {self.skip_damaged}, expected 0 or more")
         if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
             raise UsageError(f"max_pixels = {self.max_pixels} is outside 1..{PILLOW_MAX_PIXELS}")
         size = self.size
@@ -82,6 +90,9 @@ def resolve_source(
         DataError: nothing of that name, or nothing in it that can be ingested.
         UsageError: an option that does not go with it.
     """
+    is_folder = "://" not in source and source not in BUILT_IN and Path(source).is_dir()
+    if options.layout is not None and not is_folder:
+        raise UsageError(f"--layout is for folders of image files, got {without_credentials(source)}: leave it out")
     if source == "digits":
         return digits(options.split)
     if source in SETS:
@@ -96,7 +107,7 @@ def resolve_source(
             f"{nearest(source, list(BUILT_IN))}"
         )
     if path.is_dir():
-        return _folder(path, *columns)
+        return _folder(path, *columns, options.layout)
     if path.suffix == ".npz":
         return npz(path, *columns)
     raise DataError(
@@ -104,22 +115,35 @@ def resolve_source(
     )
 
 
-def _folder(path: Path, image_column: str | None, label_column: str | None, split: str | None) -> Source:
+def _folder(
+    path: Path, image_column: str | None, label_column: str | None, split: str | None, layout: str | None
+) -> Source:
     if is_dataset(path):
         raise UsageError(f"{path} is an ingested dataset already: use it as it is")
     try:
-        entries = visible(path)
-        has_parquet = any(entry.suffix == ".parquet" for entry in entries) or any(
-            next(entry.rglob("*.parquet"), None) for entry in entries if entry.is_dir()
-        )
-        if has_parquet and any(file.suffix.lower() in IMAGE_SUFFIXES for file in path.rglob("*")):
+        suffixes = {file.suffix.lower() for file in _walk(path)}
+        has_parquet = ".parquet" in suffixes
+        if has_parquet and suffixes & set(IMAGE_SUFFIXES):
             raise DataError(f"{path} holds Parquet files and image files: give a folder, or a glob, of one kind")
+        if has_parquet and layout is not None:
+            raise UsageError(f"--layout is for folders of image files, {path} holds Parquet files: leave it out")
         if has_parquet:
             return parquet(str(path), image_column, label_column, split)
         if image_column is not None or label_column is not None:
             raise UsageError(
                 f"{path} is a folder of image files, which have no columns: leave out --image-column and --label-column"
             )
-        return image_folder(path, split)
+        return image_folder(path, split, layout)
     except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): make it readable") from None
+        raise DataError(f"{error.filename or path} cannot be read ({error.strerror}): make it readable") from None
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Yield the files below a folder, but for what systems leave there."""
+    for entry in folder.iterdir():
+        if is_litter(entry.name):
+            continue
+        if entry.is_dir():
+            yield from _walk(entry)
+        else:
+            yield entry

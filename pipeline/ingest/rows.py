@@ -11,7 +11,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.images import MAX_BYTES, MAX_PIXELS, convert_array, crop_and_resize, decode_image
+from pipeline.data.images import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    DamagedImageError,
+    convert_array,
+    crop_and_resize,
+    decode_image,
+)
 from pipeline.data.manifest import RAW_LIMIT, ContentHash
 from pipeline.errors import DataError
 
@@ -23,10 +30,10 @@ Shape = tuple[int, int, int]  # C, H, W
 
 @dataclass(frozen=True)
 class Item:
-    """One image on its way in: an encoded file, its path, or uint8 pixels [H, W, C]; `where` names it in messages."""
+    """One image on its way in: an encoded file, its path, uint8 pixels [H, W, C], or None where it is missing; `where` names it."""
 
     where: str
-    image: bytes | Path | Pixels
+    image: bytes | Path | Pixels | None
     label: int = 0
 
 
@@ -42,39 +49,55 @@ class Treatment:
 @dataclass(frozen=True)
 class Rows:
     """Consecutive finished rows: the stored form of each image, its digest, labels, and for the statistics how often each
-    of the 256 values occurs in each channel, int64 [C, 256]."""
+    of the 256 values occurs in each channel, int64 [C, 256].
 
-    shape: Shape
+    `first` is the dataset's first row, which it is named by, and its shape; None before there is one. `damaged` says, of each image
+    that is left out, where it is and what is wrong.
+    """
+
+    first: tuple[str, Shape] | None
     images: list[bytes]
     digests: bytes
     labels: npt.NDArray[np.int64]
     histogram: npt.NDArray[np.int64]
+    damaged: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> Shape | None:
+        """(C, H, W) of all rows; None before the first."""
+        return None if self.first is None else self.first[1]
 
 
 def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] | None) -> Rows:
     """Turn items into rows of one shape: that of `first` (the dataset's first row), or of the first item without it.
 
     Raises:
-        DataError: an image cannot be taken, or shapes differ; names the item.
+        DataError: an image that is not damaged cannot be taken, or shapes differ; names the item.
     """
-    images, digests, recent = [], [], list[Pixels]()
+    images, digests, labels, recent = [], [], [], list[Pixels]()
     histogram: npt.NDArray[np.int64] | None = None
+    damaged: list[str] = []
     for item in items:
-        pixels = _pixels(item, treatment)
+        try:
+            pixels = _pixels(item, treatment)
+        except DamagedImageError as error:
+            damaged.append(str(error))
+            continue
         shape = (pixels.shape[2], pixels.shape[0], pixels.shape[1])
         first = first or (item.where, shape)
         _check_shape(item.where, shape, *first)
         chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
         digests.append(ContentHash.of_row(chw.data))
         images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
+        labels.append(item.label)
         recent.append(chw)
-        if len(recent) * chw.nbytes >= _TOGETHER_BYTES or item is items[-1]:
+        if len(recent) * chw.nbytes >= _TOGETHER_BYTES:
             histogram = _histogram(recent) + (0 if histogram is None else histogram)
             recent.clear()
-    assert first is not None
-    assert histogram is not None
-    labels = np.array([item.label for item in items], dtype=np.int64)
-    return Rows(first[1], images, b"".join(digests), labels, histogram)
+    if recent:
+        histogram = _histogram(recent) + (0 if histogram is None else histogram)
+    total = np.zeros((0, 256), np.int64) if histogram is None else histogram
+    return Rows(first, images, b"".join(digests), np.array(labels, dtype=np.int64), total, tuple(damaged))
 
 
 def _histogram(images: list[Pixels]) -> npt.NDArray[np.int64]:
@@ -98,6 +121,8 @@ def encode_png(pixels: Pixels) -> bytes:
 
 
 def _pixels(item: Item, treatment: Treatment) -> Pixels:
+    if item.image is None:
+        raise DamagedImageError(f"{item.where} has no image bytes: images must be inside the file")
     if isinstance(item.image, np.ndarray):
         pixels = convert_array(item.image, treatment.mode, item.where)
     else:

@@ -21,8 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError, UsageError
-from pipeline.ingest.choice import ALL_SPLITS, check_labels, split_of
+from pipeline.ingest.choice import ALL_SPLITS, split_of
 from pipeline.ingest.download import Archive, fetch, find
+from pipeline.ingest.label_values import Classes
 from pipeline.ingest.rows import Item
 from pipeline.ingest.sources import Source
 
@@ -64,7 +65,7 @@ def torchvision_set(name: str, split: str | None, downloads: Path, offline: bool
             paths = [fetch(archive, downloads, offline, say) for archive in known.archives[s]]
             with _damage(paths[0].parent):
                 images, labels = known.read(paths, s)
-            check_labels(labels, known.class_names, f"{name} {s}")
+            Classes(known.class_names).numbers(labels, f"{name} {s}")
             for row, (image, label) in enumerate(zip(images, labels, strict=True)):
                 yield Item(f"{name} {s}, row {row}", image, int(label))
 

@@ -1,6 +1,6 @@
 """Where images come from: a source gives its items in one fixed order, and a key of its content.
 
-Here are the built-in digits and image folders; other modules named ingest_* have the rest.
+Here are the built-in digits and image folders; npz, parquet and sets have the rest.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.errors import DataError, UsageError
-from pipeline.ingest.choice import ALL_SPLITS, choose_split, split_of
+from pipeline.ingest.choice import ALL_SPLITS
+from pipeline.ingest.layout import read_layout
 from pipeline.ingest.rows import Item
 
 FloatArray = NDArray[np.float64]
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-_LITTER = {"thumbs.db", "desktop.ini", "__macosx"}  # with dot files: what systems leave beside images
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ class Source:
         num_rows: images, where known beforehand.
         shape: (C, H, W) of every image as it is, where known beforehand.
         num_bytes: bytes of encoded images to decode; 0 where pixels come as arrays.
-        note: something the user did not say that was chosen, to be told; "" if nothing.
+        note: something the user did not say that was chosen, to be told before; "" if nothing.
+        lines: what the source was taken for, to be told in the end.
         download: what must be fetched before, for people; "" if everything is here.
     """
 
@@ -53,6 +53,7 @@ class Source:
     shape: tuple[int, int, int] | None = None
     num_bytes: int = 0
     note: str = ""
+    lines: tuple[str, ...] = ()
     download: str = ""
 
 
@@ -87,37 +88,41 @@ def _digits_table() -> FloatArray:
         return np.loadtxt(lines, delimiter=",")
 
 
-def image_folder(root: Path, split: str | None = None) -> Source:
-    """PNG and JPEG files below `root`, sorted by path; its sub-folders, where there are any, are classes.
-
-    Where every sub-folder is named for a split (train, val, test, ...), they are splits, and one is taken.
+def image_folder(root: Path, split: str | None = None, layout: str | None = None) -> Source:
+    """PNG and JPEG files below `root`, with splits and classes as `read_layout` finds them.
 
     Raises:
-        DataError: no images, another kind of file among them, or images both beside and inside class folders.
-        UsageError: the split asked for is not there.
+        DataError, UsageError: as `read_layout`, or a file cannot be looked at.
     """
-    taken, note = _split_folder(root, split)
-    files = _image_files(taken)
-    if not files:
-        raise DataError(f"{taken} holds no images ({', '.join(IMAGE_SUFFIXES)}): give a folder that does")
-    folders = _folders(taken)
-    labels = _folder_labels(taken, folders, files) if folders else [0] * len(files)
+    taken = read_layout(root, split, layout)
 
     def items() -> Iterator[Item]:
-        for file, label in zip(files, labels, strict=True):
+        for file, label in zip(taken.files, taken.labels, strict=True):
             yield Item(str(file), file, label)
+
+    def key() -> str:
+        content = content_key((file.relative_to(taken.root).as_posix(), file) for file in taken.files)
+        return f"{content} {layout} {taken.class_names}"
 
     return Source(
         name=short_name(root),
-        origin=str(taken.absolute()),
+        origin=str(taken.root.absolute()),
         items=items,
-        key=lambda: content_key((file.relative_to(taken).as_posix(), file) for file in files),
-        class_names=tuple(folders) or None,
-        has_labels=bool(folders),
-        num_rows=len(files),
-        num_bytes=sum(file.stat().st_size for file in files),
-        note=note,
+        key=key,
+        class_names=taken.class_names,
+        has_labels=taken.class_names is not None,
+        num_rows=len(taken.files),
+        num_bytes=sum(map(_size, taken.files)),
+        note=taken.note,
+        lines=taken.lines,
     )
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError as error:
+        raise DataError(f"{file} cannot be read ({error.strerror}): replace it, or make it readable") from None
 
 
 def content_key(files: Iterable[tuple[str, Path]]) -> str:
@@ -137,51 +142,3 @@ def short_name(path: Path | str) -> str:
     """The last part of a path as a name that is safe in paths and run names."""
     stem = Path(path).resolve().stem if isinstance(path, Path) else path.rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "images"
-
-
-def visible(folder: Path) -> list[Path]:
-    """Entries of a folder sorted by name, without dot files and what systems leave there."""
-    found = (p for p in folder.iterdir() if not p.name.startswith(".") and p.name.lower() not in _LITTER)
-    return sorted(found, key=lambda path: path.name)
-
-
-def _folders(folder: Path) -> list[str]:
-    return [path.name for path in visible(folder) if path.is_dir()]
-
-
-def _split_folder(root: Path, asked: str | None) -> tuple[Path, str]:
-    """The folder of the split to take, `root` itself where its sub-folders are not splits; and what to tell."""
-    folders = _folders(root)
-    if not folders or any(split_of(f) is None or not f.isalpha() for f in folders):
-        if asked not in (None, ALL_SPLITS):
-            raise UsageError(f"{root} has no split {asked!r}: its sub-folders are {', '.join(folders) or 'none'}")
-        return root, ""
-    if asked == ALL_SPLITS:
-        raise UsageError(f"{root} has the splits {', '.join(folders)}: name one, folders cannot be taken together")
-    name, note = choose_split(folders, asked, str(root))
-    return next(root / folder for folder in folders if split_of(folder) == name), note
-
-
-def _image_files(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    for path in visible(folder):
-        if path.is_dir():
-            files += _image_files(path)
-        elif path.suffix.lower() in IMAGE_SUFFIXES:
-            files.append(path)
-        else:
-            raise DataError(
-                f"{path} is not a PNG or JPEG image by its name ({', '.join(IMAGE_SUFFIXES)}): move it away"
-            )
-    return files
-
-
-def _folder_labels(root: Path, folders: list[str], files: list[Path]) -> list[int]:
-    tops = [file.relative_to(root).parts for file in files]
-    if any(len(parts) == 1 for parts in tops):
-        raise DataError(f"{root} holds images both beside and inside sub-folders: put all into class folders, or none")
-    empty = sorted(set(folders) - {parts[0] for parts in tops})
-    if empty:
-        raise DataError(f"{root / empty[0]} holds no image: remove it, or put the images of its class there")
-    label = {name: i for i, name in enumerate(folders)}
-    return [label[parts[0]] for parts in tops]

@@ -66,6 +66,8 @@ class ShardWriter:
 
     def add(self, rows: Rows) -> None:
         """Add consecutive rows, all of one shape."""
+        if rows.shape is None:
+            return
         self._shape = rows.shape
         self._content.add(rows.digests, rows.labels.astype("<i8").tobytes() if self._has_labels else b"")
         self._histogram = self._histogram + rows.histogram
@@ -74,7 +76,9 @@ class ShardWriter:
         while len(self._images) >= rows_per_group(rows.shape):
             self._write_group(rows.shape, rows_per_group(rows.shape))
 
-    def finish(self, name: str, source: str, class_names: tuple[str, ...] | None) -> Manifest:
+    def finish(
+        self, name: str, source: str, class_names: tuple[str, ...] | None, skipped: tuple[str, ...] = ()
+    ) -> Manifest:
         """Write what is left, and the manifest last."""
         shape = self._shape
         if shape is None:
@@ -95,6 +99,7 @@ class ShardWriter:
             has_labels=self._has_labels,
             mean=mean,
             std=std,
+            skipped=skipped,
             fingerprint=self._content.fingerprint(shape, class_names, self._has_labels),
         )
         manifest.save(self._folder)

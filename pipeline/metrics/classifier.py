@@ -42,7 +42,7 @@ class Card:
 
     Attributes:
         shape: (C, H, W) of the images it judges.
-        class_names: of the dataset it was fitted on, in the order of its logits.
+        class_names: of the dataset's classes that it was fitted on, in the order of its logits.
         width: number of features.
         rule: which images it was fitted on, by content.
         fitted_on: name of that dataset.

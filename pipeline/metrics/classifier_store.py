@@ -13,13 +13,14 @@ import hashlib
 import json
 import shlex
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.data.image_set import ImageSet, Progress, Rows, row_chunks
+from pipeline.data.labels import class_counts, class_names
 from pipeline.errors import DataError, RefusedError
 from pipeline.metrics.classifier import CONFIDENT, MIN_ACCURACY, MIN_PER_FEATURE, Card, Classifier, Labels, decide, save
 from pipeline.metrics.classifier_fit import fit
@@ -103,6 +104,13 @@ class Recipe:
             raise RefusedError(
                 f"images are {height}x{width}, the classifier takes {MIN_SIZE} to {MAX_SIZE}; use the inception extractor"
             )
+        names, counts = class_names(dataset), class_counts(dataset)
+        there = [names[number] for number in np.flatnonzero(counts)]
+        if len(there) < 2:
+            raise RefusedError(
+                f"dataset {manifest.name!r} has images of 1 class ({there[0]!r}), the classifier tells 2 or more apart; use the inception "
+                "extractor"
+            )
         recipe = cls(fraction=min(0.4, 10_000 / manifest.num_rows), width=32 if height * width <= 256 else 64)
         left = manifest.num_rows * (1 - recipe.fraction)
         if left < 2 * MIN_PER_FEATURE * recipe.width:
@@ -128,22 +136,27 @@ def fit_and_save(
     command: str,
     progress: Progress | None = None,
 ) -> Card:
-    """Fit on the chosen part of a labelled dataset, measure on the rest, and write the file; return its card."""
+    """Fit on the chosen part of a labelled dataset, measure on the rest, and write the file; return its card.
+
+    Its classes are those with images in the chosen part; it is measured on images of these.
+    """
     manifest = dataset.manifest
     names = class_names(dataset)
     rule = FitRule(recipe.fraction)
     rows = np.flatnonzero(rule.chosen(hashes))
     rows = rows[np.argsort(hashes[rows], kind="stable")]  # an order that depends on content alone
     labels = _labels(dataset, rows)
-    if len(np.unique(labels)) < len(names):
+    fitted = np.unique(labels)
+    if len(fitted) < 2:
+        missing = ", ".join(repr(names[n]) for n in np.flatnonzero(class_counts(dataset)) if n not in fitted)
         raise RefusedError(
-            f"dataset {manifest.name!r}: some of its {len(names)} classes have nothing to fit on; use inception"
+            f"dataset {manifest.name!r}: the classifier has nothing to fit on of class {missing}; use the inception extractor"
         )
     report = None if progress is None else lambda done, total: progress("fitting the classifier", done, total)
     network = fit(
         dataset.read(rows),
-        labels,
-        len(names),
+        np.searchsorted(fitted, labels),
+        len(fitted),
         width=recipe.width,
         num_steps=recipe.num_steps,
         seed=recipe.seed,
@@ -151,7 +164,7 @@ def fit_and_save(
     )
     unmeasured = Card(
         shape=manifest.shape,
-        class_names=names,
+        class_names=tuple(names[number] for number in fitted),
         width=recipe.width,
         rule=rule,
         fitted_on=manifest.name,
@@ -166,19 +179,11 @@ def fit_and_save(
         torch=torch.__version__,
     )
     held_out = held_out_rows(hashes, rule)
-    accuracy, confident = _measure(Classifier(network, unmeasured, ""), dataset, held_out)
+    held_out = held_out[np.isin(_labels(dataset, held_out), fitted)]
+    accuracy, confident = _measure(Classifier(network, unmeasured, ""), dataset, held_out, fitted)
     card = Card(**{**vars(unmeasured), "num_held_out": len(held_out), "accuracy": accuracy, "confident": confident})
     save(network, card, path)
     return card
-
-
-def class_names(dataset: ImageSet) -> tuple[str, ...]:
-    """Return one name per class of a labelled dataset: its own, or its labels as numbers."""
-    manifest = dataset.manifest
-    if manifest.class_names is not None:
-        return manifest.class_names
-    labels = _labels(dataset, np.arange(manifest.num_rows))
-    return tuple(str(i) for i in range(int(labels.max()) + 1))
 
 
 def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> Classifier | None:
@@ -191,10 +196,10 @@ def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> 
         rows = held_out_rows(hashes, card.rule)[:_CHECKED_ROWS]
         if card.shape != dataset.manifest.shape or known < _SKETCH_KNOWN or len(rows) == 0:
             continue
-        if (
-            len(card.class_names) == len(class_names(dataset))
-            and _measure(classifier, dataset, rows)[0] >= MIN_ACCURACY
-        ):
+        names = class_names(dataset)
+        numbers = np.arange(len(names))
+        if len(card.class_names) == len(names) and _measure(classifier, dataset, rows, numbers)[0] >= MIN_ACCURACY:
+            classifier.card = replace(card, class_names=names)
             return classifier
     return None
 
@@ -207,11 +212,14 @@ def _cached(path: Path, device: torch.device | None) -> Classifier | None:
         return None
 
 
-def _measure(classifier: Classifier, dataset: ImageSet, rows: Rows) -> tuple[float, float]:
-    """Return the share of rows whose label is the first choice, and the share with a confidence above 0.9."""
+def _measure(classifier: Classifier, dataset: ImageSet, rows: Rows, numbers: Labels) -> tuple[float, float]:
+    """Return the share of rows whose label is the first choice, and the share with a confidence above 0.9.
+
+    Choice i of the classifier is the class of number `numbers[i]` of the dataset.
+    """
     found = extract(classifier, (dataset.read(chunk) for chunk in row_chunks(dataset, rows)))
     choice, confidence = decide(found)
-    return float((choice == _labels(dataset, rows)).mean()), float((confidence > CONFIDENT).mean())
+    return float((numbers[choice] == _labels(dataset, rows)).mean()), float((confidence > CONFIDENT).mean())
 
 
 def _labels(dataset: ImageSet, rows: Rows) -> Labels:

@@ -30,7 +30,7 @@ class Generation:
         chunk: images per network call.
         num_seeds: values are means over this many seeds, `seed` the first of them.
         guidance_scale: of classifier-free guidance, s = 1 + w; 1 is none, and other scales call the network twice a step.
-        labels: "balanced", "none" or a class's name; "" of a model that knows no classes.
+        labels: "#balanced", "#none" or a class's name; "" of a model that knows no classes.
     """
 
     sampler: str

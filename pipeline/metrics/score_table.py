@@ -28,6 +28,10 @@ def score_lines(scores: Scores) -> list[str]:
             f"{share:.1%} of the generated images get a classifier confidence above 0.9 (real images: {real:.1%}); "
             f"the rarest class, {rarest!r}, is {scores.class_shares[rarest]:.1%} of them",
         ]
+    if scores.unjudged:
+        lines.append(
+            f"the classifier was fitted on no image of class {', '.join(map(repr, scores.unjudged))}, and cannot see it"
+        )
     return lines
 
 

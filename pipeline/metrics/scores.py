@@ -64,6 +64,7 @@ class Scores:
             empty for an extractor that does not know the dataset's classes.
         class_shares: share of the generated images per class, by the classifier's first choice; empty likewise.
         generated, reference: moments that FID compared; of several seeds those of the first.
+        unjudged: classes with images of which the classifier was fitted on none, so that it cannot see them.
     """
 
     values: dict[str, float]
@@ -74,6 +75,7 @@ class Scores:
     class_shares: dict[str, float]
     generated: Moments
     reference: Moments
+    unjudged: tuple[str, ...] = ()
 
     def flat(self) -> dict[str, float]:
         """Return all numbers under names fit for a tracking server, yardsticks as `yardstick_real_half_fid_classifier_n559`."""
@@ -96,6 +98,7 @@ class Scores:
             "yardsticks": self.yardsticks,
             "confident": self.confident,
             "class_shares": self.class_shares,
+            "unjudged_classes": list(self.unjudged),
         }
 
 
@@ -129,6 +132,7 @@ def over_seeds(each: Sequence[Scores]) -> Scores:
         _means([scores.class_shares for scores in each]),
         first.generated,
         first.reference,
+        first.unjudged,
     )
 
 

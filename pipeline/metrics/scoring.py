@@ -16,9 +16,10 @@ import numpy as np
 import torch
 
 from pipeline.data.image_set import Images, ImageSet, Progress
+from pipeline.data.labels import class_counts, class_names
 from pipeline.errors import DataError, RefusedError
-from pipeline.metrics.classifier import CONFIDENT, decide
-from pipeline.metrics.classifier_store import MAX_SIZE, class_names, classifier_for
+from pipeline.metrics.classifier import CONFIDENT, Classifier, decide
+from pipeline.metrics.classifier_store import MAX_SIZE, classifier_for
 from pipeline.metrics.features import Extracted, FeatureExtractor, extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.inception import Inception
@@ -61,7 +62,7 @@ def choose_extractor(
 ) -> FeatureExtractor:
     """Return the extractor of this kind: "classifier", "inception", or "auto".
 
-    `auto` is the classifier for small gray images with labels, on which Inception means nothing; for all others
+    `auto` is the classifier for small gray images of two classes or more, on which Inception means nothing; for all others
     Inception, or, where its weights cannot be had, the classifier if the dataset allows one. Classifiers are kept in
     `cache_dir`.
 
@@ -71,7 +72,7 @@ def choose_extractor(
     """
     manifest = dataset.manifest
     channels, height, width = manifest.shape
-    small = manifest.has_labels and max(height, width) <= MAX_SIZE
+    small = manifest.has_labels and max(height, width) <= MAX_SIZE and np.count_nonzero(class_counts(dataset)) > 1
     if kind == "inception" or (kind == "auto" and not (small and channels == 1)):
         try:
             return Inception.load(inception_weights, download=download, device=device)
@@ -124,9 +125,17 @@ def score(
     yardsticks = {
         side: {k: v for outcome in outcomes[side].values() for k, v in outcome.values.items()} for side in YARDSTICKS
     }
-    confident, shares = _judgement(pairs, dataset, extractor)
+    confident, shares, unjudged = _judgement(pairs, dataset, extractor)
     return Scores(
-        values, identities, spreads, yardsticks, confident, shares, pairs["generated"].judged_moments, reference.moments
+        values,
+        identities,
+        spreads,
+        yardsticks,
+        confident,
+        shares,
+        pairs["generated"].judged_moments,
+        reference.moments,
+        unjudged,
     )
 
 
@@ -176,13 +185,16 @@ def identity_of(
 
 def _judgement(
     pairs: Mapping[str, Pair], dataset: ImageSet, extractor: FeatureExtractor
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the share of confident decisions on each side and the share of each class among the generated images."""
-    if extractor.fit_rule is None:  # its classes are not the dataset's
-        return {}, {}
+) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Return the share of confident decisions on each side and the share of each class among the generated images, and the classes
+    of the dataset that cannot be seen."""
+    if not isinstance(extractor, Classifier):  # its classes are not the dataset's
+        return {}, {}, ()
     decisions = {side: decide(pair.judged) for side, pair in pairs.items()}
-    names = class_names(dataset)
+    names = extractor.card.class_names
     choice, _ = decisions["generated"]
     shares = np.bincount(choice, minlength=len(names)) / len(choice)
     confident = {side: float((confidence > CONFIDENT).mean()) for side, (_, confidence) in decisions.items()}
-    return confident, dict(zip(names, shares.tolist(), strict=True))
+    there = [name for name, count in zip(class_names(dataset), class_counts(dataset), strict=True) if count]
+    unjudged = tuple(name for name in there if name not in names)
+    return confident, dict(zip(names, shares.tolist(), strict=True)), unjudged

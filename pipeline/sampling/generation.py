@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion, Model, ancestral, conditioned, ddim, dpm_solver, guided, timestep_subset
 from pipeline.data.images import to_uint8
-from pipeline.data.labels import ClassNames, class_name, labels_of
+from pipeline.data.labels import NO_CLASSES, ClassNames, class_name, labels_of
 from pipeline.metrics.metric_identity import Generation
 from pipeline.settings.config import Experiment, SamplingConfig
 from pipeline.storage.chunks import chunks_of
@@ -56,7 +56,7 @@ class Denoiser(ByChunk):
     sampling: SamplingConfig
     seed: int
     compute: Compute
-    class_names: ClassNames = ()  # of a class-conditional network
+    class_names: ClassNames = NO_CLASSES  # of a class-conditional network
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -136,7 +136,7 @@ def generator_of(
     sampling: SamplingConfig,
     seed: int,
     compute: Compute,
-    class_names: ClassNames = (),
+    class_names: ClassNames = NO_CLASSES,
 ) -> Denoiser | VaeSampler:
     """Return what generates images of a shape (C, H, W) from the network of an experiment."""
     if isinstance(model, Vae):
@@ -144,7 +144,7 @@ def generator_of(
     return Denoiser(build_diffusion(experiment), model, shape, sampling, seed, compute, class_names)
 
 
-def usual_generation(experiment: Experiment, class_names: ClassNames = ()) -> Generation:
+def usual_generation(experiment: Experiment, class_names: ClassNames = NO_CLASSES) -> Generation:
     """Return how a run generates images where nothing else is asked for: as its experiment says, from its averaged weights."""
     sampling, seed = experiment.sampling, experiment.seed
     if not has_process(experiment):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddpm import GaussianDiffusion, few_steps_warning, late_start_warning, timestep_subset
-from pipeline.data.labels import BALANCED, NONE
+from pipeline.data.labels import BALANCED, NONE, ClassNames, class_name, own_word
 from pipeline.errors import UsageError
 from pipeline.settings.config import Experiment, ModelConfig, SamplingConfig, TrainingConfig
 from pipeline.settings.yaml_files import Section
@@ -28,7 +28,7 @@ def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[st
         return ()
     diffusion = build_diffusion(experiment)
     steps = sampling.num_steps(diffusion.num_timesteps)
-    _check_labels(experiment, sampling)
+    _check_guidance(experiment, sampling, sampling.labels)
     if steps == 1 and sampling.spacing in ("leading", "quad"):
         raise UsageError(
             f"spacing: {sampling.spacing!r} with 1 step is t = 0 alone, where nearly all of an image is there already; use "
@@ -75,26 +75,32 @@ def _check_unread_settings(training: TrainingConfig, model: ModelConfig) -> None
         )
 
 
-def _check_labels(experiment: Experiment, sampling: SamplingConfig) -> None:
+def check_labels(experiment: Experiment, sampling: SamplingConfig, names: ClassNames) -> None:
+    """Refuse labels that name no class of a model that knows `names`, and what does not go with them (UsageError)."""
+    if names:
+        _check_guidance(experiment, sampling, class_name(sampling.labels, names))
+
+
+def _check_guidance(experiment: Experiment, sampling: SamplingConfig, labels: str) -> None:
     guided, scale = sampling.guidance_scale != 1, sampling.guidance_scale
     if not experiment.model.class_conditional:
         if guided:
             raise UsageError(
                 f"guidance_scale: got {scale:g}, but this model knows no classes; train one with model.class_conditional=true"
             )
-        if sampling.labels != BALANCED:
+        if own_word(labels, ()) != BALANCED:
             raise UsageError(
                 f"labels: got {sampling.labels!r}, but this model knows no classes; train one with "
                 "model.class_conditional=true"
             )
         return
-    if sampling.labels == NONE and guided:
+    if labels == NONE and guided:
         raise UsageError(
-            f"guidance_scale: got {scale:g} with labels 'none': there is no class to guide to; give a class or 'balanced', "
+            f"guidance_scale: got {scale:g} with labels {NONE!r}: there is no class to guide to; give a class or {BALANCED!r}, "
             "or a scale of 1"
         )
-    if experiment.training.label_dropout == 0 and (guided or sampling.labels == NONE):
-        what = f"guidance_scale {scale:g}" if guided else "labels 'none'"
+    if experiment.training.label_dropout == 0 and (guided or labels == NONE):
+        what = f"guidance_scale {scale:g}" if guided else f"labels {NONE!r}"
         raise UsageError(
             f"{what} needs a model that was trained without labels too, and this one had training.label_dropout 0; train "
             "with 0.1, or sample its classes with a scale of 1"

@@ -36,6 +36,8 @@ FREE_TO_CHANGE = (
 
 # keys that came later: at these values they leave the hash of an experiment what it was before them
 ADDED_LATER: dict[str, Any] = {
+    "data.layout": None,
+    "data.skip_damaged": 0,
     "model.num_heads": 1,
     "model.head_channels": None,
     "model.norm_eps": 1e-6,
@@ -81,6 +83,8 @@ class DataConfig(Section):
     mode: Literal["L", "RGB"] | None = None
     image_column: str | None = None
     label_column: str | None = None
+    layout: Literal["flat", "classes", "splits"] | None = None
+    skip_damaged: Annotated[int, Field(ge=0)] = 0
     horizontal_flip: bool = False
     shuffle_window: PositiveInt = 65_536
 

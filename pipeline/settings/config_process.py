@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from pipeline.errors import UsageError
 from pipeline.settings.yaml_files import Section
@@ -128,12 +128,17 @@ class DiffusionConfig(Section):
         return self
 
 
+def _as_text(value: object) -> object:
+    """Class names are text: a number is one by its digits, but what was read as true or null has lost its spelling."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class SamplingConfig(Section):
     """How images are generated. `batch_size` is the canonical chunk: files are byte-equal only for an equal one.
 
     `steps` is 50 where nothing is said, and all T with the ancestral sampler; null is all T with any. `eta` is ddim's alone.
     `guidance_scale` is s = 1 + w of classifier-free guidance: 1 is none. `labels` says of which class image i is, where the model
-    knows classes: "balanced" (i modulo their number), "none", or one class by name or number.
+    knows classes: "#balanced" (the classes in turn), "#none", or one class by name, or by number as "#3".
     """
 
     sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
@@ -141,7 +146,7 @@ class SamplingConfig(Section):
     spacing: Literal["trailing", "linspace", "leading", "quad"] = "trailing"
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    labels: str | int = "balanced"
+    labels: Annotated[str, BeforeValidator(_as_text), Field(min_length=1)] = "#balanced"
     batch_size: PositiveInt = 100
 
     @model_validator(mode="before")

@@ -15,6 +15,7 @@ from pipeline.errors import UsageError, nearest
 from pipeline.redaction import refuse_secrets
 
 MAX_BYTES = 1 << 20
+TEXT = ".sampling.labels"  # class names: YAML would read 010 as 8, and no as false
 
 
 class Section(BaseModel):
@@ -57,15 +58,46 @@ _Loader.add_implicit_resolver(
 )
 
 
-def parse_yaml(text: str, where: str) -> Any:
-    """Return the plain data of one YAML document; `where` names it in errors (UsageError)."""
+def parse_yaml(text: str, where: str, key: str = "") -> Any:
+    """Return the plain data of one YAML document, the value of the setting `key` if given; `where` names it in errors (UsageError)."""
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _keep_text(node, key)
+        return loader.construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UsageError(f"{where}, line {line}: {error.problem or 'not valid YAML'}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    finally:
+        loader.dispose()
+
+
+def is_text(key: str) -> bool:
+    """Whether a setting, by its dotted name, is text however it is spelled."""
+    return f".{key}".endswith(TEXT)
+
+
+def parse_setting(key: str, text: str, where: str) -> Any:
+    """Return the value that is typed for a setting: read as YAML, but of a setting that is text as it stands, unless quoted."""
+    text = text.strip()
+    return text if is_text(key) and text[:1] not in ("'", '"', "[", "{") else parse_yaml(text, where, key)
+
+
+def _keep_text(node: yaml.Node, key: str) -> None:
+    """Make the values of settings that are text strings, wherever they stand in a document: alone, in lists, in an axis of a sweep."""
+    if isinstance(node, yaml.ScalarNode) and is_text(key):
+        node.tag = "tag:yaml.org,2002:str"
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _keep_text(item, key)
+    elif isinstance(node, yaml.MappingNode):
+        for key_node, value in node.value:
+            inner = key_node.value if isinstance(key_node, yaml.ScalarNode) else ""
+            _keep_text(value, key if is_text(key) else f"{key}.{inner}")
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
@@ -108,7 +140,7 @@ def set_override(content: dict[str, Any], assignment: str) -> None:
         if not isinstance(child, dict):
             raise UsageError(f"-s {assignment!r}: {parent!r} is a single value, not a group of settings")
         node = child
-    node[last] = parse_yaml(text, f"-s {key}")
+    node[last] = parse_setting(key, text, f"-s {key}")
 
 
 def validate(schema: type[SectionT], content: dict[str, Any], where: str) -> SectionT:

@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 from pipeline.errors import UsageError, nearest
 from pipeline.settings import presets
 from pipeline.settings.config import Experiment, experiment_from, load_experiment
-from pipeline.settings.yaml_files import Section, parse_yaml, read_yaml_mapping, validate
+from pipeline.settings.yaml_files import Section, is_text, parse_setting, parse_yaml, read_yaml_mapping, validate
 
 DEFAULT_SWEEP = "sweep-schedules"
 METRICS = ("kid", "fid", "bpd")
@@ -229,7 +229,7 @@ def load_sweep(
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.batch_size=64")
-        content["overrides"][key.strip()] = parse_yaml(text, f"-s {key}")
+        content["overrides"][key.strip()] = parse_setting(key.strip(), text, f"-s {key}")
     return sweep_from(content, "sweep" if over and reference is None else path.name)
 
 
@@ -244,7 +244,10 @@ def _mapping(content: Any, where: str) -> dict[str, Any]:
 def axis_of(assignment: str) -> tuple[str, dict[str, Any]]:
     """Return the setting and its axis, of "key=a,b,c" or of "key={log: [1e-4, 1e-2]}" as a file has it; UsageError where it is neither."""
     key, equals, text = assignment.partition("=")
-    values = parse_yaml(f"[{text}]", f"--over {key}") if equals else None
+    if is_text(key.strip()) and text.strip()[:1] != "{":
+        values: Any = [parse_setting(key.strip(), part, f"--over {key}") for part in text.split(",") if part.strip()]
+    else:
+        values = parse_yaml(f"[{text}]", f"--over {key}", key.strip()) if equals else None
     if not key.strip() or not values:
         raise UsageError(
             f"--over {assignment!r}: expected key=a,b,c, such as diffusion.schedule=linear,cosine, or a range, such as "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.data.labels import ClassNames
 from pipeline.metrics.metric_identity import Generation, recorded_split
 from pipeline.sampling.generation import usual_generation
 from pipeline.settings.config import Experiment
@@ -84,7 +85,7 @@ def _training_s(run: Run) -> float:
 
 
 def _usual(run: Run) -> Generation:
-    return usual_generation(experiment_of(run), tuple(RunCheckpoints(run).newest_state().get("class_names", ())))
+    return usual_generation(experiment_of(run), ClassNames.from_state(RunCheckpoints(run).newest_state()))
 
 
 def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[str, dict[str, Any], int | None]]:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import GaussianDiffusion
-from pipeline.data.labels import ClassNames
+from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.settings.cluster_profile import Profile, load_profile, use_variables
 from pipeline.settings.config import Experiment, experiment_from, with_overrides
@@ -38,7 +38,7 @@ class Trained:
     step: int
     weights: str  # "ema", "ema:0.999", "raw", "posthoc:0.1"
     training_s: float
-    class_names: ClassNames = ()  # of a class-conditional network
+    class_names: ClassNames = NO_CLASSES  # of a class-conditional network
 
     @cached_property
     def diffusion(self) -> GaussianDiffusion:
@@ -66,7 +66,7 @@ class Trained:
             averaged, at, tensors = groups[choice.group or "model"], checkpoint.step, groups["model"]
         state = checkpoint.state()
         shape: Shape = tuple(state["shape"])
-        class_names = tuple(state.get("class_names", ()))
+        class_names = ClassNames.from_state(state)
         model = build_model(experiment, shape, num_classes=len(class_names))
         load_weights(model, tensors | averaged)
         return cls(
@@ -89,7 +89,7 @@ class Trained:
             raise CheckpointError(f"{folder}: not a saved model ({error.filename} cannot be read)") from None
         experiment = experiment_from(about["experiment"], EXPERIMENT_FILE)
         shape: Shape = tuple(about["shape"])
-        class_names = tuple(about.get("class_names", ()))
+        class_names = ClassNames.from_state(about)
         model = build_model(experiment, shape, num_classes=len(class_names))
         load_weights(model, tensors)
         return cls(
@@ -114,7 +114,7 @@ class Trained:
         return {
             "experiment": self.experiment.to_dict(),
             "shape": self.shape,
-            "class_names": self.class_names,
+            **self.class_names.to_state(),
             "step": self.step,
             "weights": self.weights,
             "training_s": self.training_s,

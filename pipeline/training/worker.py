@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.data.batches import Batch, Prefetch, training_batches
-from pipeline.data.labels import class_names_of
+from pipeline.data.labels import NO_CLASSES, class_names_of
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, ClusterError, StorageError
@@ -108,7 +108,7 @@ class Worker:
         self.dataset = Dataset.open(job.dataset_folder, profile.cache)
         self.objective = build_objective(self.experiment)
         conditional = self.experiment.model.class_conditional
-        self.class_names = class_names_of(self.dataset) if conditional else ()
+        self.class_names = class_names_of(self.dataset) if conditional else NO_CLASSES
         model = build_model(self.experiment, self.dataset.manifest.shape, num_classes=len(self.class_names))
         model = self.compute.place(model)
         if is_own_network(self.experiment):
@@ -408,7 +408,7 @@ class Worker:
             "config_hash": self.experiment.hash(),
             "dataset_fingerprint": self.dataset.manifest.fingerprint,
             "shape": list(self.dataset.manifest.shape),
-            "class_names": list(self.class_names),
+            **self.class_names.to_state(),
             "elapsed_s": elapsed_s,
             "loss_scale": self.learner.scaler.state_dict(),
             "meter": self.meter.sums.cpu().tolist(),

@@ -6,6 +6,7 @@ evaluate_run(run, request, profile, settings, console)                          
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pipeline.console import Console, Rate
+from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics import scoring
 from pipeline.metrics.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
@@ -192,11 +194,19 @@ def _label(identity: MetricIdentity, trained: Trained) -> str:
         label += f"_{made.spacing}"
     if made.guidance_scale != 1:
         label += f"_guidance{made.guidance_scale:g}"
-    if made.labels not in ("", "balanced"):
-        label += "_class_" + re.sub(r"\W", "_", made.labels)
+    if made.labels == NONE:
+        label += "_labels_none"
+    elif made.labels not in ("", BALANCED):
+        label += "_class_" + _trackable(made.labels)
     if identity.split != split:
         label += "_against_" + re.sub(r"\W", "_", identity.split)
     return label
+
+
+def _trackable(name: str) -> str:
+    """Return a class's name as a part of a tracked name: of letters and digits alone, and two names never alike."""
+    plain = re.sub(r"[^A-Za-z0-9]", "_", name)
+    return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
 def _label_of_bound(identity: BoundIdentity, trained: Trained) -> str:

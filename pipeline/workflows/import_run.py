@@ -137,7 +137,7 @@ def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Data
         "config_hash": experiment.hash(),
         "dataset_fingerprint": "" if dataset is None else dataset.manifest.fingerprint,
         "shape": list(foreign.shape),
-        "class_names": list(foreign.class_names),
+        **foreign.class_names.to_state(),
         "elapsed_s": 0.0,
     }
     tensors = {"model": foreign.model, "ema": foreign.ema, "optimizer": {}}

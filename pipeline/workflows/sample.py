@@ -14,13 +14,13 @@ from torch import Tensor
 
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Console
-from pipeline.data.labels import class_name
+from pipeline.data.labels import labels_of
 from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import picture_of, save_grid
 from pipeline.sampling.generated import Workshop, digest
 from pipeline.sampling.generation import Denoiser, VaeSampler, generator_of
 from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.combinations import check_sampling
+from pipeline.settings.combinations import check_labels, check_sampling
 from pipeline.settings.config import Experiment, SamplingConfig
 from pipeline.settings.yaml_files import validate
 from pipeline.storage.chunks import ChunkStore
@@ -44,7 +44,7 @@ class SampleRequest:
     spacing: str | None = None
     eta: float | None = None
     guidance_scale: float | None = None
-    labels: str | int | None = None
+    labels: str | None = None
     seed: int | None = None
     weights: str = "ema"
     checkpoint: int | None = None
@@ -130,8 +130,7 @@ def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Tr
 def generator_for(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser | VaeSampler:
     """Return what generates images as asked from a model that is loaded."""
     sampling, seed = request.settings(trained.experiment)
-    if trained.class_names:
-        class_name(sampling.labels, trained.class_names)  # refused before anything is generated
+    check_labels(trained.experiment, sampling, trained.class_names)
     return generator_of(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 
 
@@ -151,7 +150,7 @@ def workshop_of(run: Run, trained: Trained, profile: Profile, console: Console) 
 def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
     """Write images into a folder that does not hold others yet, with a JSON file of their identity; return the paths."""
     with new_folder(out):
-        paths = _WRITERS[form](samples.images, out)
+        paths = _WRITERS[form](samples, out)
         paths.append(write_about(samples.identity(), out))
         samples.store.clear()
     return paths
@@ -176,32 +175,46 @@ def write_about(identity: dict[str, Any], out: Path) -> Path:
     return about
 
 
-def _write_grid(images: Tensor, out: Path) -> list[Path]:
+def _write_grid(samples: Samples, out: Path) -> list[Path]:
     path = out / "grid.png"
-    save_grid(images[:MOST_IN_A_GRID], path)
+    save_grid(samples.images[:MOST_IN_A_GRID], path)
     return [path]
 
 
-def _write_png(images: Tensor, out: Path) -> list[Path]:
+def _write_png(samples: Samples, out: Path) -> list[Path]:
     paths = []
-    for index, image in enumerate(images):
+    for index, image in enumerate(samples.images):
         path = out / f"{index:06d}.png"
         picture_of(image).save(path)
         paths.append(path)
     return paths
 
 
-def _write_parquet(images: Tensor, out: Path) -> list[Path]:
-    """Write one Parquet file of raw rows, with page checksums, in the shards' own layout."""
+def _write_parquet(samples: Samples, out: Path) -> list[Path]:
+    """Write one Parquet file of raw rows, with page checksums, in the shards' own layout, and of each image the class it was asked for.
+
+    The schema's metadata has the images' shape and, as Hugging Face's, the names of the classes: `ddpm-pipe ingest` reads both.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    images, names = samples.images, samples.trained.class_names
     shape: Shape = tuple(images.shape[1:])  # type: ignore[assignment]
     width = shape[0] * shape[1] * shape[2]
     column = pa.FixedSizeBinaryArray.from_buffers(
         pa.binary(width), len(images), [None, pa.py_buffer(images.contiguous().numpy().tobytes())]
     )
-    table = pa.table({"image": column}).replace_schema_metadata({"shape": "x".join(map(str, shape))})
+    columns, metadata = {"image": column}, {"shape": "x".join(map(str, shape))}
+    if names:
+        labels = labels_of(range(len(images)), samples.generator.sampling.labels, names).numpy()
+        if labels.max() < len(names):  # the null class is no label
+            columns["label"] = pa.array(labels)
+            features = {
+                "image": {"_type": "Value", "dtype": "binary"},
+                "label": {"_type": "ClassLabel", "names": list(names)},
+            }
+            metadata["huggingface"] = json.dumps({"info": {"features": features}})
+    table = pa.table(columns).replace_schema_metadata(metadata)
     path = out / "samples.parquet"
     pq.write_table(table, path, write_page_checksum=True, compression="zstd")
     return [path]

@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.data.labels import BALANCED, NONE
+from pipeline.data.labels import BALANCED, NONE, ClassNames, own_word
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end
 from pipeline.settings.cluster_profile import Profile
+from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
@@ -42,7 +43,7 @@ def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Pictu
 
 def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
     """Return the request as DDIM can be run backwards: unguided, and with one label for all frames; UsageError where it cannot be."""
-    experiment, labels = experiment_of(run), request.labels
+    experiment, labels = experiment_of(run), request.labels or ""
     if not has_process(experiment):
         raise UsageError(
             f"--interpolate: the way between images is a diffusion model's, and run {run.id} is a {experiment.model.type}; "
@@ -60,18 +61,19 @@ def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
         )
     if request.num_images < 2 or request.num_images > MOST_IMAGES:
         raise UsageError(f"--num-images: got {request.num_images}; from one image to another take 2 .. {MOST_IMAGES}")
-    if experiment.model.class_conditional and labels is None:
+    if experiment.model.class_conditional and not labels:
         if experiment.training.label_dropout == 0:
             raise UsageError(
                 "--interpolate: this model was trained with labels alone (training.label_dropout 0), and has to be told of which "
                 "class the images are; give --label CLASS"
             )
         labels = NONE
-    if labels == BALANCED:
+    names = ClassNames.from_state(RunCheckpoints(run).newest_state())
+    if own_word(labels, names) == BALANCED:
         raise UsageError(
-            "--label: got 'balanced', but all images of --interpolate have one label; give a class, or none"
+            f"--label: got {labels!r}, but all images of --interpolate have one label; give a class, or {NONE!r}"
         )
-    return replace(request, sampler="ddim", eta=0.0, spacing="linspace", guidance_scale=1.0, labels=labels)
+    return replace(request, sampler="ddim", eta=0.0, spacing="linspace", guidance_scale=1.0, labels=labels or None)
 
 
 def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tuple[str, str], out: Path) -> Written:

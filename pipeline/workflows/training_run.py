@@ -13,15 +13,17 @@ from typing import Any
 from pipeline.cluster.session import require_resources
 from pipeline.cluster.train import run_attempts
 from pipeline.console import Console
-from pipeline.data.labels import ClassNames, class_name, class_names_of
+from pipeline.data.labels import NO_CLASSES, ClassNames, class_names_of
 from pipeline.data.shards import Dataset
-from pipeline.errors import CheckpointError, DataError, InterruptedRunError, UsageError
+from pipeline.errors import CheckpointError, DataError, InterruptedRunError, RefusedError, UsageError
 from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
+from pipeline.metrics.classifier_store import Recipe
 from pipeline.pictures.schedule_picture import draw_schedules, example_of
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings import presets
 from pipeline.settings.cluster_profile import Profile, home_of, load_profile, storage_of, use_variables
+from pipeline.settings.combinations import check_labels
 from pipeline.settings.config import (
     DEFAULT_PRESET,
     Experiment,
@@ -105,6 +107,8 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
         cache=asked.profile.cache,
     )
     checked = _plan_for(asked.experiment, asked.profile, num_workers, dataset)
+    if unscored := _cannot_be_scored(asked.experiment, dataset):
+        console.say(f"warning: the images will not be scored: {unscored}")
     run = _create(checked, dataset, command, origin=asked.origin)
     return _carry_out(run, checked, dataset, console)
 
@@ -148,7 +152,7 @@ def go_on(
         if origin is None:
             raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
         if new.model.class_conditional:
-            _require_same_classes(run, tuple(origin.state().get("class_names", ())), dataset)
+            _require_same_classes(run, ClassNames.from_state(origin.state()), dataset)
         comes_from = origin_of(
             f"run {run.id}", f"from the averaged weights of step {origin.step} of", run.mlflow_run_id
         )
@@ -340,9 +344,8 @@ def _create(
 
 def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, dataset: Dataset) -> Plan:
     manifest = dataset.manifest
-    class_names = class_names_of(dataset) if experiment.model.class_conditional else ()
-    if class_names:
-        class_name(experiment.sampling.labels, class_names)
+    class_names = class_names_of(dataset) if experiment.model.class_conditional else NO_CLASSES
+    check_labels(experiment, experiment.sampling, class_names)
     return make_plan(
         experiment,
         profile,
@@ -352,6 +355,17 @@ def _plan_for(experiment: Experiment, profile: Profile, num_workers: int, datase
         shape=manifest.shape,
         num_classes=len(class_names),
     )
+
+
+def _cannot_be_scored(experiment: Experiment, dataset: Dataset) -> str:
+    """Return why the classifier that an experiment asks for cannot judge these images, "" if it can: to be told before the training."""
+    asked = experiment.evaluation
+    if asked.enabled and asked.extractor == "classifier":
+        try:
+            Recipe.for_dataset(dataset)
+        except RefusedError as error:
+            return str(error)
+    return ""
 
 
 def _require_same_classes(run: Run, known: ClassNames, dataset: Dataset) -> None:

@@ -18,7 +18,15 @@ import pytest
 import torch
 from PIL import Image, PngImagePlugin
 
-from pipeline.data.images import convert_array, crop_and_resize, decode_image, flip, to_float, to_uint8
+from pipeline.data.images import (
+    DamagedImageError,
+    convert_array,
+    crop_and_resize,
+    decode_image,
+    flip,
+    to_float,
+    to_uint8,
+)
 from pipeline.errors import DataError, DivergedError
 from tests.kit.data import (
     COLOUR,
@@ -116,6 +124,12 @@ def of_several_pictures() -> bytes:
     return file.getvalue()
 
 
+def twelve_bits() -> bytes:
+    data = bytearray(jpeg_of(some_images(1, (8, 8, 3))[0]))
+    data[data.index(b"\xff\xc0") + 4] = 12
+    return bytes(data)
+
+
 def saved(mode: str, file_format: str, **options: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(some_images(1, (8, 8, 3))[0]).convert(mode).save(file, file_format, **options)
@@ -176,8 +190,15 @@ CASES: dict[str, tuple[bytes, Any, Any, Any]] = {
         luma(np.rot90(COLOURS, -1)),
         np.rot90(COLOURS, -1),
     ),
-    "animated PNG, JPEG of several pictures (MPO)": (animated(), None, None, None),
-    "any other format (GIF, WebP, TIFF, BMP, SVG, ...)": (saved("RGB", "GIF"), None, None, None),
+    "JPEG of several pictures (MPO, as phones write them): the main one": (
+        of_several_pictures(),
+        (16, 16, 3),
+        (16, 16, 1),
+        (16, 16, 3),
+    ),
+    "animated PNG": (animated(), None, None, None),
+    "JPEG of other than 8 bits, of 2 channels, or lossless": (twelve_bits(), None, None, None),
+    "any other format (GIF, WebP, TIFF, BMP, SVG, HEIC, ...)": (saved("RGB", "GIF"), None, None, None),
 }
 
 
@@ -222,7 +243,10 @@ MORE: dict[str, tuple[bytes, str]] = {
     "16-bit colour": (png(1, 1, 16, COLOUR, b"\x12\x34" * 3), "has 16 bits per channel"),
     "16-bit colour and alpha": (png(1, 1, 16, COLOUR_ALPHA, b"\x12\x34" * 4), "has 16 bits per channel"),
     "a turned JPEG": (with_orientation(3, "JPEG"), r"is to be shown turned \(EXIF orientation 3\)"),
-    "MPO": (of_several_pictures(), "holds several frames"),
+    "an animation": (animated(), "holds several frames"),
+    "12 bits": (twelve_bits(), "a JPEG of 12 bits per channel, expected 8"),
+    "HEIC": (b"\0\0\0\x18ftypheic" + bytes(16), "a HEIC file, expected a PNG or JPEG"),
+    "AVIF": (b"\0\0\0\x18ftypavif" + bytes(16), "a AVIF file, expected a PNG or JPEG"),
     "WebP": (saved("RGB", "WEBP"), "a WebP file, expected a PNG or JPEG"),
     "TIFF": (saved("RGB", "TIFF"), "a TIFF file, expected"),
     "BMP": (saved("RGB", "BMP"), "a BMP file, expected"),
@@ -243,6 +267,45 @@ def test_refusals_say_what_was_got(kind: str) -> None:
         decode_image(data, where="photo.png")
     assert "\n" not in str(error.value)
     assert re.search(r": [^:]+$", str(error.value)), "no remedy"
+
+
+DAMAGED = {"HTML", "text", "nothing", "PDF", "a PNG signature alone", "a JPEG signature alone"}
+
+
+def test_what_the_table_refuses_is_not_called_damaged() -> None:
+    for kind, (data, _) in MORE.items():
+        with pytest.raises(DataError) as error:
+            decode_image(data)
+        assert isinstance(error.value, DamagedImageError) == (kind in DAMAGED), kind
+        assert ("damaged" in str(error.value)) <= (kind in DAMAGED), kind
+    for kind, (data, without, *_) in CASES.items():
+        if without is None:
+            with pytest.raises(DataError, match=r"^(?!.*damaged)") as error:
+                decode_image(data)
+            assert not isinstance(error.value, DamagedImageError), kind
+
+
+def test_the_main_picture_of_several_is_taken() -> None:
+    file = io.BytesIO()
+    main, other = (Image.fromarray(frame) for frame in some_images(2, (16, 16, 3)))
+    main.save(file, "MPO", save_all=True, append_images=[other], quality=95)
+    np.testing.assert_array_equal(decode_image(file.getvalue()), decode_image(jpeg_of(np.asarray(main), quality=95)))
+
+
+@pytest.mark.parametrize("stray", [b"\0", b"\x12\x34\x56", b"\xff\xff", b"\xff\x00\x07"])
+def test_bytes_between_the_segments_of_a_jpeg_are_passed_over_as_pillow_does(stray: bytes) -> None:
+    sound = jpeg_of(some_images(1, (16, 16, 3))[0])
+    at, places = 2, 0
+    while sound[at + 1] != 0xDA:  # up to the pixels
+        data = sound[:at] + stray + sound[at:] if at > 2 else sound
+        np.testing.assert_array_equal(decode_image(data), np.asarray(Image.open(io.BytesIO(data))))
+        at, places = at + 2 + int.from_bytes(sound[at + 2 : at + 4]), places + 1
+    assert places > 3
+
+
+def test_an_animation_of_one_frame_is_a_picture() -> None:
+    control = chunk(b"acTL", struct.pack(">II", 1, 0))
+    np.testing.assert_array_equal(decode_image(png(3, 2, 8, COLOUR, COLOURS.tobytes(), control)), COLOURS)
 
 
 @pytest.mark.parametrize(

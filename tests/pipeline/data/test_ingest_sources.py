@@ -209,11 +209,11 @@ def test_columns_are_found_by_type(tmp_path: Path) -> None:
 def test_several_columns_must_be_named(tmp_path: Path) -> None:
     images, source = some_images(12), tmp_path / "x.parquet"
     other = pa.array([png_of(image) for image in images[::-1]])
-    table = binary_table(images, mask=other, id=range(12), kind=LABELS)
+    table = binary_table(images, mask=other, part=[0, 1] * 6, kind=LABELS)
     pq.write_table(table, source)
     with pytest.raises(UsageError, match=r"several columns of images \(png, mask\): name one with --image-column"):
         ingest(str(source), tmp_path / "out")
-    with pytest.raises(UsageError, match=r"several columns of labels \(id, kind\): name one with --label-column"):
+    with pytest.raises(UsageError, match=r"several columns of labels \(part, kind\): name one with --label-column"):
         ingest(str(source), tmp_path / "out", image_column="mask")
     with pytest.raises(UsageError, match=r"column 'nose' does not exist: columns of images are png, mask"):
         ingest(str(source), tmp_path / "out", image_column="nose")

@@ -267,18 +267,34 @@ def test_datasets_without_a_classifier(tmp_path: Path) -> None:
     tiny = ArraySet(np.zeros((600, 1, 4, 8), np.uint8), np.zeros(600, np.int64))
     few = stripes(90, seed=0)
     data = stripes(600, seed=0)
-    three = ArraySet(data.images, data.given_labels, "stripes", ("along", "across", "never"))
+    one = ArraySet(data.images, np.ones(600, np.int64), "stripes", ("along", "across"))
     for dataset, reason in [
         (unlabelled, "no labels"),
         (large, "80x80, the classifier takes 8 to 64"),
         (tiny, "4x8"),
         (few, "90 images, too few"),
-        (three, "nothing to fit on"),
+        (one, "has images of 1 class \\('across'\\)"),
     ]:
         with pytest.raises(RefusedError, match=reason) as caught:
             classifier_for(dataset, tmp_path, recipe=QUICK)
         assert "\n" not in str(caught.value)
         assert "inception" in str(caught.value)
+
+
+def test_classes_without_fitted_images_are_left_out(tmp_path: Path) -> None:
+    """A name without images, and a class of one image that fell on the other side: the others are told apart as without them."""
+    data = stripes(600, seed=0)
+    assert data.given_labels is not None
+    alone = int(held_out_rows(hash_rows(data), FitRule(0.4))[0])
+    labels = 2 * data.given_labels + 1
+    labels[alone] = 0
+    names = ("lonely", "along", "never", "across")
+    classifier = classifier_for(ArraySet(data.images, labels, "stripes", names), tmp_path, recipe=QUICK)
+    plain = fit_stripes(tmp_path / "plain.safetensors", data)
+    assert classifier.card.class_names == ("along", "across")
+    assert classifier.card.num_held_out == plain.card.num_held_out - 1
+    assert classifier.card.accuracy > 0.95
+    np.testing.assert_array_equal(classifier(data.images[:50]).features, plain(data.images[:50]).features)
 
 
 # What the digits' classifier says

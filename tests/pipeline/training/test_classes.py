@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from dataclasses import replace
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.data.batches import training_batches
-from pipeline.data.labels import class_name, class_names_of, labels_of
+from pipeline.data.labels import ClassNames, class_name, class_names_of, labels_of
 from pipeline.data.order import Order
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
@@ -18,11 +20,14 @@ from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
 from pipeline.settings import presets
-from pipeline.settings.config import load_experiment, with_overrides
+from pipeline.settings.config import experiment_from, load_experiment, with_overrides
 from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run
+from pipeline.sweeps.config import axis_of, load_sweep
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
+from pipeline.workflows.evaluate import ScoreRequest
+from pipeline.workflows.grid import parse_grid
 from tests.kit import trainer
 from tests.kit.experiments import TINY
 from tests.pipeline.training.steps import CPU
@@ -69,7 +74,7 @@ def test_the_digits_that_are_asked_for_come(tmp_path, dataset, denoiser):
 
 @pytest.mark.slow
 def test_without_a_label_every_digit_comes(tmp_path, dataset, denoiser):
-    seen = decisions(dataset, denoiser, tmp_path, labels="none")
+    seen = decisions(dataset, denoiser, tmp_path, labels="#none")
     assert len(np.unique(seen)) >= 8
     assert (seen == np.arange(100) % 10).mean() < 0.3
 
@@ -87,18 +92,65 @@ def test_guidance_makes_them_more_alike(dataset, denoiser):
 
 
 def test_labels_are_functions_of_the_index():
-    assert labels_of(range(8, 13), "balanced", DIGITS).tolist() == [8, 9, 0, 1, 2]
+    assert labels_of(range(8, 13), "#balanced", DIGITS).tolist() == [8, 9, 0, 1, 2]
     assert labels_of(range(3), "7", DIGITS).tolist() == [7, 7, 7]
     assert labels_of(range(2), 7, DIGITS).tolist() == [7, 7]
-    assert labels_of(range(2), "none", DIGITS).tolist() == [10, 10]
+    assert labels_of(range(2), "#none", DIGITS).tolist() == [10, 10]
     assert labels_of(range(2), "dog", ("cat", "dog")).tolist() == [1, 1]
-    assert class_name(1, ("cat", "dog")) == class_name("dog", ("cat", "dog")) == "dog"
+    assert class_name("#1", ("cat", "dog")) == class_name("dog", ("cat", "dog")) == "dog"
     turned = ("2", "1", "0")  # a number that is a name names that class, however it is typed
     assert labels_of(range(1), 2, turned).tolist() == labels_of(range(1), "2", turned).tolist() == [0]
     assert class_name(2, turned) == class_name("2", turned) == "2"
-    for wrong in ("dgo", "2", -1):
-        with pytest.raises(UsageError, match="by name or number: cat, dog"):
+    for wrong in ("dgo", "1", 0, -1, "#2", "#-1", "#", "##dog", "#\u0661"):
+        with pytest.raises(UsageError, match="by name or number, such as '#0': cat, dog"):
             class_name(wrong, ("cat", "dog"))
+
+
+def test_no_name_is_taken_for_a_word_of_the_program():
+    names = ("none", "balanced", "#none", "#2", "010", "no")
+    written = {name: class_name(f"#{number}", names) for number, name in enumerate(names)}
+    assert [labels_of(range(1), label, names).item() for label in written.values()] == list(range(6))
+    assert (written["none"], written["#none"], written["#2"]) == ("none", "##none", "##2")
+    assert labels_of(range(2), "#none", names).tolist() == [6, 6]
+    assert labels_of(range(3), "#balanced", names).tolist() == [0, 1, 2]
+    assert {class_name(word, DIGITS) for word in ("none", "#none")} == {"#none"}  # no class is called so
+
+
+def test_classes_without_images_are_neither_drawn_nor_balanced():
+    names = ClassNames(("ant", "bee", "cat", "dog"), untrained=(0, 2))
+    assert labels_of(range(1, 6), "#balanced", names).tolist() == [3, 1, 3, 1, 3]
+    assert labels_of(range(1), "#none", names).tolist() == [4]  # the network has room for all four
+    assert labels_of(range(1), "dog", names).tolist() == [3]
+    for label in ("cat", "#2"):
+        with pytest.raises(UsageError, match=r"class 'cat' was never trained: .* give one of: bee, dog"):
+            labels_of(range(1), label, names)
+    assert ClassNames.from_state(json.loads(json.dumps(names.to_state()))).untrained == names.untrained
+    assert copy.deepcopy(names).untrained == names.untrained
+
+
+@pytest.mark.parametrize("label", ["010", "no", "null", "1e3", "~", "2024-01-01", "0x1F", "007"])
+def test_class_names_are_text_wherever_they_are_written(tmp_path, label: str):
+    """YAML 1.1 reads these as 8, false, null, 1000.0, null, a date, 31 and 7."""
+    preset = load_experiment(presets.find("experiments", "digits"))
+    assert with_overrides(preset, [f"sampling.labels={label}"]).sampling.labels == label
+    assert with_overrides(preset, [f"sampling.labels='{label}'"]).sampling.labels == label
+    file = tmp_path / "own.yaml"
+    file.write_text(f"sampling:\n  labels: {label}\n")
+    assert load_experiment(file).sampling.labels == label
+    assert axis_of(f"sampling.labels={label},#3") == ("sampling.labels", {"grid": [label, "#3"]})
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(
+        f"base: digits\noverrides: {{sampling.labels: {label}}}\nspace:\n  sampling.labels: [{label}]\nbudget: {{steps: 4}}\n"
+    )
+    found = load_sweep(str(sweep), (), {})
+    assert (found.overrides["sampling.labels"], found.space["sampling.labels"].values) == (label, (label,))
+    _, (point,) = parse_grid(f"labels={label}", ScoreRequest())
+    assert point.labels == label
+
+
+def test_a_true_that_was_read_is_no_class():
+    with pytest.raises(UsageError, match=r"sampling\.labels: got True"):
+        experiment_from({"sampling": {"labels": True}})
 
 
 def test_images_without_labels_cannot_train_classes(tmp_path):

@@ -94,12 +94,12 @@ class Choice:
             "the last step has SNR 0": self.objective == "min_snr" and blind,
             "belongs to objective 'min_snr'": self.gamma != 5 and self.objective != "min_snr",
             "this model knows no classes": not self.class_conditional
-            and (guided or self.labels != "balanced" or self.label_dropout != 0.1),
+            and (guided or self.labels != "#balanced" or self.label_dropout != 0.1),
             "drops every label": self.class_conditional and self.label_dropout == 1,
-            "there is no class to guide to": self.class_conditional and guided and self.labels == "none",
+            "there is no class to guide to": self.class_conditional and guided and self.labels == "#none",
             "trained without labels too": self.class_conditional
             and self.label_dropout == 0
-            and (guided or self.labels == "none"),
+            and (guided or self.labels == "#none"),
             "1 step is t = 0 alone": self.steps == 1 and self.spacing in ("leading", "quad"),
             "only that one is pure noise": blind
             and timestep_subset(self.T, self.steps, self.spacing)[-1] != self.T - 1,
@@ -132,7 +132,7 @@ CHOICES = st.builds(
     spacing=mostly("trailing", *RULES[1:]),
     eta=st.sampled_from([0.0, 0.3, 1.0]),
     guidance_scale=mostly(1.0, 0.0, 3.0),
-    labels=mostly("balanced", "none", "two", "0"),
+    labels=mostly("#balanced", "#none", "two", "#0"),
     seed=st.integers(0, 99),
 )
 

@@ -94,12 +94,12 @@ def test_strips_animations_and_passages_are_drawn(sample, labelled, tmp_path):
     assert way.shape[1] == 6 * 66 + 2
     assert place_of(Dataset.open(labelled.record.dataset["path"]).read([5])[0], way, 8) == (2, 2)
     assert place_of(np.full((1, 8, 8), 90, np.uint8), way, 8) == (2, 2 + 5 * 66)
-    assert about(tmp_path / "way")["labels"] == "none"
+    assert about(tmp_path / "way")["labels"] == "#none"
 
 
 MISTAKES = {
     "a class that is none": (["--label", "ten"], "no class 'ten'"),
-    "guidance to no class": (["--label", "none", "--guidance", "2"], "there is no class to guide to"),
+    "guidance to no class": (["--label", "#none", "--guidance", "2"], "there is no class to guide to"),
     "eta of another sampler": (["--sampler", "dpm_solver", "--eta", "0.5"], "which is ddim's"),
     "a decay that was not kept": (["--weights", "ema:0.99"], "this run kept ema:0.9, ema:0.5"),
     "no snapshots": (["--weights", "posthoc:0.1"], "stored no snapshots"),

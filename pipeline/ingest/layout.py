@@ -1,0 +1,397 @@
+"""What a folder of image files is taken for: splits, classes, or one set of images; and what in it is passed over.
+
+docs/data.md has the rules. `flat`, `classes` and `splits` say so instead of the names of the folders.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+from urllib.parse import unquote
+
+from pipeline.errors import DataError, UsageError
+from pipeline.ingest.choice import ALL_SPLITS, choose_split, split_of
+
+Layout = Literal["flat", "classes", "splits"]
+LAYOUTS: tuple[str, ...] = get_args(Layout)
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+# with names that begin with a dot: what systems, disk stations and this program leave beside images
+_LITTER = {
+    "thumbs.db",
+    "ehthumbs.db",
+    "desktop.ini",
+    "icon\r",
+    "__macosx",
+    "@eadir",
+    "@tmp",
+    "@recycle",
+    "@recently-snapshot",
+    "#recycle",
+    "#snapshot",
+    "$recycle.bin",
+    "recycler",
+    "system volume information",
+    "lost+found",
+    "network trash folder",
+    "temporary items",
+    "__pycache__",
+    "samples.json",
+}
+# of files that describe images: a folder of these alone is no class
+_ANNOTATIONS = {
+    ".json",
+    ".jsonl",
+    ".xml",
+    ".txt",
+    ".csv",
+    ".tsv",
+    ".md",
+    ".yaml",
+    ".yml",
+    ".mat",
+    ".pdf",
+    ".html",
+    ".py",
+    ".sh",
+}
+SPLIT_KEYS = ("split", "subset", "partition", "set")  # Hive keys whose values are splits
+_KEY = re.compile(r"([A-Za-z_][\w-]*)=(.*)")
+# words beside that of a split in the name of its folder: training_set, seg_train, val_images_256
+_FILLER = {
+    "images",
+    "image",
+    "imgs",
+    "img",
+    "data",
+    "set",
+    "dataset",
+    "pictures",
+    "photos",
+    "files",
+    "split",
+    "seg",
+    "the",
+    "raw",
+    "jpg",
+    "jpeg",
+    "png",
+    "cropped",
+    "resized",
+}
+
+
+def is_litter(name: str) -> bool:
+    """Whether a file or folder of this name is none of the images' owner's."""
+    return name.startswith(".") or name.lower() in _LITTER or name.lower().endswith("@synoeastream")
+
+
+def hive_key(name: str) -> tuple[str, str] | None:
+    """Return key and value of a folder that is named as Hive, Spark and pyarrow name partitions, such as label=3; else None."""
+    match = _KEY.fullmatch(name)
+    return None if match is None else (match[1], unquote(match[2]))
+
+
+@dataclass
+class Folder:
+    """A folder as it is read: image files, other files, and the folders in it, sorted by name."""
+
+    path: Path
+    images: list[Path] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
+    folders: list[Folder] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Its own name."""
+        return self.path.name
+
+    @property
+    def num_images(self) -> int:
+        """Images in depth."""
+        return len(self.images) + sum(folder.num_images for folder in self.folders)
+
+    def all_others(self) -> Iterator[Path]:
+        """Yield the files in depth that are no images."""
+        yield from self.others
+        for folder in self.folders:
+            yield from folder.all_others()
+
+    @property
+    def is_annotations(self) -> bool:
+        """Whether it holds descriptions of images, and no image."""
+        others = list(self.all_others())
+        return not self.num_images and bool(others) and all(o.suffix.lower() in _ANNOTATIONS for o in others)
+
+    def files(self) -> list[Path]:
+        """Return the images in depth, in the order of their paths; DataError names a file of another kind."""
+        found: list[Path] = []
+        entries: list[Path | Folder] = [*self.images, *self.others, *self.folders]
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            if isinstance(entry, Folder):
+                found += entry.files()
+            elif entry.suffix.lower() in IMAGE_SUFFIXES:
+                found.append(entry)
+            else:
+                raise _not_an_image(entry)
+        return found
+
+
+def _not_an_image(file: Path) -> DataError:
+    return DataError(f"{file} is not a PNG or JPEG image by its name ({', '.join(IMAGE_SUFFIXES)}): move it away")
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What of a folder is ingested, as what.
+
+    Attributes:
+        root: the folder that holds it.
+        files: the images in their order.
+        class_names, labels: the classes, and each image's; None without classes.
+        split: the one taken, or None.
+        note: what was chosen that the user did not say, to be told before; "" if nothing.
+        lines: what the folder was taken for, for people.
+    """
+
+    root: Path
+    files: list[Path]
+    class_names: tuple[str, ...] | None
+    labels: list[int]
+    split: str | None
+    note: str
+    lines: tuple[str, ...]
+
+
+def read_layout(root: Path, split: str | None = None, layout: str | None = None) -> Taken:
+    """Find out what a folder of images holds: splits, of which one is taken, classes, or images alone.
+
+    Raises:
+        DataError: no images, files of another kind among them, or images both beside and inside class folders.
+        UsageError: the split asked for is not there, or splits cannot be told from classes.
+    """
+    ignored: Counter[str] = Counter()
+    tree = _read(root, ignored)
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    search = _Search(tree, split, layout, ignored)
+    search.go()
+    node, classes = search.node, search.classes
+    files, labels = _of_classes(node, classes, ignored) if classes else (node.files(), [])
+    if not files:
+        raise DataError(f"{node.path} holds no images ({', '.join(IMAGE_SUFFIXES)}): give a folder that does")
+    lines = list(search.lines)
+    if not classes:
+        lines.append("classes: none" + ("" if node.folders else " (no sub-folders)"))
+    if ignored:
+        listed = [f"{name} ({count} file{'s' if count != 1 else ''})" for name, count in sorted(ignored.items())]
+        lines.append(f"ignored: {', '.join(listed[:20])}{', ...' if len(listed) > 20 else ''}")
+    return Taken(
+        root=node.path,
+        files=files,
+        class_names=tuple(_class_names(classes)) or None,
+        labels=labels or [0] * len(files),
+        split=search.taken,
+        note=search.note,
+        lines=tuple(lines),
+    )
+
+
+def _of_classes(node: Folder, classes: list[Folder], ignored: Counter[str]) -> tuple[list[Path], list[int]]:
+    """Return the images in class folders, and the number of the class of each."""
+    if node.images:
+        raise DataError(
+            f"{node.path} holds images both beside and inside sub-folders: put all into class folders, or none; --layout flat takes "
+            "all without classes"
+        )
+    for other in node.others:
+        if other.suffix.lower() not in _ANNOTATIONS:
+            raise _not_an_image(other)
+        ignored[other.name] += 1
+    files: list[Path] = []
+    labels: list[int] = []
+    for number, folder in enumerate(classes):
+        inside = folder.files()
+        if not inside:
+            raise DataError(f"{folder.path} holds no image: remove it, or put the images of its class there")
+        files += inside
+        labels += [number] * len(inside)
+    return files, labels
+
+
+def _class_names(classes: list[Folder]) -> list[str]:
+    """Return the names of class folders: their own, or the values of one Hive key."""
+    keys = [hive_key(folder.name) for folder in classes]
+    named = [key for key in keys if key is not None]
+    if len(named) == len(classes) and len({key for key, _ in named}) == 1:
+        return [value for _, value in named]
+    return [folder.name for folder in classes]
+
+
+class _Search:
+    """Goes down from the folder that is given to the one that holds the images, by way of wrappers and a split."""
+
+    def __init__(self, tree: Folder, split: str | None, layout: str | None, ignored: Counter[str]) -> None:
+        self.node, self._asked, self._layout, self._ignored = tree, split, layout, ignored
+        self.classes: list[Folder] = []
+        self.taken: str | None = None
+        self.note = ""
+        self.lines: list[str] = []
+
+    def go(self) -> None:
+        """Find the folder that holds the images, and its classes."""
+        if self._layout in ("flat", "classes"):
+            if self._asked not in (None, ALL_SPLITS):
+                raise UsageError(f"--split {self._asked} goes with --layout splits, got {self._layout}: leave one out")
+            self.classes = self.node.folders if self._layout == "classes" else []
+            return
+        while True:
+            self._leave_out_annotations()
+            subs = self.node.folders
+            if self._layout == "splits" and self.taken is None and subs:
+                self._take_split(subs, {sub.name: split_of(_word(sub.name)) or sub.name for sub in subs})
+            elif self.taken is None and not self.node.images and (splits := _splits(subs)):
+                self._take_split(subs, splits)
+            elif self.taken is None and not self.node.images and (inner := _splits_of_classes(subs)):
+                self._take_inner_split(subs, inner)
+                break
+            elif len(subs) == 1 and not self.node.images and subs[0].num_images:
+                self.lines.append(
+                    f"images: those in {subs[0].path}, the only folder there; --layout classes makes it a class"
+                )
+                self._pass_over(self.node.others)
+                self.node = subs[0]
+            else:
+                self.classes = subs
+                break
+        if self._asked not in (None, ALL_SPLITS) and self.taken is None:
+            names = ", ".join(folder.name for folder in self.node.folders) or "none"
+            raise UsageError(f"{self.node.path} has no split {self._asked!r}: its sub-folders are {names}")
+
+    def _leave_out_annotations(self) -> None:
+        left_out = [folder for folder in self.node.folders if folder.is_annotations]
+        for folder in left_out:
+            self._ignored[folder.name] += len(list(folder.all_others()))
+        self.node.folders = [folder for folder in self.node.folders if folder not in left_out]
+
+    def _pass_over(self, files: list[Path]) -> None:
+        self._ignored.update(file.name for file in files)
+
+    def _take_split(self, subs: list[Folder], splits: dict[str, str]) -> None:
+        where, by_split = str(self.node.path), Counter(splits.values())
+        if self._asked == ALL_SPLITS:
+            raise UsageError(
+                f"{where} has the splits {', '.join(splits)}: name one, folders cannot be taken together (--layout flat takes all images "
+                "without classes)"
+            )
+        if self._asked in splits:  # by the folder's own name
+            chosen, name = next(sub for sub in subs if sub.name == self._asked), splits[self._asked]
+        else:
+            found, self.note = choose_split(list(by_split), self._asked, where)
+            name = found or next(iter(by_split))
+            several = [sub for sub in subs if splits[sub.name] == name]
+            if len(several) > 1:
+                folders = ", ".join(sub.name for sub in several)
+                raise UsageError(f"{where} has several folders of split {name!r} ({folders}): name one with --split")
+            chosen = several[0]
+        self.taken = name
+        others = ", ".join(f"{sub.name} {sub.num_images:,}" for sub in subs if sub is not chosen)
+        self.lines.append(
+            f"splits: {chosen.name} taken ({chosen.num_images:,} images)" + (f"; not taken: {others}" if others else "")
+        )
+        self._pass_over(self.node.others)
+        self.node = chosen
+
+    def _take_inner_split(self, subs: list[Folder], splits: list[str]) -> None:
+        """Take one split of each class: bee/train, bee/test, cat/train, ..."""
+        if self._asked == ALL_SPLITS:
+            self.classes = subs
+            return
+        name, self.note = choose_split(splits, self._asked, str(self.node.path))
+        counts: Counter[str] = Counter()
+        self.classes = []
+        for sub in subs:
+            parts = [part for part in sub.folders if split_of(_word(part.name)) == name]
+            for part in sub.folders:
+                counts[split_of(_word(part.name)) or part.name] += part.num_images
+            self.classes.append(Folder(sub.path, folders=parts))
+        others = ", ".join(f"{split} {count:,}" for split, count in counts.items() if split != name)
+        self.taken = name
+        self.lines.append(
+            f"splits, inside each class: {name} taken ({counts[name or '']:,} images)"
+            + (f"; not taken: {others}" if others else "")
+        )
+
+
+def _splits(folders: list[Folder]) -> dict[str, str] | None:
+    """Return the split that each folder is named for if all of them are named for splits; None if they are not.
+
+    UsageError if their names begin with those of splits and go on to tell other things apart, such as trainA, trainB, testA.
+    """
+    found: dict[str, str] = {}
+    rests = set()
+    for folder in folders:
+        split, rest = _split_and_rest(folder.name)
+        if split is not None:
+            found[folder.name] = split
+            rests.add(rest)
+    if folders and len(found) == len(folders) and (rests == {""} or (len(rests) == 1 and len(set(found.values())) > 1)):
+        return found
+    starts = [re.match(r"(train|val|test)", folder.name.lower()) for folder in folders]
+    if len({start[0] for start in starts if start}) > 1 and all(starts):
+        names = ", ".join(folder.name for folder in folders)
+        raise UsageError(
+            f"{folders[0].path.parent} has folders that may be splits of several sets, or classes ({names}): give one of them, or "
+            "--layout classes"
+        )
+    return None
+
+
+def _splits_of_classes(folders: list[Folder]) -> list[str] | None:
+    """Return the splits inside class folders if each of these consists of splits, and there are two at least."""
+    inside = [_splits(folder.folders) if not folder.images and folder.folders else None for folder in folders]
+    names = {split for splits in inside if splits for split in splits.values()}
+    return sorted(names) if len(folders) > 1 and all(inside) and len(names) > 1 else None
+
+
+def _word(name: str) -> str:
+    """Return the part of a folder's name that may name a split: the value of a Hive key split=."""
+    key = hive_key(name)
+    return key[1] if key is not None and key[0].lower() in SPLIT_KEYS else name
+
+
+def _split_and_rest(name: str) -> tuple[str | None, str]:
+    """Return the split that a folder is named for, and what its name says besides."""
+    word = _word(name)
+    if "=" in word:
+        return None, name
+    words = [w for w in re.split(r"[\W_]+|\d+", re.sub(r"(set|images|data)$", r"_\1", word.lower())) if w]
+    splits = [w for w in words if split_of(w) is not None]
+    rest = "_".join(w for w in words if w not in splits and w not in _FILLER)
+    return (split_of(splits[0]) if len(splits) == 1 else None), rest
+
+
+def _read(path: Path, ignored: Counter[str]) -> Folder:
+    folder = Folder(path)
+    for entry in sorted(path.iterdir(), key=lambda entry: entry.name):
+        if is_litter(entry.name):
+            ignored[entry.name] += _num_files(entry)
+        elif entry.is_dir():
+            folder.folders.append(_read(entry, ignored))
+        elif entry.suffix.lower() in IMAGE_SUFFIXES:
+            folder.images.append(entry)
+        else:
+            folder.others.append(entry)
+    return folder
+
+
+def _num_files(path: Path) -> int:
+    """Return the files in depth, as far as they may be looked at: lost+found is its owner's alone."""
+    with suppress(OSError):
+        return sum(1 for entry in path.rglob("*") if not entry.is_dir()) if path.is_dir() else 1
+    return 0
