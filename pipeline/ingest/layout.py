@@ -228,7 +228,7 @@ def _class_names(classes: list[Folder]) -> list[str]:
     """Return the names of class folders: their own, or the values of one Hive key."""
     keys = [hive_key(folder.name) for folder in classes]
     named = [key for key in keys if key is not None]
-    if len(named) == len(classes) and len({key for key, _ in named}) == 1:
+    if len(named) == len(classes) == len(set(named)) and len({key for key, _ in named}) == 1:
         return [value for _, value in named]
     return [folder.name for folder in classes]
 

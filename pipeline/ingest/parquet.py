@@ -188,29 +188,16 @@ def _columns(
         )
         assert known is not None
         columns = _Columns(image, raw, label, known)
-    return columns, _told(
-        columns, [c for c in candidates if c != label], passed_over, dict(zip(types, there, strict=False))
-    )
+    unseen = [f"{name} ({types[name]})" for name in passed_over]
+    return columns, _told(columns, [name for name in candidates if name != label], unseen)
 
 
-def _told(columns: _Columns, others: list[str], passed_over: list[str], described: dict[str, str]) -> list[str]:
-    lines = [
-        f"columns: images in {columns.image!r}, labels in {columns.label!r}"
-        if columns.label
-        else f"columns: images in {columns.image!r}"
-    ]
-    if columns.label and others:
-        lines[0] += f" (not in {', '.join(others)})"
-    if columns.label is None:
-        lines.append(
-            "classes: none"
-            + (
-                f"; no labels were seen in {', '.join(described[name] for name in passed_over)}: name one with --label-column"
-                if passed_over
-                else ""
-            )
-        )
-    return lines
+def _told(columns: _Columns, others: list[str], unseen: list[str]) -> list[str]:
+    line = f"columns: images in {columns.image!r}"
+    if columns.label is not None:
+        return [f"{line}, labels in {columns.label!r}" + (f" (not in {', '.join(others)})" if others else "")]
+    hint = f"; no labels were seen in {', '.join(unseen)}: name one with --label-column" if unseen else ""
+    return [line, f"classes: none{hint}"]
 
 
 def _classes(
@@ -232,6 +219,8 @@ def _classes(
     distinct: set[Any] = set()
     for file in files:
         with _opened(file) as opened:
+            if name not in opened.schema_arrow.names and not named:
+                return None
             if name not in opened.schema_arrow.names:
                 raise _no_column(file, name)
             for group in range(opened.num_row_groups):
@@ -248,7 +237,9 @@ def _one_hot_classes(files: list[StoredFile], name: str) -> Classes | None:
     width = 0
     for file in files:
         with _opened(file) as opened:
-            for batch in opened.iter_batches(columns=[name]):
+            if name not in opened.schema_arrow.names:
+                return None
+            for batch in opened.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
                 rows = _one_hot(batch.column(name))
                 if rows is None or (width and rows.shape[1] != width):
                     return None
