@@ -128,9 +128,14 @@ class DiffusionConfig(Section):
         return self
 
 
-def _as_text(value: object) -> object:
+def _as_text(value: object) -> str:
     """Class names are text: a number is one by its digits, but what was read as true or null has lost its spelling."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    if not isinstance(text, str) or not text:
+        raise ValueError(
+            f"got {value!r}; expected the name of a class, '#balanced', '#none', or a number as '#3', quoted in YAML"
+        )
+    return text
 
 
 class SamplingConfig(Section):
@@ -146,7 +151,7 @@ class SamplingConfig(Section):
     spacing: Literal["trailing", "linspace", "leading", "quad"] = "trailing"
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
-    labels: Annotated[str, BeforeValidator(_as_text), Field(min_length=1)] = "#balanced"
+    labels: Annotated[str, BeforeValidator(_as_text)] = "#balanced"
     batch_size: PositiveInt = 100
 
     @model_validator(mode="before")
