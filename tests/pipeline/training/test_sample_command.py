@@ -97,6 +97,23 @@ def test_strips_animations_and_passages_are_drawn(sample, labelled, tmp_path):
     assert about(tmp_path / "way")["labels"] == "#none"
 
 
+def test_a_generated_set_is_ingested_with_its_labels(sample, labelled, tmp_path):
+    shell = Shell(labelled.folder.parent.parent)
+    assert sample(*FEW, "-n", "12", "--format", "parquet", "--out", str(tmp_path / "set"))[0] == 0
+    assert sample(*FEW, "-n", "12", "--format", "png", "--out", str(tmp_path / "files"))[0] == 0
+    code, _, err = shell.type("ingest", str(tmp_path / "set"), str(tmp_path / "data"))
+    assert (code, "classes: 10 (0 2, 1 2, 2 1," in err) == (0, True), err
+    dataset = Dataset.open(tmp_path / "data")
+    labels = dataset.labels()
+    assert labels is not None
+    assert (dataset.manifest.class_names, labels.tolist()) == (tuple("0123456789"), [i % 10 for i in range(12)])
+    for image, file in zip(dataset.read(range(12)), sorted((tmp_path / "files").glob("*.png")), strict=True):
+        np.testing.assert_array_equal(image[0], np.asarray(Image.open(file)))
+    none = ("-n", "3", "--format", "parquet", "--label", "#none", "--out", str(tmp_path / "none"))
+    assert sample(*FEW, *none)[0] == shell.type("ingest", str(tmp_path / "none"), str(tmp_path / "more"))[0] == 0
+    assert Dataset.open(tmp_path / "more").labels() is None
+
+
 MISTAKES = {
     "a class that is none": (["--label", "ten"], "no class 'ten'"),
     "guidance to no class": (["--label", "#none", "--guidance", "2"], "there is no class to guide to"),
