@@ -156,7 +156,7 @@ def dataset_card(manifest: Manifest) -> dict[str, Any]:
         "bytes_on_disk": sum(shard.num_bytes for shard in manifest.shards),
         "bytes_in_memory": manifest.num_bytes_decoded,
         "fingerprint": manifest.fingerprint,
-    }
+    } | ({"left out": f"{len(manifest.skipped)} damaged images"} if manifest.skipped else {})
 
 
 def card_lines(card: dict[str, Any]) -> list[str]:
