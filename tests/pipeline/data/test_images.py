@@ -272,6 +272,7 @@ def test_refusals_say_what_was_got(kind: str) -> None:
 DAMAGED = {"HTML", "text", "nothing", "PDF", "a PNG signature alone", "a JPEG signature alone"}
 
 
+@pytest.mark.fault(10)
 def test_what_the_table_refuses_is_not_called_damaged() -> None:
     for kind, (data, _) in MORE.items():
         with pytest.raises(DataError) as error:

@@ -180,6 +180,8 @@ def test_other_readings_of_a_folder_are_other_datasets_in_the_cache(tmp_path: Pa
 # -- damage ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(10)
+@pytest.mark.promise("P3")
 @pytest.mark.parametrize("num_workers", [1, 2])
 def test_damaged_images_are_listed_at_once_and_left_out_when_so_many_may_be(tmp_path: Path, num_workers: int) -> None:
     """The first chunk of images is damaged altogether."""
