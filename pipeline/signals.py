@@ -14,11 +14,33 @@ class Terminated(BaseException):
     """SIGTERM where nobody reads signals: as Ctrl-C's KeyboardInterrupt does, it passes what handles errors, up to who ends the work."""
 
 
+class StoppedAtOnce(BaseException):
+    """A second signal, where work goes on in the main thread: what it is doing is left as it is."""
+
+
 @dataclass
 class Signals:
     """What the user or the system has asked for since the context began: SIGINT or SIGTERM, and how often."""
 
     received: list[int]
+    _ends_at_once: bool = False
+
+    @contextmanager
+    def ending_at_once(self) -> Iterator[None]:
+        """Let a second signal raise StoppedAtOnce in the main thread, which is busy here and looks at the first only now and then."""
+        self._ends_at_once = True
+        try:
+            if len(self.received) > 1:
+                raise StoppedAtOnce
+            yield
+        finally:
+            self._ends_at_once = False
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        """Take a signal: its handler."""
+        self.received.append(number)
+        if self._ends_at_once and len(self.received) > 1:
+            raise StoppedAtOnce
 
     @property
     def first(self) -> int | None:
@@ -34,10 +56,7 @@ def listening() -> Iterator[Signals]:
         yield signals
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        signals.received.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signals.note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield signals
     finally:

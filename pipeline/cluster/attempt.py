@@ -1,41 +1,22 @@
-"""One attempt of a training: a `fit()` of Ray Train in a thread, watched until it ends or is asked to, and why it ended."""
+"""One attempt of a training, wherever it runs: it is watched until it ends or is asked to stop, and says how it ended.
+
+`attempt_here` trains in this process, `attempt_on_ray` in the workers of Ray Train.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import threading
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.board import NAMESPACE, Board, Member, board_name, run_worker
-from pipeline.cluster.causes import Remains, cause_of, starved
-from pipeline.cluster.placement import mark_of
 from pipeline.console import Console, duration
-from pipeline.planning.capacity import Growth, needs
-from pipeline.settings.cluster_profile import Profile, forwarded
+from pipeline.settings.cluster_profile import Profile
 from pipeline.signals import Signals
-from pipeline.storage.remote import RemoteFolder
-from pipeline.storage.runs import Run
-from pipeline.training.device import backend_of
 from pipeline.training.job import Job
-from pipeline.training.stacks import STACKS, forget_empty
 
 POLL_S = 0.2
-END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
-STUMBLE_S = (
-    5.0  # for Ray Train to end the peers of a worker that failed; one that hangs it would wait for half a minute
-)
-SILENCE_S = 30.0  # for a head that restarts; after a minute Ray ends the driver's process without a word
-# why the driver itself asks the workers to save and stop, in order to start them anew
-DRAINED = "a node is about to be taken away"
-GROWN = "the cluster has room for more workers"
-CLUSTER_GONE = "the cluster's head did not answer"
 
 Observer = Callable[[dict[str, Any]], None]
 
@@ -44,8 +25,8 @@ Observer = Callable[[dict[str, Any]], None]
 class Ended:
     """How an attempt ended: with an outcome, or with the cause of its failure.
 
-    `planned` says why the driver stopped it in order to go on at once; `lost` are nodes that no longer answer, `rows` those of the
-    dataset that were being decoded when a worker's process died.
+    `details` are for the run's log. `planned` says why the driver stopped it in order to go on at once; `lost` are nodes that no longer
+    answer, `rows` those of the dataset that were being decoded when a worker's process died.
     """
 
     outcome: str | None
@@ -53,76 +34,50 @@ class Ended:
     planned: str = ""
     lost: frozenset[str] = frozenset()
     rows: frozenset[int] = frozenset()
+    details: str = ""
 
 
-class Attempt:
+class Attempt(ABC):
     """One attempt of a run, with the worker count that its job says."""
 
-    def __init__(
-        self, run: Run, job: Job, profile: Profile, console: Console, signals: Signals, counts: Sequence[int]
-    ) -> None:
+    def __init__(self, job: Job, profile: Profile, console: Console, signals: Signals) -> None:
         self.job, self.profile, self.console, self.signals = job, profile, console, signals
-        self.name = board_name(run.id, job.attempt)
         self.planned = ""
         self.asked_at: float | None = None
-        self.members: dict[int, Member] = {}
-        # one machine neither grows nor is taken away from under its own driver
-        watches = profile.kind != "local"
-        self.growth = Growth(counts, job.num_workers, profile) if watches else None
-        self.drains = watches and profile.preemption.watch
-        self.looked_at = self.heard_at = time.monotonic()
-        self.stumbled_at: float | None = None
 
+    @abstractmethod
     def run(self, observe: Observer) -> Ended:
         """Train until the end, a stop or a failure; a PipelineError of a worker is raised here."""
-        import ray
 
-        self.board = (
-            ray.remote(Board)
-            .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
-            .remote(forwarded(self.profile))
-        )
-        # read by Ray Train at each `fit()`, and handed to its processes on other nodes
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{self.profile.timeouts.start_s:g}"
-        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{self.profile.timeouts.collective_s:g}"
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor for what is done here, too
-        trainer = _trainer(self.job, self.profile, self.name)
-        failure: list[BaseException] = []
+    @abstractmethod
+    def _read(self) -> dict[str, Any]:
+        """Return what the board says; {} if it does not answer."""
 
-        def fit() -> None:
-            try:
-                trainer.fit()
-            except BaseException as error:  # passed on to the watching thread, which tells one kind from another
-                failure.append(error)
+    @abstractmethod
+    def _stop(self) -> None:
+        """Ask the workers to save and stop."""
 
-        thread = threading.Thread(target=fit, name="fit", daemon=True)
-        thread.start()
-        seen = self._watch(thread, observe)
-        self.members = seen.get("members") or self.members
-        if self._head_is_gone():
-            return Ended(None, f"{CLUSTER_GONE} for {SILENCE_S:g} s")
-        if thread.is_alive():  # a stop that took too long, or a second signal
-            self._end_at_once(thread)
-            return Ended(None, "stopped at once")
-        seen = self._read() or seen
-        self.members = seen.get("members") or self.members
-        if seen.get("error") is not None:
-            raise seen["error"]
-        if failure:
-            return self._why(failure[0])
-        return Ended(seen.get("outcome"), "the cluster went away", self.planned)
+    def _is_lost(self) -> bool:
+        """Whether there is nobody left to watch."""
+        return False
 
-    def _watch(self, thread: threading.Thread, observe: Observer) -> dict[str, Any]:
-        """Show progress until the thread ends; ask for a stop where there is reason to, and leave on a second signal."""
+    @abstractmethod
+    def _look_around(self, seen: dict[str, Any], begin: tuple[int, float] | None) -> None:
+        """Do what else is to be done now and then; `begin` are the step and the time of the first progress."""
+
+    def _watch(self, ended: Callable[[float], bool], observe: Observer) -> dict[str, Any]:
+        """Show progress until `ended`, which waits for some seconds, returns True; ask for a stop on a signal, and leave on a second one.
+
+        Returns what the board said last.
+        """
         begin: tuple[int, float] | None = None
         shown: dict[str, Any] = {}
         seen: dict[str, Any] = {}
-        while thread.is_alive():
-            thread.join(timeout=POLL_S)
-            heard = self._read()
-            if heard:
-                seen, self.heard_at = heard, time.monotonic()
-            elif self._head_is_gone():
+        over = False
+        while not over:
+            over = ended(POLL_S)
+            seen = self._hear() or seen
+            if self._is_lost():
                 break
             observe(seen)
             progress = seen.get("progress")
@@ -134,138 +89,28 @@ class Attempt:
                 break
             if self.signals.first is not None and (self.asked_at is None or self.planned):
                 self._ask("", "stopping after this step, and saving; once more to stop at once")
-            self._end_peers(seen)
             self._look_around(seen, begin)
         return seen
+
+    def _hear(self) -> dict[str, Any]:
+        """Return what the board says, and print its warnings."""
+        seen = self._read()
+        for warning in seen.get("warnings", ()):
+            self.console.say(f"warning: {warning}")
+        return seen
+
+    def _ask(self, planned: str, line: str) -> None:
+        """Ask the workers to save and stop, and say so."""
+        self.asked_at = time.monotonic()
+        self.planned = planned
+        self.console.say(line)
+        self._stop()
 
     def _stop_is_overdue(self) -> bool:
         """Whether a stop that somebody waits for takes too long; what is planned may: it ends with the saving, or with its node."""
         if self.asked_at is None or self.planned:
             return False
         return time.monotonic() - self.asked_at > self.profile.timeouts.stop_s
-
-    def _head_is_gone(self) -> bool:
-        """Whether the cluster has been silent for long, and its head takes no connection."""
-        return time.monotonic() - self.heard_at > SILENCE_S and not cluster_nodes.head_answers()
-
-    def _end_peers(self, seen: dict[str, Any]) -> None:
-        """End the other workers where one failed some seconds ago: one of them may hang."""
-        now = time.monotonic()
-        if seen.get("stumbled") and self.stumbled_at is None:
-            self.stumbled_at = now
-        if self.stumbled_at is not None and now - self.stumbled_at > STUMBLE_S:
-            self.stumbled_at = now
-            for group in {member.placement_group for member in seen["members"].values()}:
-                cluster_nodes.release(group)
-
-    def _look_around(self, seen: dict[str, Any], begin: tuple[int, float] | None) -> None:
-        """Ask for a stop where a node that workers stand on will be taken away, or where more workers could be had."""
-        now = time.monotonic()
-        progress = seen.get("progress")
-        if self.asked_at is not None or not progress or begin is None:
-            return  # workers that are not training yet have nothing to save
-        if now - self.looked_at < self.profile.preemption.poll_s or not cluster_nodes.head_answers():
-            return  # a head that is gone would keep the questions below waiting for a minute
-        self.looked_at = now
-        mine = {member.node: member for member in seen["members"].values()}
-        with contextlib.suppress(Exception):  # the cluster does not answer: if that lasts, the attempt fails of it
-            if self.drains:
-                leaving = cluster_nodes.draining() & mine.keys()
-                if leaving:
-                    names = ", ".join(sorted({mine[node].node_name for node in leaving}))
-                    self._ask(DRAINED, f"node {names} is about to be taken away: saving, to go on elsewhere")
-                    return
-            if self.growth is not None:
-                count = self.growth.after(cluster_nodes.nodes(), set(mine), time_left(progress, begin), now)
-                if count is not None:
-                    self._ask(GROWN, f"the cluster has room for {count} workers now: saving, to go on with them")
-
-    def _ask(self, planned: str, line: str) -> None:
-        """Ask the workers to save and stop."""
-        self.asked_at = time.monotonic()
-        self.planned = planned
-        self.console.say(line)
-        self.board.stop.remote(*([planned] if planned else []))
-
-    def _read(self) -> dict[str, Any]:
-        """Return what the board says, its warnings told; nothing where it is gone with its cluster, whose cause `fit()` tells."""
-        import ray
-
-        try:
-            seen: dict[str, Any] = ray.get(self.board.read.remote(), timeout=5)
-        except ray.exceptions.RayError:
-            return {}
-        for warning in seen["warnings"]:
-            self.console.say(f"warning: {warning}")
-        return seen
-
-    def _end_at_once(self, thread: threading.Thread) -> None:
-        """End the workers, whatever they are doing; on this machine alone, the end of Ray does that."""
-        if self.profile.kind == "local":
-            return
-        for group in {member.placement_group for member in self.members.values()}:
-            cluster_nodes.release(group)
-        thread.join(END_S)
-
-    def _why(self, error: BaseException) -> Ended:
-        """Return why the attempt failed, having looked at the machines that its workers were on, and free what it held."""
-        while not cluster_nodes.head_answers():
-            if self._head_is_gone():
-                return Ended(None, f"{CLUSTER_GONE} for {SILENCE_S:g} s")
-            time.sleep(1.0)
-        mine = {member.node for member in self.members.values()}
-        try:
-            for group in {member.placement_group for member in self.members.values()}:
-                cluster_nodes.release(group)
-            answers = cluster_nodes.on_each(
-                mine, partial(Remains.here, Path(self.job.run_folder).name, self.job.attempt)
-            )
-        except Exception:  # the cluster is going
-            return Ended(None, cause_of(error))
-        lost = frozenset(mine - answers.keys())
-        for member in self.members.values():
-            if member.node in lost:
-                cause = f"worker {member.rank}: its node {member.node_name} was lost"
-                return Ended(None, cause, lost=lost)
-        cause = cause_of(error)
-        rows = frozenset(row for remains in answers.values() for row in remains.rows)
-        if any(answers[member.node].oom_kills > member.oom_kills for member in self.members.values()):
-            cause, rows = starved(cause), frozenset()
-        stacks = Path(self.job.run_folder) / STACKS
-        forget_empty(stacks)
-        if stacks.is_dir():
-            cause += f" (what its threads were doing: {stacks})"
-        return Ended(None, cause, lost=lost, rows=rows)
-
-
-def _trainer(job: Job, profile: Profile, board: str) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    return TorchTrainer(
-        run_worker,
-        train_loop_config={"job": job, "board": board},
-        torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
-        scaling_config=ScalingConfig(
-            num_workers=job.num_workers,
-            use_gpu=profile.use_gpu,
-            resources_per_worker={**needs(profile, job.num_workers), "memory": mark_of(Path(job.run_folder).name)},
-            placement_strategy=profile.placement.upper(),
-        ),
-        run_config=RunConfig(
-            name=f"attempt-{job.attempt}",
-            **_ray_storage(job, profile),
-            failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
-        ),
-    )
-
-
-def _ray_storage(job: Job, profile: Profile) -> dict[str, Any]:
-    """Return where Ray keeps its own few files of an attempt: on a cluster, a place that every node sees."""
-    if job.run_address is None or not profile.is_remote:
-        return {"storage_path": str(Path(job.run_folder) / "ray")}
-    folder = RemoteFolder(job.run_address).child("ray")
-    return {"storage_path": f"{folder.bucket}/{folder.prefix}", "storage_filesystem": folder.filesystem}
 
 
 def time_left(progress: dict[str, Any], begin: tuple[int, float]) -> float | None:

@@ -55,7 +55,10 @@ class Member:
 
 
 class Board:
-    """A notice board in the cluster: workers write how far they are, the driver writes that they should stop."""
+    """A notice board: workers write how far they are, the driver writes that they should stop.
+
+    An actor in the cluster, or an object of this process where the worker is here, too.
+    """
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         self._environment = environment or {}
@@ -104,8 +107,8 @@ class Board:
         self._stop = self._stop or reason
 
     def read(self) -> dict[str, Any]:
-        """Return everything, and forget the warnings."""
-        warnings, self._warnings = self._warnings, []
+        """Return everything, and forget the warnings; where the worker is in this process, it may add one meanwhile."""
+        warnings = [self._warnings.pop(0) for _ in range(len(self._warnings))]
         return {
             "progress": self._progress,
             "warnings": warnings,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass
+from pathlib import Path
 
 from pipeline.data.decoding import rows_left
 from pipeline.planning.memory import REMEDY, SAID, oom_kills
@@ -33,6 +35,18 @@ def cause_of(error: BaseException) -> str:
         failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
     )
     return f"worker {ranks[0]}: {_one_line(failures[ranks[0]])}"
+
+
+def cause_here(error: BaseException, code_folder: str) -> str:
+    """Return one line for an error of this process: what it is, and where in the user's own folder it came from, if it did."""
+    frames = traceback.extract_tb(error.__traceback__)
+    paths = [(Path(frame.filename), frame.lineno) for frame in frames]
+    mine = [
+        (path, line) for path, line in paths if path.is_relative_to(code_folder) and "site-packages" not in path.parts
+    ]
+    where = f" ({mine[-1][0].name}, line {mine[-1][1]})" if mine else ""
+    text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return (f"out of memory ({text}); {REMEDY}" if SAID.search(text) else text.rstrip(": ")) + where
 
 
 def _one_line(error: BaseException) -> str:

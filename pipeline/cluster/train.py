@@ -1,19 +1,26 @@
-"""The driver of a training: attempts on Ray Train, each from the newest checkpoint, until the last step is done.
+"""The driver of a training: attempts, each from the newest checkpoint, until the last step is done.
 
-Ray's own retries are off. An attempt is a new `fit()` under a new name (attempt.py), with as many workers as the profile allows and the
-cluster holds; our fencing number keeps a worker that was thought dead from committing a checkpoint later. Errors of ours (damaged data,
-divergence, full storage) end the run at once: another attempt would meet them again. Anything else, such as a killed worker or a lost
-node, is tried again while attempts last and checkpoints advance. A node that is taken away with notice, or one that came, is no failure.
+One worker on this machine trains in this process, without Ray (attempt_here.py). A second attempt in the same process would only fail
+again: what ends the first ends the run, or the process.
+
+Others train on Ray Train (attempt_on_ray.py), whose own retries are off. An attempt is a new `fit()` under a new name, with as many
+workers as the profile allows and the cluster holds; our fencing number keeps a worker that was thought dead from committing a checkpoint
+later. Errors of ours (damaged data, divergence, full storage) end the run at once: another attempt would meet them again. Anything else,
+such as a killed worker or a lost node, is tried again while attempts last and checkpoints advance. A node that is taken away with notice,
+or one that came, is no failure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Collection
 from dataclasses import replace
 
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.attempt import CLUSTER_GONE, Attempt, Observer
+from pipeline.cluster.attempt import Attempt, Observer
+from pipeline.cluster.attempt_here import AttemptHere
+from pipeline.cluster.attempt_on_ray import CLUSTER_GONE, AttemptOnRay
 from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session
 from pipeline.console import Console
@@ -29,21 +36,28 @@ from pipeline.training.job import Job
 
 
 def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
-    """Train a run to its last step, holding its lock, in the Ray that this process is part of or in one of its own.
+    """Train a run to its last step, holding its lock: in this process, in the Ray that it is part of, or in one of its own.
 
     `observe` is given what the board says, each time it is read.
 
-    Raises the worker's own error where there is one, DataError where decoding one row ends two attempts in a row, ClusterError when
-    attempts are exhausted, two in a row die without a new checkpoint, or the cluster does not hold the workers, InterruptedRunError when
-    the user or the system asked to stop.
+    Raises:
+        PipelineError: the worker's own, where it raised one.
+        DataError: decoding one row ended two attempts in a row.
+        ClusterError: the attempt in this process failed, attempts are exhausted, two in a row died without a new checkpoint, or the
+            cluster does not hold the workers.
+        InterruptedRunError: the user or the system asked to stop.
     """
     counts = fitting_counts(experiment_from(job.experiment), profile)
     causes: list[tuple[int, str]] = []
     lost: Collection[str] = ()
     rows: frozenset[int] = frozenset()
-    with Session(profile, job.num_workers) as session, cluster_nodes.wanted() as want:
+    in_process = profile.trains_here(job.num_workers)
+    with contextlib.ExitStack() as open_until_the_end:
+        session = None if in_process else open_until_the_end.enter_context(Session(profile, job.num_workers))
+        want = open_until_the_end.enter_context(cluster_nodes.wanted())
         while len(causes) < profile.retries.max_attempts:
-            session.ensure()
+            if session is not None:
+                session.ensure()
             with listening() as signals:
                 num_workers = gather(counts, profile, console, signals, lost, want, f"ddpm-pipe resume {run.id}")
                 attempt = run.next_attempt()
@@ -51,9 +65,14 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 here = replace(job, attempt=attempt, num_workers=num_workers)
                 run.log(f"attempt {attempt}: {num_workers} worker{'s' * (num_workers != 1)}")
                 run.send_files()
-                ended = Attempt(run, here, profile, console, signals, counts).run(observe or (lambda seen: None))
+                this: Attempt
+                if in_process:
+                    this = AttemptHere(here, profile, console, signals)
+                else:
+                    this = AttemptOnRay(here, profile, console, signals, counts)
+                ended = this.run(observe or (lambda seen: None))
                 run.fetch_files()
-            if ended.outcome == "finished":
+            if ended.outcome == "finished" and signals.first is None:
                 return
             step, lost = _newest_step(run), ended.lost
             if ended.outcome == "stopped" and ended.planned and signals.first is None:
@@ -66,8 +85,13 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                     f"with: ddpm-pipe resume {run.id}"
                 )
             if signals.first is not None or ended.outcome == "stopped":
-                raise _interrupted(run, signals, step, saved=ended.outcome == "stopped")
-            run.log(f"attempt {attempt} failed: {ended.cause}")
+                raise _interrupted(run, signals, step, saved=ended.outcome is not None)
+            run.log("\n".join(filter(None, [f"attempt {attempt} failed: {ended.cause}", ended.details])))
+            if in_process:
+                raise ClusterError(
+                    f"run {run.id} failed after step {max(step, 0)}: {ended.cause}; its traceback is in {run.log_path}, "
+                    f"mend it, then: ddpm-pipe resume {run.id}"
+                )
             if again := ended.rows & rows:  # whatever was saved meanwhile: the third time it would die there, too
                 raise _undecodable(run, job, profile, min(again))
             rows = ended.rows

@@ -38,6 +38,13 @@ def set_option(command: F) -> F:
     )(command)
 
 
+def isolated_option(command: F) -> F:
+    """Add `--isolated`."""
+    return click.option(
+        "--isolated", is_flag=True, help="One worker on this machine as a process that is restarted if it dies."
+    )(command)
+
+
 def json_option(command: F) -> F:
     """Add `--json`."""
     return click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")(command)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from pipeline.commands.options import (
     command_line,
     dry_run_option,
     example,
+    isolated_option,
     json_option,
     max_concurrent_option,
     print_json,
@@ -32,6 +35,7 @@ ddpm-pipe train --from k7m2
 @click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
 @runs_on_cluster(files=["experiment", "data"], plans_here=True)
 @set_option
+@isolated_option
 @dry_run_option
 @click.option("--probe/--no-probe", default=True, help="With --dry-run: whether to time a few training steps.")
 @json_option
@@ -42,6 +46,7 @@ def train(
     data: str | None,
     cluster: str | None,
     overrides: tuple[str, ...],
+    isolated: bool,
     dry_run: bool,
     probe: bool,
     as_json: bool,
@@ -57,6 +62,8 @@ def train(
         request = sweep_commands.request_of_winner(origin, experiment or preset or data, cluster, overrides)
     else:
         request = training_run.request(experiment, preset, data, cluster, overrides)
+    if isolated:
+        request = replace(request, profile=request.profile.isolating())
     if dry_run:
         from pipeline.workflows.dry_run import dry_run as rehearse
 
@@ -78,6 +85,7 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 @click.argument("run")
 @runs_on_cluster(files=["data"])
 @set_option
+@isolated_option
 @click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
 @click.option("--data", metavar="DATA", help="With --fork: other images, an ingested dataset or a source.")
 @max_concurrent_option
@@ -86,6 +94,7 @@ def resume(
     run: str,
     cluster: str | None,
     overrides: tuple[str, ...],
+    isolated: bool,
     fork: bool,
     data: str | None,
     max_concurrent: int | None,
@@ -102,7 +111,7 @@ def resume(
 
     folder = sweep_commands.sweep_meant(run, cluster)
     if folder is not None:
-        if overrides or fork or data:
+        if overrides or fork or data or isolated:
             raise UsageError(
                 f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
             )
@@ -110,5 +119,7 @@ def resume(
         return
     if max_concurrent is not None:
         raise UsageError(f"--max-concurrent: got {max_concurrent}, but {run} is no sweep; leave it out")
-    result = training_run.go_on(run, cluster, overrides, fork=fork, command=command_line(), data=data)
+    result = training_run.go_on(
+        run, cluster, overrides, fork=fork, command=command_line(), data=data, isolated=isolated
+    )
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())

@@ -20,6 +20,7 @@ from pipeline.training.device import Compute
 from pipeline.training.randomness import Draws, concatenate, training_draws
 
 T = TypeVar("T")
+END_S = 5.0  # for a read that hangs; its thread ends with the process
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class Prefetch(Generic[T]):
 
     def __exit__(self, *exc: object) -> None:
         self._closed.set()
-        self._thread.join()
+        self._thread.join(END_S)
 
     def __iter__(self) -> Iterator[T]:
         while True:

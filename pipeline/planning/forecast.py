@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pipeline.console import duration, size
-from pipeline.planning.plan import Plan
+from pipeline.planning.plan import Plan, advice_to_isolate
 from pipeline.planning.scaling import (
     CPU_NETWORK,
     GPU_NETWORK,
@@ -99,7 +99,9 @@ def forecast(plan: Plan, probe: Probe, workers_per_node: int | None = None) -> F
         checkpoints=saving,
         nodes=nodes,
         scaling=rows,
-        warnings=tuple(filter(None, [_too_many_nodes(plan, nodes, rows)])),
+        warnings=tuple(
+            filter(None, [_too_many_nodes(plan, nodes, rows), advice_to_isolate(profile, plan.num_workers, seconds)])
+        ),
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.console import size
+from pipeline.console import duration, size
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
 from pipeline.planning.capacity import fitting_counts
@@ -19,6 +19,7 @@ from pipeline.training.device import require_permission, training_compute
 from pipeline.training.models import Shape, build_model, num_parameters
 
 BYTES_PER_PARAMETER = 4  # float32
+LONG_S = 3600.0  # from which on a training had better survive the death of its process
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class Plan:
     shape: Shape | None
     num_parameters: int | None
     warnings: tuple[str, ...] = ()  # what may disappoint
+
+    @property
+    def place(self) -> str:
+        """Where the workers run, in words."""
+        if self.profile.trains_here(self.num_workers):
+            return "in this process"
+        where = f"the cluster of profile {self.profile.name!r}" if self.profile.is_remote else "this machine"
+        return f"in {self.num_workers} Ray worker{'s' * (self.num_workers != 1)} on {where}"
 
     @property
     def checkpoint_bytes(self) -> int | None:
@@ -54,6 +63,7 @@ class Plan:
             "profile": self.profile.to_dict(),
             "num_workers": self.num_workers,
             "num_streams": self.num_streams,
+            "place": self.place,
             "data": self.data,
             "num_rows": self.num_rows,
             "shape": self.shape,
@@ -80,6 +90,7 @@ class Plan:
             else unknown,
             "workers": f"{self.num_workers} ({self.profile.name}), {self.num_streams} streams, "
             f"{self.experiment.training.batch_size // self.num_workers} images each",
+            "runs": self.place,
         }
         resolved = yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, default_flow_style=None, width=110)
         return resolved + "\n" + lines(known)
@@ -120,6 +131,16 @@ def make_plan(
     if shape is not None and not (experiment.model.class_conditional and num_classes is None):
         parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
     return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings)
+
+
+def advice_to_isolate(profile: Profile, num_workers: int, training_s: float) -> str | None:
+    """Return one line for a training in the command's process that will take long; None for others."""
+    if training_s <= LONG_S or not profile.trains_here(num_workers):
+        return None
+    return (
+        f"training will take about {duration(training_s)} in this process, and ends if it is killed; with --isolated the worker is a "
+        "process of its own, started again if it dies"
+    )
 
 
 def choose_workers(experiment: Experiment, profile: Profile) -> int:

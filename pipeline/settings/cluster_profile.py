@@ -135,6 +135,7 @@ class Profile(Section):
     kind: Literal["local", "connect", "job"] = "local"
     address: str | None = None
     workers: NumWorkers = 1
+    isolated: bool = False  # whether a single worker, too, is a process of Ray's, which is started again if it dies
     resources_per_worker: Resources = Resources()
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     threads_per_worker: PositiveInt | None = None
@@ -173,6 +174,14 @@ class Profile(Section):
     def is_remote(self) -> bool:
         """Whether the work runs on a cluster that others started."""
         return self.kind != "local"
+
+    def trains_here(self, num_workers: int) -> bool:
+        """Whether so many workers train in the command's own process: one on this machine, unless it is to be isolated."""
+        return not self.is_remote and num_workers == 1 and not self.isolated
+
+    def isolating(self) -> Profile:
+        """Return the profile with workers in processes of their own, which those of a cluster are anyway."""
+        return self if self.is_remote else self.model_copy(update={"isolated": True})
 
     def home(self) -> Path:
         """Return the absolute folder that holds all state: the profile's storage where that is a folder, else as `home.home`."""
@@ -254,6 +263,10 @@ class Profile(Section):
         if self.is_remote and self.resources_per_worker.CPU is None:
             raise ValueError(
                 f"resources_per_worker.CPU is missing: with kind {self.kind} there is no machine to share equally; give a number"
+            )
+        if self.is_remote and self.isolated:
+            raise ValueError(
+                f"isolated is for kind local alone: with kind {self.kind} every worker is a process of its own; leave it out"
             )
         if self.kind == "local" and self.placement == "strict_spread" and self.workers != 1:
             raise ValueError(

@@ -228,7 +228,8 @@ def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: i
 
 
 def trial_profile(profile: Profile, num_workers: int, at_once: int) -> Profile:
-    """Return the profile of one trial: where CPUs are shared, its share of them."""
+    """Return the profile of one trial: with workers of the sweep's Ray, and where CPUs are shared, its share of them."""
+    profile = profile.isolating()
     if profile.is_remote or profile.resources_per_worker.CPU is not None:
         return profile
     share = max(1, (os.cpu_count() or 1) // at_once) / num_workers

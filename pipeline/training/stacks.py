@@ -22,6 +22,7 @@ class Stacks:
         with contextlib.suppress(OSError):  # training does not need it
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("w")
+            self._was_enabled = faulthandler.is_enabled()
             faulthandler.enable(self._file)
         return self
 
@@ -34,7 +35,10 @@ class Stacks:
         if self._file is None:
             return
         faulthandler.cancel_dump_traceback_later()
-        faulthandler.disable()
+        if self._was_enabled:  # this process's own choice
+            faulthandler.enable(2)
+        else:
+            faulthandler.disable()
         self._file.close()
         forget_empty(self._path.parent)
 

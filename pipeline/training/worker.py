@@ -26,6 +26,7 @@ from pipeline.sampling.generation import generator_of
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, Precision, experiment_from
 from pipeline.settings.yaml_files import validate
+from pipeline.signals import StoppedAtOnce
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.remote_run import folder_here
 from pipeline.storage.run_checkpoints import RunCheckpoints, Saver, checkpoint_at
@@ -144,16 +145,23 @@ class Worker:
         try:
             self._restore()
             outcome = self._train()
-        finally:
-            if self.saver is not None:
-                self.saver.close()
-            if self.tracker is not None:
-                self.tracker.close(timeout=10.0)
+        except StoppedAtOnce:  # what is on its way is not waited for
+            raise
+        except BaseException:
+            self._close()
+            raise
+        self._close()
         if self.team.leads:
             self.run.send_files()
             if self.run.folder != Path(self.job.run_folder):  # a scratch folder: all of it is in the store
                 shutil.rmtree(self.run.folder, ignore_errors=True)
         return outcome
+
+    def _close(self) -> None:
+        if self.saver is not None:
+            self.saver.close()
+        if self.tracker is not None:
+            self.tracker.close(timeout=10.0)
 
     def _run_here(self) -> Run:
         """Return the run as this machine has it; rank 0 alone writes to it."""

@@ -57,7 +57,11 @@ class Request:
 
 
 def request(
-    experiment: str | None, preset: str | None, data: str | None, cluster: str | None, overrides: Sequence[str]
+    experiment: str | None,
+    preset: str | None,
+    data: str | None,
+    cluster: str | None,
+    overrides: Sequence[str],
 ) -> Request:
     """Read experiment and profile; UsageError where they are wrong."""
     if experiment is not None and preset is not None:
@@ -121,9 +125,13 @@ def go_on(
     fork: bool,
     command: Sequence[str],
     data: str | None = None,
+    isolated: bool = False,
     console: Console | None = None,
 ) -> Outcome:
-    """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights, on other `data` if given."""
+    """Go on with a run from its newest checkpoint that verifies, or fork a new run from its weights, on other `data` if given.
+
+    `isolated` puts a single worker, too, into a process of its own.
+    """
     console = console or Console()
     run = Run.find(home_of(cluster), reference, storage_of(cluster))
     allow_modules_in(os.getcwd())
@@ -134,6 +142,8 @@ def go_on(
     old = experiment_of(run)
     new = with_overrides(old, overrides)
     profile = profile_of(run, cluster)
+    if isolated:
+        profile = profile.isolating()
     use_variables(profile)
     if data is None:
         dataset = _dataset_of(run, profile)
@@ -225,7 +235,9 @@ def _carry_out(
         for warning in checked.warnings:
             console.say(f"warning: {warning}")
             run.log(f"warning: {warning}")
-        console.say(f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps, in {run.folder}")
+        console.say(
+            f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps {checked.place}, in {run.folder}"
+        )
         try:
             run_attempts(run, job, profile, console, observe)
             outcome = conclude(run, profile, settings, console)

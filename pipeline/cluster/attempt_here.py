@@ -1,0 +1,93 @@
+"""An attempt in the command's own process: one worker in the main thread, where `breakpoint()` reaches the user's terminal. No Ray."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.attempt import Attempt, Ended, Observer, time_left
+from pipeline.cluster.board import Board
+from pipeline.cluster.causes import cause_here
+from pipeline.errors import PipelineError
+from pipeline.planning.plan import advice_to_isolate
+from pipeline.signals import Signals, StoppedAtOnce
+from pipeline.training.device import release_memory
+from pipeline.training.stacks import Stacks, path_of
+from pipeline.training.team import Team
+from pipeline.training.worker import Worker
+
+STEADY_S = 20.0  # of training, after which its pace says how long it will take
+
+
+class AttemptHere(Attempt):
+    """Trains in this thread, while another one shows how far it is."""
+
+    _advised = False
+
+    def run(self, observe: Observer) -> Ended:
+        """Train until the end, a stop or a failure; a PipelineError of the worker is raised here."""
+        self.board = Board()
+        over = threading.Event()
+        watching = threading.Thread(target=self._watch_over, args=(over, observe), name="watch", daemon=True)
+        watching.start()
+        try:
+            with self.signals.ending_at_once():
+                outcome = self._train()
+        except StoppedAtOnce:
+            return Ended(None, "stopped at once")
+        except PipelineError:
+            raise
+        except (Exception, SystemExit) as error:  # of the user's own network, or a fault of ours
+            return Ended(None, cause_here(error, self.job.code_folder), details=traceback.format_exc())
+        finally:
+            over.set()
+            watching.join()
+            release_memory()
+        return Ended(outcome)
+
+    def _train(self) -> str:
+        path = path_of(Path(self.job.run_folder), self.job.attempt, rank=0)
+        with Stacks(path, self.profile.timeouts.collective_s) as stacks:
+            return Worker(self.job, Team(), _Link(self.board, self.signals, stacks)).work()
+
+    def _watch_over(self, over: threading.Event, observe: Observer) -> None:
+        self._watch(over.wait, observe)
+        if self._stop_is_overdue() and not over.is_set():
+            # as a second signal of the user's would: it ends what waits, such as a write to a storage that hangs
+            signal.pthread_kill(threading.main_thread().ident or 0, self.signals.first or signal.SIGTERM)
+
+    def _read(self) -> dict[str, Any]:
+        return self.board.read()
+
+    def _stop(self) -> None:
+        """Nothing: the worker reads the signals itself, once a step."""
+
+    def _look_around(self, seen: dict[str, Any], begin: tuple[int, float] | None) -> None:
+        """Say once that a long training is safer in a process of its own."""
+        progress = seen.get("progress")
+        if self._advised or not progress or begin is None or time.monotonic() - begin[1] < STEADY_S:
+            return
+        self._advised = True
+        run = Path(self.job.run_folder).name
+        if advice := advice_to_isolate(self.profile, self.job.num_workers, time_left(progress, begin) or 0.0):
+            self.console.say(f"{advice}: Ctrl-C, then ddpm-pipe resume {run} --isolated")
+
+
+class _Link:
+    """The worker's line to this process: what it publishes is on the board at once, and a signal is what asks it to stop."""
+
+    def __init__(self, board: Board, signals: Signals, stacks: Stacks) -> None:
+        self._board, self._signals, self._stacks = board, signals, stacks
+
+    def publish(self, progress: dict[str, Any]) -> None:
+        """Put progress, a warning or a judgement on the board."""
+        self._board.publish(progress)
+
+    def stop_requested(self) -> bool:
+        """Return whether there was a signal. The worker asks once a step."""
+        self._stacks.step()
+        return self._signals.first is not None
