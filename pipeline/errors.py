@@ -7,7 +7,7 @@
     ├── DivergedError        5  loss or gradient became NaN or infinite
     ├── StorageError         6  a folder cannot be written, or is full
     ├── TrackingError        7  the tracking server refuses, and the user asked for strictness
-    ├── ClusterError         8  cluster unavailable or too small, or retries exhausted
+    ├── ClusterError         8  cluster unavailable or too small, or training failed and is not tried again
     ├── RunLockedError       9  another process holds the run
     ├── RefusedError        10  a comparison or a metric that would mislead, or a red doctor
     ├── FailedTrialsError   11  a sweep ended, and some of its trials failed
@@ -63,7 +63,7 @@ class TrackingError(PipelineError):
 
 
 class ClusterError(PipelineError):
-    """The cluster is absent or too small, or attempts are exhausted."""
+    """The cluster is absent or too small, or training failed and is not tried again."""
 
     exit_code = 8
 

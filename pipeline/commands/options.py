@@ -22,7 +22,7 @@ def cluster_option(command: F) -> F:
     return click.option(
         "--cluster",
         metavar="PROFILE",
-        help="Where to run: a profile's name or YAML file. Default: local (Ray on this machine).",
+        help="Where to run: a profile's name or YAML file. Default: local (this machine).",
     )(command)
 
 
@@ -40,9 +40,9 @@ def set_option(command: F) -> F:
 
 def isolated_option(command: F) -> F:
     """Add `--isolated`."""
-    return click.option(
-        "--isolated", is_flag=True, help="One worker on this machine as a process that is restarted if it dies."
-    )(command)
+    return click.option("--isolated", is_flag=True, help="Train in a process of its own, restarted if it dies.")(
+        command
+    )
 
 
 def json_option(command: F) -> F:

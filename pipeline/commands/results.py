@@ -86,9 +86,12 @@ ddpm-pipe runs --json
 @cluster_option
 @json_option
 def runs(cluster: str | None, as_json: bool) -> None:
-    """List the runs: id, name, dataset, schedule, T, steps, score, status."""
+    """List the runs: id, name, dataset, schedule, T, steps, score, status.
+
+    Below them, those whose process was killed or crashed, with the line that resumes each.
+    """
     from pipeline.settings.cluster_profile import home_of, storage_of
-    from pipeline.storage.runs_table import COLUMNS, runs_table
+    from pipeline.storage.runs_table import COLUMNS, died, runs_table
 
     folder = home_of(cluster)
     rows = runs_table(folder, storage_of(cluster))
@@ -96,6 +99,8 @@ def runs(cluster: str | None, as_json: bool) -> None:
         print_json(rows)
     elif rows:
         print_table(rows, COLUMNS)
+        for line in died(rows):
+            click.echo(line)
     else:
         click.echo(f"no runs in {folder} yet; start one with: ddpm-pipe train")
 

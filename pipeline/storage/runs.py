@@ -36,6 +36,7 @@ from pipeline.storage.home import make_folder, runs_dir
 from pipeline.storage.remote_run import RemoteRun
 
 T = TypeVar("T")
+GONE = "its process is gone"  # killed or crashed, or its machine was
 log = logging.getLogger(__name__)
 
 ID_LENGTH = 8
@@ -225,7 +226,7 @@ class Run:
         """Return how far the run came; one left RUNNING by a process that is gone is INTERRUPTED."""
         state = self._written_state()
         if state.status is RunStatus.RUNNING and not self.is_locked():
-            return replace(state, status=RunStatus.INTERRUPTED, reason=state.reason or "its process is gone")
+            return replace(state, status=RunStatus.INTERRUPTED, reason=state.reason or GONE)
         return state
 
     def update(self, **changes: Any) -> RunState:

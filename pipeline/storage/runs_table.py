@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.settings.yaml_files import set_override
-from pipeline.storage.runs import Run
+from pipeline.storage.runs import GONE, Run
 
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
 
@@ -17,9 +17,19 @@ def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
     """Return a row for each run, oldest first; those of an object store (a profile's `storage`) too.
 
     `steps` reads "done/total", or "done" where a clock ends the training; `fid` is the value of the newest FID and `metric` its
-    full name, both None before the first evaluation; `created` is UTC. `step`, `total_steps` and `mlflow_run_id` come along for programs.
+    full name, both None before the first evaluation; `created` is UTC. `step`, `total_steps`, `reason` (why it stands where it stands) and
+    `mlflow_run_id` come along for programs.
     """
     return [_row(run) for run in Run.all(home, storage)]
+
+
+def died(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one line for each run whose process was killed or crashed: how far it came, and how to resume it."""
+    return [
+        f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: ddpm-pipe resume {row['id']}"
+        for row in rows
+        if row["reason"] == GONE
+    ]
 
 
 def _row(run: Run) -> dict[str, Any]:
@@ -41,6 +51,7 @@ def _row(run: Run) -> dict[str, Any]:
         "fid": None if metric is None else state.summary[metric],
         "metric": metric,
         "status": str(state.status),
+        "reason": state.reason,
         "created": record.created[:16].replace("T", " "),
         "mlflow_run_id": run.mlflow_run_id,
     }

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import signal
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,3 +19,21 @@ PROCESSES.set_forkserver_preload(["tests.kit.preloaded"])
 def run_team(function: Callable[..., None], arguments: tuple[Any, ...], size: int) -> None:
     """Call `function(rank, *arguments)` in `size` processes at once; an error in one of them is raised here."""
     torch.multiprocessing.start_processes(function, arguments, nprocs=size, start_method="forkserver")  # type: ignore[no-untyped-call]
+
+
+def command(home: str, words: list[str], output: str, stdin: str = "") -> None:
+    """Be a `ddpm-pipe` process in a home folder: the target of a process of `PROCESSES`. What it prints goes to files named `output`.out
+    and `output`.err.
+    """
+    os.chdir(home)
+    os.environ["DDPM_PIPE_HOME"] = home
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        os.dup2(os.open(output + suffix, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    Path(output + ".in").write_text(stdin)
+    sys.stdin = open(output + ".in")  # noqa: SIM115
+    sys.argv = ["ddpm-pipe", *words]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    from pipeline.cli import run
+
+    sys.exit(run(words))

@@ -32,7 +32,7 @@ def test_a_worker_without_memory_is_told_as_such_with_what_to_lower(home, shell)
     (home / "greedy.py").write_text(GREEDY)
     write_yaml(home / "greedy.yaml", tiny_experiment() | {"model": {"type": "greedy:Greedy"}})
     with memory_limit(LIMIT) as join:
-        code, _, stderr = shell.launch("sh", "-c", f"{join} && exec {PROGRAM} train greedy.yaml").end(300)
+        code, _, stderr = shell.launch("sh", "-c", f"{join} && exec {PROGRAM} train greedy.yaml --isolated").end(300)
     assert code == 8, stderr
     last = told(stderr)
     assert "ended by the system for want of memory" in last
