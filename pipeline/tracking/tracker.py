@@ -82,12 +82,17 @@ class TrackedDataset:
 
 
 class Tracker:
-    """Records one run. Every recording method returns at once and never raises for the store's sake."""
+    """Records one run. Every recording method returns at once and never raises for the store's sake.
 
-    def __init__(self, run_dir: Path, settings: TrackingSettings) -> None:
+    Delivery begins with the first event; if `later`, with `deliver` or with the first wait: importing MLflow and making its tables take
+    seconds from whoever is about to begin his work.
+    """
+
+    def __init__(self, run_dir: Path, settings: TrackingSettings, *, later: bool = False) -> None:
         self._run_dir = run_dir
         self._settings = settings
         self._spool = Spool(run_dir / "spool")
+        self._later = later
         self._token = secrets.token_hex(4)
         self._count = 0
         self._start: Event | None = None
@@ -187,6 +192,12 @@ class Tracker:
         for event in events:
             if event["id"] not in present:
                 self._spool.append(event)
+        if not self._later:
+            self._writer.start()
+
+    def deliver(self) -> None:
+        """Deliver from now on."""
+        self._later = False
         self._writer.start()
 
     def flush(self, timeout: float = 60.0, patient: bool = False) -> bool:
@@ -221,7 +232,8 @@ class Tracker:
         self._count += 1
         event = {"id": f"{self._token}-{self._count}", "kind": kind, "time": time.time_ns() // 1_000_000, **fields}
         self._spool.append(event)
-        self._writer.start()
+        if not self._later:
+            self._writer.start()
 
     def _path(self, path: Path) -> str:
         path = path.absolute()

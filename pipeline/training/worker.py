@@ -121,9 +121,9 @@ class Worker:
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.leads else None
-        self.tracker = Tracker(self.run.folder, job.tracking) if team.leads else None
+        self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.leads else None
         self.sampling_model: nn.Module | None = None
-        self.judging_s = 0.0
+        self.aside_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.leads else []
 
     def _require_equal_arithmetic(self) -> None:
@@ -177,8 +177,9 @@ class Worker:
         settings, total = self.experiment.training, self.experiment.training.steps
         network = self.compute.compiled(self.team.share_gradients(self.learner.model, self.compute))
         self.learner.model.train()
-        if self.learner.step == 0:
-            self._draw_grid()
+        done = self.learner.step
+        if done == 0:
+            self._copy_weights()  # for the grid of step 0, which the first step does not wait for
         spent = self.job.allowance.share(self.learner.step, total, self.elapsed_before_s)
         self.rungs = [rung for rung in self.rungs if rung > spent]
         if spent >= 1:
@@ -200,8 +201,11 @@ class Worker:
                 everyones=partial(self.team.everyones, num_streams=self.job.num_streams),
             )
             for result in steps:
+                if result.step == done + 1:
+                    self._publish(result, pace)
+                    self._begin_records(done)
                 self.meter.add(result)
-                elapsed_s = self.elapsed_before_s + time.monotonic() - begin - self.judging_s
+                elapsed_s = self.elapsed_before_s + time.monotonic() - begin - self.aside_s
                 spent = self.job.allowance.share(result.step, total, elapsed_s)
                 stop, save, last = self.team.decide(
                     self.link.stop_requested(), self._save_is_due(result.step), spent >= 1
@@ -212,7 +216,8 @@ class Worker:
                 if result.step % self.experiment.logging.every_steps == 0 or last:
                     self._log(result, pace)
                 if self._grid_is_due(result.step, last):
-                    self._draw_grid()
+                    self._copy_weights()
+                    self._draw_grid(result.step)
                 self._judge(spent)
                 self._store_averages(last)
                 if save or stop or last:
@@ -272,15 +277,24 @@ class Worker:
         every = self.experiment.logging.grid_every_steps
         return every is not None and (step % every == 0 or last)
 
-    def _draw_grid(self) -> None:
-        """Draw images from the averaged weights, the same noise every time; rank 0 alone, the others wait at the next step."""
+    def _begin_records(self, done: int) -> None:
+        """Do what the first step of this process does not wait for: deliver to the tracking store, and draw the grid of step 0."""
+        begin = time.monotonic()
+        if self.tracker is not None:
+            self.tracker.deliver()
+        if done == 0:
+            self._draw_grid(0)
+        self.aside_s += time.monotonic() - begin
+
+    def _draw_grid(self, step: int) -> None:
+        """Draw images from the weights that were copied, the same noise every time; rank 0 alone, the others wait at the next step."""
         if self.tracker is None or self.experiment.logging.grid_every_steps is None:
             return
         images, _ = self._generate(self.experiment.logging.grid_images)
-        path = self.run.folder / "pictures" / f"samples-step-{self.learner.step:010d}.png"
+        path = self.run.folder / "pictures" / f"samples-step-{step:010d}.png"
         path.parent.mkdir(exist_ok=True)
         save_grid(images, path)
-        self.tracker.image("samples", self.learner.step, path)
+        self.tracker.image("samples", step, path)
 
     def _judge(self, spent: float) -> None:
         """Take a KID of few images at each share of the whole that is reached: what a sweep stops hopeless trials by."""
@@ -289,6 +303,7 @@ class Worker:
             return
         begin = time.monotonic()
         self.rungs = self.rungs[len(reached) :]
+        self._copy_weights()
         images, generation = self._generate(self.job.allowance.rung_images)
         found = early_kid(
             self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), generation, self.compute
@@ -297,14 +312,20 @@ class Worker:
         self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
         self.tracker.metrics(self.learner.step, found.flat(), family="result")
         self.link.publish({"judgement": judgement})
-        self.judging_s += time.monotonic() - begin
+        self.aside_s += time.monotonic() - begin
 
-    def _generate(self, count: int) -> tuple[Tensor, Generation]:
-        """Generate uint8 images [count, C, H, W] from the averaged weights, as the experiment samples; say how they came about."""
+    def _copy_weights(self) -> None:
+        """Copy the averaged weights as they are now into the network that is sampled; rank 0 alone, where it samples at all."""
+        if self.tracker is None or (self.experiment.logging.grid_every_steps is None and not self.job.allowance.rungs):
+            return
         if self.sampling_model is None:
             self.sampling_model = copy.deepcopy(self.learner.model)
         self.sampling_model.load_state_dict(self.learner.model.state_dict())  # buffers, which are not averaged
         self.learner.ema.copy_to(self.sampling_model)
+
+    def _generate(self, count: int) -> tuple[Tensor, Generation]:
+        """Generate uint8 images [count, C, H, W] from the weights that were copied, as the experiment samples; say how they came about."""
+        assert self.sampling_model is not None
         sampling = self.experiment.sampling.model_copy(
             update={"batch_size": min(count, self.experiment.sampling.batch_size)}
         )

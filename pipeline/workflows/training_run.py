@@ -19,7 +19,6 @@ from pipeline.errors import CheckpointError, DataError, InterruptedRunError, Ref
 from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.classifier_store import Recipe
-from pipeline.pictures.schedule_picture import draw_schedules, example_of
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.settings import presets
 from pipeline.settings.cluster_profile import Profile, home_of, load_profile, storage_of, use_variables
@@ -229,7 +228,7 @@ def _carry_out(
         allowance=allowance_of(run),
         run_address=None if run.remote is None else run.remote.folder.uri,
     )
-    with run.lock(), _open_tracking(run, checked, dataset, settings):
+    with run.lock(), _open_tracking(run, checked, dataset, settings) as tracker:
         if overrides:
             run.update(overrides=[*run.state().overrides, *overrides])
         for warning in checked.warnings:
@@ -240,6 +239,7 @@ def _carry_out(
         )
         try:
             run_attempts(run, job, profile, console, observe)
+            _draw_schedule(run, checked.experiment, dataset, tracker)
             outcome = conclude(run, profile, settings, console)
         except InterruptedRunError as error:
             _close(run, settings, RunStatus.INTERRUPTED, str(error))
@@ -257,10 +257,13 @@ def _carry_out(
 
 
 @contextmanager
-def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings) -> Iterator[None]:
-    """Open the MLflow run, or leave that in the spool for when the store is there; nothing waits for it."""
+def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings) -> Iterator[Tracker]:
+    """Open the MLflow run, or leave that in the spool for when the store is there; nothing waits for it.
+
+    Where this process trains, the worker begins the delivery, after its first step.
+    """
     experiment, manifest = checked.experiment, dataset.manifest
-    tracker = Tracker(run.folder, settings)
+    tracker = Tracker(run.folder, settings, later=checked.profile.trains_here(checked.num_workers))
     trial = trial_of(run.record)
     tracker.start(
         settings.experiment,
@@ -285,15 +288,21 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
         description=describe(run.record, {}),
         dataset=TrackedDataset(manifest.name, manifest.fingerprint, dataset.location),
     )
+    try:
+        yield tracker
+    finally:
+        tracker.close(timeout=10.0)
+
+
+def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: Tracker) -> None:
+    """Draw the noise schedule, unless a training of this run that ended before has."""
+    from pipeline.pictures.schedule_picture import draw_schedules, example_of
+
     picture = run.folder / "pictures" / "schedule.png"
-    if has_process(experiment) and not picture.exists():  # a resumed run has it
+    if has_process(experiment) and not picture.exists():
         picture.parent.mkdir(exist_ok=True)
         draw_schedules([build_diffusion(experiment).schedule], *example_of(dataset), picture)
         tracker.artifact(picture, "pictures")
-    try:
-        yield
-    finally:
-        tracker.close(timeout=10.0)
 
 
 def origin_of(what: str, words: str, mlflow_run_id: str | None) -> dict[str, str]:

@@ -81,6 +81,25 @@ def test_time_cost_and_checkpoints_follow_from_the_step():
     assert f"{seen.cost:,.2f} EUR" in describe(asked, probe(), seen)["cost"]
 
 
+@pytest.mark.parametrize(
+    ("profile", "num_workers", "step_s", "advised"),
+    [
+        ({}, 1, 3.7, True),
+        ({}, 1, 3.5, False),
+        ({"isolated": True}, 1, 3.7, False),
+        ({}, 2, 7.4, False),
+        (gpus(1), 1, 3.7, False),
+    ],
+)
+def test_a_training_of_more_than_an_hour_in_the_commands_process_is_better_isolated(
+    profile, num_workers, step_s, advised
+):
+    asked = plan(profile, num_workers=num_workers, training={"steps": 1000, "batch_size": 100})
+    seen = forecast(asked, probe(image_s=step_s / 100, batch=100), workers_per_node=8)
+    assert any("--isolated" in warning for warning in seen.warnings) is advised
+    assert ("this process" in asked.to_text()) is (num_workers == 1 and profile == {})
+
+
 def test_the_sooner_of_steps_and_minutes_saves():
     asked = plan(training={"steps": 1000}, checkpoint={"every_minutes": 10.0, "every_steps": 100})
     saving = forecast(asked, probe()).checkpoints

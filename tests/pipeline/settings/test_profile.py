@@ -100,6 +100,7 @@ def test_connect_takes_the_heads_address(address):
         ({"resources_per_worker": {"CPU": 0}}, "resources_per_worker.CPU"),
         ({"resources_per_worker": {"GPU": 1.5}}, "gives out several only whole"),
         ({"workers": 2, "placement": "strict_spread"}, "kind local has one"),
+        (JOB | {"isolated": True}, "with kind job every worker is a process of its own; leave it out"),
         ({"workers": {"min": 4, "max": 2}}, "min 4 is above max 2"),
         ({"workers": 0}, "workers: got 0"),
         ({"workers": {"min": 2}}, "workers.max is missing"),
@@ -120,6 +121,25 @@ def test_mistakes_are_told_in_one_line(content, told):
         validate(Profile, content, "p.yaml")
     assert told in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "num_workers", "here"),
+    [
+        ({}, 1, True),
+        ({"resources_per_worker": {"GPU": 1}}, 1, True),
+        ({"workers": {"min": 1, "max": 4}}, 1, True),
+        ({"workers": {"min": 1, "max": 4}}, 2, False),
+        ({"isolated": True}, 1, False),
+        (CONNECT, 1, False),
+        (JOB, 1, False),
+    ],
+)
+def test_one_worker_on_this_machine_trains_here_unless_it_is_isolated(content, num_workers, here):
+    profile = validate(Profile, content, "p.yaml")
+    assert profile.trains_here(num_workers) is here
+    assert not profile.isolating().trains_here(num_workers)
+    assert validate(Profile, profile.isolating().to_dict(), "p.yaml") == profile.isolating()
 
 
 def test_words_that_only_sound_secret_are_plain_values():
