@@ -1,4 +1,4 @@
-"""Ctrl-C twice: the first asks for a save after the step, the second does not wait for a step that takes for ever."""
+"""Ctrl-C twice, of an isolated worker: the first asks for a save after the step, the second does not wait for a step that hangs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 @pytest.mark.fault(21)
 @pytest.mark.promise("P5")
 def test_a_second_ctrl_c_stops_at_once_and_the_older_checkpoint_verifies(home, start, typed):
-    training = start("train", slow_experiment(home, pause=0.0, hang_at=8))
+    training = start("train", slow_experiment(home, pause=0.0, hang_at=8), "--isolated")
     training.wait_for(lambda: newest_step(home) == 5)
     processes = children_of(training.pid)
     training.send(signal.SIGINT)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from pipeline.data.shards import Dataset
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
 from tests.kit.experiments import tiny_experiment, write_yaml
@@ -76,11 +78,19 @@ class Done(NamedTuple):
     stderr: str
 
 
-@pytest.fixture
-def acting(home: Path) -> Callable[..., Done]:
-    """Run a command in a forked process; `plan` says what the network does, by the number of its call in training."""
-    write_yaml(home / "acting.yaml", tiny_experiment() | {"model": {"type": "acting:Acting"}})
+def furnish(home: Path, database: Path, dataset: Dataset) -> None:
+    """Put into a home what a training would make first, and its experiment and profile."""
+    shutil.copy(database, home / "mlflow.db")
+    sections = {"model": {"type": "acting:Acting"}, "data": {"source": str(dataset.folder)}}
+    write_yaml(home / "acting.yaml", tiny_experiment() | sections)
     (home / "one.yaml").write_text(ONE.format(600))
+    (home / "acting.py").write_text(NETWORK)
+
+
+@pytest.fixture
+def acting(home: Path, migrated_database: Path, dataset: Dataset) -> Callable[..., Done]:
+    """Run a command in a forked process; `plan` says what the network does, by the number of its call in training."""
+    furnish(home, migrated_database, dataset)
 
     def run(*words: str, stdin: str = "", module: str = NETWORK, **plan: list[Any]) -> Done:
         (home / "acting.py").write_text(module)
@@ -111,12 +121,10 @@ def steps_made(home: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path, dataset: Dataset) -> dict[str, str]:
     """What the training ends with if nobody disturbs it."""
     home = tmp_path_factory.mktemp("undisturbed")
-    write_yaml(home / "acting.yaml", tiny_experiment() | {"model": {"type": "acting:Acting"}})
-    (home / "one.yaml").write_text(ONE.format(600))
-    (home / "acting.py").write_text(NETWORK)
+    furnish(home, migrated_database, dataset)
     words = ["train", "acting.yaml", "--cluster", "one.yaml"]
     process = PROCESSES.Process(target=command, args=(str(home), words, str(home / "printed")))
     process.start()
@@ -134,6 +142,8 @@ def resumed(acting: Callable[..., Done], home: Path, from_step: int, undisturbed
     assert final_digests(only_run(home)) == undisturbed
 
 
+@pytest.mark.fault(20)
+@pytest.mark.promise("P1", "P2")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undisturbed, number, code):
     ended = train(acting, _7=[int(number)])
@@ -148,6 +158,8 @@ def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undi
     resumed(acting, home, 7, undisturbed)
 
 
+@pytest.mark.fault(21)
+@pytest.mark.promise("P1", "P5")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize("when", ["_7", "save_5"])
 def test_a_second_signal_ends_it_at_once_and_what_was_saved_stays(acting, home, undisturbed, number, code, when):
@@ -159,6 +171,7 @@ def test_a_second_signal_ends_it_at_once_and_what_was_saved_stays(acting, home, 
     resumed(acting, home, max(at, 0), undisturbed)
 
 
+@pytest.mark.fault(20)
 def test_a_signal_during_a_save_lets_it_end(acting, home, undisturbed):
     ended = train(acting, save_5=[int(signal.SIGTERM)])
     assert ended.code == 75, ended.stderr
@@ -175,6 +188,7 @@ def test_a_stop_that_takes_too_long_is_given_up(acting, home, undisturbed):
     resumed(acting, home, 5, undisturbed)
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize(("built", "code", "steps"), [(1, 143, 0), (3, 75, 1)])
 def test_a_signal_before_the_first_step_ends_it_too(acting, home, undisturbed, built, code, steps):
     """The network is built to plan the training, before there is a run, and by the worker."""
@@ -187,6 +201,8 @@ def test_a_signal_before_the_first_step_ends_it_too(acting, home, undisturbed, b
         resumed(acting, home, steps, undisturbed)
 
 
+@pytest.mark.fault(2)
+@pytest.mark.promise("P1", "P2")
 def test_a_killed_one_is_listed_as_dead_with_the_line_that_resumes_it(acting, home, typed, undisturbed):
     assert train(acting, _13=[int(signal.SIGKILL)]).code == -signal.SIGKILL
     run = only_run(home)
@@ -239,6 +255,7 @@ def test_a_breakpoint_stops_in_the_users_terminal(acting):
     assert "(Pdb) 42" in ended.stdout
 
 
+@pytest.mark.fault(16)
 def test_divergence_is_told_with_its_step_and_no_checkpoint_holds_it(home, typed):
     write_yaml(home / "tiny.yaml", tiny_experiment())
     settings = {"training.learning_rate": "1e30", "training.grad_clip": "null", "checkpoint.every_steps": "1"}
