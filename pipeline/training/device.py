@@ -263,8 +263,8 @@ def release_memory() -> None:
     """Free what a training of this process left: tensors in reference cycles, compiled networks, and the GPU memory that torch keeps."""
     gc.collect()
     if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()  # type: ignore[no-untyped-call]
-    if torch.cuda.is_initialized():
+        torch.compiler.reset()
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 
