@@ -124,10 +124,9 @@ def test_a_bad_profile_is_told(typed, home, text):
 
 
 @pytest.mark.fault(7)
-def test_a_home_that_cannot_be_written_is_told(typed, home, monkeypatch):
+def test_a_home_that_cannot_be_written_is_told(typed, home):
     (home / "file").write_text("")
-    monkeypatch.setenv("DDPM_PIPE_HOME", str(home / "file" / "home"))
-    code, _, err = typed("train")
+    code, _, err = typed("train", env={"DDPM_PIPE_HOME": str(home / "file" / "home")})
     assert code == 6, err
     assert str(home / "file") in err
 
