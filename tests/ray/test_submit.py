@@ -112,7 +112,7 @@ def test_a_training_is_sent_followed_and_recorded(cli, cluster, profile_of, fold
     trained = cli("train", outside(0.0, 6), "--cluster", profile, "--json", env=environment)
     assert trained.code == 0, trained.stderr
     assert json.loads(trained.stdout)["step"] == 6  # results alone on stdout, though Ray keeps one log
-    assert "6 steps, in " in trained.stderr
+    assert "6 steps in 1 Ray worker on the cluster of profile " in trained.stderr
     (run,) = (tmp_path / "shared" / "runs").iterdir()
 
     client = MlflowClient(mlflow_server)
