@@ -21,6 +21,7 @@ from pipeline.commands.train import resume, train
 from pipeline.errors import PipelineError
 from pipeline.redaction import refuse_secrets
 from pipeline.signals import Terminated, raising
+from pipeline.storage.durable import fault_of_storage
 
 COMMANDS = (
     train,
@@ -92,6 +93,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         # whoever read our output has left, as `| head` does: nobody is there to be told
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if (fault := fault_of_storage(error)) is None:
+            raise
+        return _fail(str(fault), fault.exit_code)
 
 
 def _fail(message: str, code: int) -> int:

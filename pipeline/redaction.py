@@ -103,9 +103,14 @@ def public_uri(uri: str) -> str:
     return USERINFO.sub("", uri)
 
 
+_DATABASE_SAYS = re.compile(r"\((?:\w+\.)+\w*Error\) ")
+
+
 def one_line(error: Exception) -> str:
     """Return what an error says in a line, without secrets and short enough for a terminal."""
-    text = (str(error).strip() or type(error).__name__).splitlines()[0]
+    lines = (str(error).strip() or type(error).__name__).splitlines()
+    # SQLAlchemy puts what its session did above what the database said
+    text = next((line for line in lines if _DATABASE_SAYS.match(line)), lines[0])
     _, wrapped, cause = text.rpartition("(Caused by ")  # of a failed HTTP request only the cause is of interest
     if wrapped:
         kind, _, detail = cause.partition("(")

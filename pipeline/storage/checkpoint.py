@@ -12,14 +12,12 @@ and hashes before parsing a byte, so that a damaged checkpoint is passed over fo
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
+from pipeline.storage.durable import storage_errors
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -104,7 +103,7 @@ def save(
     there before is touched.
     """
     folder = root / name_of(step, attempt)
-    with _storage_errors(root):
+    with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         _require_room(root, tensors)
         if folder.exists():  # the remains of a write that was cut off: a committed one is never written twice
@@ -113,22 +112,9 @@ def save(
             shutil.rmtree(folder)
         folder.mkdir()
         try:
-            files = {
-                f"{group}.safetensors": _write(folder / f"{group}.safetensors", _serialised(tensors[group]))
-                for group in tensors
-            }
-            files[STATE] = _write(folder / STATE, json.dumps(state).encode())
-            _flush_folder(folder)
-            if not may_commit():
-                raise CheckpointError(
-                    f"attempt {attempt} was replaced by a later one while it saved step {step}; nothing was committed"
-                )
-            manifest = {"format": FORMAT, "step": step, "attempt": attempt, "groups": sorted(tensors), "files": files}
-            temporary = folder / (MANIFEST + ".tmp")
-            _write(temporary, json.dumps(manifest, indent=1).encode())
-            temporary.rename(folder / MANIFEST)
-            _flush_folder(folder)
-            _flush_folder(root)
+            with storage_errors(root):  # says what was left before the remains are removed
+                _write_all(folder, step, attempt, tensors, state, may_commit)
+                _flush_folder(root)
         except BaseException:
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -233,6 +219,27 @@ def _serialised(group: dict[str, Tensor]) -> bytes:
     return data
 
 
+def _write_all(
+    folder: Path, step: int, attempt: int, tensors: Tensors, state: dict[str, Any], may_commit: Callable[[], bool]
+) -> None:
+    """Write the files of a checkpoint into its folder and, where that is still allowed, commit it by its manifest."""
+    files = {
+        f"{group}.safetensors": _write(folder / f"{group}.safetensors", _serialised(tensors[group]))
+        for group in tensors
+    }
+    files[STATE] = _write(folder / STATE, json.dumps(state).encode())
+    _flush_folder(folder)
+    if not may_commit():
+        raise CheckpointError(
+            f"attempt {attempt} was replaced by a later one while it saved step {step}; nothing was committed"
+        )
+    manifest = {"format": FORMAT, "step": step, "attempt": attempt, "groups": sorted(tensors), "files": files}
+    temporary = folder / (MANIFEST + ".tmp")
+    _write(temporary, json.dumps(manifest, indent=1).encode())
+    temporary.rename(folder / MANIFEST)
+    _flush_folder(folder)
+
+
 def _write(path: Path, data: bytes) -> dict[str, Any]:
     """Write one file down to the disk, and return its entry for the manifest."""
     with path.open("xb") as file:
@@ -257,17 +264,3 @@ def _require_room(root: Path, tensors: Tensors) -> None:
         raise StorageError(
             f"storage full: need {need / 1e6:.1f} MB for a checkpoint, have {have / 1e6:.1f} MB at {root}; free some space"
         )
-
-
-@contextlib.contextmanager
-def _storage_errors(root: Path) -> Iterator[None]:
-    """Turn what the operating system says about a place into one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(root).free if root.exists() else 0
-            raise StorageError(f"storage full: {free / 1e6:.1f} MB left at {root}; free some space") from None
-        raise StorageError(
-            f"{root}: cannot be written ({error.strerror}); make the folder writable or choose another"
-        ) from None

@@ -1,13 +1,19 @@
-"""Small files that survive a crash at any moment: written beside, flushed to disk, then renamed into place."""
+"""Small files that survive a crash at any moment, written beside, flushed to disk, then renamed into place; and what a full disk says."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that takes no more
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -34,3 +40,36 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror}); free space or make the folder writable"
         ) from error
+
+
+@contextlib.contextmanager
+def storage_errors(place: Path) -> Iterator[None]:
+    """Turn what the operating system says about a place that is written into a StorageError of one line."""
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(place, error) from None
+
+
+def storage_error(place: Path, error: OSError) -> StorageError:
+    """Return what to tell a user of a place that could not be written."""
+    if error.errno not in FULL:
+        return StorageError(
+            f"{place}: cannot be written ({error.strerror}); make the folder writable or choose another"
+        )
+    there = next(folder for folder in (place, *place.absolute().parents) if folder.is_dir())
+    figures = os.statvfs(there)
+    no_inodes = figures.f_files > 0 and figures.f_favail == 0
+    left = "no inodes" if no_inodes else f"{shutil.disk_usage(there).free / 1e6:.1f} MB"
+    return StorageError(
+        f"storage full: {left} left at {place}; {'remove some files' if no_inodes else 'free some space'}"
+    )
+
+
+def fault_of_storage(error: OSError) -> StorageError | None:
+    """Return what to tell a user where a disk was full or read-only at a place that nobody looked at; None where it was neither."""
+    if error.errno not in {*FULL, errno.EROFS}:
+        return None
+    if error.filename is None:
+        return StorageError(f"a file cannot be written ({error.strerror}); free some space")
+    return storage_error(Path(os.fsdecode(error.filename)), error)

@@ -21,7 +21,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -31,7 +31,7 @@ from typing import Any, TypeVar
 
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.redaction import redact
-from pipeline.storage.durable import write_atomically, write_json
+from pipeline.storage.durable import storage_errors, write_atomically, write_json
 from pipeline.storage.home import make_folder, runs_dir
 from pipeline.storage.remote_run import RemoteRun
 
@@ -266,8 +266,8 @@ class Run:
         return self.folder / "log.txt"
 
     def log(self, line: str) -> None:
-        """Append one line with the time to the run's log, secrets removed."""
-        with self.log_path.open("a", encoding="utf-8") as file:
+        """Append one line with the time to the run's log, secrets removed. A disk that is full costs the line, not the training."""
+        with suppress(OSError), self.log_path.open("a", encoding="utf-8") as file:
             file.write(f"{_now()} {redact(line)}\n")
 
     # -- who works on it
@@ -275,14 +275,17 @@ class Run:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the run for this process; RunLockedError (naming the holder) at once where another one holds it."""
-        with (self.folder / "lock").open("a+", encoding="utf-8") as file:
+        with storage_errors(self.folder):
+            opened = (self.folder / "lock").open("a+", encoding="utf-8")
+        with opened as file:
             if not _try_lock(file.fileno()):
                 raise RunLockedError(
                     f"run {self.id} is being worked on by {_holder(file)}; wait for it, or stop that process first"
                 )
-            file.truncate(0)
-            file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
-            file.flush()
+            with storage_errors(self.folder):
+                file.truncate(0)
+                file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": _now()}))
+                file.flush()
             try:
                 with self._lock_in_store():
                     yield

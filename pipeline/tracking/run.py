@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import logging
 import os
 import re
 from collections.abc import Iterator
@@ -98,6 +99,8 @@ def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> 
 @contextmanager
 def prepare_store(uri: str) -> Iterator[None]:
     """Make the file of a SQLite store, under the umask, and let one process at a time set up its tables."""
+    # it logs each error that it raises, with its traceback; the writer says it in a line
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     if not uri.startswith("sqlite:///"):
         yield
         return

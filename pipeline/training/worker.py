@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +30,7 @@ from pipeline.settings.config import Experiment, Precision, experiment_from
 from pipeline.settings.yaml_files import validate
 from pipeline.signals import StoppedAtOnce
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.durable import fault_of_storage, storage_errors
 from pipeline.storage.remote_run import folder_here
 from pipeline.storage.run_checkpoints import RunCheckpoints, Saver, checkpoint_at
 from pipeline.storage.runs import Run
@@ -143,12 +146,16 @@ class Worker:
     def work(self) -> str:
         """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
         try:
-            self._restore()
+            source = self._restore()
+            if self.team.leads:
+                self.run.log(f"attempt {self.job.attempt} starts at step {self.learner.step} from {source}")
             outcome = self._train()
         except StoppedAtOnce:  # what is on its way is not waited for
             raise
-        except BaseException:
+        except BaseException as error:
             self._close()
+            if isinstance(error, OSError) and (fault := fault_of_storage(error)) is not None:
+                raise fault from None
             raise
         self._close()
         if self.team.leads:
@@ -292,9 +299,10 @@ class Worker:
             return
         images, _ = self._generate(self.experiment.logging.grid_images)
         path = self.run.folder / "pictures" / f"samples-step-{step:010d}.png"
-        path.parent.mkdir(exist_ok=True)
-        save_grid(images, path)
-        self.tracker.image("samples", step, path)
+        with self._may_be_missing("the picture"), storage_errors(path.parent):
+            path.parent.mkdir(exist_ok=True)
+            save_grid(images, path)
+            self.tracker.image("samples", step, path)
 
     def _judge(self, spent: float) -> None:
         """Take a KID of few images at each share of the whole that is reached: what a sweep stops hopeless trials by."""
@@ -342,17 +350,18 @@ class Worker:
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
-    def _restore(self) -> None:
-        """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same."""
+    def _restore(self) -> str:
+        """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same. Return what the weights are from."""
         found = RunCheckpoints(self.run).newest_verified() if self.team.leads else checkpoints.Found(None)
         for warning in found.warnings:
             self.run.log(f"warning: {warning}")
             self.link.publish({"warning": warning})
         checkpoint: checkpoints.Checkpoint | None = self.team.told(found.checkpoint)
         if checkpoint is None:
-            if self.job.initial_weights is not None:
-                self._take_weights(self.job.initial_weights)
-            return
+            if self.job.initial_weights is None:
+                return "new weights"
+            self._take_weights(self.job.initial_weights)
+            return f"the weights of {self.job.initial_weights}"
         state, tensors = self._told(checkpoint)
         if state["config_hash"] != self.experiment.hash():
             raise CheckpointError(
@@ -368,7 +377,7 @@ class Worker:
             self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64)
             assert self.tracker is not None
             self.tracker.restore(state["undelivered"])
-            self.run.log(f"attempt {self.job.attempt} continues from step {checkpoint.step}")
+        return f"checkpoint {checkpoint.folder.name}"
 
     def _keep_threads(self, before: int, num_workers: int, step: int) -> None:
         """Go on with the threads that the run has had, whatever this machine's cores are, unless the profile names another number.
@@ -410,15 +419,21 @@ class Worker:
         return self.run.current_attempt() == self.job.attempt
 
     def _store_averages(self, last: bool) -> None:
-        """Store the power-function averages where that is due; a place that is full costs this snapshot only."""
+        """Store the power-function averages where that is due."""
         every, step = self.experiment.training.ema_snapshot_every_steps, self.learner.step
         if self.tracker is None or every is None or not (step % every == 0 or last):
             return
-        try:
+        with self._may_be_missing("the snapshot of the averages"):
             save_snapshot(self.run.folder, step, self.job.attempt, self.learner.averages, self._owns)
+
+    @contextmanager
+    def _may_be_missing(self, what: str) -> Iterator[None]:
+        """Go on training without something that a full place does not take; the user is told."""
+        try:
+            yield
         except StorageError as error:
             self.run.log(f"warning: {error}")
-            self.link.publish({"warning": f"{error}; the averages of step {step} are not stored"})
+            self.link.publish({"warning": f"{error}; {what} of step {self.learner.step} is not stored"})
 
     def _save_is_due(self, step: int) -> bool:
         due = self.experiment.checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -15,7 +15,7 @@ from pipeline.cluster.train import run_attempts
 from pipeline.console import Console
 from pipeline.data.labels import NO_CLASSES, ClassNames, class_names_of
 from pipeline.data.shards import Dataset
-from pipeline.errors import CheckpointError, DataError, InterruptedRunError, RefusedError, UsageError
+from pipeline.errors import CheckpointError, DataError, InterruptedRunError, RefusedError, StorageError, UsageError
 from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.classifier_store import Recipe
@@ -335,7 +335,10 @@ def _process_tags(experiment: Experiment) -> dict[str, str]:
 
 
 def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:
-    run.update(status=status, reason=reason)
+    with suppress(
+        StorageError
+    ):  # the reason is what the user must read; a run that is marked as running by nobody is INTERRUPTED
+        run.update(status=status, reason=reason)
     tracker = Tracker(run.folder, settings)
     tracker.finish("FAILED" if status is RunStatus.FAILED else "KILLED")
     tracker.close(timeout=10.0)

@@ -23,6 +23,7 @@ from tests.kit.data import (
     write_npz,
     write_parquet,
 )
+from tests.kit.small_disk import small_disk
 from tests.kit.waiting import wait_for
 
 NAMES = ("ant", "bee", "cat")
@@ -233,30 +234,18 @@ def test_places_that_cannot_be_written_are_refused(tmp_path: Path) -> None:
     assert everything_below(tmp_path) == before
 
 
-FULL_DISK = """
-import os, resource, signal, sys
-from pathlib import Path
-from pipeline.errors import StorageError
-from pipeline.ingest.ingest import ingest
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
-try:
-    ingest(sys.argv[1], Path(sys.argv[2]))
-except StorageError as error:
-    print(error)
-"""
-
-
 @pytest.mark.fault(6)
 def test_a_full_disk_is_said_to_be_so(tmp_path: Path) -> None:
-    """A limit on file size fails a write the way a full disk does."""
     source = write_npz(tmp_path / "x.npz", x=some_images(500))
-    command = [sys.executable, "-c", FULL_DISK, str(source), str(tmp_path / "out")]
-    process = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
-    assert (
-        process.stdout == f"{tmp_path / 'out'} cannot be written (File too large): free space, or give another folder\n"
-    )
-    assert everything_below(tmp_path) == {"x.npz"}
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", "size=32k") as disk:
+        out = disk.inside / "out"
+        with pytest.raises(StorageError) as told:
+            ingest(str(source), out)
+        assert (
+            str(told.value) == f"{out} cannot be written (No space left on device): free space, or give another folder"
+        )
+        assert everything_below(disk.inside) == set()
 
 
 # -- what cannot be ingested ----------------------------------------------------------------------------------------------

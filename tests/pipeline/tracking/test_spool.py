@@ -12,6 +12,7 @@ import pytest
 from pipeline.tracking.delivery import MAX_METRICS_PER_CALL, groups
 from pipeline.tracking.spool import CHUNK_BYTES, Event, Position, Spool
 from tests.kit.commands import python
+from tests.kit.small_disk import small_disk
 
 
 def event(number: int, **fields: object) -> Event:
@@ -106,27 +107,17 @@ for n in range(500):
 @pytest.mark.fault(6)
 @pytest.mark.promise("P4")
 def test_a_full_disk_loses_nothing_and_raises_nothing(tmp_path: Path) -> None:
-    code = """
-import resource, signal, sys
-from pathlib import Path
-from pipeline.tracking.spool import Spool
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-spool = Spool(Path(sys.argv[1]))
-limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-for n in range(30):
-    spool.append({"id": n, "kind": "tags", "text": "x" * 100})
-print(spool.unwritten, flush=True)
-resource.setrlimit(resource.RLIMIT_FSIZE, limits)  # room again
-spool.append({"id": 30, "kind": "tags"})
-print(spool.unwritten, flush=True)
-"""
-    with python(code, tmp_path) as process:
-        out, err = process.communicate(timeout=60)
-    held, left = (int(line) for line in out.split())
-    assert held > 15, err
-    assert left == 0
-    assert [item["id"] for item in Spool(tmp_path).events()] == list(range(31))
+    with small_disk(tmp_path, "size=64k") as disk:
+        spool = Spool(disk.inside / "spool")
+        spool.append(event(0))
+        disk.fill()  # there is room to the end of the page
+        for n in range(1, 90):
+            spool.append(event(n, text="x" * 50))
+        assert 30 < spool.unwritten < 89
+        disk.empty()
+        spool.append(event(90))
+        assert spool.unwritten == 0
+        assert [item["id"] for item in spool.events()] == [f"t-{n}" for n in range(91)]
 
 
 def test_the_position_survives_and_is_not_believed_when_it_cannot_be_true(tmp_path: Path) -> None:

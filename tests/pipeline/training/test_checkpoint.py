@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import errno
 import hashlib
 import json
@@ -11,7 +13,9 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
+from collections import Counter
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -19,6 +23,8 @@ import torch
 
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.storage import checkpoint as checkpoints
+from tests.kit.forks import PROCESSES
+from tests.kit.small_disk import SmallDisk, small_disk
 
 
 def tensors(step: int) -> checkpoints.Tensors:
@@ -343,68 +349,155 @@ def test_a_file_where_the_folder_should_be_is_told(tmp_path):
         save(tmp_path / "file" / "checkpoints", 1)
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
-from pipeline.errors import StorageError
-from tests.pipeline.training.test_checkpoint import save
-root = Path(sys.argv[1])
-save(root, 1)
-import signal
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, on the path that ENOSPC takes
-resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
-try:
-    save(root, 2)
-except StorageError as error:
-    print("told:", error)
-"""
+@pytest.fixture
+def disk(tmp_path) -> Iterator[SmallDisk]:
+    with small_disk(tmp_path, "size=1m") as disk:
+        yield disk
+
+
+def require_only_the_first(root: Path) -> None:
+    """Require that the checkpoint of step 1 is whole and that nothing is left of the other one."""
+    found = checkpoints.newest_verified(root)
+    assert found.checkpoint is not None
+    assert (found.checkpoint.step, found.warnings) == (1, [])
+    assert len(list(root.iterdir())) == 1
 
 
 @pytest.mark.fault(6)
 @pytest.mark.promise("P5")
-def test_a_write_that_fails_midway_leaves_the_older_checkpoint_alone(tmp_path):
-    done = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("told: storage full")
-    found = checkpoints.newest_verified(tmp_path)
-    assert found.checkpoint is not None
-    assert (found.checkpoint.step, found.warnings) == (1, [])
-    assert len(list(tmp_path.iterdir())) == 1
+def test_a_disk_without_a_free_file_leaves_the_older_checkpoint_alone_whichever_file_it_was(disk):
+    root = disk.inside / "checkpoints"
+    save(root, 1)
+    for more in range(6):  # a folder and its five files
+        disk.mount(f"remount,nr_inodes={disk.num_files() + more}")
+        with pytest.raises(StorageError, match="storage full: no inodes left"):
+            save(root, 2)
+        require_only_the_first(root)
+    disk.mount(f"remount,nr_inodes={disk.num_files() + 6}")
+    assert save(root, 2).step == 2
 
 
-WRITER = """
-import sys
-from pathlib import Path
-from tests.pipeline.training.test_checkpoint import save
-save(Path(sys.argv[1]), 2)
-"""
+@pytest.mark.fault(6)
+@pytest.mark.promise("P5")
+def test_a_disk_that_runs_full_while_a_file_is_written_leaves_the_older_checkpoint_alone(disk):
+    root = disk.inside / "checkpoints"
+    save(root, 1)
+    state = {"undelivered": "x" * 2**20}  # the room for it is not asked for beforehand
+    with pytest.raises(StorageError, match=r"storage full: 0\.\d MB left"):
+        checkpoints.save(root, 2, 1, tensors(2), state, may_commit=lambda: True)
+    require_only_the_first(root)
+    disk.fill()
+    with pytest.raises(StorageError, match=r"storage full: need 0\.0 MB for a checkpoint, have 0\.0 MB"):
+        save(root, 2)
+    disk.empty()
+    assert save(root, 2).step == 2
 
 
-# every system call by which a save reaches the disk: a folder, five files, their flushes, the folder's, the commit
-SITES = [("mkdir", 1), *(("write", n) for n in range(1, 6)), *(("fsync", n) for n in range(1, 8)), ("rename", 1)]
-COMMITTED = ("fsync", 7)  # of the folder, after the rename; the kill arrives as a call begins
+@pytest.mark.fault(7)
+@pytest.mark.promise("P5")
+def test_a_disk_that_is_read_only_is_told(disk):
+    root = disk.inside / "checkpoints"
+    save(root, 1)
+    disk.mount("remount,ro")
+    with pytest.raises(StorageError, match=r"cannot be written \(Read-only file system\)"):
+        save(root, 2)
+    require_only_the_first(root)
+
+
+FOLDER, TEMPORARY = checkpoints.name_of(2, 1), checkpoints.MANIFEST + ".tmp"
+# the calls by which a save changes the disk, in their order, and what each is about
+CHANGES = [
+    ("mkdir", FOLDER),
+    *(
+        (call, name)
+        for name in (*(f"{group}.safetensors" for group in checkpoints.GROUPS), checkpoints.STATE)
+        for call in ("openat", "write", "fsync")
+    ),
+    ("fsync", FOLDER),
+    *((call, TEMPORARY) for call in ("openat", "write", "fsync")),
+    ("rename", TEMPORARY),
+    ("fsync", FOLDER),
+    ("fsync", "checkpoints"),
+]
+COMMIT = CHANGES.index(("rename", TEMPORARY))
+# these leave the disk as it is; any other call is held to change it
+LOOKS = {
+    "stat",
+    "lstat",
+    "newfstatat",
+    "fstat",
+    "statx",
+    "statfs",
+    "fstatfs",
+    "lseek",
+    "ioctl",
+    "fcntl",
+    "getdents64",
+    "close",
+}
+CALL = re.compile(r"^\d+ +(\w+)\((?:\d+<([^>]*)>|(?:AT_FDCWD[^,]*, )?\"([^\"]*)\")(.*)$")
+
+
+def save_when_told(root: Path, pipe: Connection) -> None:
+    with contextlib.suppress(AttributeError):  # where a kernel lets only parents trace
+        ctypes.CDLL(None).prctl(0x59616D61, ctypes.c_ulong(2**64 - 1), 0, 0, 0)  # PR_SET_PTRACER, PR_SET_PTRACER_ANY
+    pipe.send("ready")
+    pipe.recv()
+    save(root, 2)
+
+
+def traced_save(root: Path, *options: str) -> int | None:
+    """Save step 2 in a process under strace, which sees the calls that are about the checkpoint; return the process's exit code."""
+    folder = root / FOLDER
+    names = [name for _, name in CHANGES if name not in (FOLDER, "checkpoints")]
+    about = [root, folder, *(folder / name for name in dict.fromkeys([*names, checkpoints.MANIFEST]))]
+    mine, its = PROCESSES.Pipe()
+    process = PROCESSES.Process(target=save_when_told, args=(root, its))
+    process.start()
+    its.close()
+    assert mine.recv() == "ready"
+    paths = [word for path in about for word in ("-P", str(path))]
+    command = ["strace", "-f", "-y", *paths, *options, "-p", str(process.pid)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        while "attached" not in (line := strace.stderr.readline()):
+            assert line, "strace did not attach"
+        mine.send("go")
+        process.join()
+        strace.communicate()
+    return process.exitcode
 
 
 @pytest.mark.fault(3)
 @pytest.mark.promise("P5")
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace kills at the n-th system call")
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
 def test_a_kill_at_any_system_call_of_a_save_leaves_a_checkpoint_that_verifies(tmp_path):
-    for call, nth in SITES:
-        root = tmp_path / f"{call}-{nth}"
+    root, trace = tmp_path / "traced" / "checkpoints", tmp_path / "trace"
+    save(root, 1)
+    assert traced_save(root, "-o", str(trace)) == 0
+    counted: Counter[str] = Counter()
+    changes, sites = [], []
+    for line in trace.read_text().splitlines():
+        match = CALL.match(line)
+        if match is None:
+            assert "+++ exited" in line, line
+            continue
+        call, descriptor, path, rest = match.groups()
+        counted[call] += 1
+        if call in LOOKS or (call == "openat" and "O_CREAT" not in rest) or ") = -1 " in rest:
+            continue
+        changes.append((call, Path(descriptor or path).name))
+        sites.append((call, counted[call]))
+    assert changes == CHANGES
+
+    for number, (call, nth) in enumerate(sites):
+        root = tmp_path / str(number) / "checkpoints"
         save(root, 1)
-        folder = root / checkpoints.name_of(2, 1)
-        names = [
-            *(f"{g}.safetensors" for g in checkpoints.GROUPS),
-            checkpoints.STATE,
-            checkpoints.MANIFEST,
-            checkpoints.MANIFEST + ".tmp",
-        ]
-        paths = [argument for path in (folder, *(folder / name for name in names)) for argument in ("-P", str(path))]
-        kill = ["-e", f"trace={call}", "-e", f"inject={call}:signal=KILL:when={nth}"]
-        command = ["strace", "-f", "-qq", "-o", "/dev/null", *paths, *kill, sys.executable, "-c", WRITER, str(root)]
-        done = subprocess.run(command, capture_output=True, check=False)
-        assert done.returncode in (-signal.SIGKILL, 128 + signal.SIGKILL), (call, nth, done)
+        kill = ["-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={nth}"]
+        assert traced_save(root, *kill) == -signal.SIGKILL, CHANGES[number]
         found = checkpoints.newest_verified(root)
         assert found.checkpoint is not None
-        assert (found.checkpoint.step, found.warnings) == (2 if (call, nth) == COMMITTED else 1, []), (call, nth)
+        # the kill arrives as a call begins
+        assert (found.checkpoint.step, found.warnings) == (2 if number > COMMIT else 1, []), CHANGES[number]
         assert save(root, 3).step == 3  # and the place can be written again

@@ -1,0 +1,149 @@
+"""Faults 6 and 7: `ddpm-pipe train` on a disk that fills up, runs out of files or turns read-only under it, and is resumed with room."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.runs import Run
+from tests.kit import trainer
+from tests.kit.attempts import starts_of
+from tests.kit.small_disk import SmallDisk, small_disk
+from tests.pipeline.training.test_resume import to_the_end
+
+COMMAND = Path(sys.executable).with_name("ddpm-pipe")
+# at its seventh step a process waits for a file: in between a test changes the disk
+NETWORK = """
+import time
+from pathlib import Path
+import torch
+from torch import nn
+
+class Gated(nn.Module):
+    def __init__(self, gate: str) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(1, 64, 3, padding=1), nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(64, 1, 1))
+        self.drop, self.gate, self.calls = nn.Dropout(0.2), Path(gate), 0
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        self.calls += self.training
+        while self.calls == 7 and not self.gate.exists():
+            time.sleep(0.01)
+        return self.drop(self.net(x))
+"""
+
+
+class Training:
+    """A training on a small disk, and the gate that it waits at."""
+
+    def __init__(self, disk: SmallDisk, folder: Path, environment: dict[str, str]) -> None:
+        self.disk, self.folder, self.gate = disk, folder, folder / "gate"
+        self.environment = environment | {"DDPM_PIPE_HOME": str(disk.folder)}
+        sections = {
+            "model": {"type": "gated:Gated", "arguments": {"gate": str(self.gate)}},
+            "training": trainer.SETTINGS["training"] | {"steps": 40},
+            "checkpoint": {"every_steps": 5, "every_minutes": None},
+            "evaluation": {"enabled": False},
+            "sampling": {"steps": 2},
+        }
+        self.sections = trainer.SETTINGS | sections
+        (folder / "gated.py").write_text(NETWORK)
+        (folder / "gated.yaml").write_text(yaml.safe_dump(self.sections))
+        (folder / "one.yaml").write_text("threads_per_worker: 1\n")
+
+    def begin(self, *command: str) -> subprocess.Popen[str]:
+        self.gate.unlink(missing_ok=True)
+        return self.disk.start(COMMAND, *command, cwd=self.folder, env=self.environment)
+
+    def run(self) -> Path:
+        (run,) = (self.disk.inside / "runs").iterdir()
+        return run
+
+    def saved(self) -> list[int]:
+        """The steps of the checkpoints on the disk, every byte verified."""
+        folder = self.run() / "checkpoints"
+        for checkpoint in checkpoints.committed(folder):
+            checkpoint.verify()
+        return [checkpoint.step for checkpoint in checkpoints.committed(folder)]
+
+    def wait_for_checkpoint(self, process: subprocess.Popen[str], step: int) -> None:
+        """Wait until a step is saved: two steps later the process waits at the gate."""
+        while not list((self.disk.inside / "runs").glob(f"*/checkpoints/step-{step:010d}-*/{checkpoints.MANIFEST}")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.05)
+
+    def open_gate(self, process: subprocess.Popen[str]) -> tuple[int, str]:
+        """Let a process go on to its end; return its exit code and the command's own line."""
+        self.gate.touch()
+        _, stderr = process.communicate()
+        assert "Traceback" not in stderr, stderr
+        (line,) = [line for line in stderr.splitlines() if line.startswith("ddpm-pipe: ")]
+        return process.returncode, line
+
+    def tried(self, *command: str) -> tuple[int, str]:
+        """Run a command that cannot begin."""
+        return self.open_gate(self.begin(*command))
+
+
+@pytest.fixture
+def training(tmp_path: Path, user_environment: dict[str, str]) -> Iterator[Training]:
+    (tmp_path / "disk").mkdir()
+    with small_disk(tmp_path / "disk", "size=24m") as disk:
+        yield Training(disk, tmp_path, user_environment)
+
+
+@pytest.mark.fault(6)
+@pytest.mark.fault(7)
+@pytest.mark.promise("P1")
+@pytest.mark.promise("P5")
+@pytest.mark.slow
+def test_a_disk_that_is_full_or_read_only_ends_the_training_with_6_and_room_ends_it_with_the_same_bytes(training):
+    disk = training.disk
+    process = training.begin("train", "gated.yaml", "--cluster", "one.yaml")
+    training.wait_for_checkpoint(process, 5)
+    disk.fill()
+    code, line = training.open_gate(process)
+    assert (code, "storage full: need" in line) == (6, True), line
+    assert training.saved() == [5]
+    assert training.tried("resume", "latest")[0] == 6  # there is still no room
+
+    disk.empty()
+    process = training.begin("resume", "latest")
+    training.wait_for_checkpoint(process, 10)
+    disk.mount(f"remount,nr_inodes={disk.num_files() + 3}")  # the folder and two of a checkpoint's five files
+    code, line = training.open_gate(process)
+    assert (code, "storage full: no inodes left" in line) == (6, True), line
+    assert training.saved() == [10, 5]
+
+    disk.mount("remount,nr_inodes=0")
+    process = training.begin("resume", "latest")
+    training.wait_for_checkpoint(process, 15)
+    kept = training.run().relative_to(disk.inside) / "checkpoints"
+    disk.run("mount", "--bind", disk.folder / kept, disk.folder / kept)
+    disk.mount("remount,bind,ro", kept)
+    code, line = training.open_gate(process)
+    assert (code, "cannot be written (Read-only file system)" in line) == (6, True), line
+    assert training.saved() == [15, 10]
+    disk.mount("remount,ro")
+    assert training.tried("resume", "latest")[0] == 6
+    assert training.tried("train", "gated.yaml")[0] == 6
+
+    disk.mount("remount,rw")
+    disk.run("umount", disk.folder / kept)
+    training.gate.touch()
+    done = disk.run(COMMAND, "resume", "latest", cwd=training.folder, env=training.environment)
+    assert done.returncode == 0, done.stderr
+    log = (training.run() / "log.txt").read_text()
+    assert starts_of(log) == [0, 5, 10, 15]
+    calm = trainer.make_run(training.folder, **training.sections)
+    to_the_end(calm)
+    assert trainer.final_digests(Run(training.run())) == trainer.final_digests(calm)
+    assert json.loads((training.run() / "status.json").read_text())["status"] == "FINISHED"
