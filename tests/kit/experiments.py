@@ -21,6 +21,7 @@ TINY: dict[str, Any] = {
     "checkpoint": {"every_steps": 4, "every_minutes": None},
     "logging": {"every_steps": 3, "grid_every_steps": None},
 }
+SAVED_EVERY = 5  # steps, by commands
 # one thread each: bit-exactness is promised for an equal number of them
 TWO_WORKERS = "workers: 2\nresources_per_worker: {CPU: 1}\nthreads_per_worker: 1\n"
 SLOW_NETWORK = """
@@ -55,9 +56,9 @@ class Slow(nn.Module):
 
 
 def tiny_experiment(**sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the tiny experiment as commands train it, in 40 steps and without scores; `sections` change single settings."""
+    """Return the tiny experiment as commands train it: 40 steps, each logged, no scores; `sections` change single settings."""
     base = TINY | {"sampling": {"steps": 2}, "evaluation": {"enabled": False}}
-    ours = {"training": {"steps": 40}, "checkpoint": {"every_steps": 5}, "logging": {"every_steps": 4}}
+    ours = {"training": {"steps": 40}, "checkpoint": {"every_steps": SAVED_EVERY}, "logging": {"every_steps": 1}}
     for changes in (ours, sections):
         base |= {name: base.get(name, {}) | section for name, section in changes.items()}
     return base

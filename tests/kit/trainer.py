@@ -24,6 +24,7 @@ from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.job import Job
 from pipeline.training.team import Team
 from pipeline.training.worker import Worker
+from tests.kit.attempts import Attempt, attempts_of
 from tests.kit.environment import forget_modules
 from tests.kit.experiments import TINY, slow_model
 
@@ -80,7 +81,22 @@ def job_of(run: Run) -> Job:
 
 def train(folder: str, told: Connection | None = None, stop_after: int | None = None) -> str:
     """Be the worker of a run's next attempt, until the end, a stop or a kill."""
-    return Worker(job_of(Run(Path(folder))), Team(), Alone(told, stop_after)).work()
+    run = Run(Path(folder))
+    return work(run, job_of(run), Alone(told, stop_after))
+
+
+def work(run: Run, job: Job, link: Alone) -> str:
+    """Be the worker of an attempt that starts at the newest checkpoint and saves the last step that it makes.
+
+    The steps are counted, because the result cannot show it: training is deterministic, so an attempt that ignores every checkpoint
+    ends with the same bytes.
+    """
+    begin = verified_step(run)
+    worker = Worker(job, Team(), link)
+    outcome = worker.work()
+    assert begin + link.steps == worker.learner.step, f"made {link.steps} steps from step {begin}"
+    assert verified_step(run) == worker.learner.step
+    return outcome
 
 
 def trained_run(home: Path, **changes: Any) -> Run:
@@ -116,7 +132,13 @@ def trained_slow_sampler(home: Path, **sampling: Any) -> Run:
 
 
 def train_in_store(
-    home: str, run_id: str, storage: str, environment: dict[str, str], elsewhere: str | None, stop_after: int | None
+    home: str,
+    run_id: str,
+    storage: str,
+    environment: dict[str, str],
+    elsewhere: str | None,
+    told: Connection | None = None,
+    stop_after: int | None = None,
 ) -> None:
     """Be driver and worker of the next attempt of a run in an object store; the worker has its own folder if `elsewhere` names one."""
     os.environ.update(environment)
@@ -128,7 +150,7 @@ def train_in_store(
         if elsewhere is not None:
             os.environ["TMPDIR"] = tempfile.tempdir = elsewhere
             job = replace(job, run_folder=f"/nowhere/{run.id}")
-        Worker(job, Team(), Alone(None, stop_after)).work()
+        work(run, job, Alone(told, stop_after))
         run.fetch_files()
 
 
@@ -142,6 +164,17 @@ def newest_step(home: Path) -> int:
     """Return the step of the newest committed checkpoint of a home's runs; -1 if there is none."""
     steps = [c.step for folder in home.glob("runs/*/checkpoints") for c in checkpoints.committed(folder)]
     return max(steps, default=-1)
+
+
+def verified_step(run: Run) -> int:
+    """Return the step of the newest checkpoint of a run that verifies; 0 before the first."""
+    checkpoint = RunCheckpoints(run).newest_verified().checkpoint
+    return 0 if checkpoint is None else checkpoint.step
+
+
+def attempts(home: Path) -> list[Attempt]:
+    """Return what the attempts of a home's one run did, by its log; it must log each step."""
+    return attempts_of(only_run(home).log_path.read_text())
 
 
 def final_digests(run: Run) -> dict[str, str]:

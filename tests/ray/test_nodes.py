@@ -10,10 +10,11 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.kit.attempts import require_resume
 from tests.kit.clusters import RayCluster, ray_cluster
 from tests.kit.commands import told
-from tests.kit.experiments import slow_experiment, write_yaml
-from tests.kit.trainer import final_digests, newest_step, only_run
+from tests.kit.experiments import SAVED_EVERY, slow_experiment, write_yaml
+from tests.kit.trainer import attempts, final_digests, newest_step, only_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -37,7 +38,7 @@ def log_of(home: Path) -> str:
     return logs[0].read_text() if logs else ""
 
 
-def attempts(home: Path) -> list[int]:
+def team_sizes(home: Path) -> list[int]:
     """Return the number of workers of each attempt."""
     return [int(count) for count in re.findall(r"attempt \d+: (\d+) worker", log_of(home))]
 
@@ -66,7 +67,8 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
         cluster.remove(node)
         cluster.add_node(num_cpus=1)
         assert training.end()[0] == 0, training.stderr
-    assert attempts(home) == [2, 2]
+    assert team_sizes(home) == [2, 2]
+    require_resume(*attempts(home), SAVED_EVERY)
     assert re.search(r"attempt 1 failed \(worker \d: its node \S+ was lost\)", training.stderr)
     assert final_digests(only_run(home)) == calm(2)
 
@@ -87,17 +89,19 @@ def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_s
         training = start("train", slow, "--cluster", far, env=cluster.environment)
         training.wait_for(lambda: newest_step(home) >= 10)
         cluster.remove(nodes.pop())
-        training.wait_for(lambda: "attempt 2 continues" in log_of(home))
+        training.wait_for(lambda: "attempt 2 starts at step" in log_of(home))
         nodes.append(cluster.add_node(num_cpus=1, env={"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "60"}))
-        training.wait_for(lambda: "attempt 3 continues" in log_of(home))
+        training.wait_for(lambda: "attempt 3 starts at step" in log_of(home))
         reached = newest_step(home)
         training.wait_for(lambda: newest_step(home) > reached)
         nodes[-1].process.terminate()  # as Kubernetes ends a pod: `ray start --block` announces it, and waits
-        training.wait_for(lambda: "attempt 4 continues" in log_of(home))
+        training.wait_for(lambda: "attempt 4 starts at step" in log_of(home))
         assert training.end()[0] == 0, training.stderr
-    assert attempts(home) == [4, 2, 4, 2]
-    stopped, went_on = (re.findall(pattern, log_of(home)) for pattern in (r"stopped at step (\d+)", r"from step (\d+)"))
-    assert stopped == went_on[1:]  # what was planned lost no step
+    assert team_sizes(home) == [4, 2, 4, 2]
+    first, second, third, fourth = attempts(home)
+    require_resume(first, second, SAVED_EVERY)
+    assert (second.end, third.end, fourth.end) == (third.start, fourth.start, 400)  # what was planned lost no step
+    assert [int(step) for step in re.findall(r"stopped at step (\d+)", log_of(home))] == [second.end, third.end]
     apart = losses(only_run(home).folder)
     (home / "runs").rename(home / "elastic")
     code, _, stderr = typed("train", slow_experiment(home, steps=400, pause=0.0, dropout=0.0))  # on one worker
@@ -122,7 +126,7 @@ def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from
         workers = [p for p in head.children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
         workers[-1].suspend()
         # Ray's own patience is ten minutes, torch's half an hour
-        training.wait_for(lambda: "attempt 2 continues" in log_of(home))
+        training.wait_for(lambda: "attempt 2 starts at step" in log_of(home))
         assert "did not answer within timeouts.collective_s" in training.stderr
         stacks = "".join(path.read_text() for path in only_run(home).folder.glob("stacks/attempt-1-worker-*.txt"))
         assert "loop.py" in stacks  # where the other one waited
@@ -137,3 +141,6 @@ def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from
         went_on = cli("resume", "latest", "--cluster", profile(home, another, 2), env=another.environment)
         assert went_on.code == 0, went_on.stderr
     assert final_digests(only_run(home)) == calm(2)
+    first, second, third = attempts(home)
+    require_resume(first, second, SAVED_EVERY)
+    require_resume(second, third, SAVED_EVERY)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 
 from pipeline.storage.checkpoint import MANIFEST
 from tests.kit.experiments import tiny_experiment, write_yaml
 from tests.kit.object_store import objects
+from tests.kit.trainer import attempts
 
 pytestmark = [pytest.mark.all, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -38,10 +40,12 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     there = environment | {"DDPM_PIPE_HOME": str(elsewhere)}
     (row,) = json.loads(cli("runs", "--json", "--cluster", profile, cwd=elsewhere, env=there).stdout)
     assert row["status"] == "INTERRUPTED"
+    manifests = [name for name in objects(f"{bucket}/ddpm/runs/{row['id']}") if name.endswith(MANIFEST)]
+    reached = max(int(step) for name in manifests for step in re.findall(r"step-(\d+)-1/", name))
     went_on = cli("resume", row["id"][:4], "--cluster", profile, cwd=elsewhere, env=there)
     assert went_on.code == 0, went_on
-    log = (elsewhere / "runs" / row["id"] / "log.txt").read_text()
-    assert "attempt 2 continues from step" in log
+    second = attempts(elsewhere)[-1]
+    assert (second.number, second.start, second.end) == (2, reached, 60)
     third = environment | {"DDPM_PIPE_HOME": str(tmp_path / "third")}
     (row,) = json.loads(cli("runs", "--json", "--cluster", profile, cwd=elsewhere, env=third).stdout)
     assert (row["status"], row["steps"]) == ("FINISHED", "60/60")

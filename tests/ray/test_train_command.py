@@ -20,9 +20,10 @@ import pytest
 
 from pipeline.data.shards import Dataset
 from pipeline.storage.runs import Run
+from tests.kit.attempts import require_resume
 from tests.kit.commands import children_of, told, training_workers
-from tests.kit.experiments import TWO_WORKERS, slow_experiment, tiny_experiment, write_yaml
-from tests.kit.trainer import final_digests, newest_step, only_run
+from tests.kit.experiments import SAVED_EVERY, TWO_WORKERS, slow_experiment, tiny_experiment, write_yaml
+from tests.kit.trainer import attempts, final_digests, newest_step, only_run
 from tests.kit.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -74,6 +75,7 @@ def test_killing_a_worker_costs_an_attempt_and_changes_nothing(tiny, typed, ray_
     assert code == 0, stderr
     assert "attempt 1 failed" in stderr
     assert final_digests(only_run(tiny)) == calm(2)
+    require_resume(*attempts(tiny), SAVED_EVERY)
 
 
 def test_isolated_or_not_a_training_ends_with_the_same_bytes(tiny, typed, ray_session):
@@ -111,10 +113,15 @@ def test_signals_reach_an_isolated_worker_and_sigkill_of_its_driver_leaves_no_pr
     killed.send(signal.SIGKILL)
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
+    saved = newest_step(tiny)
     (row,) = json.loads(typed("runs", "--json")[1])
     assert row["status"] == "INTERRUPTED"
     assert typed("resume", run[:4])[0] == 0
     assert final_digests(only_run(tiny)) == calm(1)
+    first, second, third = attempts(tiny)
+    assert first.end == second.start  # of the signal no step is lost, of the kill those since the newest checkpoint
+    assert third.start == saved
+    require_resume(second, third, SAVED_EVERY)
 
 
 @pytest.mark.fault(28)

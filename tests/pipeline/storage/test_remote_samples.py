@@ -19,7 +19,7 @@ def asked(bucket: str, home: Path, tmp_path: Path) -> tuple[str, list[str]]:
     """A trained run in a store: the address of its samples, and the command that makes some."""
     storage = f"{bucket}/ddpm"
     run = trainer.make_run(home, profile=Profile(threads_per_worker=1, storage=storage))
-    trainer.train_in_store(str(home), run.id, storage, {}, None, None)
+    trainer.train_in_store(str(home), run.id, storage, {}, None)
     profile = tmp_path / "store.yaml"
     profile.write_text(yaml.safe_dump({"threads_per_worker": 1, "storage": storage}))
     command = ["sample", run.id, "-n", "4", "--steps", "2", "--cluster", str(profile), "--json"]

@@ -185,6 +185,7 @@ def test_training_goes_through_the_worker_and_resumes_bit_for_bit(home: Path) ->
     whole, broken = trainer.make_run(home, **VAE), trainer.make_run(home, **VAE)
     assert trainer.train(str(whole.folder)) == "finished"
     assert trainer.train(str(broken.folder), stop_after=3) == "stopped"
+    assert trainer.verified_step(broken) == 3
     assert trainer.train(str(broken.folder)) == "finished"
     assert trainer.final_digests(whole) == trainer.final_digests(broken)
     losses = trainer.logged_losses(whole)
