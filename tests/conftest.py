@@ -7,4 +7,10 @@ pytest.register_assert_rewrite("tests.kit")
 from tests.kit.environment import make_safe  # noqa: E402  its assertions are rewritten, too
 
 make_safe()
-pytest_plugins = ["tests.kit.scheduling", "tests.kit.costs", "tests.kit.skips", "tests.kit.fixtures"]
+pytest_plugins = [
+    "tests.kit.scheduling",
+    "tests.kit.costs",
+    "tests.kit.retries",
+    "tests.kit.skips",
+    "tests.kit.fixtures",
+]

@@ -10,7 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +32,8 @@ from pipeline.training.loop import Learner, fit
 from pipeline.training.models import Shape, build_model, build_objective
 from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
+
+Clock = Callable[[], float]
 
 PROBE_S = 6.0
 ALL_REDUCES = 6  # the first of which makes the connections
@@ -67,15 +69,17 @@ def probe_training(
     local_rank: int = 0,
     budget_s: float = PROBE_S,
     folder: Path | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Probe:
     """Time this worker's steps within about `budget_s`, and one checkpoint in a temporary folder below `folder`.
 
     On a cluster with object storage the checkpoint is written where training writes it first: in the node's own folder.
     All workers of a team call this together. What is compiled in training is measured as it is: compiling alone would take longer.
+    `clock` returns seconds, those of the steps.
     """
     threads = torch.get_num_threads()
     try:
-        return _probe(experiment, shape, profile, num_workers, team or Team(), local_rank, budget_s, folder)
+        return _probe(experiment, shape, profile, num_workers, team or Team(), local_rank, budget_s, folder, clock)
     finally:
         torch.set_num_threads(threads)  # the caller's process goes on
 
@@ -89,10 +93,11 @@ def _probe(
     local_rank: int,
     budget_s: float,
     folder: Path | None,
+    clock: Clock,
 ) -> Probe:
     compute = training_compute(experiment, profile, num_workers, local_rank)
     compute.start()
-    steps = _Steps(experiment, shape, compute, team)
+    steps = _Steps(experiment, shape, compute, team, clock)
     batch = experiment.training.batch_size // num_workers
     first_s = steps.time(1, 1)[0]  # kernels are chosen and memory is taken here
     large, alone_s, full_s = 1, first_s, first_s
@@ -115,8 +120,9 @@ def _probe(
 class _Steps:
     """Training steps of any batch size, one after another on the same network."""
 
-    def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team) -> None:
+    def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team, clock: Clock) -> None:
         self._experiment, self._shape, self._compute, self._team = experiment, shape, compute, team
+        self._clock = clock
         self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
         model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
         self._objective = build_objective(experiment)
@@ -145,13 +151,13 @@ class _Steps:
             null_class=self._num_classes,
         )
         times: list[float] = []
-        begin = time.perf_counter()
+        begin = self._clock()
         while len(times) < num_steps:
-            before = time.perf_counter()
+            before = self._clock()
             next(steps)
             self._compute.wait()
-            times.append(time.perf_counter() - before)
-            if within_s is not None and self._team.decide(time.perf_counter() - begin > within_s)[0]:
+            times.append(self._clock() - before)
+            if within_s is not None and self._team.decide(self._clock() - begin > within_s)[0]:
                 break
         taken: list[float] = self._team.told(times)
         return taken[1:] or taken

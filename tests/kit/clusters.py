@@ -27,6 +27,7 @@ import psutil
 
 from pipeline.watchdog import end_all
 from tests.kit.ports import free_ports
+from tests.kit.retries import note_retry
 from tests.kit.waiting import wait_for
 
 # Ray takes 127.0.0.1 for a mistake and puts the machine's address in its place; another address of loopback it leaves alone.
@@ -92,6 +93,7 @@ class RayCluster:
             )
             if self._joined(node, before):
                 return node
+            note_retry("the start of a node")
             self.remove(node)
         raise AssertionError(self.log())
 
@@ -184,6 +186,7 @@ def ray_cluster(
             cluster = stack.enter_context(_head(num_cpus, authenticated, resources, env))
             if _is_ready(cluster):
                 break
+            note_retry("the start of a head")
             said = cluster.log()
             stack.close()
         else:

@@ -203,12 +203,12 @@ def training_workers(pid: int) -> list[psutil.Process]:
 
 
 def python(code: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
-    """Start Python code in a process of its own, in the repository, its output piped: `with python(...) as process`."""
+    """Start Python code in a process of its own, in the repository, its input and output piped: `with python(...) as process`."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         cwd=REPOSITORY,
         env={**os.environ, **environment},
-        stdin=subprocess.DEVNULL,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

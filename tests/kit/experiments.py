@@ -24,9 +24,11 @@ TINY: dict[str, Any] = {
 SAVED_EVERY = 5  # steps, by commands
 # one thread each: bit-exactness is promised for an equal number of them
 TWO_WORKERS = "workers: 2\nresources_per_worker: {CPU: 1}\nthreads_per_worker: 1\n"
+# slow to train; and while a file `hold` is beside it, it samples no more after so many calls: until then a test acts
 SLOW_NETWORK = """
 import os
 import time
+from pathlib import Path
 import torch
 from torch import nn
 
@@ -34,18 +36,21 @@ class Slow(nn.Module):
     def __init__(
         self,
         training_s: float = 0.0,
-        sampling_s: float = 0.0,
+        hold_after: int = 0,
         dropout: float = 0.0,
         die_at: int | None = None,
         hang_at: int | None = None,
     ) -> None:
         super().__init__()
         self.net, self.drop = nn.Conv2d(1, 1, 3, padding=1), nn.Dropout(dropout)
-        self.training_s, self.sampling_s, self.die_at, self.hang_at = training_s, sampling_s, die_at, hang_at
-        self.calls = 0
+        self.training_s, self.hold_after, self.die_at, self.hang_at = training_s, hold_after, die_at, hang_at
+        self.calls = self.sampled = 0
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.training_s if self.training else self.sampling_s)
+        time.sleep(self.training_s * self.training)
+        self.sampled += not self.training
+        while self.sampled > self.hold_after and Path(__file__).with_name("hold").exists():
+            time.sleep(0.01)
         self.calls += self.training
         if self.calls == self.die_at:
             os.kill(os.getpid(), 9)

@@ -129,6 +129,7 @@ def object_store(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) ->
     for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": _object_store.url}).items():
         monkeypatch.setenv(name, value)
     _object_store.refuse = lambda method, path: False
+    _object_store.ahead_s = 0.0
     _object_store.requests.clear()
     return _object_store
 

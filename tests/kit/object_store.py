@@ -7,6 +7,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 from pipeline.storage.remote import RemoteFolder
@@ -15,7 +16,10 @@ CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AW
 
 
 class ObjectStore:
-    """The server, with faults to order: it answers 503 to the requests that `refuse(method, path)` chooses, and notes all."""
+    """The server, with faults to order: it answers 503 to the requests that `refuse(method, path)` chooses, and notes all.
+
+    Its clock is `ahead_s` seconds ahead of the machine's.
+    """
 
     def __init__(self) -> None:
         from moto.server import DomainDispatcherApplication, create_backend_app
@@ -23,6 +27,7 @@ class ObjectStore:
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
         self.url = ""
+        self.ahead_s = 0.0
         self.refuse: Callable[[str, str], bool] = lambda method, path: False
         self.requests: list[tuple[str, str]] = []
 
@@ -65,6 +70,7 @@ class ObjectStore:
 @contextmanager
 def running_store() -> Iterator[ObjectStore]:
     """Run the server in a thread of this process for the time of the context."""
+    from moto.s3 import models
     from moto.server import MotoRequestHandler
     from werkzeug.serving import make_server
 
@@ -73,6 +79,8 @@ def running_store() -> Iterator[ObjectStore]:
             pass
 
     store = ObjectStore()
+    machines_clock = models.utcnow
+    models.utcnow = lambda: machines_clock() + timedelta(seconds=store.ahead_s)  # the time of what is written
     server = make_server("127.0.0.1", 0, store, threaded=True, request_handler=Quiet)
     store.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -80,6 +88,7 @@ def running_store() -> Iterator[ObjectStore]:
     try:
         yield store
     finally:
+        models.utcnow = machines_clock
         server.shutdown()
         thread.join()
         server.server_close()

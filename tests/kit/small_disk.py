@@ -1,7 +1,7 @@
 """A disk that really runs full: a tmpfs of a few pages or files, in a mount namespace that needs no rights.
 
 with small_disk(folder, "size=1m") as disk:
-    disk.run("ddpm-pipe", "train")       a process that sees the disk at `folder`
+    disk.start("ddpm-pipe", "train")     a process that sees the disk at `folder`; it is ended with the context
     disk.fill()                          not a byte is free any more, until disk.empty()
     disk.mount("remount,size=64m")       other options: size, nr_inodes, ro
     disk.inside / "runs"                 the disk as this process sees it
@@ -14,39 +14,39 @@ import errno
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
+
+from tests.kit.commands import Result, Started
 
 NO_NAMESPACE = "no mount namespaces here"
 MOUNT = 'mount -t tmpfs -o "$1" small "$0" && echo mounted && read -r _'
 
 
 class SmallDisk:
-    """A tmpfs at `folder`, which the processes that `run` and `start` begin see, and nobody else."""
+    """A tmpfs at `folder`, which the processes that it starts see, and nobody else."""
 
-    def __init__(self, folder: Path, holder: subprocess.Popen[str]) -> None:
-        self.folder = folder
-        self.inside = Path(f"/proc/{holder.pid}/root{folder}")
-        self._enter = ["nsenter", "--preserve-credentials", "--user", "--mount", f"--target={holder.pid}", "env"]
+    def __init__(self, folder: Path, pid: int) -> None:
+        self.folder, self.inside = folder, Path(f"/proc/{pid}/root{folder}")
+        self._enter = ["nsenter", "--preserve-credentials", "--user", "--mount", f"--target={pid}"]
+        self.started: list[Started] = []
 
-    def start(self, *command: object, cwd: str | Path = "/", **options: Any) -> subprocess.Popen[str]:
-        """Start a process that sees the disk, its output piped."""
-        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen([*self._enter, f"--chdir={cwd}", *map(str, command)], text=True, **pipes, **options)
+    def start(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Started:
+        """Start a process that sees the disk."""
+        chdir = ["env", f"--chdir={cwd or self.folder}"]
+        self.started.append(Started([*self._enter, *chdir, *command], Path("/"), env or os.environ))
+        return self.started[-1]
 
-    def run(self, *command: object, cwd: str | Path = "/", **options: Any) -> subprocess.CompletedProcess[str]:
-        """Run a process that sees the disk to its end, its output captured."""
-        with self.start(*command, cwd=cwd, **options) as process:
-            stdout, stderr = process.communicate()
-        return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+    def run(self, *command: str | Path, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
+        """Run a process that sees the disk to its end."""
+        return self.start(*command, cwd=cwd, env=env).end()
 
     def mount(self, options: str, folder: str | Path = "") -> None:
         """Mount the disk, or a folder of it, with other options."""
         done = self.run("mount", "-o", options, self.folder / folder)
-        assert done.returncode == 0, done.stderr
+        assert done.code == 0, done.stderr
 
     def fill(self) -> None:
         """Write until no byte is free."""
@@ -87,4 +87,9 @@ def small_disk(folder: Path, options: str) -> Iterator[SmallDisk]:
         with holder.stdin:  # closed at the end: the shell ends, and the disk goes with the last process that sees it
             if (said := holder.stdout.readline()) != "mounted\n":
                 pytest.skip(f"{NO_NAMESPACE}: {said.strip()}")
-            yield SmallDisk(folder, holder)
+            disk = SmallDisk(folder, holder.pid)
+            try:
+                yield disk
+            finally:
+                for process in disk.started:
+                    process.kill()

@@ -121,11 +121,11 @@ def copied(run: Run, home: Path) -> Run:
     return Run(record.parent)
 
 
-def trained_slow_sampler(home: Path, **sampling: Any) -> Run:
-    """Return a trained run whose network, a module in `home`, takes a fifth of a second for each call that samples."""
+def trained_held_sampler(home: Path, hold_after: int, **sampling: Any) -> Run:
+    """Return a trained run whose network, a module in `home`, samples no more after so many calls while a file `hold` is beside it."""
     return trained_run(
         home,
-        model=slow_model(home, sampling_s=0.2),
+        model=slow_model(home, hold_after=hold_after),
         training={"steps": 3, "batch_size": 16},
         sampling=sampling,
     )

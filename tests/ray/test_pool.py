@@ -22,7 +22,7 @@ from pipeline.signals import Signals
 from pipeline.storage.runs import Run
 from pipeline.storage.tensor_file import Arrays
 from tests.kit.commands import Shell, Typed, children_of
-from tests.kit.trainer import copied, trained_run, trained_slow_sampler
+from tests.kit.trainer import copied, trained_held_sampler, trained_run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -30,23 +30,23 @@ NUM_IMAGES = 75  # seven whole chunks and half of one
 
 
 @pytest.fixture(scope="module")
-def slow_sampler(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A trained run whose network takes a second per chunk."""
-    return trained_slow_sampler(tmp_path_factory.mktemp("trained"), steps=5, batch_size=10, eta=1.0)
+def held_sampler(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A trained run whose network, while a file `hold` is beside it, does two chunks in a process and waits."""
+    return trained_held_sampler(tmp_path_factory.mktemp("trained"), hold_after=10, steps=5, batch_size=10, eta=1.0)
 
 
 @pytest.fixture
-def run(slow_sampler: Run, home: Path) -> Run:
+def run(held_sampler: Run, home: Path) -> Run:
     """The trained run, in a home of the test's own; its module stands in the folder where commands are typed."""
-    return copied(slow_sampler, home)
+    return copied(held_sampler, home)
 
 
 @pytest.fixture(scope="module")
-def whole(slow_sampler: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
+def whole(held_sampler: Run, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The digest of the file that one worker makes, undisturbed."""
     home = tmp_path_factory.mktemp("whole")
-    copied(slow_sampler, home)
-    code, _, stderr = Shell(home).type(*sampling(slow_sampler, home / "out", profile(home, 1)))
+    copied(held_sampler, home)
+    code, _, stderr = Shell(home).type(*sampling(held_sampler, home / "out", profile(home, 1)))
     assert code == 0, stderr
     return digest(home / "out")
 
@@ -119,6 +119,8 @@ def test_scores_are_the_same_and_a_repeat_computes_nothing(
 def test_what_was_generated_before_a_fault_is_kept(
     run: Run, home: Path, shell: Shell, typed: Typed, ray_session: object, whole: str, fault: str
 ) -> None:
+    hold = home / "hold"  # four of the eight chunks are done at most, whatever the machine does
+    hold.touch()
     process = shell.start(*sampling(run, home / "out", profile(home, 2)))
 
     def chunks() -> list[Path]:
@@ -128,6 +130,7 @@ def test_what_was_generated_before_a_fault_is_kept(
     kept = {path.name: path.stat().st_mtime_ns for path in chunks()}
     if fault == "worker":
         next(w for w in children_of(process.pid) if "ChunkWorker" in w.name()).kill()
+        hold.unlink()
     else:
         process.send(signal.SIGINT if fault == "ctrl-c" else signal.SIGKILL)
     code, _, stderr = process.end(240)
@@ -139,6 +142,7 @@ def test_what_was_generated_before_a_fault_is_kept(
         now = {path.name: path.stat().st_mtime_ns for path in chunks()}
         assert kept.items() <= now.items()
         assert len(now) < 8
+        hold.unlink()
         code, _, stderr = typed(*sampling(run, home / "out", profile(home, 2)))
         assert code == 0, stderr
     assert digest(home / "out") == whole

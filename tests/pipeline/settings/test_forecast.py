@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -199,36 +200,44 @@ def test_two_batch_sizes_tell_the_fixed_part_from_the_images(one_s, large, large
     assert _line(one_s, large, large_s) == pytest.approx(expected)
 
 
-SLEEPY = """
-import time
+# a network that takes 100 ms and 20 ms for each image, by a clock that it moves itself
+TIMED = """
 import torch
 from torch import nn
 
-class Sleepy(nn.Module):
+now = 0.0
+
+class Timed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = nn.Conv2d(1, 1, 1)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        time.sleep(0.02 * len(x))
+        global now
+        now += 0.1 + 0.02 * len(x)
         return self.net(x)
 """
 
 
 def test_the_probe_times_real_steps_and_leaves_nothing(tmp_path, monkeypatch):
-    (tmp_path / "sleepy_network.py").write_text(SLEEPY)
+    (tmp_path / "timed_network.py").write_text(TIMED)
     monkeypatch.syspath_prepend(str(tmp_path))
     experiment = experiment_from(
-        {"model": {"type": "sleepy_network:Sleepy"}, "training": {"batch_size": 64}, "evaluation": {"enabled": False}}
+        {"model": {"type": "timed_network:Timed"}, "training": {"batch_size": 64}, "evaluation": {"enabled": False}}
     )
     storage = tmp_path / "storage"
     threads = torch.get_num_threads()
-    seen = probe_training(experiment, (1, 4, 4), Profile(), 1, budget_s=1.5, folder=storage / "not" / "there")
-    # sleeping 20 ms for each image is the least: 16 of them take more than a sixth of the time, so that no larger batch was tried
-    assert seen.batch == 64
-    assert seen.measured_batch <= 16
-    assert seen.step_s >= 64 * 0.02 * 0.5
-    assert seen.image_s >= 0.01
+    network = importlib.import_module("timed_network")
+    there = storage / "not" / "there"
+    seen = probe_training(
+        experiment, (1, 4, 4), Profile(), 1, budget_s=2.4, folder=there, clock=lambda: float(network.now)
+    )
+    # 16 images take more than a sixth of the time, so that no larger batch is tried
+    assert (seen.batch, seen.measured_batch) == (64, 16)
+    assert (seen.image_s, seen.fixed_s, seen.step_s) == pytest.approx((0.02, 0.1, 0.1 + 64 * 0.02))
+    assert network.now == pytest.approx(
+        0.12 + 2 * 0.12 + 0.18 + 0.42 + 2 * 0.42
+    )  # warm-up, 1, 4 and 16 images, and 16 again
     assert seen.checkpoint_s is not None
     assert seen.checkpoint_s > 0
     assert torch.get_num_threads() == threads
@@ -236,12 +245,12 @@ def test_the_probe_times_real_steps_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_the_probe_writes_its_checkpoint_where_the_node_can(tmp_path, monkeypatch):
-    (tmp_path / "quick_network.py").write_text(SLEEPY.replace("0.02", "0.0"))
+    (tmp_path / "quick_network.py").write_text(TIMED)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     elsewhere = Path("/proc/home")  # the driver's: no folder can be made on this node
     experiment = experiment_from(
-        {"model": {"type": "quick_network:Sleepy"}, "training": {"batch_size": 2}, "evaluation": {"enabled": False}}
+        {"model": {"type": "quick_network:Timed"}, "training": {"batch_size": 2}, "evaluation": {"enabled": False}}
     )
     for storage, measured in (("s3://bucket/ddpm", True), ("/proc/home", False)):
         profile = Profile(kind="connect", address="auto", storage=storage, resources_per_worker={"CPU": 1})

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from pipeline.redaction import DECLARED_SECRETS
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.runs import Run, RunStatus, new_id, normalise_name
 from tests.kit.commands import python
+from tests.kit.small_disk import small_disk
 
 HOLD = """
 import sys, time
@@ -31,17 +31,17 @@ with run.lock():
     time.sleep(600)
 """
 RACE = """
-import sys, time
+import sys
 from pathlib import Path
 from pipeline.errors import RunLockedError
 from pipeline.storage.runs import Run
 run = Run(Path(sys.argv[1]))
-while time.time() < float(sys.argv[2]):
-    pass
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     with run.lock():
         print("won", run.next_attempt(), flush=True)
-        time.sleep(3)
+        sys.stdin.readline()  # until all others have asked
 except RunLockedError as error:
     print("lost", error.exit_code, flush=True)
 """
@@ -148,10 +148,16 @@ def test_a_second_process_is_refused_at_once_and_told_who_holds_the_run(run: Run
 
 @pytest.mark.fault(19)
 def test_of_processes_that_start_together_exactly_one_gets_the_run(run: Run) -> None:
-    begin = time.time() + 2.0
-    racers = [python(RACE, run.folder, begin) for _ in range(4)]
-    outputs = [racer.communicate(timeout=60) for racer in racers]
-    assert sorted(out for out, _ in outputs) == ["lost 9\n"] * 3 + ["won 1\n"], outputs
+    racers = [python(RACE, run.folder) for _ in range(4)]
+    assert [racer.stdout.readline() for racer in racers if racer.stdout] == ["ready\n"] * 4
+    for racer in racers:
+        assert racer.stdin is not None
+        racer.stdin.write("go\n")
+        racer.stdin.flush()
+    told = [racer.stdout.readline() for racer in racers if racer.stdout]
+    assert sorted(told) == ["lost 9\n"] * 3 + ["won 1\n"], told
+    for racer in racers:
+        racer.communicate()
 
 
 @pytest.mark.fault(19)
@@ -188,26 +194,13 @@ def test_fields_of_a_later_version_do_not_make_a_run_unreadable(run: Run) -> Non
 
 @pytest.mark.fault(6)
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    code = """
-import resource, signal, sys
-from pathlib import Path
-from pipeline.redaction import DECLARED_SECRETS
-from pipeline.storage.durable import write_atomically
-from pipeline.errors import StorageError
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    write_atomically(Path(sys.argv[1]), b"x" * 5000)
-except StorageError as error:
-    print(error)
-"""
-    target = tmp_path / "status.json"
-    write_atomically(target, b"old")
-    with python(code, target) as process:
-        out, err = process.communicate(timeout=60)
-    assert "cannot be written" in out, err
-    assert target.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["status.json"]
+    with small_disk(tmp_path, "size=64k") as disk:
+        target = disk.inside / "status.json"
+        write_atomically(target, b"old")
+        with pytest.raises(StorageError, match=r"cannot be written \(No space left on device\)"):
+            write_atomically(target, b"x" * 2**20)
+        assert target.read_bytes() == b"old"
+        assert os.listdir(disk.inside) == ["status.json"]
 
 
 @pytest.mark.fault(7)

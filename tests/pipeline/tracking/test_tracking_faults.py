@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 import signal
 import sqlite3
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
@@ -45,6 +49,9 @@ print("locked", flush=True)
 time.sleep(float(sys.argv[2]))
 """
 STEPS = 300
+WAITS = {f"socket.{call}" for call in ("connect", "connect_ex", "send", "sendall", "recv", "recv_into")} | {
+    *("sleep", "getaddrinfo", "select", "poll.poll", "Connection.execute", "Cursor.execute")
+}
 
 
 def start(run: Run, settings: TrackingSettings) -> Tracker:
@@ -145,24 +152,51 @@ def test_a_store_locked_for_longer_than_mlflow_waits(run: Run, store: TrackingSe
     assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 201)]
 
 
+@pytest.fixture
+def waits() -> Iterator[list[str]]:
+    """The calls of this thread, from here on, that wait for somebody else: those of sockets and databases, and sleeping itself."""
+    seen: list[str] = []
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        if event == "c_call" and argument.__qualname__ in WAITS:
+            seen.append(argument.__qualname__)
+
+    sys.setprofile(profile)
+    yield seen
+    sys.setprofile(None)
+
+
 @pytest.mark.fault(14)
 @pytest.mark.promise("P4")
 @pytest.mark.slow
 @pytest.mark.parametrize("state", ["refusing", "hanging"])
-def test_a_server_away_for_ever_costs_seconds_and_loses_nothing(
-    state: str, run: Run, remote: TrackingSettings, gate: Gate, caplog: pytest.LogCaptureFixture
+def test_training_makes_no_call_to_a_server_that_is_away_for_ever_and_nothing_is_lost(
+    state: str,
+    run: Run,
+    remote: TrackingSettings,
+    gate: Gate,
+    waits: list[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3600")  # whoever waited for a call would wait for ever
     gate.set(state)
     driver = start(run, remote)
+    assert waits == []
     assert not driver.close()
+    assert set(waits) == {"sleep"}  # it looks now and then at how far the other thread has come
     assert Spool(run.folder / "spool").unreachable  # from here on, nobody waits for it again
+    waits.clear()
     worker = Tracker(run.folder, remote)
     for step in range(1, 501):
         worker.metrics(step, {"loss": 1 / step})
+    assert len(worker.undelivered()) == 501  # as a checkpoint asks
+    assert waits == []
     assert not worker.close()
     if state == "hanging":  # nobody has waited even for the first call to time out
         assert driver.problem is None
         assert worker.problem is None
+        assert gate.requests <= 2
     else:
         assert "Connection refused" in (driver.problem or "")
     driver.finish("FINISHED")

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
 from tests.kit import trainer
 from tests.kit.attempts import starts_of
+from tests.kit.commands import PROGRAM, Started
+from tests.kit.experiments import tiny_experiment, write_yaml
 from tests.kit.small_disk import SmallDisk, small_disk
 from tests.pipeline.training.test_resume import to_the_end
 
-COMMAND = Path(sys.executable).with_name("ddpm-pipe")
 # at its seventh step a process waits for a file: in between a test changes the disk
 NETWORK = """
 import time
@@ -47,21 +44,29 @@ class Training:
     def __init__(self, disk: SmallDisk, folder: Path, environment: dict[str, str]) -> None:
         self.disk, self.folder, self.gate = disk, folder, folder / "gate"
         self.environment = environment | {"DDPM_PIPE_HOME": str(disk.folder)}
-        sections = {
-            "model": {"type": "gated:Gated", "arguments": {"gate": str(self.gate)}},
-            "training": trainer.SETTINGS["training"] | {"steps": 40},
-            "checkpoint": {"every_steps": 5, "every_minutes": None},
-            "evaluation": {"enabled": False},
-            "sampling": {"steps": 2},
-        }
-        self.sections = trainer.SETTINGS | sections
+        self.sections = tiny_experiment() | {"model": {"type": "gated:Gated", "arguments": {"gate": str(self.gate)}}}
         (folder / "gated.py").write_text(NETWORK)
-        (folder / "gated.yaml").write_text(yaml.safe_dump(self.sections))
+        write_yaml(folder / "gated.yaml", self.sections)
         (folder / "one.yaml").write_text("threads_per_worker: 1\n")
 
-    def begin(self, *command: str) -> subprocess.Popen[str]:
+    def begin(self, *command: str) -> Started:
         self.gate.unlink(missing_ok=True)
-        return self.disk.start(COMMAND, *command, cwd=self.folder, env=self.environment)
+        return self.disk.start(PROGRAM, *command, cwd=self.folder, env=self.environment)
+
+    def until(self, step: int, *command: str) -> Started:
+        """Begin, and wait until a step is saved: two steps later the process waits at the gate."""
+        process = self.begin(*command)
+        manifest = f"*/checkpoints/step-{step:010d}-*/{checkpoints.MANIFEST}"
+        process.wait_for(lambda: list((self.disk.inside / "runs").glob(manifest)))
+        return process
+
+    def end(self, process: Started) -> tuple[int, str]:
+        """Open the gate, and wait for the end; return the exit code and the command's one line about it."""
+        self.gate.touch()
+        code, _, stderr = process.end()
+        assert "Traceback" not in stderr, stderr
+        (line,) = [line for line in stderr.splitlines() if line.startswith("ddpm-pipe: ")]
+        return code, line
 
     def run(self) -> Path:
         (run,) = (self.disk.inside / "runs").iterdir()
@@ -69,28 +74,10 @@ class Training:
 
     def saved(self) -> list[int]:
         """The steps of the checkpoints on the disk, every byte verified."""
-        folder = self.run() / "checkpoints"
-        for checkpoint in checkpoints.committed(folder):
+        found = checkpoints.committed(self.run() / "checkpoints")
+        for checkpoint in found:
             checkpoint.verify()
-        return [checkpoint.step for checkpoint in checkpoints.committed(folder)]
-
-    def wait_for_checkpoint(self, process: subprocess.Popen[str], step: int) -> None:
-        """Wait until a step is saved: two steps later the process waits at the gate."""
-        while not list((self.disk.inside / "runs").glob(f"*/checkpoints/step-{step:010d}-*/{checkpoints.MANIFEST}")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.05)
-
-    def open_gate(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        """Let a process go on to its end; return its exit code and the command's own line."""
-        self.gate.touch()
-        _, stderr = process.communicate()
-        assert "Traceback" not in stderr, stderr
-        (line,) = [line for line in stderr.splitlines() if line.startswith("ddpm-pipe: ")]
-        return process.returncode, line
-
-    def tried(self, *command: str) -> tuple[int, str]:
-        """Run a command that cannot begin."""
-        return self.open_gate(self.begin(*command))
+        return [checkpoint.step for checkpoint in found]
 
 
 @pytest.fixture
@@ -105,45 +92,42 @@ def training(tmp_path: Path, user_environment: dict[str, str]) -> Iterator[Train
 @pytest.mark.promise("P1")
 @pytest.mark.promise("P5")
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_disk_that_is_full_or_read_only_ends_the_training_with_6_and_room_ends_it_with_the_same_bytes(training):
     disk = training.disk
-    process = training.begin("train", "gated.yaml", "--cluster", "one.yaml")
-    training.wait_for_checkpoint(process, 5)
+    process = training.until(5, "train", "gated.yaml", "--cluster", "one.yaml")
     disk.fill()
-    code, line = training.open_gate(process)
+    code, line = training.end(process)
     assert (code, "storage full: need" in line) == (6, True), line
     assert training.saved() == [5]
-    assert training.tried("resume", "latest")[0] == 6  # there is still no room
+    assert training.end(training.begin("resume", "latest"))[0] == 6  # there is still no room
 
     disk.empty()
-    process = training.begin("resume", "latest")
-    training.wait_for_checkpoint(process, 10)
+    process = training.until(10, "resume", "latest")
     disk.mount(f"remount,nr_inodes={disk.num_files() + 3}")  # the folder and two of a checkpoint's five files
-    code, line = training.open_gate(process)
+    code, line = training.end(process)
     assert (code, "storage full: no inodes left" in line) == (6, True), line
     assert training.saved() == [10, 5]
 
     disk.mount("remount,nr_inodes=0")
-    process = training.begin("resume", "latest")
-    training.wait_for_checkpoint(process, 15)
+    process = training.until(15, "resume", "latest")
     kept = training.run().relative_to(disk.inside) / "checkpoints"
-    disk.run("mount", "--bind", disk.folder / kept, disk.folder / kept)
+    assert disk.run("mount", "--bind", disk.folder / kept, disk.folder / kept).code == 0
     disk.mount("remount,bind,ro", kept)
-    code, line = training.open_gate(process)
+    code, line = training.end(process)
     assert (code, "cannot be written (Read-only file system)" in line) == (6, True), line
     assert training.saved() == [15, 10]
     disk.mount("remount,ro")
-    assert training.tried("resume", "latest")[0] == 6
-    assert training.tried("train", "gated.yaml")[0] == 6
+    for command in (["resume", "latest"], ["train", "gated.yaml"]):
+        assert training.end(training.begin(*command))[0] == 6
 
     disk.mount("remount,rw")
-    disk.run("umount", disk.folder / kept)
+    assert disk.run("umount", disk.folder / kept).code == 0
     training.gate.touch()
-    done = disk.run(COMMAND, "resume", "latest", cwd=training.folder, env=training.environment)
-    assert done.returncode == 0, done.stderr
-    log = (training.run() / "log.txt").read_text()
-    assert starts_of(log) == [0, 5, 10, 15]
+    done = disk.run(PROGRAM, "resume", "latest", cwd=training.folder, env=training.environment)
+    assert done.code == 0, done.stderr
+    assert starts_of((training.run() / "log.txt").read_text()) == [0, 5, 10, 15]
+    assert json.loads((training.run() / "status.json").read_text())["status"] == "FINISHED"
     calm = trainer.make_run(training.folder, **training.sections)
     to_the_end(calm)
     assert trainer.final_digests(Run(training.run())) == trainer.final_digests(calm)
-    assert json.loads((training.run() / "status.json").read_text())["status"] == "FINISHED"

@@ -143,8 +143,9 @@ def test_each_mistake_is_told_in_one_line(sample, tmp_path, name):
 @pytest.mark.fault(20)
 @pytest.mark.slow
 def test_sigterm_ends_with_a_line_and_keeps_what_was_computed(home: Path, start) -> None:
-    made = trainer.trained_slow_sampler(home, steps=2, batch_size=4)
-    sampling = start("sample", made.id, "-n", "200")
+    made = trainer.trained_held_sampler(home, hold_after=4, steps=2, batch_size=4)
+    (home / "hold").touch()  # two chunks are done, the others wait
+    sampling = start("sample", made.id, "-n", "16")
     sampling.wait_for(lambda: list((made.folder / "generated").glob("*/chunk-*")))
     sampling.send(signal.SIGTERM)
     code, _, stderr = sampling.end(60)
