@@ -53,7 +53,7 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.mark.fault(4)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_machine(home, calm, start):
     slow = slow_experiment(home)
     with ray_cluster(num_cpus=1) as cluster:
@@ -113,7 +113,7 @@ def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_s
 
 
 @pytest.mark.fault(5, 25)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from_on_another_cluster(
     home, cli, calm, start
 ):

@@ -62,7 +62,7 @@ def meanwhile(act: Callable[[], None]) -> Iterator[None]:
 
 
 @pytest.mark.fault(1)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 def test_killing_a_worker_costs_an_attempt_and_changes_nothing(tiny, typed, ray_session, calm):
     slow_experiment(tiny)
 
@@ -89,7 +89,7 @@ def test_isolated_or_not_a_training_ends_with_the_same_bytes(tiny, typed, ray_se
 
 
 @pytest.mark.fault(2, 19, 20)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 def test_signals_reach_an_isolated_worker_and_sigkill_of_its_driver_leaves_no_process(
     tiny, start, typed, ray_session, calm
 ):

@@ -118,7 +118,7 @@ def site(tmp_path, bucket, object_store):
 
 @pytest.mark.fault(5)
 @pytest.mark.oracle(11)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
 def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends_the_same(site, undisturbed):
     site.to_the_end(stop_after=7)
@@ -135,7 +135,7 @@ def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends
 
 @pytest.mark.fault(3, 24)
 @pytest.mark.oracle(11)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", [0, 1, *(pytest.param(n, marks=pytest.mark.all) for n in range(2, 6))])
 def test_killed_while_sending_and_gone_on_with_elsewhere_ends_the_same(site, undisturbed, trial):

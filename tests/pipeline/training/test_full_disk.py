@@ -87,10 +87,8 @@ def training(tmp_path: Path, user_environment: dict[str, str]) -> Iterator[Train
         yield Training(disk, tmp_path, user_environment)
 
 
-@pytest.mark.fault(6)
-@pytest.mark.fault(7)
-@pytest.mark.promise("P1")
-@pytest.mark.promise("P5")
+@pytest.mark.fault(6, 7)
+@pytest.mark.promise("P1", "P5")
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_disk_that_is_full_or_read_only_ends_the_training_with_6_and_room_ends_it_with_the_same_bytes(training):

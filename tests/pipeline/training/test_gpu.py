@@ -114,7 +114,7 @@ RESUMED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.fault(1)
 @pytest.mark.oracle(11)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 @pytest.mark.parametrize("mode", RESUMED)
 def test_oracle_11_killed_on_a_gpu_and_resumed_ends_with_the_same_bytes(tmp_path: Path, mode: str) -> None:
     sections = {name: TINY.get(name, {}) | changes for name, changes in RESUMED[mode].items()}

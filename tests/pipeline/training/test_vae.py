@@ -180,7 +180,7 @@ def test_image_i_is_a_function_of_seed_and_i() -> None:
 
 
 @pytest.mark.oracle(11)
-@pytest.mark.promise("P1")
+@pytest.mark.promise("P1", "P2")
 def test_training_goes_through_the_worker_and_resumes_bit_for_bit(home: Path) -> None:
     whole, broken = trainer.make_run(home, **VAE), trainer.make_run(home, **VAE)
     assert trainer.train(str(whole.folder)) == "finished"
