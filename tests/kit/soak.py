@@ -106,7 +106,7 @@ def flip_a_bit(run: Run, rng: random.Random) -> None:
 def began_at(run: Run) -> int:
     """Return the step that the run's newest attempt began at."""
     attempt = (run.folder / "attempt").read_text().strip()
-    found = re.findall(rf"attempt {attempt} continues from step (\d+)", run.log_path.read_text())
+    found = re.findall(rf"attempt {attempt} starts at step (\d+) ", run.log_path.read_text())
     return int(found[-1]) if found else 0
 
 
