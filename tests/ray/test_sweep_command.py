@@ -130,6 +130,7 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dic
     assert extended["seconds"] > spent_s  # of all drivers
 
 
+@pytest.mark.fault(2)
 def test_a_sweep_whose_driver_is_killed_goes_on_from_its_trials_checkpoint(elsewhere: Shell) -> None:
     over = ("--over", "training.learning_rate=1e-3", "--steps", "40", "--seeds", "1")
     killed = elsewhere.start("sweep", "--base", "slow.yaml", *over, "-s", "logging.every_steps=1")

@@ -211,6 +211,7 @@ def test_damaged_images_are_listed_at_once_and_left_out_when_so_many_may_be(tmp_
     assert (len(lines[start + 1 :]), lines[-1]) == (21, "  and 238 more, in the manifest")
 
 
+@pytest.mark.fault(12)
 def test_a_refused_image_is_not_skipped(tmp_path: Path) -> None:
     root = lay_out(tmp_path / "in", "0.png")
     (root / "1.png").write_bytes(b"GIF89a")

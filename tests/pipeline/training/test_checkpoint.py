@@ -78,6 +78,8 @@ def test_a_checkpoint_says_what_it_holds(tmp_path):
         saved.tensors("optimizer")
 
 
+@pytest.mark.fault(3)
+@pytest.mark.promise("P5")
 def test_all_is_on_the_disk_before_the_commit_and_the_commit_before_the_save_returns(tmp_path, monkeypatch):
     """What is flushed, in order, with the size it has then; `may_commit` is asked when nothing but the manifest is missing."""
     flushed, asked, really = [], [], os.fsync
@@ -124,6 +126,8 @@ def test_a_committed_checkpoint_is_not_written_again_and_remains_are(tmp_path):
     assert not (remains / "other").exists()
 
 
+@pytest.mark.fault(3, 6)
+@pytest.mark.promise("P5")
 def test_a_disk_that_fails_after_the_commit_leaves_it_and_one_that_fails_before_leaves_nothing(tmp_path, monkeypatch):
     really = os.fsync
     for committed in (False, True):
@@ -142,6 +146,7 @@ def test_a_disk_that_fails_after_the_commit_leaves_it_and_one_that_fails_before_
     assert checkpoints.newest_verified(tmp_path).warnings == []
 
 
+@pytest.mark.fault(7)
 @pytest.mark.parametrize(
     ("number", "told"),
     [
@@ -262,6 +267,8 @@ def test_damaged_manifests_never_raise_anything_else(tmp_path):
         checkpoints.Checkpoint(manifest.parent, 2, 1).manifest()
 
 
+@pytest.mark.fault(26)
+@pytest.mark.promise("P5")
 def test_where_none_verifies_each_is_told_and_none_is_used(tmp_path):
     assert checkpoints.newest_verified(tmp_path / "nothing") == checkpoints.Found(None)
     for step in (1, 2, 3):
@@ -325,6 +332,7 @@ def test_pruning_leaves_alone_what_may_still_be_written_and_what_is_not_its_own(
     assert [c.step for c in checkpoints.committed(tmp_path)] == [7, 6]
 
 
+@pytest.mark.fault(6)
 def test_room_for_a_checkpoint_and_a_little_more_is_enough(tmp_path, monkeypatch):
     """2.2 times the 3 * 53 float32 numbers, to the byte."""
     usage, need = shutil.disk_usage(tmp_path), int(3 * 53 * 4 * 2.2)

@@ -56,6 +56,7 @@ def everything(learner: Learner) -> dict[str, Tensor]:
     return {f"{group}/{name}": t.clone() for group, tensors in learner.tensors().items() for name, t in tensors.items()}
 
 
+@pytest.mark.oracle(11)
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("training", [{}, LOSS_AWARE], ids=["uniform", "loss_aware"])
 def test_a_learner_that_is_restored_goes_on_bit_for_bit(training: dict[str, Any], channels_last: bool) -> None:
@@ -186,6 +187,7 @@ class Scale(NamedTuple):
         return self.scale
 
 
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("norm", [float("inf"), float("nan"), 3.0])
 @pytest.mark.parametrize(
     ("scaler", "told"),
@@ -207,6 +209,7 @@ def test_a_gradient_that_is_not_finite_is_divergence_but_for_fp16s_overflows(
         result.require_finite()
 
 
+@pytest.mark.fault(16)
 def test_divergence_is_noticed_a_step_later_and_before_that_step_changes_anything() -> None:
     chosen = experiment()
     learner = learner_of(chosen)

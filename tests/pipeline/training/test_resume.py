@@ -132,6 +132,7 @@ def on(run: Run, profile: Profile, stop_after: int | None = None) -> list[int]:
     return [checkpoint.state()["threads"], computed_with]
 
 
+@pytest.mark.promise("P6")
 def test_a_run_keeps_its_threads_on_a_machine_with_other_cores_unless_a_profile_names_others(tmp_path):
     two_cores, one_core = (Profile(resources_per_worker=Resources(CPU=cpus)) for cpus in (2, 1))
     calm, moved, renamed = (trainer.make_run(tmp_path, profile=two_cores) for _ in range(3))
