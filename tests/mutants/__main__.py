@@ -59,7 +59,9 @@ TESTS = (
     "tests/pipeline/training/test_modes.py",
     "tests/pipeline/training/test_workers.py",
 )
-MARKS = "not slow and not ray and not gpu"
+MARKS = "not ray and not gpu and not all"
+# Tests of processes, which know nothing of the mutant.
+OTHER_PROCESSES = "not (workers_see_the_same or workers_draw_the_same or is_waited_for or kill_at_any_system_call)"
 # Imported once, before the forks: what of the tests' imports is not ours and takes long.
 HEAVY = (
     *("numpy", "scipy.linalg", "torch", "torch._dynamo", "torch.distributed", "torchvision", "safetensors.torch"),
@@ -195,23 +197,12 @@ def limit_cpu(seconds: float) -> None:
 
 def run_pytest(folder: Path, plugin: object, *arguments: str) -> int:
     """Run pytest in this process with a folder for its temporary files and its output."""
-    quiet = (
-        "-q",
-        "--tb=short",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "no:xdist",
-        "-W",
-        "ignore::pytest.PytestAssertRewriteWarning",
-        f"--basetemp={folder / 'tmp'}",
-        "-m",
-        MARKS,
-    )
+    options = "-q --tb=short -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning".split()
+    options += ["-m", MARKS, "-k", OTHER_PROCESSES, f"--basetemp={folder / 'tmp'}"]
     with (folder / "output").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-        return int(pytest.main([*quiet, *arguments], plugins=[plugin]))
+        return int(pytest.main([*options, *arguments], plugins=[plugin]))
 
 
 def fork(folder: Path, work: Callable[[], dict[str, Any]]) -> int:
