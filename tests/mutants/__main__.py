@@ -71,6 +71,7 @@ HEAVY = (
 SLACK_S, SLACK_FACTOR, LOAD_FACTOR = 5.0, 10.0, 10.0
 MEMORY_BYTES = 8 << 30
 MARK = "_reached_by_a_test"
+STARTED: set[int] = set()
 
 
 @dataclass
@@ -197,7 +198,16 @@ def limit_cpu(seconds: float) -> None:
 
 def run_pytest(folder: Path, plugin: object, *arguments: str) -> int:
     """Run pytest in this process with a folder for its temporary files and its output."""
-    options = "-q --tb=short -p no:cacheprovider -p no:xdist -W ignore::pytest.PytestAssertRewriteWarning".split()
+    options = [
+        "-q",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+    ]
     options += ["-m", MARKS, "-k", OTHER_PROCESSES, f"--basetemp={folder / 'tmp'}"]
     with (folder / "output").open("w") as output:
         os.dup2(output.fileno(), 1)
@@ -211,8 +221,10 @@ def fork(folder: Path, work: Callable[[], dict[str, Any]]) -> int:
     sys.stdout.flush()
     sys.stderr.flush()
     if pid := os.fork():
+        STARTED.add(pid)
         return pid
     try:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.setsid()
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_BYTES, MEMORY_BYTES))
         (folder / "result").write_text(json.dumps(work()))
@@ -221,6 +233,13 @@ def fork(folder: Path, work: Callable[[], dict[str, Any]]) -> int:
         (folder / "output").open("a").write(traceback.format_exc())
     finally:
         os._exit(70)
+
+
+def end(pid: int) -> None:
+    """Kill a process that `fork` started, and what its tests left running: it is the head of a session of its own."""
+    STARTED.discard(pid)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
 
 
 def reach_of(targets: Sequence[str], tests: Sequence[str], root: Path) -> Reach:
@@ -233,7 +252,9 @@ def reach_of(targets: Sequence[str], tests: Sequence[str], root: Path) -> Reach:
         places = [[path, line, sorted(found)] for (path, line), found in watch.tests.items()]
         return {"code": code, "failed": watch.failed, "cost_s": watch.cost_s, "places": places}
 
-    os.waitpid(fork(folder, work), 0)
+    pid = fork(folder, work)
+    os.waitpid(pid, 0)
+    end(pid)
     result = folder / "result"
     told = json.loads(result.read_text()) if result.exists() else {"code": 70, "failed": []}
     if told["code"] != 0:
@@ -274,7 +295,8 @@ def verdict(status: int, folder: Path, num_tests: int) -> tuple[bool, str]:
 def control(mutant: Mutant, reach: Reach, root: Path) -> None:
     """Try the code as it is in a mutant's place: what kills that would kill every mutant. SystemExit where it does not survive."""
     tests, folder = reach.tests_of(mutant)[:20], root / "control"
-    _, status = os.waitpid(try_mutant(replace(mutant, choice=None), tests, reach.cost_s, folder), 0)
+    pid, status = os.waitpid(try_mutant(replace(mutant, choice=None), tests, reach.cost_s, folder), 0)
+    end(pid)
     killed, by = verdict(status, folder, len(tests))
     if killed:
         print(f"the code as it is does not survive in the place of {mutant}: {by}", file=sys.stderr)
@@ -303,8 +325,7 @@ def check(mutants: Sequence[Mutant], reach: Reach, root: Path, jobs: int) -> dic
                 if time.monotonic() > deadline:
                     os.killpg(pid, signal.SIGKILL)
                 continue
-            with contextlib.suppress(ProcessLookupError):  # what its tests left running
-                os.killpg(pid, signal.SIGKILL)
+            end(pid)
             del running[pid]
             verdicts[mutant] = killed, by = verdict(status, folder, num_tests)
             shutil.rmtree(folder, ignore_errors=True)
@@ -341,6 +362,7 @@ def main() -> int:
     drawn = random.Random(seed).sample(candidates, min(chosen.num or len(candidates), len(candidates)))
     print(f"seed {seed}: {len(drawn)} of {len(candidates)} mutants; again with SEED={seed}", flush=True)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     root = make_root()
     environment = hermetic_environment(root, os.environ) | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     os.environ.clear()
@@ -357,6 +379,8 @@ def main() -> int:
         control(drawn[0], reach, root)
         verdicts = check(drawn, reach, root, chosen.jobs)
     finally:
+        for pid in set(STARTED):
+            end(pid)
         shutil.rmtree(root, ignore_errors=True)
     return summary(verdicts, chosen.least, seed)
 

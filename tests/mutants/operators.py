@@ -56,6 +56,7 @@ _PAIRS = (
 )
 OTHER_NAMES = {a: b for pair in map(str.split, _PAIRS) for a, b in (pair, reversed(pair))}
 DEVICE_MOVES = {"cpu", "contiguous"}
+SYMMETRIC = {"min", "max", "maximum", "promote_types"}
 NO_VALUES = {
     "self",
     "cls",
@@ -369,7 +370,8 @@ def _call(node: ast.Call) -> Iterator[Fault]:
         if keyword.arg != "device":
             yield _changed(node, keywords=_without(node.keywords, i))
     if len(node.args) >= 2:
-        yield _changed(node, args=[node.args[1], node.args[0], *node.args[2:]])
+        if ast.unparse(node.func).rpartition(".")[2] not in SYMMETRIC:
+            yield _changed(node, args=[node.args[1], node.args[0], *node.args[2:]])
         yield _changed(node, args=node.args[:-1])
     match node.func:
         case ast.Attribute(value=receiver) if _is_method(node):
