@@ -9,7 +9,7 @@ import re
 import pytest
 
 from pipeline.storage.checkpoint import MANIFEST
-from tests.kit.experiments import tiny_experiment, write_yaml
+from tests.kit.experiments import SAVED_EVERY, tiny_experiment, write_yaml
 from tests.kit.object_store import objects
 from tests.kit.trainer import attempts
 
@@ -45,7 +45,10 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     went_on = cli("resume", row["id"][:4], "--cluster", profile, cwd=elsewhere, env=there)
     assert went_on.code == 0, went_on
     second = attempts(elsewhere)[-1]
-    assert (second.number, second.start, second.end) == (2, reached, 60)
+    assert (second.number, second.end) == (2, 60)
+    # a worker of the lost machine may have committed one more before it ended
+    assert second.start >= reached >= 10
+    assert second.start % SAVED_EVERY == 0
     third = environment | {"DDPM_PIPE_HOME": str(tmp_path / "third")}
     (row,) = json.loads(cli("runs", "--json", "--cluster", profile, cwd=elsewhere, env=third).stdout)
     assert (row["status"], row["steps"]) == ("FINISHED", "60/60")
