@@ -166,9 +166,10 @@ class AttemptOnRay(Attempt):
         try:
             for group in {member.placement_group for member in self.members.values()}:
                 cluster_nodes.release(group)
-            answers = cluster_nodes.on_each(
-                mine, partial(Remains.here, Path(self.job.run_folder).name, self.job.attempt)
-            )
+            question = partial(Remains.here, Path(self.job.run_folder).name, self.job.attempt)
+            # this machine is there: a process of Ray's that is late to say so, because the machine is busy, would make it a lost node
+            here = self.profile.kind == "local"
+            answers = dict.fromkeys(mine, question()) if here else cluster_nodes.on_each(mine, question)
         except Exception:  # the cluster is going
             return Ended(None, cause_of(error))
         lost = frozenset(mine - answers.keys())
