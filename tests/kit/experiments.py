@@ -71,7 +71,7 @@ def tiny_experiment(**sections: dict[str, Any]) -> dict[str, Any]:
 
 def write_yaml(path: Path, content: dict[str, Any]) -> str:
     """Write a file of settings; return its name."""
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path.name
 
 
