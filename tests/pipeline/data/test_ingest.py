@@ -342,7 +342,7 @@ def test_a_source_is_ingested_once_and_again_when_it_changes(tmp_path: Path) -> 
     first = ensure_ingested(str(source), IngestOptions(), tmp_path / "cache", said.append)
     assert (before.state, before.shape) == ("here", first.manifest.shape)
     again = ensure_ingested(str(source), IngestOptions(), tmp_path / "cache", said.append)
-    assert said == [f"ingesting {source} into {first.folder}, once"]
+    assert said == [f"ingesting {source} into {first.folder}, once", "classes: 3 (ant 4, bee 5, cat 3)"]
     assert again.folder == first.folder
     assert first.folder.parent == tmp_path / "cache"
     assert first.folder.name.startswith("pets-")
