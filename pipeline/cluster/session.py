@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cluster.join import SETTINGS, joined_ray, require_room
+from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
@@ -55,7 +56,7 @@ def require_resources(profile: Profile, num_workers: int) -> None:
                 f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need} "
                 f"GPUs, this machine has {gpus}; use --cluster local to train on its CPUs"
             )
-    each, have = profile.cpus_per_worker(num_workers), os.cpu_count() or 1
+    each, have = profile.cpus_per_worker(num_workers), usable_cpus()
     if each * num_workers > have + 1e-9:
         fit = int(have / each)
         remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"

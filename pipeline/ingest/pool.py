@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from types import ModuleType
 
+from pipeline.cpus import usable_cpus
 from pipeline.errors import DataError
 from pipeline.ingest.rows import Item, Rows, Shape, Treatment, make_rows
 
@@ -30,7 +31,7 @@ def default_num_workers(num_bytes: int) -> int:
     """Processes to decode `num_bytes` of encoded images with: 1 (this one) for few, else one per core, 16 at most."""
     if num_bytes < _WORTH_A_POOL_BYTES:
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cpus()
     return min(_MOST_WORKERS, cores)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from pipeline.cpus import usable_cpus
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
 from pipeline.settings.cluster_profile import Profile
@@ -46,7 +46,7 @@ def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
 
 def held_here(counts: Sequence[int], profile: Profile) -> list[int]:
     """Return those of the counts that this machine holds, which neither grows nor shrinks."""
-    has = {"CPU": float(os.cpu_count() or 1)}
+    has = {"CPU": float(usable_cpus())}
     if profile.use_gpu:
         from pipeline.training.device import num_gpus
 

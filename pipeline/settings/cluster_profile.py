@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
+from pipeline.cpus import usable_cpus
 from pipeline.errors import UsageError
 from pipeline.redaction import DECLARED_SECRETS, announces_secret, refuse_secrets
 from pipeline.settings import presets
@@ -197,7 +198,7 @@ class Profile(Section):
         """CPUs that Ray reserves for each of `num_workers` workers."""
         if self.resources_per_worker.CPU is not None:
             return self.resources_per_worker.CPU
-        return (os.cpu_count() or 1) / num_workers
+        return usable_cpus() / num_workers
 
     def threads(self, num_workers: int) -> int:
         """Torch threads of each worker. Results are bit-exact for an equal number of them only."""

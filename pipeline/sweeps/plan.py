@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster.session import require_resources
 from pipeline.console import size
+from pipeline.cpus import usable_cpus
 from pipeline.errors import PipelineError, UsageError
 from pipeline.metrics.metric_identity import Generation
 from pipeline.planning.forecast import STEP_CALLS, scoring_calls
@@ -215,7 +215,7 @@ def network_calls(experiment: Experiment) -> int:
 
 def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: int | None) -> int:
     """Return how many trials run at once: as many as the machine holds workers for, at least one."""
-    cpus, each = os.cpu_count() or 1, profile.resources_per_worker
+    cpus, each = usable_cpus(), profile.resources_per_worker
     if profile.is_remote:
         room = num_trials  # the cluster says, once it is there
     elif profile.use_gpu:
@@ -232,6 +232,6 @@ def trial_profile(profile: Profile, num_workers: int, at_once: int) -> Profile:
     profile = profile.isolating()
     if profile.is_remote or profile.resources_per_worker.CPU is not None:
         return profile
-    share = max(1, (os.cpu_count() or 1) // at_once) / num_workers
+    share = max(1, usable_cpus() // at_once) / num_workers
     resources = Resources(CPU=share, GPU=profile.resources_per_worker.GPU)
     return profile.model_copy(update={"resources_per_worker": resources})

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, Precision
@@ -231,7 +232,7 @@ def serving_compute() -> Compute:
     In a process of somebody else's it is not started: torch's settings there are that process's own.
     """
     device = torch.device("cuda" if num_gpus() else "cpu")
-    return Compute(device, "gloo", None, compile=False, channels_last=False, threads=os.cpu_count() or 1)
+    return Compute(device, "gloo", None, compile=False, channels_last=False, threads=usable_cpus())
 
 
 def arithmetic_of(profile: Profile) -> dict[str, Any]:

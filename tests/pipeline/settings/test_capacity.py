@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
 
 from pipeline.cluster.session import require_resources
+from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError, UsageError
 from pipeline.planning.capacity import Growth, Node, fitting_counts, largest, room, shortage, whole_gpus
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.config import Experiment, experiment_from
 from pipeline.settings.yaml_files import validate
 
-CPUS = os.cpu_count() or 1
+CPUS = usable_cpus()
 
 
 def profile(workers: Any, **settings: Any) -> Profile:

@@ -170,7 +170,7 @@ def test_a_key_stands_for_all_that_decides_the_number_and_for_nothing_else() -> 
 def test_trials_at_once_are_those_that_two_cpus_hold(
     profile: dict[str, Any], asked: int | None, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     assert max_concurrent(Profile.model_validate(profile), 1, 10, asked) == expected
 
 

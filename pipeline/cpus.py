@@ -1,0 +1,45 @@
+"""How many CPUs this process may use: everything that sizes threads, workers or pools asks here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def usable_cpus() -> int:
+    """Return the CPUs of this process's affinity mask (taskset, cpusets), fewer where its control group has a quota; at least 1."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min([allowed, *(int(quota) for quota in _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """Yield the CPUs that each control group above this process grants; version 2 (`cpu.max`) and 1 (`cpu.cfs_quota_us`)."""
+    try:
+        lines = OWN_GROUPS.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "" or "cpu" in controllers.split(","):
+            top = CGROUPS / controllers if controllers else CGROUPS
+            own = top / path.lstrip("/")
+            # in a container its own group is the root of what it sees, whatever its path says
+            for folder in [own, *(above for above in own.parents if above.is_relative_to(top))]:
+                yield from _quota(folder)
+
+
+def _quota(folder: Path) -> Iterator[float]:
+    """Yield the quota of one group in CPUs, if it has one."""
+    try:
+        if (folder / "cpu.max").exists():
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+        if quota != "max" and int(quota) > 0:
+            yield int(quota) / int(period)
+    except (OSError, ValueError):
+        return
