@@ -18,6 +18,7 @@ from pipeline.cli import cli as root
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 README = REPOSITORY / "README.md"
+REFERENCE = REPOSITORY / "docs" / "reference.md"
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md"), *REPOSITORY.glob("cluster/**/*.md")])
 EXPERIMENTS = sorted(REPOSITORY.glob("experiments/*.yaml"))
 PROFILES = sorted(REPOSITORY.glob("cluster/*.yaml"))
@@ -98,10 +99,14 @@ def test_examples_in_the_help_parse(path: tuple[str, ...]) -> None:
 
 
 @every_command
-def test_every_command_is_in_the_readme(path: tuple[str, ...]) -> None:
-    assert re.search(rf"ddpm-pipe {' '.join(path)}\b", README.read_text()), (
-        f"README.md never shows `ddpm-pipe {' '.join(path)}`"
+def test_every_command_is_in_the_reference(path: tuple[str, ...]) -> None:
+    assert re.search(rf"^\| `ddpm-pipe {' '.join(path)}\b", REFERENCE.read_text(), re.MULTILINE), (
+        f"docs/reference.md never shows `ddpm-pipe {' '.join(path)}`"
     )
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(REPOSITORY).as_posix())
@@ -125,8 +130,8 @@ def test_the_library_example_in_the_readme_runs() -> None:
     assert namespace["x"].abs().max() <= 1
 
 
-def test_the_readmes_exit_codes_are_those_of_the_error_tree() -> None:
-    section = re.split(r"\n#+ ", README.read_text().partition("Exit codes")[2])[0]
+def test_the_exit_codes_of_the_reference_are_those_of_the_error_tree() -> None:
+    section = re.split(r"\n#+ ", REFERENCE.read_text().partition("Exit codes")[2])[0]
     documented = {int(code) for code in re.findall(r"^\|\s*`?(\d+)`?\s*\|", section, re.MULTILINE)}
     classes = [
         kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.PipelineError)

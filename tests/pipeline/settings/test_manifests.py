@@ -164,7 +164,7 @@ def test_every_head_that_we_write_or_start_reports_to_nobody(monkeypatch):
     image = re.search(r"^ENV .*RAY_USAGE_STATS_ENABLED=0.*$", (CLUSTER / "kuberay" / "Dockerfile").read_text(), re.M)
     assert image is not None
     assert setting in image[0].split()
-    by_hand = (CLUSTER.parent / "README.md").read_text().partition("ray start --head")[0].rpartition("```sh")[2]
+    by_hand = (CLUSTER / "README.md").read_text().partition("ray start --head")[0].rpartition("```sh")[2]
     assert re.search(rf"^export .*\b{re.escape(setting)}\b", by_hand, re.M)
     for spec in cluster_specs():  # pods take it from the image
         for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]:
