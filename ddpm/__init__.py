@@ -7,21 +7,22 @@ from ddpm.guidance import ConditionalModel, conditioned, drop_labels, guided
 from ddpm.likelihood import BitsPerDim, bits_per_dim
 from ddpm.noise import Generators, normal_noise
 from ddpm.objective import Objective, ObjectiveKind, l_simple
-from ddpm.posthoc_ema import PowerFunctionEMA, Profile, posthoc_error, posthoc_weights, reconstruct
-from ddpm.respacing import RULES, late_start_warning, timestep_subset
+from ddpm.posthoc_ema import EMAProfile, PowerFunctionEMA, posthoc_error, posthoc_weights, reconstruct
+from ddpm.respacing import TIMESTEP_SPACINGS, late_start_warning, timestep_subset
 from ddpm.sampler import Step, ancestral, ddim, ddim_invert, dpm_solver, few_steps_warning, slerp
 from ddpm.schedule import BetaSchedule
 from ddpm.timesteps import Draw, LossAwareTimesteps, TimestepSampler, UniformTimesteps
 from ddpm.unet import UNet
 
 __all__ = [
-    "RULES",
     "SCHEDULES",
+    "TIMESTEP_SPACINGS",
     "BetaSchedule",
     "BitsPerDim",
     "ConditionalModel",
     "Denoised",
     "Draw",
+    "EMAProfile",
     "ExponentialMovingAverage",
     "Gaussian",
     "GaussianDiffusion",
@@ -32,7 +33,6 @@ __all__ = [
     "ObjectiveKind",
     "PowerFunctionEMA",
     "Prediction",
-    "Profile",
     "ReverseStep",
     "Step",
     "TimestepSampler",

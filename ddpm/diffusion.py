@@ -162,9 +162,9 @@ class GaussianDiffusion:
 
     def denoise(self, model: Model, x_t: Tensor, t: Tensor) -> Denoised:
         """x0 and eps according to `model`; where x0 is clipped to [-1, 1], eps is re-derived from the clipped x0."""
-        return self.read(model(x_t, t), x_t, t)
+        return self.interpret_output(model(x_t, t), x_t, t)
 
-    def read(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
+    def interpret_output(self, output: Tensor, x_t: Tensor, t: Tensor) -> Denoised:
         """`denoise` for an output of the network that is there already."""
         x_t = _wide(x_t)
         output, fraction = self.split(output, x_t)
@@ -194,9 +194,9 @@ class GaussianDiffusion:
 
     def p_mean_variance(self, model: Model, x_t: Tensor, t: Tensor) -> ReverseStep:
         """p(x_{t-1} | x_t): predict x0, clip it, THEN form the posterior mean from it (Ho et al. eqs. 11-12)."""
-        return self.p_from(self.denoise(model, x_t, t), x_t, t)
+        return self.reverse_step(self.denoise(model, x_t, t), x_t, t)
 
-    def p_from(self, denoised: Denoised, x_t: Tensor, t: Tensor) -> ReverseStep:
+    def reverse_step(self, denoised: Denoised, x_t: Tensor, t: Tensor) -> ReverseStep:
         """`p_mean_variance` for a network that has been asked already."""
         mean = self.q_posterior(denoised.x0, x_t, t).mean
         log_variance = self._log_variance(denoised.variance_fraction, t, mean)

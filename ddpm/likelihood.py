@@ -132,8 +132,8 @@ def bits_per_dim(
     for i, at in enumerate(kept):
         index, t = (torch.full((len(x0),), n, dtype=torch.int64, device=x0.device) for n in (i, at))
         x_t = chain.q_sample(exact, index, normal_noise(x0.shape, generator, x0.device).to(exact.dtype))
-        denoised = diffusion.read(model(x_t.to(x0.dtype), t).to(exact.dtype), x_t, t)
-        p = chain.p_from(denoised, x_t, index)
+        denoised = diffusion.interpret_output(model(x_t.to(x0.dtype), t).to(exact.dtype), x_t, t)
+        p = chain.reverse_step(denoised, x_t, index)
         terms.append(decoder_bits(exact, p) if i == 0 else divergence_bits(chain, exact, x_t, index, p))
         errors.append(((denoised.x0 - exact) ** 2).flatten(1).mean(1))
     return BitsPerDim(prior_bits(chain, exact), torch.stack(terms, 1), torch.stack(errors, 1), kept)

@@ -70,7 +70,7 @@ class Objective:
         return weight / (snr + 1) if self.diffusion.prediction is Prediction.V else weight
 
     def _vlb(self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        p = self._unclipped.p_from(self._unclipped.read(output, x_t, t), x_t, t)
+        p = self._unclipped.reverse_step(self._unclipped.interpret_output(output, x_t, t), x_t, t)
         return self.diffusion.num_timesteps * vlb_term(self._unclipped, x0, x_t, t, p).to(x_t.dtype)
 
 

@@ -14,7 +14,7 @@ from ddpm.ema import WeightAverage
 MAX_SIGMA_REL = 12**-0.5  # that of gamma = 0: the plain mean of all steps
 
 
-class Profile(NamedTuple):
+class EMAProfile(NamedTuple):
     """A power-function average: its relative width, and the number of updates it has seen."""
 
     sigma_rel: float
@@ -56,12 +56,12 @@ class PowerFunctionEMA(WeightAverage):
         return float((1 - 1 / (self.num_updates + 1)) ** (self.gamma + 1))
 
     @property
-    def profile(self) -> Profile:
+    def profile(self) -> EMAProfile:
         """What to store beside a snapshot of `shadow`."""
-        return Profile(self.sigma_rel, self.num_updates)
+        return EMAProfile(self.sigma_rel, self.num_updates)
 
 
-def posthoc_weights(snapshots: Sequence[Profile], target: Profile) -> list[float]:
+def posthoc_weights(snapshots: Sequence[EMAProfile], target: EMAProfile) -> list[float]:
     """The weights, of sum 1, with which snapshots add up to the average nearest to `target`, in least squares.
 
     ValueError where a profile has no updates, or the target is longer than every snapshot.
@@ -82,7 +82,7 @@ def posthoc_weights(snapshots: Sequence[Profile], target: Profile) -> list[float
     return (solution / solution.sum()).tolist()  # type: ignore[no-any-return]
 
 
-def posthoc_error(snapshots: Sequence[Profile], weights: Sequence[float], target: Profile) -> float:
+def posthoc_error(snapshots: Sequence[EMAProfile], weights: Sequence[float], target: EMAProfile) -> float:
     """How far the weighted snapshots are from `target`: the norm of the difference of the profiles over that of the target's."""
     A, B, norm = _products(snapshots, target)
     X = torch.tensor(list(weights), dtype=torch.float64)
@@ -101,7 +101,7 @@ def reconstruct(shadows: Iterable[Mapping[str, Tensor]], weights: Sequence[float
     return {name: tensor.to(dtypes[name]) for name, tensor in total.items()}
 
 
-def _products(snapshots: Sequence[Profile], target: Profile) -> tuple[Tensor, Tensor, float]:
+def _products(snapshots: Sequence[EMAProfile], target: EMAProfile) -> tuple[Tensor, Tensor, float]:
     """The inner products of the snapshots' profiles [n,n], theirs with the target's [n], and the target's with itself."""
     gammas = {p.sigma_rel: gamma_of(p.sigma_rel) for p in (*snapshots, target)}
     A = torch.tensor([[_inner(a, b, gammas) for b in snapshots] for a in snapshots], dtype=torch.float64)
@@ -109,7 +109,7 @@ def _products(snapshots: Sequence[Profile], target: Profile) -> tuple[Tensor, Te
     return A, B, _inner(target, target, gammas)
 
 
-def _inner(a: Profile, b: Profile, gammas: Mapping[float, float]) -> float:
+def _inner(a: EMAProfile, b: EMAProfile, gammas: Mapping[float, float]) -> float:
     """(ga+1)(gb+1)/(ga+gb+1) min(Ta,Tb)^(ga+gb+1) / (Ta^(ga+1) Tb^(gb+1)), by a ratio: the powers would overflow."""
     short, long = (a, b) if a.num_updates <= b.num_updates else (b, a)
     g_short, g_long = gammas[short.sigma_rel], gammas[long.sigma_rel]

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from ddpm.schedule import DEGENERATE_ABAR, BetaSchedule
 
-RULES = ("trailing", "linspace", "leading", "quad")
+TIMESTEP_SPACINGS = ("trailing", "linspace", "leading", "quad")
 
 
-def timestep_subset(num_timesteps: int, steps: int, rule: str = "trailing") -> tuple[int, ...]:
+def timestep_subset(num_timesteps: int, steps: int, spacing: str = "trailing") -> tuple[int, ...]:
     """`steps` code indices out of 0 .. T-1, ascending.
 
     trailing  round(arange(T, 0, -T/S)) - 1, reaches T-1
@@ -23,16 +23,16 @@ def timestep_subset(num_timesteps: int, steps: int, rule: str = "trailing") -> t
     T, S = num_timesteps, steps
     if not 1 <= S <= T:
         raise ValueError(f"steps={S}, expected 1 .. {T}, the number of steps the schedule has")
-    if rule == "trailing":
+    if spacing == "trailing":
         return tuple(round(T - i * T / S) - 1 for i in reversed(range(S)))
-    if rule == "linspace":
+    if spacing == "linspace":
         return tuple(round(i * (T - 1) / (S - 1)) for i in range(S)) if S > 1 else (T - 1,)
-    if rule == "leading":
+    if spacing == "leading":
         return tuple(i * (T // S) for i in range(S))
-    if rule == "quad":
+    if spacing == "quad":
         # 4/5 T (i / (S-1))^2 in integers: in floats an exact square may come out just below itself.
         return tuple(sorted({4 * T * i * i // (5 * max(S - 1, 1) ** 2) for i in range(S)}))
-    raise ValueError(f"rule={rule!r}, expected one of {', '.join(RULES)}")
+    raise ValueError(f"spacing={spacing!r}, expected one of {', '.join(TIMESTEP_SPACINGS)}")
 
 
 def kept_timesteps(schedule: BetaSchedule, timesteps: Sequence[int] | None) -> tuple[int, ...]:
@@ -44,7 +44,7 @@ def kept_timesteps(schedule: BetaSchedule, timesteps: Sequence[int] | None) -> t
     if schedule.has_zero_terminal_snr and kept[-1] != schedule.num_timesteps - 1:
         raise ValueError(
             f"timesteps end at {kept[-1]}, expected {schedule.num_timesteps - 1}: with zero terminal SNR only the "
-            "last step is pure noise; use the rule 'trailing' or 'linspace'"
+            "last step is pure noise; use the spacing 'trailing' or 'linspace'"
         )
     return kept
 
@@ -59,6 +59,6 @@ def late_start_warning(schedule: BetaSchedule, timesteps: Sequence[int]) -> str 
         return None
     return (
         f"the {len(timesteps)} steps start at t={timesteps[-1]} of 0 .. {schedule.num_timesteps - 1}, where abar = {abar:.3g} is "
-        f"above {DEGENERATE_ABAR}, so that sampling starts from noise the training never saw there; use the rule 'trailing' "
+        f"above {DEGENERATE_ABAR}, so that sampling starts from noise the training never saw there; use the spacing 'trailing' "
         "or 'linspace', or more steps"
     )

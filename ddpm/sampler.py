@@ -60,7 +60,7 @@ def _ancestral(
 ) -> Iterator[Step]:
     for i in reversed(range(len(kept))):
         denoised = diffusion.denoise(model, x, _filled(kept[i], x))
-        p = chain.p_from(denoised, x, _filled(i, x))
+        p = chain.reverse_step(denoised, x, _filled(i, x))
         x = p.mean
         if i > 0:
             x = x + (p.log_variance / 2).exp() * _noise_for(x, generator)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import (
+    EMAProfile,
     ExponentialMovingAverage,
     PowerFunctionEMA,
-    Profile,
     WeightAverage,
     posthoc_error,
     posthoc_weights,
@@ -126,8 +126,8 @@ def posthoc(
         steps = ", ".join(str(snapshot.step) for snapshot in stored)
         raise UsageError(f"no snapshot of step {at} is stored; there are: {steps}")
     parts = [(snapshot, width) for snapshot in usable for width in widths]
-    profiles = [Profile(width, snapshot.step) for snapshot, width in parts]
-    target = Profile(sigma_rel, at)
+    profiles = [EMAProfile(width, snapshot.step) for snapshot, width in parts]
+    target = EMAProfile(sigma_rel, at)
     weights = posthoc_weights(profiles, target)
     error = posthoc_error(profiles, weights, target)
     if error > WORST_FIT:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm import (
-    RULES,
     SCHEDULES,
+    TIMESTEP_SPACINGS,
     BetaSchedule,
     ExponentialMovingAverage,
     GaussianDiffusion,
@@ -42,7 +42,7 @@ class Choice:
     loss_aware: bool
     sampler: str
     eta: float
-    rule: str
+    spacing: str
     steps: int
     seed: int
 
@@ -62,7 +62,7 @@ class Choice:
             return "objective"
         if self.objective == "min_snr" and (self.prediction == "x_prev" or self.ends_without_signal):
             return "objective"
-        misses_the_end = timestep_subset(self.T, self.steps, self.rule)[-1] != self.T - 1
+        misses_the_end = timestep_subset(self.T, self.steps, self.spacing)[-1] != self.T - 1
         return "sampler" if self.ends_without_signal and misses_the_end else None
 
 
@@ -78,7 +78,7 @@ CHOICES = st.builds(
     loss_aware=st.booleans(),
     sampler=st.sampled_from(["ancestral", "ddim", "dpm_solver"]),
     eta=st.sampled_from([0.0, 0.3, 1.0]),
-    rule=st.sampled_from(RULES),
+    spacing=st.sampled_from(TIMESTEP_SPACINGS),
     steps=st.integers(1, 21),
     seed=st.integers(0, 99),
 )
@@ -99,7 +99,7 @@ class Tiny(nn.Module):
 
 
 def sample(choice: Choice, diffusion: GaussianDiffusion, model: Model) -> list[Tensor]:
-    kept = timestep_subset(choice.T, choice.steps, choice.rule)
+    kept = timestep_subset(choice.T, choice.steps, choice.spacing)
     generators = [seeded(i) for i in range(2)]
     x_T = normal_noise((2, 1, 4, 4), generators)
     if choice.sampler == "ancestral":
@@ -136,7 +136,7 @@ def train_sample_and_score(choice: Choice) -> list[Tensor]:
         out.append(losses.detach())
     ema.copy_to(model)
     trajectory = sample(choice, diffusion, model.eval())
-    assert len(trajectory) == len(timestep_subset(choice.T, choice.steps, choice.rule))
+    assert len(trajectory) == len(timestep_subset(choice.T, choice.steps, choice.spacing))
     assert trajectory[-1].shape == (2, 1, 4, 4)
     return [*out, *trajectory, score(diffusion, model)]
 

@@ -19,14 +19,14 @@ def linear(T: int = 1000, prediction: str = "eps") -> GaussianDiffusion:
 
 
 @pytest.mark.parametrize(
-    ("steps", "rule", "gain"), [(20, "trailing", 1.00133), (50, "linspace", 1.01835), (20, "linspace", 1.115)]
+    ("steps", "spacing", "gain"), [(20, "trailing", 1.00133), (50, "linspace", 1.01835), (20, "linspace", 1.115)]
 )
-def test_dpm_solver_on_normal_data(steps: int, rule: str, gain: float) -> None:
+def test_dpm_solver_on_normal_data(steps: int, spacing: str, gain: float) -> None:
     """x stays put under the exact flow of N(0, 1), so that 1 is right; the numbers are those of MATHS."""
     diffusion = linear()
     one = torch.ones(1, 1, 1, 1, dtype=torch.float64)
-    *_, (t, x) = dpm_solver(diffusion, normal_data(diffusion), one, timesteps=timestep_subset(1000, steps, rule))
-    assert t == timestep_subset(1000, steps, rule)[0]
+    *_, (t, x) = dpm_solver(diffusion, normal_data(diffusion), one, timesteps=timestep_subset(1000, steps, spacing))
+    assert t == timestep_subset(1000, steps, spacing)[0]
     assert float(x) == pytest.approx(gain, abs=6e-4 if gain == 1.115 else 6e-6)
 
 

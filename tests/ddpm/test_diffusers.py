@@ -62,22 +62,24 @@ def test_ancestral_equals_ddpm_scheduler(
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
-@pytest.mark.parametrize(("T", "steps", "rule"), [(1000, 50, "trailing"), (60, 12, "leading"), (4000, 20, "trailing")])
-def test_ddim_equals_ddim_scheduler(T: int, steps: int, rule: str, prediction: str, eta: float, clip: bool) -> None:
+@pytest.mark.parametrize(
+    ("T", "steps", "spacing"), [(1000, 50, "trailing"), (60, 12, "leading"), (4000, 20, "trailing")]
+)
+def test_ddim_equals_ddim_scheduler(T: int, steps: int, spacing: str, prediction: str, eta: float, clip: bool) -> None:
     from diffusers import DDIMScheduler
 
     schedule = BetaSchedule.named("cosine" if T == 4000 else "linear", T)
     diffusion = GaussianDiffusion(schedule, prediction, clip_x0=clip)
     peer = exact(
         DDIMScheduler(
-            T, prediction_type=NAMES[prediction], clip_sample=clip, timestep_spacing=rule, set_alpha_to_one=True
+            T, prediction_type=NAMES[prediction], clip_sample=clip, timestep_spacing=spacing, set_alpha_to_one=True
         ),
         schedule,
     )
     peer.set_timesteps(steps)
     x, model = 1.5 * randn(2, 2, 4, 4), ignorant(2)
     noise = SameNoise(tuple(x.shape))
-    kept = timestep_subset(T, steps, rule)
+    kept = timestep_subset(T, steps, spacing)
     run = ddim(diffusion, model, x, generator=seeded(), timesteps=kept, eta=eta)
     for i, ((t, ours), at) in enumerate(zip(run, peer.timesteps, strict=True)):
         assert t == int(at)
@@ -91,9 +93,10 @@ def test_ddim_equals_ddim_scheduler(T: int, steps: int, rule: str, prediction: s
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
 @pytest.mark.parametrize(
-    ("T", "steps", "rule"), [(1000, 20, "trailing"), (1000, 50, "linspace"), (60, 8, "trailing"), (1000, 2, "trailing")]
+    ("T", "steps", "spacing"),
+    [(1000, 20, "trailing"), (1000, 50, "linspace"), (60, 8, "trailing"), (1000, 2, "trailing")],
 )
-def test_dpm_solver_equals_dpmsolver_multistep(T: int, steps: int, rule: str, prediction: str, clip: bool) -> None:
+def test_dpm_solver_equals_dpmsolver_multistep(T: int, steps: int, spacing: str, prediction: str, clip: bool) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     schedule = BetaSchedule.named("linear", T)
@@ -106,7 +109,7 @@ def test_dpm_solver_equals_dpmsolver_multistep(T: int, steps: int, rule: str, pr
         ),
         schedule,
     )  # fmt: skip
-    kept = timestep_subset(T, steps, rule)
+    kept = timestep_subset(T, steps, spacing)
     peer.set_timesteps(timesteps=list(reversed(kept)))
     abar = peer.alphas_cumprod[peer.timesteps]
     peer.sigmas = torch.cat([((1 - abar) / abar) ** 0.5, torch.zeros(1)])  # float64, as ours

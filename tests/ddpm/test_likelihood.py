@@ -255,7 +255,7 @@ def test_the_decoder_of_those_that_need_it_is_the_decoder_of_all(variance: str, 
     output = randn(5, diffusion.output_channels(1), 8, 8, seed=3).float()
 
     def terms(of: Tensor, whole: bool) -> Tensor:
-        p = diffusion.p_from(diffusion.read(of, x_t, t), x_t, t)
+        p = diffusion.reverse_step(diffusion.interpret_output(of, x_t, t), x_t, t)
         if not whole:
             return vlb_term(diffusion, x0, x_t, t, p)
         return torch.where(t == 0, decoder_bits(x0, p), divergence_bits(diffusion, x0, x_t, t, p).double())

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm import PowerFunctionEMA, Profile, posthoc_error, posthoc_weights, reconstruct
+from ddpm import EMAProfile, PowerFunctionEMA, posthoc_error, posthoc_weights, reconstruct
 from ddpm.posthoc_ema import gamma_of
 from tests.kit.closed_forms import seeded
 
@@ -55,7 +55,7 @@ def test_an_update_weighs_steps_by_their_power() -> None:
     )
     exact = (1 - (1 - 1 / s) ** (ema.gamma + 1)) * kept
     torch.testing.assert_close(weights, exact, rtol=1e-5, atol=1e-12)
-    assert ema.profile == Profile(0.1, steps)
+    assert ema.profile == EMAProfile(0.1, steps)
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_the_inner_product_is_the_integral(one: tuple[float, int], two: tuple[fl
 
     expected = float((density(*one) * density(*two)).mean() * 1000)
     gammas = {p[0]: gamma_of(p[0]) for p in (one, two)}
-    assert _inner(Profile(*one), Profile(*two), gammas) == pytest.approx(expected, rel=1e-4)
-    assert _inner(Profile(*two), Profile(*one), gammas) == pytest.approx(expected, rel=1e-4)
+    assert _inner(EMAProfile(*one), EMAProfile(*two), gammas) == pytest.approx(expected, rel=1e-4)
+    assert _inner(EMAProfile(*two), EMAProfile(*one), gammas) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_snapshot_rebuilds_itself() -> None:
-    snapshots = [Profile(s, n) for n in (250, 500, 750, 1000) for s in (0.05, 0.1)]
+    snapshots = [EMAProfile(s, n) for n in (250, 500, 750, 1000) for s in (0.05, 0.1)]
     for i, target in enumerate(snapshots):
         weights = posthoc_weights(snapshots, target)
         assert sum(weights) == pytest.approx(1, abs=1e-12)
@@ -114,10 +114,10 @@ def test_an_average_that_was_tracked_is_rebuilt_from_two_others(sigma_rel: float
 
 def test_the_error_is_the_relative_distance_of_the_profiles() -> None:
     """Against the integral of the squared difference, on a grid; 0 for the target itself, 1 for nothing at all."""
-    snapshots, target, weights = [Profile(0.05, 600), Profile(0.1, 1000)], Profile(0.15, 900), [0.3, 0.6]
+    snapshots, target, weights = [EMAProfile(0.05, 600), EMAProfile(0.1, 1000)], EMAProfile(0.15, 900), [0.3, 0.6]
     grid = (np.arange(200_000) + 0.5) / 200
 
-    def density(profile: Profile) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def density(profile: EMAProfile) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         g, T = gamma_of(profile.sigma_rel), profile.num_updates
         values: np.ndarray[tuple[int], np.dtype[np.float64]] = np.where(
             grid <= T, (g + 1) / T * (np.minimum(grid, T) / T) ** g, 0.0
@@ -146,8 +146,8 @@ def test_what_cannot_be_rebuilt_is_refused() -> None:
         with pytest.raises(ValueError, match="expected a number in"):
             gamma_of(sigma_rel)
     with pytest.raises(ValueError, match="expected at most 100"):
-        posthoc_weights([Profile(0.05, 100)], Profile(0.05, 200))
+        posthoc_weights([EMAProfile(0.05, 100)], EMAProfile(0.05, 200))
     with pytest.raises(ValueError, match="expected at least one"):
-        posthoc_weights([], Profile(0.05, 200))
+        posthoc_weights([], EMAProfile(0.05, 200))
     with pytest.raises(ValueError, match="one update or more"):
-        posthoc_weights([Profile(0.05, 0)], Profile(0.05, 0))
+        posthoc_weights([EMAProfile(0.05, 0)], EMAProfile(0.05, 0))

@@ -52,10 +52,10 @@ def test_oracle_2_variance_on_normal_data(variance: str, steps: int, end: float)
 
 
 @pytest.mark.oracle(2)
-@pytest.mark.parametrize(("steps", "rule"), [(50, "linspace"), (50, "trailing"), (10, "leading"), (7, "quad")])
-def test_oracle_2_fixed_large_ends_at_abar_of_the_first_kept_step(steps: int, rule: str) -> None:
+@pytest.mark.parametrize(("steps", "spacing"), [(50, "linspace"), (50, "trailing"), (10, "leading"), (7, "quad")])
+def test_oracle_2_fixed_large_ends_at_abar_of_the_first_kept_step(steps: int, spacing: str) -> None:
     diffusion = linear()
-    kept = timestep_subset(1000, steps, rule)
+    kept = timestep_subset(1000, steps, spacing)
     response = linear_response(
         lambda x, g: ancestral(diffusion, normal_data(diffusion), x, generator=g, timesteps=kept), len(kept) - 1
     )
@@ -100,10 +100,10 @@ def test_oracle_3_from_the_prior_the_end_point_holds(sampler: str) -> None:
 
 
 @pytest.mark.oracle(4)
-@pytest.mark.parametrize(("rule", "gain"), [("linspace", 0.96338), ("trailing", 0.96355)])
-def test_oracle_4_ddim_on_normal_data_multiplies_by_cosines(rule: str, gain: float) -> None:
+@pytest.mark.parametrize(("spacing", "gain"), [("linspace", 0.96338), ("trailing", 0.96355)])
+def test_oracle_4_ddim_on_normal_data_multiplies_by_cosines(spacing: str, gain: float) -> None:
     diffusion = linear()
-    kept = timestep_subset(1000, 50, rule)
+    kept = timestep_subset(1000, 50, spacing)
     *_, (_, x) = ddim(diffusion, normal_data(diffusion), torch.ones(1, 1, 1, 1).double(), timesteps=kept)
     phi = [0.0, *(math.acos(math.sqrt(diffusion.schedule.alphas_cumprod[t])) for t in kept)]
     product = math.prod(math.cos(b - a) for a, b in itertools.pairwise(phi))
@@ -146,28 +146,28 @@ def test_the_network_gets_the_original_steps_when_respaced() -> None:
 def test_subsets_equal_a_peers_and_the_formula(T: int, S: int) -> None:
     from diffusers import DDIMScheduler
 
-    for rule in ("trailing", "linspace", "leading"):
-        peer = DDIMScheduler(num_train_timesteps=T, timestep_spacing=rule)
+    for spacing in ("trailing", "linspace", "leading"):
+        peer = DDIMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
         peer.set_timesteps(S)
         expected = peer.timesteps.flip(0).tolist()
-        if (rule, S) == ("linspace", 1):
+        if (spacing, S) == ("linspace", 1):
             expected = [T - 1]  # theirs is [0]: a single step must start from noise
-        assert list(timestep_subset(T, S, rule)) == expected, rule
+        assert list(timestep_subset(T, S, spacing)) == expected, spacing
     quad = np.floor(np.linspace(0, math.sqrt(0.8 * T), S) ** 2 + 1e-9).astype(int) if S > 1 else np.array([0])
     assert list(timestep_subset(T, S, "quad")) == sorted(set(quad.tolist()))
 
 
 @pytest.mark.parametrize(
-    ("S", "rule", "says"),
+    ("S", "spacing", "says"),
     [
         (0, "trailing", "steps=0, expected 1 .. 10"),
         (11, "trailing", "steps=11"),
-        (5, "even", "rule='even', expected one of"),
+        (5, "even", "spacing='even', expected one of"),
     ],
 )
-def test_subsets_that_do_not_exist(S: int, rule: str, says: str) -> None:
+def test_subsets_that_do_not_exist(S: int, spacing: str, says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        timestep_subset(10, S, rule)
+        timestep_subset(10, S, spacing)
 
 
 def test_zero_terminal_snr_starts_at_the_last_step() -> None:

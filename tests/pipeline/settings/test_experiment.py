@@ -228,4 +228,4 @@ def test_choices_are_those_of_the_core():
     assert choices(DiffusionConfig, "prediction") == {p.value for p in ddpm.Prediction}
     assert choices(DiffusionConfig, "variance") == {v.value for v in ddpm.Variance}
     assert choices(TrainingConfig, "objective") == {o.value for o in ddpm.ObjectiveKind}
-    assert choices(SamplingConfig, "spacing") == set(ddpm.RULES)
+    assert choices(SamplingConfig, "spacing") == set(ddpm.TIMESTEP_SPACINGS)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm import Profile, posthoc_error, posthoc_weights
+from ddpm import EMAProfile, posthoc_error, posthoc_weights
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.settings.config import experiment_from
 from pipeline.storage import checkpoint as checkpoints
@@ -126,8 +126,8 @@ def test_the_error_of_a_reconstruction_is_that_of_the_profiles():
     gammas[0.15] = next(
         g / 1000 for g in range(9000, 0, -1) if (g / 1000 + 1) > 0.0225 * (g / 1000 + 2) ** 2 * (g / 1000 + 3)
     )
-    snapshots = [Profile(width, updates) for updates in (1000, 2000, 3000, 4000) for width in (0.05, 0.10)]
-    target = Profile(0.15, T)
+    snapshots = [EMAProfile(width, updates) for updates in (1000, 2000, 3000, 4000) for width in (0.05, 0.10)]
+    target = EMAProfile(0.15, T)
     weights = posthoc_weights(snapshots, target)
     total = sum(w * profile(gammas[p.sigma_rel], p.num_updates) for w, p in zip(weights, snapshots, strict=True))
     wanted = profile(gammas[0.15], T)

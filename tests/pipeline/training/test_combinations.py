@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ddpm import RULES, SCHEDULES, bits_per_dim, normal_noise, timestep_subset
+from ddpm import SCHEDULES, TIMESTEP_SPACINGS, bits_per_dim, normal_noise, timestep_subset
 from pipeline.data.batches import Batch
 from pipeline.data.images import to_float
 from pipeline.errors import UsageError
@@ -129,7 +129,7 @@ CHOICES = st.builds(
     label_dropout=mostly(0.1, 0.0, 0.5, 1.0),
     sampler=st.sampled_from(["ancestral", "ddim", "dpm_solver"]),
     steps=st.integers(1, 21),
-    spacing=mostly("trailing", *RULES[1:]),
+    spacing=mostly("trailing", *TIMESTEP_SPACINGS[1:]),
     eta=st.sampled_from([0.0, 0.3, 1.0]),
     guidance_scale=mostly(1.0, 0.0, 3.0),
     labels=mostly("#balanced", "#none", "two", "#0"),
