@@ -32,8 +32,7 @@ def test_what_a_job_makes_is_found_in_the_store(typed, asked, monkeypatch, tmp_p
     monkeypatch.setenv(JOB_VARIABLE, "ddpm-k7m2")
     files = {}
     for machine in ("1", "2"):  # each job begins with a folder of its own
-        monkeypatch.setenv("DDPM_PIPE_HOME", str(tmp_path / machine))
-        code, out, err = typed(*command)
+        code, out, err = typed(*command, env={"DDPM_PIPE_HOME": str(tmp_path / machine)})
         assert code == 0, err
         place = RemoteFolder(samples).child(machine)
         assert json.loads(out)["written"] == [f"{place}/grid.png", f"{place}/samples.json"]
