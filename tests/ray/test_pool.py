@@ -101,16 +101,21 @@ def test_files_are_the_same_from_one_two_and_four_workers(
 def test_scores_are_the_same_and_a_repeat_computes_nothing(
     run: Run, home: Path, typed: Typed, ray_session: object
 ) -> None:
+    def chunks() -> dict[Path, int]:
+        return {path: path.stat().st_mtime_ns for path in (run.folder / "features").glob("*/chunk-*")}
+
     scores = {}
     for name, workers in (("one", 1), ("two", 2), ("again", 2)):
         if name == "two":
             shutil.rmtree(run.folder / "features")
             for path in (home / "datasets" / "features").glob("reference-*"):
                 path.unlink()
+        before = chunks()
         code, stdout, stderr = typed("evaluate", run.id, "-n", "200", "--json", "--cluster", profile(home, workers))
         assert code == 0, stderr
         scores[name] = json.loads(stdout)["values"]
-        assert ("sampling" in stderr) == (name != "again"), stderr
+        assert chunks()
+        assert (chunks() == before) == (name == "again")
     assert scores["one"] == scores["two"] == scores["again"]
 
 

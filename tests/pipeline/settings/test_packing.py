@@ -72,7 +72,7 @@ def test_code_and_settings_travel_and_nothing_else(folder):
 
 
 def test_a_file_with_a_token_in_it_stays_and_is_named(folder):
-    (folder / "notes.md").write_text("use hf_" + "a1B2c3D4e5F6g7H8i9 for the hub\n")
+    (folder / "notes.md").write_text("use hf_" + "a1B2c3D4e5F6g7H8i9k0L1m2N3o4P5q6R7 for the hub\n")
     package, _ = packing.working_folder(folder, ())
     assert "notes.md" not in package.files
     assert package.left_out == ["notes.md"]
@@ -161,7 +161,7 @@ def test_submodules_travel_as_git_has_them(folder, tmp_path):
 
 
 def test_a_module_travels_without_what_a_folder_travels_without(folder, tmp_path):
-    (folder / "notes.md").write_text("use hf_" + "a1B2c3D4e5F6g7H8i9 for the hub\n")
+    (folder / "notes.md").write_text("use hf_" + "a1B2c3D4e5F6g7H8i9k0L1m2N3o4P5q6R7 for the hub\n")
     (tmp_path / "private.txt").write_text("mine")
     (folder / "link.txt").symlink_to(tmp_path / "private.txt")
     sent = packing.code([str(folder)], ["conf/"])
