@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.data.labels import ClassNames
 from pipeline.settings.config import experiment_from
 from pipeline.training.models import build_model
 from pipeline.training.trained import Trained
@@ -47,4 +48,4 @@ def made(shape: tuple[int, int, int] = (1, 8, 8), model: dict[str, Any] | None =
     network = build_model(experiment, shape, num_classes=3)
     randomise(network)
     names = ("a", "b", "c") if experiment.model.class_conditional else ()
-    return Trained(network.eval(), experiment, shape, 7, "ema", 1.5, names)
+    return Trained(network.eval(), experiment, shape, 7, "ema", 1.5, ClassNames(names))
