@@ -41,7 +41,7 @@ ddpm-pipe ingest ~/photos s3://bucket/data/photos --image-size 64
 @click.option(
     "--layout",
     type=click.Choice(["flat", "classes", "splits"]),
-    help="What sub-folders of images are. Default: told by their names.",
+    help="What sub-folders of images are. Default: decided by their names.",
 )
 @click.option(
     "--skip-damaged",

@@ -155,7 +155,7 @@ class Taken:
         files: the images in their order.
         class_names, labels: the classes, and each image's; None without classes.
         split: the one taken, or None.
-        note: what was chosen that the user did not say, to be told before; "" if nothing.
+        note: a choice made for the user, to print before the work; "" if there is none.
         lines: what the folder was taken for, for people.
     """
 

@@ -38,7 +38,7 @@ class Source:
         num_rows: images, where known beforehand.
         shape: (C, H, W) of every image as it is, where known beforehand.
         num_bytes: bytes of encoded images to decode; 0 where pixels come as arrays.
-        note: something the user did not say that was chosen, to be told before; "" if nothing.
+        note: a choice made for the user, to print before the work; "" if there is none.
         lines: what the source was taken for, to be told in the end.
         download: what must be fetched before, for people; "" if everything is here.
     """
