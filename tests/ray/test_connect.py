@@ -11,9 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.cluster.gather import GRACE_S
 from pipeline.cluster.token import admission, knock_at_dashboard, knock_at_store
-from pipeline.console import duration
 from pipeline.errors import ClusterError, UsageError
 from pipeline.settings.cluster_profile import Profile
 from pipeline.settings.yaml_files import validate
@@ -174,13 +172,12 @@ def test_an_open_cluster_is_refused_before_anything_is_made(cli, open_cluster, p
     assert not (tmp_path / "shared").exists()
 
 
-def test_more_than_the_cluster_holds_is_not_waited_for_long_and_says_what_is_missing(
+def test_more_than_the_cluster_holds_is_refused_at_once_and_says_what_is_missing(
     cli, cluster, profile_of, tmp_path
 ):
     refused = cli("train", "--cluster", profile_of(cluster, workers=4), *SHORT, env=cluster.environment)
     assert refused.code == 8
-    assert f"(wait_for_resources_s waits longer than {duration(GRACE_S)})" in refused.stderr
-    assert GRACE_S < 30
+    assert "waiting for" not in refused.stderr
     assert (
         "wants 4 workers with 1 CPUs each; the cluster has 2 of 2 CPUs free on 1 node, which holds 2" in refused.stderr
     )
