@@ -27,17 +27,17 @@ import numpy as np
 import torch
 
 from ddpm import bits_per_dim
-from pipeline.data.batches import training_batches
+from pipeline.config import presets
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment, load_experiment, with_overrides
 from pipeline.data.images import to_float
 from pipeline.data.order import Order, default_num_streams
 from pipeline.data.shards import Dataset
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
-from pipeline.settings import presets
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.combinations import check_training
-from pipeline.settings.config import Experiment, load_experiment, with_overrides
+from pipeline.training.batches import training_batches
+from pipeline.training.combinations import check_training
 from pipeline.training.device import sampling_compute
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import ddim, timestep_subset
-from pipeline.data.batches import Batch, Prefetch
+from pipeline.config import presets
+from pipeline.config.experiment import Experiment, load_experiment
 from pipeline.data.images import to_float
-from pipeline.settings import presets
-from pipeline.settings.config import Experiment, load_experiment
+from pipeline.training.batches import Batch, Prefetch
 from pipeline.training.device import AUTOCAST, Compute
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective, num_parameters

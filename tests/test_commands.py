@@ -217,7 +217,7 @@ def test_dry_runs_of_sample_and_evaluate_compute_nothing(typed, trained):
 
 
 def test_sync_delivers_to_the_store_of_the_runs_own_profile(typed, home):
-    from pipeline.settings.cluster_profile import Profile
+    from pipeline.config.cluster_profile import Profile
 
     elsewhere = home / "elsewhere.db"
     profile = Profile.model_validate({"mlflow": {"tracking_uri": f"sqlite:///{elsewhere}", "experiment": "mine"}})

@@ -127,7 +127,7 @@ def test_the_wheel_holds_the_packages_presets_profiles_and_weights_and_nothing_e
 
 
 def test_the_wheel_runs_outside_the_checkout_from_its_own_files(installed: Path, tmp_path: Path) -> None:
-    code = "import pipeline, ddpm, json; from pipeline.settings import presets as p;"
+    code = "import pipeline, ddpm, json; from pipeline.config import presets as p;"
     code += "print(json.dumps([pipeline.__file__, ddpm.__file__, *(str(p.folder_of(k)) for k in ('experiments', 'cluster'))]))"
     for path in json.loads(run(installed / "bin" / "python", "-c", code, cwd=tmp_path).stdout):
         assert Path(path).is_relative_to(installed)

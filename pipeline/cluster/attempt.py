@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console, duration
-from pipeline.settings.cluster_profile import Profile
 from pipeline.signals import Signals
-from pipeline.training.job import Job
+from pipeline.worker.job import Job
 
 POLL_S = 0.2
 

@@ -18,7 +18,7 @@ from pipeline.signals import Signals, StoppedAtOnce
 from pipeline.training.device import release_memory
 from pipeline.training.stacks import Stacks, path_of
 from pipeline.training.team import Team
-from pipeline.training.worker import Worker
+from pipeline.worker.worker import Worker
 
 STEADY_S = 20.0  # of training, after which its pace says how long it will take
 

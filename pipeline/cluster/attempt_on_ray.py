@@ -16,14 +16,14 @@ from pipeline.cluster.attempt import Attempt, Ended, Observer, time_left
 from pipeline.cluster.board import NAMESPACE, Board, Member, board_name, run_worker
 from pipeline.cluster.causes import Remains, cause_of, starved
 from pipeline.cluster.placement import mark_of
+from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console
 from pipeline.planning.capacity import Growth, needs
-from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.signals import Signals
 from pipeline.storage.remote import RemoteFolder
 from pipeline.training.device import backend_of
-from pipeline.training.job import Job
 from pipeline.training.stacks import STACKS, forget_empty
+from pipeline.worker.job import Job
 
 END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
 STUMBLE_S = (

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 
 if TYPE_CHECKING:
-    from pipeline.training.job import Job
     from pipeline.training.stacks import Stacks
+    from pipeline.worker.job import Job
 
 NAMESPACE = "ddpm-pipe"
 
@@ -153,7 +153,7 @@ def run_worker(config: dict[str, Any]) -> None:
     from pipeline.data.decoding import Decoding
     from pipeline.training.stacks import Stacks, path_of
     from pipeline.training.team import Team
-    from pipeline.training.worker import Worker
+    from pipeline.worker.worker import Worker
 
     board = ray.get_actor(config["board"], namespace=NAMESPACE)
     os.environ.update(ray.get(board.environment.remote()))

@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 
 from pipeline.cluster import nodes as cluster_nodes
+from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console, duration
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.planning.capacity import largest, needs, shortage
-from pipeline.settings.cluster_profile import Profile
 from pipeline.signals import Signals
 
 LOOK_S = 0.5

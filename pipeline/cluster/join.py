@@ -12,9 +12,9 @@ from pathlib import Path
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.token import admission, knock_at_store
+from pipeline.config.cluster_profile import Profile
 from pipeline.errors import ClusterError, UsageError
 from pipeline.planning.capacity import needs, room, shortage
-from pipeline.settings.cluster_profile import Profile
 from pipeline.signals import keeping_sigterm
 from pipeline.storage.provenance import JOB_VARIABLE
 

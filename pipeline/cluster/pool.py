@@ -10,14 +10,14 @@ from typing import Any
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session, is_up
+from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console
 from pipeline.errors import ClusterError, PipelineError
 from pipeline.import_path import allow_modules_in
 from pipeline.planning.capacity import held_here
-from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.signals import Signals
-from pipeline.storage.chunks import Runner, Task, in_process
 from pipeline.storage.tensor_file import Arrays
+from pipeline.training.chunks import Runner, Task, in_process
 from pipeline.training.device import sampling_compute
 
 

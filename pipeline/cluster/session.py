@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cluster.join import SETTINGS, joined_ray, require_room
+from pipeline.config.cluster_profile import Profile
 from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
-from pipeline.settings.cluster_profile import Profile
 from pipeline.signals import keeping_sigterm
 from pipeline.watchdog import Watchdog, end_all
 

@@ -17,9 +17,9 @@ from enum import Enum
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.errors import ClusterError, UsageError
 from pipeline.redaction import redact
-from pipeline.settings.cluster_profile import Profile
 
 TIMEOUT_S = 10.0
 ANY_NODE_SERVICE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # the cheapest question that Ray's control store answers

@@ -23,16 +23,16 @@ from pipeline.cluster.attempt_here import AttemptHere
 from pipeline.cluster.attempt_on_ray import CLUSTER_GONE, AttemptOnRay
 from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import experiment_from
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import ClusterError, DataError, InterruptedRunError
 from pipeline.planning.capacity import fitting_counts
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import experiment_from
 from pipeline.signals import Signals, listening
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
-from pipeline.training.job import Job
+from pipeline.worker.job import Job
 
 
 def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:

@@ -10,9 +10,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.errors import ClusterError
 from pipeline.planning.capacity import needs
-from pipeline.settings.cluster_profile import Profile, forwarded
 
 T = TypeVar("T")
 START_S = 30.0  # workers load torch while they start

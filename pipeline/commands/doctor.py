@@ -27,7 +27,7 @@ def _door_first(command: F) -> F:
 
     @functools.wraps(command)
     def looked_at(*, cluster: str | None, as_json: bool, **given: Any) -> Any:
-        from pipeline.settings.cluster_profile import load_profile
+        from pipeline.config.cluster_profile import load_profile
         from pipeline.storage.provenance import JOB_VARIABLE
 
         profile = load_profile(cluster)

@@ -98,8 +98,8 @@ def evaluate(
     prdc  precision, recall, density, coverage
     bpd   bits per dimension of real images: the variational bound, its parts, its curve over t
     """
-    from pipeline.workflows import result_commands
-    from pipeline.workflows.evaluate import ScoreRequest
+    from pipeline.commands import result_commands
+    from pipeline.runs.evaluate import ScoreRequest
 
     request = ScoreRequest(
         metrics=metrics,
@@ -140,7 +140,7 @@ def compare(runs: tuple[str, ...], metric: str | None, across: str, cluster: str
 
     Without RUN, all evaluated runs. Of several checkpoints of a run each has its place.
     """
-    from pipeline.workflows import result_commands
+    from pipeline.commands import result_commands
 
     fields = [name.strip() for name in across.split(",") if name.strip()]
     result = result_commands.compare(runs, metric, fields, cluster)

@@ -44,7 +44,7 @@ def export(
 
     What has no equal in a format is refused with the reason.
     """
-    from pipeline.workflows import result_commands
+    from pipeline.commands import result_commands
 
     result = result_commands.export(run, folder, form, checkpoint, weights, cluster)
     print_json(result) if as_json else click.echo(result_commands.to_text(result))
@@ -68,9 +68,9 @@ def import_(folder: Path, data: str | None, name: str | None, cluster: str | Non
     DIR has the layout of a diffusers DDPMPipeline (safetensors or .bin), or is what `ddpm-pipe export --format safetensors` wrote. It is
     read as a stranger's: nothing in it is run.
     """
+    from pipeline.commands import result_commands
     from pipeline.console import Console
-    from pipeline.workflows import result_commands
-    from pipeline.workflows.import_run import import_folder
+    from pipeline.runs.import_run import import_folder
 
     result = import_folder(folder, data, name, cluster, command_line(), Console())
     print_json(result) if as_json else click.echo(result_commands.to_text(result))

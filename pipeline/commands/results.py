@@ -68,8 +68,8 @@ def sample(
     **how: Any,
 ) -> None:
     """Generate images from RUN. Image i depends on the seed and i alone, whatever -n is."""
-    from pipeline.workflows import result_commands
-    from pipeline.workflows.sample import SampleRequest
+    from pipeline.commands import result_commands
+    from pipeline.runs.sample import SampleRequest
 
     usual = 9 if between else {"strip": 8, "gif": 16}.get(form, 64)
     request = SampleRequest(num_images=num_images or usual, **how)
@@ -90,8 +90,8 @@ def runs(cluster: str | None, as_json: bool) -> None:
 
     Below them, those whose process was killed or crashed, with the line that resumes each.
     """
-    from pipeline.settings.cluster_profile import home_of, storage_of
-    from pipeline.storage.runs_table import COLUMNS, died, runs_table
+    from pipeline.config.cluster_profile import home_of, storage_of
+    from pipeline.runs.runs_table import COLUMNS, died, runs_table
 
     folder = home_of(cluster)
     rows = runs_table(folder, storage_of(cluster))
@@ -115,7 +115,7 @@ ddpm-pipe ui --port 5001
 @cluster_option
 def ui(port: int, cluster: str | None) -> None:
     """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
-    from pipeline.settings.cluster_profile import load_profile
+    from pipeline.config.cluster_profile import load_profile
     from pipeline.tracking.ui import serve_ui
 
     profile = load_profile(cluster)
@@ -131,6 +131,6 @@ ddpm-pipe sync latest
 @cluster_option
 def sync(run: str, cluster: str | None) -> None:
     """Deliver to the tracking store what RUN recorded while the store was away."""
-    from pipeline.workflows import result_commands
+    from pipeline.commands import result_commands
 
     click.echo(result_commands.sync(run, cluster))

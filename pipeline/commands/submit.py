@@ -29,8 +29,8 @@ def runs_on_cluster(
     def decorate(command: F) -> F:
         @functools.wraps(command)
         def here_or_there(*, cluster: str | None, detach: bool, **given: Any) -> Any:
+            from pipeline.config.cluster_profile import load_profile
             from pipeline.errors import UsageError
-            from pipeline.settings.cluster_profile import load_profile
             from pipeline.storage.provenance import JOB_VARIABLE
 
             profile = load_profile(cluster)
@@ -122,8 +122,8 @@ def _own_module(context: click.Context) -> str | None:
     """Return the module of the network that the command's experiment names, where it is not one of ours; a wrong experiment stays here."""
     if not {"experiment", "preset", "overrides"} <= context.params.keys():
         return None
-    from pipeline.settings import presets
-    from pipeline.settings.config import DEFAULT_PRESET, load_experiment
+    from pipeline.config import presets
+    from pipeline.config.experiment import DEFAULT_PRESET, load_experiment
 
     given = context.params
     path = presets.find("experiments", given["experiment"] or given["preset"] or DEFAULT_PRESET)
@@ -160,10 +160,10 @@ def _option(option: click.Option, value: Any) -> list[str]:
 
 
 def _jobs_of(cluster: str) -> Any:
+    from pipeline.config.cluster_profile import load_profile
     from pipeline.console import Console
     from pipeline.errors import UsageError
     from pipeline.jobs.submit import Jobs
-    from pipeline.settings.cluster_profile import load_profile
 
     profile = load_profile(cluster)
     if profile.kind != "job":

@@ -149,10 +149,10 @@ def serve(run: str, port: int, host: str, cluster: str | None) -> None:
     """
     import os
 
+    from pipeline.config.cluster_profile import home_of, storage_of
     from pipeline.import_path import allow_modules_in
-    from pipeline.settings.cluster_profile import home_of, storage_of
+    from pipeline.runs.serve import serve_model
     from pipeline.storage.runs import Run
-    from pipeline.workflows.serve import serve_model
 
     allow_modules_in(os.getcwd())
     serve_model(Run.find(home_of(cluster), run, storage_of(cluster)), host, port, click.echo)

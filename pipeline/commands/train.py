@@ -55,8 +55,8 @@ def train(
 
     Results do not depend on the number of workers. Ctrl-C saves and stops; `ddpm-pipe resume` goes on from there.
     """
+    from pipeline.runs import training_run
     from pipeline.sweeps import commands as sweep_commands
-    from pipeline.workflows import training_run
 
     if origin is not None:
         request = sweep_commands.request_of_winner(origin, experiment or preset or data, cluster, overrides)
@@ -65,7 +65,7 @@ def train(
     if isolated:
         request = replace(request, profile=request.profile.isolating())
     if dry_run:
-        from pipeline.workflows.dry_run import dry_run as rehearse
+        from pipeline.runs.dry_run import dry_run as rehearse
 
         told = rehearse(request, measure=probe)
         print_json(told.to_dict()) if as_json else click.echo(told.to_text())
@@ -106,8 +106,8 @@ def resume(
     unless the run is forked.
     """
     from pipeline.commands.sweep import show
+    from pipeline.runs import training_run
     from pipeline.sweeps import commands as sweep_commands
-    from pipeline.workflows import training_run
 
     folder = sweep_commands.sweep_meant(run, cluster)
     if folder is not None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.data.image_header import Header, RefusedFormatError, read_header
 from pipeline.errors import DataError, DivergedError
-from pipeline.ingest.image_header import Header, RefusedFormatError, read_header
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.config.cluster_profile import Cache
 from pipeline.data.decoding import Decoding
 from pipeline.data.images import decode_image
 from pipeline.data.manifest import ContentHash as ContentHash
@@ -22,7 +23,6 @@ from pipeline.data.shard_batches import read_batches as read_batches
 from pipeline.data.shards_files import LocalShards, RemoteShards, ShardFiles
 from pipeline.data.shards_format import Stored, read_row_group, reason_of, refuse_unsafe_environment
 from pipeline.errors import DataError
-from pipeline.settings.cluster_profile import Cache
 from pipeline.storage.remote import RemoteFolder, is_remote
 
 Pixels = npt.NDArray[np.uint8]

@@ -8,10 +8,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from pipeline.config.cluster_profile import Cache
 from pipeline.data.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.shards_format import read_footer
 from pipeline.errors import DataError, PipelineError, StorageError
-from pipeline.settings.cluster_profile import Cache
 from pipeline.storage.remote import RemoteFolder, is_remote
 from pipeline.storage.remote_cache import NodeCache
 from pipeline.storage.remote_run import own_folder

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 from pipeline.cluster.nodes import answers
 from pipeline.cluster.session import require_resources
 from pipeline.cluster.worker_group import Group
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
 from pipeline.doctor import node_checks
 from pipeline.doctor import verdicts as checks
 from pipeline.doctor.examination import Examination
@@ -20,8 +22,6 @@ from pipeline.doctor.limited_checks import in_thread, red_of
 from pipeline.doctor.verdicts import Finding
 from pipeline.errors import ClusterError
 from pipeline.planning.plan import BYTES_PER_PARAMETER
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
 from pipeline.storage.remote import is_remote
 from pipeline.training.models import Shape
 

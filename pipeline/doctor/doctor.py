@@ -14,6 +14,7 @@ from functools import partial
 from pipeline.cluster.session import ray_of
 from pipeline.cluster.token import admission, knock_at_dashboard
 from pipeline.cluster.worker_group import Group, worker_group
+from pipeline.config.cluster_profile import Profile
 from pipeline.doctor import checks as doctor_checks
 from pipeline.doctor import verdicts as checks
 from pipeline.doctor.examination import ASK_S, Examination
@@ -21,7 +22,6 @@ from pipeline.doctor.limited_checks import begin, limited, red_of
 from pipeline.doctor.verdicts import Finding, Verdict
 from pipeline.errors import PipelineError, RefusedError
 from pipeline.planning.capacity import held_here, largest
-from pipeline.settings.cluster_profile import Profile
 
 GROUP_S = 30.0
 SKIPPED_WITHOUT_CLUSTER = ("versions", "resources", "clocks", "disk", "storage", "dataset", "all-reduce", "step")

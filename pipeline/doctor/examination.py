@@ -10,11 +10,11 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.cluster.nodes import answers, nodes
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
 from pipeline.doctor import node_checks
 from pipeline.doctor.verdicts import NodeFacts
 from pipeline.errors import ClusterError
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
 from pipeline.storage.remote import is_remote
 from pipeline.training.models import Shape
 

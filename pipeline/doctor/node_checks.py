@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pipeline.config.cluster_profile import Cache
 from pipeline.doctor.verdicts import NodeFacts, Reading
 from pipeline.errors import PipelineError
-from pipeline.settings.cluster_profile import Cache
 from pipeline.storage.remote import RemoteFolder, is_remote
 
 TEST_BYTES = 8_000_000

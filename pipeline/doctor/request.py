@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.config import presets
+from pipeline.config.cluster_profile import forwarded, load_profile
+from pipeline.config.experiment import DEFAULT_PRESET, load_experiment
 from pipeline.data.manifest import Manifest
 from pipeline.doctor.examination import Examination
 from pipeline.doctor.limited_checks import in_thread
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability
-from pipeline.settings import presets
-from pipeline.settings.cluster_profile import forwarded, load_profile
-from pipeline.settings.config import DEFAULT_PRESET, load_experiment
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
 from pipeline.training.models import build_model, num_parameters

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.console import size
 from pipeline.planning.capacity import Node, needs, room, shortage
-from pipeline.settings.cluster_profile import Profile
 
 SAME_EVERYWHERE = ("ddpm-pipe", "python", "ray", "torch")  # the others may differ, with a warning: results may, too
 CLOCK_YELLOW_S, CLOCK_RED_S = 2.0, 60.0  # object stores refuse requests that are 15 minutes off; logs mislead sooner

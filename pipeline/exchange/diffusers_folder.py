@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ddpm import UNet
+from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import UsageError
 from pipeline.exchange import diffusers_scheduler, diffusers_unet, diffusers_weights
-from pipeline.exchange.foreign_tensors import read_json, read_tensors
-from pipeline.settings.config import Experiment, experiment_from
+from pipeline.storage.foreign_tensors import read_json, read_tensors
 from pipeline.training.models import Shape, build_model
 from pipeline.training.trained import Trained
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ddpm.layers import REFERENCE_STEPS
-from pipeline.settings.config import ModelConfig
+from pipeline.config.experiment import ModelConfig
 from pipeline.training.models import Shape
 
 CLASS = "UNet2DModel"

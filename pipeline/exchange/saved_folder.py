@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.labels import ClassNames
 from pipeline.errors import UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel
@@ -17,8 +18,7 @@ from pipeline.exchange.diffusers_unet import (
     MAX_SIDE,
     MAX_WIDTH,
 )
-from pipeline.exchange.foreign_tensors import read_json, read_tensors
-from pipeline.settings.config import Experiment, experiment_from
+from pipeline.storage.foreign_tensors import read_json, read_tensors
 from pipeline.training.models import Shape, build_model
 from pipeline.training.trained import EXPERIMENT_FILE, WEIGHTS_FILE
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline.config.cluster_profile import Cache
+from pipeline.config.experiment import DataConfig
 from pipeline.data.images import MAX_PIXELS
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
@@ -22,8 +24,6 @@ from pipeline.ingest.resolve import IngestOptions as IngestOptions
 from pipeline.ingest.rows import Treatment, make_rows
 from pipeline.ingest.sources import Source
 from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
-from pipeline.settings.cluster_profile import Cache
-from pipeline.settings.config import DataConfig
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 

@@ -19,10 +19,10 @@ from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
 
 import pipeline
+from pipeline.config import presets
 from pipeline.console import size
 from pipeline.errors import UsageError
 from pipeline.redaction import KNOWN_SHAPES
-from pipeline.settings import presets
 
 # names of files and folders, in any folder, that never travel; written small, and matched however a name is written
 VERSION_CONTROL = (".git", ".hg", ".svn", ".jj")

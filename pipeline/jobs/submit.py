@@ -14,18 +14,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pipeline.cluster.token import admission, knock_at_dashboard, travels_readable
+from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console, duration, size
 from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
 from pipeline.import_path import replacing
 from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
 from pipeline.redaction import HIDDEN, USERINFO, redact
-from pipeline.settings.cluster_profile import Profile, forwarded
 from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
 from pipeline.storage.runs import new_id
 
 PREFIX = "ddpm-"
-ENTRY = ("python", "-P", "-m", "pipeline.commands.job")  # -P: the code that was sent, not what stands in the folder
+ENTRY = ("python", "-P", "-m", "pipeline.cli_in_job")  # -P: the code that was sent, not what stands in the folder
 AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is left
 RECONNECT_S = 300.0
 OWN_SIGNALS = {130, 143}  # exit codes above 128 that a command of ours ends with by itself

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.experiment import Experiment
 from pipeline.data.image_set import Images
 from pipeline.data.shards import Dataset
 from pipeline.metrics.features import extract, in_batches
@@ -14,7 +15,6 @@ from pipeline.metrics.judge import judge_of
 from pipeline.metrics.metric_identity import Generation, MetricIdentity, recorded_split
 from pipeline.metrics.registry import METRICS, Pair
 from pipeline.metrics.scoring import identity_of
-from pipeline.settings.config import Experiment
 from pipeline.training.device import Compute
 
 _BATCH = 1000

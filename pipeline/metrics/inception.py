@@ -19,9 +19,9 @@ from torch import nn
 
 from pipeline.data.image_set import Images
 from pipeline.errors import DataError, RefusedError, StorageError
-from pipeline.exchange.foreign_tensors import load_torch
 from pipeline.metrics.features import Extracted, check_images, extract_batches, in_batches
 from pipeline.metrics.inception_network import InceptionV3
+from pipeline.storage.foreign_tensors import load_torch
 
 INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 
+from pipeline.config.experiment import EvaluationConfig
 from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
 from pipeline.metrics import scoring
 from pipeline.metrics.features import FeatureExtractor
 from pipeline.metrics.metric_identity import TRAIN
 from pipeline.metrics.reference import Reference
-from pipeline.settings.config import EvaluationConfig
-from pipeline.storage.chunks import Runner, as_it_stands
 from pipeline.storage.home import features_dir
+from pipeline.training.chunks import Runner, as_it_stands
 
 
 @dataclass(frozen=True)

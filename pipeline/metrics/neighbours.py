@@ -20,10 +20,10 @@ from pipeline.data.image_set import Images, ImageSet
 from pipeline.metrics.features import FeatureExtractor
 from pipeline.metrics.fit_rule import Hashes, content_hashes
 from pipeline.pictures.pictures import save_strip
-from pipeline.storage.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays
+from pipeline.training.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.training.device import Compute, shared_arithmetic
 
 PICTURE_FILE, JSON_FILE = "neighbours.png", "neighbours.json"

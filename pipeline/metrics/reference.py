@@ -23,10 +23,10 @@ from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate, 
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.fit_rule import hash_rows, held_out_rows
 from pipeline.metrics.metric_identity import TRAIN
-from pipeline.storage.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays, pack, unpack
+from pipeline.training.chunks import ChunkStore, Runner, as_it_stands, compute
 from pipeline.training.device import Compute, shared_arithmetic
 
 NOISE_SEED = 0

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ddpm import SCHEDULES, BetaSchedule
+from pipeline.config.process import read_betas
 from pipeline.errors import UsageError, nearest
-from pipeline.settings.config_process import read_betas
 
 COLUMNS = ("schedule", "T", "abar_T", "L_T (bits/dim)", "SNR at t = 0", "SNR at T-1")
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
 from pipeline.cpus import usable_cpus
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
 
 EPSILON = 1e-6  # Ray counts resources in ten-thousandths
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment, require_divisible
 from pipeline.console import duration, size
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
 from pipeline.planning.capacity import fitting_counts
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.combinations import check_training
-from pipeline.settings.config import Experiment, require_divisible
+from pipeline.training.combinations import check_training
 from pipeline.training.device import require_permission, training_compute
 from pipeline.training.models import Shape, build_model, num_parameters
 

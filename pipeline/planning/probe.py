@@ -19,14 +19,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pipeline.data.batches import Batch
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
 from pipeline.errors import StorageError
 from pipeline.planning.scaling import BUCKET_BYTES
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.remote import is_remote
 from pipeline.storage.remote_run import own_folder
+from pipeline.training.batches import Batch
 from pipeline.training.device import Compute, sampling_compute, training_compute
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import Shape, build_model, build_objective

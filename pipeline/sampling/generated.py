@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console, Rate
 from pipeline.data.image_set import Images
 from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate
 from pipeline.metrics.metric_identity import Generation
-from pipeline.settings.cluster_profile import Profile
-from pipeline.storage.chunks import ChunkStore, Runner, compute
 from pipeline.storage.tensor_file import Arrays
+from pipeline.training.chunks import ChunkStore, Runner, compute
 from pipeline.training.device import Compute, arithmetic_of
 from pipeline.training.threads import THREADS
 

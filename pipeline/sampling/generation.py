@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion, Model, ancestral, conditioned, ddim, dpm_solver, guided, timestep_subset
+from pipeline.config.experiment import Experiment, SamplingConfig
 from pipeline.data.images import to_uint8
 from pipeline.data.labels import NO_CLASSES, ClassNames, class_name, labels_of
 from pipeline.metrics.metric_identity import Generation
-from pipeline.settings.config import Experiment, SamplingConfig
-from pipeline.storage.chunks import chunks_of
+from pipeline.training.chunks import chunks_of
 from pipeline.training.device import Compute
 from pipeline.training.models import build_diffusion, has_process
 from pipeline.training.randomness import image_generators

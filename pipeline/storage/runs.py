@@ -61,7 +61,7 @@ class RunRecord:
     """What was asked for: written once, when the run is made.
 
     `dataset` holds at least `path` and `fingerprint`; `created` is UTC, ISO 8601; `command` is the command line as
-    typed, secrets removed. `trial` says of which sweep the run is a trial, and which one (pipeline/sweeps/record.py).
+    typed, secrets removed. `trial` says of which sweep the run is a trial, and which one (pipeline/runs/record.py).
     `origin` says which run or sweep this one comes from: `what` ("run k7m2abcd", "sweep ..."), `words`, `mlflow_run_id`.
     """
 

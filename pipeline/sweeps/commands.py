@@ -7,14 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pipeline.config.cluster_profile import Profile, forwarded, home_of, load_profile, storage_of
+from pipeline.config.experiment import with_overrides
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
 from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.judge import judge_of
-from pipeline.settings.cluster_profile import Profile, forwarded, home_of, load_profile, storage_of
-from pipeline.settings.config import with_overrides
+from pipeline.runs import training_run
+from pipeline.runs.judge import progress_on
+from pipeline.runs.record import trial_of
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
@@ -23,12 +26,9 @@ from pipeline.sweeps.folder import SECONDS, SweepFolder
 from pipeline.sweeps.plan import Request, SweepPlan, make_sweep_plan, trial_profile
 from pipeline.sweeps.points import Checked, completed, title
 from pipeline.sweeps.publish import SweepTracking, publish
-from pipeline.sweeps.record import trial_of
 from pipeline.sweeps.report import REPORT_FILE
 from pipeline.sweeps.result import Result, result_of
 from pipeline.sweeps.trial import ForTrials
-from pipeline.workflows import training_run
-from pipeline.workflows.judge import progress_on
 
 
 def request(

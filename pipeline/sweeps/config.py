@@ -18,10 +18,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from pipeline.config import presets
+from pipeline.config.experiment import Experiment, experiment_from, load_experiment
+from pipeline.config.yaml_files import Section, is_text, parse_setting, parse_yaml, read_yaml_mapping, validate
 from pipeline.errors import UsageError, nearest
-from pipeline.settings import presets
-from pipeline.settings.config import Experiment, experiment_from, load_experiment
-from pipeline.settings.yaml_files import Section, is_text, parse_setting, parse_yaml, read_yaml_mapping, validate
 
 DEFAULT_SWEEP = "sweep-schedules"
 METRICS = ("kid", "fid", "bpd")

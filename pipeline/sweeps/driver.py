@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.session import Session
+from pipeline.config import presets
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.planning.capacity import needs
-from pipeline.settings import presets
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
+from pipeline.runs.record import Trial, trial_of
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, trial_experiment
 from pipeline.sweeps.folder import SweepFolder
@@ -23,12 +24,11 @@ from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.ledger import Entry
 from pipeline.sweeps.plan import Request, SweepPlan, drawing
 from pipeline.sweeps.points import Point, key_of, title
-from pipeline.sweeps.record import Trial, trial_of
 from pipeline.sweeps.search import Listed, Next, Trials
 from pipeline.sweeps.trial import ForTrials
 from pipeline.sweeps.tune import ENVIRONMENT, Work, run_trials
-from pipeline.training.job import Allowance
 from pipeline.training.judgements import values_by_rung
+from pipeline.worker.job import Allowance
 
 LOOK_S = 5.0
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from pipeline.config.experiment import Experiment
 from pipeline.data.labels import ClassNames
 from pipeline.metrics.metric_identity import Generation, recorded_split
+from pipeline.runs.record import trial_of
 from pipeline.sampling.generation import usual_generation
-from pipeline.settings.config import Experiment
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.ledger import Entry, Status
-from pipeline.sweeps.record import trial_of
 from pipeline.training.trained import experiment_of
 
 RECORDED_AS = {"bpd": "bits_per_dim"}  # the name in an identity, where it is not the one the user gives

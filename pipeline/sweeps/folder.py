@@ -20,17 +20,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.cluster_profile import Profile, load_profile
+from pipeline.config.experiment import Experiment, experiment_from
+from pipeline.config.yaml_files import validate
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
-from pipeline.settings.cluster_profile import Profile, load_profile
-from pipeline.settings.config import Experiment, experiment_from
-from pipeline.settings.yaml_files import validate
+from pipeline.runs.record import trial_of
 from pipeline.storage.durable import write_json
 from pipeline.storage.home import make_folder
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.runs import NAME, Run, RunState, new_id
 from pipeline.sweeps.config import Sweep, sweep_from
 from pipeline.sweeps.ledger import Entry, Ledger
-from pipeline.sweeps.record import trial_of
 
 
 @dataclass(frozen=True)

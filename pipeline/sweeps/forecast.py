@@ -8,11 +8,11 @@ from typing import Any
 from pipeline.console import duration
 from pipeline.planning.forecast import calls_s, scoring_calls
 from pipeline.planning.plan import Plan
+from pipeline.runs.dry_run import DryRun, dry_run
+from pipeline.runs.training_run import Request as TrainingRequest
 from pipeline.sweeps.config import Sweep
 from pipeline.sweeps.plan import Request, SweepPlan, network_calls, trial_profile
 from pipeline.training.models import has_process
-from pipeline.workflows.dry_run import DryRun, dry_run
-from pipeline.workflows.training_run import Request as TrainingRequest
 
 START_S = 15.0  # of a trial: its processes and their imports, on an idle machine
 

@@ -23,7 +23,7 @@ class Entry:
     """How one trial ended.
 
     Attributes:
-        key, point, title, seed: which trial (see `pipeline.sweeps.record.Trial`).
+        key, point, title, seed: which trial (see `pipeline.runs.record.Trial`).
         run: id of its run folder.
         status: "finished", "stopped" early, or "failed".
         value: of the sweep's metric; None unless finished.

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.cluster.session import require_resources
+from pipeline.config.cluster_profile import Profile, Resources
+from pipeline.config.experiment import Experiment
 from pipeline.console import size
 from pipeline.cpus import usable_cpus
 from pipeline.errors import PipelineError, UsageError
 from pipeline.metrics.metric_identity import Generation
 from pipeline.planning.forecast import STEP_CALLS, scoring_calls
 from pipeline.planning.plan import Plan, choose_workers, make_plan
-from pipeline.settings.cluster_profile import Profile, Resources
-from pipeline.settings.config import Experiment
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
 from pipeline.sweeps.points import Checked, Point, Refused, check, grid, title
 from pipeline.sweeps.search import TPE

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.experiment import Experiment
 from pipeline.errors import PipelineError
-from pipeline.settings.config import Experiment
 from pipeline.sweeps.config import Axis, Sweep, by_dependency, trial_experiment, with_settings
 from pipeline.training.randomness import seed_of
 

@@ -7,14 +7,14 @@ import math
 from dataclasses import replace
 from typing import Any, Literal
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
-from pipeline.settings.cluster_profile import Profile
+from pipeline.runs.record import PARENT_TAG, trial_of
 from pipeline.storage.durable import write_json
 from pipeline.storage.home import make_folder
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.record import PARENT_TAG, trial_of
 from pipeline.sweeps.report import write_report
 from pipeline.sweeps.result import Result, statement, with_error
 from pipeline.sweeps.text import describe_sweep

@@ -15,18 +15,18 @@ from typing import Any
 
 from pipeline.cluster.board import board_name
 from pipeline.cluster.placement import give_back
+from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
 from pipeline.import_path import allow_modules_in
-from pipeline.settings.cluster_profile import Profile, use_variables
+from pipeline.runs.evaluate import ScoreRequest, evaluate_run
+from pipeline.runs.training_run import carry_on
 from pipeline.storage.durable import write_json
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
-from pipeline.workflows.evaluate import ScoreRequest, evaluate_run
-from pipeline.workflows.training_run import carry_on
 
 STOPPED_EARLY = "stopped early"
 VERDICT_FILE = "stopped_early.json"  # of the run folder of a trial that was told to stop

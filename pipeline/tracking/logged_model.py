@@ -58,7 +58,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
 
     def _sampling(self, steps: int) -> Any:
         """Return the sampling settings with so many network calls, 0 for the run's own; refused where the model cannot take them."""
-        from pipeline.settings.combinations import check_sampling
+        from pipeline.training.combinations import check_sampling
 
         experiment = self.trained.experiment
         if steps == 0:

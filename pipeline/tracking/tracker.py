@@ -25,7 +25,7 @@ from pipeline.tracking.spool import Event, Spool
 from pipeline.tracking.writer import Writer
 
 if TYPE_CHECKING:
-    from pipeline.settings.cluster_profile import Profile
+    from pipeline.config.cluster_profile import Profile
 
 log = logging.getLogger(__name__)
 

@@ -26,8 +26,8 @@ from ddpm import (
     posthoc_weights,
     reconstruct,
 )
+from pipeline.config.experiment import TrainingConfig
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.settings.config import TrainingConfig
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.training.threads import one_thread
 

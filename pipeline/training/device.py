@@ -18,10 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment, Precision
 from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError, UsageError
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment, Precision
 from pipeline.training.optimizer import AdamW
 from pipeline.training.threads import THREADS, spread
 

@@ -17,10 +17,10 @@ from ddpm import (
     UniformTimesteps,
     WeightAverage,
 )
-from pipeline.data.batches import Batch, PlacedBatch
+from pipeline.config.experiment import TrainingConfig
 from pipeline.errors import DivergedError
-from pipeline.settings.config import TrainingConfig
 from pipeline.training.averages import make_averages
+from pipeline.training.batches import Batch, PlacedBatch
 from pipeline.training.device import Compute, LossScaler
 from pipeline.training.models import Loss, load_weights, weights_of
 from pipeline.training.randomness import seed_dropout

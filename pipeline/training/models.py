@@ -15,8 +15,8 @@ from ddpm import (
     Objective,
     UNet,
 )
+from pipeline.config.experiment import Experiment
 from pipeline.errors import UsageError, nearest
-from pipeline.settings.config import Experiment
 from pipeline.training.randomness import seed_of
 from pipeline.training.vae import Vae, VaeObjective
 

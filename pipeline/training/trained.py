@@ -13,11 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import GaussianDiffusion
+from pipeline.config.cluster_profile import Profile, load_profile, use_variables
+from pipeline.config.experiment import Experiment, experiment_from, with_overrides
+from pipeline.config.yaml_files import validate
 from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.settings.cluster_profile import Profile, load_profile, use_variables
-from pipeline.settings.config import Experiment, experiment_from, with_overrides
-from pipeline.settings.yaml_files import validate
 from pipeline.storage.checkpoint import Checkpoint
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run

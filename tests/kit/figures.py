@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console
 from pipeline.metrics.fid import Moments, frechet_distance, kid
 from pipeline.metrics.prdc import prdc
-from pipeline.settings.cluster_profile import Profile
+from pipeline.runs.evaluate import ScoreRequest, score_run
 from pipeline.storage.home import features_dir
 from pipeline.training.trained import profile_of
-from pipeline.workflows.evaluate import ScoreRequest, score_run
 from tests.kit import trainer
 from tests.kit.experiments import TINY
 

@@ -174,7 +174,7 @@ def ray_session() -> Iterator[Any]:
     A command that runs in this process (`typed`) uses it, and saves the half of a minute's work that a process and a Ray of its own take.
     """
     from pipeline.cluster.session import local_ray
-    from pipeline.settings.cluster_profile import Profile, Resources
+    from pipeline.config.cluster_profile import Profile, Resources
     from pipeline.sweeps.tune import ENVIRONMENT
 
     before = dict(os.environ)
@@ -232,3 +232,29 @@ def winner(swept_shell: Shell, swept: dict[str, Any]) -> dict[str, Any]:
     assert code == 0, stderr
     found: dict[str, Any] = json.loads(stdout)
     return found
+
+
+@pytest.fixture
+def new_run(home: Path) -> Callable[..., Run]:
+    """Make a run folder: new_run(name="x")."""
+
+    from pipeline.storage.runs import Run
+
+    def make(**changes: Any) -> Run:
+        content: dict[str, Any] = {
+            "name": "test",
+            "experiment": {"training": {"steps": 100}, "diffusion": {"schedule": "cosine", "num_timesteps": 50}},
+            "config_hash": "0123456789abcdef",
+            "dataset": {"path": "/data/digits", "fingerprint": "ab" * 32, "name": "digits"},
+            "profile": {"name": "local"},
+            "command": ["ddpm-pipe", "train", "--preset", "digits"],
+        }
+        return Run.create(home, **{**content, **changes})
+
+    return make
+
+
+@pytest.fixture
+def run(new_run: Callable[..., Run]) -> Run:
+    """A fresh run folder."""
+    return new_run()

@@ -15,7 +15,7 @@ import pytest
 COSTS: dict[str, float] = json.loads(Path(__file__).with_name("costs.json").read_text())
 RAYS = (
     "tests/ray/",
-    "tests/pipeline/sweep/test_driving.py",
+    "tests/pipeline/sweeps/test_driving.py",
 )  # they share what is done once: Ray, a sweep, undisturbed trainings
 SWEPT = ("tests/ray/test_sweep_command.py", "tests/ray/test_pages.py")  # they look at one sweep, which takes minutes
 

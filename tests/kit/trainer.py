@@ -13,17 +13,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import experiment_from
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import experiment_from
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage import remote
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
-from pipeline.training.job import Job
 from pipeline.training.team import Team
-from pipeline.training.worker import Worker
+from pipeline.worker.job import Job
+from pipeline.worker.worker import Worker
 from tests.kit.attempts import Attempt, attempts_of
 from tests.kit.environment import forget_modules
 from tests.kit.experiments import TINY, slow_model

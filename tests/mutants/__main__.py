@@ -53,11 +53,11 @@ TESTS = (
     "tests/pipeline/data/test_order.py",
     "tests/pipeline/data/test_shard_batches.py",
     "tests/pipeline/metrics/test_fid.py",
-    "tests/pipeline/training/test_checkpoint.py",
+    "tests/pipeline/storage/test_checkpoint.py",
     "tests/pipeline/training/test_combinations.py",
     "tests/pipeline/training/test_loop.py",
-    "tests/pipeline/training/test_modes.py",
-    "tests/pipeline/training/test_workers.py",
+    "tests/pipeline/worker/test_modes.py",
+    "tests/pipeline/worker/test_workers.py",
 )
 MARKS = "not ray and not gpu and not all"
 # Tests of processes, which know nothing of the mutant.

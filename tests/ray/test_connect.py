@@ -12,9 +12,9 @@ import yaml
 from mlflow import MlflowClient
 
 from pipeline.cluster.token import admission, knock_at_dashboard, knock_at_store
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.yaml_files import validate
 from pipeline.errors import ClusterError, UsageError
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.yaml_files import validate
 from tests.kit.clusters import RayCluster, ray_cluster
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -172,9 +172,7 @@ def test_an_open_cluster_is_refused_before_anything_is_made(cli, open_cluster, p
     assert not (tmp_path / "shared").exists()
 
 
-def test_more_than_the_cluster_holds_is_refused_at_once_and_says_what_is_missing(
-    cli, cluster, profile_of, tmp_path
-):
+def test_more_than_the_cluster_holds_is_refused_at_once_and_says_what_is_missing(cli, cluster, profile_of, tmp_path):
     refused = cli("train", "--cluster", profile_of(cluster, workers=4), *SHORT, env=cluster.environment)
     assert refused.code == 8
     assert "waiting for" not in refused.stderr

@@ -18,7 +18,7 @@ from tests.kit.waiting import wait_for
 HOLD_RAY = """
 import sys
 from pipeline.cluster.session import local_ray
-from pipeline.settings.cluster_profile import load_profile
+from pipeline.config.cluster_profile import load_profile
 with local_ray(load_profile("local"), num_workers=1):
     import ray
     ray.get(ray.remote(lambda: 1).remote())

@@ -15,9 +15,9 @@ import pytest
 
 from pipeline.cluster.gather import gather
 from pipeline.cluster.pool import runner_of
+from pipeline.config.cluster_profile import Profile, Resources
 from pipeline.console import Console
 from pipeline.errors import DataError
-from pipeline.settings.cluster_profile import Profile, Resources
 from pipeline.signals import Signals
 from pipeline.storage.runs import Run
 from pipeline.storage.tensor_file import Arrays

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from pipeline.config.experiment import experiment_from
 from pipeline.data.labels import ClassNames
-from pipeline.settings.config import experiment_from
 from pipeline.training.models import build_model
 from pipeline.training.trained import Trained
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from pipeline.exchange.foreign_tensors import load_torch, read_json, read_tensors
+from pipeline.storage.foreign_tensors import load_torch, read_json, read_tensors
 
 SHAPES: dict[str, tuple[int, ...]] = {"a.weight": (3, 2), "a.bias": (3,)}
 

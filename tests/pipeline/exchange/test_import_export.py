@@ -13,13 +13,13 @@ import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from pipeline.config.experiment import DataConfig
 from pipeline.errors import CheckpointError
 from pipeline.exchange import export_onnx
 from pipeline.exchange.diffusers_folder import write_pipeline
-from pipeline.settings.config import DataConfig
+from pipeline.runs.import_run import read_folder
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.training.trained import Trained, experiment_of
-from pipeline.workflows.import_run import read_folder
 from tests.kit.commands import Typed
 from tests.pipeline.exchange.models import IDDPM, made
 from tests.pipeline.exchange.test_foreign_tensors import Canary

@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, Model, bits_per_dim
+from pipeline.config.cluster_profile import Profile
 from pipeline.data.images import to_float
 from pipeline.data.labels import told_labels
 from pipeline.errors import UsageError
 from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
 from pipeline.metrics.bound_report import Measured, curves_figure, write_measured
 from pipeline.metrics.metric_identity import BoundIdentity
-from pipeline.settings.cluster_profile import Profile
-from pipeline.storage.chunks import ChunkStore, compute
 from pipeline.storage.tensor_file import Arrays, unpack
+from pipeline.training.chunks import ChunkStore, compute
 from pipeline.training.device import sampling_compute
 from pipeline.training.randomness import image_generators
 from tests.kit import trainer

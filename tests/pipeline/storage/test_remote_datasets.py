@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config.cluster_profile import Cache
 from pipeline.data.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.order import Order
 from pipeline.data.shards import Dataset, read_batches
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest
 from pipeline.pictures.pictures import inspect_picture
-from pipeline.settings.cluster_profile import Cache
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.remote_cache import NodeCache
 from tests.kit.object_store import objects

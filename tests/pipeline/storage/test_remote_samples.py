@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.settings.cluster_profile import Profile
+from pipeline.config.cluster_profile import Profile
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote import RemoteFolder
 from tests.kit import trainer

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.errors import RunLockedError, UsageError
-from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.checkpoint import MANIFEST
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.run_checkpoints import RunCheckpoints

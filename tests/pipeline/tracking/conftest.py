@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
 from tests.kit.tracking import Gate
 
@@ -20,30 +18,6 @@ def store(home: Path, migrated_database: Path) -> TrackingSettings:
     """The default store of an empty home folder, delivered to without delay."""
     shutil.copy(migrated_database, home / "mlflow.db")
     return replace(TrackingSettings.resolve(home), batch_interval_s=0.01)
-
-
-@pytest.fixture
-def new_run(home: Path) -> Callable[..., Run]:
-    """Make a run folder: new_run(name="x")."""
-
-    def make(**changes: Any) -> Run:
-        content: dict[str, Any] = {
-            "name": "test",
-            "experiment": {"training": {"steps": 100}, "diffusion": {"schedule": "cosine", "num_timesteps": 50}},
-            "config_hash": "0123456789abcdef",
-            "dataset": {"path": "/data/digits", "fingerprint": "ab" * 32, "name": "digits"},
-            "profile": {"name": "local"},
-            "command": ["ddpm-pipe", "train", "--preset", "digits"],
-        }
-        return Run.create(home, **{**content, **changes})
-
-    return make
-
-
-@pytest.fixture
-def run(new_run: Callable[..., Run]) -> Run:
-    """A fresh run folder."""
-    return new_run()
 
 
 @pytest.fixture

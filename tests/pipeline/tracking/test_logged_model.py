@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.config.experiment import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
 from pipeline.sampling.generation import Denoiser
-from pipeline.settings.config import DiffusionConfig, Experiment, ModelConfig, SamplingConfig
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.errors import TrackingError, UsageError
-from pipeline.settings.cluster_profile import Profile
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ddpm import EMAProfile, posthoc_error, posthoc_weights
+from pipeline.config.experiment import experiment_from
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.settings.config import experiment_from
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.runs import Run
 from pipeline.training import averages

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ddpm import SCHEDULES, TIMESTEP_SPACINGS, bits_per_dim, normal_noise, timestep_subset
-from pipeline.data.batches import Batch
+from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.images import to_float
 from pipeline.errors import UsageError
 from pipeline.sampling.generation import Denoiser
-from pipeline.settings.combinations import check_training
-from pipeline.settings.config import Experiment, experiment_from
+from pipeline.training.batches import Batch
+from pipeline.training.combinations import check_training
 from pipeline.training.loop import Learner, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.randomness import training_draws
-from tests.pipeline.training.steps import CPU
+from tests.pipeline.worker.steps import CPU
 
 SHAPE, NAMES = (1, 4, 4), ("zero", "one", "two")
 STEPS, BATCH = 3, 4

@@ -13,16 +13,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from ddpm import bits_per_dim
-from pipeline.data.batches import training_batches
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
+from pipeline.config.yaml_files import validate
 from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
-from pipeline.settings.cluster_profile import Profile
-from pipeline.settings.config import Experiment
-from pipeline.settings.yaml_files import validate
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.training.averages import make_averages
+from pipeline.training.batches import training_batches
 from pipeline.training.device import Capabilities, Compute, decide, sampling_compute
 from pipeline.training.loop import Learner
 from pipeline.training.models import build_diffusion, build_model
@@ -30,7 +30,8 @@ from pipeline.training.randomness import image_generators
 from pipeline.training.team import Team, found_group
 from tests.kit import trainer
 from tests.kit.experiments import TINY
-from tests.pipeline.training.steps import (
+from tests.pipeline.runs.test_resume import killed_after, to_the_end
+from tests.pipeline.worker.steps import (
     CPU,
     STEPS,
     STREAMS,
@@ -41,7 +42,6 @@ from tests.pipeline.training.steps import (
     overflow_until_it_stops,
     train,
 )
-from tests.pipeline.training.test_resume import killed_after, to_the_end
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from ddpm import LossAwareTimesteps
-from pipeline.data.batches import Batch, PlacedBatch
+from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.errors import DivergedError
-from pipeline.settings.config import Experiment, experiment_from
+from pipeline.training.batches import Batch, PlacedBatch
 from pipeline.training.device import Compute
 from pipeline.training.loop import Learner, StepResult, _gradients_stay_local, fit
 from pipeline.training.models import build_model, build_objective
 from tests.pipeline.training.test_combinations import BATCH, SHAPE, batches
-from tests.pipeline.training.test_workers import CPU
+from tests.pipeline.worker.test_workers import CPU
 
 T = 4
 LOSS_AWARE = {"objective": "vlb", "timestep_sampling": "loss_aware"}

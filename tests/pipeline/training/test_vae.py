@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ddpm.gaussian import discretized_log_likelihood
 from pipeline.cli import run
+from pipeline.config.experiment import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
 from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
 from pipeline.sampling.generation import VaeSampler, generator_of
-from pipeline.settings.config import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
 from pipeline.training.device import serving_compute

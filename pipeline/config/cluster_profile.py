@@ -1,0 +1,361 @@
+"""The cluster profile: where an experiment runs. It never changes a result, only its place, speed and price.
+
+Every rule that a profile can break says in its message what was got and why that cannot work.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from pipeline.config import presets
+from pipeline.config.experiment import Precision
+from pipeline.config.yaml_files import Section, read_yaml_mapping, validate
+from pipeline.cpus import usable_cpus
+from pipeline.errors import UsageError
+from pipeline.redaction import DECLARED_SECRETS, announces_secret, refuse_secrets
+from pipeline.storage.home import datasets_dir, home
+from pipeline.storage.provenance import JOB_VARIABLE
+from pipeline.storage.remote import RemoteFolder, is_remote
+
+DEFAULT_PROFILE = "local"
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+Arithmetic = Literal[Precision.FP32, Precision.BF16, Precision.FP16]  # `mixed` chooses among these
+
+HOST_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
+S3_PREFIX = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^\s?#]*)?(?:\?[^\s#]*)?")
+
+
+class Workers(Section):
+    """Least and most workers of elastic training: each attempt takes as many as the cluster holds.
+
+    Where more could be had for `grow_after_s` seconds, and training is to last longer than that, the workers save and start anew.
+    """
+
+    min: PositiveInt
+    max: PositiveInt
+    grow_after_s: Seconds = 60.0
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
+
+# told apart by form, so that a fault is told of the form that was written (tags in brackets are not shown)
+NumWorkers = Annotated[
+    Annotated[PositiveInt, Tag("(number)")] | Annotated[Workers, Tag("(range)")],
+    Discriminator(lambda value: "(range)" if isinstance(value, dict | Workers) else "(number)"),
+]
+
+
+class Resources(Section):
+    """What one worker gets. `CPU: null` shares this machine's CPUs equally among the workers (kind `local` only)."""
+
+    CPU: Annotated[float, Field(gt=0)] | None = None
+    GPU: NonNegative = 0
+
+    @field_validator("GPU")
+    @classmethod
+    def _whole_above_one(cls, value: float) -> float:
+        if value > 1 and value != int(value):
+            raise ValueError(f"got {value:g}; Ray shares one GPU by fractions, but gives out several only whole")
+        return value
+
+
+class MLflowConfig(Section):
+    """Where runs are recorded. Without a URI: MLFLOW_TRACKING_URI, else the SQLite store of the home folder."""
+
+    tracking_uri: str | None = None
+    experiment: Annotated[str, Field(min_length=1)] = "ddpm"
+    strict: bool = False
+
+
+class Retries(Section):
+    """How often a run is started again after a failure that is not the experiment's fault."""
+
+    max_attempts: PositiveInt = 3
+
+
+class Preemption(Section):
+    """Whether workers save and go on elsewhere when Ray announces that a node will be taken away; looked for every `poll_s` seconds."""
+
+    watch: bool = True
+    poll_s: Seconds = 2.0
+
+
+class Timeouts(Section):
+    """Seconds. A worker that hangs longer than `collective_s` inside an all-reduce fails the attempt.
+
+    `stop_s` is how long a stop that somebody asks for waits for saving, `start_s` how long workers have to come up on nodes that are there.
+    """
+
+    collective_s: Seconds = 600.0
+    stop_s: Seconds = 30.0
+    start_s: Seconds = 60.0
+
+
+class Cache(Section):
+    """Copies of remote shards on each node. Without a folder: one in the system's temporary folder."""
+
+    folder: str | None = None
+    max_gb: Seconds = 50.0
+
+
+class Price(Section):
+    """The cost model: what one worker costs an hour, with its share of the machine."""
+
+    per_worker_hour: NonNegative = 0.0
+    currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+
+
+class RuntimeEnv(Section):
+    """What is sent with a job: the current folder (without data, caches and secrets), and modules of one's own besides it."""
+
+    working_dir: bool = True
+    py_modules: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+    max_mb: Annotated[float, Field(gt=0, le=500)] = 100.0
+
+
+class Profile(Section):
+    """Where a run takes place."""
+
+    name: Name = DEFAULT_PROFILE
+    kind: Literal["local", "connect", "job"] = "local"
+    address: str | None = None
+    workers: NumWorkers = 1
+    isolated: bool = False  # whether a single worker, too, is a process of Ray's, which is started again if it dies
+    resources_per_worker: Resources = Resources()
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
+    threads_per_worker: PositiveInt | None = None
+    precisions: tuple[Arithmetic, ...] = Field(default=(Precision.FP32, Precision.BF16, Precision.FP16), min_length=1)
+    compile: bool = True
+    cuda_graphs: bool = False
+    storage: str | None = None
+    cache: Cache = Cache()
+    mlflow: MLflowConfig = MLflowConfig()
+    retries: Retries = Retries()
+    preemption: Preemption = Preemption()
+    price: Price = Price()
+    runtime_env: RuntimeEnv = RuntimeEnv()
+    env: dict[VariableName, str] = Field(default_factory=dict)
+    forward_env: tuple[VariableName, ...] = ()
+    timeouts: Timeouts = Timeouts()
+    wait_for_resources_s: NonNegative = 0.0
+    insecure: bool = False
+
+    @property
+    def use_gpu(self) -> bool:
+        """Whether each worker holds a GPU."""
+        return self.resources_per_worker.GPU > 0
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which nothing starts."""
+        return self.workers if isinstance(self.workers, int) else self.workers.min
+
+    @property
+    def most_workers(self) -> int:
+        """Workers that share out work which comes out the same for any number of them."""
+        return self.workers if isinstance(self.workers, int) else self.workers.max
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the work runs on a cluster that others started."""
+        return self.kind != "local"
+
+    def trains_here(self, num_workers: int) -> bool:
+        """Whether so many workers train in the command's own process: one on this machine, unless it is to be isolated."""
+        return not self.is_remote and num_workers == 1 and not self.isolated
+
+    def isolating(self) -> Profile:
+        """Return the profile with workers in processes of their own, which those of a cluster are anyway."""
+        return self if self.is_remote else self.model_copy(update={"isolated": True})
+
+    def home(self) -> Path:
+        """Return the absolute folder that holds all state: the profile's storage where that is a folder, else as `home.home`."""
+        return home(self.storage)
+
+    def datasets(self) -> Path | str:
+        """Return where ingested datasets live: a folder, or an address in the object store."""
+        if is_remote(self.storage):
+            return RemoteFolder(str(self.storage)).child("datasets").uri
+        return datasets_dir(self.home())
+
+    def cpus_per_worker(self, num_workers: int) -> float:
+        """CPUs that Ray reserves for each of `num_workers` workers."""
+        if self.resources_per_worker.CPU is not None:
+            return self.resources_per_worker.CPU
+        return usable_cpus() / num_workers
+
+    def threads(self, num_workers: int) -> int:
+        """Torch threads of each worker. Results are bit-exact for an equal number of them only."""
+        return self.threads_per_worker or max(1, int(self.cpus_per_worker(num_workers)))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested data that `validate(Profile, ...)` reads back."""
+        return self.model_dump(mode="json")
+
+    @model_validator(mode="after")
+    def _address_of_its_kind(self) -> Profile:
+        got = f"address: got {self.address!r}"
+        if self.address is not None and self.address.startswith("ray://"):
+            raise ValueError(
+                f"{got}: Ray Client (ray://) cannot run Ray Train; use kind: job with http://HEAD:8265, or kind: connect on a node"
+            )
+        if self.kind == "local" and self.address is not None:
+            raise ValueError(f"{got}: kind local starts its own Ray; leave address out, or use kind: connect or job")
+        if self.kind == "connect" and not _is_cluster(self.address):
+            raise ValueError(
+                f"{got}: kind connect needs auto (this node's cluster) or the head's HOST:PORT, such as 10.0.0.4:6379"
+            )
+        if self.kind == "job" and not _is_http(self.address):
+            raise ValueError(f"{got}: kind job needs the dashboard's http(s) address, such as http://127.0.0.1:8265")
+        return self
+
+    @model_validator(mode="after")
+    def _storage_that_every_node_sees(self) -> Profile:
+        got = f"storage: got {self.storage!r}"
+        if self.storage is None:
+            if self.is_remote:
+                raise ValueError(
+                    f"storage is missing: with kind {self.kind} every node must see the runs; give a shared folder or s3://BUCKET/PREFIX"
+                )
+        elif "://" in self.storage:
+            try:
+                RemoteFolder(self.storage)
+            except UsageError as error:  # without what the address may hold of credentials
+                raise ValueError(f"storage: {error}") from None
+            if not S3_PREFIX.fullmatch(self.storage):
+                raise ValueError(f"{got}; expected an absolute folder or s3://BUCKET/PREFIX")
+        elif not Path(self.storage).is_absolute():
+            raise ValueError(
+                f"{got}: workers run in other folders, so it must be absolute, such as /mnt/ddpm, or s3://BUCKET/PREFIX"
+            )
+        if self.cache.folder is not None and not Path(self.cache.folder).is_absolute():
+            raise ValueError(
+                f"cache.folder: got {self.cache.folder!r}: workers run in other folders, so it must be absolute"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tracking_that_every_node_reaches(self) -> Profile:
+        uri = self.mlflow.tracking_uri
+        if self.is_remote and uri is not None and not _is_http(uri):
+            raise ValueError(
+                f"mlflow.tracking_uri: got {uri!r}: with kind {self.kind} other machines write to it; give a server's http(s) address"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_only_some_kinds_can(self) -> Profile:
+        if self.is_remote and self.resources_per_worker.CPU is None:
+            raise ValueError(
+                f"resources_per_worker.CPU is missing: with kind {self.kind} there is no machine to share equally; give a number"
+            )
+        if self.is_remote and self.isolated:
+            raise ValueError(
+                f"isolated is for kind local alone: with kind {self.kind} every worker is a process of its own; leave it out"
+            )
+        if self.kind == "local" and self.placement == "strict_spread" and self.workers != 1:
+            raise ValueError(
+                "placement: strict_spread puts each worker on another node, and kind local has one; use pack"
+            )
+        if self.kind != "job" and self.runtime_env != RuntimeEnv():
+            raise ValueError(f"runtime_env is for kind job alone: with kind {self.kind} the code is run where it lies")
+        return self
+
+    @model_validator(mode="after")
+    def _no_secret_in_the_open(self) -> Profile:
+        for name, value in self.env.items():
+            if announces_secret(name, value):
+                raise ValueError(
+                    f"env.{name} looks like a secret: profiles are recorded and shared; name it in forward_env instead"
+                )
+            if name in self.forward_env:
+                raise ValueError(f"env.{name}: also in forward_env; keep one")
+        return self
+
+
+def load_profile(reference: str | None) -> Profile:
+    """Read a profile by path or shipped name, for this process to work by; None is the embedded default (`local`)."""
+    path: Path = presets.find("cluster", reference or DEFAULT_PROFILE)
+    content = read_yaml_mapping(path)
+    content.setdefault("name", path.stem)
+    profile = validate(Profile, content, str(path.name))
+    require_tracking(profile)
+    use_variables(profile)
+    if profile.forward_env:
+        os.environ[DECLARED_SECRETS] = ",".join(profile.forward_env)
+        refuse_secrets(sys.argv[1:], "the command line")  # which was looked at before these were known as secrets
+        refuse_secrets(profile.to_dict(), f"profile {profile.name!r}")
+    return profile
+
+
+def use_variables(profile: Profile, *, over_others: bool = True) -> None:
+    """Set a profile's `env` here too, where its work is driven: storage and tracking are reached from here as from its workers.
+
+    Without `over_others` variables that are set already, such as by another profile, stay.
+    """
+    if profile.kind != "job" or JOB_VARIABLE in os.environ:
+        os.environ.update(profile.env if over_others else profile.env | os.environ)
+
+
+def forwarded(profile: Profile) -> dict[str, str]:
+    """Return the variables whose values are secret, from this environment; UsageError where one is not set."""
+    missing = [name for name in profile.forward_env if name not in os.environ]
+    if missing:
+        raise UsageError(
+            f"profile {profile.name!r}: forward_env names {', '.join(missing)}, not set here; export it, or take it out of the profile"
+        )
+    values = {name: os.environ[name] for name in profile.forward_env}
+    return values | ({DECLARED_SECRETS: ",".join(values)} if values else {})
+
+
+def home_of(reference: str | None) -> Path:
+    """Return the folder that holds the state of the runs under a profile; without one, as `home.home`."""
+    return home() if reference is None else load_profile(reference).home()
+
+
+def storage_of(reference: str | None) -> str | None:
+    """Return the storage of a profile; None without a profile."""
+    return None if reference is None else load_profile(reference).storage
+
+
+def require_tracking(profile: Profile) -> None:
+    """Refuse a cluster whose runs would be recorded nowhere that its nodes can write to (UsageError)."""
+    if not profile.is_remote or profile.mlflow.tracking_uri is not None:
+        return
+    uri = profile.env.get("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI"))
+    if not _is_http(uri):
+        got = f"MLFLOW_TRACKING_URI is {uri!r}" if uri else "neither it nor MLFLOW_TRACKING_URI is set"
+        raise UsageError(
+            f"profile {profile.name!r}: mlflow.tracking_uri: {got}, and with kind {profile.kind} other machines write to it; "
+            "give a server's http(s) address (on one machine: mlflow server, then http://127.0.0.1:5000)"
+        )
+
+
+def _is_cluster(address: str | None) -> bool:
+    return address is not None and (address == "auto" or HOST_PORT.fullmatch(address) is not None)
+
+
+def _is_http(address: str | None) -> bool:
+    if address is None:
+        return False
+    try:
+        parts = urlsplit(address)
+        return parts.scheme in {"http", "https"} and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        return False

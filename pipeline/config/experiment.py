@@ -1,0 +1,326 @@
+"""The experiment: everything that decides a result, and nothing about where it runs.
+
+Each default is written once, here. A file of experiments/ overrides some of them, `-s key=value` overrides the file, and the resolved
+experiment is logged before any work starts. Where it runs is the cluster profile's business (cluster_profile.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+
+from pipeline.config.process import DiffusionConfig as DiffusionConfig
+from pipeline.config.process import Fraction, PositiveInt, take_in_betas
+from pipeline.config.process import ModelConfig as ModelConfig
+from pipeline.config.process import SamplingConfig as SamplingConfig
+from pipeline.config.yaml_files import Section, flatten, read_yaml_mapping, set_override, validate
+from pipeline.errors import UsageError
+
+DEFAULT_PRESET = "digits"
+# settings that do not change the weights at any step: a resumed run may change them
+FREE_TO_CHANGE = (
+    "name",
+    "training.steps",
+    "checkpoint.",
+    "logging.",
+    "sampling.",
+    "evaluation.",
+    "diffusion.betas_file",
+)
+
+# keys that came later: at these values they leave the hash of an experiment what it was before them
+ADDED_LATER: dict[str, Any] = {
+    "data.layout": None,
+    "data.skip_damaged": 0,
+    "model.num_heads": 1,
+    "model.head_channels": None,
+    "model.norm_eps": 1e-6,
+    "model.scale_shift_norm": False,
+    "model.flip_sin_to_cos": False,
+    "model.freq_shift": 1,
+    "model.downsample_padding": 0,
+    "model.class_conditional": False,
+    "model.latent_dim": 16,
+    "diffusion.zero_terminal_snr": False,
+    "diffusion.betas": None,
+    "training.objective": "simple",
+    "training.min_snr_gamma": 5.0,
+    "training.timestep_sampling": "uniform",
+    "training.label_dropout": 0.1,
+    "training.weight_decay": 0.0,
+    "training.ema_widths": [],
+    "training.ema_snapshot_every_steps": None,
+    "training.tf32": False,
+    "training.deterministic": True,
+}
+
+
+class Precision(StrEnum):
+    """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in all of them.
+
+    `fp16` scales the loss. `mixed` is the fastest that the device computes itself: bf16 on GPUs from Ampere on and on CPUs with
+    instructions for it, else fp16 on GPUs and fp32 on CPUs.
+    """
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    MIXED = "mixed"
+
+
+class DataConfig(Section):
+    """The images, and the order in which training reads them."""
+
+    source: str = "digits"
+    split: str | None = None
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    mode: Literal["L", "RGB"] | None = None
+    image_column: str | None = None
+    label_column: str | None = None
+    layout: Literal["flat", "classes", "splits"] | None = None
+    skip_damaged: Annotated[int, Field(ge=0)] = 0
+    horizontal_flip: bool = False
+    shuffle_window: PositiveInt = 65_536
+
+
+def _decays(value: object) -> float | tuple[float, ...]:
+    """Check one decay or several."""
+    values = value if isinstance(value, list | tuple) else [value]
+    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1]
+    if not values or len(numbers) < len(values):
+        raise ValueError(f"got {value!r}; expected a number from 0 to below 1, or a list of such")
+    return tuple(float(n) for n in numbers) if isinstance(value, list | tuple) else float(numbers[0])
+
+
+def _plain(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class TrainingConfig(Section):
+    """The optimisation. `batch_size` is global: it does not change with the number of workers.
+
+    `ema_decay` may be several decays, all averaged at once: the first is the one that is sampled unless another is asked for.
+    `ema_widths` are power-function averages (Karras et al. 2024), given by their relative widths sigma_rel and stored every
+    `ema_snapshot_every_steps` steps; from two of them an average of any length is made after training (`--weights posthoc:0.1`).
+    """
+
+    steps: PositiveInt = 800_000
+    batch_size: PositiveInt = 128
+    num_streams: PositiveInt | None = None
+    micro_batch_size: PositiveInt | None = None
+    objective: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    timestep_sampling: Literal["uniform", "loss_aware"] = "uniform"
+    label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    warmup_steps: Annotated[int, Field(ge=0)] = 5000
+    grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
+    ema_decay: Annotated[float | tuple[float, ...], PlainValidator(_decays), PlainSerializer(_plain)] = 0.9999
+    ema_ramp_up: bool = True
+    ema_widths: tuple[Annotated[float, Field(gt=0, le=0.2886)], ...] = ()
+    ema_snapshot_every_steps: PositiveInt | None = None
+    precision: Precision = Precision.FP32
+    compile: bool = False
+    channels_last: bool = False
+    tf32: bool = False
+    deterministic: bool = True
+
+    @model_validator(mode="after")
+    def _streams_divide_the_batch(self) -> TrainingConfig:
+        if self.num_streams is not None and self.batch_size % self.num_streams:
+            raise ValueError(
+                f"num_streams: got {self.num_streams}, which does not divide batch_size {self.batch_size}; "
+                "leave it out or choose a divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _averages_are_distinct(self) -> TrainingConfig:
+        for field, values in (("ema_decay", self.ema_decays), ("ema_widths", self.ema_widths)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{field}: got {list(values)}, in which one stands twice; leave it out")
+        if bool(self.ema_widths) != (self.ema_snapshot_every_steps is not None):
+            raise ValueError(
+                "ema_widths and ema_snapshot_every_steps belong together: the widths of power-function averages, such as "
+                "[0.05, 0.1], and how often they are stored"
+            )
+        return self
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """The decays averaged at once; the first is the one sampled by default."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+
+class CheckpointConfig(Section):
+    """When to save, and how many checkpoints to keep. The last step is always saved."""
+
+    every_steps: PositiveInt | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    keep: Annotated[int, Field(ge=2)] = 2
+
+
+class LoggingConfig(Section):
+    """What to record while training."""
+
+    every_steps: PositiveInt = 50
+    grid_every_steps: PositiveInt | None = 5000
+    grid_images: PositiveInt = 64
+
+
+class EvaluationConfig(Section):
+    """The scores at the end of training. `extractor: auto` is the classifier for small labelled gray images, else Inception.
+
+    `kid_subset_size` is 1000 where nothing is said, or half of fewer images; `inception_score_splits: 1` is as Ho et al. take it.
+    """
+
+    enabled: bool = True
+    extractor: Literal["auto", "classifier", "inception"] = "auto"
+    num_images: PositiveInt = 10_000
+    metrics: tuple[Literal["fid", "kid", "is", "prdc", "bpd"], ...] = Field(default=("fid", "kid"), min_length=1)
+    inception_weights: str | None = None
+    kid_subset_size: Annotated[int, Field(ge=2)] | None = None
+    inception_score_splits: PositiveInt = 10
+
+
+class Experiment(Section):
+    """Everything that decides the result of a run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "ddpm"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _sampler_steps_fit(self) -> Experiment:
+        steps, total = self.sampling.steps, self.diffusion.num_timesteps
+        # the default stands for "50 of them, or all": it is no wish, and a recorded experiment names it like any other
+        if steps is not None and steps > total and steps != SamplingConfig().steps:
+            raise ValueError(
+                f"sampling.steps: got {steps}, more than diffusion.num_timesteps {total}; choose at most {total}"
+            )
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain nested data that `experiment_from` reads back to an equal experiment."""
+        return self.model_dump(mode="json")
+
+    def flat(self) -> dict[str, Any]:
+        """Return one level of dotted keys, as parameters of a tracked run are; a table of betas stands as its hash."""
+        flat = flatten(self.to_dict())
+        if self.diffusion.betas is not None:
+            digest = hashlib.sha256(json.dumps(self.diffusion.betas).encode()).hexdigest()
+            flat["diffusion.betas"] = f"sha256:{digest[:16]}"
+        return flat
+
+    def hash(self) -> str:
+        """Return 16 hexadecimal digits that change with any setting that decides the weights."""
+        kept = {
+            key: value
+            for key, value in self.flat().items()
+            if not key.startswith(FREE_TO_CHANGE) and not (key in ADDED_LATER and value == ADDED_LATER[key])
+        }
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def experiment_from(content: dict[str, Any], where: str = "experiment") -> Experiment:
+    """Return the checked experiment that nested plain data describes; UsageError names the first fault."""
+    return validate(Experiment, content, where)
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = (), data: str | None = None) -> Experiment:
+    """Read an experiment file and apply `key=value` overrides and a data source given on the command line."""
+    content = read_yaml_mapping(path)
+    content.setdefault("name", path.stem)
+    take_in_betas(content, path.parent)
+    _refuse_unread_eta(content)
+    _override(content, overrides)
+    if "sampling.eta" in _keys(
+        overrides
+    ):  # a file's own eta waits for ddim while the command line tries another sampler
+        _refuse_unread_eta(content)
+    if data is not None:
+        set_override(content, "data.source=''")
+        content["data"]["source"] = data
+    return experiment_from(content, str(path.name))
+
+
+def differences(old: Experiment, new: Experiment) -> list[str]:
+    """Return "field: old -> new" for every setting that differs and decides the weights."""
+    before, after = old.flat(), new.flat()
+    changed = [key for key in sorted(before.keys() | after.keys()) if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if not key.startswith(FREE_TO_CHANGE)]
+
+
+def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Return the experiment with `key=value` overrides applied."""
+    content = experiment.to_dict()
+    _override(content, overrides)
+    return experiment_from(content, "-s")
+
+
+def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Apply `key=value` overrides; a table of betas and a schedule replace each other, and a path is relative to the current folder."""
+    keys, own_sampler = _keys(overrides), _sampler(content)
+    for assignment in overrides:
+        set_override(content, assignment)
+    if "sampling.sampler" in keys and not keys & {"sampling", "sampling.steps"} and _sampler(content) != own_sampler:
+        content["sampling"].pop("steps", None)  # those that were there are meant for the sampler that was
+    diffusion = content.get("diffusion")
+    if not isinstance(diffusion, dict):
+        return
+    if "diffusion.betas_file" in keys:
+        diffusion["betas"] = None  # the file's take their place
+        for key in {"schedule", "num_timesteps"} - {key.removeprefix("diffusion.") for key in keys}:
+            diffusion.pop(key, None)
+        take_in_betas(content, Path.cwd())
+    elif "diffusion.betas" in keys:
+        diffusion["betas_file"] = None
+    elif "diffusion.schedule" in keys and diffusion.get("betas") is not None:
+        diffusion.update(betas=None, betas_file=None)
+
+
+def _keys(overrides: Sequence[str]) -> set[str]:
+    return {assignment.partition("=")[0].strip() for assignment in overrides}
+
+
+def _sampler(content: dict[str, Any]) -> Any:
+    """Return the sampler that unchecked settings name, or the one that stands where they name none."""
+    sampling = content.get("sampling")
+    usual = SamplingConfig().sampler
+    return sampling.get("sampler", usual) if isinstance(sampling, dict) else usual
+
+
+def _refuse_unread_eta(content: dict[str, Any]) -> None:
+    """Refuse an eta that is given together with a sampler that has none (UsageError)."""
+    sampling = content.get("sampling")
+    if isinstance(sampling, dict) and sampling.get("eta") and _sampler(content) != "ddim":
+        raise UsageError(
+            f"sampling.eta: got {sampling['eta']}, which is ddim's; the sampler is {sampling['sampler']!r}: leave eta out, or "
+            "use sampler ddim"
+        )
+
+
+def require_divisible(experiment: Experiment, num_workers: int, num_streams: int) -> None:
+    """Refuse a worker count that does not divide the number of streams (UsageError)."""
+    if num_streams % num_workers:
+        fits = [n for n in range(1, num_streams + 1) if num_streams % n == 0]
+        raise UsageError(
+            f"workers: got {num_workers}, which does not divide training.num_streams {num_streams} "
+            f"(batch_size {experiment.training.batch_size}); choose one of {fits}"
+        )

@@ -1,0 +1,126 @@
+"""The end of a training: scores, pictures, the logged model, and the summary that the user reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.cluster_profile import Profile
+from pipeline.console import Console, duration
+from pipeline.errors import DataError, RefusedError
+from pipeline.pictures.pictures import save_grid
+from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics
+from pipeline.runs.evaluation import Evaluation, record, write_evaluation
+from pipeline.runs.judge import find_judge
+from pipeline.runs.runs_table import with_newest
+from pipeline.runs.sample import generator_for, load_trained, workshop_of
+from pipeline.sampling.generated import PREVIEW_IMAGES
+from pipeline.sampling.generation import Denoiser
+from pipeline.sampling.motion import draw_strip
+from pipeline.storage.runs import Run
+from pipeline.tracking.text import describe
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.training.device import Compute
+from pipeline.training.trained import Trained
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run: where its pictures are, and its scores, or why there are none."""
+
+    run_id: str
+    name: str
+    step: int
+    training_s: float
+    pictures: dict[str, Path]
+    found: Evaluation | None = None
+    skipped: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return {
+            "run": self.run_id,
+            "name": self.name,
+            "step": self.step,
+            "training_s": round(self.training_s, 3),
+            "pictures": {name: str(path) for name, path in self.pictures.items()},
+            "scores": None if self.found is None else self.found.to_json(),
+            "skipped": self.skipped,
+        }
+
+    def to_text(self) -> str:
+        """Return the summary: scores beside their yardsticks, pictures, and what to type next."""
+        lines = [f"run {self.run_id}  {self.name}  {self.step} steps, trained for {duration(self.training_s)}", ""]
+        lines += [] if self.found is None else self.found.lines
+        lines += [self.skipped] if self.skipped else []
+        lines += ["", *(f"{name + ':':<9}{path}" for name, path in self.pictures.items()), *self.notes]
+        lines += [
+            "",
+            "next:",
+            "  ddpm-pipe ui                              browse this run in MLflow's pages",
+            f"  ddpm-pipe sample {self.run_id} -n 16          more images",
+            *(
+                [f"  ddpm-pipe evaluate {self.run_id} --steps 100  another sampler setting, scored"]
+                if "strip" in self.pictures
+                else []
+            ),
+            f"  ddpm-pipe resume {self.run_id} -s training.steps={2 * self.step}",
+        ]
+        return "\n".join(lines)
+
+
+def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Console) -> Outcome:
+    """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
+    request = ScoreRequest()
+    trained, compute = load_trained(run, request, profile)
+    generator = generator_for(trained, request, compute)
+    found, skipped = _evaluate(run, trained, compute, request, profile, console)
+    folder = run.folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    pictures = {"samples": folder / "samples.png"}
+    if found is None or found.scored is None:
+        images, _ = workshop_of(run, trained, profile, console).images(generator, PREVIEW_IMAGES)
+    else:
+        images = found.scored.preview
+    save_grid(images, pictures["samples"])
+    if isinstance(generator, Denoiser):  # others draw an image in one step, which leaves no way to look at
+        pictures["strip"] = folder / "denoising.png"
+        draw_strip(generator, pictures["strip"])
+    tracker = Tracker(run.folder, settings)
+    summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
+    run.update(summary=with_newest(run.state().summary, summary))
+    for path in pictures.values():
+        tracker.artifact(path, "pictures")
+    tracker.model(trained.save(run.folder / "model"), trained.step)
+    tracker.metrics(trained.step, {"training_s": trained.training_s}, family="result")
+    tracker.describe(describe(run.record, summary, trained.step))
+    tracker.finish("FINISHED")
+    delivered = tracker.close()
+    notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]
+    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, found, skipped, notes)
+
+
+def _evaluate(
+    run: Run, trained: Trained, compute: Compute, request: ScoreRequest, profile: Profile, console: Console
+) -> tuple[Evaluation | None, str]:
+    """Evaluate as the experiment says; return what was found, and one line on what was left out, why, and how to add it."""
+    asked = trained.experiment.evaluation
+    if not asked.enabled:
+        return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
+    judge, skipped = None, ""
+    if sample_metrics(asked):
+        try:
+            judge = find_judge(run, asked, profile, console, download=False)
+        except (DataError, RefusedError) as error:
+            skipped = (
+                f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
+                f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
+            )
+    try:
+        found = evaluate_model(run, trained, compute, judge, request, profile, console)
+    except RefusedError as error:
+        skipped = f"no images were scored: {error}; by other metrics: ddpm-pipe evaluate {run.id} --metrics fid"
+        found = evaluate_model(run, trained, compute, None, request, profile, console)  # bits/dim, if asked for
+    return (None if found.scored is None and found.measured is None else found), skipped

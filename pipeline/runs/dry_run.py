@@ -1,0 +1,129 @@
+"""`train --dry-run`: the plan, a few measured steps where training would take place, and what follows from them."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline.cluster import nodes
+from pipeline.cluster.gather import gather
+from pipeline.cluster.session import Session
+from pipeline.cluster.worker_group import worker_group
+from pipeline.console import Console, size
+from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
+from pipeline.planning.capacity import fitting_counts
+from pipeline.planning.forecast import Forecast, describe, forecast
+from pipeline.planning.plan import Plan, lines
+from pipeline.planning.probe import PROBE_S, Probe, probe_training
+from pipeline.runs import training_run
+from pipeline.signals import listening
+
+if TYPE_CHECKING:
+    from pipeline.training.team import Team
+
+PROBE_LIMIT_S = 120.0  # a first step can take many times the budget where torch has to choose kernels
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What `train --dry-run` says. `probe` and `forecast` are None where nothing was measured; `unmeasured` says why."""
+
+    plan: Plan
+    probe: Probe | None
+    forecast: Forecast | None
+    unmeasured: str
+    warnings: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data, for `--json`."""
+        return self.plan.to_dict() | {
+            "probe": None if self.probe is None else self.probe.to_dict(),
+            "forecast": None if self.forecast is None else self.forecast.to_dict(),
+            "unmeasured": self.unmeasured,
+            "warnings": list(self.warnings),
+        }
+
+    def to_text(self) -> str:
+        """Return the resolved experiment, the plan, and the forecast, a line each."""
+        if self.probe is None or self.forecast is None:
+            more = {"measured": f"no: {self.unmeasured}"}
+        else:
+            more = describe(self.plan, self.probe, self.forecast)
+        warnings = "".join(f"\nwarning: {warning}" for warning in self.warnings)
+        return self.plan.to_text() + "\n" + lines(more) + warnings
+
+
+def dry_run(asked: training_run.Request, *, measure: bool = True) -> DryRun:
+    """Plan a training, and measure it unless told not to. Nothing stays behind."""
+    plan = training_run.plan(asked)
+    warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure else None])]
+    if not measure:
+        return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
+    if plan.shape is None:
+        return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings))
+    now, probe, num_nodes = _probe(plan, plan.shape)
+    if now.num_workers < plan.num_workers:
+        warnings.append(
+            f"the cluster has room for {now.num_workers} workers at the moment: measured and reckoned with them, not with "
+            f"{plan.num_workers}"
+        )
+    seen = forecast(now, probe, math.ceil(now.num_workers / num_nodes))
+    return DryRun(now, probe, seen, "", (*warnings, *seen.warnings))
+
+
+def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe, int]:
+    """Measure in this process where one worker of this machine would train, else with the workers that a training would begin with.
+
+    Returns the plan with their number, what was measured, and on how many nodes.
+    """
+    profile, folder = plan.profile, plan.profile.home()
+    if plan.num_workers == 1 and not profile.is_remote:
+        return plan, probe_training(plan.experiment, shape, profile, 1, folder=folder), 1
+    counts = fitting_counts(plan.experiment, profile)
+    with Session(profile, plan.num_workers) as session, nodes.wanted() as want:
+        session.ensure()
+        with listening() as signals:
+            count = gather(counts, profile, Console(), signals, (), want, "the same command")
+        now = replace(plan, num_workers=count)
+        with worker_group(profile, count, profile.timeouts.start_s) as group:
+            probes = group.run(measure_in_worker, now, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)
+            return now, probes[0], group.num_nodes
+
+
+def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path, code_folder: str) -> Probe:
+    """Be one worker of the probe."""
+    from pipeline.import_path import allow_modules_in
+
+    allow_modules_in(code_folder)
+    return probe_training(
+        plan.experiment, shape, plan.profile, plan.num_workers, team=team, budget_s=PROBE_S, folder=folder
+    )
+
+
+def _busy() -> str | None:
+    load, cpus = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cpus:
+        return None
+    return f"this machine is busy (load {load:.1f} on {cpus} CPUs): it will be faster than measured when it is not"
+
+
+def _large_window(plan: Plan) -> str | None:
+    """Return a warning where the rows that a worker shuffles together would fill its memory."""
+    if plan.num_rows is None or plan.shape is None:
+        return None
+    channels, height, width = plan.shape
+    image, window = channels * height * width, plan.experiment.data.shuffle_window
+    if plan.num_rows * image <= MEMORY_BUDGET_BYTES:
+        return None
+    held = min(window, plan.num_rows // plan.num_streams) * plan.num_streams // plan.num_workers * image
+    if held <= 2 * MEMORY_BUDGET_BYTES:
+        return None
+    streams = plan.num_streams // plan.num_workers
+    fitting = 1 << max(0, (MEMORY_BUDGET_BYTES // streams // image).bit_length() - 1)
+    return (
+        f"data.shuffle_window {window:,} makes each worker hold up to {size(held)} of images, those that its {streams} streams "
+        f"shuffle (PNGs take less); for {size(MEMORY_BUDGET_BYTES)} use -s data.shuffle_window={fitting}"
+    )

@@ -1,0 +1,217 @@
+"""Scores of a run: generate, extract, compare, record. A training ends with it, and `ddpm-pipe evaluate` repeats it in other ways.
+
+score_run(run, ScoreRequest(metrics=("kid",), num_images=500), profile, console)    # figures alone, recorded nowhere
+evaluate_run(run, request, profile, settings, console)                              # the same, written and tracked
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import EvaluationConfig, Experiment
+from pipeline.config.yaml_files import validate
+from pipeline.console import Console, Rate
+from pipeline.data.labels import BALANCED, NONE
+from pipeline.errors import RunLockedError, UsageError
+from pipeline.metrics import scoring
+from pipeline.metrics.judge import Judge
+from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
+from pipeline.metrics.neighbours import find_neighbours
+from pipeline.metrics.registry import require_enough
+from pipeline.metrics.scores import over_seeds
+from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
+from pipeline.runs.judge import find_judge, own_split
+from pipeline.runs.measure import measure_bound
+from pipeline.runs.runs_table import with_newest
+from pipeline.runs.sample import SampleRequest, generator_for, load_trained, workshop_of
+from pipeline.sampling.generated import Workshop
+from pipeline.sampling.generation import usual_generation
+from pipeline.storage.runs import Run
+from pipeline.tracking.text import describe
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.training.device import Compute, arithmetic_of, workers_device
+from pipeline.training.trained import Trained
+
+BOUND = "bpd"  # the metric that judges the model by real images, none being generated
+
+
+@dataclass(frozen=True)
+class ScoreRequest(SampleRequest):
+    """How to generate and score; None is as the run's experiment says.
+
+    Attributes:
+        num_images: generated images for the sample metrics; for bits/dim a cap on the images measured, by default none.
+        num_seeds: sets of images, from as many seeds; scores are means over them, with their deviation.
+        split: of the run's source, whose images are compared with and measured; by default those that it was trained on.
+        neighbours: whether to find the training images closest to generated ones.
+    """
+
+    num_images: int | None = None  # type: ignore[assignment]
+    metrics: tuple[str, ...] | None = None
+    extractor: str | None = None
+    inception_weights: str | None = None
+    num_seeds: int = 1
+    split: str | None = None
+    neighbours: bool = False
+
+    def evaluation(self, experiment: Experiment) -> EvaluationConfig:
+        """Return the evaluation settings, checked; UsageError where options do not go together."""
+        asked = ("num_images", "metrics", "extractor", "inception_weights")
+        given = {name: value for name in asked if (value := getattr(self, name)) is not None}
+        settings = validate(EvaluationConfig, {**experiment.evaluation.model_dump(), **given}, "evaluation")
+        if self.neighbours and not sample_metrics(settings):
+            raise UsageError("--neighbours are of generated images; add one of their metrics, such as --metrics fid")
+        return settings
+
+
+def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Console) -> Evaluation:
+    """Evaluate a run as asked, and record nothing but the chunks that were computed."""
+    trained, compute = load_trained(run, request, profile)
+    asked = request.evaluation(trained.experiment)
+    judge = None
+    if sample_metrics(asked):
+        judge = find_judge(run, asked, profile, console, download=True, split=request.split)
+    return evaluate_model(run, trained, compute, judge, request, profile, console)
+
+
+def evaluate_model(
+    run: Run,
+    trained: Trained,
+    compute: Compute,
+    judge: Judge | None,
+    request: ScoreRequest,
+    profile: Profile,
+    console: Console,
+) -> Evaluation:
+    """Evaluate a model that is loaded; its samples only where there is a judge."""
+    asked = request.evaluation(trained.experiment)
+    scored, measured, neighbours = None, None, None
+    if judge is not None:
+        workshop = workshop_of(run, trained, profile, console)
+        scored = score_samples(workshop, trained, compute, judge, request)
+        if request.neighbours:
+            rate = Rate(console, "closest training images", judge.dataset.manifest.num_rows)
+            sheet = find_neighbours(
+                scored.preview,
+                judge.dataset,
+                judge.extractor,
+                run.folder / "neighbours",
+                computed_on=workers_device(profile),
+                runner=workshop.runner,
+                progress=rate,
+            )
+            neighbours = Sheet(sheet, judge.dataset)
+    if BOUND in asked.metrics:
+        _, seed = request.settings(trained.experiment)
+        bound = measure_bound(
+            run, trained, compute, profile, console, seed=seed, split=request.split, num_images=request.num_images
+        )
+        measured = replace(bound, label=_label_of_bound(bound.identity, trained))
+    return Evaluation(run.id, trained.step, scored, measured, neighbours, arithmetic_of(profile))
+
+
+def score_samples(
+    workshop: Workshop, trained: Trained, compute: Compute, judge: Judge, request: ScoreRequest
+) -> Scored:
+    """Score the samples of a model that is loaded by a judge that is there."""
+    asked = request.evaluation(trained.experiment)
+    metrics = sample_metrics(asked)
+    settings = scoring.MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
+    num_real, num_images = len(judge.reference.real.features), judge.reference.num_images
+    require_enough(metrics, settings, num_real=num_real, num_judged=num_images)  # before any image is generated
+    _, first = request.settings(trained.experiment)
+    each, previews = [], []
+    for seed in range(first, first + request.num_seeds):
+        generator = generator_for(trained, replace(request, seed=seed), compute)
+        made = workshop.features(generator, judge.extractor, num_images)
+        identity = generator.identity(trained.weights)
+        each.append(
+            scoring.score(
+                made.found,
+                judge.dataset,
+                judge.extractor,
+                judge.reference,
+                identity,
+                metrics=metrics,
+                settings=settings,
+            )
+        )
+        previews.append(made.preview)
+    scores = over_seeds(each)
+    first_of_all = next(iter(scores.identities.values()))
+    return Scored(scores, previews[0], _label(first_of_all, trained))
+
+
+def sample_metrics(asked: EvaluationConfig) -> list[str]:
+    """Return those of the metrics asked for that judge generated images."""
+    return [name for name in asked.metrics if name in scoring.METRICS]
+
+
+def evaluate_run(
+    run: Run, request: ScoreRequest, profile: Profile, settings: TrackingSettings, console: Console
+) -> tuple[Evaluation, list[Path]]:
+    """Evaluate a run as asked, and record what came out; return it and the paths of what was written."""
+    found = score_run(run, request, profile, console)
+    written = write_evaluation(found, run.folder / "evaluations")
+    with tracked(run, settings, console, written[0].parent) as tracker:
+        if tracker is not None:
+            figures = record(tracker, found, written)
+            state = run.state()
+            if request.checkpoint is None or found.step >= state.step:  # not of a model that was left behind
+                run.update(summary=with_newest(state.summary, figures))
+            tracker.describe(describe(run.record, run.state().summary, run.state().step))
+    return found, written
+
+
+@contextmanager
+def tracked(run: Run, settings: TrackingSettings, console: Console, folder: Path) -> Iterator[Tracker | None]:
+    """Hold the run and give its tracker; None, with a word to the user, where the run is in training."""
+    try:
+        with run.lock():
+            tracker = Tracker(run.folder, settings)
+            yield tracker
+            tracker.close()
+    except RunLockedError:
+        console.say(
+            f"run {run.id} is in training, so the scores stand in {folder} alone; evaluate again later to track them"
+        )
+        yield None
+
+
+def _label(identity: MetricIdentity, trained: Trained) -> str:
+    """Return words for a figure's tracked name on how its images were made and judged; "" where as the run samples and is judged."""
+    made, split = replace(identity.generation, num_seeds=1), own_split(trained.experiment)
+    if made == usual_generation(trained.experiment, trained.class_names) and identity.split == split:
+        return ""
+    label = f"{made.sampler}{made.steps}_eta{made.eta:g}_{made.weights}_seed{made.seed}"
+    if made.spacing != "trailing":
+        label += f"_{made.spacing}"
+    if made.guidance_scale != 1:
+        label += f"_guidance{made.guidance_scale:g}"
+    if made.labels == NONE:
+        label += "_labels_none"
+    elif made.labels not in ("", BALANCED):
+        label += "_class_" + _trackable(made.labels)
+    if identity.split != split:
+        label += "_against_" + re.sub(r"\W", "_", identity.split)
+    return label
+
+
+def _trackable(name: str) -> str:
+    """Return a class's name as a part of a tracked name: of letters and digits alone, and two names never alike."""
+    plain = re.sub(r"[^A-Za-z0-9]", "_", name)
+    return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _label_of_bound(identity: BoundIdentity, trained: Trained) -> str:
+    """Return the same for bits/dim, whose names tell split and count already."""
+    usual = usual_generation(trained.experiment, trained.class_names)
+    if (identity.weights, identity.seed) == (usual.weights, usual.seed):
+        return ""
+    return f"{identity.weights}_seed{identity.seed}"

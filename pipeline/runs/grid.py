@@ -1,0 +1,235 @@
+"""One checkpoint under many sampler settings: every point scored, in one table and one picture of quality against cost.
+
+--grid "sampler=ancestral,ddim steps=10,50,1000" names the points. What a point needs is kept as it comes: a point that
+was scored before costs nothing, and a grid that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from pipeline.errors import UsageError, nearest
+from pipeline.metrics.score_table import aligned, with_spread
+from pipeline.metrics.scores import Spread
+from pipeline.pictures.charts import MARKERS, dress, line_style, new_figure, save_figure
+from pipeline.runs.evaluate import ScoreRequest
+from pipeline.runs.evaluation import Evaluation
+from pipeline.runs.sample import SampleRequest
+from pipeline.storage.durable import write_atomically
+from pipeline.storage.home import make_folder
+
+TABLE_FILE, CSV_FILE, PICTURE_FILE = "table.json", "grid.csv", "grid.png"
+CALLS = "network_calls"
+
+_PANEL = (5.2, 3.6)
+
+
+def grid_keys() -> list[str]:
+    """Return the names of what a grid may vary: all that says how images are generated."""
+    return [field.name for field in fields(SampleRequest) if field.name != "num_images"]
+
+
+def parse_grid(text: str, base: ScoreRequest) -> tuple[list[str], list[ScoreRequest]]:
+    """Read "key=a,b key=c": return the keys and the request of each point, the last key varying fastest.
+
+    UsageError names a key or a value that makes no sense, and a key that `base` sets too.
+    """
+    choices: dict[str, list[Any]] = {}
+    for word in text.split():
+        key, equals, values = word.partition("=")
+        if not equals or not values.strip(","):
+            raise UsageError(f"--grid: got {word!r}, expected key=value,value such as steps=10,50")
+        if key not in grid_keys():
+            raise UsageError(f"--grid: unknown key {key!r}{nearest(key, grid_keys())}; known: {', '.join(grid_keys())}")
+        if key in choices:
+            raise UsageError(f"--grid: {key} appears twice; give its values in one list")
+        if getattr(base, key) != getattr(SampleRequest(), key):
+            raise UsageError(f"--grid: {key} is given by its own option too; keep one of them")
+        choices[key] = list(dict.fromkeys(_value(key, value) for value in values.split(",") if value))
+    if not choices:
+        raise UsageError('--grid: nothing to vary; give for example "sampler=ancestral,ddim steps=10,50"')
+    points = itertools.product(*choices.values())
+    return list(choices), [replace(base, **dict(zip(choices, point, strict=True))) for point in points]
+
+
+def _value(key: str, text: str) -> Any:
+    """Return a value as the type that the request's field asks for."""
+    hint = get_type_hints(SampleRequest)[key]
+    kinds = get_args(hint) if get_origin(hint) in (types.UnionType, Literal) else (hint,)
+    if get_origin(hint) is Literal:
+        if text not in kinds:
+            raise UsageError(f"--grid: {key}={text!r}, expected one of {', '.join(kinds)}")
+        return text
+    for kind in (int, float):
+        if kind in kinds:
+            try:
+                return kind(text)
+            except ValueError:
+                if str not in kinds:
+                    raise UsageError(f"--grid: {key}={text!r}, expected a number") from None
+    return text
+
+
+@dataclass(frozen=True)
+class Point:
+    """One setting and what came of it."""
+
+    setting: dict[str, Any]
+    network_calls: int
+    values: dict[str, float]  # by metric
+    spreads: dict[str, Spread]
+
+    @classmethod
+    def of(cls, request: ScoreRequest, keys: Sequence[str], found: Evaluation) -> Point:
+        """Take from an evaluation what stands in a grid's row."""
+        values: dict[str, float] = {}
+        spreads: dict[str, Spread] = {}
+        calls = 0
+        parts = [part for part in (found.measured, None if found.scored is None else found.scored.scores) if part]
+        for part in parts:
+            for key, identity in part.identities.items():
+                values[identity.metric] = part.values[key]
+                if key in part.spreads:
+                    spreads[identity.metric] = part.spreads[key]
+        if found.scored is not None:
+            generation = next(iter(found.scored.scores.identities.values())).generation
+            calls = generation.network_calls
+        return cls({key: getattr(request, key) for key in keys}, calls, values, spreads)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All points of a grid, and what they have in common."""
+
+    keys: list[str]
+    points: list[Point]
+    yardsticks: dict[str, dict[str, float]]
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the values, in their order."""
+        return list(dict.fromkeys(name for point in self.points for name in point.values))
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row for each point: settings, network calls, values, and `<metric>_std` or `<metric>_se` where they have a spread."""
+        rows = []
+        for point in self.points:
+            row: dict[str, Any] = {**point.setting, CALLS: point.network_calls}
+            for name, value in point.values.items():
+                row[name] = value
+                if name in point.spreads:
+                    row[f"{name}_{point.spreads[name].suffix}"] = point.spreads[name].value
+            rows.append(row)
+        return rows
+
+    def lines(self) -> list[str]:
+        """Return the table for people."""
+        head = [*self.keys, CALLS.replace("_", " "), *self.metrics]
+        rows = [
+            [
+                *(str(point.setting[key]) for key in self.keys),
+                str(point.network_calls),
+                *(
+                    with_spread(point.values[m], point.spreads.get(m)) if m in point.values else "-"
+                    for m in self.metrics
+                ),
+            ]
+            for point in self.points
+        ]
+        for name, values in self.yardsticks.items():
+            beside = [f"{values[m]:.4g}" if m in values else "-" for m in self.metrics]
+            rows.append([name.replace("_", " "), *[""] * len(self.keys), *beside])
+        return aligned([head, *rows])
+
+    def csv(self) -> str:
+        """Return the rows as CSV."""
+        rows, text = self.rows(), io.StringIO()
+        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
+
+    def table(self) -> dict[str, Any]:
+        """Return the rows in the form of MLflow's tables."""
+        rows = self.rows()
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
+
+
+def write_grid(grid: Grid, folder: Path) -> list[Path]:
+    """Write table, CSV and picture into a folder, and return their paths."""
+    make_folder(folder)
+    paths = [folder / name for name in (TABLE_FILE, CSV_FILE, PICTURE_FILE)]
+    write_atomically(paths[0], json.dumps(grid.table()).encode())
+    write_atomically(paths[1], grid.csv().encode())
+    save_figure(grid_figure(grid), paths[2])
+    return paths
+
+
+def grid_figure(grid: Grid) -> Any:
+    """Return a figure: a panel for each metric against network calls per image, a line for each setting but the steps."""
+    names = [name for name in grid.metrics if not name.startswith("bits_per_dim_")]
+    columns = min(len(names), 2)
+    rows = -(-len(names) // columns)
+    figure = new_figure(columns * _PANEL[0], rows * _PANEL[1] + 0.4)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in panels[len(names) :]:
+        panel.set_visible(False)
+    for panel, name in zip(panels, names, strict=False):
+        for i, (label, points) in enumerate(_lines(grid, name)):
+            calls, values = [p.network_calls for p in points], [p.values[name] for p in points]
+            over_seeds = all(p.spreads[name].parts for p in points if name in p.spreads) and name in points[0].spreads
+            errors = [p.spreads[name].value for p in points] if over_seeds else None
+            panel.errorbar(
+                calls,
+                values,
+                errors,
+                label=label,
+                marker=MARKERS[i % len(MARKERS)],
+                ms=4.5,
+                capsize=2.5,
+                **line_style(i),
+            )
+        real = grid.yardsticks.get("real_half", {}).get(name)
+        if real is not None:
+            panel.axhline(real, color="#999999", lw=1.2, ls="--", label="real half against real half")
+        _scale(panel, [p.network_calls for p in grid.points], [p.values[name] for p in grid.points if name in p.values])
+        dress(panel, name.replace("_", " "), name, "network calls per image")
+        panel.margins(x=0.05)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
+    return figure
+
+
+def _scale(panel: Any, calls: list[int], values: list[float]) -> None:
+    """Take logarithms where numbers span much and have them; name the calls that were made."""
+    if min(calls) > 0 and max(calls) > 3 * min(calls):
+        panel.set_xscale("log")
+    if len(set(calls)) <= 8:
+        panel.set_xticks(sorted(set(calls)), [str(n) for n in sorted(set(calls))])
+        panel.set_xticks([], minor=True)
+    if min(values) > 0 and max(values) > 10 * min(values):
+        panel.set_yscale("log")
+
+
+def _lines(grid: Grid, metric: str) -> Iterator[tuple[str, list[Point]]]:
+    """Yield (label, points by network calls) for each combination of the settings other than the steps."""
+    others = [key for key in grid.keys if key != "steps"]
+    groups: dict[tuple[Any, ...], list[Point]] = {}
+    for point in grid.points:
+        if metric in point.values:
+            groups.setdefault(tuple(point.setting[key] for key in others), []).append(point)
+    for values, points in groups.items():
+        named = [
+            str(v) if k in ("sampler", "weights", "spacing") else f"{k} {v}"
+            for k, v in zip(others, values, strict=True)
+        ]
+        yield ", ".join(named) or "this model", sorted(points, key=lambda point: point.network_calls)

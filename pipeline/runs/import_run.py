@@ -1,0 +1,170 @@
+"""A run made from a folder of weights: what was trained elsewhere is sampled, scored and fine-tuned as what was trained here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.cluster_profile import Profile, load_profile
+from pipeline.config.experiment import DataConfig, Experiment
+from pipeline.console import Console
+from pipeline.data.labels import told_labels
+from pipeline.data.shards import Dataset
+from pipeline.errors import CheckpointError, DataError, UsageError
+from pipeline.exchange.diffusers_folder import ForeignModel, is_pipeline, read_pipeline
+from pipeline.exchange.saved_folder import is_saved, read_saved
+from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.metrics.bound import rows_to_measure
+from pipeline.storage.run_checkpoints import Saver
+from pipeline.storage.runs import Run, RunStatus, normalise_name
+from pipeline.tracking.text import describe
+from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
+from pipeline.training.models import has_process
+from pipeline.training.trained import Trained
+
+
+def import_folder(
+    folder: Path, data: str | None, name: str | None, cluster: str | None, command: Sequence[str], console: Console
+) -> dict[str, Any]:
+    """Make a finished run, at step 0, of the model in a folder; return what it is.
+
+    `data` is what it is scored against and fine-tuned on; without it the run can be sampled alone. CheckpointError where the folder is
+    damaged or holds what this package does not have, DataError where the images are of another shape than the model's, UsageError where a
+    model of classes does not know theirs.
+    """
+    foreign = read_folder(folder, normalise_name(name or folder.resolve().name))
+    experiment = _named(foreign.experiment, name, data)
+    profile = load_profile(cluster)
+    dataset = None if data is None else _dataset(data, foreign, profile, console)
+    run = _create(experiment, dataset, profile, command, folder)
+    with run.lock():
+        _save(run, experiment, foreign, dataset)
+        _track(run, experiment, dataset, profile)
+        run.update(status=RunStatus.FINISHED, reason=f"imported from {folder.name}")
+    channels, height, width = foreign.shape
+    return {
+        "run": run.id,
+        "name": run.record.name,
+        "found": foreign.about,
+        "images": f"{channels}x{height}x{width}",
+        "parameters": sum(tensor.numel() for tensor in foreign.model.values()),
+        **_process(experiment),
+        "data": "none: it can be sampled, not scored" if dataset is None else dataset.manifest.name,
+    }
+
+
+def _process(experiment: Experiment) -> dict[str, str]:
+    """Return what there is to say of the diffusion process; nothing of a model that has none."""
+    diffusion = experiment.diffusion
+    if not has_process(experiment):
+        return {}
+    return {
+        "schedule": f"{diffusion.schedule}, T = {diffusion.num_timesteps}",
+        "prediction": diffusion.prediction,
+        "variance": diffusion.variance,
+    }
+
+
+def read_folder(folder: Path, name: str) -> ForeignModel:
+    """Read a folder in diffusers' layout or in our own; CheckpointError with the reason where it is not taken."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give one in the layout of diffusers or of ddpm-pipe export")
+    try:
+        if is_saved(folder):
+            return read_saved(folder)
+        if is_pipeline(folder):
+            return read_pipeline(folder, name)
+    except ValueError as error:
+        raise CheckpointError(f"{folder}: not taken: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from None
+    raise CheckpointError(f"{folder}: holds no model: expected unet/config.json, config.json or experiment.json in it")
+
+
+def _named(experiment: Experiment, name: str | None, data: str | None) -> Experiment:
+    """Return the experiment under the name asked for; of its data it says what was given here."""
+    averages = {"ema_decay": experiment.training.ema_decays[0], "ema_widths": (), "ema_snapshot_every_steps": None}
+    changes: dict[str, Any] = {
+        "data": DataConfig(source=data or "none"),  # what was said of other images does not hold of these
+        "training": experiment.training.model_copy(update=averages),  # one average came along
+        # a place that the folder's maker names is not opened here
+        "evaluation": experiment.evaluation.model_copy(update={"inception_weights": None}),
+    }
+    if name is not None:
+        changes["name"] = normalise_name(name)
+    return experiment.model_copy(update=changes)
+
+
+def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Console) -> Dataset:
+    source = str(Path(data).absolute()) if Path(data).exists() else data
+    dataset = ensure_ingested(source, IngestOptions(), profile.datasets(), console.say, cache=profile.cache)
+    if tuple(dataset.manifest.shape) != foreign.shape:
+        got, wanted = ("x".join(map(str, shape)) for shape in (dataset.manifest.shape, foreign.shape))
+        mode = {1: " --mode L", 3: " --mode RGB"}.get(foreign.shape[0], "")
+        raise DataError(
+            f"{data}: images of {got}, but the model makes {wanted}; make a dataset of that shape with: "
+            f"ddpm-pipe ingest {data} DEST --image-size {foreign.shape[1]}x{foreign.shape[2]}{mode}"
+        )
+    if foreign.class_names:
+        told_labels(dataset, rows_to_measure(dataset, None), foreign.class_names)
+    return dataset
+
+
+def _create(
+    experiment: Experiment, dataset: Dataset | None, profile: Profile, command: Sequence[str], folder: Path
+) -> Run:
+    about: dict[str, Any] = {"path": "", "fingerprint": "", "name": "none"}
+    if dataset is not None:
+        manifest = dataset.manifest
+        about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
+    return Run.create(
+        profile.home(),
+        name=experiment.name,
+        experiment=experiment.to_dict(),
+        config_hash=experiment.hash(),
+        dataset=about,
+        profile=profile.to_dict(),
+        command=list(command),
+        imported_from=str(folder.absolute()),
+    )
+
+
+def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Dataset | None) -> None:
+    """Write the weights as the checkpoint of step 0; the optimizer knows nothing yet."""
+    state = {
+        "step": 0,
+        "config_hash": experiment.hash(),
+        "dataset_fingerprint": "" if dataset is None else dataset.manifest.fingerprint,
+        "shape": list(foreign.shape),
+        **foreign.class_names.to_state(),
+        "elapsed_s": 0.0,
+    }
+    tensors = {"model": foreign.model, "ema": foreign.ema, "optimizer": {}}
+    Saver(run, run.next_attempt(), keep=1).save(0, tensors, state, wait=True)
+
+
+def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: Profile) -> None:
+    """Record the run where the others are, with its model."""
+    settings = TrackingSettings.of_profile(profile.home(), profile)
+    trained = Trained.from_run(run)
+    tracker = Tracker(run.folder, settings)
+    diffusion = experiment.diffusion
+    process = {"schedule": diffusion.schedule, "num_timesteps": str(diffusion.num_timesteps)}
+    tags = {
+        "dataset": run.record.dataset["name"],
+        **(process if has_process(experiment) else {}),
+        "imported_from": run.record.imported_from,
+        "code_version": run.record.code_version,
+        "checkpoints": str(run.checkpoints),
+    }
+    tracked = None
+    if dataset is not None:
+        tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, dataset.location)
+    tracker.start(
+        settings.experiment, run.record.name, tags=tags, params=experiment.flat(), description=describe(run.record, {}),
+        dataset=tracked,
+    )  # fmt: skip
+    tracker.model(trained.save(run.folder / "model"), 0)
+    tracker.finish("FINISHED")
+    tracker.close(timeout=60.0)

@@ -1,0 +1,84 @@
+"""What judges the images of a run: its dataset, an extractor, and the reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeline.cluster.pool import runner_of
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import EvaluationConfig, Experiment
+from pipeline.console import Console, Rate
+from pipeline.data.image_set import Progress
+from pipeline.data.shards import Dataset
+from pipeline.errors import DataError
+from pipeline.ingest.ingest import ensure_ingested, ingest_options
+from pipeline.metrics.judge import Judge, judge_of
+from pipeline.metrics.metric_identity import recorded_split
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.remote import is_remote
+from pipeline.storage.runs import Run
+from pipeline.training.device import sampling_compute, workers_device
+from pipeline.training.trained import experiment_of, profile_of
+
+
+def find_judge(
+    run: Run,
+    asked: EvaluationConfig,
+    profile: Profile,
+    console: Console,
+    *,
+    download: bool,
+    split: str | None = None,
+) -> Judge:
+    """Return extractor and reference for a run's own images, or the reference of another split of their source.
+
+    Features are taken over the workers of a profile.
+
+    DataError or RefusedError says why there is none.
+    """
+    return judge_of(
+        open_images(run, "to compare with"),
+        asked,
+        run.folder.parent.parent,
+        split=own_split(experiment_of(run), split),
+        against=None if split is None else open_split(run, split, console),
+        download=download,
+        device=sampling_compute(profile, here=False).device,
+        computed_on=workers_device(profile),
+        runner=runner_of(profile),
+        progress=progress_on(console),
+    )
+
+
+def open_images(run: Run, purpose: str) -> Dataset:
+    """Open the images that a run was trained on; DataError, naming what they are wanted for, where it was imported without any."""
+    path = run.record.dataset["path"]
+    if not path:
+        raise DataError(
+            f"run {run.id} was imported without images {purpose}; import it again with: "
+            f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
+        )
+    return Dataset.open(path, profile_of(run, None).cache)
+
+
+def own_split(experiment: Experiment, asked: str | None = None) -> str:
+    """Return which part of their source images are recorded as: the one asked for, or else that of the experiment's."""
+    return recorded_split(experiment.data.split if asked is None else asked)
+
+
+def open_split(run: Run, split: str, console: Console) -> Dataset:
+    """Open another split of a run's source, ingested as its images were; UsageError or DataError where there is none."""
+    profile, data = profile_of(run, None), experiment_of(run).data
+    options = replace(ingest_options(data), split=split)
+    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
+    return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)
+
+
+def progress_on(console: Console) -> Progress:
+    """Return a callback that shows a progress line for each thing that is done."""
+    rates: dict[str, Rate] = {}
+
+    def show(what: str, done: int, total: int) -> None:
+        rates.setdefault(what, Rate(console, what, total))(done)
+
+    return show

@@ -1,0 +1,67 @@
+"""A run as one trial of a sweep: what its record says of that, and what follows from it.
+
+A trial is an ordinary run: `sample`, `evaluate` and `resume` take it, and it shows in MLflow under its sweep's run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pipeline.storage.runs import Run, RunRecord
+from pipeline.tracking.registry import SWEEP_TAG
+from pipeline.worker.job import Allowance
+
+PARENT_TAG = "mlflow.parentRunId"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Which trial of which sweep a run is.
+
+    Attributes:
+        sweep: the sweep's id.
+        key: of the ledger: equal keys are the same trial of any sweep.
+        point: the settings that the sweep chose, by their dotted names.
+        title: the same in words, such as "cosine, T = 250".
+        seed: number of the repetition, from 0.
+        allowance: what the trial may spend.
+        parent: MLflow's id of the sweep's run; None while the store had not given it.
+    """
+
+    sweep: str
+    key: str
+    point: dict[str, Any]
+    title: str
+    seed: int
+    allowance: Allowance = field(default_factory=Allowance)
+    parent: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for the run's record."""
+        return asdict(self)
+
+    @property
+    def name(self) -> str:
+        """Name of the trial's run in MLflow."""
+        return f"{self.title}, seed {self.seed}"
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Tags of the trial's run: MLflow nests it under the sweep's by them."""
+        return {SWEEP_TAG: self.sweep, "trial": self.title} | ({PARENT_TAG: self.parent} if self.parent else {})
+
+
+def trial_of(record: RunRecord) -> Trial | None:
+    """Return which trial a run is, or None for a run on its own."""
+    if record.trial is None:
+        return None
+    allowance = dict(record.trial.get("allowance", {}))
+    allowance["rungs"] = tuple(allowance.get("rungs", ()))
+    return Trial(**{**record.trial, "allowance": Allowance(**allowance)})
+
+
+def allowance_of(run: Run) -> Allowance:
+    """Return what a run may spend: all that its experiment says, unless it is a trial."""
+    trial = trial_of(run.record)
+    return Allowance() if trial is None else trial.allowance

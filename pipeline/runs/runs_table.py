@@ -1,0 +1,86 @@
+"""The list of runs that `ddpm-pipe runs` prints, from the run folders alone: no MLflow, no server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.yaml_files import set_override
+from pipeline.storage.runs import GONE, Run
+
+COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
+
+
+def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
+    """Return a row for each run, oldest first; those of an object store (a profile's `storage`) too.
+
+    `steps` reads "done/total", or "done" where a clock ends the training; `fid` is the value of the newest FID and `metric` its
+    full name, both None before the first evaluation; `created` is UTC. `step`, `total_steps`, `reason` (why it stands where it stands) and
+    `mlflow_run_id` come along for programs.
+    """
+    return [_row(run) for run in Run.all(home, storage)]
+
+
+def died(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return one line for each run whose process was killed or crashed: how far it came, and how to resume it."""
+    return [
+        f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: ddpm-pipe resume {row['id']}"
+        for row in rows
+        if row["reason"] == GONE
+    ]
+
+
+def _row(run: Run) -> dict[str, Any]:
+    record, state = run.record, run.state()
+    settings = record.experiment
+    timed = record.seconds_allowed is not None  # the clock says how many steps
+    total = None if timed else _total_steps(settings, state.overrides)
+    metric = headline(state.summary)
+    is_vae = _setting(settings, "model", "type") == "vae"
+    return {
+        "id": run.id,
+        "name": record.name,
+        "dataset": record.dataset.get("name") or Path(str(record.dataset.get("path", ""))).name,
+        "schedule": None if is_vae else _setting(settings, "diffusion", "schedule"),
+        "T": None if is_vae else _setting(settings, "diffusion", "num_timesteps"),
+        "steps": f"{state.step}" if timed else f"{state.step}/{total}",
+        "step": state.step,
+        "total_steps": total,
+        "fid": None if metric is None else state.summary[metric],
+        "metric": metric,
+        "status": str(state.status),
+        "reason": state.reason,
+        "created": record.created[:16].replace("T", " "),
+        "mlflow_run_id": run.mlflow_run_id,
+    }
+
+
+def _total_steps(settings: dict[str, Any], overrides: Sequence[str]) -> int | None:
+    """Return how many steps a run is to make, read as its settings are: `training.steps=1e4` is 10000."""
+    content = deepcopy(settings)
+    for override in overrides:
+        set_override(content, override)
+    total = _setting(content, "training", "steps")
+    return None if total is None else int(float(total))
+
+
+def headline(summary: dict[str, float]) -> str | None:
+    """Return the name of the figure that stands for a run: its newest FID as it samples, not a yardstick's, and not a deviation.
+
+    A name with a slash is of images that were made or judged in another way (`pipeline.runs.evaluation.Scored`).
+    """
+    names = [name for name in summary if name.startswith("fid_") and not name.startswith("fid_std_")]
+    usual = [name for name in names if "/" not in name]
+    return usual[-1] if usual else None
+
+
+def with_newest(summary: dict[str, float], figures: dict[str, float]) -> dict[str, float]:
+    """Return a summary with further figures, which come last, whether or not they were there."""
+    return {name: value for name, value in summary.items() if name not in figures} | figures
+
+
+def _setting(settings: dict[str, Any], section: str, key: str) -> Any:
+    found = settings.get(section)
+    return found.get(key) if isinstance(found, dict) else None

@@ -1,0 +1,1 @@
+"""The body of a training worker, and the job that describes it."""

@@ -1,0 +1,509 @@
+"""The body of one training worker: what happens around the loop of loop.py. No Ray: it runs in a test as it runs on a cluster."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment, Precision, experiment_from
+from pipeline.config.yaml_files import validate
+from pipeline.data.labels import NO_CLASSES, class_names_of
+from pipeline.data.order import Order, streams_of_worker
+from pipeline.data.shards import Dataset
+from pipeline.errors import CheckpointError, ClusterError, StorageError
+from pipeline.import_path import allow_modules_in
+from pipeline.metrics.early_kid import early_kid
+from pipeline.metrics.metric_identity import Generation
+from pipeline.pictures.pictures import save_grid
+from pipeline.sampling.generation import generator_of
+from pipeline.signals import StoppedAtOnce
+from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.durable import fault_of_storage, storage_errors
+from pipeline.storage.remote_run import folder_here
+from pipeline.storage.run_checkpoints import RunCheckpoints, Saver, checkpoint_at
+from pipeline.storage.runs import Run
+from pipeline.tracking.monitor import SystemMonitor
+from pipeline.tracking.tracker import Tracker
+from pipeline.training.averages import save_snapshot
+from pipeline.training.batches import Batch, Prefetch, training_batches
+from pipeline.training.device import Compute, training_compute
+from pipeline.training.judgements import note
+from pipeline.training.loop import Learner, StepResult, fit
+from pipeline.training.models import (
+    build_model,
+    build_objective,
+    check_own_network,
+    is_own_network,
+    load_weights,
+    misfit_of,
+)
+from pipeline.training.team import Team
+from pipeline.worker.job import Job
+
+PUBLISH_EVERY_S = 0.25
+MISSED_SAVES = 3  # storage may come back: so many intervals are waited for
+
+
+class Link(Protocol):
+    """The worker's line to the driver."""
+
+    def publish(self, progress: dict[str, Any]) -> None:
+        """Tell where training is; must not wait."""
+
+    def stop_requested(self) -> bool:
+        """Return whether the driver asks to save and stop; must not wait."""
+
+
+@dataclass
+class LossMeter:
+    """Loss summed since the last report, by quartile of t: row 0 weighted sums, row 1 sums of weights (counts, where t is drawn
+    uniformly); float64 so that order hardly matters."""
+
+    num_timesteps: int
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+
+    def add(self, result: StepResult) -> None:
+        """Count one step of this worker, on the device where its losses are."""
+        quartile = result.timesteps * 4 // self.num_timesteps
+        weights = result.weights.double()
+        values = torch.stack([result.losses.double() * weights, weights])
+        self.sums = self.sums.to(values.device).index_add(1, quartile, values)
+
+    def gather(self, team: Team) -> None:
+        """Move the sums of all workers to rank 0."""
+        total = team.add_up(self.sums.cpu())
+        self.sums = total if team.leads else torch.zeros_like(total)
+
+    def report(self) -> dict[str, float]:
+        """Return the means since the last report, and start again."""
+        sums, counts = self.sums.cpu()
+        metrics = {"loss": float(sums.sum() / counts.sum())}
+        for i in range(4 if self.num_timesteps > 1 else 0):
+            if counts[i] > 0:
+                metrics[f"loss_t_quartile_{i + 1}"] = float(sums[i] / counts[i])
+        self.sums = torch.zeros_like(self.sums)
+        return metrics
+
+
+class Worker:
+    """One worker of one attempt, from the newest checkpoint to the last step, or to a request to stop."""
+
+    def __init__(self, job: Job, team: Team, link: Link, gpu: int = 0) -> None:
+        self.job, self.team, self.link = job, team, link
+        self.experiment: Experiment = experiment_from(job.experiment)
+        self.run = self._run_here()
+        profile = validate(Profile, job.profile, "profile")
+        self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, gpu)
+        self.named_threads = profile.threads_per_worker
+        self._require_equal_arithmetic()
+        self.compute.start()
+        allow_modules_in(job.code_folder)
+        self.dataset = Dataset.open(job.dataset_folder, profile.cache)
+        self.objective = build_objective(self.experiment)
+        conditional = self.experiment.model.class_conditional
+        self.class_names = class_names_of(self.dataset) if conditional else NO_CLASSES
+        model = build_model(self.experiment, self.dataset.manifest.shape, num_classes=len(self.class_names))
+        model = self.compute.place(model)
+        if is_own_network(self.experiment):
+            check_own_network(model, self.experiment, self.dataset.manifest.shape, self.compute.device)
+        self.learner = self._new_learner(model)
+        self.meter = LossMeter(self.objective.num_timesteps)
+        self.elapsed_before_s = 0.0
+        self.missed_saves = 0
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+        self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.leads else None
+        self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.leads else None
+        self.sampling_model: nn.Module | None = None
+        self.aside_s = 0.0
+        self.rungs = list(job.allowance.rungs) if team.leads else []
+
+    def _require_equal_arithmetic(self) -> None:
+        """Take rank 0's threads; ClusterError where `mixed` means different things on this worker's machine and on rank 0's."""
+        mine = self.compute.precision
+        first, threads = self.team.told((self.compute.precision, self.compute.threads))
+        self.compute = replace(self.compute, threads=threads)
+        if mine != first:
+            raise ClusterError(
+                f"training.precision: mixed is {mine} on the machine of worker {self.team.rank}, and {first} on that of worker 0; "
+                f"name one for all with -s training.precision={Precision.FP32}"
+            )
+
+    def _new_learner(self, model: nn.Module) -> Learner:
+        return Learner.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
+
+    def work(self) -> str:
+        """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
+        try:
+            source = self._restore()
+            if self.team.leads:
+                self.run.log(f"attempt {self.job.attempt} starts at step {self.learner.step} from {source}")
+            outcome = self._train()
+        except StoppedAtOnce:  # what is on its way is not waited for
+            raise
+        except BaseException as error:
+            self._close()
+            if isinstance(error, OSError) and (fault := fault_of_storage(error)) is not None:
+                raise fault from None
+            raise
+        self._close()
+        if self.team.leads:
+            self.run.send_files()
+            if self.run.folder != Path(self.job.run_folder):  # a scratch folder: all of it is in the store
+                shutil.rmtree(self.run.folder, ignore_errors=True)
+        return outcome
+
+    def _close(self) -> None:
+        if self.saver is not None:
+            self.saver.close()
+        if self.tracker is not None:
+            self.tracker.close(timeout=10.0)
+
+    def _run_here(self) -> Run:
+        """Return the run as this machine has it; rank 0 alone writes to it."""
+        if self.job.run_address is None or not self.team.leads:
+            return Run(Path(self.job.run_folder))
+        run = Run(folder_here(Path(self.job.run_folder), self.job.run_address))
+        run.fetch_files()
+        return run
+
+    # -- the loop's body ------------------------------------------------------------------------------------------------------
+
+    def _train(self) -> str:
+        settings, total = self.experiment.training, self.experiment.training.steps
+        network = self.compute.compiled(self.team.share_gradients(self.learner.model, self.compute))
+        self.learner.model.train()
+        done = self.learner.step
+        if done == 0:
+            self._copy_weights()  # for the grid of step 0, which the first step does not wait for
+        spent = self.job.allowance.share(self.learner.step, total, self.elapsed_before_s)
+        self.rungs = [rung for rung in self.rungs if rung > spent]
+        if spent >= 1:
+            return "finished"
+        begin = time.monotonic()
+        with Prefetch(self._batches()) as batches:
+            pace = Pace(self.learner.step, batches)
+            steps = fit(
+                self.learner,
+                network,
+                self.objective,
+                batches,
+                settings,
+                self.compute,
+                seed=self.experiment.seed,
+                rank=self.team.rank,
+                horizontal_flip=self.experiment.data.horizontal_flip,
+                null_class=len(self.class_names) or None,
+                everyones=partial(self.team.everyones, num_streams=self.job.num_streams),
+            )
+            for result in steps:
+                if result.step == done + 1:
+                    self._publish(result, pace)
+                    self._begin_records(done)
+                self.meter.add(result)
+                elapsed_s = self.elapsed_before_s + time.monotonic() - begin - self.aside_s
+                spent = self.job.allowance.share(result.step, total, elapsed_s)
+                stop, save, last = self.team.decide(
+                    self.link.stop_requested(), self._save_is_due(result.step), spent >= 1
+                )
+                if save or stop or last or result.step % self.experiment.logging.every_steps == 0:
+                    result.require_finite()
+                    self.meter.gather(self.team)
+                if result.step % self.experiment.logging.every_steps == 0 or last:
+                    self._log(result, pace)
+                if self._grid_is_due(result.step, last):
+                    self._copy_weights()
+                    self._draw_grid(result.step)
+                self._judge(spent)
+                self._store_averages(last)
+                if save or stop or last:
+                    self._save(elapsed_s, must=stop or last)
+                self._publish(result, pace)
+                if last:
+                    return "finished"
+                if stop:
+                    return "stopped"
+        raise AssertionError("the batches never end")
+
+    def _batches(self) -> Any:
+        job, data = self.job, self.experiment.data
+        order = Order(
+            row_groups=self.dataset.manifest.row_groups,
+            seed=self.experiment.seed,
+            num_streams=job.num_streams,
+            batch_size=self.experiment.training.batch_size,
+            window=data.shuffle_window,
+        )
+        streams = streams_of_worker(self.team.rank, self.team.size, job.num_streams)
+        batches = training_batches(self.dataset, order, streams, self.learner.step, self.experiment.seed)
+        return map(Batch.pin, batches) if self.compute.pin_memory else batches
+
+    def _log(self, result: StepResult, pace: Pace) -> None:
+        """Record the means since the last report; rank 0 alone."""
+        if self.tracker is None:
+            return
+        metrics = self.meter.report()
+        metrics |= {"grad_norm": float(result.grad_norm), "learning_rate": result.learning_rate}
+        if result.scaler.is_enabled():
+            metrics["loss_scale"] = result.scaler.get_scale()
+        metrics |= pace.report(result.step, self.experiment.training.batch_size)
+        metrics |= SystemMonitor.sample()
+        self.tracker.metrics(result.step, metrics)
+        self.run.log(
+            f"step {result.step}/{self.experiment.training.steps}  loss {metrics['loss']:.5f}  "
+            f"grad norm {metrics['grad_norm']:.3f}  {metrics['images_per_s']:.0f} images/s"
+        )
+
+    def _publish(self, result: StepResult, pace: Pace) -> None:
+        """Tell the driver, now and then."""
+        total = self.experiment.training.steps
+        if self.team.leads and pace.speak(result.step == total):
+            self.link.publish(
+                {
+                    "step": result.step,
+                    "steps": total,
+                    "loss": float((result.losses * result.weights).mean()),
+                    "images_per_s": pace.images_per_s(result.step, self.experiment.training.batch_size),
+                }
+            )
+
+    # -- pictures -------------------------------------------------------------------------------------------------------------
+
+    def _grid_is_due(self, step: int, last: bool) -> bool:
+        every = self.experiment.logging.grid_every_steps
+        return every is not None and (step % every == 0 or last)
+
+    def _begin_records(self, done: int) -> None:
+        """Do what the first step of this process does not wait for: deliver to the tracking store, and draw the grid of step 0."""
+        begin = time.monotonic()
+        if self.tracker is not None:
+            self.tracker.deliver()
+        if done == 0:
+            self._draw_grid(0)
+        self.aside_s += time.monotonic() - begin
+
+    def _draw_grid(self, step: int) -> None:
+        """Draw images from the weights that were copied, the same noise every time; rank 0 alone, the others wait at the next step."""
+        if self.tracker is None or self.experiment.logging.grid_every_steps is None:
+            return
+        images, _ = self._generate(self.experiment.logging.grid_images)
+        path = self.run.folder / "pictures" / f"samples-step-{step:010d}.png"
+        with self._may_be_missing("the picture"), storage_errors(path.parent):
+            path.parent.mkdir(exist_ok=True)
+            save_grid(images, path)
+            self.tracker.image("samples", step, path)
+
+    def _judge(self, spent: float) -> None:
+        """Take a KID of few images at each share of the whole that is reached: what a sweep stops hopeless trials by."""
+        reached = [rung for rung in self.rungs if rung <= spent]
+        if not reached or self.tracker is None:
+            return
+        begin = time.monotonic()
+        self.rungs = self.rungs[len(reached) :]
+        self._copy_weights()
+        images, generation = self._generate(self.job.allowance.rung_images)
+        found = early_kid(
+            self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), generation, self.compute
+        )
+        judgement = {"rung": reached[-1], "step": self.learner.step, **found.to_json()}
+        self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
+        self.tracker.metrics(self.learner.step, found.flat(), family="result")
+        self.link.publish({"judgement": judgement})
+        self.aside_s += time.monotonic() - begin
+
+    def _copy_weights(self) -> None:
+        """Copy the averaged weights as they are now into the network that is sampled; rank 0 alone, where it samples at all."""
+        if self.tracker is None or (self.experiment.logging.grid_every_steps is None and not self.job.allowance.rungs):
+            return
+        if self.sampling_model is None:
+            self.sampling_model = copy.deepcopy(self.learner.model)
+        self.sampling_model.load_state_dict(self.learner.model.state_dict())  # buffers, which are not averaged
+        self.learner.ema.copy_to(self.sampling_model)
+
+    def _generate(self, count: int) -> tuple[Tensor, Generation]:
+        """Generate uint8 images [count, C, H, W] from the weights that were copied, as the experiment samples; say how they came about."""
+        assert self.sampling_model is not None
+        sampling = self.experiment.sampling.model_copy(
+            update={"batch_size": min(count, self.experiment.sampling.batch_size)}
+        )
+        generator = generator_of(
+            self.experiment,
+            self.sampling_model,
+            self.dataset.manifest.shape,
+            sampling,
+            self.experiment.seed,
+            self.compute,
+            self.class_names,
+        )
+        return torch.cat(list(generator.generate(count))), generator.identity("ema")
+
+    # -- checkpoints ----------------------------------------------------------------------------------------------------------
+
+    def _restore(self) -> str:
+        """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same. Return what the weights are from."""
+        found = RunCheckpoints(self.run).newest_verified() if self.team.leads else checkpoints.Found(None)
+        for warning in found.warnings:
+            self.run.log(f"warning: {warning}")
+            self.link.publish({"warning": warning})
+        checkpoint: checkpoints.Checkpoint | None = self.team.told(found.checkpoint)
+        if checkpoint is None:
+            if self.job.initial_weights is None:
+                return "new weights"
+            self._take_weights(self.job.initial_weights)
+            return f"the weights of {self.job.initial_weights}"
+        state, tensors = self._told(checkpoint)
+        if state["config_hash"] != self.experiment.hash():
+            raise CheckpointError(
+                f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
+            )
+        self._keep_threads(state["threads"], state["num_workers"], checkpoint.step)
+        self.learner.restore(tensors, checkpoint.step)
+        if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
+            self.learner.scaler.load_state_dict(state["loss_scale"])
+        self.elapsed_before_s = state["elapsed_s"]
+        self.saved_step = checkpoint.step
+        if self.team.leads:
+            self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64)
+            assert self.tracker is not None
+            self.tracker.restore(state["undelivered"])
+        return f"checkpoint {checkpoint.folder.name}"
+
+    def _keep_threads(self, before: int, num_workers: int, step: int) -> None:
+        """Go on with the threads that the run has had, whatever this machine's cores are, unless the profile names another number.
+
+        With another number of workers the bytes differ anyway, and threads are shared out anew.
+        """
+        if self.named_threads is None and num_workers == self.team.size and before != self.compute.threads:
+            self.compute = replace(self.compute, threads=before)
+            self.compute.start()
+        if self.team.leads and before != self.compute.threads:
+            self.run.log(f"threads of each worker: {before} until step {step}, {self.compute.threads} from there on")
+
+    def _told(self, checkpoint: checkpoints.Checkpoint) -> tuple[dict[str, Any], checkpoints.Tensors]:
+        """Return a checkpoint's state and tensors: from its files where all workers see them, else from rank 0, which has them."""
+        if self.job.run_address is None or self.team.size == 1:
+            return checkpoint.state(), checkpoint.tensors()
+        state: dict[str, Any] = self.team.told(checkpoint.state() if self.team.leads else None)
+        tensors: checkpoints.Tensors = {}
+        for group in self.team.told(
+            checkpoint.groups() if self.team.leads else None
+        ):  # one at a time: it is held twice meanwhile
+            tensors |= self.team.told(checkpoint.tensors(group) if self.team.leads else None)
+        return state, tensors
+
+    def _take_weights(self, place: str) -> None:
+        """Begin a new run from another run's weights; the average and the optimizer start afresh."""
+        found = self.team.told(checkpoint_at(place).tensors("model", "ema") if self.team.leads else None)
+        weights = found["model"] | found["ema"]  # buffers, of a network that has them, are not averaged
+        if misfit := misfit_of(weights, self.learner.model):
+            raise CheckpointError(
+                f"{place}: these weights do not fit the network of this run ({misfit}); "
+                "keep the settings of the model, the prediction and the variance"
+            )
+        load_weights(self.learner.model, weights)
+        self.learner = self._new_learner(self.learner.model)
+
+    def _owns(self) -> bool:
+        """Return whether this attempt is still the one that may write."""
+        return self.run.current_attempt() == self.job.attempt
+
+    def _store_averages(self, last: bool) -> None:
+        """Store the power-function averages where that is due."""
+        every, step = self.experiment.training.ema_snapshot_every_steps, self.learner.step
+        if self.tracker is None or every is None or not (step % every == 0 or last):
+            return
+        with self._may_be_missing("the snapshot of the averages"):
+            save_snapshot(self.run.folder, step, self.job.attempt, self.learner.averages, self._owns)
+
+    @contextmanager
+    def _may_be_missing(self, what: str) -> Iterator[None]:
+        """Go on training without something that a full place does not take; the user is told."""
+        try:
+            yield
+        except StorageError as error:
+            self.run.log(f"warning: {error}")
+            self.link.publish({"warning": f"{error}; {what} of step {self.learner.step} is not stored"})
+
+    def _save_is_due(self, step: int) -> bool:
+        due = self.experiment.checkpoint
+        if due.every_steps is not None and step % due.every_steps == 0:
+            return True
+        return due.every_minutes is not None and time.monotonic() - self.saved_at >= due.every_minutes * 60
+
+    def _save(self, elapsed_s: float, *, must: bool) -> None:
+        """Save once per step; a place that is full is tried again at later intervals, `MISSED_SAVES` times."""
+        self.saved_at = time.monotonic()
+        if self.tracker is None or self.saver is None or self.saved_step == self.learner.step:
+            return
+        state = {
+            "step": self.learner.step,
+            "attempt": self.job.attempt,
+            "config_hash": self.experiment.hash(),
+            "dataset_fingerprint": self.dataset.manifest.fingerprint,
+            "shape": list(self.dataset.manifest.shape),
+            **self.class_names.to_state(),
+            "elapsed_s": elapsed_s,
+            "loss_scale": self.learner.scaler.state_dict(),
+            "meter": self.meter.sums.cpu().tolist(),
+            "undelivered": self.tracker.undelivered(),
+            "num_workers": self.team.size,
+            "threads": self.compute.threads,
+            "torch": torch.__version__,
+        }
+        try:
+            self.saver.save(self.learner.step, self.learner.tensors(), state, wait=must)
+        except StorageError as error:
+            self.missed_saves += 1
+            if must or self.missed_saves >= MISSED_SAVES:
+                raise
+            self.run.log(f"warning: {error}")
+            self.link.publish({"warning": f"{error}; trying again at the next interval"})
+            return
+        self.missed_saves = 0
+        self.saved_step = self.learner.step
+
+
+class Pace:
+    """How fast training goes: since the last report for the record, smoothed for the eye."""
+
+    def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
+        self._batches = batches
+        self._reported = (step, time.monotonic(), 0.0)
+        self._spoke = 0.0
+        self._recent: list[tuple[int, float]] = [(step, time.monotonic())]
+
+    def report(self, step: int, batch_size: int) -> dict[str, float]:
+        """Return images per second and the share of time spent waiting for data, since the last report."""
+        now, waited = time.monotonic(), self._batches.waited_s
+        before_step, before, before_waited = self._reported
+        self._reported = (step, now, waited)
+        wall = max(now - before, 1e-9)
+        return {
+            "images_per_s": (step - before_step) * batch_size / wall,
+            "data_wait_share": (waited - before_waited) / wall,
+        }
+
+    def images_per_s(self, step: int, batch_size: int) -> float:
+        """Return images per second over the last few seconds."""
+        self._recent = [*self._recent, (step, time.monotonic())][-40:]
+        (first_step, first), (last_step, last) = self._recent[0], self._recent[-1]
+        return (last_step - first_step) * batch_size / max(last - first, 1e-9)
+
+    def speak(self, now_please: bool) -> bool:
+        """Return whether it is time to publish again."""
+        now = time.monotonic()
+        if not now_please and now - self._spoke < PUBLISH_EVERY_S:
+            return False
+        self._spoke = now
+        return True

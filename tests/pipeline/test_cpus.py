@@ -1,0 +1,55 @@
+"""Threads, workers and pools are sized by the CPUs that this process may use: affinity mask and control groups, not the machine's count."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import cpus
+from pipeline.config.cluster_profile import Profile
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity masks here")
+def test_an_affinity_mask_counts() -> None:
+    code = (
+        "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "from pipeline.config.cluster_profile import Profile\n"
+        "print(Profile().threads(1), Profile(workers=2).threads(2))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/job/step\n", {"job/step/cpu.max": "max 100000", "job/cpu.max": "300000 100000"}, 3),
+        ("0::/job\n", {"job/cpu.max": "50000 100000"}, 1),
+        ("0::/not/seen/here\n", {"cpu.max": "250000 100000"}, 2),
+        ("0::/job\n", {"job/cpu.max": "max 100000"}, 8),
+        (
+            "4:cpu,cpuacct:/a\n",
+            {"cpu,cpuacct/a/cpu.cfs_quota_us": "400000", "cpu,cpuacct/a/cpu.cfs_period_us": "100000"},
+            4,
+        ),
+        ("4:cpu:/a\n", {"cpu/a/cpu.cfs_quota_us": "-1", "cpu/a/cpu.cfs_period_us": "100000"}, 8),
+        ("7:memory:/a\n", {"a/cpu.max": "100000 100000"}, 8),
+        ("0::/job\n", {"job/cpu.max": "damaged"}, 8),
+    ],
+)
+def test_a_quota_of_the_control_group_counts(
+    own: str, files: dict[str, str], expected: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content + "\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(cpus, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(cpus, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert cpus.usable_cpus() == expected
+    assert Profile().threads(1) == expected

@@ -1,0 +1,139 @@
+"""What device, precision and the rest are decided to be, by table: the decision is a function of hardware, experiment and profile."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment, experiment_from
+from pipeline.config.yaml_files import validate
+from pipeline.errors import ClusterError, UsageError
+from pipeline.training import device
+from pipeline.training.device import Capabilities, Compute, decide
+
+CPU = Capabilities()
+CPU_WITH_BF16 = Capabilities(cpu_bf16=True)
+T4 = Capabilities(num_gpus=1, gpu_version=(7, 5), nccl=True)
+P100 = Capabilities(num_gpus=1, gpu_version=(6, 0), nccl=True)
+A100S = Capabilities(num_gpus=8, gpu_version=(8, 0), nccl=True)
+ON_GPU = {"resources_per_worker": {"CPU": 4, "GPU": 1}}
+
+
+def experiment(**training: Any) -> Experiment:
+    return experiment_from({"training": training})
+
+
+def profile(**settings: Any) -> Profile:
+    return validate(Profile, {"name": "here", "threads_per_worker": 2} | settings, "profile")
+
+
+def compute(name: str, **settings: Any) -> Compute:
+    """The plain decision on the CPU or GPU 0, changed in `settings`."""
+    plain: dict[str, Any] = {"autocast_dtype": None, "compile": False, "channels_last": False, "threads": 2}
+    gpu: dict[str, Any] = {"backend": "nccl", "deterministic": True} if name != "cpu" else {"backend": "gloo"}
+    return Compute(torch.device(name), **plain | gpu | settings)
+
+
+@pytest.mark.promise("P6")
+@pytest.mark.parametrize(
+    ("hardware", "training", "settings", "gpu", "wanted"),
+    [
+        (CPU, {}, {}, 0, compute("cpu")),
+        (CPU, {"precision": "bf16"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
+        (CPU, {"precision": "mixed"}, {}, 0, compute("cpu")),  # bf16 would be emulated, and slow
+        (CPU_WITH_BF16, {"precision": "mixed"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
+        (CPU_WITH_BF16, {"precision": "mixed"}, {"precisions": ["fp32"]}, 0, compute("cpu")),
+        (CPU, {"compile": True, "channels_last": True}, {"cuda_graphs": True}, 0,
+         compute("cpu", compile=True, channels_last=True)),
+        (CPU, {"tf32": True}, {}, 0, compute("cpu")),  # there is no such thing on a CPU, and float32 repeats anyway
+        (A100S, {}, {}, 0, compute("cpu")),  # a GPU that the profile does not give stays unused
+        (A100S, {}, ON_GPU, 0, compute("cuda:0")),
+        (A100S, {"precision": "mixed"}, ON_GPU, 3, compute("cuda:3", autocast_dtype=torch.bfloat16)),
+        (A100S, {"precision": "fp16"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16)),
+        (T4, {"precision": "mixed"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16)),
+        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["fp32", "bf16"]}, 0, compute("cuda:0")),
+        (A100S, {"tf32": True, "deterministic": False}, ON_GPU, 0, compute("cuda:0", tf32=True, deterministic=False)),
+        (A100S, {"compile": True}, ON_GPU, 0, compute("cuda:0", compile=True)),
+        (A100S, {"compile": True}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0", compile=True, cuda_graphs=True)),
+        (A100S, {}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0")),
+        # the gradients of micro-batches would be written over
+        (A100S, {"compile": True, "micro_batch_size": 8}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0", compile=True)),
+        # NCCL refuses two workers on one GPU
+        (A100S, {}, {"resources_per_worker": {"CPU": 1, "GPU": 0.5}}, 0, compute("cuda:0", backend="gloo")),
+    ],
+)  # fmt: skip
+def test_the_decision(
+    hardware: Capabilities, training: dict[str, Any], settings: dict[str, Any], gpu: int, wanted: Compute
+) -> None:
+    assert decide(hardware, experiment(**training), profile(**settings), 1, gpu) == wanted
+
+
+@pytest.mark.parametrize(
+    ("hardware", "training", "settings", "error", "words"),
+    [
+        (CPU, {}, ON_GPU, ClusterError, "this machine has none; use --cluster local"),
+        (T4, {"precision": "bf16"}, ON_GPU, UsageError, r"compute capability 7.5.*training.precision=fp16, or mixed"),
+        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["bf16"]}, UsageError, "computes fp16, fp32; name one"),
+        (
+            CPU,
+            {"precision": "mixed"},
+            {"precisions": ["fp16"]},
+            UsageError,
+            "allows fp16, and this machine computes fp32",
+        ),
+        (CPU, {"precision": "bf16"}, {"precisions": ["fp32"]}, UsageError, "'here' allows fp32;.*precision=fp32"),
+        (CPU, {"compile": True}, {"compile": False}, UsageError, "training.compile=false"),
+        (P100, {"compile": True}, ON_GPU, UsageError, r"compute capability 6.0, the compiler needs 7.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_remedy(
+    hardware: Capabilities,
+    training: dict[str, Any],
+    settings: dict[str, Any],
+    error: type[Exception],
+    words: str,
+) -> None:
+    with pytest.raises(error, match=words):
+        decide(hardware, experiment(**training), profile(**settings), 1)
+
+
+def test_mixed_is_not_something_a_profile_permits() -> None:
+    with pytest.raises(UsageError, match="precisions"):
+        profile(precisions=["mixed"])
+
+
+def test_the_loss_is_scaled_in_fp16_alone() -> None:
+    for precision, dtype in device.AUTOCAST.items():
+        chosen = compute("cpu", autocast_dtype=dtype)
+        assert chosen.precision is precision
+        assert chosen.loss_scaler().is_enabled() == (precision == "fp16")
+
+
+DECIDED_HERE = {"cuda", "backends", "compile", "autocast", "amp", "compiler", "use_deterministic_algorithms"}
+
+
+def questions_about_hardware(path: Path) -> list[str]:
+    """Return where a file reads `torch.cuda` and the like, or branches on a device's type."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Attribute):
+            continue
+        of_torch = isinstance(node.value, ast.Name) and node.value.id == "torch" and node.attr in DECIDED_HERE
+        of_device = node.attr == "type" and isinstance(node.value, ast.Attribute) and node.value.attr == "device"
+        if of_torch or of_device or node.attr == "on_gpu":
+            found.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def test_nothing_else_asks_what_the_hardware_is() -> None:
+    here = Path(device.__file__)
+    folder = here.parent.parent
+    assert questions_about_hardware(here)
+    # the monitor reads a GPU's load, and decides nothing
+    others = [path for path in sorted(folder.rglob("*.py")) if path not in (here, folder / "tracking" / "monitor.py")]
+    assert [line for path in others for line in questions_about_hardware(path)] == []
