@@ -6,7 +6,7 @@
 
 The last form is for a training of your own: parameters, images per second that one GPU trains (`ddpm-pipe train --dry-run` measures it),
 the global batch, and GB/s of an all-reduce between nodes (`ddpm-pipe doctor` measures it). Nothing is measured here, nothing needs a GPU:
-`pipeline/planning/scaling.py` is the model. docs/scaling.md says what is assumed.
+`benchmarks/scaling_model.py` is the model. docs/scaling.md says what is assumed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.planning.scaling import (
+from benchmarks.scaling_model import (
     GPU_NETWORK,
     Link,
     Network,

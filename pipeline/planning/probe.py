@@ -22,7 +22,6 @@ import torch.distributed as dist
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment
 from pipeline.errors import StorageError
-from pipeline.planning.scaling import BUCKET_BYTES
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.remote import is_remote
 from pipeline.storage.remote_run import own_folder
@@ -36,6 +35,7 @@ from pipeline.training.team import Team
 Clock = Callable[[], float]
 
 PROBE_S = 6.0
+BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
 ALL_REDUCES = 6  # the first of which makes the connections
 MOST_STEPS = 20  # timed at one batch size
 NUM_CLASSES = 10  # of a class-conditional network: their number hardly changes its speed

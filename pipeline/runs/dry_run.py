@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,24 +63,24 @@ def dry_run(asked: training_run.Request, *, measure: bool = True) -> DryRun:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
     if plan.shape is None:
         return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings))
-    now, probe, num_nodes = _probe(plan, plan.shape)
+    now, probe = _probe(plan, plan.shape)
     if now.num_workers < plan.num_workers:
         warnings.append(
             f"the cluster has room for {now.num_workers} workers at the moment: measured and reckoned with them, not with "
             f"{plan.num_workers}"
         )
-    seen = forecast(now, probe, math.ceil(now.num_workers / num_nodes))
+    seen = forecast(now, probe)
     return DryRun(now, probe, seen, "", (*warnings, *seen.warnings))
 
 
-def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe, int]:
+def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe]:
     """Measure in this process where one worker of this machine would train, else with the workers that a training would begin with.
 
-    Returns the plan with their number, what was measured, and on how many nodes.
+    Returns the plan with their number, and what was measured.
     """
     profile, folder = plan.profile, plan.profile.home()
     if plan.num_workers == 1 and not profile.is_remote:
-        return plan, probe_training(plan.experiment, shape, profile, 1, folder=folder), 1
+        return plan, probe_training(plan.experiment, shape, profile, 1, folder=folder)
     counts = fitting_counts(plan.experiment, profile)
     with Session(profile, plan.num_workers) as session, nodes.wanted() as want:
         session.ensure()
@@ -90,7 +89,7 @@ def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe, int]:
         now = replace(plan, num_workers=count)
         with worker_group(profile, count, profile.timeouts.start_s) as group:
             probes = group.run(measure_in_worker, now, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)
-            return now, probes[0], group.num_nodes
+            return now, probes[0]
 
 
 def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path, code_folder: str) -> Probe:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from pipeline.config.yaml_files import validate
 from pipeline.planning.forecast import describe, forecast
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import Probe, _line, probe_all_reduce, probe_training
-from pipeline.planning.scaling import GPU_HOURS_PER_FAILURE
 from pipeline.runs.dry_run import DryRun, _large_window
 from pipeline.training.team import Team
 
@@ -63,21 +61,15 @@ def test_time_cost_and_checkpoints_follow_from_the_step():
         checkpoint={"every_minutes": 10.0, "keep": 2},
         evaluation={"enabled": False},
     )
-    seen = forecast(asked, probe(batch=32, image_s=0.01), workers_per_node=8)
+    seen = forecast(asked, probe(batch=32, image_s=0.01))
     assert seen.images_per_s == pytest.approx(128 / 0.32)
     assert seen.training_s == pytest.approx(3200.0)
     saving = seen.checkpoints
     assert saving is not None
-    failure = GPU_HOURS_PER_FAILURE * 3600 / 4
-    assert saving.best_interval_s == pytest.approx(
-        math.sqrt(2 * 2.0 * failure) if math.sqrt(4 * failure) < 3200 else 3200
-    )
     assert saving.count == 6  # 3200 s at one every 600 s, the last step's among them
     assert saving.written_bytes == 6 * 16 * CIFAR_PARAMETERS
     assert saving.kept_bytes == 2 * 16 * CIFAR_PARAMETERS
-    lost = 2 / 600 + 600 / (2 * failure) + 120 / failure
-    assert saving.lost == pytest.approx(lost)
-    assert seen.total_s == pytest.approx(3200 / (1 - lost))
+    assert seen.total_s == pytest.approx(3200 + 6 * 2)
     assert (seen.cost, seen.currency) == (pytest.approx(4 * 2.5 * seen.total_s / 3600), "EUR")
     assert f"{seen.cost:,.2f} EUR" in describe(asked, probe(), seen)["cost"]
 
@@ -96,7 +88,7 @@ def test_a_training_of_more_than_an_hour_in_the_commands_process_is_better_isola
     profile, num_workers, step_s, advised
 ):
     asked = plan(profile, num_workers=num_workers, training={"steps": 1000, "batch_size": 100})
-    seen = forecast(asked, probe(image_s=step_s / 100, batch=100), workers_per_node=8)
+    seen = forecast(asked, probe(image_s=step_s / 100, batch=100))
     assert any("--isolated" in warning for warning in seen.warnings) is advised
     assert ("this process" in asked.to_text()) is (num_workers == 1 and profile == {})
 
@@ -117,11 +109,11 @@ def test_scoring_is_counted_in_by_what_is_scored():
 
     For bits/dim no image is generated, but each of 50,000 is measured at each of T = 1000.
     """
-    plain = forecast(plan(gpus(4), num_workers=4), probe(), 8).scoring_s
+    plain = forecast(plan(gpus(4), num_workers=4), probe()).scoring_s
     assert plain == pytest.approx(10_000 * 50 * 0.01 / 3 / 4)
     guided = plan(gpus(4), num_workers=4, sampling={"guidance_scale": 2.0}, model={"class_conditional": True},
                   training={"label_dropout": 0.1})  # fmt: skip
-    assert forecast(guided, probe(), 8).scoring_s == pytest.approx(2 * plain)
+    assert forecast(guided, probe()).scoring_s == pytest.approx(2 * plain)
     assert forecast(plan(evaluation={"enabled": False}), probe()).scoring_s == 0
     for metrics, generated in ((["bpd"], 0), (["fid", "bpd"], 10_000 * 50)):
         asked = plan(evaluation={"metrics": metrics})
@@ -129,39 +121,27 @@ def test_scoring_is_counted_in_by_what_is_scored():
 
 
 @pytest.mark.parametrize(
-    ("workers", "batch", "image_s", "warned"),
+    ("workers", "batch", "image_s", "parameters", "helps"),
     [
-        (8, 128, 1 / 5400, False),  # one node: nothing to warn of
-        (16, 128, 1 / 5400, True),  # the paper's batch at 32x32 on two nodes
-        (16, 4096, 1 / 5400, False),
-        (32, 64, 1 / 133, True),  # 256x256 at the paper's 64 on four nodes: 62 %
-        (16, 64, 1 / 133, False),  # on two: 99 %
+        (
+            8,
+            128,
+            1 / 5400,
+            CIFAR_PARAMETERS,
+            False,
+        ),  # the paper's batch at 32x32: 1.5 ms saved, 5.7 ms to exchange 143 MB
+        (8, 4096, 1 / 5400, CIFAR_PARAMETERS, True),  # 47 ms saved
+        (8, 64, 1 / 133, 113_700_000, True),  # 256x256 at the paper's 64: 30 ms saved, 18 ms to exchange
+        (16, 64, 1 / 133, 113_700_000, False),  # 15 ms saved
+        (8, 12, 1.0, CIFAR_PARAMETERS, False),  # 16 workers cannot share 12 images
     ],
 )
-def test_more_nodes_than_the_batch_fills_are_warned_of(workers, batch, image_s, warned):
-    parameters = CIFAR_PARAMETERS if image_s < 0.001 else 113_700_000
+def test_the_forecast_says_where_more_nodes_will_not_help(workers, batch, image_s, parameters, helps):
     asked = plan(gpus(workers), num_workers=workers, parameters=parameters, training={"batch_size": batch})
-    seen = forecast(asked, probe(image_s, batch=batch // workers), workers_per_node=8)
-    assert bool(seen.warnings) == warned
-    if warned:
-        assert "sweeps and sampling" in seen.warnings[0]
-
-
-def test_the_line_on_more_nodes_says_where_the_help_ends():
-    small = plan(gpus(8), num_workers=8, training={"batch_size": 128})
-    seen = forecast(small, probe(1 / 5400, batch=16), 8)
-    assert "will not help" in describe(small, probe(), seen)["more nodes"]
-    large = plan(gpus(8), num_workers=8, training={"batch_size": 4096})
-    seen = forecast(large, probe(1 / 5400, batch=512), 8)
-    assert "worth it up to 8 nodes" in describe(large, probe(), seen)["more nodes"]
-    assert [row.nodes for row in seen.scaling] == [1, 2, 4, 8, 16, 32, 64]
-    assert all(a.efficiency >= b.efficiency for a, b in zip(seen.scaling, seen.scaling[1:], strict=False))
-
-
-def test_each_worker_on_a_node_of_its_own_counts_as_many_nodes():
-    asked = plan(gpus(4, placement="strict_spread"), num_workers=4)
-    assert forecast(asked, probe(batch=32)).nodes == 4
-    assert forecast(plan(gpus(4), num_workers=4), probe(batch=32)).nodes == 1  # eight GPUs to a node are assumed
+    measured = probe(image_s, batch=batch // workers)
+    seen = forecast(asked, measured)
+    assert seen.more_nodes_help is helps
+    assert ("more nodes" in describe(asked, measured, seen)) is not helps
 
 
 @pytest.mark.parametrize(

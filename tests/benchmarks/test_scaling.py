@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.scaling import CIFAR, LSUN, ROWS, between, least_batch, validation
 from benchmarks.scaling import NETWORKS as PAPER
-from pipeline.planning.scaling import (
+from benchmarks.scaling_model import (
     BUCKET_BYTES,
     FIRST_BUCKET_BYTES,
     Link,
@@ -30,7 +30,7 @@ from pipeline.planning.scaling import (
 )
 from tests.kit.drawings import pixels_of
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("point", validation(), ids=lambda p: f"{p.resolution} on {p.gpus}")
