@@ -4,7 +4,7 @@
 #   make test PYTEST_ARGS="-k schedule -x"      arguments for pytest
 #   make test JOBS=0                            one test after another, in one process
 #   make soak SEED=7 MINUTES=60                 random faults; without SEED a fresh one, which is printed
-#   make PYTHON=/opt/python3.11/bin/python3 ... a Python 3.11 that isn't on PATH
+#   make PYTHON=/opt/python3.13/bin/python3 ... another Python than the newest of 3.11 to 3.14 on PATH
 
 SHELL := /bin/sh
 ARGS ?=
@@ -13,6 +13,7 @@ JOBS ?= 2
 SEED ?=
 MINUTES ?= 30
 VENV := .venv
+PYTHONS := 3.14 3.13 3.12 3.11
 BIN := $(VENV)/bin
 
 # Two stamps, each named by a checksum of what it stands for: another lock file makes the environment anew, from nothing, so that it holds
@@ -24,7 +25,7 @@ INSTALLED := $(VENV)/.installed-$(LOCK_ID)-$(PROJECT_ID)
 # shut off from the network and from your files
 PYTEST := $(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train quick test test-all soak mutants lint lock clean
+.PHONY: help setup train quick test test-all pythons soak mutants lint lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,8 +41,20 @@ quick: $(INSTALLED) ## tests for the desk, without Ray: at most three minutes
 test: lint ## lint, types and a real test of every promise; what CI runs
 	@$(PYTEST) -m "not all" $(PYTEST_ARGS)
 
-test-all: lint ## lint, types and every test: after a larger change, and before a release
+test-all: lint ## lint, types and every test, the quick ones under each Python: after a larger change, and before a release
 	@$(PYTEST) $(PYTEST_ARGS)
+	@$(MAKE) pythons
+
+# one environment of 6.5 GB for each, which stays until `make clean`
+pythons: $(INSTALLED) ## the quick tests under every other Python of 3.11 to 3.14 that this machine has
+	@for version in $(PYTHONS); do \
+	    $(BIN)/python -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$$version')" && continue; \
+	    for python in python$$version "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$$version.*/bin/python$$version; do \
+	        "$$python" -c "" 2>/dev/null || continue; \
+	        $(MAKE) quick VENV=.venv-$$version PYTHON="$$python" || exit 1; \
+	        break; \
+	    done; \
+	done
 
 soak: $(INSTALLED) ## random faults and random examples, with the seed SEED, for MINUTES
 	@$(BIN)/python -m tests.kit.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
@@ -60,16 +73,16 @@ lock: ## resolve pyproject.toml anew into requirements.lock (needs uv and the ne
 	    --no-emit-index-url --no-header -o requirements.lock
 
 clean: ## remove .venv, caches and built files; runs, datasets and mlflow.db stay
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(PYTHONS:%=.venv-%) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamps' names say all, so no file times: switching branches back and forth rebuilds nothing.
 $(LOCKED):
-	@python=""; for candidate in $(or $(PYTHON),python3.11 python3); do \
-	    if "$$candidate" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then python=$$candidate; break; fi; \
+	@python=""; for candidate in $(or $(PYTHON),$(PYTHONS:%=python%) python3); do \
+	    if "$$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null; then python=$$candidate; break; fi; \
 	done; \
 	if [ -z "$$python" ]; then \
-	    echo "Python 3.11 is needed; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>/dev/null || echo missing). Install it, or name it: make PYTHON=/path/to/python3.11" >&2; \
+	    echo "Python 3.11 to 3.14 is needed; $(or $(PYTHON),python3) is $$($(or $(PYTHON),python3) --version 2>/dev/null || echo missing). Get one: uv python install 3.13 (https://docs.astral.sh/uv), apt install python3 python3-venv, dnf install python3.13 or brew install python@3.13; or name it: make PYTHON=/path/to/python3.13" >&2; \
 	    exit 1; \
 	fi; \
 	echo "Making $(VENV) from requirements.lock with $$("$$python" --version): some minutes and several GB the first time"; \

@@ -230,17 +230,36 @@ def test_set_up_is_done_once_and_again_only_where_the_lock_or_the_project_change
     assert plan() == (True, True)
 
 
+def fake_python(folder: Path, name: str, version: str, *, suits: bool) -> Path:
+    """A Python that knows its version, and ends the set-up after saying what it was asked."""
+    python = folder / name
+    python.write_text(
+        f"#!/bin/sh\ncase $1 in --version) echo Python {version}; exit 0;; -c) exit {0 if suits else 1};; esac\necho asked: $0; exit 1\n"
+    )
+    python.chmod(0o755)
+    return python
+
+
 def test_another_python_is_refused_in_one_line(checkout: Path) -> None:
     shutil.rmtree(checkout / ".venv")
-    python = checkout / "python3.12"
-    python.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.12.1 && exit 0\nexit 1\n')
-    python.chmod(0o755)
+    python = fake_python(checkout, "python3.10", "3.10.12", suits=False)
     out = run("make", "setup", f"PYTHON={python}", cwd=checkout, check=False)
     assert out.returncode != 0
-    assert out.stderr.splitlines()[0] == (
-        f"Python 3.11 is needed; {python} is Python 3.12.1. Install it, or name it: make PYTHON=/path/to/python3.11"
+    line = out.stderr.splitlines()[0]
+    assert line.startswith(
+        f"Python 3.11 to 3.14 is needed; {python} is Python 3.10.12. Get one: uv python install 3.13"
     )
+    assert line.endswith("or name it: make PYTHON=/path/to/python3.13")
     assert not (checkout / ".venv").exists()
+
+
+def test_set_up_takes_the_newest_python_that_runs(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(checkout / ".venv")
+    fake_python(checkout, "python3.14", "", suits=False)  # as pyenv's for a version that is not chosen
+    newest = fake_python(checkout, "python3.13", "3.13.7", suits=True)
+    fake_python(checkout, "python3.11", "3.11.9", suits=True)
+    monkeypatch.setenv("PATH", f"{checkout}:/usr/bin:/bin")
+    assert f"asked: {newest}" in run("make", "setup", cwd=checkout, check=False).stdout
 
 
 def test_help_lists_every_target() -> None:
