@@ -39,7 +39,7 @@ from pipeline.sampling.generation import Denoiser
 from pipeline.training.batches import training_batches
 from pipeline.training.combinations import check_training
 from pipeline.training.device import sampling_compute
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.randomness import image_generators
 
@@ -96,19 +96,19 @@ def measure(experiment: Experiment, dataset: Dataset, cache: Path) -> dict[str, 
     compute.start()
     diffusion = build_diffusion(experiment)
     model = compute.place(build_model(experiment, dataset.manifest.shape))
-    learner = Learner.create(model, experiment.training, diffusion.num_timesteps, compute)
+    train_state = TrainState.create(model, experiment.training, diffusion.num_timesteps, compute)
     size = experiment.training.batch_size
     streams = default_num_streams(size)
     order = Order(dataset.manifest.row_groups, experiment.seed, streams, size, experiment.data.shuffle_window)
     batches = training_batches(dataset, order, range(streams), 0, experiment.seed)
     begin = time.monotonic()
     for result in fit(
-        learner, model, build_objective(experiment), batches, experiment.training, compute, seed=experiment.seed
+        train_state, model, build_objective(experiment), batches, experiment.training, compute, seed=experiment.seed
     ):
         if result.step == experiment.training.steps:
             break
     training_s = time.monotonic() - begin
-    learner.ema.copy_to(model)
+    train_state.ema.copy_to(model)
     denoiser = Denoiser(diffusion, model, dataset.manifest.shape, experiment.sampling, 0, compute)
     extractor = scoring.choose_extractor(dataset, cache, kind="classifier")
     reference = scoring.prepare_reference(dataset, extractor, experiment.evaluation.num_images, cache)

@@ -28,7 +28,7 @@ from pipeline.config.experiment import Experiment, load_experiment
 from pipeline.data.images import to_float
 from pipeline.training.batches import Batch, Prefetch
 from pipeline.training.device import AUTOCAST, Compute
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective, num_parameters
 from pipeline.training.randomness import training_draws
 
@@ -50,9 +50,9 @@ def our_training(
     experiment: Experiment, shape: Shape, compute: Compute, batches: Prefetch[Batch]
 ) -> tuple[Work, nn.Module]:
     model = compute.place(build_model(experiment, shape))
-    learner = Learner.create(model, experiment.training, experiment.diffusion.num_timesteps, compute)
+    train_state = TrainState.create(model, experiment.training, experiment.diffusion.num_timesteps, compute)
     steps = fit(
-        learner,
+        train_state,
         compute.compiled(model),
         build_objective(experiment),
         batches,

@@ -51,7 +51,7 @@ class Attempt(ABC):
 
     @abstractmethod
     def _read(self) -> dict[str, Any]:
-        """Return what the board says; {} if it does not answer."""
+        """Return what the control actor says; {} if it does not answer."""
 
     @abstractmethod
     def _stop(self) -> None:
@@ -68,7 +68,7 @@ class Attempt(ABC):
     def _watch(self, ended: Callable[[float], bool], observe: Observer) -> dict[str, Any]:
         """Show progress until `ended`, which waits for some seconds, returns True; ask for a stop on a signal, and leave on a second one.
 
-        Returns what the board said last.
+        Returns what the control actor said last.
         """
         begin: tuple[int, float] | None = None
         shown: dict[str, Any] = {}
@@ -93,7 +93,7 @@ class Attempt(ABC):
         return seen
 
     def _hear(self) -> dict[str, Any]:
-        """Return what the board says, and print its warnings."""
+        """Return what the control actor says, and print its warnings."""
         seen = self._read()
         for warning in seen.get("warnings", ()):
             self.console.say(f"warning: {warning}")

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.attempt import Attempt, Ended, Observer, time_left
-from pipeline.cluster.board import Board
 from pipeline.cluster.causes import cause_here
+from pipeline.cluster.control_actor import ControlActor
 from pipeline.errors import PipelineError
 from pipeline.planning.plan import advice_to_isolate
 from pipeline.signals import Signals, StoppedAtOnce
@@ -30,7 +30,7 @@ class AttemptHere(Attempt):
 
     def run(self, observe: Observer) -> Ended:
         """Train until the end, a stop or a failure; a PipelineError of the worker is raised here."""
-        self.board = Board()
+        self.control = ControlActor()
         over = threading.Event()
         watching = threading.Thread(target=self._watch_over, args=(over, observe), name="watch", daemon=True)
         watching.start()
@@ -52,7 +52,7 @@ class AttemptHere(Attempt):
     def _train(self) -> str:
         path = path_of(Path(self.job.run_folder), self.job.attempt, rank=0)
         with Stacks(path, self.profile.timeouts.collective_s) as stacks:
-            return Worker(self.job, Team(), _Link(self.board, self.signals, stacks)).work()
+            return Worker(self.job, Team(), _Link(self.control, self.signals, stacks)).work()
 
     def _watch_over(self, over: threading.Event, observe: Observer) -> None:
         self._watch(over.wait, observe)
@@ -61,7 +61,7 @@ class AttemptHere(Attempt):
             signal.pthread_kill(threading.main_thread().ident or 0, self.signals.first or signal.SIGTERM)
 
     def _read(self) -> dict[str, Any]:
-        return self.board.read()
+        return self.control.read()
 
     def _stop(self) -> None:
         """Nothing: the worker reads the signals itself, once a step."""
@@ -78,14 +78,14 @@ class AttemptHere(Attempt):
 
 
 class _Link:
-    """The worker's line to this process: what it publishes is on the board at once, and a signal is what asks it to stop."""
+    """The worker's line to this process: what it publishes is there at once, and a signal is what asks it to stop."""
 
-    def __init__(self, board: Board, signals: Signals, stacks: Stacks) -> None:
-        self._board, self._signals, self._stacks = board, signals, stacks
+    def __init__(self, control: ControlActor, signals: Signals, stacks: Stacks) -> None:
+        self._control, self._signals, self._stacks = control, signals, stacks
 
     def publish(self, progress: dict[str, Any]) -> None:
-        """Put progress, a warning or a judgement on the board."""
-        self._board.publish(progress)
+        """Put progress, a warning or a judgement there."""
+        self._control.publish(progress)
 
     def stop_requested(self) -> bool:
         """Return whether there was a signal. The worker asks once a step."""

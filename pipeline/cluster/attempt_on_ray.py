@@ -13,8 +13,8 @@ from typing import Any
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.attempt import Attempt, Ended, Observer, time_left
-from pipeline.cluster.board import NAMESPACE, Board, Member, board_name, run_worker
-from pipeline.cluster.causes import Remains, cause_of, starved
+from pipeline.cluster.causes import CrashReport, cause_of, starved
+from pipeline.cluster.control_actor import NAMESPACE, ControlActor, WorkerInfo, actor_name, run_worker
 from pipeline.cluster.placement import mark_of
 from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console
@@ -26,9 +26,7 @@ from pipeline.training.stacks import STACKS, forget_empty
 from pipeline.worker.job import Job
 
 END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
-STUMBLE_S = (
-    5.0  # for Ray Train to end the peers of a worker that failed; one that hangs it would wait for half a minute
-)
+PEERS_S = 5.0  # for Ray Train to end the peers of a worker that failed; one that hangs it would wait for half a minute
 SILENCE_S = 30.0  # for a head that restarts; after a minute Ray ends the driver's process without a word
 # why the driver itself asks the workers to save and stop, in order to start them anew
 DRAINED = "a node is about to be taken away"
@@ -41,21 +39,21 @@ class AttemptOnRay(Attempt):
 
     def __init__(self, job: Job, profile: Profile, console: Console, signals: Signals, counts: Sequence[int]) -> None:
         super().__init__(job, profile, console, signals)
-        self.name = board_name(Path(job.run_folder).name, job.attempt)
-        self.members: dict[int, Member] = {}
+        self.name = actor_name(Path(job.run_folder).name, job.attempt)
+        self.members: dict[int, WorkerInfo] = {}
         # one machine neither grows nor is taken away from under its own driver
         watches = profile.kind != "local"
         self.growth = Growth(counts, job.num_workers, profile) if watches else None
         self.drains = watches and profile.preemption.watch
         self.looked_at = self.heard_at = time.monotonic()
-        self.stumbled_at: float | None = None
+        self.failed_at: float | None = None
 
     def run(self, observe: Observer) -> Ended:
         """Train until the end, a stop or a failure; a PipelineError of a worker is raised here."""
         import ray
 
-        self.board = (
-            ray.remote(Board)
+        self.control = (
+            ray.remote(ControlActor)
             .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
             .remote(forwarded(self.profile))
         )
@@ -104,10 +102,10 @@ class AttemptOnRay(Attempt):
     def _end_peers(self, seen: dict[str, Any]) -> None:
         """End the other workers where one failed some seconds ago: one of them may hang."""
         now = time.monotonic()
-        if seen.get("stumbled") and self.stumbled_at is None:
-            self.stumbled_at = now
-        if self.stumbled_at is not None and now - self.stumbled_at > STUMBLE_S:
-            self.stumbled_at = now
+        if seen.get("worker_failed") and self.failed_at is None:
+            self.failed_at = now
+        if self.failed_at is not None and now - self.failed_at > PEERS_S:
+            self.failed_at = now
             for group in {member.placement_group for member in seen["members"].values()}:
                 cluster_nodes.release(group)
 
@@ -135,14 +133,14 @@ class AttemptOnRay(Attempt):
                     self._ask(GROWN, f"the cluster has room for {count} workers now: saving, to go on with them")
 
     def _stop(self) -> None:
-        self.board.stop.remote(*([self.planned] if self.planned else []))
+        self.control.stop.remote(*([self.planned] if self.planned else []))
 
     def _read(self) -> dict[str, Any]:
-        """Return what the board says; {} where it is gone with its cluster, whose cause `fit()` tells."""
+        """Return what the control actor says; {} where it is gone with its cluster, whose cause `fit()` tells."""
         import ray
 
         try:
-            seen: dict[str, Any] = ray.get(self.board.read.remote(), timeout=5)
+            seen: dict[str, Any] = ray.get(self.control.read.remote(), timeout=5)
         except ray.exceptions.RayError:
             return {}
         self.heard_at = time.monotonic()
@@ -166,7 +164,7 @@ class AttemptOnRay(Attempt):
         try:
             for group in {member.placement_group for member in self.members.values()}:
                 cluster_nodes.release(group)
-            question = partial(Remains.here, Path(self.job.run_folder).name, self.job.attempt)
+            question = partial(CrashReport.here, Path(self.job.run_folder).name, self.job.attempt)
             # this machine is there: a process of Ray's that is late to say so, because the machine is busy, would make it a lost node
             here = self.profile.kind == "local"
             answers = dict.fromkeys(mine, question()) if here else cluster_nodes.on_each(mine, question)
@@ -178,7 +176,7 @@ class AttemptOnRay(Attempt):
                 cause = f"worker {member.rank}: its node {member.node_name} was lost"
                 return Ended(None, cause, lost=lost)
         cause = cause_of(error)
-        rows = frozenset(row for remains in answers.values() for row in remains.rows)
+        rows = frozenset(row for report in answers.values() for row in report.rows)
         if any(answers[member.node].oom_kills > member.oom_kills for member in self.members.values()):
             cause, rows = starved(cause), frozenset()
         stacks = Path(self.job.run_folder) / STACKS
@@ -188,13 +186,13 @@ class AttemptOnRay(Attempt):
         return Ended(None, cause, lost=lost, rows=rows)
 
 
-def _trainer(job: Job, profile: Profile, board: str) -> Any:
+def _trainer(job: Job, profile: Profile, control: str) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     return TorchTrainer(
         run_worker,
-        train_loop_config={"job": job, "board": board},
+        train_loop_config={"job": job, "control": control},
         torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
         scaling_config=ScalingConfig(
             num_workers=job.num_workers,

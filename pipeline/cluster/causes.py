@@ -13,14 +13,14 @@ KILLED = "its process was killed"
 
 
 @dataclass(frozen=True)
-class Remains:
+class CrashReport:
     """What a machine tells after an attempt: how often memory has run out there, and the rows that were being decoded at a death."""
 
     oom_kills: int
     rows: frozenset[int]
 
     @classmethod
-    def here(cls, run_id: str, attempt: int) -> Remains:
+    def here(cls, run_id: str, attempt: int) -> CrashReport:
         """Return what this machine tells of an attempt of a run."""
         return cls(oom_kills(), rows_left(run_id, attempt))
 

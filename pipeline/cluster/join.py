@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.token import admission, knock_at_store
+from pipeline.cluster.token import admission, probe_store
 from pipeline.config.cluster_profile import Profile
 from pipeline.errors import ClusterError, UsageError
 from pipeline.planning.capacity import needs, room, shortage
@@ -42,7 +42,7 @@ def joined_ray(profile: Profile) -> Iterator[None]:
         )
     address = store_address(profile)
     tls = os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}  # then certificates decide who is let in
-    token = None if tls else admission(profile, address, knock_at_store(address))
+    token = None if tls else admission(profile, address, probe_store(address))
     os.environ.update(SETTINGS | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.timeouts.start_s:g}"})
     if "ray" not in sys.modules:  # afterwards Ray keeps what it has read
         os.environ["RAY_AUTH_MODE"] = "token" if token else os.environ.get("RAY_AUTH_MODE", "disabled")

@@ -25,7 +25,7 @@ TIMEOUT_S = 10.0
 ANY_NODE_SERVICE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # the cheapest question that Ray's control store answers
 
 
-class Door(Enum):
+class Access(Enum):
     """How a cluster answers."""
 
     OPEN = "lets in"
@@ -33,7 +33,7 @@ class Door(Enum):
     ABSENT = "does not answer"
 
 
-Knock = Callable[[str | None], Door]
+AuthProbe = Callable[[str | None], Access]
 
 
 def find_token() -> tuple[str | None, str]:
@@ -49,17 +49,17 @@ def find_token() -> tuple[str | None, str]:
     return token or None, str(path)
 
 
-def admission(profile: Profile, address: str, knock: Knock) -> str | None:
+def admission(profile: Profile, address: str, probe: AuthProbe) -> str | None:
     """Return the token that opens the cluster at an address; None for one that needs none and whose profile accepts that.
 
     UsageError where nobody is asked for a token, or where there is none or a wrong one; ClusterError where nothing answers.
     """
-    door = knock(None)
-    if door is Door.ABSENT:
+    access = probe(None)
+    if access is Access.ABSENT:
         raise ClusterError(
             f"profile {profile.name!r}: no Ray cluster answers at {address}; is it up, and is the address right?"
         )
-    if door is Door.OPEN:
+    if access is Access.OPEN:
         if not profile.insecure:
             raise UsageError(
                 f"profile {profile.name!r}: the cluster at {address} lets anybody run code on it; start it with RAY_AUTH_MODE=token "
@@ -72,37 +72,37 @@ def admission(profile: Profile, address: str, knock: Knock) -> str | None:
             f"profile {profile.name!r}: the cluster at {address} asks for a token, and there is none in {where}; "
             "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
         )
-    if knock(token) is not Door.OPEN:
+    if probe(token) is not Access.OPEN:
         raise UsageError(
             f"profile {profile.name!r}: the cluster at {address} refuses the token of {where}; set the cluster's own"
         )
     return token
 
 
-def knock_at_store(address: str) -> Knock:
+def probe_store(address: str) -> AuthProbe:
     """Return how to ask a cluster's control store (HOST:PORT)."""
     import grpc
 
-    def knock(token: str | None) -> Door:
+    def probe(token: str | None) -> Access:
         metadata = [("authorization", f"Bearer {token}")] if token else None
         with grpc.insecure_channel(address) as channel:
             try:
                 channel.unary_unary(ANY_NODE_SERVICE)(b"", timeout=TIMEOUT_S, metadata=metadata)
             except grpc.RpcError as error:
                 asked = error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
-                return Door.CLOSED if asked else Door.ABSENT
-        return Door.OPEN
+                return Access.CLOSED if asked else Access.ABSENT
+        return Access.OPEN
 
-    return knock
+    return probe
 
 
-def knock_at_dashboard(address: str) -> Knock:
+def probe_dashboard(address: str) -> AuthProbe:
     """Return how to ask a cluster's dashboard (http or https).
 
     ClusterError where something else than Ray answers, or its certificate is not trusted.
     """
 
-    def knock(token: str | None) -> Door:
+    def probe(token: str | None) -> Access:
         request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
         if token:
             request.add_header("Authorization", f"Bearer {token}")
@@ -112,7 +112,7 @@ def knock_at_dashboard(address: str) -> Knock:
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in {401, 403}:
-                return Door.CLOSED
+                return Access.CLOSED
             raise ClusterError(
                 f"{address}: answers {error.code} where Ray's dashboard would answer; is the address right?"
             ) from None
@@ -125,16 +125,16 @@ def knock_at_dashboard(address: str) -> Knock:
                     f"{address}: no secure connection: {redact(str(reason))}; where the certificate is by an authority of your own, set "
                     "SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the authority's file; where the server speaks plain http, say http://"
                 ) from None
-            return Door.ABSENT
+            return Access.ABSENT
         try:
             json.loads(body)["ray_version"]
         except (ValueError, KeyError, TypeError):
             raise ClusterError(
                 f"{address}: something answers that is not Ray's dashboard; is the address right?"
             ) from None
-        return Door.OPEN
+        return Access.OPEN
 
-    return knock
+    return probe
 
 
 def travels_readable(address: str) -> bool:

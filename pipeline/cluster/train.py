@@ -38,7 +38,7 @@ from pipeline.worker.job import Job
 def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
     """Train a run to its last step, holding its lock: in this process, in the Ray that it is part of, or in one of its own.
 
-    `observe` is given what the board says, each time it is read.
+    `observe` is given what the control actor says, each time it is read.
 
     Raises:
         PipelineError: the worker's own, where it raised one.

@@ -18,7 +18,7 @@ T = TypeVar("T")
 START_S = 30.0  # workers load torch while they start
 
 
-class Member:
+class GroupWorker:
     """One worker: `call` runs a function in its process, as `function(team, *arguments)`."""
 
     def __init__(self, timeout_s: float) -> None:
@@ -47,9 +47,9 @@ class Member:
 
     def join(self, rank: int, size: int, master: tuple[str, int], backend: str) -> None:
         """Become one of the group; all of them at once."""
-        from pipeline.training.team import found_group
+        from pipeline.training.team import init_process_group
 
-        found_group(rank, size, master, backend, self._timeout_s)
+        init_process_group(rank, size, master, backend, self._timeout_s)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return what the function returns here."""
@@ -93,7 +93,7 @@ def worker_group(
                 f"{num_workers} workers with {', '.join(f'{v:g} {k}s' for k, v in bundle.items())} each found no room within "
                 f"{start_s:g} s (placement: {profile.placement}); see what else runs with: ray status"
             )
-        actor = ray.remote(Member)
+        actor = ray.remote(GroupWorker)
         members = [
             actor.options(
                 num_cpus=bundle["CPU"],

@@ -22,8 +22,8 @@ COLORS = {"green": "green", "yellow": "yellow", "red": "red", "skipped": "bright
 INDENT = " " * 20
 
 
-def _door_first(command: F) -> F:
-    """Look at the door of a cluster that jobs are sent to: what keeps us out is a finding like any other."""
+def _auth_first(command: F) -> F:
+    """Probe the authentication of a cluster that jobs are sent to: what keeps us out is a finding like any other."""
 
     @functools.wraps(command)
     def looked_at(*, cluster: str | None, as_json: bool, **given: Any) -> Any:
@@ -32,9 +32,9 @@ def _door_first(command: F) -> F:
 
         profile = load_profile(cluster)
         if profile.kind == "job" and JOB_VARIABLE not in os.environ:
-            from pipeline.doctor.doctor import at_the_door, require_healthy
+            from pipeline.doctor.doctor import auth_findings, require_healthy
 
-            findings = at_the_door(profile)
+            findings = auth_findings(profile)
             if findings:
                 _tell_all(profile.name, findings, as_json)
             require_healthy(findings)
@@ -50,7 +50,7 @@ ddpm-pipe doctor --cluster multi-node-gpu.yaml --data /mnt/ddpm/datasets/photos
 ddpm-pipe doctor --preset ddpm-cifar10 --json
 """)
 )
-@_door_first
+@_auth_first
 @runs_on_cluster(files=["data"])
 @click.option("--data", metavar="DATA", help="An ingested dataset that every node should read: a folder, or s3://...")
 @click.option("--preset", metavar="NAME", help="The experiment whose training step is timed. Default: digits.")

@@ -95,7 +95,7 @@ def _send(
     job = jobs.submit(arguments_of, sources, module)
     if detach:
         click.echo(job)
-        console.say(jobs.farewell(job))
+        console.say(jobs.detach_hint(job))
         return 0
     return _follow(jobs, job)
 
@@ -104,7 +104,7 @@ def _follow(jobs: Any, job: str) -> int:
     try:
         code: int = jobs.follow(job, click.echo, lambda line: click.echo(line, err=True))
     except KeyboardInterrupt:
-        click.echo(f"\n{jobs.farewell(job)}", err=True)
+        click.echo(f"\n{jobs.detach_hint(job)}", err=True)
         return 130
     return code
 

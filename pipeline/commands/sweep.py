@@ -101,14 +101,14 @@ def sweep(
             )
         result = sweep_commands.extend(extend, over, options, cluster, max_concurrent, command_line())
     else:
-        request = sweep_commands.request(sweep, over, options, overrides, cluster, max_concurrent)
+        request = sweep_commands.sweep_request(sweep, over, options, overrides, cluster, max_concurrent)
         if dry_run:
             from pipeline.sweeps.forecast import forecast_sweep
 
-            forecast = forecast_sweep(request, sweep_commands.plan(request), measure=probe)
+            forecast = forecast_sweep(request, sweep_commands.plan_sweep(request), measure=probe)
             print_json(forecast.to_dict()) if as_json else click.echo(forecast.to_text())
             return
-        result = sweep_commands.start(request, command_line())
+        result = sweep_commands.start_sweep(request, command_line())
     show(result, as_json=as_json)
 
 

@@ -61,7 +61,7 @@ def train(
     if origin is not None:
         request = sweep_commands.request_of_winner(origin, experiment or preset or data, cluster, overrides)
     else:
-        request = training_run.request(experiment, preset, data, cluster, overrides)
+        request = training_run.train_request(experiment, preset, data, cluster, overrides)
     if isolated:
         request = replace(request, profile=request.profile.isolating())
     if dry_run:
@@ -70,7 +70,7 @@ def train(
         told = rehearse(request, measure=probe)
         print_json(told.to_dict()) if as_json else click.echo(told.to_text())
         return
-    result = training_run.start(request, command=command_line())
+    result = training_run.start_training(request, command=command_line())
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())
 
 
@@ -115,11 +115,11 @@ def resume(
             raise UsageError(
                 f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
             )
-        show(sweep_commands.go_on(folder, cluster, max_concurrent), as_json=as_json)
+        show(sweep_commands.resume_sweep(folder, cluster, max_concurrent), as_json=as_json)
         return
     if max_concurrent is not None:
         raise UsageError(f"--max-concurrent: got {max_concurrent}, but {run} is no sweep; leave it out")
-    result = training_run.go_on(
+    result = training_run.resume_training(
         run, cluster, overrides, fork=fork, command=command_line(), data=data, isolated=isolated
     )
     print_json(result.to_dict()) if as_json else click.echo(result.to_text())

@@ -65,11 +65,11 @@ def _from_memory(dataset: Dataset, order: Order, streams: Sequence[int], step: i
 
 
 def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int) -> Iterator[RawBatch]:
-    shelf = _Shelf(dataset, order, len(streams))
-    shelf.walks = walks = [_WalkOnDisk(order, stream, step, shelf) for stream in streams]
+    buffer = _WindowBuffer(dataset, order, len(streams))
+    buffer.walks = walks = [_WalkOnDisk(order, stream, step, buffer) for stream in streams]
     while True:
         for places in _next_steps(walks, order):
-            yield shelf.batch(step, places)
+            yield buffer.batch(step, places)
             step += 1
 
 
@@ -115,30 +115,30 @@ class _Walk:
 
 
 class _WalkOnDisk(_Walk):
-    """The same, with the rows' places on the shelf for values."""
+    """The same, with the rows' places in the buffer for values."""
 
-    def __init__(self, order: Order, stream: int, step: int, shelf: _Shelf) -> None:
+    def __init__(self, order: Order, stream: int, step: int, buffer: _WindowBuffer) -> None:
         super().__init__(order, stream, step)
-        self._shelf = shelf
-        self._board: _Board | None = None
+        self._buffer = buffer
+        self._span: _Span | None = None
 
     def enter(self, part: Segment, written: Ints) -> None:
-        if self._board is not None:  # given back before the next rows are read, which take its place
-            self._shelf.set_aside(self, written)
-            self._shelf.give_back(self._board)
-        self.values, self._board = self._shelf.take(self.stream, part)
+        if self._span is not None:  # released before the next rows are read, which take its place
+            self._buffer.keep(self, written)
+            self._buffer.release(self._span)
+        self.values, self._span = self._buffer.take(self.stream, part)
 
 
 @dataclass
-class _Board:
-    """A stretch of the shelf, with how many streams still need it."""
+class _Span:
+    """A stretch of the buffer, with how many streams still need it."""
 
     start: int
     size: int
     users: int
 
 
-class _Shelf:
+class _WindowBuffer:
     """Holds, as they are stored, the rows of the windows that a worker's streams are in.
 
     A window is read once for all the streams that enter it now or next: where windows are larger than slices, reading it
@@ -149,7 +149,7 @@ class _Shelf:
     def __init__(self, dataset: Dataset, order: Order, num_streams: int) -> None:
         self.walks: list[_WalkOnDisk] = []
         self._dataset, self._order = dataset, order
-        self._ready: dict[tuple[int, Segment], tuple[Ints, _Board]] = {}
+        self._ready: dict[tuple[int, Segment], tuple[Ints, _Span]] = {}
         slice_rows = order.num_rows // order.num_streams + 1
         part_rows = min(slice_rows, order.window + max(order.row_groups))
         self._aside = _steps_at_once(order) * order.rows_per_stream  # places of one stream
@@ -167,30 +167,30 @@ class _Shelf:
         self._dataset.decode(self._images, places, rows, images)
         return RawBatch(step, images, self._labels[places] if self._dataset.manifest.has_labels else None, rows)
 
-    def set_aside(self, walk: _WalkOnDisk, places: Ints) -> None:
+    def keep(self, walk: _WalkOnDisk, places: Ints) -> None:
         """Copy rows of a part that is left to where they stay until they are used, and change their `places`."""
         start = self.walks.index(walk) * self._aside
         for array in (self._images, self._rows, self._labels):
             array[start : start + len(places)] = array[places]
         places[:] = np.arange(start, start + len(places))
 
-    def take(self, stream: int, part: Segment) -> tuple[Ints, _Board]:
+    def take(self, stream: int, part: Segment) -> tuple[Ints, _Span]:
         """Places of the part's rows, read from disk unless they were read with another stream's."""
         if (stream, part) not in self._ready:
             together = {walk.stream: walk.upcoming for walk in self.walks if walk.upcoming[:2] == part[:2]}
             self._read([(stream, part), *together.items()])
         return self._ready.pop((stream, part))
 
-    def give_back(self, board: _Board) -> None:
-        """One stream needs the board no more."""
-        board.users -= 1
-        if board.users:
+    def release(self, span: _Span) -> None:
+        """One stream needs the span no more."""
+        span.users -= 1
+        if span.users:
             return
-        end = board.start + board.size
+        end = span.start + span.size
         if self._images.dtype == object:
-            self._images[board.start : end] = None  # lets go of the files
+            self._images[span.start : end] = None  # lets go of the files
         merged: list[tuple[int, int]] = []
-        for begin, stop in sorted([*self._gaps, (board.start, end)]):
+        for begin, stop in sorted([*self._gaps, (span.start, end)]):
             if merged and merged[-1][1] == begin:
                 begin = merged.pop()[0]
             merged.append((begin, stop))
@@ -199,20 +199,20 @@ class _Shelf:
     def _read(self, wanted: list[tuple[int, Segment]]) -> None:
         rows = [self._order.rows_of(part) for _, part in wanted]
         together = np.concatenate(rows)
-        board = self._reserve(len(together), len(wanted))
-        span = slice(board.start, board.start + board.size)
-        places = board.start + self._dataset.load(together, self._images[span], self._labels[span])
+        span = self._reserve(len(together), len(wanted))
+        stretch = slice(span.start, span.start + span.size)
+        places = span.start + self._dataset.load(together, self._images[stretch], self._labels[stretch])
         self._rows[places] = together
         for walk in self.walks:  # whose next parts are fetched while these rows are used
             self._dataset.expect(partial(self._order.rows_of, walk.upcoming))
         for key, own in zip(wanted, np.split(places, np.cumsum([len(r) for r in rows])[:-1]), strict=True):
-            self._ready[key] = own, board
+            self._ready[key] = own, span
 
-    def _reserve(self, size: int, users: int) -> _Board:
+    def _reserve(self, size: int, users: int) -> _Span:
         for i, (start, end) in enumerate(self._gaps):
             if end - start >= size:
                 self._gaps[i : i + 1] = [(start + size, end)] if start + size < end else []
-                return _Board(start, size, users)
+                return _Span(start, size, users)
         start, capacity = len(self._rows), max(len(self._rows) + size, len(self._rows) * 5 // 4)
         if capacity > start + size:
             self._gaps.append((start + size, capacity))
@@ -221,4 +221,4 @@ class _Shelf:
             new = np.empty((capacity, *old.shape[1:]), dtype=old.dtype)
             new[:start] = old
             setattr(self, name, new)
-        return _Board(start, size, users)
+        return _Span(start, size, users)

@@ -87,7 +87,7 @@ def storage(examination: Examination) -> Finding:
         )
     written = examination.ask({n: partial(node_checks.write_test, place, f) for n, f in files.items()}, STORAGE_S)
     problems = {names[n]: f"cannot be written ({t.problem})" for n, t in written.items() if t.problem}
-    reads: list[node_checks.Trial] = []
+    reads: list[node_checks.WriteTest] = []
     if not problems:
         nodes = list(files)
         neighbours = dict(zip(nodes, [*nodes[1:], nodes[0]], strict=True))

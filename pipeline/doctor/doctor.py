@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from functools import partial
 
 from pipeline.cluster.session import ray_of
-from pipeline.cluster.token import admission, knock_at_dashboard
+from pipeline.cluster.token import admission, probe_dashboard
 from pipeline.cluster.worker_group import Group, worker_group
 from pipeline.config.cluster_profile import Profile
 from pipeline.doctor import checks as doctor_checks
@@ -48,11 +48,11 @@ def examine(examination: Examination, tell: Callable[[Finding], None] = lambda f
     return findings
 
 
-def at_the_door(profile: Profile) -> list[Finding]:
+def auth_findings(profile: Profile) -> list[Finding]:
     """Return nothing where a cluster that jobs are sent to lets us in, else all findings: what is wrong there, and the rest skipped."""
     address = str(profile.address)
     try:
-        admission(profile, address, knock_at_dashboard(address))
+        admission(profile, address, probe_dashboard(address))
     except PipelineError as error:
         rest = [checks.skipped(name, "the cluster cannot be reached") for name in (*SKIPPED_WITHOUT_CLUSTER, "mlflow")]
         return [red_of("cluster", error), *rest]

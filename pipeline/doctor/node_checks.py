@@ -45,7 +45,7 @@ def clock() -> float:
 
 
 @dataclass(frozen=True)
-class Trial:
+class WriteTest:
     """One node's writing or reading: what was wrong ("" if nothing), the SHA-256 of what was written, the seconds."""
 
     problem: str = ""
@@ -53,7 +53,7 @@ class Trial:
     seconds: float = 0.0
 
 
-def write_test(place: str, name: str, *, make_folder: bool = False) -> Trial:
+def write_test(place: str, name: str, *, make_folder: bool = False) -> WriteTest:
     """Write a file of random bytes called `name` to the storage; one process makes its folder, which others then must see."""
     content = os.urandom(TEST_BYTES)
     begin = time.perf_counter()
@@ -67,8 +67,8 @@ def write_test(place: str, name: str, *, make_folder: bool = False) -> Trial:
                 _require_there(folder)
         _store(place).write(name, content)
     except (OSError, PipelineError) as error:
-        return Trial(_told(error))
-    return Trial("", hashlib.sha256(content).hexdigest(), time.perf_counter() - begin)
+        return WriteTest(_told(error))
+    return WriteTest("", hashlib.sha256(content).hexdigest(), time.perf_counter() - begin)
 
 
 def _require_there(folder: Path) -> None:
@@ -81,19 +81,19 @@ def _require_there(folder: Path) -> None:
     raise FileNotFoundError(errno.ENOENT, "the folder that another machine made is not there")
 
 
-def read_tests(place: str, written: Mapping[str, str]) -> Trial:
+def read_tests(place: str, written: Mapping[str, str]) -> WriteTest:
     """Read what others wrote (SHA-256 by name)."""
     begin = time.perf_counter()
     for name, digest in written.items():
         try:
             content = _store(place).read(name)
         except (OSError, PipelineError) as error:
-            return Trial(_told(error))
+            return WriteTest(_told(error))
         if content is None:
-            return Trial(f"what another machine wrote ({name}) is not there")
+            return WriteTest(f"what another machine wrote ({name}) is not there")
         if hashlib.sha256(content).hexdigest() != digest:
-            return Trial(f"what another machine wrote ({name}) is read back differently")
-    return Trial(seconds=time.perf_counter() - begin)
+            return WriteTest(f"what another machine wrote ({name}) is read back differently")
+    return WriteTest(seconds=time.perf_counter() - begin)
 
 
 def remove_tests(place: str, folder: str) -> None:

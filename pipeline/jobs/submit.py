@@ -13,7 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.cluster.token import admission, knock_at_dashboard, travels_readable
+from pipeline.cluster.token import admission, probe_dashboard, travels_readable
 from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console, duration, size
 from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
@@ -44,7 +44,7 @@ class Jobs:
     def __init__(self, profile: Profile, reference: str, console: Console) -> None:
         """Be let in; `reference` is the profile as the user named it. UsageError or ClusterError as `admission` says."""
         address = str(profile.address).rstrip("/")
-        token = admission(profile, address, knock_at_dashboard(address))
+        token = admission(profile, address, probe_dashboard(address))
         if token and travels_readable(address):
             console.say(
                 f"warning: {address} is plain http to another machine: the token can be read on its way; use https or a tunnel"
@@ -252,7 +252,7 @@ class Jobs:
             f"ddpm-pipe runs{self._at()}, then ddpm-pipe resume RUN{self._at()}"
         )
 
-    def farewell(self, job: str) -> str:
+    def detach_hint(self, job: str) -> str:
         """Return what to say to somebody who stops following."""
         stop = f"ddpm-pipe jobs stop {job}{self._at()}"
         return f"no longer following: {job} goes on\nfollow again: {self._how_to_follow(job)}\nstop it:      {stop}"

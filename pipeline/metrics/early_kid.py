@@ -11,9 +11,9 @@ from pipeline.data.image_set import Images
 from pipeline.data.shards import Dataset
 from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.fid import Moments
-from pipeline.metrics.judge import judge_of
 from pipeline.metrics.metric_identity import Generation, MetricIdentity, recorded_split
 from pipeline.metrics.registry import METRICS, Pair
+from pipeline.metrics.scorer import scorer_of
 from pipeline.metrics.scoring import identity_of
 from pipeline.training.device import Compute
 
@@ -55,8 +55,8 @@ def early_kid(
         RefusedError, DataError: as the evaluation at the end would.
     """
     split = recorded_split(experiment.data.split)
-    judge = judge_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
-    extractor, reference = judge.extractor, judge.reference
+    scorer = scorer_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
+    extractor, reference = scorer.extractor, scorer.reference
     found = extract(extractor, in_batches(images, _BATCH))
     pair = Pair(reference.real, found, reference.moments, Moments.of(found.features))
     outcome = METRICS["kid"](pair, 0)

@@ -45,7 +45,7 @@ class Generation:
     labels: str = ""
 
     @property
-    def network_calls(self) -> int:
+    def nfe(self) -> int:
         """Calls for one image: its cost."""
         return self.steps * (1 if self.guidance_scale == 1 else 2)
 

@@ -22,7 +22,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Entry:
+class MetricValue:
     """One value of one model."""
 
     run: str
@@ -48,7 +48,7 @@ class Rank:
     difference of this size is to be expected of equal models (None where that is not known).
     """
 
-    entry: Entry
+    entry: MetricValue
     behind: float
     standard_error: float | None
     within_noise: bool | None
@@ -125,7 +125,7 @@ class Ranking:
         return f"{first} is better than the others by more than the noise of the measurement ({CONFIDENCE:.0%})"
 
 
-def rank(entries: Sequence[Entry], common: dict[str, Any], across: Sequence[str]) -> Ranking:
+def rank(entries: Sequence[MetricValue], common: dict[str, Any], across: Sequence[str]) -> Ranking:
     """Return entries of one metric, best first; `common` is what their identities share, `across` names what may differ."""
     metric = entries[0].metric
     sign = -1 if metric in HIGHER_IS_BETTER else 1
@@ -140,7 +140,7 @@ def rank(entries: Sequence[Entry], common: dict[str, Any], across: Sequence[str]
     return Ranking(metric, common, list(across), ranks)
 
 
-def difference_error(a: Entry, b: Entry) -> tuple[float | None, float]:
+def difference_error(a: MetricValue, b: MetricValue) -> tuple[float | None, float]:
     """Return the standard error of the difference of two values, None where it is not known, and its degrees of freedom.
 
     Bits/dim of the same images differ image by image, so that how hard an image is drops out; means over seeds by Welch's formula.
@@ -161,7 +161,7 @@ def difference_error(a: Entry, b: Entry) -> tuple[float | None, float]:
     return math.sqrt(sum(squares)), freedom
 
 
-def _per_image(entry: Entry) -> Any:
+def _per_image(entry: MetricValue) -> Any:
     """Return the bits/dim of each image [n], or None where they are not there any more."""
     try:
         _, arrays = unpack((entry.folder / BOUND_FILE).read_bytes())

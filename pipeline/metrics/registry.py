@@ -29,7 +29,7 @@ class Pair:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MetricResult:
     """Values by name, what was chosen in computing them in words ("" for nothing), and their spreads, where there are any.
 
     A spread is a standard deviation (ddof 0) over what `over` says, such as "10 splits"; no standard error.
@@ -71,43 +71,43 @@ def require_enough(metrics: Collection[str], chosen: MetricSettings, *, num_real
         )
 
 
-def _fid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
-    return Outcome({"fid": fid.frechet_distance(pair.real_moments, pair.judged_moments)})
+def _fid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
+    return MetricResult({"fid": fid.frechet_distance(pair.real_moments, pair.judged_moments)})
 
 
-def _kid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
+def _kid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
     smaller = min(len(pair.real.features), len(pair.judged.features))
     # Subsets of all images would be one and the same: half of fewer than 1000 leaves the deviation a meaning.
     size = chosen.kid_subset_size or (1000 if smaller >= 1000 else smaller // 2)
     size = min(size, smaller)  # a yardstick may have fewer images than `require_enough` looked at
     result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=seed)
     subsets = f"{result.num_subsets} subsets of {result.subset_size}"
-    return Outcome({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
+    return MetricResult({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
 
 
-def _inception_score(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
+def _inception_score(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
     if pair.judged.logits is None:
         raise RefusedError("the Inception Score needs an extractor with logits; use inception or classifier")
     splits = min(chosen.inception_score_splits, len(pair.judged.logits))  # fewer of a yardstick that has fewer images
     mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=seed)
     if splits == 1:  # of which there is no deviation
-        return Outcome({"inception_score": mean}, "1 split")
+        return MetricResult({"inception_score": mean}, "1 split")
     parts = f"{splits} splits"
-    return Outcome({"inception_score": mean}, f"{parts}, seed {seed}", {"inception_score": std}, parts)
+    return MetricResult({"inception_score": mean}, f"{parts}, seed {seed}", {"inception_score": std}, parts)
 
 
-def _prdc(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> Outcome:
+def _prdc(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
     # equal counts: these metrics depend on their ratio
     n = min(len(pair.real.features), len(pair.judged.features))
     found = prdc(pair.real.features[:n], pair.judged.features[:n], k_precision=3, k_density=5)
     settings = f"precision and recall by the 3rd neighbour, density and coverage by the 5th, {n} images each"
-    return Outcome(found._asdict(), settings)
+    return MetricResult(found._asdict(), settings)
 
 
 class Metric(Protocol):
     """A function of two sets of features, the seed of what it draws, and its settings."""
 
-    def __call__(self, pair: Pair, seed: int, chosen: MetricSettings = USUAL, /) -> Outcome:
+    def __call__(self, pair: Pair, seed: int, chosen: MetricSettings = USUAL, /) -> MetricResult:
         """Return the metric's values."""
 
 

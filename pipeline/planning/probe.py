@@ -27,7 +27,7 @@ from pipeline.storage.remote import is_remote
 from pipeline.storage.remote_run import own_folder
 from pipeline.training.batches import Batch
 from pipeline.training.device import Compute, sampling_compute, training_compute
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import Shape, build_model, build_objective
 from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
@@ -113,7 +113,7 @@ def _probe(
         shared_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
     image_s, fixed_s = _line(alone_s, large, full_s)
     step_s = shared_s + (batch - large) * image_s
-    saving_s = _checkpoint_s(steps.learner, team, profile, folder)
+    saving_s = _checkpoint_s(steps.train_state, team, profile, folder)
     return Probe(image_s, fixed_s, step_s, large, batch, saving_s, compute.name)
 
 
@@ -126,12 +126,12 @@ class _Steps:
         self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
         model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
         self._objective = build_objective(experiment)
-        self.learner = Learner.create(model, experiment.training, self._objective.num_timesteps, compute)
+        self.train_state = TrainState.create(model, experiment.training, self._objective.num_timesteps, compute)
         self._network = model
 
     def share_gradients(self) -> None:
         """Average gradients over the workers from now on."""
-        self._network = self._team.share_gradients(self.learner.model, self._compute)
+        self._network = self._team.share_gradients(self.train_state.model, self._compute)
 
     def time(self, batch: int, num_steps: int, within_s: float | None = None) -> list[float]:
         """Return the times of up to `num_steps` steps, of fewer when rank 0's time is up; rank 0's times, on every worker.
@@ -139,7 +139,7 @@ class _Steps:
         The first of several is slower, as memory for another batch size is taken, and is left out where there are more.
         """
         steps = fit(
-            self.learner,
+            self.train_state,
             self._network,
             self._objective,
             self._batches(batch),
@@ -159,7 +159,7 @@ class _Steps:
             times.append(self._clock() - before)
             if within_s is not None and self._team.decide(self._clock() - begin > within_s)[0]:
                 break
-        taken: list[float] = self._team.told(times)
+        taken: list[float] = self._team.broadcast(times)
         return taken[1:] or taken
 
     def _batches(self, size: int) -> Iterator[Batch]:
@@ -167,7 +167,7 @@ class _Steps:
         labels = torch.randint(0, NUM_CLASSES, (size,))
         draws = training_draws(self._experiment.seed, 0, self._team.rank, size, self._shape)
         while True:
-            yield Batch(self.learner.step, images, labels, torch.arange(size), draws)
+            yield Batch(self.train_state.step, images, labels, torch.arange(size), draws)
 
 
 def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
@@ -179,14 +179,14 @@ def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
     return (large_s - fixed_s) / large, fixed_s
 
 
-def _checkpoint_s(learner: Learner, team: Team, profile: Profile, folder: Path | None) -> float | None:
+def _checkpoint_s(train_state: TrainState, team: Team, profile: Profile, folder: Path | None) -> float | None:
     """Write a checkpoint as training does, or so much of it as tells the rate; return how long a whole one takes, on every worker."""
     taken: float | None = None
-    if team.leads and folder is not None:
+    if team.is_main and folder is not None:
         with suppress(OSError, StorageError):  # the steps are worth telling all the same
             in_store = profile.is_remote and is_remote(profile.storage)
-            taken = _save_s(learner.tensors(), own_folder("runs") if in_store else folder)
-    told: float | None = team.told(taken)
+            taken = _save_s(train_state.tensors(), own_folder("runs") if in_store else folder)
+    told: float | None = team.broadcast(taken)
     return told
 
 

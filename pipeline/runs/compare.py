@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeline.errors import RefusedError, UsageError, nearest
 from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, differing, flat_identity
-from pipeline.metrics.ranking import Entry, Ranking, rank
+from pipeline.metrics.ranking import MetricValue, Ranking, rank
 from pipeline.metrics.scores import SCORES_FILE, Spread
 from pipeline.storage.runs import Run
 
@@ -23,7 +23,7 @@ _GO_WITH = {
 PREFERRED = ("fid", "bits_per_dim", "kid")  # what is compared where no metric is named, the first that every run has
 
 
-def entries_of(run: Run) -> list[Entry]:
+def entries_of(run: Run) -> list[MetricValue]:
     """Return every value of a run's evaluations, oldest first; folders without readable scores are passed over."""
     run.fetch_files("evaluations")
     files = [path for path in (run.folder / "evaluations").glob(f"*/{SCORES_FILE}") if path.is_file()]
@@ -33,7 +33,7 @@ def entries_of(run: Run) -> list[Entry]:
             data = json.loads(path.read_bytes())
             spreads = {key: Spread.from_json(spread) for key, spread in data["spreads"].items()}
             found += [
-                Entry(
+                MetricValue(
                     run.id,
                     run.record.name,
                     data["model"]["step"],
@@ -69,7 +69,7 @@ def compare(runs: Sequence[Run], metric: str | None = None, across: Collection[s
         if not found:
             raise UsageError(_missing(run, wanted, entries[run]))
     fields = _fields(across, [e for found in chosen.values() for e in found])
-    groups: dict[str, list[Entry]] = {}
+    groups: dict[str, list[MetricValue]] = {}
     for entry in itertools.chain.from_iterable(chosen.values()):
         alike = {k: v for k, v in flat_identity(entry.identity).items() if k not in _apart(fields)}
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(entry)
@@ -93,7 +93,7 @@ def _apart(fields: Collection[str]) -> set[str]:
     return {*LUCK, *OF_THE_MODEL, *fields}
 
 
-def _fields(across: Collection[str], entries: list[Entry]) -> list[str]:
+def _fields(across: Collection[str], entries: list[MetricValue]) -> list[str]:
     """Return the whole names of the fields that may differ."""
     known = list(dict.fromkeys(name for entry in entries for name in flat_identity(entry.identity)))
     short = {name.rpartition(".")[2]: name for name in known}
@@ -106,9 +106,9 @@ def _fields(across: Collection[str], entries: list[Entry]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _one_each(group: list[Entry], fields: list[str]) -> list[Entry]:
+def _one_each(group: list[MetricValue], fields: list[str]) -> list[MetricValue]:
     """Return one entry for each model: that over the most seeds, of several the newest."""
-    best: dict[tuple[Any, ...], Entry] = {}
+    best: dict[tuple[Any, ...], MetricValue] = {}
     for entry in group:
         flat = flat_identity(entry.identity)
         model = (entry.run, entry.step, *(flat.get(field) for field in fields))
@@ -117,11 +117,11 @@ def _one_each(group: list[Entry], fields: list[str]) -> list[Entry]:
     return list(best.values())
 
 
-def _num_seeds(entry: Entry) -> int:
+def _num_seeds(entry: MetricValue) -> int:
     return int(entry.identity.get("generation", {}).get("num_seeds", 1))
 
 
-def _preferred(entries: dict[str, list[Entry]]) -> str:
+def _preferred(entries: dict[str, list[MetricValue]]) -> str:
     """Return the metric to compare by where none is named."""
     metrics = [{e.metric for e in found} for found in entries.values()]
     for run, found in zip(entries, metrics, strict=True):
@@ -135,13 +135,13 @@ def _preferred(entries: dict[str, list[Entry]]) -> str:
     raise RefusedError(f"the runs have no metric in common ({names}); evaluate them alike")
 
 
-def _missing(run: str, wanted: str, found: list[Entry]) -> str:
+def _missing(run: str, wanted: str, found: list[MetricValue]) -> str:
     known = list(dict.fromkeys(name for e in found for name in (e.metric, e.key)))
     there = f"; it has: {', '.join(dict.fromkeys(e.metric for e in found))}" if known else ""
     return f"run {run} has no {wanted!r}{nearest(wanted, known)}{there}; see: ddpm-pipe evaluate {run} --help"
 
 
-def _refusal(chosen: dict[str, list[Entry]], wanted: str, fields: list[str]) -> str:
+def _refusal(chosen: dict[str, list[MetricValue]], wanted: str, fields: list[str]) -> str:
     """Name what differs between those values of two runs that are most alike."""
     worst: tuple[int, str] | None = None
     for (one, left), (two, right) in itertools.combinations(chosen.items(), 2):

@@ -10,11 +10,11 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console, duration
 from pipeline.errors import DataError, RefusedError
 from pipeline.pictures.pictures import save_grid
+from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics
 from pipeline.runs.evaluation import Evaluation, record, write_evaluation
-from pipeline.runs.judge import find_judge
 from pipeline.runs.runs_table import with_newest
-from pipeline.runs.sample import generator_for, load_trained, workshop_of
+from pipeline.runs.sample import load_trained, run_sampler, sample_cache_of
 from pipeline.sampling.generated import PREVIEW_IMAGES
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_strip
@@ -75,13 +75,13 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
     request = ScoreRequest()
     trained, compute = load_trained(run, request, profile)
-    generator = generator_for(trained, request, compute)
+    generator = run_sampler(trained, request, compute)
     found, skipped = _evaluate(run, trained, compute, request, profile, console)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     pictures = {"samples": folder / "samples.png"}
     if found is None or found.scored is None:
-        images, _ = workshop_of(run, trained, profile, console).images(generator, PREVIEW_IMAGES)
+        images, _ = sample_cache_of(run, trained, profile, console).images(generator, PREVIEW_IMAGES)
     else:
         images = found.scored.preview
     save_grid(images, pictures["samples"])
@@ -109,17 +109,17 @@ def _evaluate(
     asked = trained.experiment.evaluation
     if not asked.enabled:
         return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
-    judge, skipped = None, ""
+    scorer, skipped = None, ""
     if sample_metrics(asked):
         try:
-            judge = find_judge(run, asked, profile, console, download=False)
+            scorer = choose_scorer(run, asked, profile, console, download=False)
         except (DataError, RefusedError) as error:
             skipped = (
                 f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
                 f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
             )
     try:
-        found = evaluate_model(run, trained, compute, judge, request, profile, console)
+        found = evaluate_model(run, trained, compute, scorer, request, profile, console)
     except RefusedError as error:
         skipped = f"no images were scored: {error}; by other metrics: ddpm-pipe evaluate {run.id} --metrics fid"
         found = evaluate_model(run, trained, compute, None, request, profile, console)  # bits/dim, if asked for

@@ -55,9 +55,9 @@ class DryRun:
         return self.plan.to_text() + "\n" + lines(more) + warnings
 
 
-def dry_run(asked: training_run.Request, *, measure: bool = True) -> DryRun:
+def dry_run(asked: training_run.TrainRequest, *, measure: bool = True) -> DryRun:
     """Plan a training, and measure it unless told not to. Nothing stays behind."""
-    plan = training_run.plan(asked)
+    plan = training_run.plan_training(asked)
     warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure else None])]
     if not measure:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))

@@ -20,17 +20,17 @@ from pipeline.console import Console, Rate
 from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics import scoring
-from pipeline.metrics.judge import Judge
 from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
 from pipeline.metrics.neighbours import find_neighbours
 from pipeline.metrics.registry import require_enough
+from pipeline.metrics.scorer import Scorer
 from pipeline.metrics.scores import over_seeds
+from pipeline.runs.choose_scorer import choose_scorer, own_split
 from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
-from pipeline.runs.judge import find_judge, own_split
 from pipeline.runs.measure import measure_bound
 from pipeline.runs.runs_table import with_newest
-from pipeline.runs.sample import SampleRequest, generator_for, load_trained, workshop_of
-from pipeline.sampling.generated import Workshop
+from pipeline.runs.sample import SampleRequest, load_trained, run_sampler, sample_cache_of
+from pipeline.sampling.generated import SampleCache
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
@@ -74,39 +74,39 @@ def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Consol
     """Evaluate a run as asked, and record nothing but the chunks that were computed."""
     trained, compute = load_trained(run, request, profile)
     asked = request.evaluation(trained.experiment)
-    judge = None
+    scorer = None
     if sample_metrics(asked):
-        judge = find_judge(run, asked, profile, console, download=True, split=request.split)
-    return evaluate_model(run, trained, compute, judge, request, profile, console)
+        scorer = choose_scorer(run, asked, profile, console, download=True, split=request.split)
+    return evaluate_model(run, trained, compute, scorer, request, profile, console)
 
 
 def evaluate_model(
     run: Run,
     trained: Trained,
     compute: Compute,
-    judge: Judge | None,
+    scorer: Scorer | None,
     request: ScoreRequest,
     profile: Profile,
     console: Console,
 ) -> Evaluation:
-    """Evaluate a model that is loaded; its samples only where there is a judge."""
+    """Evaluate a model that is loaded; its samples only where there is a scorer."""
     asked = request.evaluation(trained.experiment)
     scored, measured, neighbours = None, None, None
-    if judge is not None:
-        workshop = workshop_of(run, trained, profile, console)
-        scored = score_samples(workshop, trained, compute, judge, request)
+    if scorer is not None:
+        cache = sample_cache_of(run, trained, profile, console)
+        scored = score_samples(cache, trained, compute, scorer, request)
         if request.neighbours:
-            rate = Rate(console, "closest training images", judge.dataset.manifest.num_rows)
+            rate = Rate(console, "closest training images", scorer.dataset.manifest.num_rows)
             sheet = find_neighbours(
                 scored.preview,
-                judge.dataset,
-                judge.extractor,
+                scorer.dataset,
+                scorer.extractor,
                 run.folder / "neighbours",
                 computed_on=workers_device(profile),
-                runner=workshop.runner,
+                runner=cache.runner,
                 progress=rate,
             )
-            neighbours = Sheet(sheet, judge.dataset)
+            neighbours = Sheet(sheet, scorer.dataset)
     if BOUND in asked.metrics:
         _, seed = request.settings(trained.experiment)
         bound = measure_bound(
@@ -117,26 +117,26 @@ def evaluate_model(
 
 
 def score_samples(
-    workshop: Workshop, trained: Trained, compute: Compute, judge: Judge, request: ScoreRequest
+    cache: SampleCache, trained: Trained, compute: Compute, scorer: Scorer, request: ScoreRequest
 ) -> Scored:
-    """Score the samples of a model that is loaded by a judge that is there."""
+    """Score the samples of a model that is loaded by a scorer that is there."""
     asked = request.evaluation(trained.experiment)
     metrics = sample_metrics(asked)
     settings = scoring.MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
-    num_real, num_images = len(judge.reference.real.features), judge.reference.num_images
+    num_real, num_images = len(scorer.reference.real.features), scorer.reference.num_images
     require_enough(metrics, settings, num_real=num_real, num_judged=num_images)  # before any image is generated
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
-        generator = generator_for(trained, replace(request, seed=seed), compute)
-        made = workshop.features(generator, judge.extractor, num_images)
+        generator = run_sampler(trained, replace(request, seed=seed), compute)
+        made = cache.features(generator, scorer.extractor, num_images)
         identity = generator.identity(trained.weights)
         each.append(
             scoring.score(
                 made.found,
-                judge.dataset,
-                judge.extractor,
-                judge.reference,
+                scorer.dataset,
+                scorer.extractor,
+                scorer.reference,
                 identity,
                 metrics=metrics,
                 settings=settings,
@@ -149,7 +149,7 @@ def score_samples(
 
 
 def sample_metrics(asked: EvaluationConfig) -> list[str]:
-    """Return those of the metrics asked for that judge generated images."""
+    """Return those of the metrics asked for that score generated images."""
     return [name for name in asked.metrics if name in scoring.METRICS]
 
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console
+from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics, tracked
 from pipeline.runs.evaluation import write_evaluation
 from pipeline.runs.grid import TABLE_FILE, Grid, Point, write_grid
-from pipeline.runs.judge import find_judge
 from pipeline.runs.sample import load_trained
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
@@ -32,7 +32,7 @@ def evaluate_grid(
 ) -> tuple[Grid, list[Path]]:
     """Evaluate a run at every point (`pipeline.runs.grid.parse_grid`), and record table and picture; return them and their paths."""
     models: dict[tuple[int | None, str], tuple[Trained, Compute]] = {}
-    judge, points, yardsticks = None, [], {}
+    scorer, points, yardsticks = None, [], {}
     for number, request in enumerate(requests, 1):
         console.say(f"point {number} of {len(requests)}: {', '.join(f'{key} {getattr(request, key)}' for key in keys)}")
         which = request.checkpoint, request.weights
@@ -40,9 +40,9 @@ def evaluate_grid(
             models = {which: load_trained(run, request, profile)}  # one at a time in memory
         trained, compute = models[which]
         asked = request.evaluation(trained.experiment)
-        if judge is None and sample_metrics(asked):
-            judge = find_judge(run, asked, profile, console, download=True, split=request.split)
-        found = evaluate_model(run, trained, compute, judge, request, profile, console)
+        if scorer is None and sample_metrics(asked):
+            scorer = choose_scorer(run, asked, profile, console, download=True, split=request.split)
+        found = evaluate_model(run, trained, compute, scorer, request, profile, console)
         write_evaluation(found, run.folder / "evaluations")
         points.append(Point.of(request, keys, found))
         if found.scored is not None:

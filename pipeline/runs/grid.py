@@ -83,7 +83,7 @@ class Point:
     """One setting and what came of it."""
 
     setting: dict[str, Any]
-    network_calls: int
+    nfe: int
     values: dict[str, float]  # by metric
     spreads: dict[str, Spread]
 
@@ -101,7 +101,7 @@ class Point:
                     spreads[identity.metric] = part.spreads[key]
         if found.scored is not None:
             generation = next(iter(found.scored.scores.identities.values())).generation
-            calls = generation.network_calls
+            calls = generation.nfe
         return cls({key: getattr(request, key) for key in keys}, calls, values, spreads)
 
 
@@ -122,7 +122,7 @@ class Grid:
         """Return a row for each point: settings, network calls, values, and `<metric>_std` or `<metric>_se` where they have a spread."""
         rows = []
         for point in self.points:
-            row: dict[str, Any] = {**point.setting, CALLS: point.network_calls}
+            row: dict[str, Any] = {**point.setting, CALLS: point.nfe}
             for name, value in point.values.items():
                 row[name] = value
                 if name in point.spreads:
@@ -136,7 +136,7 @@ class Grid:
         rows = [
             [
                 *(str(point.setting[key]) for key in self.keys),
-                str(point.network_calls),
+                str(point.nfe),
                 *(
                     with_spread(point.values[m], point.spreads.get(m)) if m in point.values else "-"
                     for m in self.metrics
@@ -185,7 +185,7 @@ def grid_figure(grid: Grid) -> Any:
         panel.set_visible(False)
     for panel, name in zip(panels, names, strict=False):
         for i, (label, points) in enumerate(_lines(grid, name)):
-            calls, values = [p.network_calls for p in points], [p.values[name] for p in points]
+            calls, values = [p.nfe for p in points], [p.values[name] for p in points]
             over_seeds = all(p.spreads[name].parts for p in points if name in p.spreads) and name in points[0].spreads
             errors = [p.spreads[name].value for p in points] if over_seeds else None
             panel.errorbar(
@@ -201,7 +201,7 @@ def grid_figure(grid: Grid) -> Any:
         real = grid.yardsticks.get("real_half", {}).get(name)
         if real is not None:
             panel.axhline(real, color="#999999", lw=1.2, ls="--", label="real half against real half")
-        _scale(panel, [p.network_calls for p in grid.points], [p.values[name] for p in grid.points if name in p.values])
+        _scale(panel, [p.nfe for p in grid.points], [p.values[name] for p in grid.points if name in p.values])
         dress(panel, name.replace("_", " "), name, "network calls per image")
         panel.margins(x=0.05)
     handles, labels = panels[0].get_legend_handles_labels()
@@ -232,4 +232,4 @@ def _lines(grid: Grid, metric: str) -> Iterator[tuple[str, list[Point]]]:
             str(v) if k in ("sampler", "weights", "spacing") else f"{k} {v}"
             for k, v in zip(others, values, strict=True)
         ]
-        yield ", ".join(named) or "this model", sorted(points, key=lambda point: point.network_calls)
+        yield ", ".join(named) or "this model", sorted(points, key=lambda point: point.nfe)

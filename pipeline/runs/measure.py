@@ -9,7 +9,7 @@ from pipeline.data.labels import told_labels
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
 from pipeline.metrics.metric_identity import BoundIdentity
-from pipeline.runs.judge import open_images, open_split, own_split, progress_on
+from pipeline.runs.choose_scorer import open_images, open_split, own_split, progress_on
 from pipeline.sampling.generated import digest
 from pipeline.storage.runs import Run
 from pipeline.training.chunks import ChunkStore, compute

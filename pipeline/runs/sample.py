@@ -20,8 +20,8 @@ from pipeline.console import Console
 from pipeline.data.labels import labels_of
 from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import picture_of, save_grid
-from pipeline.sampling.generated import Workshop, digest
-from pipeline.sampling.generation import Denoiser, VaeSampler, generator_of
+from pipeline.sampling.generated import SampleCache, digest
+from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.chunks import ChunkStore
@@ -105,7 +105,7 @@ def identity_of(
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser | VaeSampler]:
     """Load a run's model into this process, ready to generate as asked."""
     trained, compute = load_trained(run, request, profile)
-    return trained, generator_for(trained, request, compute)
+    return trained, run_sampler(trained, request, compute)
 
 
 def load_denoiser(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
@@ -127,24 +127,24 @@ def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Tr
     return trained, compute
 
 
-def generator_for(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser | VaeSampler:
+def run_sampler(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser | VaeSampler:
     """Return what generates images as asked from a model that is loaded."""
     sampling, seed = request.settings(trained.experiment)
     check_labels(trained.experiment, sampling, trained.class_names)
-    return generator_of(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
+    return make_sampler(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 
 
 def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
     """Generate images from a run's checkpoint over the profile's workers, with progress."""
     trained, generator = load(run, request, profile)
-    images, store = workshop_of(run, trained, profile, console).images(generator, request.num_images)
+    images, store = sample_cache_of(run, trained, profile, console).images(generator, request.num_images)
     return Samples(torch.from_numpy(images), trained, generator, store, profile)
 
 
-def workshop_of(run: Run, trained: Trained, profile: Profile, console: Console) -> Workshop:
+def sample_cache_of(run: Run, trained: Trained, profile: Profile, console: Console) -> SampleCache:
     """Return what generates a run's images as a profile says."""
     model = digest(trained.model, trained.experiment.hash())
-    return Workshop(run.folder, model, trained.weights, profile, runner_of(profile), console)
+    return SampleCache(run.folder, model, trained.weights, profile, runner_of(profile), console)
 
 
 def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:

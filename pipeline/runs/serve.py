@@ -27,7 +27,7 @@ from torch import Tensor
 from pipeline.console import answer
 from pipeline.errors import PipelineError, UsageError
 from pipeline.pictures.pictures import as_png, grid_picture, picture_of
-from pipeline.runs.sample import SampleRequest, generator_for
+from pipeline.runs.sample import SampleRequest, run_sampler
 from pipeline.signals import listening
 from pipeline.storage.runs import Run
 from pipeline.training.device import serving_compute
@@ -65,11 +65,11 @@ class Gallery:
 
     def identity(self, request: SampleRequest) -> dict[str, Any]:
         """Return what makes the images these."""
-        return asdict(generator_for(self.trained, request, self.compute).identity(self.trained.weights))
+        return asdict(run_sampler(self.trained, request, self.compute).identity(self.trained.weights))
 
     def _make(self, request: str, seed: int, number: int) -> Tensor:
         self.compute.start()  # in the thread of this request
-        denoiser = generator_for(self.trained, SampleRequest(**json.loads(request)), self.compute)
+        denoiser = run_sampler(self.trained, SampleRequest(**json.loads(request)), self.compute)
         size = denoiser.sampling.batch_size
         return denoiser.images(range(number * size, (number + 1) * size))
 

@@ -47,7 +47,7 @@ Observer = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
-class Request:
+class TrainRequest:
     """What the user asked to train, and where; `origin` as in a run's record."""
 
     experiment: Experiment
@@ -55,13 +55,13 @@ class Request:
     origin: dict[str, str] | None = None
 
 
-def request(
+def train_request(
     experiment: str | None,
     preset: str | None,
     data: str | None,
     cluster: str | None,
     overrides: Sequence[str],
-) -> Request:
+) -> TrainRequest:
     """Read experiment and profile; UsageError where they are wrong."""
     if experiment is not None and preset is not None:
         raise UsageError(f"got both the file {experiment} and --preset {preset}; give one of them")
@@ -69,10 +69,10 @@ def request(
     if data is not None and Path(data).exists():
         data = str(Path(data).absolute())
     allow_modules_in(os.getcwd())
-    return Request(load_experiment(path, overrides, data), load_profile(cluster))
+    return TrainRequest(load_experiment(path, overrides, data), load_profile(cluster))
 
 
-def plan(asked: Request) -> Plan:
+def plan_training(asked: TrainRequest) -> Plan:
     """Work out and check a training without downloading, ingesting or writing anything.
 
     Away from a profile's cluster neither it nor its storage is asked, which may answer to its nodes alone: the source tells of the images.
@@ -95,7 +95,7 @@ def plan(asked: Request) -> Plan:
     )
 
 
-def start(asked: Request, command: Sequence[str], console: Console | None = None) -> Outcome:
+def start_training(asked: TrainRequest, command: Sequence[str], console: Console | None = None) -> Outcome:
     """Train a new run to its end and evaluate it."""
     console = console or Console()
     num_workers = choose_workers(asked.experiment, asked.profile)
@@ -116,7 +116,7 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
     return _carry_out(run, checked, dataset, console)
 
 
-def go_on(
+def resume_training(
     reference: str,
     cluster: str | None,
     overrides: Sequence[str],

@@ -75,7 +75,7 @@ class GenerateTask:
 
 
 @dataclass(frozen=True)
-class Workshop:
+class SampleCache:
     """Where and how a run's images are generated: its folder, its model by `digest`, the profile and what shares the chunks out."""
 
     folder: Path

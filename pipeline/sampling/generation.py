@@ -129,7 +129,7 @@ class VaeSampler(ByChunk):
         return _decoded(self.sampling, self.seed, weights)
 
 
-def generator_of(
+def make_sampler(
     experiment: Experiment,
     model: nn.Module,
     shape: Shape,

@@ -45,7 +45,7 @@ _FOR_GOOD = set(_ADVICE) - {"NETWORK_CONNECTION"}
 
 
 @dataclass(frozen=True)
-class Entry:
+class StoredObject:
     """An object below a folder: its name there, size, and when it was last written, in seconds by the store's clock."""
 
     name: str
@@ -108,7 +108,7 @@ class RemoteFolder:
 
     # -- looking
 
-    def objects(self, below: str = "") -> list[Entry]:
+    def objects(self, below: str = "") -> list[StoredObject]:
         """Return the objects below this folder, or below a name in it, sorted by name."""
         root = self._path("")
         found = (info for info in self._infos(below, recursive=True) if info.is_file)
@@ -119,7 +119,7 @@ class RemoteFolder:
         """Return the names of the folders directly below this one."""
         return sorted(info.base_name for info in self._infos("", recursive=False) if not info.is_file)
 
-    def stat(self, name: str) -> Entry | None:
+    def stat(self, name: str) -> StoredObject | None:
         """Return what is known of an object; None where there is none."""
         info = self._try(name, lambda: self.filesystem.get_file_info(self._path(name)))
         return self._entry(name, info) if info.is_file else None
@@ -130,8 +130,8 @@ class RemoteFolder:
         selector = fs.FileSelector(self._path(below), recursive=recursive, allow_not_found=True)
         return self._try(below, lambda: self.filesystem.get_file_info(selector))
 
-    def _entry(self, name: str, info: Any) -> Entry:
-        return Entry(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
+    def _entry(self, name: str, info: Any) -> StoredObject:
+        return StoredObject(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
 
     # -- reading
 

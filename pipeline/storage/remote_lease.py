@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunLockedError, StorageError
-from pipeline.storage.remote import Entry, RemoteFolder
+from pipeline.storage.remote import RemoteFolder, StoredObject
 
 BEAT_S = 10.0
 MISSED_BEATS = 3
@@ -141,7 +141,7 @@ class Lease:
         held = max((name for name in names if name.startswith("held-")), default="")
         return self._held in names and self._held == held
 
-    def _live(self, now: float, clean: bool = False) -> list[Entry]:
+    def _live(self, now: float, clean: bool = False) -> list[StoredObject]:
         """Return claims and holders that are alive at the store's time `now`; the others are removed if `clean`."""
         live = []
         for entry in self._folder.objects():
@@ -154,19 +154,19 @@ class Lease:
                 self._folder.delete(entry.name)
         return live
 
-    def _died_here(self, entry: Entry) -> bool:
+    def _died_here(self, entry: StoredObject) -> bool:
         """Whether a holder was a process of this very machine that is gone: then nobody has to wait for its beats."""
         about = self._about(entry)
         return about.get("place") == _place() is not None and _started(about.get("pid") or 0) != about.get("started")
 
-    def _about(self, entry: Entry) -> dict[str, Any]:
+    def _about(self, entry: StoredObject) -> dict[str, Any]:
         try:
             content = json.loads(self._folder.read(entry.name) or b"{}")
         except ValueError:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def _words(self, entry: Entry) -> str:
+    def _words(self, entry: StoredObject) -> str:
         about = self._about(entry)
         return f"process {about.get('pid', '?')} on {about.get('host', '?')} since {about.get('since', '?')}"
 

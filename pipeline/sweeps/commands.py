@@ -14,16 +14,16 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
 from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
-from pipeline.metrics.judge import judge_of
+from pipeline.metrics.scorer import scorer_of
 from pipeline.runs import training_run
-from pipeline.runs.judge import progress_on
+from pipeline.runs.choose_scorer import progress_on
 from pipeline.runs.record import trial_of
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
 from pipeline.sweeps.entry import JudgedBy
 from pipeline.sweeps.folder import SECONDS, SweepFolder
-from pipeline.sweeps.plan import Request, SweepPlan, make_sweep_plan, trial_profile
+from pipeline.sweeps.plan import SweepPlan, SweepRequest, make_sweep_plan, trial_profile
 from pipeline.sweeps.points import Checked, completed, title
 from pipeline.sweeps.publish import SweepTracking, publish
 from pipeline.sweeps.report import REPORT_FILE
@@ -31,28 +31,28 @@ from pipeline.sweeps.result import Result, result_of
 from pipeline.sweeps.trial import ForTrials
 
 
-def request(
+def sweep_request(
     reference: str | None,
     over: Sequence[str],
     options: dict[str, Any],
     overrides: Sequence[str],
     cluster: str | None,
     max_concurrent: int | None,
-) -> Request:
+) -> SweepRequest:
     """Read sweep, base experiment and profile; UsageError where they are wrong."""
     allow_modules_in(os.getcwd())
     sweep = load_sweep(reference, over, options, overrides)
-    return Request(sweep, base_experiment(sweep), load_profile(cluster), max_concurrent)
+    return SweepRequest(sweep, base_experiment(sweep), load_profile(cluster), max_concurrent)
 
 
-def plan(asked: Request) -> SweepPlan:
-    """Work out and check a sweep without downloading, ingesting or writing anything."""
+def plan_sweep(asked: SweepRequest) -> SweepPlan:
+    """Plan and check a sweep without downloading, ingesting or writing anything."""
     data = asked.base.data
     found = availability(data.source, ingest_options(data), asked.profile.datasets())
     return make_sweep_plan(asked, found.text, found.num_rows, found.shape, found.num_classes)
 
 
-def start(asked: Request, command: Sequence[str], console: Console | None = None) -> Result:
+def start_sweep(asked: SweepRequest, command: Sequence[str], console: Console | None = None) -> Result:
     """Run a new sweep to its end and report it; trials that failed are in the result."""
     console = console or Console()
     make_sweep_plan(asked, "", None, None)  # what can be refused without the images is refused before they are fetched
@@ -73,7 +73,7 @@ def start(asked: Request, command: Sequence[str], console: Console | None = None
         return _carry_out(folder, asked, checked, dataset, console)
 
 
-def go_on(
+def resume_sweep(
     folder: SweepFolder,
     cluster: str | None,
     max_concurrent: int | None = None,
@@ -86,7 +86,7 @@ def go_on(
     allow_modules_in(os.getcwd())
     with folder.lock():  # two who extend one sweep would each lose what the other added
         sweep = folder.sweep if changes is None else changes(folder.sweep)
-        asked = Request(sweep, folder.base, folder.profile(cluster), max_concurrent)
+        asked = SweepRequest(sweep, folder.base, folder.profile(cluster), max_concurrent)
         dataset = Dataset.open(folder.record.dataset["path"], asked.profile.cache)
         manifest = dataset.manifest
         if manifest.fingerprint != folder.record.dataset["fingerprint"]:
@@ -109,7 +109,7 @@ def extend(
 ) -> Result:
     """Add values, seeds or points to a sweep, and run what its ledger lacks."""
     folder = SweepFolder.find(home_of(cluster), reference, storage_of(cluster))
-    return go_on(folder, cluster, max_concurrent, lambda sweep: extended(sweep, over, options), command)
+    return resume_sweep(folder, cluster, max_concurrent, lambda sweep: extended(sweep, over, options), command)
 
 
 def extended(sweep: Sweep, over: Sequence[str], options: dict[str, Any]) -> Sweep:
@@ -141,7 +141,7 @@ def _with_more_values(key: str, known: dict[str, Any], more: dict[str, Any]) -> 
 
 def request_of_winner(
     reference: str, other: str | None, cluster: str | None, overrides: Sequence[str]
-) -> training_run.Request:
+) -> training_run.TrainRequest:
     """Return the best point of a sweep as a training at its base's full length; `other` is what else was asked for, in vain."""
     if other is not None:
         raise UsageError(f"got both {other} and --from {reference}; the sweep says what to train")
@@ -157,7 +157,7 @@ def request_of_winner(
     kept = {key: value for key, value in sweep.overrides.items() if not key.startswith(("logging.", "checkpoint."))}
     experiment = with_settings(folder.plain_base, {**kept, **best.point, "name": name}, f"sweep {folder.id}")
     origin = training_run.origin_of(f"sweep {folder.id}", f"with {best.title}, the best point of", folder.mlflow_run_id)
-    return training_run.Request(with_overrides(experiment, overrides), folder.profile(cluster), origin)
+    return training_run.TrainRequest(with_overrides(experiment, overrides), folder.profile(cluster), origin)
 
 
 # -- parts
@@ -173,14 +173,14 @@ def require_all_finished(result: Result) -> None:
         )
 
 
-def _ingested(asked: Request, console: Console) -> Dataset:
+def _ingested(asked: SweepRequest, console: Console) -> Dataset:
     data = asked.base.data
     return ensure_ingested(
         data.source, ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
     )
 
 
-def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:
+def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:
     """Run what the ledger lacks, and report, whatever happened. The caller holds the sweep's lock."""
     folder.begin()
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
@@ -214,19 +214,19 @@ def _carry_out(folder: SweepFolder, asked: Request, plan: SweepPlan, dataset: Da
     return result
 
 
-def _judged_by(asked: Request, dataset: Dataset, profile: Profile, console: Console) -> JudgedBy:
+def _judged_by(asked: SweepRequest, dataset: Dataset, profile: Profile, console: Console) -> JudgedBy:
     """Find extractor and reference once, before the trials do: what cannot be scored is told before anything is spent.
 
     Bits/dim need neither, unless trials are judged on the way, by KID.
     """
     if asked.sweep.metric == "bpd" and asked.sweep.early_stopping is None:
         return {}
-    judge = judge_of(dataset, asked.base.evaluation, profile.home(), progress=progress_on(console))
-    extractor = judge.extractor
+    scorer = scorer_of(dataset, asked.base.evaluation, profile.home(), progress=progress_on(console))
+    extractor = scorer.extractor
     return {
         "extractor": extractor.name,
         "extractor_sha256": extractor.sha256,
-        "num_images": judge.reference.num_images,
+        "num_images": scorer.reference.num_images,
     }
 
 

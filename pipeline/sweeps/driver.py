@@ -21,12 +21,12 @@ from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, trial_experiment
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.ledger import Entry
-from pipeline.sweeps.plan import Request, SweepPlan, drawing
+from pipeline.sweeps.ledger import LedgerEntry
+from pipeline.sweeps.plan import SweepPlan, SweepRequest, drawing
 from pipeline.sweeps.points import Point, key_of, title
 from pipeline.sweeps.search import Listed, Next, Trials
 from pipeline.sweeps.trial import ForTrials
-from pipeline.sweeps.tune import ENVIRONMENT, Work, run_trials
+from pipeline.sweeps.tune import ENVIRONMENT, RunningSweep, run_trials
 from pipeline.training.judgements import values_by_rung
 from pipeline.worker.job import Allowance
 
@@ -35,7 +35,7 @@ LOOK_S = 5.0
 
 def run_missing(
     folder: SweepFolder,
-    asked: Request,
+    asked: SweepRequest,
     plan: SweepPlan,
     dataset: Dataset,
     parent: str | None,
@@ -72,7 +72,7 @@ def run_missing(
         return
     total = None if sweep.search == "tpe" or sweep.early_stopping else len(missing)
     room = Room(profile, num_workers, plan.max_concurrent)
-    work = Work(folder, for_trials, trials, key, begin, console, halving, total, room)
+    work = RunningSweep(folder, for_trials, trials, key, begin, console, halving, total, room)
     os.environ.update(ENVIRONMENT)  # before Ray starts: its processes read it
     with Session(profile, num_workers * plan.max_concurrent) as session:
         session.ensure()
@@ -84,7 +84,9 @@ def _all_trials(sweep: Sweep, points: Sequence[Point]) -> list[Next]:
     return [Next(point, seed) for seed in range(sweep.seeds) for point in points]
 
 
-def trials_left(asked: Request, plan: SweepPlan, known: Mapping[str, Entry], begun: Mapping[str, Run]) -> Trials:
+def trials_left(
+    asked: SweepRequest, plan: SweepPlan, known: Mapping[str, LedgerEntry], begun: Mapping[str, Run]
+) -> Trials:
     """Return the trials of a sweep; a search that draws its points takes up first what earlier drivers finished, and what they left."""
     if asked.sweep.search != "tpe":
         return Trials(asked.sweep, Listed(plan.checked.points))
@@ -93,7 +95,7 @@ def trials_left(asked: Request, plan: SweepPlan, known: Mapping[str, Entry], beg
     return trials
 
 
-def _take_up(halving: Halving, known: Mapping[str, Entry], begun: Mapping[str, Run]) -> None:
+def _take_up(halving: Halving, known: Mapping[str, LedgerEntry], begun: Mapping[str, Run]) -> None:
     """Tell early stopping what trials showed under earlier drivers."""
     for key, entry in known.items():
         if entry.status != "failed":
@@ -142,7 +144,7 @@ class Room:
 
 def _trial_run(
     folder: SweepFolder,
-    asked: Request,
+    asked: SweepRequest,
     following: Next,
     experiment: Experiment,
     key: str,

@@ -18,7 +18,7 @@ from pipeline.runs.record import trial_of
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
-from pipeline.sweeps.ledger import Entry, Status
+from pipeline.sweeps.ledger import LedgerEntry, Status
 from pipeline.training.trained import experiment_of
 
 RECORDED_AS = {"bpd": "bits_per_dim"}  # the name in an identity, where it is not the one the user gives
@@ -29,14 +29,14 @@ JudgedBy = Mapping[str, Any]
 
 def entry_of(
     run: Run, metric: str, judged_by: JudgedBy, status: Status, rungs: Mapping[float, float], reason: str = ""
-) -> Entry:
+) -> LedgerEntry:
     """Return the entry of a trial that ended, with its value of `metric` where it is finished and has one.
 
     One that finished without the value failed: its scores say why.
     """
     trial, state = trial_of(run.record), run.state()
     assert trial is not None
-    entry = Entry(
+    entry = LedgerEntry(
         key=trial.key,
         point=trial.point,
         title=trial.title,
@@ -51,7 +51,7 @@ def entry_of(
     if status != "finished":
         return entry
     found = list(_comparable(run, metric, judged_by))
-    own = [(name, scores) for name, scores, calls in found if calls in (None, _usual(run).network_calls)]
+    own = [(name, scores) for name, scores, calls in found if calls in (None, _usual(run).nfe)]
     if not own:
         return replace(entry, status="failed", reason=f"it has no {metric}; see {run.log_path}")
     name, scores = own[0]
@@ -70,7 +70,7 @@ def entry_of(
 
 def has_value(run: Run, metric: str, judged_by: JudgedBy) -> bool:
     """Whether a trial has been scored by the sweep's metric."""
-    usual = _usual(run).network_calls
+    usual = _usual(run).nfe
     return any(calls in (None, usual) for _, _, calls in _comparable(run, metric, judged_by))
 
 
@@ -106,7 +106,7 @@ def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[st
             generation = Generation(**identity["generation"])
             own_images = identity["dataset"] == run.record.dataset["fingerprint"]
             if own_images and _but_steps(generation) == _but_steps(usual) and judged_by.items() <= identity.items():
-                yield name, scores, generation.network_calls
+                yield name, scores, generation.nfe
 
 
 def _but_steps(generation: Generation) -> Generation:

@@ -30,7 +30,7 @@ from pipeline.storage.home import make_folder
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.runs import NAME, Run, RunState, new_id
 from pipeline.sweeps.config import Sweep, sweep_from
-from pipeline.sweeps.ledger import Entry, Ledger
+from pipeline.sweeps.ledger import Ledger, LedgerEntry
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class SweepFolder:
         if self._as_run.remote is not None:
             self._as_run.remote.send_records(self.folder, "sweep.json")
 
-    def enter(self, entry: Entry) -> None:
+    def enter(self, entry: LedgerEntry) -> None:
         """Write into the ledger how a trial ended, and the time spent; it lasts when this returns."""
         self.ledger.append(entry)
         self.tick()

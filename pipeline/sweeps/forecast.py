@@ -9,9 +9,9 @@ from pipeline.console import duration
 from pipeline.planning.forecast import calls_s, scoring_calls
 from pipeline.planning.plan import Plan
 from pipeline.runs.dry_run import DryRun, dry_run
-from pipeline.runs.training_run import Request as TrainingRequest
+from pipeline.runs.training_run import TrainRequest
 from pipeline.sweeps.config import Sweep
-from pipeline.sweeps.plan import Request, SweepPlan, network_calls, trial_profile
+from pipeline.sweeps.plan import SweepPlan, SweepRequest, nfe_of, trial_profile
 from pipeline.training.models import has_process
 
 START_S = 15.0  # of a trial: its processes and their imports, on an idle machine
@@ -49,11 +49,11 @@ class SweepForecast:
         )
 
 
-def forecast_sweep(asked: Request, plan: SweepPlan, *, measure: bool) -> SweepForecast:
+def forecast_sweep(asked: SweepRequest, plan: SweepPlan, *, measure: bool) -> SweepForecast:
     """Measure the largest trial, unless told not to, and reckon what all of them take."""
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
     minutes = plan.sweep.budget.minutes
-    found = dry_run(TrainingRequest(plan.trial.experiment, profile), measure=measure)
+    found = dry_run(TrainRequest(plan.trial.experiment, profile), measure=measure)
     if found.forecast is None or found.probe is None:
         return SweepForecast(plan, found, None, None, None)
     scoring_s = calls_s(trial_calls(plan.sweep, found.plan), found.plan, found.probe)
@@ -68,7 +68,7 @@ def forecast_sweep(asked: Request, plan: SweepPlan, *, measure: bool) -> SweepFo
 def trial_calls(sweep: Sweep, trial: Plan) -> int:
     """Return the network calls for all that a trial is scored by: at its end, at further numbers of calls, and on the way."""
     has_steps = has_process(trial.experiment)
-    calls, usual = scoring_calls(trial), network_calls(trial.experiment) if has_steps else 1
+    calls, usual = scoring_calls(trial), nfe_of(trial.experiment) if has_steps else 1
     if has_steps and sweep.metric != "bpd":
         calls += calls // usual * sum(sweep.more_network_calls)
     early = sweep.early_stopping

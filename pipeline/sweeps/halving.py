@@ -20,7 +20,7 @@ class Halving:
     def __init__(self, reduction_factor: int) -> None:
         self._keep = 1 / reduction_factor
         self._seen: dict[float, dict[str, float]] = {}
-        self._condemned: set[tuple[float, str]] = set()
+        self._stopped: set[tuple[float, str]] = set()
 
     def take(self, rungs: Mapping[float, float], key: str) -> None:
         """Take up what a trial showed under an earlier driver."""
@@ -37,8 +37,8 @@ class Halving:
             before = [v if math.isfinite(v) else WORST for v in seen.values()]
             seen[key] = value
             if not math.isfinite(value) or (before and not value <= np.percentile(before, self._keep * 100)):
-                self._condemned.add((rung, key))
-        return (rung, key) not in self._condemned
+                self._stopped.add((rung, key))
+        return (rung, key) not in self._stopped
 
     def rungs_of(self, key: str) -> dict[float, float]:
         """Return what a trial showed, by rung."""

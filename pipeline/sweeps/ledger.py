@@ -19,7 +19,7 @@ Status = Literal["finished", "stopped", "failed"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """How one trial ended.
 
     Attributes:
@@ -53,7 +53,7 @@ class Entry:
     reason: str = ""
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Entry:
+    def from_json(cls, data: Mapping[str, Any]) -> LedgerEntry:
         """Read what `asdict` gave, through JSON, which has no keys but text."""
         curve = {int(calls): value for calls, value in data["curve"].items()}
         rungs = {float(share): value for share, value in data["rungs"].items()}
@@ -66,16 +66,16 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def entries(self) -> dict[str, Entry]:
+    def entries(self) -> dict[str, LedgerEntry]:
         """Return the newest entry of each trial, by its key. A last line cut short by a kill is none."""
-        found: dict[str, Entry] = {}
+        found: dict[str, LedgerEntry] = {}
         try:
             lines = self.path.read_bytes().split(b"\n")
         except FileNotFoundError:
             return {}
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut short, or empty
             try:
-                entry = Entry.from_json(json.loads(line))
+                entry = LedgerEntry.from_json(json.loads(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(
                     f"{self.path}, line {number}: cannot be read ({error}); remove the line, and its trial is run again"
@@ -83,7 +83,7 @@ class Ledger:
             found[entry.key] = entry
         return found
 
-    def append(self, entry: Entry) -> None:
+    def append(self, entry: LedgerEntry) -> None:
         """Write one line; it is on disk when this returns. StorageError where it cannot be."""
         text = json.dumps(asdict(entry)) + "\n"
         try:

@@ -27,7 +27,7 @@ def draw_all(result: Result, runs: Mapping[str, Run], folder: Path) -> dict[str,
     drawings = {
         "ranking": _ranking,
         "heatmap": _heat_map,
-        "network_calls": _network_calls,
+        "network_calls": _nfe,
         "training_time": _training_time,
         "parallel_coordinates": _parallel_coordinates,
     }
@@ -150,15 +150,15 @@ def _heat_map(result: Result) -> Any:
     return figure
 
 
-def _network_calls(result: Result) -> Any:
+def _nfe(result: Result) -> Any:
     """Quality against what an image costs to make, a line for each point, and the front of what nothing beats."""
     points = [point for point in result.ranked if len(point.curve) > 1]
-    if not points and len({point.network_calls for point in result.ranked}) < 2:
+    if not points and len({point.nfe for point in result.ranked}) < 2:
         return None
     figure, axes = _with_legend(result)
     pairs = []
     for i, point in enumerate(result.ranked[:MOST_POINTS]):
-        curve = point.curve or {point.network_calls or 0: point.mean or 0.0}
+        curve = point.curve or {point.nfe or 0: point.mean or 0.0}
         if point.is_complete:
             pairs += [(float(calls), value) for calls, value in curve.items()]
         axes.plot(list(curve), list(curve.values()), ms=4.5, **_style(i, point))
@@ -166,9 +166,7 @@ def _network_calls(result: Result) -> Any:
     title = f"Quality against network calls for each image, means over seeds{_of_how_many(result)}"
     dress(axes, title, f"{result.metric_name} (lower is better)", "network calls for each image")
     axes.set_xscale("log")
-    calls = sorted(
-        {calls for point in result.ranked[:MOST_POINTS] for calls in point.curve or [point.network_calls or 0]}
-    )
+    calls = sorted({calls for point in result.ranked[:MOST_POINTS] for calls in point.curve or [point.nfe or 0]})
     axes.set_xticks(calls, [str(c) for c in calls])
     axes.minorticks_off()
     _scale(axes, [value for _, value in pairs], "y")

@@ -28,7 +28,7 @@ MOST_AT_ONCE = 4  # trials on one machine whose profile says nothing of CPUs: ea
 
 
 @dataclass(frozen=True)
-class Request:
+class SweepRequest:
     """What the user asked for, and where."""
 
     sweep: Sweep
@@ -97,7 +97,11 @@ class SweepPlan:
 
 
 def make_sweep_plan(
-    asked: Request, data: str, num_rows: int | None, shape: tuple[int, int, int] | None, num_classes: int | None = None
+    asked: SweepRequest,
+    data: str,
+    num_rows: int | None,
+    shape: tuple[int, int, int] | None,
+    num_classes: int | None = None,
 ) -> SweepPlan:
     """Check every point against profile and dataset; UsageError where none is left. What is not known of the dataset is None."""
     sweep, base = asked.sweep, asked.base
@@ -140,7 +144,7 @@ def _warnings(experiment: Experiment) -> Sequence[str]:
     return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
 
 
-def drawing(asked: Request, trial: Plan, met: Checked) -> TPE:
+def drawing(asked: SweepRequest, trial: Plan, met: Checked) -> TPE:
     """Return the search that draws a sweep's points, each checked as it is drawn; `met` gets what is refused, and warnings.
 
     `trial` plans any of its trials.
@@ -198,7 +202,7 @@ def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) 
     """Refuse a point whose images would cost other network calls than the base's, unless the sweep is about sampling."""
     if sweep.metric == "bpd" or any(key.startswith("sampling.") for key in sweep.space):
         return
-    calls, usual = (network_calls(each) for each in (experiment, base))
+    calls, usual = (nfe_of(each) for each in (experiment, base))
     if calls != usual:
         raise UsageError(
             f"its images would take {calls} network calls, those of the base {usual}: not comparable; give all of them as many with "
@@ -206,11 +210,11 @@ def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) 
         )
 
 
-def network_calls(experiment: Experiment) -> int:
+def nfe_of(experiment: Experiment) -> int:
     """Return the network calls for each image as the experiment samples: guidance takes two a step."""
     sampling = experiment.sampling
     steps = sampling.num_steps(experiment.diffusion.num_timesteps)
-    return Generation(sampling.sampler, steps, guidance_scale=sampling.guidance_scale).network_calls
+    return Generation(sampling.sampler, steps, guidance_scale=sampling.guidance_scale).nfe
 
 
 def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: int | None) -> int:

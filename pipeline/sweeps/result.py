@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, Generation, differing
-from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.points import Point, Refused, canonical
 
 CONFIDENCE = 0.95
@@ -39,7 +39,7 @@ class PointResult:
 
     point: Point
     title: str
-    entries: tuple[Entry, ...]
+    entries: tuple[LedgerEntry, ...]
 
     @property
     def values(self) -> list[float]:
@@ -52,7 +52,7 @@ class PointResult:
         return tuple(entry.seed for entry in self.entries if entry.value is not None)
 
     @property
-    def failed(self) -> list[Entry]:
+    def failed(self) -> list[LedgerEntry]:
         """The seeds that failed."""
         return [entry for entry in self.entries if entry.status == "failed"]
 
@@ -84,7 +84,7 @@ class PointResult:
         return "finished" if self.values else self.entries[0].status
 
     @property
-    def best_entry(self) -> Entry | None:
+    def best_entry(self) -> LedgerEntry | None:
         """The seed of the lowest value."""
         found = [(entry.value, entry.seed, entry) for entry in self.entries if entry.value is not None]
         return min(found)[2] if found else None
@@ -101,11 +101,11 @@ class PointResult:
         return statistics.fmean(self.training_times)
 
     @property
-    def network_calls(self) -> int | None:
+    def nfe(self) -> int | None:
         """Network calls for each image that was scored."""
         best = self.best_entry
         generation = {} if best is None else best.identity.get("generation", {})
-        return Generation(**generation).network_calls if generation else None
+        return Generation(**generation).nfe if generation else None
 
     @property
     def curve(self) -> dict[int, float]:
@@ -126,7 +126,7 @@ class PointResult:
             "standard_error": self.standard_error,
             "spread_of_one": self.spread_of_one,
             "values": {entry.seed: entry.value for entry in self.entries},
-            "network_calls": self.network_calls,
+            "network_calls": self.nfe,
             "training_s": round(self.training_s, 3),
             "curve": self.curve,
             "early_kid": {entry.seed: entry.rungs for entry in self.entries if entry.rungs},
@@ -173,7 +173,7 @@ class Result:
         return self.ranked[0] if self.ranked else None
 
     @property
-    def failed(self) -> list[Entry]:
+    def failed(self) -> list[LedgerEntry]:
         """Trials that failed."""
         return [entry for point in self.points for entry in point.failed]
 
@@ -206,7 +206,7 @@ def result_of(
     sweep_id: str,
     name: str,
     metric: str,
-    entries: Iterable[Entry],
+    entries: Iterable[LedgerEntry],
     refused: Iterable[Refused] = (),
     warnings: dict[str, str] | None = None,
     seconds: float = 0.0,
@@ -215,7 +215,7 @@ def result_of(
     """Gather entries by point and rank the points; a value that is judged unlike the newest one is refused, not ranked."""
     newest = {(canonical(entry.point), entry.seed): _checked(entry) for entry in entries}
     alike, unlike = _by_identity(list(newest.values()), sweep_id)
-    gathered: dict[str, list[Entry]] = {}
+    gathered: dict[str, list[LedgerEntry]] = {}
     for entry in alike:
         gathered.setdefault(canonical(entry.point), []).append(entry)
     points = [
@@ -228,7 +228,7 @@ def result_of(
     )
 
 
-def _checked(entry: Entry) -> Entry:
+def _checked(entry: LedgerEntry) -> LedgerEntry:
     """Return an entry without the values that are no numbers: a model whose own value is none failed."""
     curve = {calls: value for calls, value in entry.curve.items() if math.isfinite(value)}
     rungs = {rung: value for rung, value in entry.rungs.items() if math.isfinite(value)}
@@ -238,7 +238,7 @@ def _checked(entry: Entry) -> Entry:
     return replace(entry, curve=curve, rungs=rungs, status="failed", value=None, reason=reason)
 
 
-def _by_identity(entries: list[Entry], sweep_id: str) -> tuple[list[Entry], list[Refused]]:
+def _by_identity(entries: list[LedgerEntry], sweep_id: str) -> tuple[list[LedgerEntry], list[Refused]]:
     """Part entries that compare with the newest value from those that were judged otherwise."""
     valued = [entry for entry in entries if entry.value is not None]
     unlike = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from pipeline.sweeps.config import Axis, Sweep
-from pipeline.sweeps.ledger import Entry, Status
+from pipeline.sweeps.ledger import LedgerEntry, Status
 from pipeline.sweeps.points import MAX_DRAWS, Point, active, canonical
 from pipeline.training.randomness import seed_of
 
@@ -49,7 +49,7 @@ class Progress:
     stopped: Rungs | None = None
 
 
-class Source(Protocol):
+class PointSource(Protocol):
     """Where points come from; `learns`: whether values decide which ones come next."""
 
     learns: bool
@@ -208,11 +208,11 @@ class Trials:
     stopping, the first seed alone competes: the others are spent on points that survive.
     """
 
-    def __init__(self, sweep: Sweep, source: Source) -> None:
+    def __init__(self, sweep: Sweep, source: PointSource) -> None:
         self._sweep, self._source = sweep, source
         self._points: dict[str, Progress] = {}
 
-    def known(self, entries: Iterable[Entry], begun: Iterable[Point] = ()) -> None:
+    def known(self, entries: Iterable[LedgerEntry], begun: Iterable[Point] = ()) -> None:
         """Take up an earlier driver's entries, and points it had begun, before the first `next`: only a search that draws points needs it.
 
         What failed or was only begun is run before more is drawn.

@@ -23,7 +23,7 @@ def rows(result: Result) -> list[dict[str, object]]:
         row |= {
             result.metric_name: with_error(point),
             "seeds": f"{len(point.values)} of {len(point.entries)}" if point.failed else len(point.values),
-            "calls": point.network_calls,
+            "calls": point.nfe,
             "training s": f"{point.training_s:.0f}",
             "": row[""],
         }

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.board import board_name
+from pipeline.cluster.control_actor import actor_name
 from pipeline.cluster.placement import give_back
 from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.console import Console
@@ -73,7 +73,7 @@ def run_trial(config: dict[str, Any], told: ForTrials) -> None:
     carry_out(run, told, tune.report)
 
 
-def condemn(run: Run, rung: float) -> None:
+def stop_early(run: Run, rung: float) -> None:
     """Keep that a trial is to stop early: the driver that says so may be killed before the trial has saved."""
     write_json(run.folder / VERDICT_FILE, {"rung": rung})
 
@@ -92,7 +92,7 @@ def carry_out(run: Run, told: ForTrials, tell: Tell) -> None:
         for judgement in seen.get("judgements", []):
             if judgement["rung"] not in reported:
                 reported.add(judgement["rung"])
-                tell({**judgement, "board": board_name(run.id, run.current_attempt())})
+                tell({**judgement, "control": actor_name(run.id, run.current_attempt())})
 
     try:
         if run.state().status is not RunStatus.FINISHED:

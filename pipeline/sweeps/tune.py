@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.board import NAMESPACE
+from pipeline.cluster.control_actor import NAMESPACE
 from pipeline.cluster.placement import give_back
 from pipeline.console import Console, duration
 from pipeline.errors import ClusterError, InterruptedRunError
@@ -24,9 +24,9 @@ from pipeline.storage.runs import Run
 from pipeline.sweeps.entry import entry_of
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.search import Next, Trials, _Done
-from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, condemn, run_trial
+from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, run_trial, stop_early
 from pipeline.training.judgements import values_by_rung
 
 POLL_S = 0.5
@@ -41,7 +41,7 @@ ENVIRONMENT = {
 
 
 @dataclass
-class Work:
+class RunningSweep:
     """What the driver of a sweep knows while trials run."""
 
     folder: SweepFolder
@@ -54,7 +54,7 @@ class Work:
     total: int | None
     room: Callable[[], int]  # how many trials fit now
     running: dict[str, tuple[Next, str, Run]] = field(default_factory=dict)  # by Tune's id of the trial
-    ended: list[Entry] = field(default_factory=list)
+    ended: list[LedgerEntry] = field(default_factory=list)
     interrupted: bool = False
     begun_at: float = field(default_factory=time.monotonic)
 
@@ -104,7 +104,7 @@ class Work:
         self.trials.ended(following, entry.status, entry.value, entry.rungs)
         self.console.say(self._line(entry))
 
-    def _line(self, entry: Entry) -> str:
+    def _line(self, entry: LedgerEntry) -> str:
         count = f"{len(self.ended)}/{self.total}" if self.total is not None else str(len(self.ended))
         what = f"{entry.metric} {entry.value:.4g}" if entry.value is not None else entry.reason or entry.status
         left = ""
@@ -117,7 +117,7 @@ class Work:
 
 
 def run_trials(
-    work: Work,
+    work: RunningSweep,
     max_concurrent: int,
     stop_s: float,
 ) -> None:
@@ -149,7 +149,7 @@ def run_trials(
         )
 
 
-def _watch(thread: threading.Thread, work: Work, signals: Signals, stop_s: float) -> None:
+def _watch(thread: threading.Thread, work: RunningSweep, signals: Signals, stop_s: float) -> None:
     """Wait for the trials; on a first signal let each save and stop, and on a second leave at once."""
     asked_at: float | None = None
     while thread.is_alive():
@@ -164,20 +164,20 @@ def _watch(thread: threading.Thread, work: Work, signals: Signals, stop_s: float
                 stop_workers(run, "the sweep was asked to stop")
 
 
-def stop_workers(run: Run, reason: str, board: str | None = None) -> None:
+def stop_workers(run: Run, reason: str, control: str | None = None) -> None:
     """Ask a trial's workers to save and stop, where there are any now."""
     import ray
 
-    from pipeline.cluster.board import board_name
+    from pipeline.cluster.control_actor import actor_name
 
     try:
-        actor = ray.get_actor(board or board_name(run.id, run.current_attempt()), namespace=NAMESPACE)
+        actor = ray.get_actor(control or actor_name(run.id, run.current_attempt()), namespace=NAMESPACE)
         actor.stop.remote(reason)
     except (ValueError, ray.exceptions.RayError):
         return  # it is scoring, or gone
 
 
-def _tuner(work: Work, max_concurrent: int) -> Any:
+def _tuner(work: RunningSweep, max_concurrent: int) -> Any:
     from ray import tune
 
     trainable = tune.with_parameters(run_trial, told=work.for_trials)
@@ -201,7 +201,7 @@ def _tuner(work: Work, max_concurrent: int) -> Any:
     )
 
 
-def _search(work: Work) -> Any:
+def _search(work: RunningSweep) -> Any:
     from ray.tune.search import Searcher
 
     class Suggestions(Searcher):  # type: ignore[misc]
@@ -230,7 +230,7 @@ def _search(work: Work) -> Any:
     return Suggestions()
 
 
-def _scheduler(work: Work) -> Any:
+def _scheduler(work: RunningSweep) -> Any:
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     class Halt(FIFOScheduler):  # type: ignore[misc]
@@ -240,8 +240,8 @@ def _scheduler(work: Work) -> Any:
             if work.halving is not None and "rung" in result and trial.trial_id in work.running:
                 _, key, run = work.running[trial.trial_id]
                 if not work.halving.goes_on(result["rung"], key, result["value"]):
-                    condemn(run, result["rung"])
-                    stop_workers(run, STOPPED_EARLY, result["board"])
+                    stop_early(run, result["rung"])
+                    stop_workers(run, STOPPED_EARLY, result["control"])
             return str(TrialScheduler.CONTINUE)
 
         def __getstate__(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         """
         from pipeline.errors import PipelineError
         from pipeline.pictures.pictures import as_png, picture_of
-        from pipeline.sampling.generation import generator_of
+        from pipeline.sampling.generation import make_sampler
         from pipeline.training.device import serving_compute
 
         options = params or {}
@@ -48,7 +48,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
             sampling = self._sampling(steps)
             compute = serving_compute()
             compute.place(trained.model)
-            generator = generator_of(
+            generator = make_sampler(
                 trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names
             )
             images = [as_png(picture_of(image)) for chunk in generator.generate(n) for image in chunk]

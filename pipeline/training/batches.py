@@ -87,7 +87,7 @@ class PlacedBatch:
             x0 = x0.contiguous(memory_format=torch.channels_last)
         return x0, self.timesteps[rows], self.eps[rows]
 
-    def told(self, network: nn.Module, rows: slice) -> Model:
+    def conditioned(self, network: nn.Module, rows: slice) -> Model:
         """Return the network with the labels of some rows, where it is told any."""
         return network if self.labels is None else conditioned(network, self.labels[rows])
 

@@ -29,7 +29,7 @@ LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left 
 
 
 @dataclass
-class Learner:
+class TrainState:
     """What training changes: the weights, the optimizer's moments, the averages of the weights, the losses that loss-aware timesteps
     remember, and the number of steps done. The first average is the one that is sampled.
 
@@ -44,8 +44,8 @@ class Learner:
     step: int = 0
 
     @classmethod
-    def create(cls, model: nn.Module, settings: TrainingConfig, num_timesteps: int, compute: Compute) -> Learner:
-        """Return a learner at step 0 for a network that is on its device already."""
+    def create(cls, model: nn.Module, settings: TrainingConfig, num_timesteps: int, compute: Compute) -> TrainState:
+        """Return a train_state at step 0 for a network that is on its device already."""
         optimizer = compute.optimizer(
             model.parameters(),
             lr=settings.learning_rate,
@@ -140,7 +140,7 @@ def learning_rate_at(step: int, settings: TrainingConfig) -> float:
 
 
 def fit(
-    learner: Learner,
+    train_state: TrainState,
     network: nn.Module,
     objective: Loss,
     batches: Iterable[Batch],
@@ -151,39 +151,41 @@ def fit(
     rank: int = 0,
     horizontal_flip: bool = False,
     null_class: int | None = None,
-    everyones: Callable[[Tensor], Tensor] = lambda mine: mine,
+    all_gather: Callable[[Tensor], Tensor] = lambda mine: mine,
 ) -> Iterator[StepResult]:
     """Train on one batch after another, and yield after each step, when weights, moments and average belong together.
 
-    `network` is `learner.model` as it is to be called: itself, compiled, or wrapped for data parallelism. A gradient that is not
+    `network` is `train_state.model` as it is to be called: itself, compiled, or wrapped for data parallelism. A gradient that is not
     finite raises DivergedError; it is looked at one step late, so that a GPU never waits, and `StepResult.require_finite` looks at once.
-    With a `null_class` the network is told the labels, some of them dropped. `everyones` returns the rows of all workers from the rows
+    With a `null_class` the network is told the labels, some of them dropped. `all_gather` returns the rows of all workers from the rows
     of this one, in one order for all: loss-aware timesteps remember the losses of them all.
     """
     result: StepResult | None = None
     for batch in batches:
-        rate = learning_rate_at(learner.step, settings)
-        for group in learner.optimizer.param_groups:
+        rate = learning_rate_at(train_state.step, settings)
+        for group in train_state.optimizer.param_groups:
             group["lr"] = rate
-        seed_dropout(seed, learner.step, rank)
+        seed_dropout(seed, train_state.step, rank)
         compute.begin_step()
-        drawn = learner.timesteps.draw(batch.draws.u_t)
+        drawn = train_state.timesteps.draw(batch.draws.u_t)
         images = PlacedBatch.of(batch, drawn, compute, horizontal_flip, null_class, settings.label_dropout)
-        losses = _backward(learner, network, objective, images, settings.micro_batch_size, compute)
-        learner.scaler.unscale_(learner.optimizer)
+        losses = _backward(train_state, network, objective, images, settings.micro_batch_size, compute)
+        train_state.scaler.unscale_(train_state.optimizer)
         limit = settings.grad_clip if settings.grad_clip is not None else float("inf")
-        grad_norm = nn.utils.clip_grad_norm_(learner.model.parameters(), limit)
+        grad_norm = nn.utils.clip_grad_norm_(train_state.model.parameters(), limit)
         if result is not None:
             result.require_finite()
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        learner.optimizer.zero_grad(set_to_none=True)
-        for average in learner.averages.values():
+        train_state.scaler.step(train_state.optimizer)
+        train_state.scaler.update()
+        train_state.optimizer.zero_grad(set_to_none=True)
+        for average in train_state.averages.values():
             average.update()
-        if isinstance(learner.timesteps, LossAwareTimesteps):
-            _remember(learner.timesteps, everyones(torch.stack([drawn.t.double(), losses.cpu().double()], 1)))
-        learner.step += 1
-        result = StepResult(learner.step, losses, images.weights, images.timesteps, grad_norm, rate, learner.scaler)
+        if isinstance(train_state.timesteps, LossAwareTimesteps):
+            _remember(train_state.timesteps, all_gather(torch.stack([drawn.t.double(), losses.cpu().double()], 1)))
+        train_state.step += 1
+        result = StepResult(
+            train_state.step, losses, images.weights, images.timesteps, grad_norm, rate, train_state.scaler
+        )
         yield result
 
 
@@ -194,7 +196,7 @@ def _remember(timesteps: LossAwareTimesteps, rows: Tensor) -> None:
 
 
 def _backward(
-    learner: Learner,
+    train_state: TrainState,
     network: nn.Module,
     objective: Loss,
     images: PlacedBatch,
@@ -210,9 +212,9 @@ def _backward(
         x0, t, eps = images.part(rows, compute.channels_last)
         with _gradients_stay_local(network, begin + size < count):
             with compute.autocast():
-                part_losses = objective(images.told(network, rows), x0, t, eps)
+                part_losses = objective(images.conditioned(network, rows), x0, t, eps)
             weighted = part_losses * images.weights[rows]
-            learner.scaler.scale(weighted.sum() / count).backward()  # type: ignore[no-untyped-call]
+            train_state.scaler.scale(weighted.sum() / count).backward()  # type: ignore[no-untyped-call]
         losses.append(part_losses.detach())
     return torch.cat(losses)
 

@@ -22,7 +22,7 @@ def seed_of(purpose: str, *coordinates: int) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def generator_of(purpose: str, *coordinates: int) -> torch.Generator:
+def rng_for(purpose: str, *coordinates: int) -> torch.Generator:
     """Return a CPU generator at the start of the stream that belongs to the coordinates."""
     return torch.Generator().manual_seed(seed_of(purpose, *coordinates))
 
@@ -43,7 +43,7 @@ class Draws:
 
 def training_draws(seed: int, step: int, stream: int, count: int, shape: tuple[int, int, int]) -> Draws:
     """Draw for the `count` images of one stream at one step (ARCHITECTURE.md, row 6); `shape` is (C, H, W)."""
-    generator = generator_of("train", seed, step, stream)
+    generator = rng_for("train", seed, step, stream)
     uniform = torch.rand(3, count, generator=generator, dtype=torch.float64)
     eps = torch.randn(count, *shape, generator=generator)
     return Draws(uniform[0], uniform[1], uniform[2], eps)
@@ -64,4 +64,4 @@ def seed_dropout(seed: int, step: int, rank: int) -> None:
 
 def image_generators(seed: int, indices: range, purpose: str = "sample") -> list[torch.Generator]:
     """Return one generator per generated image; each image's noise is a function of (seed, its index) alone."""
-    return [generator_of(purpose, seed, index) for index in indices]
+    return [rng_for(purpose, seed, index) for index in indices]

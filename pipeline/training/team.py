@@ -38,7 +38,7 @@ class Team:
         return cls(dist.get_rank(), dist.get_world_size(), control)
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which alone saves, draws pictures and speaks to the tracking store."""
         return self.rank == 0
 
@@ -50,7 +50,7 @@ class Team:
         dist.broadcast(answers, src=0, group=self._control)
         return [bool(answer) for answer in answers]
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """Return rank 0's value (anything that pickles, made by this program), on every worker."""
         if self.size == 1:
             return value
@@ -58,7 +58,7 @@ class Team:
         dist.broadcast_object_list(box, src=0, group=self._control)
         return box[0]
 
-    def add_up(self, tensor: Tensor) -> Tensor:
+    def all_reduce(self, tensor: Tensor) -> Tensor:
         """Return the sum over workers of a CPU tensor."""
         if self.size == 1:
             return tensor
@@ -66,7 +66,7 @@ class Team:
         dist.all_reduce(total, group=self._control)
         return total
 
-    def everyones(self, rows: Tensor, num_streams: int) -> Tensor:
+    def all_gather(self, rows: Tensor, num_streams: int) -> Tensor:
         """Return the rows of all workers, a CPU tensor, in the order of their streams: the same for any number of workers."""
         if self.size == 1:
             return rows
@@ -90,7 +90,7 @@ class Team:
         )
 
 
-def found_group(rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
+def init_process_group(rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
     """Make this process one of a process group where nobody else does, as Ray Train does for a training; all of them call this."""
     host, port = master
     dist.init_process_group(

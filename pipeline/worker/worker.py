@@ -26,7 +26,7 @@ from pipeline.import_path import allow_modules_in
 from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.metric_identity import Generation
 from pipeline.pictures.pictures import save_grid
-from pipeline.sampling.generation import generator_of
+from pipeline.sampling.generation import make_sampler
 from pipeline.signals import StoppedAtOnce
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.durable import fault_of_storage, storage_errors
@@ -39,7 +39,7 @@ from pipeline.training.averages import save_snapshot
 from pipeline.training.batches import Batch, Prefetch, training_batches
 from pipeline.training.device import Compute, training_compute
 from pipeline.training.judgements import note
-from pipeline.training.loop import Learner, StepResult, fit
+from pipeline.training.loop import StepResult, TrainState, fit
 from pipeline.training.models import (
     build_model,
     build_objective,
@@ -55,7 +55,7 @@ PUBLISH_EVERY_S = 0.25
 MISSED_SAVES = 3  # storage may come back: so many intervals are waited for
 
 
-class Link(Protocol):
+class DriverLink(Protocol):
     """The worker's line to the driver."""
 
     def publish(self, progress: dict[str, Any]) -> None:
@@ -82,8 +82,8 @@ class LossMeter:
 
     def gather(self, team: Team) -> None:
         """Move the sums of all workers to rank 0."""
-        total = team.add_up(self.sums.cpu())
-        self.sums = total if team.leads else torch.zeros_like(total)
+        total = team.all_reduce(self.sums.cpu())
+        self.sums = total if team.is_main else torch.zeros_like(total)
 
     def report(self) -> dict[str, float]:
         """Return the means since the last report, and start again."""
@@ -99,7 +99,7 @@ class LossMeter:
 class Worker:
     """One worker of one attempt, from the newest checkpoint to the last step, or to a request to stop."""
 
-    def __init__(self, job: Job, team: Team, link: Link, gpu: int = 0) -> None:
+    def __init__(self, job: Job, team: Team, link: DriverLink, gpu: int = 0) -> None:
         self.job, self.team, self.link = job, team, link
         self.experiment: Experiment = experiment_from(job.experiment)
         self.run = self._run_here()
@@ -117,22 +117,22 @@ class Worker:
         model = self.compute.place(model)
         if is_own_network(self.experiment):
             check_own_network(model, self.experiment, self.dataset.manifest.shape, self.compute.device)
-        self.learner = self._new_learner(model)
+        self.train_state = self._new_train_state(model)
         self.meter = LossMeter(self.objective.num_timesteps)
         self.elapsed_before_s = 0.0
         self.missed_saves = 0
         self.saved_step = -1
         self.saved_at = time.monotonic()
-        self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.leads else None
-        self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.leads else None
+        self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.is_main else None
+        self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.is_main else None
         self.sampling_model: nn.Module | None = None
         self.aside_s = 0.0
-        self.rungs = list(job.allowance.rungs) if team.leads else []
+        self.rungs = list(job.allowance.rungs) if team.is_main else []
 
     def _require_equal_arithmetic(self) -> None:
         """Take rank 0's threads; ClusterError where `mixed` means different things on this worker's machine and on rank 0's."""
         mine = self.compute.precision
-        first, threads = self.team.told((self.compute.precision, self.compute.threads))
+        first, threads = self.team.broadcast((self.compute.precision, self.compute.threads))
         self.compute = replace(self.compute, threads=threads)
         if mine != first:
             raise ClusterError(
@@ -140,15 +140,15 @@ class Worker:
                 f"name one for all with -s training.precision={Precision.FP32}"
             )
 
-    def _new_learner(self, model: nn.Module) -> Learner:
-        return Learner.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
+    def _new_train_state(self, model: nn.Module) -> TrainState:
+        return TrainState.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
 
     def work(self) -> str:
         """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
         try:
             source = self._restore()
-            if self.team.leads:
-                self.run.log(f"attempt {self.job.attempt} starts at step {self.learner.step} from {source}")
+            if self.team.is_main:
+                self.run.log(f"attempt {self.job.attempt} starts at step {self.train_state.step} from {source}")
             outcome = self._train()
         except StoppedAtOnce:  # what is on its way is not waited for
             raise
@@ -158,7 +158,7 @@ class Worker:
                 raise fault from None
             raise
         self._close()
-        if self.team.leads:
+        if self.team.is_main:
             self.run.send_files()
             if self.run.folder != Path(self.job.run_folder):  # a scratch folder: all of it is in the store
                 shutil.rmtree(self.run.folder, ignore_errors=True)
@@ -172,7 +172,7 @@ class Worker:
 
     def _run_here(self) -> Run:
         """Return the run as this machine has it; rank 0 alone writes to it."""
-        if self.job.run_address is None or not self.team.leads:
+        if self.job.run_address is None or not self.team.is_main:
             return Run(Path(self.job.run_folder))
         run = Run(folder_here(Path(self.job.run_folder), self.job.run_address))
         run.fetch_files()
@@ -182,20 +182,20 @@ class Worker:
 
     def _train(self) -> str:
         settings, total = self.experiment.training, self.experiment.training.steps
-        network = self.compute.compiled(self.team.share_gradients(self.learner.model, self.compute))
-        self.learner.model.train()
-        done = self.learner.step
+        network = self.compute.compiled(self.team.share_gradients(self.train_state.model, self.compute))
+        self.train_state.model.train()
+        done = self.train_state.step
         if done == 0:
             self._copy_weights()  # for the grid of step 0, which the first step does not wait for
-        spent = self.job.allowance.share(self.learner.step, total, self.elapsed_before_s)
+        spent = self.job.allowance.share(self.train_state.step, total, self.elapsed_before_s)
         self.rungs = [rung for rung in self.rungs if rung > spent]
         if spent >= 1:
             return "finished"
         begin = time.monotonic()
         with Prefetch(self._batches()) as batches:
-            pace = Pace(self.learner.step, batches)
+            pace = Pace(self.train_state.step, batches)
             steps = fit(
-                self.learner,
+                self.train_state,
                 network,
                 self.objective,
                 batches,
@@ -205,7 +205,7 @@ class Worker:
                 rank=self.team.rank,
                 horizontal_flip=self.experiment.data.horizontal_flip,
                 null_class=len(self.class_names) or None,
-                everyones=partial(self.team.everyones, num_streams=self.job.num_streams),
+                all_gather=partial(self.team.all_gather, num_streams=self.job.num_streams),
             )
             for result in steps:
                 if result.step == done + 1:
@@ -246,7 +246,7 @@ class Worker:
             window=data.shuffle_window,
         )
         streams = streams_of_worker(self.team.rank, self.team.size, job.num_streams)
-        batches = training_batches(self.dataset, order, streams, self.learner.step, self.experiment.seed)
+        batches = training_batches(self.dataset, order, streams, self.train_state.step, self.experiment.seed)
         return map(Batch.pin, batches) if self.compute.pin_memory else batches
 
     def _log(self, result: StepResult, pace: Pace) -> None:
@@ -268,7 +268,7 @@ class Worker:
     def _publish(self, result: StepResult, pace: Pace) -> None:
         """Tell the driver, now and then."""
         total = self.experiment.training.steps
-        if self.team.leads and pace.speak(result.step == total):
+        if self.team.is_main and pace.speak(result.step == total):
             self.link.publish(
                 {
                     "step": result.step,
@@ -316,9 +316,9 @@ class Worker:
         found = early_kid(
             self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), generation, self.compute
         )
-        judgement = {"rung": reached[-1], "step": self.learner.step, **found.to_json()}
+        judgement = {"rung": reached[-1], "step": self.train_state.step, **found.to_json()}
         self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
-        self.tracker.metrics(self.learner.step, found.flat(), family="result")
+        self.tracker.metrics(self.train_state.step, found.flat(), family="result")
         self.link.publish({"judgement": judgement})
         self.aside_s += time.monotonic() - begin
 
@@ -327,9 +327,9 @@ class Worker:
         if self.tracker is None or (self.experiment.logging.grid_every_steps is None and not self.job.allowance.rungs):
             return
         if self.sampling_model is None:
-            self.sampling_model = copy.deepcopy(self.learner.model)
-        self.sampling_model.load_state_dict(self.learner.model.state_dict())  # buffers, which are not averaged
-        self.learner.ema.copy_to(self.sampling_model)
+            self.sampling_model = copy.deepcopy(self.train_state.model)
+        self.sampling_model.load_state_dict(self.train_state.model.state_dict())  # buffers, which are not averaged
+        self.train_state.ema.copy_to(self.sampling_model)
 
     def _generate(self, count: int) -> tuple[Tensor, Generation]:
         """Generate uint8 images [count, C, H, W] from the weights that were copied, as the experiment samples; say how they came about."""
@@ -337,7 +337,7 @@ class Worker:
         sampling = self.experiment.sampling.model_copy(
             update={"batch_size": min(count, self.experiment.sampling.batch_size)}
         )
-        generator = generator_of(
+        generator = make_sampler(
             self.experiment,
             self.sampling_model,
             self.dataset.manifest.shape,
@@ -352,11 +352,11 @@ class Worker:
 
     def _restore(self) -> str:
         """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same. Return what the weights are from."""
-        found = RunCheckpoints(self.run).newest_verified() if self.team.leads else checkpoints.Found(None)
+        found = RunCheckpoints(self.run).newest_verified() if self.team.is_main else checkpoints.Found(None)
         for warning in found.warnings:
             self.run.log(f"warning: {warning}")
             self.link.publish({"warning": warning})
-        checkpoint: checkpoints.Checkpoint | None = self.team.told(found.checkpoint)
+        checkpoint: checkpoints.Checkpoint | None = self.team.broadcast(found.checkpoint)
         if checkpoint is None:
             if self.job.initial_weights is None:
                 return "new weights"
@@ -368,12 +368,12 @@ class Worker:
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
             )
         self._keep_threads(state["threads"], state["num_workers"], checkpoint.step)
-        self.learner.restore(tensors, checkpoint.step)
+        self.train_state.restore(tensors, checkpoint.step)
         if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
-            self.learner.scaler.load_state_dict(state["loss_scale"])
+            self.train_state.scaler.load_state_dict(state["loss_scale"])
         self.elapsed_before_s = state["elapsed_s"]
         self.saved_step = checkpoint.step
-        if self.team.leads:
+        if self.team.is_main:
             self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64)
             assert self.tracker is not None
             self.tracker.restore(state["undelivered"])
@@ -387,32 +387,32 @@ class Worker:
         if self.named_threads is None and num_workers == self.team.size and before != self.compute.threads:
             self.compute = replace(self.compute, threads=before)
             self.compute.start()
-        if self.team.leads and before != self.compute.threads:
+        if self.team.is_main and before != self.compute.threads:
             self.run.log(f"threads of each worker: {before} until step {step}, {self.compute.threads} from there on")
 
     def _told(self, checkpoint: checkpoints.Checkpoint) -> tuple[dict[str, Any], checkpoints.Tensors]:
         """Return a checkpoint's state and tensors: from its files where all workers see them, else from rank 0, which has them."""
         if self.job.run_address is None or self.team.size == 1:
             return checkpoint.state(), checkpoint.tensors()
-        state: dict[str, Any] = self.team.told(checkpoint.state() if self.team.leads else None)
+        state: dict[str, Any] = self.team.broadcast(checkpoint.state() if self.team.is_main else None)
         tensors: checkpoints.Tensors = {}
-        for group in self.team.told(
-            checkpoint.groups() if self.team.leads else None
+        for group in self.team.broadcast(
+            checkpoint.groups() if self.team.is_main else None
         ):  # one at a time: it is held twice meanwhile
-            tensors |= self.team.told(checkpoint.tensors(group) if self.team.leads else None)
+            tensors |= self.team.broadcast(checkpoint.tensors(group) if self.team.is_main else None)
         return state, tensors
 
     def _take_weights(self, place: str) -> None:
         """Begin a new run from another run's weights; the average and the optimizer start afresh."""
-        found = self.team.told(checkpoint_at(place).tensors("model", "ema") if self.team.leads else None)
+        found = self.team.broadcast(checkpoint_at(place).tensors("model", "ema") if self.team.is_main else None)
         weights = found["model"] | found["ema"]  # buffers, of a network that has them, are not averaged
-        if misfit := misfit_of(weights, self.learner.model):
+        if misfit := misfit_of(weights, self.train_state.model):
             raise CheckpointError(
                 f"{place}: these weights do not fit the network of this run ({misfit}); "
                 "keep the settings of the model, the prediction and the variance"
             )
-        load_weights(self.learner.model, weights)
-        self.learner = self._new_learner(self.learner.model)
+        load_weights(self.train_state.model, weights)
+        self.train_state = self._new_train_state(self.train_state.model)
 
     def _owns(self) -> bool:
         """Return whether this attempt is still the one that may write."""
@@ -420,11 +420,11 @@ class Worker:
 
     def _store_averages(self, last: bool) -> None:
         """Store the power-function averages where that is due."""
-        every, step = self.experiment.training.ema_snapshot_every_steps, self.learner.step
+        every, step = self.experiment.training.ema_snapshot_every_steps, self.train_state.step
         if self.tracker is None or every is None or not (step % every == 0 or last):
             return
         with self._may_be_missing("the snapshot of the averages"):
-            save_snapshot(self.run.folder, step, self.job.attempt, self.learner.averages, self._owns)
+            save_snapshot(self.run.folder, step, self.job.attempt, self.train_state.averages, self._owns)
 
     @contextmanager
     def _may_be_missing(self, what: str) -> Iterator[None]:
@@ -433,7 +433,7 @@ class Worker:
             yield
         except StorageError as error:
             self.run.log(f"warning: {error}")
-            self.link.publish({"warning": f"{error}; {what} of step {self.learner.step} is not stored"})
+            self.link.publish({"warning": f"{error}; {what} of step {self.train_state.step} is not stored"})
 
     def _save_is_due(self, step: int) -> bool:
         due = self.experiment.checkpoint
@@ -444,17 +444,17 @@ class Worker:
     def _save(self, elapsed_s: float, *, must: bool) -> None:
         """Save once per step; a place that is full is tried again at later intervals, `MISSED_SAVES` times."""
         self.saved_at = time.monotonic()
-        if self.tracker is None or self.saver is None or self.saved_step == self.learner.step:
+        if self.tracker is None or self.saver is None or self.saved_step == self.train_state.step:
             return
         state = {
-            "step": self.learner.step,
+            "step": self.train_state.step,
             "attempt": self.job.attempt,
             "config_hash": self.experiment.hash(),
             "dataset_fingerprint": self.dataset.manifest.fingerprint,
             "shape": list(self.dataset.manifest.shape),
             **self.class_names.to_state(),
             "elapsed_s": elapsed_s,
-            "loss_scale": self.learner.scaler.state_dict(),
+            "loss_scale": self.train_state.scaler.state_dict(),
             "meter": self.meter.sums.cpu().tolist(),
             "undelivered": self.tracker.undelivered(),
             "num_workers": self.team.size,
@@ -462,7 +462,7 @@ class Worker:
             "torch": torch.__version__,
         }
         try:
-            self.saver.save(self.learner.step, self.learner.tensors(), state, wait=must)
+            self.saver.save(self.train_state.step, self.train_state.tensors(), state, wait=must)
         except StorageError as error:
             self.missed_saves += 1
             if must or self.missed_saves >= MISSED_SAVES:
@@ -471,7 +471,7 @@ class Worker:
             self.link.publish({"warning": f"{error}; trying again at the next interval"})
             return
         self.missed_saves = 0
-        self.saved_step = self.learner.step
+        self.saved_step = self.train_state.step
 
 
 class Pace:

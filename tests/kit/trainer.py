@@ -94,8 +94,8 @@ def work(run: Run, job: Job, link: Alone) -> str:
     begin = verified_step(run)
     worker = Worker(job, Team(), link)
     outcome = worker.work()
-    assert begin + link.steps == worker.learner.step, f"made {link.steps} steps from step {begin}"
-    assert verified_step(run) == worker.learner.step
+    assert begin + link.steps == worker.train_state.step, f"made {link.steps} steps from step {begin}"
+    assert verified_step(run) == worker.train_state.step
     return outcome
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from pipeline.cluster.token import admission, knock_at_dashboard, knock_at_store
+from pipeline.cluster.token import admission, probe_dashboard, probe_store
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.yaml_files import validate
 from pipeline.errors import ClusterError, UsageError
@@ -124,25 +124,23 @@ def test_a_training_on_two_workers_is_recorded_on_the_server_and_lives_in_the_st
 
 @pytest.mark.parametrize("where", ["store", "dashboard"])
 def test_who_is_let_in(cluster, open_cluster, where, monkeypatch):
-    def knocking(at: RayCluster) -> tuple[str, Any]:
-        return (
-            (at.gcs, knock_at_store(at.gcs)) if where == "store" else (at.dashboard, knock_at_dashboard(at.dashboard))
-        )
+    def probing(at: RayCluster) -> tuple[str, Any]:
+        return (at.gcs, probe_store(at.gcs)) if where == "store" else (at.dashboard, probe_dashboard(at.dashboard))
 
     strict, lenient = Profile(), validate(Profile, {"insecure": True}, "p")
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
-    assert admission(strict, *knocking(cluster)) == cluster.token
+    assert admission(strict, *probing(cluster)) == cluster.token
     monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 32)
     with pytest.raises(UsageError, match="refuses the token of RAY_AUTH_TOKEN") as refused:
-        admission(strict, *knocking(cluster))
+        admission(strict, *probing(cluster))
     assert "0" * 32 not in str(refused.value)
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere/token")
     with pytest.raises(UsageError, match="asks for a token, and there is none in /nowhere/token"):
-        admission(lenient, *knocking(cluster))
+        admission(lenient, *probing(cluster))
     with pytest.raises(UsageError, match="lets anybody run code on it"):
-        admission(strict, *knocking(open_cluster))
-    assert admission(lenient, *knocking(open_cluster)) is None
+        admission(strict, *probing(open_cluster))
+    assert admission(lenient, *probing(open_cluster)) is None
 
 
 def test_a_token_may_stand_in_a_file(cluster, monkeypatch, tmp_path):
@@ -150,19 +148,19 @@ def test_a_token_may_stand_in_a_file(cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(f"{cluster.token}\n")
-    assert admission(Profile(), cluster.gcs, knock_at_store(cluster.gcs)) == cluster.token
+    assert admission(Profile(), cluster.gcs, probe_store(cluster.gcs)) == cluster.token
 
 
 def test_nobody_there_is_told(monkeypatch):
     with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
-        admission(Profile(), "127.0.0.1:9", knock_at_store("127.0.0.1:9"))
+        admission(Profile(), "127.0.0.1:9", probe_store("127.0.0.1:9"))
     with pytest.raises(ClusterError, match="no Ray cluster answers"):
-        admission(Profile(), "http://127.0.0.1:9", knock_at_dashboard("http://127.0.0.1:9"))
+        admission(Profile(), "http://127.0.0.1:9", probe_dashboard("http://127.0.0.1:9"))
 
 
 def test_a_server_that_is_not_rays_is_told(mlflow_server):
     with pytest.raises(ClusterError, match="is the address right"):
-        knock_at_dashboard(mlflow_server)(None)
+        probe_dashboard(mlflow_server)(None)
 
 
 def test_an_open_cluster_is_refused_before_anything_is_made(cli, open_cluster, profile_of, tmp_path):

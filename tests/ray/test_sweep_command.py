@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.storage.runs import Run
-from pipeline.sweeps.ledger import Entry, Ledger
+from pipeline.sweeps.ledger import Ledger, LedgerEntry
 from tests.kit.attempts import require_resume, starts_of
 from tests.kit.commands import Shell, children_of
 from tests.kit.sweeps import prepare
@@ -31,7 +31,7 @@ def elsewhere(tmp_path: Path, ray_session: Any) -> Iterator[Shell]:
         yield shell
 
 
-def ledger(home: Path) -> dict[str, Entry]:
+def ledger(home: Path) -> dict[str, LedgerEntry]:
     (folder,) = (home / "sweeps").iterdir()
     return Ledger(folder / "ledger.jsonl").entries()
 

@@ -26,7 +26,7 @@ from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import axis_of, load_sweep
 from pipeline.training.batches import training_batches
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from tests.kit import trainer
 from tests.kit.experiments import TINY
@@ -43,14 +43,14 @@ def denoiser(dataset: Dataset) -> Denoiser:
     experiment = with_overrides(load_experiment(presets.find("experiments", "digits")), settings)
     diffusion = build_diffusion(experiment)
     model = build_model(experiment, dataset.manifest.shape, num_classes=10)
-    learner = Learner.create(model, experiment.training, diffusion.num_timesteps, CPU)
+    train_state = TrainState.create(model, experiment.training, diffusion.num_timesteps, CPU)
     order = Order(dataset.manifest.row_groups, 0, 16, experiment.training.batch_size, 65_536)
     batches = training_batches(dataset, order, range(16), 0, 0)
     objective = build_objective(experiment)
-    for result in fit(learner, model, objective, batches, experiment.training, CPU, seed=0, null_class=10):
+    for result in fit(train_state, model, objective, batches, experiment.training, CPU, seed=0, null_class=10):
         if result.step == 300:
             break
-    learner.ema.copy_to(model)
+    train_state.ema.copy_to(model)
     sampling = experiment.sampling.model_copy(update={"sampler": "dpm_solver", "steps": 20})
     return Denoiser(diffusion, model, dataset.manifest.shape, sampling, 0, CPU, class_names_of(dataset))
 

@@ -89,9 +89,7 @@ def test_the_picture_shows_every_value_over_its_network_calls(tmp_path: Path):
         assert list(drawn) == ["ddim", "ancestral"]
         for sampler, bars in drawn.items():
             points = sorted(
-                (point.network_calls, point.values[name])
-                for point in grid.points
-                if point.setting["sampler"] == sampler
+                (point.nfe, point.values[name]) for point in grid.points if point.setting["sampler"] == sampler
             )
             np.testing.assert_allclose(points_of(bars[0]), points)
             looks.add((name, bars[0].get_color(), bars[0].get_marker()))

@@ -201,7 +201,7 @@ def test_pictures_are_drawn_with_the_buffers_that_training_has_come_to(tmp_path)
     worker = worker_of_own_network(tmp_path)
     worker.work()
     assert worker.sampling_model is not None
-    drawn, trained = (dict(model.named_buffers()) for model in (worker.sampling_model, worker.learner.model))
+    drawn, trained = (dict(model.named_buffers()) for model in (worker.sampling_model, worker.train_state.model))
     assert int(trained["layers.1.num_batches_tracked"]) == 3
     torch.testing.assert_close(drawn, trained, rtol=0, atol=0)
 
@@ -215,7 +215,7 @@ def test_a_fork_begins_with_all_that_its_origin_samples_with_or_not_at_all(tmp_p
     assert fork.saver is not None
     fork.saver.close()
     own = Trained.from_run(origin.run).model.state_dict()
-    torch.testing.assert_close(dict(fork.learner.model.state_dict()), dict(own), rtol=0, atol=0)
+    torch.testing.assert_close(dict(fork.train_state.model.state_dict()), dict(own), rtol=0, atol=0)
     with pytest.raises(CheckpointError, match=r"the weights have no layers\.2\.weight\); keep the settings"):
         worker_of_own_network(tmp_path, folder, depth=2).work()
     deep = worker_of_own_network(tmp_path, depth=2)

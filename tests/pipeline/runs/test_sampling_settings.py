@@ -85,7 +85,7 @@ def test_quad_is_known_by_the_steps_that_are_taken(asked: int, calls: int, spaci
     expected = sorted({4 * 1000 * i * i // (5 * (asked - 1) ** 2) for i in range(asked)})
     assert len(expected) == calls
     made = usual_generation(experiment(sampling={"steps": asked, "spacing": "quad"}))
-    assert (made.steps, made.network_calls, made.spacing) == (calls, calls, spacing)
+    assert (made.steps, made.nfe, made.spacing) == (calls, calls, spacing)
 
 
 def test_two_subsets_of_as_many_steps_have_two_names() -> None:

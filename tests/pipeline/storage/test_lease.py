@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.errors import RunLockedError
 from pipeline.storage import remote_lease
-from pipeline.storage.remote import Entry, RemoteFolder
+from pipeline.storage.remote import RemoteFolder, StoredObject
 from pipeline.storage.remote_lease import Lease
 
 PROCESSES = multiprocessing.get_context("spawn")
@@ -113,7 +113,7 @@ def test_a_holder_that_beats_is_not_passed_over_and_one_that_was_stopped_has_los
     process, pipe = holder(beat_s=0.1, elsewhere=True)
     folder = RemoteFolder(f"{bucket}/lease")
 
-    def held() -> list[Entry]:
+    def held() -> list[StoredObject]:
         return [entry for entry in folder.objects() if entry.name.startswith("held-")]
 
     (first,) = held()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.points import title
 
 
-def entry(point: dict[str, Any], seed: int, value: float | None, **more: Any) -> Entry:
+def entry(point: dict[str, Any], seed: int, value: float | None, **more: Any) -> LedgerEntry:
     status = more.pop("status", "finished" if value is not None else "failed")
-    return Entry(
+    return LedgerEntry(
         key=f"{title(point)}-{seed}",
         point=point,
         title=title(point),

@@ -22,7 +22,7 @@ from pipeline.data.shards import Dataset
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.fid import kid
-from pipeline.metrics.judge import judge_of
+from pipeline.metrics.scorer import scorer_of
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.runs import Run, RunStatus
@@ -30,11 +30,11 @@ from pipeline.sweeps.config import plain_base, sweep_from, trial_experiment
 from pipeline.sweeps.driver import Room, trials_left
 from pipeline.sweeps.folder import SECONDS, SweepFolder
 from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.plan import Request, make_sweep_plan
+from pipeline.sweeps.plan import SweepRequest, make_sweep_plan
 from pipeline.sweeps.points import title
 from pipeline.sweeps.search import Listed, Next, Trials
-from pipeline.sweeps.trial import VERDICT_FILE, ForTrials, carry_out, condemn
-from pipeline.sweeps.tune import Work, _scheduler
+from pipeline.sweeps.trial import VERDICT_FILE, ForTrials, carry_out, stop_early
+from pipeline.sweeps.tune import RunningSweep, _scheduler
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.device import sampling_compute
 from pipeline.training.judgements import FILE, note, values_by_rung
@@ -76,10 +76,12 @@ def begun(folder: SweepFolder, following: Next, dataset: dict[str, Any] | None =
     )
 
 
-def work_of(folder: SweepFolder, room: int, halving: Halving | None = None) -> tuple[Work, io.StringIO]:
+def work_of(folder: SweepFolder, room: int, halving: Halving | None = None) -> tuple[RunningSweep, io.StringIO]:
     said, trials = io.StringIO(), Trials(folder.sweep, Listed(POINTS))
     begin = partial(begun, folder)
-    return Work(folder, for_trials(Profile()), trials, key_of, begin, Console(said), halving, 3, lambda: room), said
+    return RunningSweep(
+        folder, for_trials(Profile()), trials, key_of, begin, Console(said), halving, 3, lambda: room
+    ), said
 
 
 def test_no_more_trials_are_begun_than_there_is_room_for(folder: SweepFolder) -> None:
@@ -115,7 +117,7 @@ def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_begun_with(
 
 def test_a_trial_that_was_told_to_stop_early_is_not_gone_on_with_by_the_next_driver(folder: SweepFolder) -> None:
     run = begun(folder, Next(POINTS[0], 0))
-    condemn(run, 0.5)
+    stop_early(run, 0.5)
     run.update(status=RunStatus.INTERRUPTED, step=50)  # its driver was killed before the ledger had it
     told: list[dict[str, Any]] = []
     carry_out(run, for_trials(Profile()), told.append)
@@ -133,7 +135,7 @@ def test_a_verdict_is_kept_as_it_is_made(folder: SweepFolder, ray_session: Any) 
     assert isinstance(bad, Run)
     scheduler = _scheduler(work)
     for name, value in (("a", 1.0), ("b", 2.0)):
-        shown = {"rung": 0.5, "value": value, "board": "nobody"}
+        shown = {"rung": 0.5, "value": value, "control": "nobody"}
         assert scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), shown) == "CONTINUE"
     assert not (good.folder / VERDICT_FILE).exists()
     assert (bad.folder / VERDICT_FILE).is_file()
@@ -149,7 +151,7 @@ def test_tpe_goes_on_first_with_what_an_earlier_driver_left(tmp_path: Path) -> N
     begun(folder, Next(saved, 0))
     folder.ledger.append(entry(failed, 0, None))
     folder.ledger.append(entry(done, 0, 1.0))
-    asked = Request(sweep, base, Profile())
+    asked = SweepRequest(sweep, base, Profile())
     plan = make_sweep_plan(asked, "here", 1797, (1, 8, 8))
     trials = trials_left(asked, plan, folder.ledger.entries(), folder.trials())
     assert trials.has_next()
@@ -235,11 +237,11 @@ def test_an_early_kid_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) ->
     images = np.random.RandomState(0).randint(0, 256, (64, 1, 8, 8), dtype=np.uint8)
     generation = usual_generation(experiment)
     found = early_kid(experiment, dataset, tmp_path, images, generation, compute)
-    judge = judge_of(dataset, experiment.evaluation, tmp_path, download=False)
-    expected = kid(judge.reference.real.features, judge.extractor(images).features, subset_size=32)
+    scorer = scorer_of(dataset, experiment.evaluation, tmp_path, download=False)
+    expected = kid(scorer.reference.real.features, scorer.extractor(images).features, subset_size=32)
     assert found.value == pytest.approx(expected.mean, rel=1e-6)
     assert found.std == pytest.approx(expected.std, rel=1e-6)
     assert found.over == "100 subsets of 32"
     assert (found.identity.num_images, found.identity.generation) == (64, generation)
-    assert found.identity.extractor_sha256 == judge.extractor.sha256
+    assert found.identity.extractor_sha256 == scorer.extractor.sha256
     assert set(found.flat()) == {"kid_classifier_n64", "kid_std_classifier_n64"}

@@ -26,9 +26,9 @@ def test_the_lines_of_progress_are_of_what_is_ranked_alone(home: Path, migrated_
     dataset = {"path": "", "fingerprint": "images", "name": "digits"}
     folder = SweepFolder.create(home, sweep, base, base, dataset, Profile().to_dict(), ["ddpm-pipe", "sweep"])
 
-    def enter(seed: int, schedule: str, value: float, judge: str = "new") -> None:
-        found = entry({"diffusion.schedule": schedule}, seed, value, identity={"metric": "fid", "extractor": judge})
-        folder.ledger.append(replace(found, key=f"{found.key}-{judge}", metric=f"fid_{judge}"))
+    def enter(seed: int, schedule: str, value: float, scorer: str = "new") -> None:
+        found = entry({"diffusion.schedule": schedule}, seed, value, identity={"metric": "fid", "extractor": scorer})
+        folder.ledger.append(replace(found, key=f"{found.key}-{scorer}", metric=f"fid_{scorer}"))
 
     enter(0, "linear", math.nan)  # the first to end: no number
     enter(0, "cosine", 0.1, "old")  # judged otherwise: as a minimum it would hide all that follows

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel, tukey_hsd
 
-from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.pictures import pareto
 from pipeline.sweeps.result import Result, differ, noise_of, result_of, statement, within_noise
 from pipeline.sweeps.text import rows, to_text
@@ -131,7 +131,7 @@ def test_what_is_no_number_has_failed_and_is_never_the_best(value: float) -> Non
     assert "is nan, no number" in result.failed[0].reason or "inf, no number" in result.failed[0].reason
 
 
-def judged(a: int, seed: int, value: float, **identity: Any) -> Entry:
+def judged(a: int, seed: int, value: float, **identity: Any) -> LedgerEntry:
     usual = {
         "metric": "fid",
         "extractor_sha256": "old",
@@ -160,7 +160,7 @@ def test_noise_seeds_and_settings_of_the_sampler_make_no_values_unlike() -> None
     guided = judged(2, 1, 0.5, generation={"sampler": "ddim", "steps": 20, "guidance_scale": 2.0, "seed": 1})
     result = result_of("s", "s", "fid", [judged(1, 0, 0.1), guided])
     assert not result.refused
-    assert at(result, 2).network_calls == 40
+    assert at(result, 2).nfe == 40
 
 
 def test_a_single_seed_shows_the_deviation_of_its_value_as_what_it_is() -> None:

@@ -347,7 +347,7 @@ def test_asha_decides_as_ray_tunes_own_bracket(reports: list[tuple[int, float]],
             stopped.add(trial)
 
 
-def test_asha_condemns_once_and_for_all() -> None:
+def test_asha_stops_once_and_for_all() -> None:
     halving = Halving(2)
     assert halving.goes_on(0.5, "a", 1.0)
     assert not halving.goes_on(0.5, "b", 2.0)

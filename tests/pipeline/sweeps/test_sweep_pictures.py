@@ -12,7 +12,7 @@ import pytest
 from pipeline.pictures.pictures import save_grid
 from pipeline.storage.runs import Run
 from pipeline.sweeps import pictures
-from pipeline.sweeps.ledger import Entry
+from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.result import Result, result_of, within_noise
 from tests.kit.drawings import holds, points_of
 from tests.pipeline.sweeps.swept_entries import entry
@@ -50,7 +50,7 @@ def texts(figure: Any) -> list[str]:
     return [text.get_text() for legend in legends for text in legend.get_texts()]
 
 
-@pytest.mark.parametrize("draw", [pictures._network_calls, pictures._training_time])
+@pytest.mark.parametrize("draw", [pictures._nfe, pictures._training_time])
 def test_every_point_has_a_name_and_looks_like_no_other(draw: Any) -> None:
     result = swept()
     figure = draw(result)
@@ -61,7 +61,7 @@ def test_every_point_has_a_name_and_looks_like_no_other(draw: Any) -> None:
     assert len(looks) == len(lines) == 9
 
 
-@pytest.mark.parametrize("draw", [pictures._ranking, pictures._network_calls, pictures._training_time])
+@pytest.mark.parametrize("draw", [pictures._ranking, pictures._nfe, pictures._training_time])
 def test_points_that_are_left_out_are_counted(draw: Any) -> None:
     assert "(the best 24 of 30 points)" in draw(swept(num_timesteps=tuple(range(100, 110)))).axes[0].get_title("left")
     assert "the best" not in draw(swept()).axes[0].get_title("left")
@@ -99,7 +99,7 @@ def test_the_picture_of_times_says_when_they_tell_nothing() -> None:
 
 
 def test_the_front_of_times_is_that_of_the_means() -> None:
-    def a(i: int, seed: int, value: float, time: float) -> Entry:
+    def a(i: int, seed: int, value: float, time: float) -> LedgerEntry:
         return entry({"a": i}, seed, value, training_s=time)
 
     # the second point has the fastest single trial; on average the first beats it in both
@@ -155,7 +155,7 @@ def test_all_pictures_are_drawn_of_a_sweep_with_troubles(tmp_path: Path) -> None
     drawings = {
         "ranking": pictures._ranking,
         "heatmap": pictures._heat_map,
-        "network_calls": pictures._network_calls,
+        "network_calls": pictures._nfe,
         "training_time": pictures._training_time,
         "parallel_coordinates": pictures._parallel_coordinates,
     }
@@ -207,7 +207,7 @@ def test_a_cell_of_the_heat_map_is_the_mean_of_its_point_and_the_best_is_framed(
 
 def test_lines_and_points_stand_where_their_numbers_are() -> None:
     result = swept()
-    lines = {line.get_label(): points_of(line) for line in pictures._network_calls(result).axes[0].lines}
+    lines = {line.get_label(): points_of(line) for line in pictures._nfe(result).axes[0].lines}
     (axes,) = pictures._training_time(result).axes
     places = {bars.get_label(): bars for bars in axes.containers}
     for point in result.ranked:

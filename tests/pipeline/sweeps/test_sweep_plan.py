@@ -10,7 +10,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.errors import UsageError
 from pipeline.sweeps.config import base_experiment, sweep_from
 from pipeline.sweeps.forecast import trial_calls
-from pipeline.sweeps.plan import Request, SweepPlan, drawing, make_sweep_plan
+from pipeline.sweeps.plan import SweepPlan, SweepRequest, drawing, make_sweep_plan
 from pipeline.sweeps.points import Checked, title
 
 SHAPE = (1, 8, 8)
@@ -18,7 +18,7 @@ SHAPE = (1, 8, 8)
 
 def plan(space: dict[str, Any], **more: Any) -> SweepPlan:
     sweep = sweep_from({"base": "digits", "space": space, "budget": {"steps": 10}, **more})
-    return make_sweep_plan(Request(sweep, base_experiment(sweep), Profile()), "here", 1797, SHAPE, 10)
+    return make_sweep_plan(SweepRequest(sweep, base_experiment(sweep), Profile()), "here", 1797, SHAPE, 10)
 
 
 def test_the_largest_point_is_planned_for_wherever_it_stands() -> None:
@@ -80,7 +80,7 @@ def test_what_a_search_meets_that_is_refused_or_warned_of_is_listed() -> None:
     space = {"diffusion.betas": [enough, degenerate], "model.channels": [32, 33]}
     grid = {"base": "digits", "overrides": overrides, "space": space, "budget": {"steps": 9}}
     sweep = sweep_from(grid | {"search": "tpe", "num_points": 9})
-    asked = Request(sweep, base_experiment(sweep), Profile())
+    asked = SweepRequest(sweep, base_experiment(sweep), Profile())
     found, met = make_sweep_plan(asked, "here", 1797, SHAPE, 10), Checked([], [], {})
     assert found.checked == met  # drawn later
     search, points = drawing(asked, found.trial, met), []

@@ -21,7 +21,7 @@ from pipeline.sweeps.config import base_experiment, plain_base, sweep_from, tria
 from pipeline.sweeps.driver import _trial_run
 from pipeline.sweeps.entry import calls_scored, entry_of, has_value
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.plan import Request
+from pipeline.sweeps.plan import SweepRequest
 from pipeline.sweeps.search import Next
 
 JUDGED_BY = {"extractor": "classifier", "extractor_sha256": "ab12", "num_images": 128}
@@ -65,7 +65,7 @@ def test_the_command_of_a_trial_does_again_what_it_did(home: Path, metric: str) 
     folder = SweepFolder.create(home, sweep, base, plain_base(sweep), about, Profile().to_dict(), ["ddpm-pipe"])
     experiment = trial_experiment(sweep, base, point, 0)
     dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
-    asked = Request(sweep, base, Profile())
+    asked = SweepRequest(sweep, base, Profile())
     run = _trial_run(folder, asked, Next(point, 0), experiment, "key", Profile(), dataset, None)
     program, verb, _, preset, *words = run.record.command
     assert (program, verb, preset) == ("ddpm-pipe", "train", "digits")

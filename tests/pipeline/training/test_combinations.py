@@ -20,7 +20,7 @@ from pipeline.errors import UsageError
 from pipeline.sampling.generation import Denoiser
 from pipeline.training.batches import Batch
 from pipeline.training.combinations import check_training
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.randomness import training_draws
 from tests.pipeline.worker.steps import CPU
@@ -151,11 +151,11 @@ def train_sample_and_score(experiment: Experiment) -> list[Tensor]:
     torch.set_num_threads(1)
     diffusion, names = build_diffusion(experiment), NAMES if experiment.model.class_conditional else ()
     model = build_model(experiment, SHAPE, num_classes=len(names))
-    learner = Learner.create(model, experiment.training, diffusion.num_timesteps, CPU)
+    train_state = TrainState.create(model, experiment.training, diffusion.num_timesteps, CPU)
     out = []
     null_class = len(names) or None
     steps = fit(
-        learner,
+        train_state,
         model,
         build_objective(experiment),
         batches(experiment.seed),
@@ -168,8 +168,8 @@ def train_sample_and_score(experiment: Experiment) -> list[Tensor]:
         result.require_finite()
         assert result.losses.shape == result.weights.shape == result.timesteps.shape == (BATCH,)
         out += [result.losses, result.grad_norm]
-    out += [tensor for group in learner.tensors().values() for tensor in group.values()]
-    learner.ema.copy_to(model)
+    out += [tensor for group in train_state.tensors().values() for tensor in group.values()]
+    train_state.ema.copy_to(model)
     denoiser = Denoiser(diffusion, model, SHAPE, experiment.sampling, experiment.seed, CPU, names)
     images = list(denoiser.generate(3))
     assert [tuple(part.shape) for part in images] == [(2, *SHAPE), (1, *SHAPE)]

@@ -24,10 +24,10 @@ from pipeline.storage import checkpoint as checkpoints
 from pipeline.training.averages import make_averages
 from pipeline.training.batches import training_batches
 from pipeline.training.device import Capabilities, Compute, decide, sampling_compute
-from pipeline.training.loop import Learner
+from pipeline.training.loop import TrainState
 from pipeline.training.models import build_diffusion, build_model
 from pipeline.training.randomness import image_generators
-from pipeline.training.team import Team, found_group
+from pipeline.training.team import Team, init_process_group
 from tests.kit import trainer
 from tests.kit.experiments import TINY
 from tests.pipeline.runs.test_resume import killed_after, to_the_end
@@ -61,7 +61,7 @@ def gpu(chosen: Experiment, **changes: Any) -> Compute:
 
 
 @pytest.fixture(scope="module")
-def on_cpu(dataset: Dataset) -> tuple[list[torch.Tensor], Any, Learner]:
+def on_cpu(dataset: Dataset) -> tuple[list[torch.Tensor], Any, TrainState]:
     return train(dataset, experiment(), Team())
 
 
@@ -93,8 +93,8 @@ def test_a_gpu_learns_what_the_cpu_does(
 ) -> None:
     """The same rows, timesteps, noise and flips at each of 20 steps: the losses agree to the arithmetic's rounding."""
     chosen = experiment(**training)
-    losses, _, learner = train(dataset, chosen, Team(), gpu(chosen, **of_profile))
-    assert all(p.is_cuda for p in learner.model.parameters())
+    losses, _, train_state = train(dataset, chosen, Team(), gpu(chosen, **of_profile))
+    assert all(p.is_cuda for p in train_state.model.parameters())
     torch.testing.assert_close(means(losses), means(on_cpu[0]), rtol=rtol, atol=0)
 
 
@@ -184,7 +184,7 @@ def test_gradients_travel_over_nccl(dataset: Dataset, on_cpu: Any) -> None:
                 model, device_ids=compute.ddp_devices, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
-    found_group(0, 1, ("127.0.0.1", 29511), compute.backend, 60)
+    init_process_group(0, 1, ("127.0.0.1", 29511), compute.backend, 60)
     try:
         losses, _, _ = train(dataset, chosen, Wrapped(), compute)
     finally:

@@ -18,7 +18,7 @@ from pipeline.config.experiment import ModelConfig, SamplingConfig, TrainingConf
 from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
-from pipeline.sampling.generation import VaeSampler, generator_of
+from pipeline.sampling.generation import VaeSampler, make_sampler
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
 from pipeline.training.device import serving_compute
@@ -170,7 +170,7 @@ def test_image_i_is_a_function_of_seed_and_i() -> None:
     experiment = experiment_from(VAE)
     model = build_model(experiment, (1, 8, 8))
     nn.init.normal_(model.conv_out.weight, std=0.3, generator=seeded())  # type: ignore[union-attr, arg-type]
-    made = generator_of(experiment, model, (1, 8, 8), SamplingConfig(batch_size=4), 3, serving_compute())
+    made = make_sampler(experiment, model, (1, 8, 8), SamplingConfig(batch_size=4), 3, serving_compute())
     assert isinstance(made, VaeSampler)
     six, ten = torch.cat(list(made.generate(6))), torch.cat(list(made.generate(10)))
     assert torch.equal(six, ten[:6])

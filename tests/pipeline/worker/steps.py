@@ -15,7 +15,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import DivergedError
 from pipeline.training.batches import Batch, training_batches
 from pipeline.training.device import Compute
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
 from tests.kit.experiments import TINY
@@ -41,11 +41,11 @@ def order_of(dataset: Dataset, chosen: Experiment) -> Order:
 
 def train(
     dataset: Dataset, chosen: Experiment, team: Team, compute: Compute = CPU
-) -> tuple[list[torch.Tensor], list[Batch], Learner]:
-    """Train 20 steps as one worker of a team; return its losses and batches by step, and the learner."""
+) -> tuple[list[torch.Tensor], list[Batch], TrainState]:
+    """Train 20 steps as one worker of a team; return its losses and batches by step, and the train_state."""
     torch.set_num_threads(1)
     model = compute.place(build_model(chosen, dataset.manifest.shape))
-    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
+    train_state = TrainState.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
     seen: list[Batch] = []
     streams = streams_of_worker(team.rank, team.size, STREAMS)
     batches = training_batches(dataset, order_of(dataset, chosen), streams, 0, chosen.seed)
@@ -55,10 +55,10 @@ def train(
             seen.append(batch)
             yield batch
 
-    network = compute.compiled(team.share_gradients(learner.model, compute))
+    network = compute.compiled(team.share_gradients(train_state.model, compute))
     losses = []
     for result in fit(
-        learner,
+        train_state,
         network,
         build_objective(chosen),
         noted(),
@@ -71,16 +71,16 @@ def train(
         losses.append(result.losses.cpu())
         if result.step == STEPS:
             break
-    return losses, seen, learner
+    return losses, seen, train_state
 
 
 def be_a_worker(rank: int, size: int, folder: str, data: str, compute: Compute = CPU) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
     compute.start()
-    losses, seen, learner = train(Dataset.open(data), experiment(), Team.join(60), compute)
+    losses, seen, train_state = train(Dataset.open(data), experiment(), Team.join(60), compute)
     words = ("u_t", "u_flip", "u_label", "eps")
     told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
-    torch.save({"losses": losses, "told": told, "ema": learner.ema.shadow}, f"{folder}/{size}-{rank}.pt")
+    torch.save({"losses": losses, "told": told, "ema": train_state.ema.shadow}, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -95,19 +95,19 @@ def by_stream(parts: list[torch.Tensor]) -> torch.Tensor:
     return torch.stack(pieces, dim=1).flatten(0, 2)
 
 
-def overflow_until_it_stops(dataset: Dataset, compute: Compute) -> tuple[Learner, dict[str, torch.Tensor]]:
-    """Train in fp16 with gradients that all overflow; return the learner, and the weights that it began with, but the spoiled ones."""
+def overflow_until_it_stops(dataset: Dataset, compute: Compute) -> tuple[TrainState, dict[str, torch.Tensor]]:
+    """Train in fp16 with gradients that all overflow; return the train_state, and the weights that it began with, but the spoiled ones."""
     chosen = experiment(precision="fp16", warmup_steps=0)
     model = compute.place(build_model(chosen, dataset.manifest.shape))
-    learner = Learner.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
+    train_state = TrainState.create(model, chosen.training, chosen.diffusion.num_timesteps, compute)
     with torch.no_grad():
-        next(learner.model.parameters()).fill_(float("inf"))  # every gradient from here on is infinite or NaN
-    others = {name: p.clone() for name, p in list(learner.model.named_parameters())[1:]}
+        next(train_state.model.parameters()).fill_(float("inf"))  # every gradient from here on is infinite or NaN
+    others = {name: p.clone() for name, p in list(train_state.model.named_parameters())[1:]}
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    steps = fit(learner, learner.model, build_objective(chosen), batches, chosen.training, compute, seed=0)
+    steps = fit(train_state, train_state.model, build_objective(chosen), batches, chosen.training, compute, seed=0)
     done: list[int] = []
     with pytest.raises(DivergedError, match=r"loss scale down to 0\.5"):
         done.extend(result.step for result in steps)
     # halved once a step: 65,536 = 2^16 is below 1 after 17 steps, and that is noticed in the step that follows
     assert done == list(range(1, 18))
-    return learner, others
+    return train_state, others

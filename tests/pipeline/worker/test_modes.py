@@ -16,7 +16,7 @@ from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.order import streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.training.batches import training_batches
-from pipeline.training.loop import Learner, StepResult, fit
+from pipeline.training.loop import StepResult, TrainState, fit
 from pipeline.training.models import build_diffusion, build_model, build_objective
 from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
@@ -62,18 +62,18 @@ class Listening(nn.Module):
 class Trained:
     results: list[StepResult]
     labels: list[Tensor]
-    learner: Learner
+    train_state: TrainState
 
 
 def train(dataset: Dataset, chosen: Experiment, team: Team) -> Trained:
     torch.set_num_threads(1)
     model = build_model(chosen, dataset.manifest.shape, num_classes=CLASSES)
-    learner = Learner.create(model, chosen.training, T, CPU)
+    train_state = TrainState.create(model, chosen.training, T, CPU)
     network = Listening(team.share_gradients(model, CPU))
     streams = streams_of_worker(team.rank, team.size, STREAMS)
     batches = training_batches(dataset, order_of(dataset, chosen), streams, 0, chosen.seed)
     steps = fit(
-        learner,
+        train_state,
         network,
         build_objective(chosen),
         batches,
@@ -82,18 +82,18 @@ def train(dataset: Dataset, chosen: Experiment, team: Team) -> Trained:
         seed=chosen.seed,
         rank=team.rank,
         null_class=CLASSES,
-        everyones=partial(team.everyones, num_streams=STREAMS),
+        all_gather=partial(team.all_gather, num_streams=STREAMS),
     )
     results = [result for result, _ in zip(steps, range(STEPS), strict=False)]
-    return Trained(results, network.labels, learner)
+    return Trained(results, network.labels, train_state)
 
 
 def be_a_worker(rank: int, size: int, folder: str, data: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
     mine = train(Dataset.open(data), experiment(), Team.join(60))
     told = [{"t": r.timesteps, "losses": r.losses, "weights": r.weights} for r in mine.results]
-    averages = {name: average.shadow for name, average in mine.learner.averages.items()}
-    history = mine.learner.timesteps.state_dict()
+    averages = {name: average.shadow for name, average in mine.train_state.averages.items()}
+    history = mine.train_state.timesteps.state_dict()
     content = {"told": told, "labels": mine.labels, "averages": averages, "history": history}
     torch.save(content, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()
@@ -120,8 +120,8 @@ def test_workers_draw_the_same_timesteps_and_labels_and_share_one_history(tmp_pa
             assert torch.equal(worker["history"][name], tensor)
         for group, shadow in workers[0]["averages"].items():
             assert all(torch.equal(worker["averages"][group][name], tensor) for name, tensor in shadow.items())
-    assert torch.equal(workers[0]["history"]["seen"], alone.learner.timesteps.state_dict()["seen"])
-    for group, average in alone.learner.averages.items():
+    assert torch.equal(workers[0]["history"]["seen"], alone.train_state.timesteps.state_dict()["seen"])
+    for group, average in alone.train_state.averages.items():
         for name, tensor in average.shadow.items():
             torch.testing.assert_close(workers[0]["averages"][group][name], tensor, rtol=1e-3, atol=1e-5)
 
@@ -159,9 +159,9 @@ def test_a_model_without_classes_is_told_no_labels(dataset):
     settings["training"]["label_dropout"] = 0.1
     chosen = experiment_from(settings)
     network = Listening(build_model(chosen, dataset.manifest.shape))
-    learner = Learner.create(network.network, chosen.training, T, CPU)
+    train_state = TrainState.create(network.network, chosen.training, T, CPU)
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    next(iter(fit(learner, network, build_objective(chosen), batches, chosen.training, CPU, seed=0)))
+    next(iter(fit(train_state, network, build_objective(chosen), batches, chosen.training, CPU, seed=0)))
     assert network.labels == [None]
 
 
@@ -184,16 +184,16 @@ def test_every_average_is_its_own_recursion(dataset):
     """shadow <- d shadow + (1 - d) weights, in float64 by hand, with each average's decay of the step."""
     chosen = experiment(timestep_sampling="uniform", ema_ramp_up=False)
     model = build_model(chosen, dataset.manifest.shape, num_classes=CLASSES)
-    learner = Learner.create(model, chosen.training, T, CPU)
+    train_state = TrainState.create(model, chosen.training, T, CPU)
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
     name, parameter = next(iter(model.named_parameters()))
     start = parameter.detach().double().clone()
     by_hand = {"ema": start, "ema-0.5": start, "power-0.1": start}
-    steps = fit(learner, model, build_objective(chosen), batches, chosen.training, CPU, seed=0, null_class=CLASSES)
+    steps = fit(train_state, model, build_objective(chosen), batches, chosen.training, CPU, seed=0, null_class=CLASSES)
     gamma = 6.937  # of sigma_rel 0.1, Karras et al. 2024
     for n, _ in zip(range(1, 13), steps, strict=False):
         decays = {"ema": 0.9, "ema-0.5": 0.5, "power-0.1": (1 - 1 / n) ** (gamma + 1)}
         weights = parameter.detach().double()
         by_hand = {group: d * by_hand[group] + (1 - d) * weights for group, d in decays.items()}
     for group, expected in by_hand.items():
-        torch.testing.assert_close(learner.averages[group].shadow[name].double(), expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(train_state.averages[group].shadow[name].double(), expected, rtol=1e-4, atol=1e-6)

@@ -123,8 +123,8 @@ def test_what_is_not_a_prediction_is_refused_before_the_first_step(own: Path, na
 def learn_with_unused_parameters(rank: int, folder: str, data: str) -> None:
     sys.path.append(folder)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    losses, _, learner = train(Dataset.open(data), own_experiment("Unused"), Team.join(60))
-    torch.save({"losses": losses, "ema": learner.ema.shadow}, f"{folder}/{rank}.pt")
+    losses, _, train_state = train(Dataset.open(data), own_experiment("Unused"), Team.join(60))
+    torch.save({"losses": losses, "ema": train_state.ema.shadow}, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 

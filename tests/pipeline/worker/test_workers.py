@@ -15,7 +15,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.data.shards import Dataset
 from pipeline.training.batches import training_batches
 from pipeline.training.device import AUTOCAST
-from pipeline.training.loop import Learner, fit
+from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
 from tests.kit.forks import run_team
@@ -43,7 +43,7 @@ def alone(dataset):
 @pytest.mark.parametrize("size", [2, 4])
 def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_same(tmp_path, dataset, alone, size):
     run_team(be_a_worker, (size, str(tmp_path), str(dataset.folder)), size)
-    losses, seen, learner = alone
+    losses, seen, train_state = alone
     workers = gathered(tmp_path, size)
     for step in range(STEPS):
         batch = seen[step]
@@ -52,7 +52,7 @@ def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_sam
             assert torch.equal(by_stream([w["told"][step][word] for w in workers]), expected), (step, word)
         together = torch.cat([w["losses"][step] for w in workers]).mean()
         torch.testing.assert_close(together, losses[step].mean(), rtol=1e-5, atol=0)
-    for name, average in learner.ema.shadow.items():
+    for name, average in train_state.ema.shadow.items():
         assert all(torch.equal(w["ema"][name], workers[0]["ema"][name]) for w in workers)
         torch.testing.assert_close(workers[0]["ema"][name], average, rtol=1e-3, atol=1e-5)
 
@@ -80,10 +80,10 @@ def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
 
 @pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(dataset, alone):
-    losses, _, learner = train(dataset, experiment(micro_batch_size=5), Team())
+    losses, _, train_state = train(dataset, experiment(micro_batch_size=5), Team())
     for mine, theirs in zip(losses, alone[0], strict=True):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=1e-5, atol=0)
-    for name, average in learner.ema.shadow.items():
+    for name, average in train_state.ema.shadow.items():
         torch.testing.assert_close(average, alone[2].ema.shadow[name], rtol=1e-3, atol=1e-5)
 
 
@@ -105,31 +105,33 @@ def test_the_gradient_is_clipped_to_its_norm(dataset):
 
 
 def train_one(dataset: Dataset, chosen: Experiment) -> tuple[dict[str, torch.Tensor], float]:
-    learner = Learner.create(
+    train_state = TrainState.create(
         build_model(chosen, dataset.manifest.shape), chosen.training, chosen.diffusion.num_timesteps, CPU
     )
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    steps = fit(learner, learner.model, build_objective(chosen), batches, chosen.training, CPU, seed=0)
+    steps = fit(train_state, train_state.model, build_objective(chosen), batches, chosen.training, CPU, seed=0)
     result = next(iter(steps))
-    return learner.tensors()["optimizer"], float(result.grad_norm)
+    return train_state.tensors()["optimizer"], float(result.grad_norm)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, precision):
     chosen = experiment(precision=precision)
     compute = replace(CPU, autocast_dtype=AUTOCAST[precision], channels_last=True)
-    learner = Learner.create(
+    train_state = TrainState.create(
         compute.place(build_model(chosen, dataset.manifest.shape)),
         chosen.training,
         chosen.diffusion.num_timesteps,
         compute,
     )
     batches = training_batches(dataset, order_of(dataset, chosen), range(STREAMS), 0, chosen.seed)
-    for result in fit(learner, learner.model, build_objective(chosen), batches, chosen.training, compute, seed=0):
+    for result in fit(
+        train_state, train_state.model, build_objective(chosen), batches, chosen.training, compute, seed=0
+    ):
         assert torch.isfinite(result.losses).all()
         if result.step == 3:
             break
-    for group in learner.tensors().values():
+    for group in train_state.tensors().values():
         assert {tensor.dtype for tensor in group.values()} == {torch.float32}
 
 
@@ -145,6 +147,6 @@ def test_fp16_learns_what_fp32_learns(dataset, alone):
 @pytest.mark.slow
 @pytest.mark.fault(16)
 def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
-    learner, others = overflow_until_it_stops(dataset, replace(CPU, autocast_dtype=torch.float16))
-    for name, parameter in list(learner.model.named_parameters())[1:]:
+    train_state, others = overflow_until_it_stops(dataset, replace(CPU, autocast_dtype=torch.float16))
+    for name, parameter in list(train_state.model.named_parameters())[1:]:
         assert torch.equal(parameter, others[name])

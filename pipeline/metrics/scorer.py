@@ -19,7 +19,7 @@ from pipeline.training.chunks import Runner, as_it_stands
 
 
 @dataclass(frozen=True)
-class Judge:
+class Scorer:
     """What images of a model of a dataset are judged by; the reference may be of another split than that."""
 
     dataset: Dataset
@@ -27,7 +27,7 @@ class Judge:
     reference: Reference
 
 
-def judge_of(
+def scorer_of(
     dataset: Dataset,
     asked: EvaluationConfig,
     home: Path,
@@ -39,7 +39,7 @@ def judge_of(
     computed_on: torch.device | None = None,
     runner: Runner = as_it_stands,
     progress: Progress | None = None,
-) -> Judge:
+) -> Scorer:
     """Return what an evaluation judges by; what it takes of real images is kept in `home`, and nearly free after the first time.
 
     The real images are those of `dataset`, for which the extractor is chosen, or `against`: in either case `split` of their source.
@@ -68,4 +68,4 @@ def judge_of(
         runner=runner,
         progress=progress,
     )
-    return Judge(dataset, extractor, reference)
+    return Scorer(dataset, extractor, reference)

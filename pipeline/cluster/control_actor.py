@@ -1,6 +1,6 @@
-"""Between the driver and its workers: a notice board in the cluster, and what Ray Train starts in each worker.
+"""Between the driver and its workers: the control actor in the cluster, and what Ray Train starts in each worker.
 
-Ray's own processes import this module to know the two by name, so it imports nothing heavy: the board starts in a moment and costs
+Ray's own processes import this module to know the two by name, so it imports nothing heavy: the control actor starts in a moment and costs
 little memory, and torch is loaded by the workers alone.
 """
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 NAMESPACE = "ddpm-pipe"
 
 
-def board_name(run_id: str, attempt: int) -> str:
-    """Return the name under which an attempt's board is found in the cluster."""
-    return f"board-{run_id}-{attempt}"
+def actor_name(run_id: str, attempt: int) -> str:
+    """Return the name under which an attempt's control is found in the cluster."""
+    return f"control-{run_id}-{attempt}"
 
 
 @dataclass(frozen=True)
-class Member:
+class WorkerInfo:
     """A worker of an attempt: where it runs, what Ray reserved for it and its peers, and how often memory had run out there before."""
 
     rank: int
@@ -36,7 +36,7 @@ class Member:
     oom_kills: int
 
     @classmethod
-    def of_this_process(cls) -> Member:
+    def of_this_process(cls) -> WorkerInfo:
         """Return what this worker is."""
         import ray
         import ray.train
@@ -54,8 +54,8 @@ class Member:
         )
 
 
-class Board:
-    """A notice board: workers write how far they are, the driver writes that they should stop.
+class ControlActor:
+    """The control actor: workers write how far they are, the driver writes that they should stop.
 
     An actor in the cluster, or an object of this process where the worker is here, too.
     """
@@ -67,15 +67,15 @@ class Board:
         self._error: PipelineError | None = None
         self._outcome: str | None = None
         self._judgements: list[dict[str, Any]] = []
-        self._members: dict[int, Member] = {}
-        self._stumbled = False
+        self._members: dict[int, WorkerInfo] = {}
+        self._worker_failed = False
         self._stop = ""
 
     def environment(self) -> dict[str, str]:
         """Return variables for the workers that are secret: what Ray itself is told, it shows to anybody let in."""
         return self._environment
 
-    def join(self, member: Member) -> None:
+    def join(self, member: WorkerInfo) -> None:
         """Note a worker that has come up."""
         self._members[member.rank] = member
 
@@ -92,11 +92,11 @@ class Board:
     def fail(self, error: PipelineError) -> None:
         """Keep the first error that a worker raised on purpose."""
         self._error = self._error or error
-        self._stumbled = True
+        self._worker_failed = True
 
-    def stumble(self) -> None:
+    def worker_failed(self) -> None:
         """Note that a worker ended with an error, whatever it was: its peers may wait for it until their patience ends."""
-        self._stumbled = True
+        self._worker_failed = True
 
     def finish(self, outcome: str) -> None:
         """Keep how training ended."""
@@ -116,23 +116,23 @@ class Board:
             "members": dict(self._members),
             "error": self._error,
             "outcome": self._outcome,
-            "stumbled": self._stumbled,
+            "worker_failed": self._worker_failed,
             "stop": self._stop,
         }
 
 
-class BoardLink:
-    """A worker's line to the board. The answer to one message is read when the next one is due, so that nobody waits."""
+class ActorLink:
+    """A worker's line to the control actor. The answer to one message is read when the next one is due, so that nobody waits."""
 
-    def __init__(self, board: Any, stacks: Stacks) -> None:
-        self._board, self._stacks = board, stacks
+    def __init__(self, control: Any, stacks: Stacks) -> None:
+        self._control, self._stacks = control, stacks
         self._answer: Any = None
         self._stop = False
 
     def publish(self, progress: dict[str, Any]) -> None:
         """Send progress or a warning."""
         self.stop_requested()
-        self._answer = self._board.publish.remote(progress)
+        self._answer = self._control.publish.remote(progress)
 
     def stop_requested(self) -> bool:
         """Return whether an answer that has arrived said to stop. Every worker asks once a step."""
@@ -155,9 +155,9 @@ def run_worker(config: dict[str, Any]) -> None:
     from pipeline.training.team import Team
     from pipeline.worker.worker import Worker
 
-    board = ray.get_actor(config["board"], namespace=NAMESPACE)
-    os.environ.update(ray.get(board.environment.remote()))
-    board.join.remote(Member.of_this_process())
+    control = ray.get_actor(config["control"], namespace=NAMESPACE)
+    os.environ.update(ray.get(control.environment.remote()))
+    control.join.remote(WorkerInfo.of_this_process())
     try:
         job: Job = config["job"]
         collective_s = job.profile["timeouts"]["collective_s"]
@@ -165,14 +165,14 @@ def run_worker(config: dict[str, Any]) -> None:
         gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none
         path = path_of(Path(job.run_folder), job.attempt, team.rank)
         with Stacks(path, collective_s) as stacks:
-            worker = Worker(job, team, BoardLink(board, stacks), gpu)
+            worker = Worker(job, team, ActorLink(control, stacks), gpu)
             with Decoding(Path(job.run_folder).name, job.attempt, team.rank) as worker.dataset.decoding:
                 outcome = worker.work()
     except PipelineError as error:
-        ray.get(board.fail.remote(error))
+        ray.get(control.fail.remote(error))
         raise
     except BaseException:
-        board.stumble.remote()
+        control.worker_failed.remote()
         raise
-    if team.leads:
-        ray.get(board.finish.remote(outcome))
+    if team.is_main:
+        ray.get(control.finish.remote(outcome))

@@ -12,8 +12,8 @@ from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
 from pipeline.ingest.ingest import ensure_ingested, ingest_options
-from pipeline.metrics.judge import Judge, judge_of
 from pipeline.metrics.metric_identity import recorded_split
+from pipeline.metrics.scorer import Scorer, scorer_of
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
@@ -21,7 +21,7 @@ from pipeline.training.device import sampling_compute, workers_device
 from pipeline.training.trained import experiment_of, profile_of
 
 
-def find_judge(
+def choose_scorer(
     run: Run,
     asked: EvaluationConfig,
     profile: Profile,
@@ -29,14 +29,14 @@ def find_judge(
     *,
     download: bool,
     split: str | None = None,
-) -> Judge:
+) -> Scorer:
     """Return extractor and reference for a run's own images, or the reference of another split of their source.
 
     Features are taken over the workers of a profile.
 
     DataError or RefusedError says why there is none.
     """
-    return judge_of(
+    return scorer_of(
         open_images(run, "to compare with"),
         asked,
         run.folder.parent.parent,
