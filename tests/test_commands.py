@@ -106,7 +106,7 @@ def test_more_workers_than_the_machine_holds_are_named_at_once(typed, home):
     assert "this machine has" in err
 
 
-def test_workers_that_do_not_divide_the_streams_are_told_which_do(typed, home):
+def test_workers_that_do_not_divide_the_streams_are_refused_with_those_that_do(typed, home):
     (home / "three.yaml").write_text("workers: 3")
     code, _, err = typed("train", "--cluster", "three.yaml")
     assert code == 2
@@ -116,7 +116,7 @@ def test_workers_that_do_not_divide_the_streams_are_told_which_do(typed, home):
 @pytest.mark.parametrize(
     "text", ["workers: 0", "worker: 2", "workers: {min: 3, max: 2}", "env: {A: [1]}", "kind: cloud"]
 )
-def test_a_bad_profile_is_told(typed, home, text):
+def test_a_bad_profile_is_reported(typed, home, text):
     (home / "bad.yaml").write_text(text)
     code, _, err = typed("train", "--cluster", "bad.yaml")
     assert code == 2
@@ -124,7 +124,7 @@ def test_a_bad_profile_is_told(typed, home, text):
 
 
 @pytest.mark.fault(7)
-def test_a_home_that_cannot_be_written_is_told(typed, home):
+def test_a_home_that_cannot_be_written_is_reported(typed, home):
     (home / "file").write_text("")
     code, _, err = typed("train", env={"DDPM_PIPE_HOME": str(home / "file" / "home")})
     assert code == 6, err
@@ -132,7 +132,7 @@ def test_a_home_that_cannot_be_written_is_told(typed, home):
 
 
 @pytest.mark.parametrize("command", ["resume", "sample", "evaluate", "sync"])
-def test_unknown_runs_are_told(typed, trained, command):
+def test_unknown_runs_are_reported(typed, trained, command):
     code, _, err = typed(command, "zzzz")
     assert code == 2
     assert trained.id in err
@@ -195,13 +195,13 @@ def test_samples_as_parquet_hold_the_bytes_of_the_png_files(typed, trained, home
             assert np.asarray(picture).tobytes() == row
 
 
-def test_sampling_steps_beyond_the_process_are_told(typed, trained):
+def test_sampling_steps_beyond_the_process_are_reported(typed, trained):
     code, _, err = typed("sample", trained.id, "--steps", "1001")
     assert code == 2
     assert "T = 1000" in err
 
 
-def test_a_checkpoint_that_is_not_there_is_told_with_those_that_are(typed, trained):
+def test_a_checkpoint_that_is_not_there_is_reported_with_those_that_are(typed, trained):
     code, _, err = typed("sample", trained.id, "--checkpoint", "17")
     assert code == 2
     assert "there are: 28, 30" in err

@@ -117,7 +117,7 @@ def test_the_shadow_of_half_weights_is_float32(dtype: torch.dtype) -> None:
     assert model.get_parameter("0.weight").dtype == dtype
 
 
-def test_resumed_it_goes_on_bit_for_bit() -> None:
+def test_a_resume_continues_bit_for_bit() -> None:
     def run(stop: int | None) -> dict[str, Tensor]:
         torch.manual_seed(0)
         model = nn.Linear(5, 5)

@@ -99,7 +99,7 @@ def run(sampler: LossAwareTimesteps, start: int, stop: int) -> list[Tensor]:
     return drawn
 
 
-def test_resumed_it_goes_on_bit_for_bit() -> None:
+def test_a_resume_continues_bit_for_bit() -> None:
     straight = LossAwareTimesteps(5)
     before, after = run(straight, 0, 60), run(straight, 60, 90)
     first, second = LossAwareTimesteps(5), LossAwareTimesteps(5)

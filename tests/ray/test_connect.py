@@ -151,14 +151,14 @@ def test_a_token_may_stand_in_a_file(cluster, monkeypatch, tmp_path):
     assert admission(Profile(), cluster.gcs, probe_store(cluster.gcs)) == cluster.token
 
 
-def test_nobody_there_is_told(monkeypatch):
+def test_nobody_there_is_reported(monkeypatch):
     with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
         admission(Profile(), "127.0.0.1:9", probe_store("127.0.0.1:9"))
     with pytest.raises(ClusterError, match="no Ray cluster answers"):
         admission(Profile(), "http://127.0.0.1:9", probe_dashboard("http://127.0.0.1:9"))
 
 
-def test_a_server_that_is_not_rays_is_told(mlflow_server):
+def test_a_server_that_is_not_rays_is_reported(mlflow_server):
     with pytest.raises(ClusterError, match="is the address right"):
         probe_dashboard(mlflow_server)(None)
 

@@ -28,7 +28,7 @@ class Greedy(nn.Module):
 
 
 @pytest.mark.fault(17)
-def test_a_worker_without_memory_is_told_as_such_with_what_to_lower(home, shell):
+def test_a_worker_without_memory_is_reported_as_such_with_what_to_lower(home, shell):
     (home / "greedy.py").write_text(GREEDY)
     write_yaml(home / "greedy.yaml", tiny_experiment() | {"model": {"type": "greedy:Greedy"}})
     with memory_limit(LIMIT) as join:

@@ -76,7 +76,7 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
 @pytest.mark.fault(4)
 @pytest.mark.promise("P2")
 @pytest.mark.all
-def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_stay_the_same(
+def test_elastic_training_continues_on_the_nodes_that_are_there_and_its_losses_stay_the_same(
     home, typed, ray_session, start
 ):
     """Four nodes, three, four again, three announced: 4, 2, 4 and 2 workers. One attempt may fail, so that only the loss can have."""
@@ -114,9 +114,7 @@ def test_elastic_training_goes_on_with_the_nodes_that_are_there_and_its_losses_s
 
 @pytest.mark.fault(5, 25)
 @pytest.mark.promise("P1", "P2")
-def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_gone_on_from_on_another_cluster(
-    home, cli, calm, start
-):
+def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_resumed_on_another_cluster(home, cli, calm, start):
     slow = slow_experiment(home)
     with ray_cluster(num_cpus=2) as cluster:
         far = profile(home, cluster, 2, timeouts={"collective_s": 8})

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.all, pytest.mark.ray, pytest.mark.slow, pytest.mark.ti
 
 
 @pytest.mark.fault(2, 19)
-def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, start, home, tmp_path):
+def test_a_run_in_a_store_is_started_here_and_resumed_elsewhere(bucket, cli, start, home, tmp_path):
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
     write_yaml(home / "tiny.yaml", tiny_experiment(training={"steps": 60}))
     (home / "store.yaml").write_text(
@@ -59,7 +59,7 @@ def test_a_run_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, 
     assert not any(name.startswith("lease/") for name in names)
 
 
-def test_a_sweep_in_a_store_is_begun_here_and_gone_on_with_elsewhere(bucket, cli, start, home, tmp_path):
+def test_a_sweep_in_a_store_is_started_here_and_resumed_elsewhere(bucket, cli, start, home, tmp_path):
     environment = {name: os.environ[name] for name in os.environ if name.startswith("AWS_")}
     for place in (home, tmp_path):
         write_yaml(place / "tiny.yaml", tiny_experiment(training={"steps": 20}) | {"evaluation": {"num_images": 128}})

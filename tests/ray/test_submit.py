@@ -233,9 +233,7 @@ def way(cluster: RayCluster) -> Iterator[Way]:
 
 
 @pytest.mark.all
-def test_following_is_taken_up_again_where_the_connection_was_lost(
-    cli, start, cluster, profile_of, folder, outside, way
-):
+def test_following_is_resumed_where_the_connection_was_lost(cli, start, cluster, profile_of, folder, outside, way):
     environment = cluster.environment
     sent = cli(
         "train", outside(0.3, 400), "--cluster", profile_of(timeouts={"stop_s": 20}), "--detach", env=environment

@@ -93,7 +93,7 @@ def test_trials_are_nested_found_by_words_and_the_best_is_registered(swept_shell
 
 @pytest.mark.fault(2)
 @pytest.mark.all
-def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dict[str, Any], elsewhere: Shell) -> None:
+def test_a_killed_driver_is_resumed_and_ends_in_the_same_numbers(swept: dict[str, Any], elsewhere: Shell) -> None:
     killed = elsewhere.start("sweep", "grid.yaml")
     killed.wait_for(lambda: (elsewhere.home / "sweeps").is_dir() and len(ledger(elsewhere.home)) >= 1)
     processes = children_of(killed.pid)
@@ -131,7 +131,7 @@ def test_a_killed_driver_is_gone_on_with_and_ends_in_the_same_numbers(swept: dic
 
 
 @pytest.mark.fault(2)
-def test_a_sweep_whose_driver_is_killed_goes_on_from_its_trials_checkpoint(elsewhere: Shell) -> None:
+def test_a_sweep_whose_driver_is_killed_resumes_from_its_trials_checkpoint(elsewhere: Shell) -> None:
     over = ("--over", "training.learning_rate=1e-3", "--steps", "40", "--seeds", "1")
     killed = elsewhere.start("sweep", "--base", "slow.yaml", *over, "-s", "logging.every_steps=1")
     killed.wait_for(lambda: newest_step(elsewhere.home) >= 10)
@@ -175,7 +175,7 @@ def test_the_best_point_is_trained_and_says_where_it_comes_from(
     assert f"the best point of sweep {swept['sweep']}" in run.data.tags["mlflow.note.content"]
 
 
-def test_the_hopeless_are_stopped_early_and_one_that_fails_does_not_end_the_sweep(elsewhere: Shell) -> None:
+def test_the_worse_trials_are_stopped_early_and_one_that_fails_does_not_end_the_sweep(elsewhere: Shell) -> None:
     code, stdout, stderr = elsewhere.type("sweep", "race.yaml", "--json")
     assert code == 11, stderr
     assert "1 of its trials failed" in stderr
@@ -206,7 +206,7 @@ def trial_processes(pid: int) -> list[psutil.Process]:
 
 @pytest.mark.fault(1, 20)
 @pytest.mark.all
-def test_a_trial_goes_on_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_store_of_mlflow_run(
+def test_a_trial_resumes_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_store_of_mlflow_run(
     elsewhere: Shell,
 ) -> None:
     store, other = (f"sqlite:///{elsewhere.home}/{name}.db" for name in ("chosen", "other"))

@@ -43,7 +43,7 @@ FULL = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate 
         ({0: RuntimeError(LOST), 3: RuntimeError(FULL)}, "worker 3: out of memory"),
     ],
 )
-def test_the_first_cause_is_told(failures, told):
+def test_the_first_cause_is_reported(failures, told):
     assert cause_of(WorkerGroupError(failures)).startswith(told)
 
 

@@ -256,7 +256,7 @@ def test_a_breakpoint_stops_in_the_users_terminal(acting):
 
 
 @pytest.mark.fault(16)
-def test_divergence_is_told_with_its_step_and_no_checkpoint_holds_it(home, typed):
+def test_divergence_is_reported_with_its_step_and_no_checkpoint_holds_it(home, typed):
     write_yaml(home / "tiny.yaml", tiny_experiment())
     settings = {"training.learning_rate": "1e30", "training.grad_clip": "null", "checkpoint.every_steps": "1"}
     code, _, stderr = typed(

@@ -102,7 +102,9 @@ def test_a_table_of_betas_and_zero_terminal_snr(typed: Typed, home: Path) -> Non
         (["linear", "-o", "no/such/folder.png"], 6, "no/such/folder.png"),
     ],
 )
-def test_what_cannot_be_is_told_in_a_line(typed: Typed, home: Path, arguments: list[str], code: int, told: str) -> None:
+def test_what_cannot_be_is_reported_in_one_line(
+    typed: Typed, home: Path, arguments: list[str], code: int, told: str
+) -> None:
     got, out, err = typed("schedule", *arguments)
     assert (got, out) == (code, ""), err
     assert told in err

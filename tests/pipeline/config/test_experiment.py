@@ -107,7 +107,7 @@ def test_overrides_win_over_the_file_and_data_over_both(written):
         ("a: !!python/object/apply:os.system [echo]", "python/object/apply"),
     ],
 )
-def test_each_mistake_is_told_in_one_line(written, text, told):
+def test_each_mistake_is_reported_in_one_line(written, text, told):
     with pytest.raises(UsageError) as caught:
         load_experiment(written(text))
     message = str(caught.value)
@@ -118,7 +118,7 @@ def test_each_mistake_is_told_in_one_line(written, text, told):
 @pytest.mark.parametrize(
     "assignment", ["steps", "=3", "training=5", "seed.x.y=1", "training.steps=[", "training.stepz=3"]
 )
-def test_bad_overrides_are_told(written, assignment):
+def test_bad_overrides_are_reported(written, assignment):
     with pytest.raises(UsageError):
         load_experiment(written(""), [assignment])
 
@@ -213,7 +213,7 @@ def test_a_table_of_betas_travels_with_the_experiment(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "told"), [("0.1 x", "holds 'x'"), ("0.1", "holds 1 numbers"), ("", "holds 0 numbers")]
 )
-def test_a_file_that_is_no_table_is_told(tmp_path, text, told):
+def test_a_file_that_is_no_table_is_reported(tmp_path, text, told):
     (tmp_path / "betas.txt").write_text(text)
     with pytest.raises(UsageError, match=told):
         with_overrides(Experiment(), [f"diffusion.betas_file={tmp_path / 'betas.txt'}"])

@@ -116,7 +116,7 @@ def test_connect_takes_the_heads_address(address):
         ({"wait_for_resources_s": -1}, "wait_for_resources_s"),
     ],
 )
-def test_mistakes_are_told_in_one_line(content, told):
+def test_mistakes_are_reported_in_one_line(content, told):
     with pytest.raises(UsageError) as error:
         validate(Profile, content, "p.yaml")
     assert told in str(error.value)

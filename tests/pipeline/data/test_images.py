@@ -294,7 +294,7 @@ def test_the_main_picture_of_several_is_taken() -> None:
 
 
 @pytest.mark.parametrize("stray", [b"\0", b"\x12\x34\x56", b"\xff\xff", b"\xff\x00\x07"])
-def test_bytes_between_the_segments_of_a_jpeg_are_passed_over_as_pillow_does(stray: bytes) -> None:
+def test_bytes_between_the_segments_of_a_jpeg_are_skipped_as_pillow_does(stray: bytes) -> None:
     sound = jpeg_of(some_images(1, (16, 16, 3))[0])
     at, places = 2, 0
     while sound[at + 1] != 0xDA:  # up to the pixels

@@ -170,7 +170,7 @@ def test_a_node_beyond_the_row_groups_reads_one_of_them_too(tmp_path):
     assert (reading.problem, reading.num_rows, reading.num_images) == ("", 1797, groups[1 % len(groups)])
 
 
-def test_a_place_that_a_node_has_for_itself_is_told_and_nothing_is_left_there(tmp_path):
+def test_a_place_that_a_node_has_for_itself_is_reported_and_nothing_is_left_there(tmp_path):
     shared, own = tmp_path / "shared", tmp_path / "own"  # the same path on two machines, as it were
     own.mkdir()
     assert write_test(str(shared), ".doctor-1/driver", make_folder=True).problem == ""

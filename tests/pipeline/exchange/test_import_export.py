@@ -163,7 +163,7 @@ def test_a_network_larger_than_the_memory_is_refused_by_its_file(home: Path, pip
         read_folder(pipeline, "wide")
 
 
-def test_images_of_another_shape_are_told_and_how_to_make_them(typed: Typed, home: Path) -> None:
+def test_images_of_another_shape_are_refused_with_how_to_make_them(typed: Typed, home: Path) -> None:
     write_pipeline(made(shape=(3, 16, 8), num_timesteps=50, model={"attention_resolutions": [8]}), home / "tall")
     code, _, err = typed("import", "tall", "--data", "digits")
     assert code == 3
@@ -171,7 +171,7 @@ def test_images_of_another_shape_are_told_and_how_to_make_them(typed: Typed, hom
     assert typed("import", "missing")[0] == 2
 
 
-def test_images_of_classes_that_a_model_does_not_know_are_told(typed: Typed, home: Path) -> None:
+def test_images_of_classes_that_a_model_does_not_know_are_reported(typed: Typed, home: Path) -> None:
     made(num_timesteps=50, model={"class_conditional": True}).save(home / "labelled")  # of "a", "b", "c"
     code, out, err = typed("import", "labelled", "--data", "digits")
     told = err.splitlines()[-1]  # after that the digits are made

@@ -115,7 +115,7 @@ def test_digits_are_those_of_scikit_learn(tmp_path: Path) -> None:
     assert {int(v) for v in np.unique(dataset.read(range(1797)))} == {round(255 * v / 16) for v in range(17)}
 
 
-def test_progress_and_choices_are_told(tmp_path: Path) -> None:
+def test_progress_and_choices_are_printed(tmp_path: Path) -> None:
     for split in ("train", "test"):
         write_parquet(tmp_path / "p" / f"{split}-0.parquet", some_images(12), LABELS, NAMES)
     seen: list[tuple[int, int | None]] = []

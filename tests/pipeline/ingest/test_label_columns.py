@@ -187,7 +187,7 @@ def test_a_column_that_names_each_row_once_is_no_label(tmp_path: Path) -> None:
     assert not taken(write_npz(tmp_path / "x.npz", x=IMAGES, ids=np.array(ids)))[0].has_labels
 
 
-def test_of_several_the_one_that_is_called_so_is_taken_and_told(tmp_path: Path) -> None:
+def test_of_several_the_one_that_is_called_so_is_taken_and_named(tmp_path: Path) -> None:
     _, labels, lines = taken(table(tmp_path / "x.parquet", width=[28, 32] * 6, label=KINDS, flag=[True, False] * 6))
     assert labels == KINDS
     assert "columns: images in 'image', labels in 'label' (not in width, flag)" in lines

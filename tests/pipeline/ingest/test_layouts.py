@@ -125,7 +125,7 @@ LITTER = [
 ]
 
 
-def test_what_systems_leave_in_folders_is_passed_over_and_named(tmp_path: Path) -> None:
+def test_what_systems_leave_in_folders_is_skipped_and_named(tmp_path: Path) -> None:
     clean, _, _ = taken(lay_out(tmp_path / "clean", *FOUR))
     found, _, lines = taken(lay_out(lay_out(tmp_path / "in", *FOUR), *(f"{path}" for path in LITTER)))
     assert (found.class_names, found.num_rows) == (clean.class_names, 4)

@@ -279,7 +279,7 @@ def test_the_code_that_is_sent_runs_without_a_checkout(tmp_path):
     assert '"name": "mnist"' in told.stdout
 
 
-def test_a_module_that_is_not_there_is_told():
+def test_a_module_that_is_not_there_is_reported():
     with pytest.raises(UsageError, match="no module 'no_such_module' can be imported here"):
         packing.code(["no_such_module"])
 

@@ -172,7 +172,7 @@ CASES = [(when, fault) for when in FAULTS for fault in (500, "drop") if (when, f
 
 
 @pytest.mark.parametrize(("when", "fault"), CASES)
-def test_a_dashboard_that_fails_is_told_in_one_line(send, dashboard, when, fault):
+def test_a_dashboard_that_fails_is_reported_in_one_line(send, dashboard, when, fault):
     command, pattern = FAULTS[when]
     dashboard.add_job(JOB, "RUNNING")
     dashboard.fault = lambda method, path: fault if re.search(pattern, f"{method} {path}") else None
@@ -183,7 +183,7 @@ def test_a_dashboard_that_fails_is_told_in_one_line(send, dashboard, when, fault
     assert "Traceback" not in err
 
 
-def test_what_does_not_speak_as_the_address_says_is_told(send, dashboard):
+def test_what_does_not_speak_as_the_address_says_is_reported(send, dashboard):
     code, _, err = send("jobs", "list", address=dashboard.url.replace("http://", "https://"))
     assert code == 8
     assert "no secure connection" in err
@@ -200,7 +200,7 @@ def test_a_driver_that_was_killed_is_told_from_one_that_ended(send, dashboard, l
         assert f"the driver of job {JOB} was killed on the cluster by {name}" in err
 
 
-def test_a_lost_connection_is_told_and_taken_up_again(send, dashboard):
+def test_a_lost_connection_is_reported_and_restored(send, dashboard):
     dashboard.add_job(JOB, "RUNNING")
     dashboard.log = "one\ntwo\n"
     seen: list[str] = []

@@ -253,7 +253,7 @@ def test_fitted_once_and_kept(tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_labels_that_cannot_be_told_refuse_the_metric_with_the_reason(tmp_path: Path) -> None:
+def test_labels_that_cannot_be_known_refuse_the_metric_with_the_reason(tmp_path: Path) -> None:
     data = stripes(600, seed=0, mislabelled=0.3)
     for _ in range(2):  # the second time from the kept file
         with pytest.raises(RefusedError, match=r"names \d\d\.\d% of its \d+ held-out labels, expected at least 95%"):
@@ -304,7 +304,7 @@ def held_out(data: ArraySet, classifier: Classifier) -> np.ndarray[tuple[int, ..
     return held_out_rows(hash_rows(data), classifier.card.rule)
 
 
-def test_real_digits_are_told_and_with_confidence(digit_set: ArraySet, shipped: Classifier) -> None:
+def test_real_digits_are_recognised_with_confidence(digit_set: ArraySet, shipped: Classifier) -> None:
     rows = held_out(digit_set, shipped)
     choice, confidence = decide(shipped(digit_set.images[rows]))
     assert digit_set.given_labels is not None

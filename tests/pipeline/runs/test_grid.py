@@ -45,7 +45,7 @@ def test_points_are_every_combination_the_last_key_fastest():
         ("  ", "nothing to vary"),
     ],
 )
-def test_what_makes_no_grid_is_told(text, told):
+def test_what_makes_no_grid_is_reported(text, told):
     with pytest.raises(UsageError, match=told):
         parse_grid(text, ScoreRequest(seed=3))
 
@@ -125,7 +125,7 @@ def coarse(home: Path) -> Run:
     )
 
 
-def test_a_grid_is_one_table_and_goes_on_where_it_was_stopped(coarse, home, monkeypatch, capsys):
+def test_a_grid_is_one_table_and_continues_where_it_was_stopped(coarse, home, monkeypatch, capsys):
     monkeypatch.chdir(home)
     store = TrackingSettings.resolve(home)
     tracker = Tracker(coarse.folder, store)

@@ -95,7 +95,7 @@ def test_oracle_11_asked_to_stop_loses_no_step(tmp_path, undisturbed):
 
 @pytest.mark.fault(26)
 @pytest.mark.promise("P1")
-def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(tmp_path, undisturbed):
+def test_a_damaged_newest_checkpoint_is_skipped_and_the_end_is_the_same(tmp_path, undisturbed):
     run = trainer.make_run(tmp_path)
     killed_after(run, 15)
     newest = max(run.checkpoints.iterdir())
@@ -156,7 +156,7 @@ def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):
 @pytest.mark.fault(1)
 @pytest.mark.promise("P1")
 @pytest.mark.slow
-def test_a_fork_goes_on_from_its_origin_even_if_it_was_killed_before_its_first_checkpoint(tmp_path, undisturbed):
+def test_a_fork_starts_from_its_origin_even_if_it_was_killed_before_its_first_checkpoint(tmp_path, undisturbed):
     origin = trainer.make_run(tmp_path)
     to_the_end(origin)
     folder = str(max(origin.checkpoints.iterdir()))

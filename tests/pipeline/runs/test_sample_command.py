@@ -131,7 +131,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_each_mistake_is_told_in_one_line(sample, tmp_path, name):
+def test_each_mistake_is_reported_in_one_line(sample, tmp_path, name):
     arguments, told = MISTAKES[name]
     code, _, err = sample(*arguments, "--out", str(tmp_path / "out"))
     assert code == 2

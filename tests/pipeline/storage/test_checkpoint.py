@@ -269,7 +269,7 @@ def test_damaged_manifests_never_raise_anything_else(tmp_path):
 
 @pytest.mark.fault(26)
 @pytest.mark.promise("P5")
-def test_where_none_verifies_each_is_told_and_none_is_used(tmp_path):
+def test_where_none_verifies_each_is_reported_and_none_is_used(tmp_path):
     assert checkpoints.newest_verified(tmp_path / "nothing") == checkpoints.Found(None)
     for step in (1, 2, 3):
         (save(tmp_path, step).folder / "ema.safetensors").write_bytes(b"x" * step)
@@ -352,7 +352,7 @@ def test_a_place_without_room_is_refused_before_a_byte_is_written(tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_where_the_folder_should_be_is_told(tmp_path):
+def test_a_file_where_the_folder_should_be_is_reported(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot be written"):
         save(tmp_path / "file" / "checkpoints", 1)
@@ -404,7 +404,7 @@ def test_a_disk_that_runs_full_while_a_file_is_written_leaves_the_older_checkpoi
 
 @pytest.mark.fault(7)
 @pytest.mark.promise("P5")
-def test_a_disk_that_is_read_only_is_told(disk):
+def test_a_disk_that_is_read_only_is_reported(disk):
     root = disk.inside / "checkpoints"
     save(root, 1)
     disk.mount("remount,ro")

@@ -94,7 +94,7 @@ def test_the_lease_is_free_again_after_its_holder_and_nothing_is_left(bucket):
 
 
 @pytest.mark.fault(19)
-def test_a_holder_of_this_machine_that_was_killed_is_passed_over_at_once(bucket, holder):
+def test_a_holder_of_this_machine_that_was_killed_is_skipped_at_once(bucket, holder):
     process, _ = holder(beat_s=600.0, elsewhere=False)
     waiting = Lease(RemoteFolder(f"{bucket}/lease"), "run x", beat_s=600.0)
     with pytest.raises(RunLockedError, match=f"process {process.pid} on"):
@@ -106,7 +106,7 @@ def test_a_holder_of_this_machine_that_was_killed_is_passed_over_at_once(bucket,
 
 
 @pytest.mark.fault(19)
-def test_a_holder_that_beats_is_not_passed_over_and_one_that_was_stopped_has_lost_when_it_comes_back(
+def test_a_holder_that_beats_is_not_skipped_and_one_that_was_stopped_has_lost_when_it_comes_back(
     bucket, holder, object_store
 ):
     """For whoever asks, a beat is due each ten minutes, by the store's clock; the holder beats ten times a second, by its own."""

@@ -55,7 +55,7 @@ def test_faults_that_pass_are_tried_again(bucket, object_store):
     assert left == [0, 0]
 
 
-def test_a_store_that_stays_away_is_told_in_one_line(bucket, object_store):
+def test_a_store_that_stays_away_is_reported_in_one_line(bucket, object_store):
     object_store.refuse = lambda method, path: method == "PUT"
     with pytest.raises(StorageError, match=r"s3://.*/x: the store says SERVICE_UNAVAILABLE \(made to fail\)") as told:
         RemoteFolder(bucket).write("x", b"never")
@@ -63,7 +63,7 @@ def test_a_store_that_stays_away_is_told_in_one_line(bucket, object_store):
     assert object_store.count("PUT", "/x") == REQUESTS * TRIES
 
 
-def test_a_bucket_that_is_not_there_is_told(object_store):
+def test_a_bucket_that_is_not_there_is_reported(object_store):
     with pytest.raises(StorageError, match=r"NO_SUCH_BUCKET.*make the bucket"):
         RemoteFolder("s3://nobody-made-this/runs").write("x", b"")
 

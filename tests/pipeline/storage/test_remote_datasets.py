@@ -183,7 +183,7 @@ def test_a_copy_that_this_machines_disk_damaged_is_fetched_again(on_disk, in_sto
     assert copy.read_bytes() != bytes(data)
 
 
-def test_an_address_that_holds_no_dataset_is_told(bucket, cache):
+def test_an_address_that_holds_no_dataset_is_reported(bucket, cache):
     with pytest.raises(DataError, match=f"{bucket}/nothing is not an ingested dataset"):
         Dataset.open(f"{bucket}/nothing", cache)
 

@@ -120,7 +120,7 @@ def site(tmp_path, bucket, object_store):
 @pytest.mark.oracle(11)
 @pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
-def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends_the_same(site, undisturbed):
+def test_stopped_and_resumed_on_another_machine_by_a_worker_on_a_third_ends_the_same(site, undisturbed):
     site.to_the_end(stop_after=7)
     assert Run.find(site.root / "first", site.run.id, site.storage).state().step == 7
     site.to_the_end("second", "third")
@@ -138,7 +138,7 @@ def test_stopped_and_gone_on_with_on_another_machine_by_a_worker_on_a_third_ends
 @pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
 @pytest.mark.parametrize("trial", [0, 1, *(pytest.param(n, marks=pytest.mark.all) for n in range(2, 6))])
-def test_killed_while_sending_and_gone_on_with_elsewhere_ends_the_same(site, undisturbed, trial):
+def test_killed_while_sending_and_resumed_elsewhere_ends_the_same(site, undisturbed, trial):
     rng = random.Random(trial)
     site.killed_at_request(rng.randint(1, 18))
     site.killed_at_request(rng.randint(8, 18))  # a checkpoint is five of them
@@ -238,7 +238,7 @@ def test_files_follow_the_run_from_machine_to_machine(site):
         assert (other.folder / "evaluations" / "scores.json").read_text() == "made without the lock"
 
 
-def test_a_run_that_is_not_in_the_store_any_more_is_told(site):
+def test_a_run_that_is_not_in_the_store_any_more_is_reported(site):
     RemoteFolder(site.storage).delete_all("runs")
     with pytest.raises(UsageError, match=r"is not in s3://.* any more"):
         Run.find(site.root / "first", site.run.id)

@@ -128,7 +128,7 @@ def test_a_damaged_folder_does_not_hide_the_others(
 
 
 @pytest.mark.fault(19)
-def test_a_second_process_is_refused_at_once_and_told_who_holds_the_run(run: Run) -> None:
+def test_a_second_process_is_refused_at_once_with_who_holds_the_run(run: Run) -> None:
     with python(HOLD, run.folder) as holder:
         assert holder.stdout is not None
         assert holder.stdout.readline() == "held\n"

@@ -84,7 +84,7 @@ def work_of(folder: SweepFolder, room: int, halving: Halving | None = None) -> t
     ), said
 
 
-def test_no_more_trials_are_begun_than_there_is_room_for(folder: SweepFolder) -> None:
+def test_no_more_trials_are_started_than_there_is_room_for(folder: SweepFolder) -> None:
     work, _ = work_of(folder, room=2)
     assert isinstance(work.suggest("a"), Run)
     assert isinstance(work.suggest("b"), Run)
@@ -102,7 +102,7 @@ def test_no_folder_is_made_for_a_finished_trial_whose_own_is_gone(folder: SweepF
     assert [found.record.name for found in Run.all(folder.folder.parent.parent)] == ["cosine"]  # it failed
 
 
-def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_begun_with(
+def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_started_with(
     folder: SweepFolder, tmp_path: Path
 ) -> None:
     location = ensure_ingested("digits", IngestOptions(), tmp_path / "datasets").location
@@ -115,7 +115,7 @@ def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_begun_with(
     assert "workers: got 5, which does not divide" in end["reason"]
 
 
-def test_a_trial_that_was_told_to_stop_early_is_not_gone_on_with_by_the_next_driver(folder: SweepFolder) -> None:
+def test_a_trial_that_was_stopped_early_is_not_resumed_by_the_next_driver(folder: SweepFolder) -> None:
     run = begun(folder, Next(POINTS[0], 0))
     stop_early(run, 0.5)
     run.update(status=RunStatus.INTERRUPTED, step=50)  # its driver was killed before the ledger had it
@@ -141,7 +141,7 @@ def test_a_verdict_is_kept_as_it_is_made(folder: SweepFolder, ray_session: Any) 
     assert (bad.folder / VERDICT_FILE).is_file()
 
 
-def test_tpe_goes_on_first_with_what_an_earlier_driver_left(tmp_path: Path) -> None:
+def test_tpe_resumes_first_what_an_earlier_driver_left(tmp_path: Path) -> None:
     space = {"training.learning_rate": {"log": [1e-4, 1e-2]}}
     sweep = sweep_from({"space": space, "budget": {"steps": 10}, "search": "tpe", "num_points": 5})
     base, about = plain_base(sweep), {"path": "", "fingerprint": "images", "name": "digits"}
@@ -165,7 +165,7 @@ def test_tpe_goes_on_first_with_what_an_earlier_driver_left(tmp_path: Path) -> N
 
 
 @pytest.mark.ray
-def test_a_trial_that_is_stopped_alone_is_told_as_failed(folder: SweepFolder, ray_session: Any) -> None:
+def test_a_trial_that_is_stopped_alone_is_reported_as_failed(folder: SweepFolder, ray_session: Any) -> None:
     work, said = work_of(folder, room=3)
     for name in "abc":
         work.suggest(name)

@@ -95,7 +95,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_wrong_sweep_is_told_in_one_line(mistake: str) -> None:
+def test_a_wrong_sweep_is_reported_in_one_line(mistake: str) -> None:
     changes, told = MISTAKES[mistake]
     with pytest.raises(UsageError, match=told):
         a_sweep(**changes)
@@ -396,7 +396,7 @@ def test_a_ledger_survives_a_kill_in_the_middle_of_a_line(tmp_path: Path) -> Non
         assert list(ledger.entries().values()) == [first, second]
 
 
-def test_a_damaged_ledger_is_told_with_its_line(tmp_path: Path) -> None:
+def test_a_damaged_ledger_is_reported_with_its_line(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger.jsonl")
     ledger.append(entry({}, 0, 1.0))
     ledger.path.write_bytes(b"{}\n" + ledger.path.read_bytes())

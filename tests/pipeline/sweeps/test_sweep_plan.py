@@ -66,7 +66,7 @@ TOO_FEW = {"grid": [5, 10]}  # timesteps, of which images cannot take the base's
 
 
 @pytest.mark.parametrize("also", [{}, {"training.warmup_steps": {"integer": [1, 2]}}])
-def test_a_search_all_of_whose_points_are_refused_is_told_as_a_grid_is(also: dict[str, Any]) -> None:
+def test_a_search_all_of_whose_points_are_refused_is_reported_as_a_grid_is(also: dict[str, Any]) -> None:
     told = "every point of the sweep is refused; the first, T = (5|10).*: .*network calls"
     with pytest.raises(UsageError, match=told):
         plan({"diffusion.num_timesteps": TOO_FEW})

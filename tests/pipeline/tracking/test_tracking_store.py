@@ -192,7 +192,7 @@ def test_undelivered_events_travel_in_a_checkpoint_to_another_machine(
     assert history(store, found.info.run_id, "loss") == [(step, float(step)) for step in range(1, 11)]
 
 
-def test_a_machine_that_starts_with_an_empty_spool_goes_on_in_the_same_run(
+def test_a_machine_that_starts_with_an_empty_spool_continues_the_same_run(
     run: Run, store: TrackingSettings, home: Path
 ) -> None:
     here = started(run, store)
@@ -245,7 +245,7 @@ def test_a_picture_that_is_gone_or_damaged_is_set_aside_and_holds_up_nothing(
     assert "refused" in caplog.text
 
 
-def test_files_that_cannot_be_stored_now_wait_while_metrics_go_on(
+def test_files_that_cannot_be_stored_now_wait_while_metrics_are_sent(
     run: Run, store: TrackingSettings, home: Path
 ) -> None:
     (home / "mlartifacts").write_text("in the way")  # a plain file where the folder should be

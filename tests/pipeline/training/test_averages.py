@@ -103,7 +103,7 @@ def test_a_damaged_snapshot_is_found(tmp_path):
         ("posthoc:0.07", 7, "no snapshot of step 7"),
     ],
 )
-def test_weights_that_there_are_not_are_told(run, weights, step, told):
+def test_weights_that_there_are_not_are_reported(run, weights, step, told):
     with pytest.raises(UsageError, match=told):
         Trained.from_run(run, step, weights)
 

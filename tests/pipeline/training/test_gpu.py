@@ -129,7 +129,7 @@ def test_oracle_11_killed_on_a_gpu_and_resumed_ends_with_the_same_bytes(tmp_path
 
 
 @pytest.mark.promise("P6")
-def test_a_run_of_the_cpu_goes_on_on_a_gpu(tmp_path: Path) -> None:
+def test_a_run_of_the_cpu_resumes_on_a_gpu(tmp_path: Path) -> None:
     """Another device rounds differently, and says nothing of it being the same run bit for bit; but it goes on."""
     run = trainer.make_run(tmp_path)
     to_the_end(run, stop_after=7)
