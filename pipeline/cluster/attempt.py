@@ -26,14 +26,13 @@ class Ended:
     """How an attempt ended: with an outcome, or with the cause of its failure.
 
     `details` are for the run's log. `planned` says why the driver stopped it in order to go on at once; `lost` are nodes that no longer
-    answer, `rows` those of the dataset that were being decoded when a worker's process died.
+    answer.
     """
 
     outcome: str | None
     cause: str = ""
     planned: str = ""
     lost: frozenset[str] = frozenset()
-    rows: frozenset[int] = frozenset()
     details: str = ""
 
 

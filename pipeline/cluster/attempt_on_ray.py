@@ -7,18 +7,18 @@ import os
 import threading
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.attempt import Attempt, Ended, Observer, time_left
-from pipeline.cluster.causes import CrashReport, cause_of, starved
+from pipeline.cluster.causes import cause_of, starved
 from pipeline.cluster.control_actor import NAMESPACE, ControlActor, WorkerInfo, actor_name, run_worker
 from pipeline.cluster.placement import mark_of
 from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console
 from pipeline.planning.capacity import Growth, needs
+from pipeline.planning.memory import oom_kills
 from pipeline.signals import Signals
 from pipeline.storage.remote import RemoteFolder
 from pipeline.training.device import backend_of
@@ -164,10 +164,9 @@ class AttemptOnRay(Attempt):
         try:
             for group in {member.placement_group for member in self.members.values()}:
                 cluster_nodes.release(group)
-            question = partial(CrashReport.here, Path(self.job.run_folder).name, self.job.attempt)
             # this machine is there: a process of Ray's that is late to say so, because the machine is busy, would make it a lost node
             here = self.profile.kind == "local"
-            answers = dict.fromkeys(mine, question()) if here else cluster_nodes.on_each(mine, question)
+            answers = dict.fromkeys(mine, oom_kills()) if here else cluster_nodes.on_each(mine, oom_kills)
         except Exception:  # the cluster is going
             return Ended(None, cause_of(error))
         lost = frozenset(mine - answers.keys())
@@ -176,14 +175,13 @@ class AttemptOnRay(Attempt):
                 cause = f"worker {member.rank}: its node {member.node_name} was lost"
                 return Ended(None, cause, lost=lost)
         cause = cause_of(error)
-        rows = frozenset(row for report in answers.values() for row in report.rows)
-        if any(answers[member.node].oom_kills > member.oom_kills for member in self.members.values()):
-            cause, rows = starved(cause), frozenset()
+        if any(answers[member.node] > member.oom_kills for member in self.members.values()):
+            cause = starved(cause)
         stacks = Path(self.job.run_folder) / STACKS
         forget_empty(stacks)
         if stacks.is_dir():
             cause += f" (what its threads were doing: {stacks})"
-        return Ended(None, cause, lost=lost, rows=rows)
+        return Ended(None, cause, lost=lost)
 
 
 def _trainer(job: Job, profile: Profile, control: str) -> Any:

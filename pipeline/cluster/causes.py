@@ -3,26 +3,11 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.decoding import rows_left
-from pipeline.planning.memory import REMEDY, SAID, oom_kills
+from pipeline.planning.memory import REMEDY, SAID
 
 KILLED = "its process was killed"
-
-
-@dataclass(frozen=True)
-class CrashReport:
-    """What a machine tells after an attempt: how often memory has run out there, and the rows that were being decoded at a death."""
-
-    oom_kills: int
-    rows: frozenset[int]
-
-    @classmethod
-    def here(cls, run_id: str, attempt: int) -> CrashReport:
-        """Return what this machine tells of an attempt of a run."""
-        return cls(oom_kills(), rows_left(run_id, attempt))
 
 
 def cause_of(error: BaseException) -> str:

@@ -150,7 +150,6 @@ def run_worker(config: dict[str, Any]) -> None:
     import ray
     import ray.train.torch
 
-    from pipeline.data.decoding import Decoding
     from pipeline.training.stacks import Stacks, path_of
     from pipeline.training.team import Team
     from pipeline.worker.worker import Worker
@@ -166,8 +165,7 @@ def run_worker(config: dict[str, Any]) -> None:
         path = path_of(Path(job.run_folder), job.attempt, team.rank)
         with Stacks(path, collective_s) as stacks:
             worker = Worker(job, team, ActorLink(control, stacks), gpu)
-            with Decoding(Path(job.run_folder).name, job.attempt, team.rank) as worker.dataset.decoding:
-                outcome = worker.work()
+            outcome = worker.work()
     except PipelineError as error:
         ray.get(control.fail.remote(error))
         raise

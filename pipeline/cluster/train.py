@@ -26,8 +26,7 @@ from pipeline.cluster.session import Session
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import experiment_from
 from pipeline.console import Console
-from pipeline.data.shards import Dataset
-from pipeline.errors import ClusterError, DataError, InterruptedRunError
+from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.planning.capacity import fitting_counts
 from pipeline.signals import Signals, listening
 from pipeline.storage.run_checkpoints import RunCheckpoints
@@ -42,7 +41,6 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
 
     Raises:
         PipelineError: the worker's own, where it raised one.
-        DataError: decoding one row ended two attempts in a row.
         ClusterError: the attempt in this process failed, attempts are exhausted, two in a row died without a new checkpoint, or the
             cluster does not hold the workers.
         InterruptedRunError: the user or the system asked to stop.
@@ -50,7 +48,6 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
     counts = fitting_counts(experiment_from(job.experiment), profile)
     causes: list[tuple[int, str]] = []
     lost: Collection[str] = ()
-    rows: frozenset[int] = frozenset()
     in_process = profile.trains_here(job.num_workers)
     with contextlib.ExitStack() as open_until_the_end:
         session = None if in_process else open_until_the_end.enter_context(Session(profile, job.num_workers))
@@ -92,9 +89,6 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                     f"run {run.id} failed after step {max(step, 0)}: {ended.cause}; its traceback is in {run.log_path}, "
                     f"mend it, then: ddpm-pipe resume {run.id}"
                 )
-            if again := ended.rows & rows:  # whatever was saved meanwhile: the third time it would die there, too
-                raise _undecodable(run, job, profile, min(again))
-            rows = ended.rows
             if causes and causes[-1][0] == step:
                 raise ClusterError(
                     f"run {run.id} died twice after step {max(step, 0)} without a new checkpoint: {ended.cause}; "
@@ -105,15 +99,6 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
     raise ClusterError(
         f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
         f"go on from step {max(causes[-1][0], 0)} with: ddpm-pipe resume {run.id}"
-    )
-
-
-def _undecodable(run: Run, job: Job, profile: Profile, row: int) -> DataError:
-    """Return the error for a row that ended two attempts, naming its shard."""
-    where = Dataset.open(job.dataset_folder, profile.cache).locate(row)
-    return DataError(
-        f"{where}: the process that decoded this image crashed, twice; ingest the dataset again without it and start a new run, or install "
-        f"another Pillow and go on with: ddpm-pipe resume {run.id}"
     )
 
 

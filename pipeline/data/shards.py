@@ -13,7 +13,6 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config.cluster_profile import Cache
-from pipeline.data.decoding import Decoding
 from pipeline.data.images import decode_image
 from pipeline.data.manifest import ContentHash as ContentHash
 from pipeline.data.manifest import Manifest as Manifest
@@ -41,7 +40,6 @@ class Dataset:
         self._group_starts = np.concatenate([[0], np.cumsum(manifest.row_groups)]).astype(np.int64)
         self._held: Pixels | None = None
         self._labels: Ints | None = None
-        self.decoding: Decoding | None = None  # where it is noted which row is decoded, if anywhere
 
     @classmethod
     def open(cls, location: str | Path, cache: Cache | None = None) -> Dataset:
@@ -169,18 +167,13 @@ class Dataset:
         if stored.dtype == np.uint8:
             stored.take(at, axis=0, out=out.reshape(len(at), self.manifest.image_bytes), mode="clip")
             return
-        note = self.decoding
         for data, row, place in zip(stored[at], rows, out, strict=True):
-            if note is not None:
-                note.begins(int(row))
             image = decode_image(data, max_pixels=height * width, where=self.locate(int(row)))
             if image.shape != (height, width, channels):
                 raise DataError(
                     f"{self.locate(int(row))}: image is {image.shape}, expected {(height, width, channels)}"
                 )
             place[...] = image.transpose(2, 0, 1)
-        if note is not None:
-            note.ended()
 
     def locate(self, row: int) -> str:
         """Where a row lies, for messages: its shard, row group and row."""
