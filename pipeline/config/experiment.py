@@ -34,32 +34,6 @@ FREE_TO_CHANGE = (
     "diffusion.betas_file",
 )
 
-# keys that came later: at these values they leave the hash of an experiment what it was before them
-ADDED_LATER: dict[str, Any] = {
-    "data.layout": None,
-    "data.skip_damaged": 0,
-    "model.num_heads": 1,
-    "model.head_channels": None,
-    "model.norm_eps": 1e-6,
-    "model.scale_shift_norm": False,
-    "model.flip_sin_to_cos": False,
-    "model.freq_shift": 1,
-    "model.downsample_padding": 0,
-    "model.class_conditional": False,
-    "model.latent_dim": 16,
-    "diffusion.zero_terminal_snr": False,
-    "diffusion.betas": None,
-    "training.objective": "simple",
-    "training.min_snr_gamma": 5.0,
-    "training.timestep_sampling": "uniform",
-    "training.label_dropout": 0.1,
-    "training.weight_decay": 0.0,
-    "training.ema_widths": [],
-    "training.ema_snapshot_every_steps": None,
-    "training.tf32": False,
-    "training.deterministic": True,
-}
-
 
 class Precision(StrEnum):
     """Arithmetic of the network's forward and backward pass; weights, optimizer and EMA are float32 in all of them.
@@ -230,11 +204,7 @@ class Experiment(Section):
 
     def hash(self) -> str:
         """Return 16 hexadecimal digits that change with any setting that decides the weights."""
-        kept = {
-            key: value
-            for key, value in self.flat().items()
-            if not key.startswith(FREE_TO_CHANGE) and not (key in ADDED_LATER and value == ADDED_LATER[key])
-        }
+        kept = {key: value for key, value in self.flat().items() if not key.startswith(FREE_TO_CHANGE)}
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -166,7 +166,7 @@ def _checksum(content: dict[str, Any]) -> str:
 
 def _parse(content: dict[str, Any]) -> Manifest:
     for key in ("shape", "mean", "std", "skipped"):
-        content[key] = tuple(content.get(key, ()))
+        content[key] = tuple(content[key])
     if content["class_names"] is not None:
         content["class_names"] = tuple(content["class_names"])
     content["shards"] = tuple(Shard(**{**s, "row_group_rows": tuple(s["row_group_rows"])}) for s in content["shards"])

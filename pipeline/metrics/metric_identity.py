@@ -64,7 +64,7 @@ class MetricIdentity:
         reference: which real images those are.
         dataset: fingerprint of the dataset they come from.
         generation: how the generated images came about.
-        split: which part of their source the real images are, in words; scores of before it was recorded are of "train".
+        split: which part of their source the real images are, in words.
     """
 
     metric: str
@@ -159,8 +159,8 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] =
 
 
 def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an identity (as `to_json` gives it, or an older version gave it) as one level of dotted names."""
-    flat: dict[str, Any] = {"split": TRAIN} if "split" not in identity else {}
+    """Return an identity, as `to_json` gives it, as one level of dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in identity.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat

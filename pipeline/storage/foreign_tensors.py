@@ -1,7 +1,6 @@
-"""Tensors from files of strangers: looked at before they are loaded, bounded in size, and running nothing.
+"""Tensors from untrusted files: bounded in size, checked against the expected names and shapes, and loaded without running any code.
 
-What a file may hold is known before it is opened: names and shapes. A file that holds anything else is refused with a ValueError. The one
-call of `torch.load` in this package is here.
+A file that holds anything else is refused with a ValueError. The only call of `torch.load` in this package is here.
 """
 
 from __future__ import annotations
@@ -10,12 +9,11 @@ import io
 import json
 import math
 import pickle
-import pickletools
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors.torch import load as parse_safetensors
@@ -29,17 +27,10 @@ _MAX_HEADER_BYTES = 1 << 23
 _SLACK_BYTES = 1 << 20  # names and padding, beside the numbers themselves
 _SAFETENSORS_TYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 _TORCH_TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-# all that a file of dense tensors needs to be unpickled
-_HARMLESS = {
-    "collections OrderedDict",
-    "torch._utils _rebuild_tensor_v2",
-    "torch._utils _rebuild_parameter",
-    *(f"torch {kind}Storage" for kind in ("Double", "Float", "Half", "BFloat16")),
-}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file of bounded size holds; ValueError where it is anything else."""
+    """Return the object in a JSON file of bounded size; ValueError if it holds anything else."""
     with path.open("rb") as file:
         data = file.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
@@ -54,12 +45,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, expected: Shapes, rename: Rename | None = None) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors or torch file, which are those expected: dense, of floating point and finite.
+    """Return the tensors of a safetensors or torch file: exactly the expected ones, dense, floating-point and finite.
 
     Args:
-        path: its suffix says which of the two it is.
+        path: the suffix decides which of the two formats it is.
         expected: shape by name, after `rename`.
-        rename: gives the names of today for those in the file.
+        rename: maps the names in the file to the current ones.
     """
     limit = 8 * sum(math.prod(shape) for shape in expected.values()) + _SLACK_BYTES + _MAX_HEADER_BYTES
     size = path.stat().st_size
@@ -76,10 +67,10 @@ def read_tensors(path: Path, expected: Shapes, rename: Rename | None = None) -> 
 
 
 def load_torch(data: bytes) -> dict[str, Tensor]:
-    """Read a torch file as a dictionary of dense tensors, running nothing that it may hold; ValueError for anything else."""
+    """Read a torch file that holds a dictionary of dense tensors, without running code; ValueError for anything else."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of odd files before it refuses them
+            warnings.simplefilter("ignore")  # torch warns before it refuses a file
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"not a torch file of tensors alone ({_first_line(error)})") from None
@@ -91,10 +82,10 @@ def load_torch(data: bytes) -> dict[str, Tensor]:
 
 
 def _from_safetensors(data: bytes, where: str, expected: Shapes, rename: Rename) -> dict[str, Tensor]:
-    """Look at the header ourselves first: 8 bytes of its length (little endian), then JSON."""
+    """Check the header first: 8 bytes of its length (little endian), then JSON."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(_MAX_HEADER_BYTES, len(data) - 8):
-        raise ValueError(f"{where}: its header claims {length} bytes, which it cannot have")
+        raise ValueError(f"{where}: its header claims {length} bytes, more than the file or the limit allows")
     try:
         header = json.loads(data[8 : 8 + length])
         header.pop("__metadata__", None)
@@ -115,7 +106,7 @@ def _from_safetensors(data: bytes, where: str, expected: Shapes, rename: Rename)
 
 
 def _from_torch(data: bytes, where: str, expected: Shapes, rename: Rename) -> dict[str, Tensor]:
-    """Look at the archive and at what its pickle asks for before torch does."""
+    """Check sizes and checksums of the archive before torch reads it: torch itself checks no checksum."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
@@ -123,11 +114,6 @@ def _from_torch(data: bytes, where: str, expected: Shapes, rename: Rename) -> di
                 raise ValueError(f"{where}: holds compressed parts, which torch does not write")
             if sum(entry.file_size for entry in entries) > len(data):
                 raise ValueError(f"{where}: its parts claim more bytes than it has")
-            pickles = [entry for entry in entries if entry.filename.endswith(".pkl")]
-            if len(pickles) != 1:
-                raise ValueError(f"{where}: holds {len(pickles)} pickles, expected one")
-            with archive.open(pickles[0]) as file:
-                _check_pickle(file, where)
             if (part := archive.testzip()) is not None:
                 raise ValueError(f"{where}: {part} is damaged")
     except (zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as error:
@@ -145,20 +131,6 @@ def _from_torch(data: bytes, where: str, expected: Shapes, rename: Rename) -> di
         if tensor.dtype not in _TORCH_TYPES:
             raise ValueError(f"{where}: {name} is of type {tensor.dtype}, expected floating point")
     return tensors
-
-
-def _check_pickle(file: BinaryIO | Any, where: str) -> None:
-    """Refuse a pickle that names anything but what dense tensors need; its operations are read, not carried out."""
-    try:
-        for operation, argument, _ in pickletools.genops(file):
-            if operation.name == "GLOBAL" and argument not in _HARMLESS:
-                raise ValueError(f"{where}: asks for {str(argument).replace(' ', '.', 1)}, which tensors do not need")
-            if operation.name in ("STACK_GLOBAL", "INST", "EXT1", "EXT2", "EXT4"):
-                raise ValueError(f"{where}: asks for code in a way that torch does not ({operation.name})")
-    except ValueError as error:
-        if str(error).startswith(where):
-            raise
-        raise ValueError(f"{where}: its pickle is damaged ({_first_line(error)})") from None
 
 
 def _check_shapes(found: Shapes, count: int, where: str, expected: Shapes) -> None:

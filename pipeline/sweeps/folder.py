@@ -167,7 +167,6 @@ class SweepFolder:
         path = self.folder / "sweep.json"
         try:
             content = json.loads(path.read_text())
-            content = {"plain_base": content.get("base"), "extensions": []} | content  # a record from before these two
             return SweepRecord(**{item.name: content[item.name] for item in fields(SweepRecord)})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise StorageError(f"{path}: cannot be read ({error}); restore it or remove the folder") from None

@@ -248,18 +248,4 @@ def test_a_bound_given_the_labels_is_not_compared_with_one_that_is_not():
     plain = BoundIdentity("bits_per_dim", "cd" * 32, "test", 9, 9, "ema", "T = 20, x0 clipped", 0, 10)
     told = replace(plain, labels="of the images")
     assert differing(plain.to_json(), told.to_json()) == ["labels: None, of the images"]
-    assert "labels" not in plain.to_json()  # scores of before are still read as what they are
-
-
-def test_scores_of_before_the_split_was_recorded_are_of_train(new_run):
-    one, two = new_run(), new_run()
-    scored(one, 0.5)
-    scored(two, 0.4)
-    (path,) = two.folder.glob("evaluations/*/scores.json")
-    told = json.loads(path.read_text())
-    for identity in told["identities"].values():
-        del identity["split"]
-        assert differing(identity, IDENTITY.to_json()) == []
-    path.write_text(json.dumps(told))
-    (ranking,) = compare([one, two])
-    assert [rank.entry.value for rank in ranking.ranks] == [0.4, 0.5]
+    assert "labels" not in plain.to_json()
