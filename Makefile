@@ -25,10 +25,10 @@ INSTALLED := $(VENV)/.installed-$(LOCK_ID)-$(PROJECT_ID)
 # shut off from the network and from your files
 PYTEST := $(BIN)/python tests/hermetic.py -n $(JOBS) --dist loadscope --no-loadscope-reorder
 
-.PHONY: help setup train quick test test-all pythons soak mutants lint lock clean
+.PHONY: help setup train quick test test-all pythons soak mutants bench bench-quick lint lock clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(INSTALLED) ## make .venv from the hashed lock file and install the project into it
 
@@ -61,6 +61,12 @@ soak: $(INSTALLED) ## random faults and random examples, with the seed SEED, for
 
 mutants: $(INSTALLED) ## put 200 random faults into the code, SEED=... for the same again; the tests must find 90 %
 	@$(BIN)/python -m tests.mutants $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+bench: $(INSTALLED) ## speed beside diffusers, bare loops and bare Ray, into benchmarks/results.json (half an hour, idle machine)
+	@$(BIN)/python -m benchmarks.bench $(ARGS)
+
+bench-quick: $(INSTALLED) ## the same keys in at most five minutes
+	@$(BIN)/python -m benchmarks.bench --quick $(ARGS)
 
 lint: $(INSTALLED) ## formatting, lint and types only
 	@$(BIN)/ruff format --check --quiet . || { echo "run: $(BIN)/ruff format ." >&2; exit 1; }

@@ -1,31 +1,23 @@
-"""Seconds from the command to the first step of training: `ddpm-pipe train`, the same with `--isolated`, and bare Ray Train, in one run.
+"""Seconds from the command to the first step of training: `ddpm-pipe train`, the same with `--isolated`, and bare Ray Train.
 
-    python benchmarks/first_step.py               five rounds, about five minutes on two cores that do nothing else
-    python benchmarks/first_step.py --rounds 3
-
-A round starts each of them once, as a process of its own; an uncounted round before makes the dataset and MLflow's tables. Bare Ray
-Train is `ray.init`, and a `TorchTrainer` with one worker whose function imports torch: it is counted to the line after that import, and
-has no model, data or tracking yet. Ours are counted to the first line of progress. The processor's time is that of all processes of the
-command up to then. Compare numbers of one run only.
+Each is started as a process of its own. Bare Ray Train is `ray.init`, and a `TorchTrainer` with one worker whose function imports torch:
+it is measured to the line after that import, and has no model, data or tracking yet. Ours are measured to the first line of progress.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import re
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
 
-import psutil
+from benchmarks.rounds import Case, Measure, ratio
 
 BARE = """
 import sys
@@ -49,69 +41,45 @@ ray.shutdown()
 LIMIT_S = 600.0
 
 
-class Took(NamedTuple):
-    """Seconds to the first step, by the clock and of processors."""
-
-    wall_s: float
-    cpu_s: float
+IN_PROCESS, ISOLATED, BARE_RAY = "ddpm-pipe train", "ddpm-pipe train --isolated", "bare Ray Train"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    found: dict[str, list[Took]] = {name: [] for name in WAYS}
-    with tempfile.TemporaryDirectory(prefix="first-step-", dir="/tmp") as folder:
-        for number in range(options.rounds + 1):
-            for name, measure in WAYS.items():
-                took = measure(Path(folder), number)
-                print(
-                    f"round {number}  {name:<30} {took.wall_s:6.2f} s, {took.cpu_s:6.2f} s of processors",
-                    file=sys.stderr,
-                )
-                if number:
-                    found[name].append(took)
-    medians = {name: Took(*map(statistics.median, zip(*took, strict=True))) for name, took in found.items()}
-    bare = medians["bare Ray Train"]
-    print("| to the first step | s | of bare Ray Train | s of processors | of bare Ray Train |\n|---|---|---|---|---|")
-    for name, took in medians.items():
-        print(
-            f"| {name} | {took.wall_s:.2f} | {took.wall_s / bare.wall_s:.2f} | {took.cpu_s:.2f} | {took.cpu_s / bare.cpu_s:.2f} |"
-        )
-    print(
-        json.dumps(
-            {
-                "rounds": options.rounds,
-                "wall_s": {name: [took.wall_s for took in each] for name, each in found.items()},
-                "cpu_s": {name: [took.cpu_s for took in each] for name, each in found.items()},
-                "ratio": {name: took.wall_s / bare.wall_s for name, took in medians.items()},
-            }
-        )
-    )
+def cases() -> list[Case]:
+    figures = {"first_step_vs_bare_ray": ratio(ISOLATED, BARE_RAY), "first_step_in_process_s": lambda s: s[IN_PROCESS]}
+    return [Case("until the first step", "s", _contestants, figures, rounds=5)]
 
 
-def bare_ray_train(folder: Path, number: int) -> Took:
-    reached = folder / f"reached-{number}"
-    command = [sys.executable, "-c", BARE, str(reached), str(folder / f"bare-{number}")]
-    return _until(command, folder, lambda _: reached.exists(), ending=None)
+def _contestants(stack: ExitStack) -> dict[str, Measure]:
+    home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="first-step-", dir="/tmp")))
+    measures = {
+        IN_PROCESS: lambda: _ddpm_pipe(home),
+        ISOLATED: lambda: _ddpm_pipe(home, "--isolated"),
+        BARE_RAY: lambda: _bare_ray_train(home),
+    }
+    measures[IN_PROCESS]()  # makes the dataset and MLflow's tables
+    return measures
 
 
-def ddpm_pipe(*more: str) -> Callable[[Path, int], Took]:
-    def measure(folder: Path, number: int) -> Took:
-        program = str(Path(sys.executable).with_name("ddpm-pipe"))
-        step = re.compile(r"^step \d+/", re.MULTILINE)
-        return _until([program, "train", *more], folder, lambda said: bool(step.search(said)), ending=signal.SIGTERM)
-
-    return measure
+def _bare_ray_train(home: Path) -> float:
+    folder = Path(tempfile.mkdtemp(dir=home))
+    reached = folder / "reached"
+    command = [sys.executable, "-c", BARE, str(reached), str(folder)]
+    return _until(command, home, lambda _: reached.exists(), ending=None)
 
 
-def _until(command: list[str], folder: Path, reached: Callable[[str], bool], ending: signal.Signals | None) -> Took:
+def _ddpm_pipe(home: Path, *more: str) -> float:
+    program = str(Path(sys.executable).with_name("ddpm-pipe"))
+    step = re.compile(r"^step \d+/", re.MULTILINE)
+    return _until([program, "train", *more], home, lambda said: bool(step.search(said)), ending=signal.SIGTERM)
+
+
+def _until(command: list[str], folder: Path, reached: Callable[[str], bool], ending: signal.Signals | None) -> float:
     """Run a command until it has reached what it is measured by, then let it end, by a signal if one is named."""
     environment = os.environ | {"DDPM_PIPE_HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     log = folder / "log"
     with log.open("w+b") as output:
         begin = time.monotonic()
-        process = psutil.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
         try:
             while not reached(log.read_text()):
                 if process.poll() is not None or time.monotonic() - begin > LIMIT_S:
@@ -119,7 +87,7 @@ def _until(command: list[str], folder: Path, reached: Callable[[str], bool], end
                         f"{' '.join(command[:3])}: did not reach its first step:\n{log.read_text()[-3000:]}"
                     )
                 time.sleep(0.01)
-            took = Took(time.monotonic() - begin, _cpu_s(process))
+            took_s = time.monotonic() - begin
             if ending is not None:
                 process.send_signal(ending)
             process.wait(LIMIT_S)
@@ -127,26 +95,4 @@ def _until(command: list[str], folder: Path, reached: Callable[[str], bool], end
             if process.poll() is None:
                 process.terminate()
                 process.wait()
-    return took
-
-
-def _cpu_s(process: psutil.Process) -> float:
-    total = 0.0
-    for each in [process, *process.children(recursive=True)]:
-        try:
-            times = each.cpu_times()
-        except psutil.Error:
-            continue
-        total += times.user + times.system + times.children_user + times.children_system
-    return total
-
-
-WAYS: dict[str, Callable[[Path, int], Took]] = {
-    "bare Ray Train": bare_ray_train,
-    "ddpm-pipe train": ddpm_pipe(),
-    "ddpm-pipe train --isolated": ddpm_pipe("--isolated"),
-}
-
-
-if __name__ == "__main__":
-    main()
+    return took_s
