@@ -1,31 +1,39 @@
-"""`ddpm-pipe ui`: MLflow's pages about the runs, served to this machine alone until Ctrl-C."""
+"""`ddpm-pipe ui`: serves MLflow's pages on the loopback interface until Ctrl-C."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
-from urllib.parse import quote, urlsplit
+from typing import IO, TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from pipeline.console import answer
 from pipeline.errors import TrackingError, UsageError
 from pipeline.storage.home import artifacts_dir, make_folder
-from pipeline.tracking.ui_columns import choose_columns
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
+VIEW = "ddpm-pipe"
+PARAMETERS = ("diffusion.schedule", "diffusion.num_timesteps", "training.steps")
+SCORE = re.compile(r"(fid|kid|bits_per_dim)_[A-Za-z0-9_]*")
+PART = re.compile(r"_(std|prior|divergences|decoder)_")
+MAX_SCORES = 4
 
 
 def serve_ui(
@@ -38,30 +46,31 @@ def serve_ui(
 ) -> None:
     """Serve the pages on 127.0.0.1 until Ctrl-C or SIGTERM, then stop every process of the server.
 
-    `uri` is the tracking store (default: as training chooses it). A store that is itself a server needs none here: its
-    address is said and nothing started. UsageError if the port is taken, TrackingError if the server does not start.
+    `uri` is the tracking store (default: as training chooses it). If the store is itself a server, print its address and start nothing.
+    UsageError if the port is taken, TrackingError if the server does not start.
     """
     from pipeline.tracking.tracker import TrackingSettings
 
     store = TrackingSettings.resolve(home, uri, experiment).uri
     if store.startswith(("http://", "https://")):
         parts = urlsplit(store)
-        say(f"the runs are on a server of their own: {parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}")
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"
+        say(f"the runs are on an MLflow server: {experiment_address(store, address, experiment)}")
         return
     make_folder(home)
     require_free(port)
-    with tempfile.TemporaryFile() as messages, _asked_to_stop() as asked:
+    with tempfile.TemporaryFile() as messages, _stop_signals() as signals:
         server = _start(home, store, port, messages)
         try:
-            if _wait_until_ready(server, port, asked):
-                address = experiment_address(port, experiment)
+            if _wait_until_ready(server, port, signals):
+                address = experiment_address(store, f"http://{HOST}:{port}", experiment, columns=True)
                 say(f"serving {home} at {address}\nCtrl-C stops it")
                 if open_browser:
                     webbrowser.open(address)
-            while not asked and server.poll() is None:
+            while not signals and server.poll() is None:
                 time.sleep(0.1)
-            if not asked:
-                raise TrackingError(f"the MLflow server ended by itself with exit code {server.returncode}")
+            if not signals:
+                raise TrackingError(f"the MLflow server exited with code {server.returncode}")
             say("stopped")
         except TrackingError as error:
             messages.seek(0)
@@ -72,7 +81,7 @@ def serve_ui(
 
 
 def require_free(port: int) -> None:
-    """UsageError where something listens on the port already."""
+    """Raise UsageError if the port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -82,7 +91,7 @@ def require_free(port: int) -> None:
 
 
 def server_environment(store: str, home: Path) -> dict[str, str]:
-    """Return the environment of the server: the store's address is in it, not on the command line, where others can see it."""
+    """Return the server's environment. It holds the store's address, which other users could see on a command line."""
     dropped = {"MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"}
     kept = {name: value for name, value in os.environ.items() if name not in dropped}
     return kept | {
@@ -96,7 +105,7 @@ def server_environment(store: str, home: Path) -> dict[str, str]:
 
 
 def server_command(port: int) -> list[str]:
-    """Return the command of the server. MLflow's own list of allowed hosts matches `10.evil.example`: ours is exact."""
+    """Return the server's command. MLflow's default list of allowed hosts matches `10.evil.example`; this one is exact."""
     hosts = f"{HOST}:{port},localhost:{port}"
     origins = f"http://{HOST}:{port},http://localhost:{port}"
     return [
@@ -120,52 +129,59 @@ def _start(home: Path, store: str, port: int, messages: IO[bytes]) -> subprocess
     )
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int, asked: list[int]) -> bool:
-    """Return whether the server answers; False when it was asked to stop, or ended, before."""
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, signals: list[int]) -> bool:
+    """Return whether the server answers; False if it ended, or a signal arrived, before."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not asked and server.poll() is None:
+    while not signals and server.poll() is None:
         if time.monotonic() > deadline:
             raise TrackingError(f"the MLflow server did not answer on port {port} within {START_TIMEOUT_S:.0f} s")
-        with suppress(OSError, http.client.HTTPException):
-            if _get(port, "/health")[0] == 200:
-                return True
+        with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=10):
+            return True
         time.sleep(0.1)
     return False
 
 
-def experiment_address(port: int, experiment: str) -> str:
-    """Return the address of the experiment's runs in the model-training view (MLflow opens in another one by itself), with our columns."""
-    status, body = _get(port, f"/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(experiment)}")
-    root = f"http://{HOST}:{port}/#/experiments"
-    if status != 200:  # no run yet
-        return root
-    experiment_id = json.loads(body)["experiment"]["experiment_id"]
-    view = choose_columns(lambda path, content: _post(port, path, content), experiment_id)
-    return f"{root}/{experiment_id}/runs?workflowType=machine_learning{view}"
+def experiment_address(store: str, server: str, experiment: str, *, columns: bool = False) -> str:
+    """Return the address of an experiment's runs in the model-training view, with our columns if asked.
 
+    Returns the server's own address if it cannot be reached, and MLflow's list of experiments if this one does not exist yet.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
 
-def _get(port: int, path: str) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection(HOST, port, timeout=10)
+    from pipeline.tracking.writer import prepare_environment
+
+    prepare_environment()
     try:
-        connection.request("GET", path)
-        answer = connection.getresponse()
-        return answer.status, answer.read()
-    finally:
-        connection.close()
+        client = MlflowClient(store)
+        found = client.get_experiment_by_name(experiment)
+        if found is None:
+            return f"{server}/#/experiments"
+        view = choose_columns(client, found.experiment_id) if columns else ""
+    except MlflowException:
+        return server
+    return f"{server}/#/experiments/{found.experiment_id}/runs?workflowType=machine_learning{view}"
 
 
-def _post(port: int, path: str, content: dict[str, Any]) -> dict[str, Any]:
-    connection = http.client.HTTPConnection(HOST, port, timeout=10)
-    try:
-        connection.request("POST", path, json.dumps(content), {"Content-Type": "application/json"})
-        answer: dict[str, Any] = json.loads(connection.getresponse().read())
-        return answer
-    finally:
-        connection.close()
+def choose_columns(client: MlflowClient, experiment_id: str) -> str:
+    """Store the columns that MLflow's list of runs opens with, and return the part of the address that selects them.
+
+    MLflow keeps such a view as JSON in a tag of the experiment; its Share button stores the same tag.
+    """
+    runs = client.search_runs([experiment_id], max_results=200)
+    scores = {name for run in runs for name in run.data.metrics if SCORE.fullmatch(name) and not PART.search(name)}
+    ordered = sorted(scores, key=lambda name: (("fid", "kid", "bit").index(name[:3]), name))[:MAX_SCORES]
+    columns = [f"params.`{name}`" for name in PARAMETERS] + [f"metrics.`{name}`" for name in ordered]
+    view = {
+        "selectedColumns": [*columns, "metrics.`sweep_rank`"],
+        "runsExpanded": {run.info.run_id: True for run in runs if run.data.tags.get("kind") == "sweep"},
+    }
+    client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))
+    return f"&viewStateShareKey={VIEW}"
 
 
 def stop_group(server: subprocess.Popen[bytes]) -> None:
-    """End the server with all its children, and wait until none is left."""
+    """End the server and its child processes, and wait for them."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, number)
@@ -180,13 +196,13 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[list[int]]:
-    """Collect the signals that ask to stop; an exception in the wrong place would leave the server behind."""
-    asked: list[int] = []
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGINT, SIGTERM and SIGHUP; an exception in the wrong place would leave the server behind."""
+    received: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda received, frame: asked.append(received)) for number in numbers}
+    before = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in numbers}
     try:
-        yield asked
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

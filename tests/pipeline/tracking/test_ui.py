@@ -13,11 +13,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from mlflow import MlflowClient
 
 from pipeline.errors import TrackingError, UsageError
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from pipeline.tracking.ui import require_free, serve_ui, server_command, server_environment
+from pipeline.tracking.ui import choose_columns, require_free, serve_ui, server_command, server_environment
 from tests.kit.commands import python
 from tests.kit.ports import free_port
 from tests.kit.waiting import wait_for
@@ -138,10 +139,44 @@ def test_a_store_that_is_no_database_ends_in_one_line(home: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_a_remote_store_is_pointed_to_without_its_password(home: Path) -> None:
+def test_the_address_of_a_remote_server_is_printed_without_its_password(home: Path) -> None:
     said: list[str] = []
-    serve_ui(home, free_port(), uri="https://user:secret1@mlflow.example:8080/base", say=said.append)
-    assert said == ["the runs are on a server of their own: https://mlflow.example:8080/base"]
+    port = free_port()
+    serve_ui(home, free_port(), uri=f"http://user:secret1@127.0.0.1:{port}/base/", say=said.append)
+    assert said == [f"the runs are on an MLflow server: http://127.0.0.1:{port}/base"]
+
+
+@pytest.mark.slow
+def test_the_address_of_a_remote_server_opens_its_experiment(home: Path, mlflow_server: str) -> None:
+    client = MlflowClient(mlflow_server)
+    experiment = client.create_experiment("there")
+    said: list[str] = []
+    serve_ui(home, free_port(), uri=mlflow_server, experiment="there", say=said.append)
+    address = f"{mlflow_server}/#/experiments/{experiment}/runs?workflowType=machine_learning"
+    assert said == [f"the runs are on an MLflow server: {address}"]
+    assert client.get_experiment(experiment).tags == {}
+
+
+def test_the_list_of_runs_opens_with_settings_and_final_scores(store: TrackingSettings) -> None:
+    client = MlflowClient(store.uri)
+    experiment = client.create_experiment("ddpm")
+    sweep = client.create_run(experiment, tags={"kind": "sweep"}).info.run_id
+    for name in (
+        "kid_classifier_n9",
+        "fid_classifier_n9",
+        "fid_std_classifier_n9",
+        "loss",
+        "bits_per_dim_prior_train_n9",
+    ):
+        client.log_metric(sweep, name, 1.0)
+    key = choose_columns(client, experiment).removeprefix("&viewStateShareKey=")
+    view = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"])
+    assert view["runsExpanded"] == {sweep: True}
+    assert view["selectedColumns"][:4] == [
+        *("params.`diffusion.schedule`", "params.`diffusion.num_timesteps`", "params.`training.steps`"),
+        "metrics.`fid_classifier_n9`",
+    ]
+    assert view["selectedColumns"][4:] == ["metrics.`kid_classifier_n9`", "metrics.`sweep_rank`"]
 
 
 def test_the_server_gets_its_store_by_environment_and_does_no_jobs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
