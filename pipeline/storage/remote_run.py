@@ -43,7 +43,7 @@ _NOT_FILES = {
     "ray",
     "samples",
 }  # samples are for whoever asked for them; a job sends its own
-_DELIVERED = "spool/delivered.json"
+_MLFLOW_RUN = "spool/mlflow.json"
 _SENDER = ".sender"  # names this machine's folder of the run
 _AT_ONCE = 4
 
@@ -98,11 +98,11 @@ class RemoteRun:
                 _replace(local / name, content)
             elif name not in self.NOT_AT_FIRST:
                 return False
-        if not (local / _DELIVERED).is_file():  # it knows MLflow's name of the run
-            content = self.folder.read(_DELIVERED)
+        if not (local / _MLFLOW_RUN).is_file():  # it knows MLflow's name of the run
+            content = self.folder.read(_MLFLOW_RUN)
             if content is not None:
-                (local / _DELIVERED).parent.mkdir(exist_ok=True)
-                _replace(local / _DELIVERED, content)
+                (local / _MLFLOW_RUN).parent.mkdir(exist_ok=True)
+                _replace(local / _MLFLOW_RUN, content)
         return True
 
     def send_records(self, local: Path, *names: str) -> None:

@@ -249,7 +249,7 @@ class Run:
     def mlflow_run_id(self) -> str | None:
         """MLflow's id for this run, once the tracking server has made one."""
         try:
-            delivered = json.loads((self.folder / "spool" / "delivered.json").read_text())
+            delivered = json.loads((self.folder / "spool" / "mlflow.json").read_text())
         except (OSError, ValueError):
             return None
         found = delivered.get("mlflow_run_id") if isinstance(delivered, dict) else None

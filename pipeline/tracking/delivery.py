@@ -18,15 +18,14 @@ from typing import TYPE_CHECKING
 from pipeline.redaction import one_line, redact
 from pipeline.tracking.run import RUN_ID_TAG, NoRunError, find_or_make, get_run, prepare_store
 from pipeline.tracking.spool import Event
+from pipeline.tracking.writer import FILE_KINDS, MAX_METRICS_PER_CALL
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-MAX_METRICS_PER_CALL = 1000
 MAX_PARAMS_PER_CALL = 100
 MAX_DIGEST_LENGTH = 36
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
-FILE_KINDS = {"image", "artifact", "model"}
 FILE_TIMEOUT_S = 300
 REDACTED_SUFFIXES = {".json", ".yaml", ".yml", ".txt", ".md", ".log", ".csv", ".html"}
 REDACTED_MAX_BYTES = 4 << 20
@@ -60,16 +59,14 @@ class Delivery:
         self._images: set[str] | None = None
         self._is_new = False
 
-    def attach(self, known: str | None, start: Event | None, our_id: str) -> bool:
-        """Use the run's entry in the store, made now if need be (see `find_or_make`); return whether it was the known one."""
+    def attach(self, known: str | None, start: Event | None, our_id: str) -> None:
+        """Use the run's entry in the store, created now if needed (see `find_or_make`)."""
         self._forget()
-        run, how = find_or_make(self.client, self._artifacts, known, start, our_id)
+        run, self._is_new = find_or_make(self.client, self._artifacts, known, start, our_id)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
-        self._is_new = how == "made"
-        return how == "known"
 
     def deliver(self, events: Sequence[Event]) -> None:
-        """Put events into the store: one of any kind, or several of kind `metrics` (see `groups`).
+        """Put events into the store: one of any kind, or several of kind `metrics` (see `next_group`).
 
         Raises RejectedError where trying again cannot help, DeferredError where a file cannot be stored although the
         tracking server answers (its artifact store is another machine's trouble), and otherwise what MLflow raises.
@@ -234,25 +231,6 @@ class Delivery:
 def _same(metric: Metric, key: str, step: int, value: float) -> bool:
     equal = metric.value == value or (math.isnan(metric.value) and math.isnan(value))
     return equal and metric.key == key and metric.step == step
-
-
-def groups(events: Sequence[tuple[Event, int]]) -> Iterator[tuple[list[Event], int]]:
-    """Yield what one call delivers, with the offset behind it: runs of metrics up to the limit, whole records; else one event."""
-    batch: list[Event] = []
-    count = end = 0
-    for event, offset in events:
-        size = len(event["values"]) if event.get("kind") == "metrics" else 0
-        if batch and (not size or count + size > MAX_METRICS_PER_CALL):
-            yield batch, end
-            batch, count = [], 0
-        end = offset
-        if size:
-            batch.append(event)
-            count += size
-        else:
-            yield ([event] if event else []), offset
-    if batch:
-        yield batch, end
 
 
 @contextmanager

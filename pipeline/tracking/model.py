@@ -34,7 +34,9 @@ def log_model(client: MlflowClient, run_id: str, experiment_id: str, folder: Pat
             _save(target, folder, run_id, model)
             client.log_model_artifacts(model.model_id, str(target))
         client.finalize_logged_model(model.model_id, "READY")
-    client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])
+    outputs = client.get_run(run_id).outputs
+    if outputs is None or model.model_id not in {output.model_id for output in outputs.model_outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])  # MLflow's database refuses a second row
 
 
 def _entry(client: MlflowClient, run_id: str, experiment_id: str, name: str, step: int) -> LoggedModel:

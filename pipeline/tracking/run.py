@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pipeline.errors import StorageError
 from pipeline.tracking.spool import Event
@@ -27,23 +27,23 @@ class NoRunError(Exception):
 
 def find_or_make(
     client: MlflowClient, artifacts: Path | None, known: str | None, start: Event | None, our_id: str
-) -> tuple[Run, Literal["known", "found", "made"]]:
-    """Return the MLflow run, and whether it is the `known` one, was found by our id, or was made.
+) -> tuple[Run, bool]:
+    """Return the MLflow run and whether it is new: the `known` one, the one tagged with our id, else one created from the start event.
 
-    Raises NoRunError where somebody deleted it, or there is no start event to make one from.
+    Raises NoRunError if it was deleted, or if there is no start event to create it from.
     """
-    run, how = get_run(client, known), "known"
+    run, is_new = get_run(client, known), False
     if run is None:
         if start is None:
             raise NoRunError("the spool says nothing of the run's start; sync where the training was started")
         experiment_id = make_experiment(client, artifacts, start["experiment"])
-        run, how = get_run(client, start.get("mlflow_run_id")) or _tagged(client, experiment_id, our_id), "found"
+        run = get_run(client, start.get("mlflow_run_id")) or _tagged(client, experiment_id, our_id)
         if run is None:
-            run, how = client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"]), "made"
+            run, is_new = client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"]), True
     if run.info.lifecycle_stage == "deleted":
         restore = f"mlflow runs restore --run-id {run.info.run_id}"
         raise NoRunError(f"MLflow run {run.info.run_id} was deleted; `{restore}` brings it back")
-    return run, how  # type: ignore[return-value]
+    return run, is_new
 
 
 def get_run(client: MlflowClient, run_id: str | None) -> Run | None:

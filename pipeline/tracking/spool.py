@@ -1,12 +1,12 @@
-"""The spool: what was logged, one JSON line each, and how far it has been delivered.
+"""The spool: an append-only log of what was recorded for MLflow, and of what MLflow has received.
 
-    spool/events.jsonl    every event, appended; the truth about what was logged from this run folder
-    spool/delivered.json  how many bytes of it a tracking store has, and under which MLflow run
-    spool/delivery.lock   held while delivering, so that two processes never deliver at once
-    spool/rejected.jsonl  events that the store refused for good, with its reason
-    spool/unreachable     present while the store cannot be reached: later processes then wait less for it
+    spool/events.jsonl   one JSON object per line: an event, or a receipt for events
+    spool/mlflow.json    the MLflow run that receives the events, and the address of its store
+    spool/delivery.lock  held while delivering, so that two processes never deliver at once
 
-Appending is safe from several processes; a line cut by a crash is skipped when reading.
+An event has an `id` and a `kind`. A receipt {"received": [id, ...], "run": mlflow_run_id, "sender": process} says that an MLflow run has
+these events; with "refused" it gives the reason for which the store will never take them. Appending is safe from several processes. A line
+that was cut or damaged is skipped.
 """
 
 from __future__ import annotations
@@ -15,56 +15,58 @@ import fcntl
 import json
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import StorageError
 from pipeline.storage.durable import write_json
 
 Event = dict[str, Any]
-CHUNK_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Position:
-    """How far delivery to one store has come: `offset` bytes of the spool are there, but for the events at `deferred`.
-
-    `writer` is who delivered last.
-    """
-
-    uri: str = ""
-    offset: int = 0
-    mlflow_run_id: str | None = None
-    writer: str = ""
-    deferred: tuple[int, ...] = ()
 
 
 class Spool:
-    """The spool of one run folder."""
+    """The spool of one run folder, seen from one MLflow run: an event is pending until a receipt of that run names it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.events_path = folder / "events.jsonl"
-        self._position_path = folder / "delivered.json"
-        self._unreachable_path = folder / "unreachable"
+        self._run_path = folder / "mlflow.json"
         self._unwritten: list[bytes] = []
-        self._appending = threading.Lock()
+        self._appending, self._reading = threading.Lock(), threading.RLock()
         self._seal_needed = self._ends_in_a_cut_line()
+        self._run: str | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._offset = 0  # of what was read
+        self._ids: set[Any] = set()
+        self._pending: dict[Any, Event] = {}
+        self.last_start: Event | None = None
+        self.last_sender = ""
+
+    # appending
 
     def append(self, event: Event) -> None:
-        """Add an event. Where the disk refuses it stays in memory and is tried again with the next one; never raises OSError."""
+        """Add an event. If the disk refuses it, it stays in memory until the next one; never raises OSError."""
         with self._appending:
             self._unwritten.append(json.dumps(event, separators=(",", ":")).encode() + b"\n")
         self.write_unwritten()
+
+    def receive(self, events: Sequence[Event], sender: str, refused: str = "") -> None:
+        """Note that the MLflow run has these events, or has `refused` them for good."""
+        receipt = {"received": [event["id"] for event in events], "run": self._run, "sender": sender}
+        with self._reading:
+            self._apply(receipt)
+        self.append(receipt | ({"refused": refused} if refused else {}))
 
     def write_unwritten(self) -> None:
         """Try again to write what the disk has refused; never raises OSError."""
         with self._appending:
             if not self._unwritten:
                 return
-            try:
+            with suppress(OSError):  # disk full or read-only: training goes on
                 self.folder.mkdir(parents=True, exist_ok=True)
                 descriptor = os.open(self.events_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
                 try:
@@ -73,8 +75,6 @@ class Spool:
                         del self._unwritten[0]
                 finally:
                     os.close(descriptor)
-            except OSError:
-                pass  # disk full or read-only: training goes on
 
     def _write_line(self, descriptor: int, line: bytes) -> None:
         content = b"\n" + line if self._seal_needed else line
@@ -95,74 +95,74 @@ class Spool:
 
     @property
     def unwritten(self) -> int:
-        """Number of events that the disk has refused so far."""
+        """Number of lines that the disk has refused so far."""
         return len(self._unwritten)
 
-    def size(self) -> int:
-        """Return the offset behind the last whole line."""
+    # reading
+
+    def pending(self) -> list[Event]:
+        """Return the events that the MLflow run lacks, in order."""
+        with self._reading:
+            self._read()
+            return list(self._pending.values())
+
+    def ids(self) -> frozenset[Any]:
+        """Return the ids of all events."""
+        with self._reading:
+            self._read()
+            return frozenset(self._ids)
+
+    def _read(self) -> None:
+        """Take in the whole lines that were appended since the last call, by any process."""
         try:
             with self.events_path.open("rb") as file:
-                end = file.seek(0, os.SEEK_END)
-                while end:
-                    begin = max(0, end - CHUNK_BYTES)
-                    file.seek(begin)
-                    newline = file.read(end - begin).rfind(b"\n")
-                    if newline >= 0:
-                        return begin + newline + 1
-                    end = begin
+                if os.fstat(file.fileno()).st_size < self._offset:  # another machine's, shorter spool took its place
+                    self._forget()
+                file.seek(self._offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break
+                    self._offset += len(line)
+                    self._apply(_parse(line))
         except FileNotFoundError:
-            pass
-        return 0
+            self._forget()
 
-    def read(self, offset: int) -> list[tuple[Event, int]]:
-        """Return some events from `offset` on, each with the offset behind it; [] at the end. A cut line is an event {}."""
-        found: list[tuple[Event, int]] = []
+    def _apply(self, line: Event) -> None:
+        if "received" in line:
+            self.last_sender = line["sender"]
+            if line["run"] == self._run:
+                for received in line["received"]:
+                    self._pending.pop(received, None)
+        elif "id" in line and line["id"] not in self._ids:
+            self._ids.add(line["id"])
+            self._pending[line["id"]] = line
+            if line["kind"] == "start":
+                self.last_start = line
+
+    # the MLflow run
+
+    def known_run(self, uri: str | None = None) -> str | None:
+        """Return MLflow's id of the run, if it is known (and in the store `uri`)."""
         try:
-            with self.events_path.open("rb") as file:
-                file.seek(offset)
-                content = file.read(CHUNK_BYTES)
-                if b"\n" not in content:
-                    content += file.readline()
-        except FileNotFoundError:
-            return found
-        for line in content.splitlines(keepends=True):
-            if not line.endswith(b"\n"):
-                break
-            offset += len(line)
-            found.append((_parse(line), offset))
-        return found
-
-    def events(self, offset: int = 0) -> Iterator[Event]:
-        """Yield every whole event from `offset` on."""
-        while batch := self.read(offset):
-            offset = batch[-1][1]
-            yield from (event for event, _ in batch if event)
-
-    def pending(self, position: Position) -> list[Event]:
-        """Return the events that the store lacks at `position`."""
-        late = [self.read(offset)[:1] for offset in position.deferred]
-        return [event for found in late for event, _ in found] + list(self.events(position.offset))
-
-    def last_start(self) -> Event | None:
-        """Return the newest event of kind `start`, which says what an MLflow run is made from."""
-        last = None
-        for event in self.events():
-            if event["kind"] == "start":
-                last = event
-        return last
-
-    def position(self) -> Position:
-        """Return how far delivery has come; the beginning where that is unknown, since delivery skips what is there."""
-        try:
-            content = json.loads(self._position_path.read_text())
-            position = Position(**{**content, "deferred": tuple(content["deferred"])})
+            content = json.loads(self._run_path.read_text())
+            return str(content["mlflow_run_id"]) if uri in (None, content["uri"]) else None
         except (OSError, ValueError, TypeError, KeyError):
-            return Position()
-        return position if 0 <= position.offset <= self.size() else Position(position.uri, 0, position.mlflow_run_id)
+            return None
 
-    def save_position(self, position: Position) -> None:
-        """Replace the recorded position; StorageError where the disk refuses."""
-        write_json(self._position_path, asdict(position))
+    def use_run(self, mlflow_run_id: str | None, uri: str) -> None:
+        """See the spool from this MLflow run, and remember the run for other processes."""
+        with self._reading:
+            if mlflow_run_id != self._run:
+                self._run = mlflow_run_id
+                self._forget()
+        if mlflow_run_id is not None and self.known_run(uri) != mlflow_run_id:
+            with suppress(StorageError):  # it is found again by its tag
+                write_json(self._run_path, {"uri": uri, "mlflow_run_id": mlflow_run_id})
+
+    @property
+    def run(self) -> str | None:
+        """MLflow's id of the run that the spool is seen from."""
+        return self._run
 
     @contextmanager
     def delivering(self) -> Iterator[bool]:
@@ -176,27 +176,15 @@ class Spool:
                 return
             yield True
 
-    def reject(self, event: Event, reason: str) -> None:
-        """Keep an event that the store refused for good, with the reason."""
-        with (self.folder / "rejected.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"reason": reason, "event": event}) + "\n")
-
-    @property
-    def unreachable(self) -> bool:
-        """Whether the last process that tried found no store."""
-        return self._unreachable_path.exists()
-
-    def mark_unreachable(self, unreachable: bool) -> None:
-        """Remember for later processes whether the store could be reached."""
-        if not unreachable:
-            self._unreachable_path.unlink(missing_ok=True)
-        elif not self.unreachable:
-            self._unreachable_path.touch()
-
 
 def _parse(line: bytes) -> Event:
+    """Return the event or receipt of a line; {} if it is damaged."""
     try:
-        event = json.loads(line)
-    except ValueError:
+        content = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
-    return event if isinstance(event, dict) and "kind" in event else {}
+    if not isinstance(content, dict):
+        return {}
+    is_event = isinstance(content.get("id"), str | int) and isinstance(content.get("kind"), str)
+    is_receipt = isinstance(content.get("received"), list) and {"run", "sender"} <= content.keys()
+    return content if is_event or is_receipt else {}

@@ -95,7 +95,6 @@ class Tracker:
         self._later = later
         self._token = secrets.token_hex(4)
         self._count = 0
-        self._start: Event | None = None
         self._writer = Writer(
             run_dir, settings.uri, settings.artifacts, self._spool, self._token, settings.batch_interval_s
         )
@@ -175,20 +174,19 @@ class Tracker:
     @property
     def mlflow_run_id(self) -> str | None:
         """MLflow's id of the run, once there is one."""
-        return self._spool.position().mlflow_run_id
+        return self._spool.known_run()
 
     def undelivered(self) -> list[Event]:
         """Return the events that no store is known to have, for a checkpoint; `restore` on another machine merges them."""
-        position = self._spool.position()
-        pending = self._spool.pending(position)
-        start = self._start = self._start or self._spool.last_start()
+        pending = self._spool.pending()
+        start = self._spool.last_start
         if start is not None and all(event["id"] != start["id"] for event in pending):
             pending.insert(0, {**start, "restored": True})
         return pending
 
     def restore(self, events: Iterable[Event]) -> None:
         """Merge events of a checkpoint into the spool; those it holds are left alone. Call it before recording anything."""
-        present = {event["id"] for event in self._spool.events()}
+        present = self._spool.ids()
         for event in events:
             if event["id"] not in present:
                 self._spool.append(event)
@@ -244,15 +242,13 @@ def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> i
     """Deliver what a run's spool still holds and return the number of events; TrackingError where the store is away."""
     spool = Spool(run_dir / "spool")
     writer = Writer(run_dir, settings.uri, settings.artifacts, spool, secrets.token_hex(4))
-    pending = len(spool.pending(writer.position()))
     try:
-        writer.deliver_all(timeout)
+        return writer.deliver_all(timeout)
     except Exception as error:
         raise TrackingError(
             f"tracking: {public_uri(settings.uri)} cannot be used ({one_line(error)}); "
             f"check the address and run `ddpm-pipe sync {run_dir.name}` again"
         ) from error
-    return pending
 
 
 def _absolute(uri: str) -> str:

@@ -1,4 +1,4 @@
-"""The one thread that talks to the tracking store: it takes the spool's events in order, and waits so that nobody else must."""
+"""The thread that talks to the tracking store: it delivers the spool's events in order, so that training never waits for the store."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 import os
 import threading
 import time
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.redaction import one_line, public_uri
-from pipeline.tracking.spool import Event, Position, Spool
+from pipeline.tracking.spool import Event, Spool
 
 if TYPE_CHECKING:
     from pipeline.tracking.delivery import Delivery
@@ -20,12 +20,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 GRACE_S = 3.0  # how long closing waits for a store that does not answer
-GRACE_KNOWN_DEAD_S = 0.3  # ... and where an earlier process of the run found it dead already
+GRACE_KNOWN_DEAD_S = 0.3  # ... if it did not answer before
 MAX_BACKOFF_S = 30.0
+MAX_METRICS_PER_CALL = 1000
+FILE_KINDS = {"image", "artifact", "model"}
 
 
 class Writer:
     """Delivers a spool to one store; `token` tells this process from others that deliver the same spool."""
+
+    _silent: ClassVar[set[str]] = set()  # stores that this process found away; it waits less for them
 
     def __init__(
         self, run_dir: Path, uri: str, artifacts: Path | None, spool: Spool, token: str, interval_s: float = 1.0
@@ -49,6 +53,7 @@ class Writer:
         self._answers = uri.startswith("sqlite:")
         self._asked_at = math.inf  # when the store was first asked: importing MLflow is not the store's fault
         self.problem: str | None = None
+        spool.use_run(spool.known_run(self._public_uri), self._public_uri)
 
     # the thread
 
@@ -78,22 +83,24 @@ class Writer:
                 self._note_failure(error)
 
     def drain(self, timeout: float, patient: bool = False) -> bool:
-        """Wait until the store has all that the spool holds now; give up early where it is away, unless `patient`."""
-        grace_s = GRACE_KNOWN_DEAD_S if self._spool.unreachable else GRACE_S
+        """Wait until the store has all that the spool holds now; give up early if the store is away, unless `patient`."""
+        grace_s = GRACE_KNOWN_DEAD_S if self._public_uri in self._silent else GRACE_S
         begin = moved = time.monotonic()
         woken = 0.0
-        end, offset = self._spool.size(), -1
+        wanted = {event["id"] for event in self._spool.pending()}
+        count = -1
         while True:
-            position = self.position()
-            if position.offset >= end and not position.deferred and not self._spool.unwritten:
+            left = [event for event in self._spool.pending() if event["id"] in wanted]
+            if not left and not self._spool.unwritten:
                 return True
             now = time.monotonic()
-            if position.offset != offset:  # by this process or another one
-                offset, moved = position.offset, now
+            if len(left) != count:  # delivered by this process or another one
+                count, moved = len(left), now
             hangs = not self._answers and now - max(moved, self._asked_at) > grace_s
             if hangs and not patient:
-                self._spool.mark_unreachable(True)
-            gone = hangs or self._failed_attempt >= begin or (position.offset >= end and self._failed_files >= begin)
+                self._silent.add(self._public_uri)
+            only_files = bool(left) and all(event["kind"] in FILE_KINDS for event in left)
+            gone = hangs or self._failed_attempt >= begin or (only_files and self._failed_files >= begin)
             if now - begin > timeout or (gone and not patient):
                 return False
             if now - woken > 0.5:
@@ -104,117 +111,86 @@ class Writer:
                 self._spool.write_unwritten()
             time.sleep(0.02)
 
-    def deliver_all(self, timeout: float) -> None:
-        """Deliver the whole spool in this thread. Raises what MLflow raises, or TimeoutError."""
+    def deliver_all(self, timeout: float) -> int:
+        """Deliver the whole spool in this thread; return how many events were sent. Raises what MLflow raises, or TimeoutError."""
         deadline = time.monotonic() + timeout
-        while True:
-            position = self.position()
-            if position.offset >= self._spool.size() and not position.deferred:
-                return
+        sent = 0
+        while left := self._spool.pending():
             if time.monotonic() > deadline:
                 raise TimeoutError(self.problem or f"not everything was taken within {timeout:.0f} s")
-            if not self.deliver_some():
-                if position.deferred and self.problem:
+            done = self.deliver_some()
+            sent += done
+            if not done and self._spool.pending() == left:
+                if self.problem:
                     raise OSError(self.problem)
                 time.sleep(0.2)  # the run's own process is delivering
+        return sent
 
     # one part of the spool
 
-    def position(self) -> Position:
-        """Return how far delivery to this store has come."""
-        position = self._spool.position()
-        return position if position.uri == self._public_uri else Position()
-
-    def deliver_some(self) -> bool:
-        """Deliver the next part of the spool; return whether there may be more. Raises what MLflow raises."""
+    def deliver_some(self) -> int:
+        """Deliver the next events that fit into one call; return how many. Raises what MLflow raises."""
         with self._spool.delivering() as mine:
             if not mine:  # another process is asking
                 self._asked_at = min(self._asked_at, time.monotonic())
-                return False
-            position = self.position()
-            files_due = position.deferred and time.monotonic() >= self._retry_files_at
-            if position.offset >= self._spool.size() and not files_due:
-                return False
-            delivery, position = self._attached(position)
-            if files_due:
-                position = self._retry_files(delivery, position)
-            batch = self._spool.read(position.offset)
-            self._deliver(delivery, batch, position)
-            return bool(batch)
+                return 0
+            if not self._due():
+                return 0
+            delivery = self._attached()
+            events = next_group(self._due())
+            if events:
+                self._deliver(delivery, events)
+            return len(events)
 
-    def _attached(self, position: Position) -> tuple[Delivery, Position]:
-        """Make sure that there is an MLflow run to deliver to, and return where to go on."""
+    def _due(self) -> list[Event]:
+        """Return the pending events, without files while the artifact store is left alone after a failure."""
+        pending = self._spool.pending()
+        if time.monotonic() >= self._retry_files_at:
+            return pending
+        return [event for event in pending if event["kind"] not in FILE_KINDS]
+
+    def _attached(self) -> Delivery:
+        """Return the connection to the MLflow run, which is looked up again after another process has delivered."""
         from pipeline.tracking.delivery import Delivery
 
         if self._delivery is None:
             prepare_environment()
             self._delivery = Delivery(self._uri, self._run_dir, self._artifacts)
             self._asked_at = min(self._asked_at, time.monotonic())
-        elif position.writer == self._token and position.mlflow_run_id == self._delivery.run_id:
-            return self._delivery, position
-        was_known = self._delivery.attach(position.mlflow_run_id, self._spool.last_start(), self._run_dir.name)
+        elif self._spool.last_sender == self._token and self._spool.run == self._delivery.run_id:
+            return self._delivery
+        self._delivery.attach(self._spool.known_run(self._public_uri), self._spool.last_start, self._run_dir.name)
         self._answers = True
-        if not was_known:  # a new run, or one whose delivery is not known: all again, what is there is skipped
-            position = Position(self._public_uri)
-        return self._delivery, replace(position, mlflow_run_id=self._delivery.run_id, writer=self._token)
+        self._spool.use_run(self._delivery.run_id, self._public_uri)
+        return self._delivery
 
-    def _deliver(self, delivery: Delivery, batch: list[tuple[Event, int]], position: Position) -> None:
-        from pipeline.tracking.delivery import DeferredError, RejectedError, groups
-
-        for events, end in groups(batch):
-            deferred = position.deferred
-            try:
-                if events:
-                    delivery.deliver(events)
-            except RejectedError as error:
-                self._reject(delivery, events, error)
-            except DeferredError as error:
-                deferred = (*deferred, position.offset)
-                self._note_file_trouble(error)
-            position = replace(position, offset=end, deferred=deferred)
-            self._spool.save_position(position)
-            self._note_success(position)
-
-    def _retry_files(self, delivery: Delivery, position: Position) -> Position:
-        """Try again what could not be stored before the rest went on."""
+    def _deliver(self, delivery: Delivery, events: list[Event]) -> None:
         from pipeline.tracking.delivery import DeferredError, RejectedError
 
-        for offset in position.deferred:
-            events = [event for event, _ in self._spool.read(offset)[:1]]
-            try:
-                delivery.deliver(events)
-            except RejectedError as error:
-                self._reject(delivery, events, error)
-            except DeferredError as error:
-                self._note_file_trouble(error)
-                break
-            position = replace(position, deferred=position.deferred[1:])
-            self._spool.save_position(position)
-            self._note_success(position)
-        return position
-
-    def _reject(self, delivery: Delivery, events: list[Event], error: Exception) -> None:
-        """Set aside what the store refuses for good; of several events, those that it refuses one by one."""
-        from pipeline.tracking.delivery import RejectedError
-
-        if len(events) > 1:
-            for event in events:
-                try:
-                    delivery.deliver([event])
-                except RejectedError as one:
-                    self._reject(delivery, [event], one)
-            return
-        log.warning("tracking: an event of kind %r was refused: %s", events[0]["kind"], error)
-        self._spool.reject(events[0], str(error))
+        try:
+            delivery.deliver(events)
+        except DeferredError as error:
+            self._note_file_trouble(error)
+        except RejectedError as error:
+            if len(events) > 1:  # some of them may be sound
+                for event in events:
+                    self._deliver(delivery, [event])
+                return
+            log.warning("tracking: an event of kind %r was refused: %s", events[0]["kind"], error)
+            self._spool.receive(events, self._token, refused=str(error))
+        else:
+            self._spool.receive(events, self._token)
+            self._note_success(is_file=events[0]["kind"] in FILE_KINDS)
 
     # how it goes
 
-    def _note_success(self, position: Position) -> None:
+    def _note_success(self, *, is_file: bool) -> None:
         self._failures = 0
         self._answers = True
-        if not position.deferred:
+        self._silent.discard(self._public_uri)
+        if is_file or self._failed_files < 0:
             self.problem = None
-        self._spool.mark_unreachable(False)
+            self._failed_files = -1.0
 
     def _note_file_trouble(self, error: Exception) -> None:
         if self.problem is None:
@@ -231,7 +207,22 @@ class Writer:
         self._delivery = None
         self.problem = one_line(error)
         self._failed_attempt = self._attempt
-        self._spool.mark_unreachable(True)
+        self._silent.add(self._public_uri)
+
+
+def next_group(events: Sequence[Event]) -> list[Event]:
+    """Return the events of the next call: metrics of several events up to the limit, whole events; else one event."""
+    group: list[Event] = []
+    count = 0
+    for event in events:
+        size = len(event["values"]) if event["kind"] == "metrics" and isinstance(event.get("values"), dict) else 0
+        if group and (not size or count + size > MAX_METRICS_PER_CALL):
+            break
+        group.append(event)
+        count += size
+        if not size:
+            break
+    return group
 
 
 def prepare_environment() -> None:

@@ -29,6 +29,16 @@ def history(settings: TrackingSettings, run_id: str | None, key: str) -> list[tu
     return [(metric.step, metric.value) for metric in client_of(settings).get_metric_history(run_id, key)]
 
 
+def forget_receipts(run_folder: Path, last: int | None = None) -> None:
+    """Remove receipts from a spool, the last ones or all, as if the process had died before it wrote them."""
+    log = run_folder / "spool" / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    receipts = [number for number, line in enumerate(lines) if line.startswith('{"received"')]
+    assert receipts
+    dropped = set(receipts if last is None else receipts[-last:])
+    log.write_text("".join(line for number, line in enumerate(lines) if number not in dropped))
+
+
 def runs_in(settings: TrackingSettings) -> list[Any]:
     """Every MLflow run of the store."""
     client = client_of(settings)

@@ -193,7 +193,7 @@ def logged_losses(run: Run) -> dict[int, float]:
     losses: dict[int, float] = {}
     for line in (run.folder / "spool" / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["kind"] == "metrics":
+        if event.get("kind") == "metrics":
             loss = event["values"]["loss"]
             assert losses.setdefault(event["step"], loss) == loss
     return losses

@@ -47,7 +47,7 @@ def losses(run: Path) -> dict[int, float]:
     found: dict[int, float] = {}
     for line in (run / "spool" / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event["kind"] == "metrics" and "loss" in event["values"]:
+        if event.get("kind") == "metrics" and "loss" in event["values"]:
             found[event["step"]] = event["values"]["loss"]
     return found
 

@@ -75,7 +75,7 @@ def test_names_keep_only_what_is_safe_everywhere() -> None:
 def test_a_run_is_found_by_id_prefix_mlflow_id_and_latest(new_run: Callable[..., Run], home: Path) -> None:
     first, second = new_run(name="first"), new_run(name="second")
     (first.folder / "spool").mkdir()
-    (first.folder / "spool" / "delivered.json").write_text(json.dumps({"mlflow_run_id": "0" * 20 + "f" * 12}))
+    (first.folder / "spool" / "mlflow.json").write_text(json.dumps({"mlflow_run_id": "0" * 20 + "f" * 12}))
     assert Run.find(home, first.id).id == first.id
     assert Run.find(home, "0" * 20 + "f" * 12).id == first.id
     assert Run.find(home, "000").id == first.id

@@ -19,7 +19,7 @@ from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute
 from pipeline.training.models import build_model
 from pipeline.training.trained import Trained
-from tests.kit.tracking import client_of
+from tests.kit.tracking import client_of, forget_receipts
 
 LOAD = """
 import io, sys, warnings
@@ -124,8 +124,10 @@ def test_a_network_of_the_users_own_goes_with_it_and_once(
     log(run, store, model)
     (found,) = (home / "mlartifacts").rglob("my_network.py")
     assert found.read_text() == OWN_NETWORK
-    (run.folder / "spool" / "delivered.json").unlink()  # as if killed before this was written
+    forget_receipts(run.folder)  # as if killed before these were written
     again = Tracker(run.folder, store)
     assert again.close()
+    assert not again.undelivered() or [event["kind"] for event in again.undelivered()] == ["start"]
+    assert '"refused"' not in (run.folder / "spool" / "events.jsonl").read_text()
     client = client_of(store)
     assert len(client.search_logged_models([client.get_run(run.mlflow_run_id).info.experiment_id])) == 1

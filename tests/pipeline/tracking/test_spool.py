@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.tracking.delivery import MAX_METRICS_PER_CALL, groups
-from pipeline.tracking.spool import CHUNK_BYTES, Event, Position, Spool
+from pipeline.tracking.spool import Event, Spool
+from pipeline.tracking.writer import MAX_METRICS_PER_CALL, next_group
 from tests.kit.commands import python
 from tests.kit.small_disk import small_disk
 
@@ -19,25 +19,50 @@ def event(number: int, **fields: object) -> Event:
     return {"id": f"t-{number}", "kind": "tags", "tags": {"n": str(number)}, **fields}
 
 
-def test_events_come_back_in_order_from_any_offset(tmp_path: Path) -> None:
+def receipts(folder: Path) -> list[dict[str, object]]:
+    lines = map(json.loads, (folder / "events.jsonl").read_text().splitlines())
+    return [line for line in lines if "received" in line]
+
+
+def ids(spool: Spool) -> list[object]:
+    return [item["id"] for item in spool.pending()]
+
+
+def test_events_are_pending_in_order_until_the_run_has_received_them(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    assert spool.read(0) == []
-    assert spool.size() == 0
+    assert spool.pending() == []
     for n in range(50):
         spool.append(event(n, text="ü" * n))
-    found = spool.read(0)
-    assert [item["id"] for item, _ in found] == [f"t-{n}" for n in range(50)]
-    assert found[-1][1] == spool.size() == spool.events_path.stat().st_size
-    for n, (_, offset) in enumerate(found):
-        assert [item["id"] for item in spool.events(offset)] == [f"t-{k}" for k in range(n + 1, 50)]
+    events = spool.pending()
+    assert [item["id"] for item in events] == [f"t-{n}" for n in range(50)]
+    spool.use_run("run", "sqlite:///x")
+    spool.receive(events[:20], "me")
+    spool.receive(events[30:31], "me", refused="a reason")
+    left = [f"t-{n}" for n in range(20, 50) if n != 30]
+    assert ids(spool) == left
+    other = Spool(tmp_path / "spool")  # another process
+    assert len(other.pending()) == 50
+    other.use_run(other.known_run("sqlite:///x"), "sqlite:///x")
+    assert ids(other) == left
+    assert other.last_sender == "me"
+    other.receive(events[20:21], "you")
+    assert (ids(spool), spool.last_sender) == (left[1:], "you")
+    assert [receipt.get("refused") for receipt in receipts(tmp_path / "spool")] == [None, "a reason", None]
 
 
-def test_an_event_larger_than_a_chunk_is_read_whole(tmp_path: Path) -> None:
+def test_another_run_of_mlflow_lacks_everything_and_the_first_one_goes_on_having_it(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
-    spool.append(event(0))
-    spool.append(event(1, text="x" * (2 * CHUNK_BYTES)))
-    spool.append(event(2))
-    assert [item["id"] for item in spool.events()] == ["t-0", "t-1", "t-2"]
+    for n in range(3):
+        spool.append(event(n))
+    spool.use_run("one", "sqlite:///x")
+    spool.receive(spool.pending(), "me")
+    assert ids(spool) == []
+    spool.use_run("two", "sqlite:///y")
+    assert len(ids(spool)) == 3
+    spool.receive(spool.pending()[:1], "me")
+    assert (spool.known_run(), spool.known_run("sqlite:///x")) == ("two", None)
+    spool.use_run("one", "sqlite:///x")
+    assert ids(spool) == []
 
 
 def test_a_line_cut_at_any_byte_is_skipped_and_the_next_one_is_whole(tmp_path: Path) -> None:
@@ -51,11 +76,10 @@ def test_a_line_cut_at_any_byte_is_skipped_and_the_next_one_is_whole(tmp_path: P
         folder.mkdir()
         (folder / "events.jsonl").write_bytes(content[:cut])
         spool = Spool(folder)
-        assert spool.size() == first
+        assert ids(spool) == ["t-0"]
         spool.append(event(2))
         expected = ["t-0", "t-2"] if cut < len(content) - 1 else ["t-0", "t-1", "t-2"]
-        assert [item["id"] for item in spool.events()] == expected
-        assert spool.size() == spool.events_path.stat().st_size
+        assert ids(spool) == expected
 
 
 @pytest.mark.promise("P4")
@@ -81,7 +105,7 @@ while True:
                 process.wait(delays.uniform(0.05, 0.2))
             except Exception:
                 process.send_signal(signal.SIGKILL)
-        numbers = [item["id"] for item in Spool(folder).events()]
+        numbers = ids(Spool(folder))
         assert len(numbers) > 10
         assert numbers == list(range(len(numbers)))
 
@@ -97,9 +121,9 @@ for n in range(500):
 """
     writers = [python(code, tmp_path, name) for name in "ab"]
     assert [writer.wait(60) for writer in writers] == [0, 0]
-    ids = [item["id"] for item in Spool(tmp_path).events()]
+    found = [str(item) for item in ids(Spool(tmp_path))]
     for name in "ab":
-        assert [item for item in ids if item.startswith(name)] == [f"{name}-{n}" for n in range(500)]
+        assert [item for item in found if item.startswith(name)] == [f"{name}-{n}" for n in range(500)]
     for writer in writers:
         writer.communicate()
 
@@ -117,21 +141,59 @@ def test_a_full_disk_loses_nothing_and_raises_nothing(tmp_path: Path) -> None:
         disk.empty()
         spool.append(event(90))
         assert spool.unwritten == 0
-        assert [item["id"] for item in spool.events()] == [f"t-{n}" for n in range(91)]
+        assert ids(spool) == [f"t-{n}" for n in range(91)]
 
 
-def test_the_position_survives_and_is_not_believed_when_it_cannot_be_true(tmp_path: Path) -> None:
+def test_damaged_lines_and_a_damaged_name_of_the_run_are_passed_by(tmp_path: Path) -> None:
     spool = Spool(tmp_path)
     for n in range(3):
         spool.append(event(n))
-    position = Position("sqlite:///x", spool.size(), "run", "me", (0, 40))
-    spool.save_position(position)
-    assert Spool(tmp_path).position() == position
-    for damaged in ("", "[]", "{}", '{"offset": 1, "unknown": 2}', "{\x00"):
-        (tmp_path / "delivered.json").write_text(damaged)
-        assert Spool(tmp_path).position() == Position()
-    spool.save_position(Position("sqlite:///x", spool.size() + 1, "run"))  # the spool was replaced by a shorter one
-    assert spool.position() == Position("sqlite:///x", 0, "run")
+    spool.use_run("run", "sqlite:///x")
+    spool.receive(spool.pending()[:1], "me")
+    content = spool.events_path.read_bytes()
+    damaged = [
+        b"",
+        b"[]",
+        b"{}",
+        b"{\x00",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"id": 1}',
+        b'{"kind": "x", "id": [1]}',
+        b'{"received": 1}',
+    ]
+    spool.events_path.write_bytes(b"\n".join(damaged) + b"\n" + content)
+    again = Spool(tmp_path)
+    again.use_run(again.known_run("sqlite:///x"), "sqlite:///x")
+    assert ids(again) == ["t-1", "t-2"]
+    for name in ("", "[]", "{}", "{\x00"):
+        (tmp_path / "mlflow.json").write_text(name)
+        assert Spool(tmp_path).known_run() is None
+
+
+def test_no_flipped_bit_stops_the_reading(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for n in range(3):
+        spool.append(event(n))
+    spool.use_run("run", "sqlite:///x")
+    spool.receive(spool.pending()[:2], "me")
+    content = spool.events_path.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        spool.events_path.write_bytes(flipped)
+        read = Spool(tmp_path)
+        read.use_run("run", "sqlite:///x")
+        assert len(next_group(read.pending())) <= 1
+
+
+def test_a_shorter_spool_that_took_its_place_is_read_from_the_beginning(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    for n in range(3):
+        spool.append(event(n))
+    assert len(ids(spool)) == 3
+    spool.events_path.write_text(json.dumps(event(9)) + "\n")
+    assert ids(spool) == ["t-9"]
 
 
 def test_one_process_at_a_time_delivers(tmp_path: Path) -> None:
@@ -142,24 +204,25 @@ def test_one_process_at_a_time_delivers(tmp_path: Path) -> None:
         assert third
 
 
-def test_metrics_are_grouped_up_to_the_limit_and_a_record_is_never_split() -> None:
+def test_metrics_are_grouped_up_to_the_limit_and_an_event_is_never_split() -> None:
     rng = random.Random(1)
-    events: list[tuple[Event, int]] = []
+    events: list[Event] = []
     for n in range(400):
         kind = rng.choice(["metrics"] * 9 + ["tags"])
         values = {f"m{k}": 0.0 for k in range(rng.randint(1, 60))}
-        item = {"id": n, "kind": kind} | ({"values": values} if kind == "metrics" else {})
-        events.append((item if rng.random() > 0.02 else {}, 10 * (n + 1)))
-    found = list(groups(events))
-    assert [item for group, _ in found for item in group] == [item for item, _ in events if item]
-    for group, _ in found:
-        assert {item["kind"] for item in group} in ({"metrics"}, {"tags"}, set())
-        assert len(group) <= 1 or sum(len(item["values"]) for item in group) <= MAX_METRICS_PER_CALL
+        events.append({"id": n, "kind": kind} | ({"values": values} if kind == "metrics" else {}))
+    left, found = events, []
+    while left:
+        found.append(next_group(left))
+        left = left[len(found[-1]) :]
+    assert [item for group in found for item in group] == events
+    for group in found:
+        assert {item["kind"] for item in group} in ({"metrics"}, {"tags"})
+        assert len(group) == 1 or sum(len(item["values"]) for item in group) <= MAX_METRICS_PER_CALL
         assert len(group) == 1 or all(item["kind"] == "metrics" for item in group)
-    offsets = {item["id"]: offset for item, offset in events if item}
-    assert all(end == offsets[group[-1]["id"]] for group, end in found if group)
-    assert found[-1][1] == events[-1][1]
-    assert max(sum(len(i.get("values", ())) for i in group) for group, _ in found) > MAX_METRICS_PER_CALL - 60
+    assert max(sum(len(i.get("values", ())) for i in group) for group in found) > MAX_METRICS_PER_CALL - 60
+    assert next_group([]) == []
+    assert len(next_group([{"id": 0, "kind": "metrics", "values": {str(k): 0.0 for k in range(1500)}}])) == 1
 
 
 def test_lines_are_plain_json_of_one_line(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pipeline.storage.runs import Run
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings, sync
-from tests.kit.tracking import client_of, history, runs_in
+from tests.kit.tracking import client_of, forget_receipts, history, runs_in
 
 FINGERPRINT = "c0ffee" * 10 + "abcd"
 
@@ -137,7 +137,7 @@ def test_steps_repeated_after_a_resume_are_logged_once(run: Run, store: Tracking
     assert history(store, run.mlflow_run_id, "loss_of_quartile") == [(step, 2 / step) for step in range(10, 51, 10)]
 
 
-def test_a_lost_position_makes_everything_be_sent_again_and_changes_nothing(run: Run, store: TrackingSettings) -> None:
+def test_lost_receipts_make_everything_be_sent_again_and_changes_nothing(run: Run, store: TrackingSettings) -> None:
     tracker = started(run, store)
     for step in range(1, 20):
         tracker.metrics(step, {"loss": 1 / step, "grad_norm": float("nan")})
@@ -156,7 +156,8 @@ def test_a_lost_position_makes_everything_be_sent_again_and_changes_nothing(run:
         return found.info.status, found.data.params, found.data.tags, len(found.inputs.dataset_inputs), metrics, files
 
     before = content()
-    (run.folder / "spool" / "delivered.json").unlink()
+    forget_receipts(run.folder)
+    (run.folder / "spool" / "mlflow.json").unlink()
     assert sync(run.folder, store) == 24
     assert content() == before
     assert sync(run.folder, store) == 0
@@ -240,8 +241,9 @@ def test_a_picture_that_is_gone_or_damaged_is_set_aside_and_holds_up_nothing(
     tracker.metrics(3, {"loss": 1.0})
     assert tracker.close()
     assert history(store, run.mlflow_run_id, "loss") == [(3, 1.0)]
-    rejected = (run.folder / "spool" / "rejected.jsonl").read_text().splitlines()
-    assert ["gone.png" in rejected[0], "bad.png" in rejected[1]] == [True, True]
+    lines = map(json.loads, (run.folder / "spool" / "events.jsonl").read_text().splitlines())
+    refused = [line["refused"] for line in lines if "refused" in line]
+    assert ["gone.png" in refused[0], "bad.png" in refused[1]] == [True, True]
     assert "refused" in caplog.text
 
 
@@ -442,7 +444,7 @@ def test_a_run_goes_to_another_store_whole(
     other = replace(store, uri=f"sqlite:///{home}/other.db")
     assert sync(run.folder, other) == 2
     assert runs_in(other)[0].data.params == runs_in(store)[0].data.params
-    assert sync(run.folder, store) == 2  # and back: nothing is doubled
+    assert sync(run.folder, store) == 0  # and back: it is all there
     assert history(store, runs_in(store)[0].info.run_id, "loss") == [(1, 1.0)]
 
 
