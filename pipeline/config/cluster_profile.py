@@ -75,10 +75,14 @@ class Resources(Section):
 
 
 class MLflowConfig(Section):
-    """Where runs are recorded. Without a URI: MLFLOW_TRACKING_URI, else the SQLite store of the home folder."""
+    """Where runs are recorded.
+
+    Without a URI: MLFLOW_TRACKING_URI, else the SQLite store of the home folder. Without an experiment: MLFLOW_EXPERIMENT_NAME, else
+    "ddpm".
+    """
 
     tracking_uri: str | None = None
-    experiment: Annotated[str, Field(min_length=1)] = "ddpm"
+    experiment: Annotated[str | None, Field(min_length=1)] = None
     strict: bool = False
 
 

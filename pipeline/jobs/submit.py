@@ -131,6 +131,8 @@ class Jobs:
             values["MLFLOW_RUN_ID"] = opened
         if uri and (opened or self._profile.mlflow.tracking_uri is None):
             (values if USERINFO.search(uri) else env)["MLFLOW_TRACKING_URI"] = uri
+        if (name := os.environ.get("MLFLOW_EXPERIMENT_NAME")) and self._profile.mlflow.experiment is None:
+            env["MLFLOW_EXPERIMENT_NAME"] = name
         return env
 
     def _put_package(self, archive: bytes) -> str:

@@ -95,7 +95,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
     tracker.metrics(trained.step, {"training_s": trained.training_s}, family="result")
-    tracker.describe(describe(run.record, summary, trained.step))
+    tracker.describe(describe(run, summary, trained.step))
     tracker.finish("FINISHED")
     delivered = tracker.close()
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]

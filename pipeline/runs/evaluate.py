@@ -165,7 +165,7 @@ def evaluate_run(
             state = run.state()
             if request.checkpoint is None or found.step >= state.step:  # not of a model that was left behind
                 run.update(summary=with_newest(state.summary, figures))
-            tracker.describe(describe(run.record, run.state().summary, run.state().step))
+            tracker.describe(describe(run, run.state().summary, run.state().step))
     return found, written
 
 

@@ -162,7 +162,7 @@ def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: P
     if dataset is not None:
         tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, dataset.location)
     tracker.start(
-        settings.experiment, run.record.name, tags=tags, params=experiment.flat(), description=describe(run.record, {}),
+        settings.experiment, run.record.name, tags=tags, params=experiment.flat(), description=describe(run, {}),
         dataset=tracked,
     )  # fmt: skip
     tracker.model(trained.save(run.folder / "model"), 0)

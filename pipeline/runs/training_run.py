@@ -36,6 +36,7 @@ from pipeline.storage.home import datasets_dir
 from pipeline.storage.provenance import JOB_VARIABLE, of_submission
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
+from pipeline.tracking.opened import checked_run
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
 from pipeline.training.combinations import check_labels
@@ -100,6 +101,7 @@ def start_training(asked: TrainRequest, command: Sequence[str], console: Console
     console = console or Console()
     num_workers = choose_workers(asked.experiment, asked.profile)
     require_resources(asked.profile, num_workers)
+    tracking = checked_run(TrackingSettings.of_profile(asked.profile.home(), asked.profile), None, console.say)
     # what can be refused without the images is refused before they are fetched
     make_plan(asked.experiment, asked.profile, num_workers, data="", num_rows=None, shape=None)
     dataset = ensure_ingested(
@@ -113,7 +115,7 @@ def start_training(asked: TrainRequest, command: Sequence[str], console: Console
     if unscored := _cannot_be_scored(asked.experiment, dataset):
         console.say(f"warning: the images will not be scored: {unscored}")
     run = _create(checked, dataset, command, origin=asked.origin)
-    return _carry_out(run, checked, dataset, console)
+    return _carry_out(run, checked, dataset, console, tracking=tracking)
 
 
 def resume_training(
@@ -154,6 +156,7 @@ def resume_training(
         )
     num_workers = choose_workers(new, profile)
     require_resources(profile, num_workers)
+    tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None if fork else run.id, console.say)
     checked = _plan_for(new, profile, num_workers, dataset)
     if fork:
         saved = RunCheckpoints(run)
@@ -167,7 +170,7 @@ def resume_training(
         )
         forked = _create(checked, dataset, command, initial_weights=saved.name_of(origin), origin=comes_from)
         console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {origin.step}")
-        return _carry_out(forked, checked, dataset, console)
+        return _carry_out(forked, checked, dataset, console, tracking=tracking)
     changed = differences(old, new)
     if changed:
         raise CheckpointError(
@@ -180,7 +183,7 @@ def resume_training(
             f"run {run.id} is finished at step {state.step}; train longer with -s training.steps={2 * state.step}, "
             f"or see: ddpm-pipe evaluate {run.id}"
         )
-    return _carry_out(run, checked, dataset, console, overrides)
+    return _carry_out(run, checked, dataset, console, overrides, tracking=tracking)
 
 
 def carry_on(
@@ -228,9 +231,7 @@ def _carry_out(
         allowance=allowance_of(run),
         run_address=None if run.remote is None else run.remote.folder.uri,
     )
-    with run.lock(), _open_tracking(run, checked, dataset, settings) as tracker:
-        if overrides:
-            run.update(overrides=[*run.state().overrides, *overrides])
+    with run.lock(), _open_tracking(run, checked, dataset, settings, overrides) as tracker:
         for warning in checked.warnings:
             console.say(f"warning: {warning}")
             run.log(f"warning: {warning}")
@@ -257,11 +258,15 @@ def _carry_out(
 
 
 @contextmanager
-def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings) -> Iterator[Tracker]:
-    """Open the MLflow run, or leave that in the spool for when the store is there; nothing waits for it.
+def _open_tracking(
+    run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings, overrides: Sequence[str]
+) -> Iterator[Tracker]:
+    """Record the overrides and open the MLflow run, or leave that in the spool until the store answers; nothing waits for it.
 
     Where this process trains, the worker begins the delivery, after its first step.
     """
+    if overrides:
+        run.update(overrides=[*run.state().overrides, *overrides])
     experiment, manifest = checked.experiment, dataset.manifest
     tracker = Tracker(run.folder, settings, later=checked.profile.trains_here(checked.num_workers))
     trial = trial_of(run.record)
@@ -285,7 +290,7 @@ def _open_tracking(run: Run, checked: Plan, dataset: Dataset, settings: Tracking
             "num_parameters": checked.num_parameters,
             "num_streams": checked.num_streams,
         },
-        description=describe(run.record, {}),
+        description=describe(run, {}),
         dataset=TrackedDataset(manifest.name, manifest.fingerprint, dataset.location),
     )
     try:

@@ -18,6 +18,7 @@ from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.report import write_report
 from pipeline.sweeps.result import Result, statement, with_error
 from pipeline.sweeps.text import describe_sweep
+from pipeline.tracking.opened import checked_run
 from pipeline.tracking.registry import SWEEP_TAG, alias_of, register
 from pipeline.tracking.run import experiment_of_run
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
@@ -29,7 +30,8 @@ class SweepTracking:
     """The sweep's own run in MLflow, under which its trials are nested."""
 
     def __init__(self, folder: SweepFolder, profile: Profile, dataset: Dataset) -> None:
-        self.settings = TrackingSettings.of_profile(profile.home(), profile)
+        settings = TrackingSettings.of_profile(profile.home(), profile)
+        self.settings = checked_run(settings, folder.folder.name, Console().say)
         self._folder, self._dataset = folder, dataset
         self.tracker = Tracker(folder.folder, self.settings)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 MAX_PARAMS_PER_CALL = 100
 MAX_DIGEST_LENGTH = 36
+CURRENT = "current."
 REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST"}
 FILE_TIMEOUT_S = 300
 REDACTED_SUFFIXES = {".json", ".yaml", ".yml", ".txt", ".md", ".log", ".csv", ".html"}
@@ -129,23 +130,21 @@ class Delivery:
         event = events[0]
         run = self.client.get_run(self.run_id)
         self.client.update_run(self.run_id, None if event.get("restored") else "RUNNING", event["run_name"])
-        self._log_params(event["params"], run.data.params)
-        tags = {**event["tags"], RUN_ID_TAG: event["our_id"], "mlflow.note.content": event["description"]}
+        self._log_params({n: v for n, v in event["params"].items() if n not in run.data.params})
+        tags = {
+            **event["tags"],
+            **_current(event["params"], run.data.params, run.data.tags),
+            RUN_ID_TAG: event["our_id"],
+            "mlflow.note.content": event["description"],
+        }
         self._set_tags(tags)
         if event["dataset"]:
             self._log_dataset(event["dataset"])
 
-    def _log_params(self, params: dict[str, str], present: dict[str, str]) -> None:
+    def _log_params(self, params: dict[str, str]) -> None:
         from mlflow.entities import Param
 
-        new = []
-        for name, value in params.items():
-            # a name that `mlflow run` or an earlier start gave another value to is immutable: ours stands beside it
-            for candidate in (name, f"ddpm_pipe.{name}"):
-                if candidate not in present:
-                    new.append(Param(candidate, value))
-                if present.get(candidate, value) == value:
-                    break
+        new = [Param(name, value) for name, value in params.items()]
         for first in range(0, len(new), MAX_PARAMS_PER_CALL):
             self.client.log_batch(self.run_id, params=new[first : first + MAX_PARAMS_PER_CALL], synchronous=True)
 
@@ -226,6 +225,15 @@ class Delivery:
         if not found.exists():
             raise RejectedError(f"{found}: is no longer there")
         return found
+
+
+def _current(params: dict[str, str], at_start: dict[str, str], tags: dict[str, str]) -> dict[str, str]:
+    """Return tags for settings that differ from MLflow's parameters, which cannot change: `current.<name>`."""
+    return {
+        f"{CURRENT}{name}": value
+        for name, value in params.items()
+        if at_start.get(name, value) != value or f"{CURRENT}{name}" in tags
+    }
 
 
 def _same(metric: Metric, key: str, step: int, value: float) -> bool:

@@ -6,13 +6,55 @@ there; without a copy here, whoever started them from MLflow would see an empty 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.errors import UsageError
+from pipeline.redaction import public_uri
 from pipeline.storage.runs import Run
-from pipeline.tracking.run import get_run
+from pipeline.tracking.run import RUN_ID_TAG, get_run, prepare_store
 from pipeline.tracking.tracker import TrackingSettings
+from pipeline.tracking.writer import prepare_environment
+
+
+def checked_run(settings: TrackingSettings, ours: str | None, say: Callable[[str], None]) -> TrackingSettings:
+    """Check the variables of MLflow that a shell may still hold, before anything is spent; return the settings to use.
+
+    A run that MLFLOW_RUN_ID names is taken if it is nobody's, or belongs to `ours`. If the store has no such run, print a warning and
+    record in a new one; if the store is away, the run is looked up when it answers.
+
+    Raises:
+        UsageError: the run belongs to another training or sweep.
+    """
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    named = settings.mlflow_run_id
+    if named is None:
+        if os.environ.get("MLFLOW_EXPERIMENT_ID"):
+            say(
+                f"warning: MLFLOW_EXPERIMENT_ID is not used; recording in experiment {settings.experiment!r}; "
+                "MLFLOW_EXPERIMENT_NAME chooses another"
+            )
+        return settings
+    prepare_environment()
+    try:
+        with prepare_store(settings.uri):
+            found = get_run(MlflowClient(settings.uri, settings.uri), named)
+    except MlflowException:
+        return settings
+    if found is None:
+        say(f"warning: MLFLOW_RUN_ID: {public_uri(settings.uri)} has no run {named}; recording in a new one")
+        return replace(settings, mlflow_run_id=None)
+    owner = found.data.tags.get(RUN_ID_TAG)
+    if owner not in (None, ours):
+        raise UsageError(
+            f"MLFLOW_RUN_ID: run {named} belongs to {owner}, expected one that `mlflow run` has just opened. Unset "
+            "MLFLOW_RUN_ID to record in a new run"
+        )
+    return settings
 
 
 @dataclass(frozen=True)
@@ -33,8 +75,12 @@ class Opened:
 
         try:
             client = MlflowClient(self.uri)
-            if get_run(client, self.run_id) is None:
+            found = get_run(client, self.run_id)
+            if found is None:
                 return f"MLflow has no run {self.run_id} (MLFLOW_RUN_ID); the results stand in the trained run alone"
+            owner = found.data.tags.get(RUN_ID_TAG)
+            if owner not in (None, of.id):
+                return f"MLFLOW_RUN_ID: run {self.run_id} belongs to {owner}; the results stand in run {of.id} alone"
             tags = {"ddpm_pipe.of_run": of.id} | (
                 {"ddpm_pipe.of_mlflow_run": of.mlflow_run_id} if of.mlflow_run_id else {}
             )

@@ -3,28 +3,49 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from pipeline.storage.runs import RunRecord
+from pipeline.config.experiment import experiment_from, with_overrides
+from pipeline.storage.runs import Run, RunRecord
 
 YARDSTICK = "yardstick_"
 
 
-def describe(record: RunRecord, summary: Mapping[str, Any], steps: int = 0) -> str:
-    """Return Markdown for a reader who has only this page; `summary` holds figures by name, yardsticks among them.
+def describe(run: Run, summary: Mapping[str, Any], steps: int = 0) -> str:
+    """Return Markdown for a reader who has only this page: the current settings, the scores of `summary`, and the command.
 
-    `steps` are those that were made, 0 while that is not known: of a trial whose time is limited, the settings do not say.
+    `steps` is the number of training steps taken, 0 if unknown; for a trial with a time limit the settings do not say.
     """
+    record, changed = run.record, _changed(run.state().overrides)
+    if changed:
+        experiment = with_overrides(experiment_from(record.experiment), run.state().overrides)
+        record = replace(record, experiment=experiment.to_dict(), command=[*record.command, *changed])
     parts = [
         _opening(record, steps),
         _settings(record),
+        *([_changes(changed)] if changed else []),
         "### What came out",
         _results(summary),
         "### Do it again",
         _again(record),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _changed(overrides: Sequence[str]) -> list[str]:
+    """Return `-s key=value` words for what resumes have changed, the last value of each key."""
+    last = {assignment.partition("=")[0]: assignment for assignment in overrides}
+    return [word for assignment in last.values() for word in ("-s", assignment)]
+
+
+def _changes(changed: Sequence[str]) -> str:
+    settings = ", ".join(f"`{assignment}`" for assignment in changed[1::2])
+    return (
+        f"Changed by `resume`: {settings}. The table shows the current settings. MLflow cannot change parameters: they show the settings "
+        "at the start, and the tags `current.*` those that have changed."
+    )
 
 
 def _opening(record: RunRecord, steps: int) -> str:

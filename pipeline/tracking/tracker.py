@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Family = Literal["train", "result"]
+DEFAULT_EXPERIMENT = "ddpm"
 MAX_VALUE_LENGTH = 6000  # MLflow's limit for parameters
 
 
@@ -42,7 +43,7 @@ class TrackingSettings:
     """
 
     uri: str
-    experiment: str = "ddpm"
+    experiment: str = DEFAULT_EXPERIMENT
     artifacts: Path | None = None
     strict: bool = False
     mlflow_run_id: str | None = None
@@ -51,10 +52,10 @@ class TrackingSettings:
 
     @classmethod
     def resolve(
-        cls, home: Path, uri: str | None = None, experiment: str = "ddpm", strict: bool = False
+        cls, home: Path, uri: str | None = None, experiment: str | None = None, strict: bool = False
     ) -> TrackingSettings:
-        """Return the settings: the run that `mlflow run` opened if there is one, else `uri` (the profile's), else
-        MLFLOW_TRACKING_URI, else the SQLite store of the home folder.
+        """Return the settings: `uri` and `experiment` (the profile's) come before MLFLOW_TRACKING_URI and MLFLOW_EXPERIMENT_NAME, and these
+        before the SQLite store of the home folder and "ddpm". With MLFLOW_RUN_ID, MLFLOW_TRACKING_URI comes first.
 
         Takes MLFLOW_RUN_ID out of the environment: a process started from here must not use that run by accident.
         """
@@ -63,7 +64,8 @@ class TrackingSettings:
         chosen = (environment or uri) if opened else (uri or environment)
         address = _absolute(chosen) if chosen else default_tracking_uri(home)
         local = address.startswith("sqlite:")
-        return cls(address, experiment, artifacts_dir(home).absolute() if local else None, strict, opened)
+        name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
+        return cls(address, name, artifacts_dir(home).absolute() if local else None, strict, opened)
 
     @classmethod
     def of_profile(cls, home: Path, profile: Profile) -> TrackingSettings:

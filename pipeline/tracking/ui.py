@@ -40,7 +40,7 @@ def serve_ui(
     home: Path,
     port: int,
     uri: str | None = None,
-    experiment: str = "ddpm",
+    experiment: str | None = None,
     open_browser: bool = False,
     say: Callable[[str], None] = answer,
 ) -> None:
@@ -51,7 +51,8 @@ def serve_ui(
     """
     from pipeline.tracking.tracker import TrackingSettings
 
-    store = TrackingSettings.resolve(home, uri, experiment).uri
+    settings = TrackingSettings.resolve(home, uri, experiment)
+    store, experiment = settings.uri, settings.experiment
     if store.startswith(("http://", "https://")):
         parts = urlsplit(store)
         address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path.rstrip('/')}"

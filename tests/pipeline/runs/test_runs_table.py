@@ -95,7 +95,7 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
         "yardstick_noise_fid_classifier_n500": 300.0,
         "yardstick_noise_kid_classifier_n500": 4.0,
     }
-    text = describe(run.record, summary)
+    text = describe(run, summary)
     for part in (
         "`digits`", "linear, T = 1,000", "800,000 steps", "batch of 128", "128 channels x (1, 2, 2, 2)", "ddim, 50 steps",
         "| figure | this model | real half | noise |",
@@ -103,7 +103,14 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
         "ddpm-pipe train --data '/my data' -s training.steps=5", f"ddpm-pipe resume {run.id}", run.record.code_version,
     ):  # fmt: skip
         assert part in text, part
-    assert "Nothing is scored yet" in describe(run.record, {})
+    assert "Nothing is scored yet" in describe(run, {})
+    assert "Changed by" not in text
+    run.update(overrides=["training.steps=8", "sampling.steps=20", "training.steps=12"])
+    resumed = describe(run, summary)
+    for part in ("12 steps", "ddim, 20 steps", "Changed by `resume`: `training.steps=12`, `sampling.steps=20`.",
+        "ddpm-pipe train --data '/my data' -s training.steps=5 -s training.steps=12 -s sampling.steps=20",
+    ):  # fmt: skip
+        assert part in resumed, part
 
 
 def test_of_a_trial_that_the_clock_ends_the_description_tells_minutes_and_the_steps_that_they_were(
@@ -111,8 +118,8 @@ def test_of_a_trial_that_the_clock_ends_the_description_tells_minutes_and_the_st
 ) -> None:
     trial = Trial("k7m2", "key", {}, "linear", 0, Allowance(seconds=300.0))
     run = new_run(experiment={"training": {"steps": 10**9, "batch_size": 64}}, trial=trial.to_json())
-    assert "5 minutes of training at a batch of 64." in describe(run.record, {})
-    told = describe(run.record, {"fid_x_n1": 1.0}, 2345)
+    assert "5 minutes of training at a batch of 64." in describe(run, {})
+    told = describe(run, {"fid_x_n1": 1.0}, 2345)
     assert "5 minutes of training (2,345 steps) at a batch of 64." in told
     assert "1,000,000,000" not in told
     (row,) = runs_table(run.folder.parent.parent)

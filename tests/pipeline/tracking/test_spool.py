@@ -208,7 +208,7 @@ def test_metrics_are_grouped_up_to_the_limit_and_an_event_is_never_split() -> No
     rng = random.Random(1)
     events: list[Event] = []
     for n in range(400):
-        kind = rng.choice(["metrics"] * 9 + ["tags"])
+        kind = rng.choice(["metrics"] * 29 + ["tags"])
         values = {f"m{k}": 0.0 for k in range(rng.randint(1, 60))}
         events.append({"id": n, "kind": kind} | ({"values": values} if kind == "metrics" else {}))
     left, found = events, []

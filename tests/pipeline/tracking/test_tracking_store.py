@@ -20,6 +20,7 @@ from pipeline.errors import TrackingError, UsageError
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
+from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings, sync
 from tests.kit.tracking import client_of, forget_receipts, history, runs_in
 
@@ -379,14 +380,43 @@ def test_the_run_that_mlflow_opened_is_the_run_used(
     assert found.info.run_id == opened.info.run_id == run.mlflow_run_id
     assert found.data.params == {
         "training.steps": "from MLproject",
-        "ddpm_pipe.training.steps": "100",
         "data.source": "digits",
         "model.dropout": "0.1",
     }
     assert found.data.tags["ddpm_pipe.run_id"] == run.id
+    assert found.data.tags["current.training.steps"] == "100"
 
 
-def test_a_resume_reopens_the_run_and_keeps_changed_settings_beside_the_old(run: Run, store: TrackingSettings) -> None:
+def test_variables_of_mlflow_left_in_the_shell_are_used_or_named(
+    run: Run, store: TrackingSettings, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    assert started(run, store).close()
+    assert checked_run(store, None, said.append) == store
+    taken = replace(store, mlflow_run_id=run.mlflow_run_id)
+    with pytest.raises(UsageError, match=f"MLFLOW_RUN_ID: run {run.mlflow_run_id} belongs to {run.id}, expected"):
+        checked_run(taken, None, said.append)
+    assert checked_run(taken, run.id, said.append) == taken
+    fresh = replace(store, mlflow_run_id=client_of(store).create_run("0").info.run_id)
+    assert checked_run(fresh, None, said.append) == fresh
+    away = replace(taken, uri="http://127.0.0.1:9")
+    assert checked_run(away, None, said.append) == away
+    assert said == []
+    for wrong in ("0" * 32, "no id at all"):
+        assert checked_run(replace(store, mlflow_run_id=wrong), None, said.append) == store
+        assert f"has no run {wrong}; recording in a new one" in said.pop()
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
+    assert checked_run(store, None, said.append) == store
+    assert said == [
+        "warning: MLFLOW_EXPERIMENT_ID is not used; recording in experiment 'ddpm'; MLFLOW_EXPERIMENT_NAME chooses another"
+    ]
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    assert TrackingSettings.resolve(home).experiment == "mine"
+    assert TrackingSettings.of_profile(home, Profile()).experiment == "mine"
+    assert TrackingSettings.resolve(home, experiment="the profile's").experiment == "the profile's"
+
+
+def test_a_resume_reopens_the_run_and_keeps_what_is_current_in_tags(run: Run, store: TrackingSettings) -> None:
     tracker = started(run, store)
     tracker.finish("KILLED")
     assert tracker.close()
@@ -398,8 +428,15 @@ def test_a_resume_reopens_the_run_and_keeps_changed_settings_beside_the_old(run:
     assert again.close()
     (found,) = runs_in(store)
     assert found.info.status == "FINISHED"
-    assert found.data.params["training.steps"] == "100"
-    assert found.data.params["ddpm_pipe.training.steps"] == "200"
+    for steps in (300, 100):  # a third value, and the first one again
+        again = started(run, store, params={"training.steps": steps, "data.source": "digits"}, description=f"{steps}")
+        assert again.close()
+        (found,) = runs_in(store)
+        assert found.data.params["training.steps"] == "100"  # what was true at the start
+        assert {name: value for name, value in found.data.tags.items() if name.startswith("current.")} == {
+            "current.training.steps": str(steps)
+        }
+        assert found.data.tags["mlflow.note.content"] == str(steps)
 
 
 def test_a_run_deleted_by_its_owner_is_not_made_again(run: Run, store: TrackingSettings) -> None:

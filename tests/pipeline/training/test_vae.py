@@ -253,7 +253,7 @@ def test_it_travels_as_safetensors(typed: Typed, home: Path, vae_run: Run) -> No
     assert code == 0, err
     assert not {"schedule", "prediction", "variance"} & json.loads(out).keys()
     imported = Run.find(home, json.loads(out)["run"])
-    assert "a variational autoencoder that was trained elsewhere" in describe(imported.record, {})
+    assert "a variational autoencoder that was trained elsewhere" in describe(imported, {})
     back = Trained.from_run(imported).model.state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in Trained.from_run(vae_run).model.state_dict().items())
 
