@@ -80,6 +80,11 @@ def duration(seconds: float) -> str:
     return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
 
 
+def plural(count: float, noun: str) -> str:
+    """Return a count with its noun: 1 worker, 2 workers, 0.5 GPUs."""
+    return f"{count:,g} {noun}{'s' * (count != 1)}"
+
+
 def size(num_bytes: float) -> str:
     """Return a number of bytes as people say it: 571 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -79,7 +79,7 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
         retries = profile.retries.max_attempts - 1
         remote = ray.remote(ChunkWorker).options(
             num_cpus=profile.cpus_per_worker(profile.most_workers),
-            num_gpus=profile.resources_per_worker.GPU,
+            num_gpus=profile.gpus_per_worker,
             max_restarts=retries,
             max_task_retries=retries,
         )

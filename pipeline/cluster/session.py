@@ -14,8 +14,10 @@ from pathlib import Path
 
 from pipeline.cluster.join import SETTINGS, joined_ray, require_room
 from pipeline.config.cluster_profile import Profile
+from pipeline.console import plural
 from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError
+from pipeline.gpus import usable_gpus
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
 from pipeline.signals import keeping_sigterm
@@ -48,20 +50,20 @@ def require_resources(profile: Profile, num_workers: int) -> None:
                 require_room(profile, profile.least_workers)
         return
     if profile.use_gpu:
-        from pipeline.training.device import num_gpus
-
-        need, gpus = whole_gpus(num_workers, profile.resources_per_worker.GPU), num_gpus()
+        each, gpus = profile.gpus_per_worker, usable_gpus()
+        need = whole_gpus(num_workers, each)
         if need > gpus:
             raise ClusterError(
-                f"profile {profile.name!r}: {num_workers} workers with {profile.resources_per_worker.GPU:g} GPUs each need {need} "
-                f"GPUs, this machine has {gpus}; use --cluster local to train on its CPUs"
+                f"profile {profile.name!r}: {plural(num_workers, 'worker')} with {plural(each, 'GPU')} each: got "
+                f"{plural(gpus, 'usable GPU')} on this machine, expected {need}; use --cluster local to train on its CPUs"
             )
     each, have = profile.cpus_per_worker(num_workers), usable_cpus()
     if each * num_workers > have + 1e-9:
         fit = int(have / each)
         remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"
         raise ClusterError(
-            f"profile {profile.name!r}: {num_workers} workers with {each:g} CPUs each need {each * num_workers:g} CPUs, "
+            f"profile {profile.name!r}: {plural(num_workers, 'worker')} with {plural(each, 'CPU')} each need "
+            f"{plural(each * num_workers, 'CPU')}, "
             f"this machine has {have}; {remedy}, or leave resources_per_worker.CPU out to share them"
         )
 
@@ -165,7 +167,7 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
                 ray.init(
                     address="local",
                     num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
-                    num_gpus=whole_gpus(num_workers, profile.resources_per_worker.GPU),
+                    num_gpus=whole_gpus(num_workers, profile.gpus_per_worker),
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
                     log_to_driver=False,

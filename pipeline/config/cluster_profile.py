@@ -5,9 +5,11 @@ Every rule that a profile can break says in its message what was got and why tha
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -19,6 +21,7 @@ from pipeline.config.experiment import Precision
 from pipeline.config.yaml_files import Section, read_yaml_mapping, validate
 from pipeline.cpus import usable_cpus
 from pipeline.errors import UsageError
+from pipeline.gpus import usable_gpus
 from pipeline.redaction import DECLARED_SECRETS, announces_secret, refuse_secrets
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.provenance import JOB_VARIABLE
@@ -53,23 +56,32 @@ class Workers(Section):
         return self
 
 
+def _form_of_workers(value: object) -> str:
+    return "(range)" if isinstance(value, dict | Workers) else "(all)" if isinstance(value, str) else "(number)"
+
+
 # told apart by form, so that a fault is told of the form that was written (tags in brackets are not shown)
 NumWorkers = Annotated[
-    Annotated[PositiveInt, Tag("(number)")] | Annotated[Workers, Tag("(range)")],
-    Discriminator(lambda value: "(range)" if isinstance(value, dict | Workers) else "(number)"),
+    Annotated[PositiveInt, Tag("(number)")]
+    | Annotated[Workers, Tag("(range)")]
+    | Annotated[Literal["all"], Tag("(all)")],
+    Discriminator(_form_of_workers),
 ]
 
 
 class Resources(Section):
-    """What one worker gets. `CPU: null` shares this machine's CPUs equally among the workers (kind `local` only)."""
+    """What one worker gets.
+
+    For kind `local` null is: of the CPUs an equal share, of the GPUs a whole one where the profile's `gpu` lets it have one.
+    """
 
     CPU: Annotated[float, Field(gt=0)] | None = None
-    GPU: NonNegative = 0
+    GPU: NonNegative | None = None
 
     @field_validator("GPU")
     @classmethod
-    def _whole_above_one(cls, value: float) -> float:
-        if value > 1 and value != int(value):
+    def _whole_above_one(cls, value: float | None) -> float | None:
+        if value is not None and value > 1 and value != int(value):
             raise ValueError(f"got {value:g}; Ray shares one GPU by fractions, but gives out several only whole")
         return value
 
@@ -139,7 +151,8 @@ class Profile(Section):
     name: Name = DEFAULT_PROFILE
     kind: Literal["local", "connect", "job"] = "local"
     address: str | None = None
-    workers: NumWorkers = 1
+    workers: NumWorkers = 1  # all: one for each GPU of this machine
+    gpu: Literal["auto", "never", "required"] = "auto"  # of kind local: auto takes a usable GPU where there is one
     isolated: bool = False  # whether a single worker, too, is a process of Ray's, which is started again if it dies
     resources_per_worker: Resources = Resources()
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
@@ -163,17 +176,22 @@ class Profile(Section):
     @property
     def use_gpu(self) -> bool:
         """Whether each worker holds a GPU."""
-        return self.resources_per_worker.GPU > 0
+        return self.gpus_per_worker > 0
+
+    @property
+    def gpus_per_worker(self) -> float:
+        """GPUs of each worker, or the share of one."""
+        return self.resources_per_worker.GPU or 0
 
     @property
     def least_workers(self) -> int:
         """Workers without which nothing starts."""
-        return self.workers if isinstance(self.workers, int) else self.workers.min
+        return self.workers.min if isinstance(self.workers, Workers) else 1 if self.workers == "all" else self.workers
 
     @property
     def most_workers(self) -> int:
         """Workers that share out work which comes out the same for any number of them."""
-        return self.workers if isinstance(self.workers, int) else self.workers.max
+        return self.workers.max if isinstance(self.workers, Workers) else self.least_workers
 
     @property
     def is_remote(self) -> bool:
@@ -269,6 +287,13 @@ class Profile(Section):
             raise ValueError(
                 f"resources_per_worker.CPU is missing: with kind {self.kind} there is no machine to share equally; give a number"
             )
+        if self.is_remote and (self.workers == "all" or self.gpu != "auto"):
+            raise ValueError(
+                "workers: all and gpu are for kind local alone: give a number of workers, and what each takes in resources_per_worker.GPU"
+            )
+        each = self.resources_per_worker.GPU
+        if (self.gpu == "never" and each) or (self.gpu == "required" and each == 0):
+            raise ValueError(f"gpu: got {self.gpu}, but resources_per_worker.GPU is {each:g}; leave one of them out")
         if self.is_remote and self.isolated:
             raise ValueError(
                 f"isolated is for kind local alone: with kind {self.kind} every worker is a process of its own; leave it out"
@@ -305,7 +330,28 @@ def load_profile(reference: str | None) -> Profile:
         os.environ[DECLARED_SECRETS] = ",".join(profile.forward_env)
         refuse_secrets(sys.argv[1:], "the command line")  # which was looked at before these were known as secrets
         refuse_secrets(profile.to_dict(), f"profile {profile.name!r}")
-    return profile
+    return settled(profile)
+
+
+def settled(profile: Profile, count_gpus: Callable[[], int] = usable_gpus) -> Profile:
+    """Return the profile with what `gpu`, `workers: all` and a missing `resources_per_worker.GPU` mean on this machine.
+
+    A profile of a cluster stays as it is. Fewer GPUs than workers are shared equally.
+    """
+    each = profile.resources_per_worker.GPU
+    if profile.is_remote:
+        return profile
+    gpus = 0 if profile.gpu == "never" or each == 0 else count_gpus()
+    workers, most = profile.workers, profile.most_workers
+    if workers == "all":
+        most = max(1, int(gpus / (each or 1)))
+        workers = Workers(min=1, max=most) if most > 1 else 1
+    if gpus == 0:
+        each = (each or 1) if profile.gpu == "required" else 0
+    elif each is None:
+        each = 1 / math.ceil(most / gpus)
+    resources = profile.resources_per_worker.model_copy(update={"GPU": each})
+    return profile.model_copy(update={"workers": workers, "resources_per_worker": resources})
 
 
 def use_variables(profile: Profile, *, over_others: bool = True) -> None:

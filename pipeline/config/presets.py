@@ -29,14 +29,17 @@ def names(kind: str) -> list[str]:
 def find(kind: str, reference: str) -> Path:
     """Return the file that a path or a shipped name refers to.
 
-    Raises UsageError when it is neither; a name that is both a shipped one and an existing file is the file.
+    A name that is both a shipped one and an existing file is the file; `cluster/gpu.yaml` is the shipped one where there is no such file.
+    UsageError where it is neither.
     """
     path = Path(reference)
     if path.is_file():
         return path.resolve()
-    known = names(kind)
+    known, shipped = names(kind), folder_of(kind)
     if reference in known:
-        return folder_of(kind) / f"{reference}.yaml"
+        return shipped / f"{reference}.yaml"
+    if path.suffix == ".yaml" and str(path.parent) == shipped.name and path.stem in known:
+        return shipped / path.name  # as the docs write it, in a folder that is no checkout
     what = WHAT[kind]
     if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
         raise UsageError(

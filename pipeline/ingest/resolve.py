@@ -67,8 +67,16 @@ class IngestOptions:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
+def absolute_source(source: str) -> str:
+    """Return a source typed in this folder as another folder can use it: a file or folder here by its absolute path."""
+    path = Path(source).expanduser()
+    return str(path.absolute()) if source not in BUILT_IN and path.exists() else source
+
+
 def is_dataset(folder: str | Path) -> bool:
-    """Whether `folder`, here or in an object store, was written by ingest."""
+    """Whether `folder`, here or in an object store, was written by ingest; the name of a built-in set is that set."""
+    if folder in BUILT_IN:
+        return False
     if isinstance(folder, str) and is_remote(folder):
         return not any(c in folder for c in "*[") and has_dataset(RemoteFolder(folder))
     return (Path(folder) / MANIFEST_FILE).is_file()

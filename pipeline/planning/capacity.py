@@ -6,11 +6,12 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from pipeline.config.cluster_profile import Profile
+from pipeline.config.cluster_profile import Profile, Workers
 from pipeline.config.experiment import Experiment
 from pipeline.cpus import usable_cpus
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
+from pipeline.gpus import usable_gpus
 
 EPSILON = 1e-6  # Ray counts resources in ten-thousandths
 
@@ -30,8 +31,8 @@ def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
 
     With kind local only those that this machine holds, or else the smallest. UsageError where the range holds none.
     """
-    if isinstance(profile.workers, int):
-        return [profile.workers]
+    if not isinstance(profile.workers, Workers):
+        return [profile.least_workers]
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     fitting = [n for n in range(profile.workers.max, profile.workers.min - 1, -1) if streams % n == 0]
     if not fitting:
@@ -48,16 +49,14 @@ def held_here(counts: Sequence[int], profile: Profile) -> list[int]:
     """Return those of the counts that this machine holds, which neither grows nor shrinks."""
     has = {"CPU": float(usable_cpus())}
     if profile.use_gpu:
-        from pipeline.training.device import num_gpus
-
-        has["GPU"] = float(num_gpus())
+        has["GPU"] = float(usable_gpus())
     here = [Node("here", "this machine", has, has)]
     return [n for n in counts if room(here, needs(profile, n), profile.placement) >= n]
 
 
 def needs(profile: Profile, num_workers: int) -> dict[str, float]:
     """Return what Ray reserves for each of so many workers."""
-    need = {"CPU": profile.cpus_per_worker(num_workers), "GPU": profile.resources_per_worker.GPU}
+    need = {"CPU": profile.cpus_per_worker(num_workers), "GPU": profile.gpus_per_worker}
     return {name: amount for name, amount in need.items() if amount > 0}
 
 
@@ -118,7 +117,7 @@ class Growth:
         `mine` are the nodes that hold workers already, `left_s` the time that training is still to last as it is, `now` a clock's seconds.
         """
         workers = self._profile.workers
-        if isinstance(workers, int) or left_s is None or left_s < workers.grow_after_s:
+        if not isinstance(workers, Workers) or left_s is None or left_s < workers.grow_after_s:
             return None
         apart = self._profile.placement == "strict_spread"
         others = [node for node in nodes if not (apart and node.id in mine)]

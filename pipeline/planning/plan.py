@@ -10,10 +10,11 @@ import yaml
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, require_divisible
-from pipeline.console import duration, size
+from pipeline.console import duration, plural, size
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
-from pipeline.planning.capacity import fitting_counts
+from pipeline.gpus import usable_gpus
+from pipeline.planning.capacity import fitting_counts, whole_gpus
 from pipeline.training.combinations import check_training
 from pipeline.training.device import require_permission, training_compute
 from pipeline.training.models import Shape, build_model, num_parameters
@@ -40,9 +41,10 @@ class Plan:
     def place(self) -> str:
         """Where the workers run, in words."""
         if self.profile.trains_here(self.num_workers):
-            return "in this process"
+            return f"in this process, on {'a GPU' if self.profile.use_gpu else 'the CPU'}"
         where = f"the cluster of profile {self.profile.name!r}" if self.profile.is_remote else "this machine"
-        return f"in {self.num_workers} Ray worker{'s' * (self.num_workers != 1)} on {where}"
+        on = f" with {plural(self.profile.gpus_per_worker, 'GPU')} each" if self.profile.use_gpu else ""
+        return f"in {plural(self.num_workers, 'Ray worker')}{on} on {where}"
 
     @property
     def checkpoint_bytes(self) -> int | None:
@@ -120,6 +122,11 @@ def make_plan(
     warnings = check_training(experiment)
     if profile.kind == "local":
         training_compute(experiment, profile, num_workers)
+        if profile.use_gpu and (idle := usable_gpus() - whole_gpus(num_workers, profile.gpus_per_worker)) > 0:
+            warnings = (
+                *warnings,
+                f"{plural(idle, 'GPU')} of this machine will be idle; --cluster gpu uses all of them",
+            )
     else:  # what the cluster's machines can do is theirs to say
         require_permission(experiment, profile)
     if num_rows is not None and experiment.training.batch_size > num_rows:

@@ -15,6 +15,7 @@ from pipeline.errors import CheckpointError, DataError, UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel, is_pipeline, read_pipeline
 from pipeline.exchange.saved_folder import is_saved, read_saved
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.bound import rows_to_measure
 from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run, RunStatus, normalise_name
@@ -97,7 +98,7 @@ def _named(experiment: Experiment, name: str | None, data: str | None) -> Experi
 
 
 def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Console) -> Dataset:
-    source = str(Path(data).absolute()) if Path(data).exists() else data
+    source = absolute_source(data)
     dataset = ensure_ingested(source, IngestOptions(), profile.datasets(), console.say, cache=profile.cache)
     if tuple(dataset.manifest.shape) != foreign.shape:
         got, wanted = ("x".join(map(str, shape)) for shape in (dataset.manifest.shape, foreign.shape))

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.session import require_resources
@@ -27,6 +26,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, InterruptedRunError, RefusedError, StorageError, UsageError
 from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
+from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.classifier_store import Recipe
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.runs.conclude import Outcome, conclude
@@ -67,8 +67,8 @@ def train_request(
     if experiment is not None and preset is not None:
         raise UsageError(f"got both the file {experiment} and --preset {preset}; give one of them")
     path = presets.find("experiments", experiment or preset or DEFAULT_PRESET)
-    if data is not None and Path(data).exists():
-        data = str(Path(data).absolute())
+    if data is not None:
+        data = absolute_source(data)
     allow_modules_in(os.getcwd())
     return TrainRequest(load_experiment(path, overrides, data), load_profile(cluster))
 
@@ -149,7 +149,7 @@ def resume_training(
     if data is None:
         dataset = _dataset_of(run, profile)
     else:
-        source = str(Path(data).absolute()) if Path(data).exists() else data
+        source = absolute_source(data)
         new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
         dataset = ensure_ingested(
             source, ingest_options(new.data), profile.datasets(), console.say, cache=profile.cache

@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.cluster_profile import Profile, load_profile
+from pipeline.config.cluster_profile import Profile, load_profile, settled
 from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.config.yaml_files import validate
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
@@ -206,9 +206,9 @@ class SweepFolder:
 
     def profile(self, cluster: str | None = None) -> Profile:
         """Return the profile asked for, or the one that the sweep was started with."""
-        return (
-            load_profile(cluster) if cluster is not None else validate(Profile, self.record.profile, f"sweep {self.id}")
-        )
+        if cluster is not None:
+            return load_profile(cluster)
+        return settled(validate(Profile, self.record.profile, f"sweep {self.id}"))
 
     @property
     def report(self) -> Path:

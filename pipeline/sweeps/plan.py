@@ -14,13 +14,14 @@ from pipeline.config.experiment import Experiment
 from pipeline.console import size
 from pipeline.cpus import usable_cpus
 from pipeline.errors import PipelineError, UsageError
+from pipeline.gpus import usable_gpus
 from pipeline.metrics.metric_identity import Generation
+from pipeline.planning.capacity import fitting_counts
 from pipeline.planning.forecast import STEP_CALLS, scoring_calls
-from pipeline.planning.plan import Plan, choose_workers, make_plan
+from pipeline.planning.plan import Plan, make_plan
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
 from pipeline.sweeps.points import Checked, Point, Refused, check, grid, title
 from pipeline.sweeps.search import TPE
-from pipeline.training.device import num_gpus
 from pipeline.training.models import build_diffusion, has_process
 
 MOST_ENDS = 64  # points at the ends of ranges that are looked at for the largest
@@ -105,7 +106,8 @@ def make_sweep_plan(
 ) -> SweepPlan:
     """Check every point against profile and dataset; UsageError where none is left. What is not known of the dataset is None."""
     sweep, base = asked.sweep, asked.base
-    num_workers = choose_workers(base, asked.profile)
+    counts = fitting_counts(base, asked.profile)
+    num_workers = counts[0] if asked.profile.is_remote else counts[-1]  # trials beside each other share a machine best
     require_resources(asked.profile, num_workers)
 
     plans: list[Plan] = []  # of the points that are kept, in their order
@@ -223,7 +225,7 @@ def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: i
     if profile.is_remote:
         room = num_trials  # the cluster says, once it is there
     elif profile.use_gpu:
-        room = int(num_gpus() / (each.GPU * num_workers))
+        room = int(usable_gpus() / (profile.gpus_per_worker * num_workers))
     elif each.CPU is not None:
         room = int(cpus / (each.CPU * num_workers) + 1e-9)
     else:
@@ -234,8 +236,10 @@ def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: i
 def trial_profile(profile: Profile, num_workers: int, at_once: int) -> Profile:
     """Return the profile of one trial: with workers of the sweep's Ray, and where CPUs are shared, its share of them."""
     profile = profile.isolating()
+    if not profile.is_remote:
+        profile = profile.model_copy(update={"workers": num_workers})
     if profile.is_remote or profile.resources_per_worker.CPU is not None:
         return profile
     share = max(1, usable_cpus() // at_once) / num_workers
-    resources = Resources(CPU=share, GPU=profile.resources_per_worker.GPU)
+    resources = Resources(CPU=share, GPU=profile.gpus_per_worker)
     return profile.model_copy(update={"resources_per_worker": resources})

@@ -22,6 +22,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, Precision
 from pipeline.cpus import usable_cpus
 from pipeline.errors import ClusterError, UsageError
+from pipeline.gpus import usable_gpus
 from pipeline.training.optimizer import AdamW
 from pipeline.training.threads import THREADS, spread
 
@@ -49,7 +50,7 @@ class Capabilities:
     @classmethod
     def of_this_machine(cls) -> Capabilities:
         """Ask torch."""
-        count = num_gpus()
+        count = usable_gpus()
         versions = [torch.cuda.get_device_capability(index) for index in range(count)]
         cpu_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # AMX always has it
         return cls(count, min(versions, default=(0, 0)), torch.distributed.is_nccl_available(), cpu_bf16)
@@ -231,7 +232,7 @@ def serving_compute() -> Compute:
 
     In a process of somebody else's it is not started: torch's settings there are that process's own.
     """
-    device = torch.device("cuda" if num_gpus() else "cpu")
+    device = torch.device("cuda" if usable_gpus() else "cpu")
     return Compute(device, "gloo", None, compile=False, channels_last=False, threads=usable_cpus())
 
 
@@ -252,12 +253,7 @@ def workers_device(profile: Profile) -> torch.device:
 
 def backend_of(profile: Profile) -> str:
     """Return what the workers of a profile talk over: NCCL needs a whole GPU for each, gloo anything."""
-    return "nccl" if profile.resources_per_worker.GPU >= 1 else "gloo"
-
-
-def num_gpus() -> int:
-    """Return the number of GPUs that this process sees."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return "nccl" if profile.gpus_per_worker >= 1 else "gloo"
 
 
 def release_memory() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import GaussianDiffusion
-from pipeline.config.cluster_profile import Profile, load_profile, use_variables
+from pipeline.config.cluster_profile import Profile, load_profile, settled, use_variables
 from pipeline.config.experiment import Experiment, experiment_from, with_overrides
 from pipeline.config.yaml_files import validate
 from pipeline.data.labels import NO_CLASSES, ClassNames
@@ -130,7 +130,7 @@ def profile_of(run: Run, cluster: str | None) -> Profile:
     """Return the profile asked for, or the one that the run was started with, whose `env` then holds here where nothing else does."""
     if cluster is not None:
         return load_profile(cluster)
-    profile = validate(Profile, run.record.profile, f"run {run.id}")
+    profile = settled(validate(Profile, run.record.profile, f"run {run.id}"))
     use_variables(profile, over_others=False)
     return profile
 

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.config.cluster_profile import Profile, Workers, load_profile
+from pipeline.config import presets
+from pipeline.config.cluster_profile import Profile, Workers, load_profile, settled
 from pipeline.config.experiment import Precision
 from pipeline.config.yaml_files import validate
 from pipeline.errors import UsageError
@@ -195,3 +196,53 @@ def test_the_env_of_a_runs_recorded_profile_holds_where_nothing_else_does(
     )
     assert profile_of(run, None).env == profile["env"]
     assert (os.environ["CHOSEN"], os.environ["OPEN"]) == ("here", "recorded")
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "workers", "each"),
+    [
+        ({}, 0, 1, 0),
+        ({}, 1, 1, 1),
+        ({}, 8, 1, 1),
+        ({"gpu": "never"}, 8, 1, 0),
+        ({"resources_per_worker": {"GPU": 0}}, 8, 1, 0),
+        ({"gpu": "required"}, 0, 1, 1),  # refused later, by what is missing
+        ({"workers": 4}, 2, 4, 0.5),
+        ({"workers": 3}, 2, 3, 0.5),
+        ({"workers": 2}, 0, 2, 0),
+        ({"workers": "all"}, 0, 1, 0),
+        ({"workers": "all"}, 1, 1, 1),
+        ({"workers": "all", "gpu": "required"}, 8, Workers(min=1, max=8), 1),
+        ({"workers": "all", "resources_per_worker": {"GPU": 0.5}}, 2, Workers(min=1, max=4), 0.5),
+        ({"workers": "all", "gpu": "never"}, 8, 1, 0),
+        ({"resources_per_worker": {"GPU": 1}}, 0, 1, 0),
+    ],
+)
+def test_gpus_of_this_machine_are_used_as_the_profile_says(asked, gpus, workers, each):
+    profile = settled(validate(Profile, asked, "p"), lambda: gpus)
+    assert (profile.workers, profile.gpus_per_worker, profile.use_gpu) == (workers, each, each > 0)
+    # what is recorded is settled anew where a run is resumed, by the GPUs that are there
+    assert settled(validate(Profile, profile.to_dict(), "again"), lambda: gpus) == profile
+
+
+def test_a_run_on_the_cpu_stays_there_and_one_on_a_gpu_takes_what_there_is():
+    assert not settled(settled(Profile(), lambda: 0), lambda: 1).use_gpu
+    assert not settled(settled(Profile(), lambda: 1), lambda: 0).use_gpu
+
+
+def test_a_cluster_says_itself_how_many_gpus_it_has():
+    with pytest.raises(UsageError, match="for kind local alone"):
+        validate(Profile, JOB | {"workers": "all"}, "p")
+    with pytest.raises(UsageError, match="for kind local alone"):
+        validate(Profile, JOB | {"gpu": "required"}, "p")
+    with pytest.raises(UsageError, match=r"gpu: got never, but resources_per_worker\.GPU is 1; leave one of them out"):
+        validate(Profile, {"gpu": "never", "resources_per_worker": {"GPU": 1}}, "p")
+
+
+def test_a_shipped_file_is_found_by_its_path_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    profile = load_profile("cluster/gpu.yaml")
+    assert (profile.name, profile.gpu) == ("gpu", "required")
+    assert presets.find("experiments", "experiments/mnist.yaml").is_file()
+    with pytest.raises(UsageError, match="no such file"):
+        load_profile("elsewhere/gpu.yaml")

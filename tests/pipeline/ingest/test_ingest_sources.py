@@ -28,8 +28,10 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, PipelineError, UsageError
 from pipeline.ingest.download import Archive, fetch
 from pipeline.ingest.files import find_files, without_credentials
-from pipeline.ingest.ingest import ingest
+from pipeline.ingest.ingest import availability, ensure_ingested, ingest
+from pipeline.ingest.resolve import IngestOptions, absolute_source
 from pipeline.ingest.sets import SETS
+from pipeline.runs.training_run import request
 from tests.kit.data import (
     Pixels,
     hugging_face,
@@ -590,3 +592,23 @@ def test_manifests_say_where_images_came_from(tmp_path: Path) -> None:
     ingest(str(source.parent), tmp_path / "out", split="train")
     manifest = Manifest.load(tmp_path / "out")
     assert (manifest.name, manifest.source) == ("flowers", f"{tmp_path}/flowers (split train)")
+
+
+@pytest.mark.parametrize("ingested", [True, False])
+def test_a_folder_called_like_a_built_in_set_does_not_take_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ingested: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_folder(Path("images"), some_images(4))
+    if ingested:
+        ingest("images", Path("digits"))
+    else:
+        shutil.move("images", "digits")
+    options = IngestOptions()
+    assert ensure_ingested("digits", options, tmp_path / "datasets").manifest.num_rows == 1797
+    assert availability("digits", options, tmp_path / "datasets").num_rows == 1797
+    assert ensure_ingested("./digits", options, tmp_path / "datasets").manifest.num_rows == 4
+    assert absolute_source("digits") == "digits"
+    assert absolute_source("./digits") == str(tmp_path / "digits")
+    asked = request(None, "digits", "digits", None, ())
+    assert asked.experiment.data.source == "digits"
