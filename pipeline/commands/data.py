@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.options import example, json_option, print_json
+from pipeline.commands.options import example, json_option, print_json, unused
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
@@ -113,7 +113,7 @@ ddpm-pipe inspect data/digits --verify --picture digits.png
 @click.option(
     "--picture",
     type=click.Path(path_type=Path),
-    help="Where to write the grid. Default: DATA's name with .png, here; none for a dataset in an object store.",
+    help="Where to write the grid. Default: DATA's name with .png (-2.png where that is taken), here; none for a store's.",
 )
 @json_option
 def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> None:
@@ -130,7 +130,7 @@ def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> Non
         dataset.verify(progress=lambda done, _: rate(done))
         card["verified"] = "every row"
     if picture is None and not is_remote(data):  # whose shards are not fetched unless they are asked for
-        picture = Path(f"{Path(data).resolve().name}.png")
+        picture = unused(Path(f"{Path(data).resolve().name}.png"))
     if picture is not None:
         inspect_picture(dataset, picture)
         card["picture"] = str(picture.absolute())

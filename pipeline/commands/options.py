@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -112,6 +114,12 @@ def sampling_options(command: F) -> F:
 def command_line() -> list[str]:
     """Return the command as typed, by its name rather than its path."""
     return ["ddpm-pipe", *sys.argv[1:]]
+
+
+def unused(path: Path) -> Path:
+    """Return the path, or where something stands there already, the first of NAME-2, NAME-3, ... that is free."""
+    names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def print_json(value: object) -> None:

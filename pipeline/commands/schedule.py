@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.options import example, json_option, print_json, print_table
+from pipeline.commands.options import example, json_option, print_json, print_table, unused
 
 
 @click.command(
@@ -38,9 +38,7 @@ ddpm-pipe schedule --betas my-betas.txt
     "-o",
     "--picture",
     type=click.Path(path_type=Path),
-    default=Path("schedule.png"),
-    show_default=True,
-    help="Where to draw.",
+    help="Where to draw. Default: schedule.png here, or schedule-2.png and so on where that is taken.",
 )
 @json_option
 def schedule(
@@ -48,7 +46,7 @@ def schedule(
     num_timesteps: tuple[int, ...],
     zero_terminal_snr: bool,
     betas: Path | None,
-    picture: Path,
+    picture: Path | None,
     as_json: bool,
 ) -> None:
     """Compare noise schedules: figures and one picture.
@@ -61,6 +59,7 @@ def schedule(
 
     found = facts(names, num_timesteps or (1000,), betas, zero_terminal_snr=zero_terminal_snr)
     drawn = [fact.schedule for fact in found if fact.schedule is not None]
+    picture = picture or unused(Path("schedule.png"))
     if drawn:
         draw_schedules(drawn, *example_digit(), picture)
     written = str(picture.absolute()) if drawn else None
@@ -70,3 +69,5 @@ def schedule(
     print_table([fact.row() for fact in found if fact.schedule is not None], COLUMNS)
     for line in report_lines(found):
         click.echo(line)
+    if written:
+        click.echo(f"picture: {written}")

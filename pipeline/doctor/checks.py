@@ -142,12 +142,13 @@ def dataset(examination: Examination) -> Finding:
 def mlflow(examination: Examination) -> Finding:
     """Write to the tracking store from here; a SQLite file that is not there yet is not made."""
     from pipeline.redaction import one_line, public_uri
-    from pipeline.tracking.check import check_store, sqlite_file
+    from pipeline.tracking.check import check_store
+    from pipeline.tracking.run import sqlite_file
     from pipeline.tracking.tracker import TrackingSettings
 
     settings = TrackingSettings.of_profile(examination.profile.home(), examination.profile)
     address = public_uri(settings.uri)
-    file = sqlite_file(settings)
+    file = sqlite_file(settings.uri)
     if file is not None and not file.exists():
         there = node_checks.existing(file.parent)
         if not os.access(there, os.W_OK):

@@ -21,8 +21,14 @@ def home(storage: str | None = None) -> Path:
     """Return the absolute folder that holds all state; it need not exist yet.
 
     `storage` is a profile's: where it is a folder it takes the place of `$DDPM_PIPE_HOME`; object storage (`s3://`) keeps a local
-    home beside it.
+    home beside it. StorageError where this user has no home directory, which MLflow, Ray and matplotlib write to.
     """
+    try:
+        Path.home()
+    except RuntimeError:
+        raise StorageError(
+            f"HOME: not set, and user {os.getuid()} has no passwd entry, expected a folder that can be written. Set HOME."
+        ) from None
     if storage is not None and "://" not in storage:
         return Path(storage)
     return Path(os.environ.get("DDPM_PIPE_HOME") or ".").expanduser().absolute()

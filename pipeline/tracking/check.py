@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 
 from pipeline.tracking.run import make_experiment, prepare_store
 from pipeline.tracking.tracker import TrackingSettings
@@ -35,9 +34,3 @@ def check_store(settings: TrackingSettings) -> float:
         return time.perf_counter() - begin
     finally:
         client.delete_run(run)
-
-
-def sqlite_file(settings: TrackingSettings) -> Path | None:
-    """Return the file of a SQLite store, None for another kind."""
-    prefix = "sqlite:///"
-    return Path(settings.uri.removeprefix(prefix).split("?")[0]) if settings.uri.startswith(prefix) else None

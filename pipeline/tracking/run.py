@@ -6,8 +6,11 @@ import fcntl
 import logging
 import os
 import re
+import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,15 +99,76 @@ def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> 
     return str(experiment.experiment_id)
 
 
+def require_schema(uri: str) -> None:
+    """Refuse a SQLite store that another MLflow made, whose tables this one does not understand (StorageError)."""
+    path = sqlite_file(uri)
+    if path is None or not path.is_file() or _schema_of(path) in (None, *_schemas()[-1:]):
+        return
+    with _sole(path.parent):  # another process may be making the tables
+        found = _schema_of(path)
+    *older, newest = _schemas()
+    if found in (None, newest):
+        return
+    remedy = f"Keep a copy of it, then: mlflow db upgrade {uri}"
+    if found and found not in older:
+        remedy = "Use the newer MLflow that made it, or set DDPM_PIPE_HOME to another folder."
+    raise StorageError(
+        f"{path}: made by another version of MLflow: got schema {found or 'without a version'}, expected {newest}. {remedy}"
+    )
+
+
+def _schema_of(path: Path) -> str | None:
+    """Return the version of a store's tables: "" if they have none, None if there are no tables or it cannot be read now."""
+    try:
+        with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as store:
+            tables = {name for (name,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if "alembic_version" not in tables:
+                return "" if tables else None
+            row = store.execute("SELECT version_num FROM alembic_version").fetchone()
+            return str(row[0]) if row else ""
+    except sqlite3.Error:
+        return None
+
+
+@cache
+def _schemas() -> list[str]:
+    """Return the versions of MLflow's tables, the newest one last, which no other comes after. Importing MLflow would take seconds."""
+    package = find_spec("mlflow")
+    assert package is not None
+    assert package.submodule_search_locations
+    folder = Path(package.submodule_search_locations[0], "store", "db_migrations", "versions")
+    texts = [file.read_text() for file in folder.glob("*.py")]
+    followed = {name for text in texts for name in re.findall(r'^down_revision\b[^"]*"(\w+)"', text, re.MULTILINE)}
+    known = {name for text in texts for name in re.findall(r'^revision\b[^"]*"(\w+)"', text, re.MULTILINE)}
+    return sorted(known, key=lambda name: name not in followed)
+
+
+@contextmanager
+def _sole(folder: Path) -> Iterator[None]:
+    """Let one process at a time set up a store's tables."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """Return the file of a SQLite store, None for another kind."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix).split("?")[0]) if uri.startswith(prefix) else None
+
+
 @contextmanager
 def prepare_store(uri: str) -> Iterator[None]:
     """Make the file of a SQLite store, under the umask, and let one process at a time set up its tables."""
     # it logs each error that it raises, with its traceback; the writer says it in a line
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
-    if not uri.startswith("sqlite:///"):
+    path = sqlite_file(uri)
+    if path is None:
         yield
         return
-    path = Path(uri.removeprefix("sqlite:///").split("?")[0])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
@@ -112,9 +176,5 @@ def prepare_store(uri: str) -> Iterator[None]:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror}); make it writable, or set DDPM_PIPE_HOME"
         ) from error
-    lock = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _sole(path.parent):
         yield
-    finally:
-        os.close(lock)

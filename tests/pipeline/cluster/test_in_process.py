@@ -40,7 +40,7 @@ def act(when):
         if isinstance(action, int):
             os.kill(os.getpid(), action)
         else:
-            exec(action)
+            exec(action, globals())
 
 class Acting(nn.Module):
     alive = weakref.WeakSet()
@@ -237,7 +237,7 @@ def test_an_exception_of_an_own_network_is_one_line_and_its_traceback_is_in_the_
 def test_it_samples_in_its_own_process_with_nothing_left_of_the_training_and_no_ray(acting, home):
     ended = train(acting)
     assert ended.code == 0, ended.stderr
-    assert "40 steps in this process, in " in ended.stderr
+    assert "40 steps in this process, on " in ended.stderr
     *_, after = (home / "calls").read_text().rpartition("step\n")
     assert after
     for seen in map(json.loads, after.splitlines()):

@@ -162,3 +162,24 @@ def test_the_digit_needs_no_data() -> None:
     image, variance = example_digit()
     assert (image.shape, image.dtype) == ((1, 8, 8), torch.uint8)
     assert 0 < variance < 1
+
+
+def test_a_picture_of_the_users_is_not_written_over(typed: Typed, home: Path) -> None:
+    (home / "schedule.png").write_bytes(b"mine")
+    code, stdout, _ = typed("schedule", "cosine", "-T", "20")
+    assert code == 0
+    assert f"picture: {home}/schedule-2.png" in stdout
+    ensure_ingested("digits", IngestOptions(), home / "datasets")
+    (data,) = home.glob("datasets/digits-*")
+    for number in ("", "-2", "-3"):
+        code, stdout, _ = typed("inspect", f"datasets/{data.name}")
+        assert f"{home}/{data.name}{number}.png" in stdout
+    assert (home / "schedule.png").read_bytes() == b"mine"
+
+
+def test_without_a_home_directory_the_line_names_the_variable(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
+    code, _, stderr = typed("train")
+    assert code == 6
+    assert "HOME: not set, and user" in stderr

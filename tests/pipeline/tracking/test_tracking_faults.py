@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -122,8 +123,11 @@ def test_a_store_locked_by_a_process_that_is_killed(run: Run, store: TrackingSet
         assert holder.stdout.readline() == "locked\n"
         for step in range(1, 201):
             tracker.metrics(step, {"loss": 1 / step})
-        with pytest.raises(sqlite3.OperationalError, match="locked"):
-            sqlite3.connect(home / "mlflow.db", timeout=0).execute("BEGIN IMMEDIATE")
+        with (
+            closing(sqlite3.connect(home / "mlflow.db", timeout=0)) as other,
+            pytest.raises(sqlite3.OperationalError, match="locked"),
+        ):
+            other.execute("BEGIN IMMEDIATE")
         assert len(tracker.undelivered()) > 1  # recording did not wait for the lock, which is held all the while
         holder.send_signal(signal.SIGKILL)
     assert tracker.close()

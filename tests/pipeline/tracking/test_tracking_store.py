@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import stat
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings, sync
+from tests.kit.commands import Typed
 from tests.kit.tracking import client_of, forget_receipts, history, runs_in
 
 FINGERPRINT = "c0ffee" * 10 + "abcd"
@@ -518,3 +521,28 @@ def test_where_tracking_goes(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_pa
     for refused in ("./mlruns", "file:///x/mlruns", "mlruns"):
         with pytest.raises(UsageError, match="plain folders"):
             TrackingSettings.resolve(home, refused)
+
+
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        (
+            "UPDATE alembic_version SET version_num = '7ac759974ad8'",
+            "got schema 7ac759974ad8, .* mlflow db upgrade sqlite:///",
+        ),
+        ("DROP TABLE alembic_version", "got schema without a version, .* mlflow db upgrade sqlite:///"),
+        (
+            "UPDATE alembic_version SET version_num = 'of the future'",
+            "got schema of the future, .* Use the newer MLflow",
+        ),
+    ],
+)
+def test_a_database_of_another_mlflow_is_named_before_anything_is_spent(
+    store: TrackingSettings, home: Path, typed: Typed, version: str, told: str
+) -> None:
+    with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
+        database.execute(version)
+    code, _, stderr = typed("train")
+    assert (code, len(stderr.splitlines())) == (6, 1)
+    assert re.search(told, stderr)
+    assert not (home / "datasets").exists()

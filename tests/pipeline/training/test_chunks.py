@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.storage import chunks
 from pipeline.storage.tensor_file import Arrays, pack, read_card, unpack
+from pipeline.training import chunks
 from pipeline.training.chunks import ChunkStore, compute
 
 
