@@ -54,17 +54,16 @@ def require_resources(profile: Profile, num_workers: int) -> None:
         need = whole_gpus(num_workers, each)
         if need > gpus:
             raise ClusterError(
-                f"profile {profile.name!r}: {plural(num_workers, 'worker')} with {plural(each, 'GPU')} each: got "
-                f"{plural(gpus, 'usable GPU')} on this machine, expected {need}; use --cluster local to train on its CPUs"
+                f"profile {profile.name!r}: got {plural(gpus, 'usable GPU')} on this machine, expected {need} for "
+                f"{plural(num_workers, 'worker')} with {plural(each, 'GPU')}; use --cluster local to train on its CPUs"
             )
     each, have = profile.cpus_per_worker(num_workers), usable_cpus()
     if each * num_workers > have + 1e-9:
         fit = int(have / each)
         remedy = f"set workers to {fit}" if fit else f"set resources_per_worker.CPU to {have} or less"
         raise ClusterError(
-            f"profile {profile.name!r}: {plural(num_workers, 'worker')} with {plural(each, 'CPU')} each need "
-            f"{plural(each * num_workers, 'CPU')}, "
-            f"this machine has {have}; {remedy}, or leave resources_per_worker.CPU out to share them"
+            f"profile {profile.name!r}: got {plural(have, 'CPU')} on this machine, expected {each * num_workers:g} for "
+            f"{plural(num_workers, 'worker')} with {plural(each, 'CPU')}; {remedy}, or leave resources_per_worker.CPU out to share them"
         )
 
 

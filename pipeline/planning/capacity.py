@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pipeline.config.cluster_profile import Profile, Workers
 from pipeline.config.experiment import Experiment
+from pipeline.console import plural
 from pipeline.cpus import usable_cpus
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
@@ -74,15 +75,15 @@ def largest(counts: Sequence[int], nodes: Sequence[Node], profile: Profile) -> i
 def shortage(num_workers: int, nodes: Sequence[Node], profile: Profile) -> str:
     """Say what is missing for so many workers: what they need, what there is, and what of it is taken."""
     need = needs(profile, num_workers)
-    each = ", ".join(f"{amount:g} {name}s" for name, amount in need.items())
+    each = ", ".join(plural(amount, name) for name, amount in need.items())
     have = ", ".join(
         f"{sum(node.free.get(name, 0) for node in nodes):g} of {sum(node.total.get(name, 0) for node in nodes):g} {name}s free"
         for name in need
     )
     apart = ", each on a node of its own (placement: strict_spread)" if profile.placement == "strict_spread" else ""
-    on = f"on {len(nodes)} node{'s' * (len(nodes) != 1)}"
+    on = f"on {plural(len(nodes), 'node')}"
     fits = room(nodes, need, profile.placement)
-    return f"{num_workers} workers with {each} each{apart}; the cluster has {have} {on}, which holds {fits}"
+    return f"{plural(num_workers, 'worker')} with {each} each{apart}; the cluster has {have} {on}, which holds {fits}"
 
 
 def whole_gpus(num_workers: int, each: float) -> int:

@@ -118,7 +118,7 @@ def test_a_training_on_two_workers_is_recorded_on_the_server_and_lives_in_the_st
     refused = cli("sample", run.name, "-n", "350", "--cluster", profile, env=environment, timeout_s=120)
     assert refused.code == 8, refused.stderr
     (line,) = [line for line in refused.stderr.splitlines() if line.startswith("ddpm-pipe: ")]
-    assert "wants 1 workers with 3 CPUs each; the cluster has 2 of 2 CPUs free on 1 node, which holds 0" in line
+    assert "wants 1 worker with 3 CPUs each; the cluster has 2 of 2 CPUs free on 1 node, which holds 0" in line
     assert line.endswith("then: the same command")
 
 
@@ -175,7 +175,7 @@ def test_more_than_the_cluster_holds_is_refused_at_once_and_says_what_is_missing
     assert refused.code == 8
     assert "waiting for" not in refused.stderr
     assert (
-        "wants 4 workers with 1 CPUs each; the cluster has 2 of 2 CPUs free on 1 node, which holds 2" in refused.stderr
+        "wants 4 workers with 1 CPU each; the cluster has 2 of 2 CPUs free on 1 node, which holds 2" in refused.stderr
     )
     assert "set workers to 2" in refused.stderr
     assert not (tmp_path / "shared" / "runs").exists()
@@ -195,7 +195,7 @@ def test_a_dry_run_measures_with_the_workers_that_a_training_would_begin_with(cl
     waiting = profile_of(cluster, workers=4, forward_env=["THE_KEY"], wait_for_resources_s=25)
     refused = cli("train", "own.yaml", "--cluster", waiting, *SHORT, "--dry-run", env=environment)
     assert refused.code == 8
-    assert "waiting for 4 workers with 1 CPUs each" in refused.stderr
+    assert "waiting for 4 workers with 1 CPU each" in refused.stderr
     assert "wait_for_resources_s waits longer than 25 s), then: the same command" in refused.stderr
 
 
@@ -203,5 +203,5 @@ def test_a_cluster_that_grows_is_waited_for_with_progress(cli, cluster, profile_
     profile = profile_of(cluster, workers=4, wait_for_resources_s=8)
     refused = cli("train", "--cluster", profile, *SHORT, env=cluster.environment)
     assert refused.code == 8
-    assert "waiting for 4 workers with 1 CPUs each; the cluster has 2 of 2 CPUs free" in refused.stderr
+    assert "waiting for 4 workers with 1 CPU each; the cluster has 2 of 2 CPUs free" in refused.stderr
     assert "wait_for_resources_s waits longer" in refused.stderr.splitlines()[-1]

@@ -132,7 +132,7 @@ def test_too_few_cpus_a_damaged_dataset_and_a_dead_tracking_server(cli, cluster,
     assert result.code == 10, result
     assert reds(result) == {"resources", "dataset", "mlflow"}
     seen = found(result)
-    assert "4 workers with 1 CPUs each" in seen["resources"]["says"]
+    assert "4 workers with 1 CPU each" in seen["resources"]["says"]
     assert shard.name in seen["dataset"]["says"]
     assert (seen["step"]["verdict"], seen["all-reduce"]["verdict"]) == ("skipped", "skipped")
 

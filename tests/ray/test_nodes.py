@@ -59,9 +59,7 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
     with ray_cluster(num_cpus=1) as cluster:
         apart = profile(home, cluster, 2, placement="strict_spread", wait_for_resources_s=300)
         training = start("train", slow, "--cluster", apart, env=cluster.environment)
-        training.wait_for(
-            lambda: "waiting for 2 workers with 1 CPUs each, each on a node of its own" in training.stderr
-        )
+        training.wait_for(lambda: "waiting for 2 workers with 1 CPU each, each on a node of its own" in training.stderr)
         node = cluster.add_node(num_cpus=1)
         training.wait_for(lambda: newest_step(home) >= 10)
         cluster.remove(node)

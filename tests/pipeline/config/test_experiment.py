@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pipeline.config import presets
-from pipeline.config.cluster_profile import Profile, load_profile
+from pipeline.config.cluster_profile import Profile, load_profile, settled
 from pipeline.config.experiment import (
     DiffusionConfig,
     Experiment,
@@ -50,7 +50,7 @@ def test_each_profile_reads(name):
 
 
 def test_local_profile_holds_the_defaults():
-    assert load_profile("local") == Profile()
+    assert load_profile("local") == settled(Profile())
 
 
 def test_an_experiment_with_few_timesteps_survives_a_round_trip():
