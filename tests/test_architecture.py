@@ -163,6 +163,7 @@ def test_each_large_library_stays_in_few_folders() -> None:
     for package, wanted in {
         "click": r"pipeline/(commands/\w+|cli\w*|ddpm_pipe_command)",
         "mlflow": r"pipeline/tracking/\w+",
+        "obstore": r"pipeline/storage/remote",
         "pyarrow": r"pipeline/(ingest/\w+|data/shard\w+|storage/remote|runs/sample)",
         "ray": r"pipeline/(cluster|jobs|sweeps)/\w+",
     }.items():

@@ -211,4 +211,4 @@ def _ray_storage(job: Job, profile: Profile) -> dict[str, Any]:
     if job.run_address is None or not profile.is_remote:
         return {"storage_path": str(Path(job.run_folder) / "ray")}
     folder = RemoteFolder(job.run_address).child("ray")
-    return {"storage_path": f"{folder.bucket}/{folder.prefix}", "storage_filesystem": folder.filesystem}
+    return {"storage_path": f"{folder.bucket}/{folder.prefix}", "storage_filesystem": folder.for_ray()}

@@ -1,47 +1,65 @@
-"""A folder in an object store: the one place that speaks S3, through pyarrow, with its errors in one line.
+"""A folder in an object store: the one place that speaks S3, through obstore, with its errors in one line.
 
 An address is `s3://bucket/prefix`, with `?endpoint_override=HOST:PORT&scheme=http&region=NAME` for a store other than AWS; the
-variable AWS_ENDPOINT_URL says the same for all. Credentials come as AWS tools take them: environment, configuration files, or the
-machine's role. They never stand in an address.
+variable AWS_ENDPOINT_URL does the same for all addresses. Credentials come from the variables AWS_ACCESS_KEY_ID,
+AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, from the keys in `~/.aws/credentials`, or from the machine's role. An address must not
+contain any.
 
-What is relied on is what S3 promises: an object appears whole or not at all, and whoever reads or lists after a write has been
-answered sees it. Every operation may be done twice without harm, so faults that may pass (a lost connection, 5xx answers) are tried
-again with growing pauses, about ten seconds in all: by the AWS library, and once more here, since that gives up on the refused
-reading of a small object (the text of the refusal does not fit where the object's bytes were to go).
+The code relies on what S3 promises: an object appears whole or not at all, a read or a listing sees every write that was answered
+before it began, and a conditional write (create only, or replace one version) succeeds for one writer alone. obstore retries failures
+that may pass, such as a lost connection or a 5xx answer, with growing pauses, and aborts an upload that fails.
 """
 
 from __future__ import annotations
 
+import configparser
 import hashlib
 import os
 import re
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import parse_qs, urlsplit
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.storage.durable import storage_errors
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from obstore.store import RetryConfig, S3Store
 
 SCHEME = "s3://"
-REQUESTS = 2  # of the AWS library, half a second and more apart
-TRIES = 4  # of that, here
-PAUSE_S = 1.0
 CHUNK_BYTES = 8 << 20
+_PARTS_AT_ONCE = 2
 _OPTIONS = {"endpoint_override", "scheme", "region"}
-_ADVICE = {
-    "ACCESS_DENIED": "check the credentials and what they allow",
-    "INVALID_ACCESS_KEY_ID": "check AWS_ACCESS_KEY_ID",
-    "SIGNATURE_DOES_NOT_MATCH": "check AWS_SECRET_ACCESS_KEY",
-    "NO_SUCH_BUCKET": "make the bucket, or correct its name",
-    "NETWORK_CONNECTION": "check the network and AWS_ENDPOINT_URL",
+_CLIENT = {
+    "connect_timeout": timedelta(seconds=5),
+    "read_timeout": timedelta(minutes=5),  # counts from the start of a request: it includes sending one part
+    "timeout": timedelta(hours=1),
 }
-_FOR_GOOD = set(_ADVICE) - {"NETWORK_CONNECTION"}
+RETRIES: dict[str, Any] = {
+    "max_retries": 5,
+    "retry_timeout": timedelta(minutes=10),
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=4), "base": 2},
+}
+_EXPIRED = "the credentials have expired: set new ones (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN)"
+_ADVICE = {
+    "AccessDenied": "check the credentials and what they allow",
+    "403 Forbidden": "check the credentials and what they allow",
+    "InvalidAccessKeyId": "check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "check AWS_SECRET_ACCESS_KEY",
+    "NoSuchBucket": "create the bucket, or correct its name",
+    "ExpiredToken": _EXPIRED,
+    "ExpiredTokenException": _EXPIRED,
+    "TokenRefreshRequired": _EXPIRED,
+    "InvalidToken": "check AWS_SESSION_TOKEN",
+    "RequestTimeTooSkewed": "correct this machine's clock",
+    "NetworkError": "check the network and AWS_ENDPOINT_URL",
+    "NoCredentials": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or write them into ~/.aws/credentials",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +69,15 @@ class StoredObject:
     name: str
     num_bytes: int
     modified_s: float
+
+
+@dataclass(frozen=True)
+class Version:
+    """One version of an object: its content, when it was written, by the store's clock, and the store's tag for it."""
+
+    content: bytes
+    modified_s: float
+    tag: str
 
 
 def is_remote(place: str | Path | None) -> bool:
@@ -68,15 +95,15 @@ class RemoteFolder:
             raise UsageError(f"{parts.scheme}://{self.bucket}: expected an address such as s3://bucket/folder")
         if "@" in self.bucket:
             raise UsageError(
-                f"{SCHEME}{self.bucket.rpartition('@')[2]}: credentials do not belong into an address; set "
+                f"{SCHEME}{self.bucket.rpartition('@')[2]}: an address must not contain credentials; set "
                 "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
             )
         options = {name: values[0] for name, values in parse_qs(parts.query).items()}
         unknown = sorted(set(options) - _OPTIONS)
         if unknown:
             raise UsageError(
-                f"{SCHEME}{self.bucket}: option {unknown[0]!r} is unknown in an address; "
-                f"there are {', '.join(sorted(_OPTIONS))}"
+                f"{SCHEME}{self.bucket}: unknown option in an address: got {unknown[0]!r}, "
+                f"expected one of {', '.join(sorted(_OPTIONS))}"
             )
         self._query = parts.query
         self._options = options
@@ -97,195 +124,225 @@ class RemoteFolder:
         query = f"?{self._query}" if self._query else ""
         return RemoteFolder(f"{self}/{name}{query}")
 
-    @cached_property
-    def filesystem(self) -> Any:
-        """pyarrow's file system of the store, shared by all folders of one store."""
-        endpoint = self._options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3")
-        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL") or None
-        region = self._options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        bucket = self.bucket if endpoint is None else ""
-        return self._try("", lambda: _filesystem(endpoint, self._options.get("scheme"), region, bucket))
-
-    # -- looking
+    # -- list
 
     def objects(self, below: str = "") -> list[StoredObject]:
         """Return the objects below this folder, or below a name in it, sorted by name."""
-        root = self._path("")
-        found = (info for info in self._infos(below, recursive=True) if info.is_file)
-        entries = (self._entry(info.path.removeprefix(root).lstrip("/"), info) for info in found)
+        import obstore
+
+        with self._errors(below):
+            found = obstore.list(self._store, self._path(below)).collect()
+        start = len(self.prefix) + 1 if self.prefix else 0
+        entries = (
+            StoredObject(item["path"][start:], item["size"], item["last_modified"].timestamp()) for item in found
+        )
         return sorted(entries, key=lambda entry: entry.name)
 
     def folders(self) -> list[str]:
         """Return the names of the folders directly below this one."""
-        return sorted(info.base_name for info in self._infos("", recursive=False) if not info.is_file)
+        import obstore
+
+        with self._errors(""):
+            found = obstore.list_with_delimiter(self._store, self.prefix)
+        return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
 
     def stat(self, name: str) -> StoredObject | None:
-        """Return what is known of an object; None where there is none."""
-        info = self._try(name, lambda: self.filesystem.get_file_info(self._path(name)))
-        return self._entry(name, info) if info.is_file else None
+        """Return size and time of an object; None if there is none."""
+        import obstore
 
-    def _infos(self, below: str, recursive: bool) -> Any:
-        from pyarrow import fs
+        try:
+            with self._errors(name):
+                found = obstore.head(self._store, self._path(name))
+        except _NotThereError:
+            return None
+        return StoredObject(name, found["size"], found["last_modified"].timestamp())
 
-        selector = fs.FileSelector(self._path(below), recursive=recursive, allow_not_found=True)
-        return self._try(below, lambda: self.filesystem.get_file_info(selector))
-
-    def _entry(self, name: str, info: Any) -> StoredObject:
-        return StoredObject(name, info.size or 0, (info.mtime_ns or 0) / 1e9)
-
-    # -- reading
+    # -- read
 
     def read(self, name: str) -> bytes | None:
-        """Return an object's content; None where there is none."""
+        """Return an object's content; None if there is none."""
+        found = self.version(name)
+        return None if found is None else found.content
 
-        def read() -> bytes | None:
-            try:
-                with self.filesystem.open_input_file(self._path(name)) as stream:
-                    content: bytes = stream.read()
-                    return content
-            except FileNotFoundError:
-                return None
+    def version(self, name: str) -> Version | None:
+        """Return an object's newest version; None if there is none."""
+        import obstore
 
-        return self._try(name, read)
+        try:
+            with self._errors(name):
+                found = obstore.get(self._store, self._path(name))
+                content = bytes(found.bytes())
+        except _NotThereError:
+            return None
+        return Version(content, found.meta["last_modified"].timestamp(), found.meta["e_tag"] or "")
 
     def download(self, name: str, path: Path) -> str:
-        """Copy an object to a file and flush it to the disk; return its SHA-256. StorageError where there is none."""
+        """Copy an object to a file and flush it to the disk; return its SHA-256. StorageError if there is none."""
+        import obstore
 
-        def download() -> str:
-            digest = hashlib.sha256()
-            with self.filesystem.open_input_file(self._path(name)) as stream, _opened(path) as file:
-                while chunk := stream.read(CHUNK_BYTES):
-                    digest.update(chunk)
-                    with _local_errors(path):
-                        file.write(chunk)
-                with _local_errors(path):
-                    file.flush()
-                    os.fsync(file.fileno())
-            return digest.hexdigest()
+        digest = hashlib.sha256()
+        with storage_errors(path), path.open("wb") as file:
+            with self._errors(name):
+                stream = obstore.get(self._store, self._path(name)).stream(min_chunk_size=CHUNK_BYTES)
+            while chunk := self._next(name, stream):
+                digest.update(chunk)
+                file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+        return digest.hexdigest()
 
-        return self._try(name, download)
+    def _next(self, name: str, stream: Any) -> bytes:
+        with self._errors(name):
+            return bytes(next(stream, b""))
 
-    # -- writing
+    # -- write
 
     def write(self, name: str, content: bytes) -> None:
-        """Make an object, or replace it as a whole, by one request where it is small."""
+        """Create or replace a small object by one request."""
+        self._put(name, content, "overwrite")
 
-        def write() -> None:
-            with self.filesystem.open_output_stream(self._path(name)) as stream:
-                stream.write(content)
+    def create(self, name: str, content: bytes) -> bool:
+        """Create a small object; False if there is one of that name."""
+        return self._put(name, content, "create")
 
-        self._try(name, write)
+    def replace(self, name: str, content: bytes, version: Version) -> bool:
+        """Replace a small object; False if that version is not the newest any more."""
+        return self._put(name, content, {"e_tag": version.tag})
+
+    def _put(self, name: str, content: bytes, mode: Any) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+        with self._errors(name):
+            try:
+                obstore.put(self._store, self._path(name), content, mode=mode, use_multipart=False)
+            except (AlreadyExistsError, PreconditionError):
+                return False
+        return True
 
     def upload(self, name: str, path: Path) -> str:
         """Copy a file to an object, which appears once it is whole; return the SHA-256 of what was sent."""
+        import obstore
 
-        def upload() -> tuple[str, int]:
-            digest, sent = hashlib.sha256(), 0
-            with path.open("rb") as file, self._whole_or_none(name) as stream:
-                while chunk := file.read(CHUNK_BYTES):
-                    stream.write(chunk)
-                    digest.update(chunk)
-                    sent += len(chunk)
-            return digest.hexdigest(), sent
+        digest = hashlib.sha256()
 
-        sha256, sent = self._try(name, upload)
-        there = self.stat(name)
-        if there is None or there.num_bytes != sent:
-            has = "none" if there is None else there.num_bytes
-            raise StorageError(f"{self}/{name}: {sent} bytes were sent, the store has {has}; try again")
-        return sha256
+        def chunks() -> Iterator[bytes]:
+            while chunk := file.read(CHUNK_BYTES):
+                digest.update(chunk)
+                yield chunk
 
-    @contextmanager
-    def _whole_or_none(self, name: str) -> Iterator[Any]:
-        """Give a stream that becomes an object when the block ends, and nothing when it raises.
-
-        pyarrow knows no way to give a stream up: closed (or forgotten), it makes an object of the parts that arrived. That is removed;
-        where the store refuses even that, what is left is a part of something whose manifest is missing.
-        """
-        stream = self.filesystem.open_output_stream(self._path(name))
-        try:
-            yield stream
-        except BaseException:
-            with suppress(OSError):
-                stream.close()
-            with suppress(OSError):
-                self.filesystem.delete_file(self._path(name))
-            raise
-        stream.close()
+        with path.open("rb") as file, self._errors(name):
+            obstore.put(
+                self._store,
+                self._path(name),
+                chunks(),
+                use_multipart=os.fstat(file.fileno()).st_size > CHUNK_BYTES,
+                chunk_size=CHUNK_BYTES,
+                max_concurrency=_PARTS_AT_ONCE,
+            )
+        return digest.hexdigest()
 
     def delete(self, name: str) -> None:
-        """Remove an object; that it is gone already is no error."""
+        """Remove an object; one that is gone already is no error."""
+        import obstore
 
-        def delete() -> None:
-            with suppress(FileNotFoundError):
-                self.filesystem.delete_file(self._path(name))
-
-        self._try(name, delete)
+        with self._errors(name):
+            obstore.delete(self._store, self._path(name))
 
     def delete_all(self, below: str) -> None:
         """Remove every object below a name in this folder."""
-        self._try(below, lambda: self.filesystem.delete_dir_contents(self._path(below), missing_dir_ok=True))
+        for entry in self.objects(below):
+            self.delete(entry.name)
+
+    def for_ray(self) -> Any:
+        """Return pyarrow's file system of the same store, which Ray takes for its own files."""
+        from pyarrow.fs import S3FileSystem
+
+        endpoint, region = self._endpoint_and_region()
+        return S3FileSystem(endpoint_override=endpoint, region=region or ("us-east-1" if endpoint else None))
 
     # -- inner
 
+    @cached_property
+    def _store(self) -> S3Store:
+        with self._errors(""):
+            return _store(self.bucket, *self._endpoint_and_region())
+
+    def _endpoint_and_region(self) -> tuple[str | None, str | None]:
+        endpoint = self._options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3")
+        endpoint = endpoint or os.environ.get("AWS_ENDPOINT_URL") or None
+        if endpoint is not None and "://" not in endpoint:
+            endpoint = f"{self._options.get('scheme', 'https')}://{endpoint}"
+        region = self._options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        return endpoint, region
+
     def _path(self, name: str) -> str:
-        return "/".join(part for part in (self.bucket, self.prefix, name) if part)
+        return "/".join(part for part in (self.prefix, name) if part)
 
-    def _try(self, name: str, operation: Callable[[], T]) -> T:
-        """Return what an operation returns, tried again where it failed for a reason that may pass; StorageError in the end."""
+    @contextmanager
+    def _errors(self, name: str) -> Iterator[None]:
+        """Turn what the store answers into a StorageError of one line."""
+        from obstore.exceptions import BaseError
+
         where = f"{self}/{name}".rstrip("/")
-        for attempt in range(TRIES):
-            try:
-                return operation()
-            except FileNotFoundError:
-                raise StorageError(f"{where}: is not there; it was removed, or never written") from None
-            except OSError as error:
-                code, said = _answer(error)
-                if attempt == TRIES - 1 or code in _FOR_GOOD:
-                    advice = _ADVICE.get(code, "try again, or see what the store logs")
-                    raise StorageError(f"{where}: {said}; {advice}") from None
-            time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError("the last try returns or raises")
+        try:
+            yield
+        except (BaseError, OSError) as error:
+            code, said = _answer(error)
+            if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
+                raise _NotThereError(f"{where}: is not there; it was removed, or never written") from None
+            advice = _ADVICE.get(code, "try again, or read the store's log")
+            raise StorageError(f"{where}: {said}; {advice}") from None
 
 
-def _answer(error: OSError) -> tuple[str, str]:
-    """Return the store's code for an error ("" where it has none), and words for it."""
-    text = " ".join(str(error).split())
-    code = re.search(r"AWS Error (\w+)", text)
-    if code is None:
-        return "", text[:200]
-    detail = re.search(r"operation: (.*?)(?: \(Request ID.*)?$", text)
-    said = f" ({detail[1].split('; Details:')[-1].strip()[:160]})" if detail else ""
-    return code[1], f"the store says {code[1]}{said}"
+class _NotThereError(StorageError):
+    """There is no object of that name."""
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    with _local_errors(path):
-        file = path.open("wb")
-    with file:
-        yield file
-
-
-@contextmanager
-def _local_errors(path: Path) -> Iterator[None]:
-    """Turn what the disk says about a file into one line."""
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or make it writable") from None
+def _answer(error: Exception) -> tuple[str, str]:
+    """Return the store's code for an error, or ours ("" if there is none), and words for it."""
+    text = " ".join(str(error).partition("Debug source")[0].split())
+    code, message = re.search(r"<Code>(\w+)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
+    if code is not None:
+        return code[1], f"the store says {code[1]}" + (f" ({message[1][:160]})" if message else "")
+    if status := re.search(r"status code: (\d{3} [A-Z][A-Za-z ]*\w)", text):
+        return status[1], f"the store says {status[1]}"
+    if "credential" in text.lower() or "169.254.169.254" in text:
+        return "NoCredentials", "no credentials for the store were found"
+    if "HTTP error" in text:
+        return "NetworkError", "the store cannot be reached"
+    return "", text[:200]
 
 
 @lru_cache(maxsize=8)
-def _filesystem(endpoint: str | None, scheme: str | None, region: str | None, bucket: str) -> Any:
-    from pyarrow import fs
+def _store(bucket: str, endpoint: str | None, region: str | None) -> S3Store:
+    from obstore.store import S3Store
 
-    return fs.S3FileSystem(
-        endpoint_override=endpoint,
-        scheme=scheme or ("http" if (endpoint or "").startswith("http://") else "https"),
-        region=region or (fs.resolve_s3_region(bucket) if endpoint is None else "us-east-1"),
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=REQUESTS),
-        connect_timeout=5,
-        allow_delayed_open=True,  # small objects go in one request
-        background_writes=False,  # a disk faster than the network would fill the memory
-    )
+    options: dict[str, Any] = {}
+    if not os.environ.get("AWS_ACCESS_KEY_ID"):
+        if _keys_of_profile() is not None:
+            options["credential_provider"] = _keys_of_profile
+        elif os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+            raise OSError("no credentials: the machine's role must not be asked for them")
+    if endpoint is not None:
+        options["endpoint"] = endpoint
+    elif region is None:
+        from pyarrow.fs import resolve_s3_region
+
+        region = resolve_s3_region(bucket)
+    options["client_options"] = {**_CLIENT, "allow_http": (endpoint or "").startswith("http://")}
+    return S3Store(bucket, region=region or "us-east-1", retry_config=cast("RetryConfig", RETRIES), **options)
+
+
+def _keys_of_profile() -> dict[str, Any] | None:
+    """Return the keys of the AWS profile in use, read anew every five minutes; None if its file holds none."""
+    file = configparser.ConfigParser(interpolation=None)
+    place = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
+    try:
+        file.read(Path(place).expanduser())
+        profile = file[os.environ.get("AWS_PROFILE") or "default"]
+        keys = {"access_key_id": profile["aws_access_key_id"], "secret_access_key": profile["aws_secret_access_key"]}
+    except (OSError, KeyError, RuntimeError, configparser.Error):
+        return None
+    token = profile.get("aws_session_token")
+    return {**keys, "token": token, "expires_at": datetime.now(UTC) + timedelta(minutes=5)}

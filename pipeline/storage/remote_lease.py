@@ -1,28 +1,19 @@
-"""Who works on something in an object store: one holder at a time, found dead when it no longer beats.
+"""Who works on something in an object store: one holder at a time, replaced when it stops renewing its lease.
 
-pyarrow cannot ask the store to create an object only where there is none, so the right is taken as at a bakery's counter, relying on
-this alone: a listing shows every object whose writing was answered before it began.
-
-    claim-<token>              1. write a claim; 2. list. Whoever sees no other claim and no holder has the lease,
-    held-<time>-<token>        3. and writes that, with the store's time in milliseconds; rewritten at each beat.
-
-Of two that claim at once, at least one lists after both have written, sees the other, and gives way; where both see each other, the
-one with the smaller token stays. So there is one winner, and every loser knows the winner's name. A holder that has not beaten for
-`MISSED_BEATS` beats, by the store's clock, is dead: its objects are removed and the lease is taken over. Should it come back (it was
-only stopped), it finds its object gone, or a later one beside it, and has lost the lease.
+The lease is one object, `lease.json`, that names its holder. Every write to it is conditional: one writer creates it, and one
+replaces the version that it read. The holder renews it every `BEAT_S` seconds; `{}` means that nobody holds it. A holder that has not
+renewed it for `MISSED_BEATS` beats, by the store's clock, counts as dead and may be replaced. If it was only stopped and comes back,
+its next renewal fails, and it has lost the lease.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import re
 import secrets
 import socket
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -30,13 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RunLockedError, StorageError
-from pipeline.storage.remote import RemoteFolder, StoredObject
+from pipeline.storage.remote import RemoteFolder, Version
 
 BEAT_S = 10.0
 MISSED_BEATS = 3
-_PAUSE_S = 0.3
-_PATIENCE_S = 60.0
-_NAME = re.compile(r"(claim|held-\d{13})-[0-9a-f]{16}")
+NAME = "lease.json"
 
 
 class Lease:
@@ -46,20 +35,17 @@ class Lease:
         self._folder, self._what = folder, what
         self._beat_s = BEAT_S if beat_s is None else beat_s
         self._token = secrets.token_hex(8)
-        self._claim = f"claim-{self._token}"
-        self._held = ""
         self._since = ""
+        self._held: Version | None = None
+        self.was_held = False
+        self._writing = threading.Lock()
         self._closing = threading.Event()
-
-    @property
-    def was_held(self) -> bool:
-        """Whether this one has ever been acquired."""
-        return self._held != ""
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold the lease for the time of the context; RunLockedError, naming the holder, where another one does."""
+        """Hold the lease for the time of the context; RunLockedError, naming the holder, if another process holds it."""
         self.acquire()
+        self._closing.clear()
         beating = threading.Thread(target=self._beat_until_closed, name="lease", daemon=True)
         beating.start()
         try:
@@ -67,131 +53,106 @@ class Lease:
         finally:
             self._closing.set()
             beating.join()
-            with suppress(StorageError):  # then it is free once it is seen to be dead
-                self._folder.delete(self._held)
+            with suppress(StorageError), self._writing:  # then it is free once its beats are missed
+                if self._held is not None:
+                    self._folder.replace(NAME, b"{}", self._held)
+                self._held = None
+
+    def acquire(self) -> None:
+        """Take the lease without renewing it; RunLockedError, naming the holder, if another process holds it."""
+        self._since = datetime.now(UTC).isoformat(timespec="seconds")
+        while True:  # each round but the last is one that another process has won
+            found = self._folder.version(NAME)
+            if found is not None and self._is_live(found):
+                raise RunLockedError(
+                    f"{self._what} is being worked on by {_words(found)}; wait for it, or stop that process "
+                    f"first (one that has died is replaced after {MISSED_BEATS * self._beat_s:g} s)"
+                )
+            if self._write(found):
+                self.was_held = True
+                return
 
     def require(self) -> None:
-        """Refuse to go on where the lease was lost to another holder, or could not be kept (RunLockedError)."""
-        if not self._held or not self._is_mine():
+        """Renew the lease; RunLockedError if it was lost to another holder."""
+        if not self._renew():
             raise RunLockedError(
                 f"{self._what} was taken over by another process, since this one did not answer for "
                 f"{MISSED_BEATS * self._beat_s:g} s; leave it to that one"
             )
 
     def holder(self) -> str | None:
-        """Return who holds the lease now, in words; None where nobody does. Writes a small object, to learn the store's time."""
-        live = self._live(self._now(f"clock-{self._token}"))
-        self._folder.delete(f"clock-{self._token}")
-        return next((self._words(entry) for entry in live if entry.name.startswith("held-")), None)
-
-    def acquire(self) -> None:
-        """Take the lease without keeping it alive, as `hold` does before anything else."""
-        self._since = datetime.now(UTC).isoformat(timespec="seconds")
-        deadline = time.monotonic() + _PATIENCE_S
-        while time.monotonic() < deadline:
-            if self._try():
-                return
-            time.sleep(_PAUSE_S * random.uniform(0.5, 1.5))
-        raise RunLockedError(f"{self._what}: several processes ask for it again and again; stop all but one")
-
-    def _try(self) -> bool:
-        """Claim once; False where another claim is in the way, which may yet be given up."""
-        now = self._now(self._claim)
-        try:
-            others = [entry for entry in self._live(now, clean=True) if entry.name != self._claim]
-            for entry in others:
-                if entry.name.startswith("held-"):
-                    raise RunLockedError(
-                        f"{self._what} is being worked on by {self._words(entry)}; wait for it, or stop that process "
-                        f"first (one that has died is passed over after {MISSED_BEATS * self._beat_s:g} s)"
-                    )
-            while others:
-                if any(entry.name < self._claim for entry in others):
-                    return False
-                time.sleep(_PAUSE_S)
-                now = self._now(self._claim)
-                others = [entry for entry in self._live(now, clean=True) if entry.name != self._claim]
-                if any(entry.name.startswith("held-") for entry in others):
-                    return False
-            return self._take(now)
-        finally:
-            self._folder.delete(self._claim)
-
-    def _take(self, now: float) -> bool:
-        """Turn the claim into the lease, unless the claim was passed over meanwhile because this process was stopped."""
-        self._held = f"held-{int(now * 1000):013d}-{self._token}"
-        self._write(self._held)
-        if self._folder.stat(self._claim) is not None and self._is_mine():
-            return True
-        self._folder.delete(self._held)
-        self._held = ""
-        return False
+        """Return who holds the lease now, in words; None if nobody does."""
+        found = self._folder.version(NAME)
+        return _words(found) if found is not None and self._is_live(found) else None
 
     def _beat_until_closed(self) -> None:
         while not self._closing.wait(self._beat_s):
-            with suppress(StorageError):  # the store may come back; whoever asks `require` is told
-                if not self._is_mine():
-                    self._folder.delete(self._held)  # a beat that was on its way while this process stood still
+            with suppress(StorageError):  # the store may answer again; `require` raises what it says
+                if not self._renew():
                     return
-                self._write(self._held)
 
-    def _is_mine(self) -> bool:
-        """Whether the lease is still this one's, by the store."""
-        names = {entry.name for entry in self._folder.objects()}
-        held = max((name for name in names if name.startswith("held-")), default="")
-        return self._held in names and self._held == held
+    def _renew(self) -> bool:
+        with self._writing:
+            if self._held is None or not self._write(self._held):
+                self._held = None
+            return self._held is not None
 
-    def _live(self, now: float, clean: bool = False) -> list[StoredObject]:
-        """Return claims and holders that are alive at the store's time `now`; the others are removed if `clean`."""
-        live = []
-        for entry in self._folder.objects():
-            if not _NAME.fullmatch(entry.name):
-                continue
-            dead = now - entry.modified_s > MISSED_BEATS * self._beat_s or self._died_here(entry)
-            if not dead:
-                live.append(entry)
-            elif clean:
-                self._folder.delete(entry.name)
-        return live
+    def _write(self, before: Version | None) -> bool:
+        """Write this holder where `before` is still the newest version (None: no object); return whether it was."""
+        about = {
+            "token": self._token,
+            "beat": secrets.token_hex(8),  # no two versions are equal, and neither are their tags
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": self._since,
+            "place": _place(),
+            "started": _started(os.getpid()),
+        }
+        content = json.dumps(about).encode()
+        if before is None:
+            self._folder.create(NAME, content)
+        else:
+            self._folder.replace(NAME, content, before)
+        # Read back: for the tag, and because a write whose answer was lost is tried again and then refused.
+        found = self._folder.version(NAME)
+        if found is None or _about(found).get("token") != self._token:
+            return False
+        self._held = found
+        return True
 
-    def _died_here(self, entry: StoredObject) -> bool:
-        """Whether a holder was a process of this very machine that is gone: then nobody has to wait for its beats."""
-        about = self._about(entry)
-        return about.get("place") == _place() is not None and _started(about.get("pid") or 0) != about.get("started")
+    def _is_live(self, found: Version) -> bool:
+        """Whether a version names a holder that is not known to be dead."""
+        about = _about(found)
+        if not about.get("token"):
+            return False
+        if about.get("place") == _place() is not None and _started(about.get("pid") or 0) != about.get("started"):
+            return False  # a process of this very machine that is gone: nobody has to wait for its beats
+        return self._now() - found.modified_s <= MISSED_BEATS * self._beat_s
 
-    def _about(self, entry: StoredObject) -> dict[str, Any]:
-        try:
-            content = json.loads(self._folder.read(entry.name) or b"{}")
-        except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def _words(self, entry: StoredObject) -> str:
-        about = self._about(entry)
-        return f"process {about.get('pid', '?')} on {about.get('host', '?')} since {about.get('since', '?')}"
-
-    def _write(self, name: str) -> None:
-        self._folder.write(name, json.dumps(self._self()).encode())
-
-    def _now(self, name: str) -> float:
+    def _now(self) -> float:
         """Return the store's time, which is that of an object just written."""
-        self._write(name)
-        entry = self._folder.stat(name)
+        clock = f"clock-{self._token}"
+        self._folder.write(clock, b"")
+        entry = self._folder.stat(clock)
+        self._folder.delete(clock)
         if entry is None:
             raise StorageError(
-                f"{self._folder}/{name}: was removed right after it was written; is another tool cleaning up?"
+                f"{self._folder}/{clock}: was removed right after it was written; is another tool cleaning up?"
             )
         return entry.modified_s
 
-    def _self(self) -> dict[str, Any]:
-        pid = os.getpid()
-        return {
-            "host": socket.gethostname(),
-            "pid": pid,
-            "since": self._since,
-            "place": _place(),
-            "started": _started(pid),
-        }
+
+def _about(found: Version) -> dict[str, Any]:
+    try:
+        content = json.loads(found.content or b"{}")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _words(found: Version) -> str:
+    about = _about(found)
+    return f"process {about.get('pid', '?')} on {about.get('host', '?')} since {about.get('since', '?')}"
 
 
 def _place() -> str | None:

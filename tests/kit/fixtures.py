@@ -124,11 +124,13 @@ def _object_store() -> Iterator[ObjectStore]:
 @pytest.fixture
 def object_store(_object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> ObjectStore:
     """A real S3 server on loopback, one for the session; this process's environment names it and holds credentials."""
-    from tests.kit.object_store import CREDENTIALS
+    from tests.kit.object_store import CREDENTIALS, UNAVAILABLE
 
     for name, value in (CREDENTIALS | {"AWS_ENDPOINT_URL": _object_store.url}).items():
         monkeypatch.setenv(name, value)
     _object_store.refuse = lambda method, path: False
+    _object_store.refusal = UNAVAILABLE
+    _object_store.ignores_conditions = False
     _object_store.ahead_s = 0.0
     _object_store.requests.clear()
     return _object_store

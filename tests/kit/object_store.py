@@ -6,17 +6,23 @@ import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any
 
 from pipeline.storage.remote import RemoteFolder
 
+QUICK = {
+    "init_backoff": timedelta(milliseconds=10),
+    "max_backoff": timedelta(milliseconds=20),
+    "base": 2,
+}  # between retries
+UNAVAILABLE = ("503 Service Unavailable", "ServiceUnavailable")
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
 
 
 class ObjectStore:
-    """The server, with faults to order: it answers 503 to the requests that `refuse(method, path)` chooses, and notes all.
+    """The server, with faults to order: it answers `refusal` to the requests that `refuse(method, path)` chooses, and notes all.
 
     Its clock is `ahead_s` seconds ahead of the machine's.
     """
@@ -26,9 +32,12 @@ class ObjectStore:
 
         self._app = DomainDispatcherApplication(create_backend_app)
         self._lock = threading.Lock()
+        self._putting = threading.Lock()  # moto checks a condition and writes in two steps
         self.url = ""
         self.ahead_s = 0.0
         self.refuse: Callable[[str, str], bool] = lambda method, path: False
+        self.refusal = UNAVAILABLE
+        self.ignores_conditions = False
         self.requests: list[tuple[str, str]] = []
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
@@ -36,11 +45,15 @@ class ObjectStore:
         with self._lock:
             self.requests.append((method, path))
             refused = self.refuse(method, path)
+        if self.ignores_conditions:
+            environ.pop("HTTP_IF_NONE_MATCH", None)
         if not refused:
-            return self._app(environ, start_response)
+            with self._putting if method == "PUT" else nullcontext():
+                return self._app(environ, start_response)
         environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
-        body = b"<Error><Code>ServiceUnavailable</Code><Message>made to fail</Message></Error>"
-        start_response("503 Service Unavailable", [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
+        status, code = self.refusal
+        body = f"<Error><Code>{code}</Code><Message>made to fail</Message></Error>".encode()
+        start_response(status, [("Content-Type", "text/xml"), ("Content-Length", str(len(body)))])
         return [body]
 
     def put(self, path: str, body: bytes) -> None:
@@ -95,5 +108,7 @@ def running_store() -> Iterator[ObjectStore]:
 
 
 def objects(folder: str) -> list[str]:
-    """Return the names of the objects below an address."""
-    return [entry.name for entry in RemoteFolder(folder).objects()]
+    """Return the names of the objects below an address, without leases that nobody holds."""
+    found = RemoteFolder(folder)
+    names = [entry.name for entry in found.objects()]
+    return [name for name in names if not (name.endswith("lease.json") and found.read(name) == b"{}")]

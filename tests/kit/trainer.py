@@ -27,6 +27,7 @@ from pipeline.worker.worker import Worker
 from tests.kit.attempts import Attempt, attempts_of
 from tests.kit.environment import forget_modules
 from tests.kit.experiments import TINY, slow_model
+from tests.kit.object_store import QUICK
 
 
 class Alone:
@@ -142,7 +143,7 @@ def train_in_store(
 ) -> None:
     """Be driver and worker of the next attempt of a run in an object store; the worker has its own folder if `elsewhere` names one."""
     os.environ.update(environment)
-    remote.PAUSE_S = 0.05
+    remote.RETRIES["backoff"] = QUICK
     run = Run.find(Path(home), run_id, storage)
     with run.lock():
         job = job_of(run)

@@ -163,6 +163,12 @@ def test_dataset():
     assert (bad.verdict, bad.says) == (Verdict.RED, "x.parquet is damaged (seen on b)")
 
 
+def test_a_store_that_ignores_conditional_writes_is_named(bucket, object_store):
+    assert write_test(bucket, ".doctor-1/driver").problem == ""
+    object_store.ignores_conditions = True
+    assert "ignores conditional writes" in write_test(bucket, ".doctor-1/driver").problem
+
+
 def test_a_node_beyond_the_row_groups_reads_one_of_them_too(tmp_path):
     ingest("digits", tmp_path / "digits")
     groups = Manifest.load(tmp_path / "digits").row_groups

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage import remote
+from tests.kit.object_store import QUICK
 
 
 @pytest.fixture(autouse=True)
@@ -15,5 +16,5 @@ def scratch(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     """The machine's temporary folder, for this test alone; and no long pauses between tries."""
     folder = tmp_path_factory.mktemp("scratch")
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
-    monkeypatch.setattr(remote, "PAUSE_S", 0.01)
+    monkeypatch.setitem(remote.RETRIES, "backoff", QUICK)
     return folder

@@ -165,7 +165,7 @@ def test_a_store_that_is_away_for_a_while_costs_checkpoints_and_changes_nothing(
     site.store.refuse = lambda method, path: False
     assert site.result("second") == undisturbed
     log = (site.root / "second" / "runs" / site.run.id / "log.txt").read_text()
-    assert log.count("the store says SERVICE_UNAVAILABLE") == 2
+    assert log.count("the store says ServiceUnavailable") == 2
     assert not [c for c in RunCheckpoints(site.run).committed() if c.step in (8, 12)]
 
 
