@@ -1,4 +1,6 @@
-"""What a submitted job runs: the same command line, in the cluster. `python -m pipeline.cli_in_job train --preset mnist ...`
+"""What a submitted job runs: the command whose parameters were parsed where it was typed. `python -m pipeline.cli_in_job CALL`
+
+CALL is JSON: `command` is the command's name, `parameters` are its values by name, `typed` the words that the run records.
 
 Its results on stdout are marked line by line, because Ray keeps one log for both streams and whoever follows wants them apart.
 """
@@ -6,11 +8,16 @@ Its results on stdout are marked line by line, because Ray keeps one log for bot
 from __future__ import annotations
 
 import io
+import json
 import re
 import sys
-from typing import TextIO, cast
+from pathlib import Path
+from typing import Any, TextIO, cast
 
-from pipeline.cli import run
+import click
+
+from pipeline.cli import cli
+from pipeline.commands.exit_code import exit_code_of
 from pipeline.errors import PipelineError
 from pipeline.jobs import job_secrets
 from pipeline.jobs.job_log import RESULT_MARK
@@ -40,16 +47,29 @@ class MarkedLines(io.TextIOBase):
 
 
 def main() -> int:
-    """Run the command line of this process; return the exit code."""
+    """Run the command of this process's argument; return the exit code."""
     try:
         job_secrets.receive()
     except PipelineError as error:
         print(f"ddpm-pipe: {error}", file=sys.stderr)
         return error.exit_code
     sys.stdout = cast(TextIO, MarkedLines(sys.stdout))
-    code = run(sys.argv[1:])
+    call = json.loads(sys.argv[1])
+    sys.argv = ["ddpm-pipe", *call["typed"]]
+    code = exit_code_of(lambda: invoke(cli, call["command"], call["parameters"]))
     sys.stdout.flush()
     return code
+
+
+def invoke(group: click.Group, name: str, parameters: dict[str, Any]) -> object:
+    """Call a command with parameters that were parsed before; those that are missing have their defaults."""
+    command = group.commands[name]
+    with click.Context(command, info_name=name, parent=click.Context(group, info_name="ddpm-pipe")) as context:
+        kinds = {parameter.name: parameter.type for parameter in command.params}
+        for key, value in parameters.items():
+            is_path = isinstance(kinds[key], click.Path)
+            context.params[key] = Path(value) if is_path else tuple(value) if isinstance(value, list) else value
+        return context.invoke(command, **context.params)
 
 
 if __name__ == "__main__":

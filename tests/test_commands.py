@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from tests.kit import trainer
+from tests.kit.commands import run_command as run
 
 MISTAKES = {
     "unknown key": (["-s", "training.learning_rat=1"], 2, "did you mean 'learning_rate'"),

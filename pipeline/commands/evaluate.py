@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands.options import cluster_option, dry_run_option, example, json_option, print_json, sampling_options
+from pipeline.commands.options import (
+    cluster_option,
+    dry_run_option,
+    example,
+    json_option,
+    named_lines,
+    print_result,
+    sampling_options,
+)
 from pipeline.commands.submit import runs_on_cluster
+
+if TYPE_CHECKING:
+    from pipeline.config.context import Context
+    from pipeline.runs.evaluate import ScoreRequest
 
 METRICS = ("fid", "kid", "is", "prdc", "bpd")
 
@@ -84,7 +98,7 @@ def evaluate(
     neighbours: bool,
     grid: str | None,
     inception_weights: str | None,
-    cluster: str | None,
+    context: Context,
     dry_run: bool,
     as_json: bool,
     **how: Any,
@@ -98,7 +112,6 @@ def evaluate(
     prdc  precision, recall, density, coverage
     bpd   bits per dimension of real images: the variational bound, its parts, its curve over t
     """
-    from pipeline.commands import result_commands
     from pipeline.runs.evaluate import ScoreRequest
 
     request = ScoreRequest(
@@ -111,11 +124,37 @@ def evaluate(
         inception_weights=inception_weights,
         **how,
     )
-    if grid is None:
-        result = result_commands.evaluate(run, request, cluster, dry_run=dry_run)
+    if grid is not None:
+        _evaluate_grid(context, run, request, grid, dry_run=dry_run, as_json=as_json)
+    elif dry_run:
+        from pipeline.runs.evaluate import plan_evaluation
+
+        plan = plan_evaluation(context, run, request)
+        print_result(plan, as_json, lambda: named_lines(plan.to_json()))
     else:
-        result = result_commands.grid(run, request, grid, cluster, dry_run=dry_run)
-    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+        from pipeline.runs.evaluate import evaluate as evaluate_run
+        from pipeline.runs.evaluation import evaluation_lines
+
+        result = evaluate_run(context, run, request)
+        print_result(result, as_json, lambda: _page(result.found.run, evaluation_lines(result.found), result.written))
+
+
+def _evaluate_grid(
+    context: Context, run: str, request: ScoreRequest, grid: str, *, dry_run: bool, as_json: bool
+) -> None:
+    from pipeline.runs.evaluate_grid import evaluate_grid, plan_grid
+
+    if dry_run:
+        plan = plan_grid(context, run, request, grid)
+        print_result(plan, as_json, lambda: named_lines(plan.to_json()))
+    else:
+        result = evaluate_grid(context, run, request, grid)
+        print_result(result, as_json, lambda: _page(result.run, result.grid.lines(), result.written))
+
+
+def _page(run: str, table: Sequence[str], written: Sequence[Path]) -> list[str]:
+    """Return the lines of a result: which run, what was found, and the files that hold it."""
+    return [f"run {run}", "", *table, "", *map(str, written)]
 
 
 @click.command(
@@ -135,13 +174,13 @@ ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
 )
 @cluster_option
 @json_option
-def compare(runs: tuple[str, ...], metric: str | None, across: str, cluster: str | None, as_json: bool) -> None:
+def compare(runs: tuple[str, ...], metric: str | None, across: str, context: Context, as_json: bool) -> None:
     """Rank evaluated runs, like with like; values of another kind are refused by what differs.
 
     Without RUN, all evaluated runs. Of several checkpoints of a run each has its place.
     """
-    from pipeline.commands import result_commands
+    from pipeline.runs.compare import compare_runs
 
     fields = [name.strip() for name in across.split(",") if name.strip()]
-    result = result_commands.compare(runs, metric, fields, cluster)
-    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+    found = compare_runs(context, runs, metric, fields)
+    print_result(found, as_json, lambda: [line for ranking in found.rankings for line in ["", *ranking.lines()]][1:])

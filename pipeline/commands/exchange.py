@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pipeline.commands.options import cluster_option, command_line, example, json_option, print_json
+from pipeline.commands.options import cluster_option, example, json_option, named_lines, print_result
+
+if TYPE_CHECKING:
+    from pipeline.config.context import Context
 
 
 @click.command(
@@ -37,17 +40,17 @@ def export(
     form: Literal["diffusers", "safetensors", "onnx"],
     weights: str,
     checkpoint: int | None,
-    cluster: str | None,
+    context: Context,
     as_json: bool,
 ) -> None:
     """Write the model of RUN into the new folder DIR, for other programs. No format holds code or pickles.
 
     What has no equal in a format is refused with the reason.
     """
-    from pipeline.commands import result_commands
+    from pipeline.exchange.export import ExportRequest, export_run
 
-    result = result_commands.export(run, folder, form, checkpoint, weights, cluster)
-    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+    result = export_run(context, run, ExportRequest(folder, form, checkpoint, weights))
+    print_result(result, as_json, lambda: named_lines(result.to_json()))
 
 
 @click.command(
@@ -62,15 +65,13 @@ ddpm-pipe import model/ --name borrowed
 @click.option("--name", help="Of the run. Default: DIR's name.")
 @cluster_option
 @json_option
-def import_(folder: Path, data: str | None, name: str | None, cluster: str | None, as_json: bool) -> None:
+def import_(folder: Path, data: str | None, name: str | None, context: Context, as_json: bool) -> None:
     """Make a run of the model in DIR, ready to sample, score and fine-tune.
 
     DIR has the layout of a diffusers DDPMPipeline (safetensors or .bin), or is what `ddpm-pipe export --format safetensors` wrote. It is
     read as a stranger's: nothing in it is run.
     """
-    from pipeline.commands import result_commands
-    from pipeline.console import Console
     from pipeline.runs.import_run import import_folder
 
-    result = import_folder(folder, data, name, cluster, command_line(), Console())
-    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+    result = import_folder(context, folder, data, name)
+    print_result(result, as_json, lambda: named_lines(result.to_json()))

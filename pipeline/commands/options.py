@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Result(Protocol):
+    """What a command found or made."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data: what `--json` prints."""
 
 
 def example(text: str) -> str:
@@ -20,12 +28,19 @@ def example(text: str) -> str:
 
 
 def cluster_option(command: F) -> F:
-    """Add `--cluster`."""
+    """Add `--cluster`, and pass the command its Context."""
+
+    @functools.wraps(command)
+    def with_context(*, cluster: str | None, **given: Any) -> Any:
+        from pipeline.config.context import Context
+
+        return command(context=Context.load(cluster, command_line()), **given)
+
     return click.option(
         "--cluster",
         metavar="PROFILE",
         help="Where to run: a profile's name or YAML file. Default: local (this machine).",
-    )(command)
+    )(with_context)  # type: ignore[return-value]
 
 
 def set_option(command: F) -> F:
@@ -125,6 +140,24 @@ def unused(path: Path) -> Path:
 def print_json(value: object) -> None:
     """Print a value as JSON on stdout."""
     click.echo(json.dumps(value, indent=2, default=str))
+
+
+def print_result(result: Result, as_json: bool, text: Callable[[], Iterable[str]]) -> None:
+    """Print a command's result on stdout: its data, or lines for people."""
+    if as_json:
+        print_json(result.to_json())
+    else:
+        for line in text():
+            click.echo(line)
+
+
+def named_lines(fields: Mapping[str, object]) -> list[str]:
+    """Return one aligned line for each field; each further item of a list has a line of its own."""
+    lines = []
+    for name, value in fields.items():
+        items = value if isinstance(value, list) else [value]
+        lines += [f"{name + ':' if i == 0 else '':<17}{item}" for i, item in enumerate(items)]
+    return lines
 
 
 def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:

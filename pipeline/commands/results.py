@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -12,11 +12,16 @@ from pipeline.commands.options import (
     dry_run_option,
     example,
     json_option,
+    named_lines,
     print_json,
+    print_result,
     print_table,
     sampling_options,
 )
 from pipeline.commands.submit import runs_on_cluster
+
+if TYPE_CHECKING:
+    from pipeline.config.context import Context
 
 
 @click.command(
@@ -62,19 +67,29 @@ def sample(
     out: Path | None,
     form: Literal["grid", "png", "parquet", "strip", "gif"],
     between: tuple[str, str] | None,
-    cluster: str | None,
+    context: Context,
     dry_run: bool,
     as_json: bool,
     **how: Any,
 ) -> None:
     """Generate images from RUN. Image i depends on the seed and i alone, whatever -n is."""
-    from pipeline.commands import result_commands
     from pipeline.runs.sample import SampleRequest
+    from pipeline.runs.sample_run import SampleTarget, plan_samples, sample_run
 
     usual = 9 if between else {"strip": 8, "gif": 16}.get(form, 64)
     request = SampleRequest(num_images=num_images or usual, **how)
-    result = result_commands.sample(run, request, out, form, cluster, dry_run=dry_run, between=between)
-    print_json(result) if as_json else click.echo(result_commands.to_text(result))
+    target = SampleTarget(out, form, between)
+    if dry_run:
+        plan = plan_samples(context, run, request, target)
+        print_result(plan, as_json, lambda: named_lines(plan.to_json()))
+    else:
+        result = sample_run(context, run, request, target)
+        print_result(result, as_json, lambda: named_lines({**result.to_json(), "written": _shortened(result.written)}))
+
+
+def _shortened(written: list[str]) -> list[str]:
+    """Return the paths, or the first of many images, with their number."""
+    return written if len(written) <= 3 else [f"{written[0]} ... ({len(written) - 1} images)"]
 
 
 @click.command(
@@ -85,16 +100,14 @@ ddpm-pipe runs --json
 )
 @cluster_option
 @json_option
-def runs(cluster: str | None, as_json: bool) -> None:
+def runs(context: Context, as_json: bool) -> None:
     """List the runs: id, name, dataset, schedule, T, steps, score, status.
 
     Below them, those whose process was killed or crashed, with the line that resumes each.
     """
-    from pipeline.config.cluster_profile import home_of, storage_of
     from pipeline.runs.runs_table import COLUMNS, died, runs_table
 
-    folder = home_of(cluster)
-    rows = runs_table(folder, storage_of(cluster))
+    rows = runs_table(context.home, context.store)
     if as_json:
         print_json(rows)
     elif rows:
@@ -102,7 +115,7 @@ def runs(cluster: str | None, as_json: bool) -> None:
         for line in died(rows):
             click.echo(line)
     else:
-        click.echo(f"no runs in {folder} yet; start one with: ddpm-pipe train")
+        click.echo(f"no runs in {context.home} yet; start one with: ddpm-pipe train")
 
 
 @click.command(
@@ -113,13 +126,12 @@ ddpm-pipe ui --port 5001
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
 @cluster_option
-def ui(port: int, cluster: str | None) -> None:
+def ui(port: int, context: Context) -> None:
     """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
-    from pipeline.config.cluster_profile import load_profile
     from pipeline.tracking.ui import serve_ui
 
-    profile = load_profile(cluster)
-    serve_ui(profile.home(), port, profile.mlflow.tracking_uri, profile.mlflow.experiment)
+    mlflow = context.profile.mlflow
+    serve_ui(context.home, port, mlflow.tracking_uri, mlflow.experiment)
 
 
 @click.command(
@@ -129,8 +141,9 @@ ddpm-pipe sync latest
 )
 @click.argument("run")
 @cluster_option
-def sync(run: str, cluster: str | None) -> None:
+def sync(run: str, context: Context) -> None:
     """Deliver to the tracking store what RUN recorded while the store was away."""
-    from pipeline.commands import result_commands
+    from pipeline.sweeps.commands import sync as deliver
 
-    click.echo(result_commands.sync(run, cluster))
+    done = deliver(context, run)
+    click.echo(f"{done.what}: delivered {done.num_records} records to {done.uri}")

@@ -4,40 +4,48 @@ from __future__ import annotations
 
 import functools
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
 from pipeline.commands.options import cluster_option, example, json_option, print_json, print_table
 
+if TYPE_CHECKING:
+    from pipeline.config.context import Context
+    from pipeline.jobs.submit import Jobs
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def runs_on_cluster(
-    *, files: Sequence[str] = (), outputs: Sequence[str] = (), plans_here: bool = False
+    *,
+    files: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    plans_here: bool = False,
+    first: Callable[[Context, dict[str, Any]], None] | None = None,
 ) -> Callable[[F], F]:
     """Add `--cluster` and `--detach`: with a profile of kind job, the command is sent there instead of being run here.
 
     `files` name the parameters whose values may be files (they are sent along); of these `data` may be a folder, too (it must be seen by
     every node). `outputs` are those that name where results go. With `plans_here`, `--dry-run --no-probe` needs nothing of a cluster.
+    `first` is called before the command is sent.
     """
 
     def decorate(command: F) -> F:
         @functools.wraps(command)
-        def here_or_there(*, cluster: str | None, detach: bool, **given: Any) -> Any:
-            from pipeline.config.cluster_profile import load_profile
+        def here_or_there(*, context: Context, detach: bool, **given: Any) -> Any:
             from pipeline.errors import UsageError
             from pipeline.storage.provenance import JOB_VARIABLE
 
-            profile = load_profile(cluster)
+            profile = context.profile
             plans_only = plans_here and given["dry_run"] and not given["probe"]
             if profile.kind == "job" and JOB_VARIABLE not in os.environ and not plans_only:
-                context = click.get_current_context()
-                context.exit(_send(context, profile, str(cluster), [*files, "cluster"], outputs, detach=detach))
+                if first is not None:
+                    first(context, given)
+                click.get_current_context().exit(_send(context, [*files, "cluster"], outputs, detach=detach))
             if detach and plans_only:
                 raise UsageError(
                     "--detach leaves a job to a cluster; --dry-run --no-probe needs none, and answers at once"
@@ -46,7 +54,7 @@ def runs_on_cluster(
                 raise UsageError(
                     f"--detach leaves a job to a cluster; profile {profile.name!r} is of kind {profile.kind}, and the work runs here"
                 )
-            return command(cluster=cluster, **given)
+            return command(context=context, **given)
 
         detach = click.option(
             "--detach", is_flag=True, help="With a profile of kind job: send it, and don't wait for its end."
@@ -56,57 +64,69 @@ def runs_on_cluster(
     return decorate
 
 
-def _send(
-    context: click.Context, profile: Any, reference: str, files: Sequence[str], outputs: Sequence[str], *, detach: bool
-) -> int:
-    """Send the command of a context as a job, and follow it unless told not to; return the exit code."""
-    from pipeline.console import Console
-    from pipeline.errors import UsageError
+def _send(context: Context, files: Sequence[str], outputs: Sequence[str], *, detach: bool) -> int:
+    """Send the command that click runs as a job, and follow it unless `detach`; return the exit code."""
     from pipeline.jobs.submit import Jobs
-    from pipeline.storage.remote import is_remote
 
-    given = {name: context.params[name] for name in files if context.params.get(name) is not None}
+    asked = click.get_current_context()
+    given = {name: asked.params[name] for name in files if asked.params.get(name) is not None}
     for name in outputs:
-        value = context.params.get(name)
-        if value is not None and not Path(str(value)).is_absolute():
-            shared = None if is_remote(profile.storage) else f"{str(profile.storage).rstrip('/')}/{value}"
-            remedy = f", such as {shared}" if shared else ""
-            raise UsageError(
-                f"--{name.replace('_', '-')} {value}: the job writes on another machine; give an absolute folder that every node and you "
-                f"see{remedy}, or leave it out: then the profile's storage gets it"
-            )
+        _require_shared(name, asked.params.get(name), context)
     sources = [path for value in given.values() for path in map(_path, _words(value)) if path.is_file()]
-    module = _own_module(context)
-    console = Console()
-    jobs = Jobs(profile, reference, console)
+    jobs = Jobs(context.profile, str(asked.params["cluster"]), context.console)
 
-    def arguments_of(names: Mapping[Path, str]) -> list[str]:
-        changed: dict[str, Any] = {}
+    def parameters_of(names: Mapping[Path, str]) -> dict[str, Any]:
+        """Return the values that were typed; files are named as they are in the job."""
+        typed = typed_parameters(asked)
         for name, value in given.items():
             path = _path(value)
-            if name == "data" and path.is_dir():  # elsewhere a word is a name, though a folder here may be called so
-                changed[name] = str(path.absolute())
-                console.say(f"{path.absolute()} is named, not sent: every node must see it")
+            if name == "data" and path.is_dir():  # any other word is a name, even where a folder here is called so
+                typed[name] = str(path.absolute())
+                context.console.say(f"{path.absolute()} is named, not sent: every node must see it")
             elif any(_path(word) in names for word in _words(value)):
                 there = tuple(names.get(_path(word), word) for word in _words(value))
-                changed[name] = there if isinstance(value, tuple) else there[0]
-        return command_line(context, changed)
+                typed[name] = there if isinstance(value, tuple) else there[0]
+        return typed
 
-    job = jobs.submit(arguments_of, sources, module)
+    job = jobs.submit(str(asked.info_name), parameters_of, context.command[1:], sources, _own_module(asked))
     if detach:
         click.echo(job)
-        console.say(jobs.detach_hint(job))
+        context.console.say(jobs.detach_hint(job))
         return 0
     return _follow(jobs, job)
 
 
-def _follow(jobs: Any, job: str) -> int:
+def _require_shared(name: str, value: object, context: Context) -> None:
+    """Refuse a relative path for results: a job writes on another machine (UsageError)."""
+    from pipeline.errors import UsageError
+    from pipeline.storage.remote import is_remote
+
+    if value is None or Path(str(value)).is_absolute():
+        return
+    storage = str(context.store)
+    remedy = "" if is_remote(storage) else f", such as {storage.rstrip('/')}/{value}"
+    raise UsageError(
+        f"--{name.replace('_', '-')} {value}: the job writes on another machine; give an absolute folder that every node and you "
+        f"see{remedy}, or leave it out: then the profile's storage gets it"
+    )
+
+
+def typed_parameters(asked: click.Context) -> dict[str, Any]:
+    """Return the parsed values of what is on the command line, without `--detach`; the job has the same defaults."""
+    source = asked.get_parameter_source
+    return {
+        name: value
+        for name, value in asked.params.items()
+        if name != "detach" and source(name) is ParameterSource.COMMANDLINE
+    }
+
+
+def _follow(jobs: Jobs, job: str) -> int:
     try:
-        code: int = jobs.follow(job, click.echo, lambda line: click.echo(line, err=True))
+        return jobs.follow(job, click.echo, lambda line: click.echo(line, err=True))
     except KeyboardInterrupt:
         click.echo(f"\n{jobs.detach_hint(job)}", err=True)
         return 130
-    return code
 
 
 def _words(value: object) -> tuple[str, ...]:
@@ -131,44 +151,17 @@ def _own_module(context: click.Context) -> str | None:
     return module if colon else None
 
 
-def command_line(context: click.Context, changed: Mapping[str, Any]) -> list[str]:
-    """Return the arguments as typed, but for changed values and `--detach`; options first, so that `--` can guard the words after them."""
-    path = context.command_path.split()[1:]
-    typed, _, order = context.command.make_parser(context).parse_args(sys.argv[1 + len(path) :])
-    options: list[str] = []
-    words: list[str] = []
-    for parameter in dict.fromkeys(order):
-        name = str(parameter.name)
-        if context.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
-            continue
-        value = changed.get(name, typed[name])
-        if isinstance(parameter, click.Argument):
-            words += [str(each) for each in (value if isinstance(value, tuple | list) else [value])]
-        elif isinstance(parameter, click.Option) and name != "detach":
-            options += _option(parameter, value)
-    return [*path, *options, *(["--"] if words else []), *words]
-
-
-def _option(option: click.Option, value: Any) -> list[str]:
-    long = next((name for name in option.opts if name.startswith("--")), option.opts[0])
-    if option.is_flag:
-        return [long] if value else list(option.secondary_opts[:1])
-    each = value if option.multiple and isinstance(value, list) else [value]
-    if option.nargs != 1:
-        return [word for words in each for word in (long, *map(str, words))]
-    return [f"{long}={item}" if long.startswith("--") else f"{long}{item}" for item in each]
-
-
-def _jobs_of(cluster: str) -> Any:
-    from pipeline.config.cluster_profile import load_profile
-    from pipeline.console import Console
+def _jobs_of(cluster: str) -> Jobs:
+    from pipeline.config.context import Context
     from pipeline.errors import UsageError
     from pipeline.jobs.submit import Jobs
 
-    profile = load_profile(cluster)
-    if profile.kind != "job":
-        raise UsageError(f"profile {profile.name!r} is of kind {profile.kind}: it has no jobs; name one of kind job")
-    return Jobs(profile, cluster, Console())
+    context = Context.load(cluster)
+    if context.profile.kind != "job":
+        raise UsageError(
+            f"profile {context.profile.name!r} is of kind {context.profile.kind}: it has no jobs; name one of kind job"
+        )
+    return Jobs(context.profile, cluster, context.console)
 
 
 where = click.option(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.commands.options import (
     cluster_option,
-    command_line,
     dry_run_option,
     example,
     json_option,
     max_concurrent_option,
     print_json,
+    print_result,
     print_table,
     set_option,
 )
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.config.context import Context
+    from pipeline.sweeps.result import Result
 
 
 @click.command(
@@ -74,7 +78,7 @@ def sweep(
     early_stopping: bool,
     extend: str | None,
     max_concurrent: int | None,
-    cluster: str | None,
+    context: Context,
     overrides: tuple[str, ...],
     dry_run: bool,
     probe: bool,
@@ -99,20 +103,20 @@ def sweep(
             raise UsageError(
                 "--extend takes --over, --seeds and --num-points; it keeps the sweep's own base, metric, budget and settings"
             )
-        result = sweep_commands.extend(extend, over, options, cluster, max_concurrent, command_line())
+        result = sweep_commands.extend(context, extend, over, options, max_concurrent)
     else:
-        request = sweep_commands.sweep_request(sweep, over, options, overrides, cluster, max_concurrent)
+        request = sweep_commands.sweep_request(context, sweep, over, options, overrides, max_concurrent)
         if dry_run:
             from pipeline.sweeps.forecast import forecast_sweep
 
             forecast = forecast_sweep(request, sweep_commands.plan_sweep(request), measure=probe)
-            print_json(forecast.to_dict()) if as_json else click.echo(forecast.to_text())
+            print_result(forecast, as_json, lambda: [forecast.to_text()])
             return
-        result = sweep_commands.start_sweep(request, command_line())
+        result = sweep_commands.start_sweep(context, request)
     show(result, as_json=as_json)
 
 
-def show(result: Any, *, as_json: bool) -> None:
+def show(result: Result, *, as_json: bool) -> None:
     """Print a sweep's result; FailedTrialsError afterwards where trials failed, for the exit code."""
     from pipeline.sweeps import commands as sweep_commands
     from pipeline.sweeps.text import rows, to_text
@@ -142,17 +146,12 @@ ddpm-pipe serve k7m2 --port 8001
     help="Address to listen on; anything else can be reached from outside.",
 )
 @cluster_option
-def serve(run: str, port: int, host: str, cluster: str | None) -> None:
+def serve(run: str, port: int, host: str, context: Context) -> None:
     """Answer requests for images of RUN with PNGs, until Ctrl-C.
 
     GET /images?n=4&seed=1 gives four as JSON, /images/7.png?seed=1 one, /grid.png?n=16 a sheet; / is a page that shows some.
     """
-    import os
-
-    from pipeline.config.cluster_profile import home_of, storage_of
-    from pipeline.import_path import allow_modules_in
     from pipeline.runs.serve import serve_model
     from pipeline.storage.runs import Run
 
-    allow_modules_in(os.getcwd())
-    serve_model(Run.find(home_of(cluster), run, storage_of(cluster)), host, port, click.echo)
+    serve_model(Run.find(context.home, run, context.store), host, port, click.echo)

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.commands.options import (
-    command_line,
     dry_run_option,
     example,
     isolated_option,
     json_option,
     max_concurrent_option,
-    print_json,
+    print_result,
     set_option,
 )
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from pipeline.config.context import Context
+    from pipeline.runs.conclude import Outcome
 
 
 @click.command(
@@ -44,7 +49,7 @@ def train(
     preset: str | None,
     origin: str | None,
     data: str | None,
-    cluster: str | None,
+    context: Context,
     overrides: tuple[str, ...],
     isolated: bool,
     dry_run: bool,
@@ -55,23 +60,28 @@ def train(
 
     Results do not depend on the number of workers. Ctrl-C saves and stops; `ddpm-pipe resume` goes on from there.
     """
-    from pipeline.runs import training_run
-    from pipeline.sweeps import commands as sweep_commands
+    if origin is None:
+        from pipeline.runs.train import train_request
 
-    if origin is not None:
-        request = sweep_commands.request_of_winner(origin, experiment or preset or data, cluster, overrides)
+        request = train_request(context, experiment, preset, data, overrides)
     else:
-        request = training_run.train_request(experiment, preset, data, cluster, overrides)
+        from pipeline.sweeps.commands import request_of_winner
+
+        if other := experiment or preset or data:
+            raise UsageError(f"got both {other} and --from {origin}; the sweep says what to train")
+        request = request_of_winner(context, origin, overrides)
     if isolated:
         request = replace(request, profile=request.profile.isolating())
     if dry_run:
         from pipeline.runs.dry_run import dry_run as rehearse
 
-        told = rehearse(request, measure=probe)
-        print_json(told.to_dict()) if as_json else click.echo(told.to_text())
+        found = rehearse(request, measure=probe)
+        print_result(found, as_json, lambda: [found.to_text()])
         return
-    result = training_run.start_training(request, command=command_line())
-    print_json(result.to_dict()) if as_json else click.echo(result.to_text())
+    from pipeline.runs.train import start_training
+
+    outcome = start_training(context, request)
+    print_result(outcome, as_json, lambda: summary(outcome))
 
 
 @click.command(
@@ -92,7 +102,7 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 @json_option
 def resume(
     run: str,
-    cluster: str | None,
+    context: Context,
     overrides: tuple[str, ...],
     isolated: bool,
     fork: bool,
@@ -106,20 +116,42 @@ def resume(
     unless the run is forked.
     """
     from pipeline.commands.sweep import show
-    from pipeline.runs import training_run
-    from pipeline.sweeps import commands as sweep_commands
+    from pipeline.runs.resume import ResumeRequest, resume_training
+    from pipeline.sweeps.commands import resume_sweep, sweep_meant
 
-    folder = sweep_commands.sweep_meant(run, cluster)
+    folder = sweep_meant(context, run)
     if folder is not None:
         if overrides or fork or data or isolated:
             raise UsageError(
                 f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
             )
-        show(sweep_commands.resume_sweep(folder, cluster, max_concurrent), as_json=as_json)
+        show(resume_sweep(context, folder, max_concurrent), as_json=as_json)
         return
     if max_concurrent is not None:
         raise UsageError(f"--max-concurrent: got {max_concurrent}, but {run} is no sweep; leave it out")
-    result = training_run.resume_training(
-        run, cluster, overrides, fork=fork, command=command_line(), data=data, isolated=isolated
-    )
-    print_json(result.to_dict()) if as_json else click.echo(result.to_text())
+    outcome = resume_training(context, run, ResumeRequest(overrides, fork, data, isolated))
+    print_result(outcome, as_json, lambda: summary(outcome))
+
+
+def summary(outcome: Outcome) -> Iterator[str]:
+    """Yield the lines that end a training: scores beside their yardsticks, pictures, and what to type next."""
+    from pipeline.console import duration
+    from pipeline.runs.evaluation import evaluation_lines
+
+    yield f"run {outcome.run_id}  {outcome.name}  {outcome.step} steps, trained for {duration(outcome.training_s)}"
+    yield ""
+    if outcome.found is not None:
+        yield from evaluation_lines(outcome.found)
+    if outcome.skipped:
+        yield outcome.skipped
+    yield ""
+    for name, path in outcome.pictures.items():
+        yield f"{name + ':':<9}{path}"
+    yield from outcome.notes
+    yield ""
+    yield "next:"
+    yield "  ddpm-pipe ui                              browse this run in MLflow's pages"
+    yield f"  ddpm-pipe sample {outcome.run_id} -n 16          more images"
+    if "strip" in outcome.pictures:
+        yield f"  ddpm-pipe evaluate {outcome.run_id} --steps 100  another sampler setting, scored"
+    yield f"  ddpm-pipe resume {outcome.run_id} -s training.steps={2 * outcome.step}"

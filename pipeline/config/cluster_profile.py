@@ -374,16 +374,6 @@ def forwarded(profile: Profile) -> dict[str, str]:
     return values | ({DECLARED_SECRETS: ",".join(values)} if values else {})
 
 
-def home_of(reference: str | None) -> Path:
-    """Return the folder that holds the state of the runs under a profile; without one, as `home.home`."""
-    return home() if reference is None else load_profile(reference).home()
-
-
-def storage_of(reference: str | None) -> str | None:
-    """Return the storage of a profile; None without a profile."""
-    return None if reference is None else load_profile(reference).storage
-
-
 def require_tracking(profile: Profile) -> None:
     """Refuse a cluster whose runs would be recorded nowhere that its nodes can write to (UsageError)."""
     if not profile.is_remote or profile.mlflow.tracking_uri is not None:

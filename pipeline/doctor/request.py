@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pipeline.config import presets
-from pipeline.config.cluster_profile import forwarded, load_profile
+from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.config.experiment import DEFAULT_PRESET, load_experiment
 from pipeline.data.manifest import Manifest
 from pipeline.doctor.examination import Examination
@@ -27,10 +27,9 @@ NUM_CLASSES = 10  # of a class-conditional network whose dataset is not looked a
 USUAL_SHAPE = (3, 32, 32)  # of images that are not known before they are ingested
 
 
-def examination_of(cluster: str | None, data: str | None, preset: str | None) -> Examination:
-    """Read profile, experiment and dataset; UsageError where they are wrong. A damaged dataset is a finding, not an error."""
+def examination_of(profile: Profile, data: str | None, preset: str | None) -> Examination:
+    """Read experiment and dataset; UsageError where they are wrong. A damaged dataset is a finding, not an error."""
     begun = time.monotonic()
-    profile = load_profile(cluster)
     experiment = load_experiment(presets.find("experiments", preset or DEFAULT_PRESET))
     datasets = datasets_dir(profile.home())
     shape = _look(lambda: availability(experiment.data.source, IngestOptions(), datasets).shape)

@@ -1,8 +1,9 @@
-"""Commands sent to a cluster as Ray Jobs: the same command line, its folder and code, its log followed, its exit code returned."""
+"""Commands sent to a cluster as Ray Jobs: a command's parameters, its folder and code, its log followed, its exit code returned."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import shlex
@@ -35,7 +36,6 @@ DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFER
 
 
 T = TypeVar("T")
-Arguments = Callable[[Mapping[Path, str]], list[str]]
 
 
 class Jobs:
@@ -54,11 +54,19 @@ class Jobs:
 
     # -- sending
 
-    def submit(self, arguments_of: Arguments, files: Sequence[Path] = (), module: str | None = None) -> str:
+    def submit(
+        self,
+        command: str,
+        parameters_of: Callable[[Mapping[Path, str]], Mapping[str, Any]],
+        typed: Sequence[str],
+        files: Sequence[Path] = (),
+        module: str | None = None,
+    ) -> str:
         """Send a command and return the job's id.
 
-        `files` are those that the command names; `arguments_of` returns the arguments, given the names that the files have in the
-        job. `module` is that of the user's own network. UsageError where too much or a secret would be sent.
+        `files` are those that the command names; `parameters_of` returns its parameters, given the names that the files have in the job.
+        `typed` are the words of the command line, `module` is that of the user's own network. UsageError where too much or a secret
+        would be sent.
         """
         profile, settings = self._profile, self._profile.runtime_env
         values = forwarded(profile)
@@ -77,8 +85,8 @@ class Jobs:
             package.require_size(settings.max_mb)
         if left_out := [*work.left_out, *code.left_out]:
             self._console.say(f"left out, because they look like secrets: {', '.join(left_out[:5])}")
-        arguments = arguments_of(names)
-        if any(HIDDEN in redact(argument) for argument in arguments):
+        parameters = parameters_of(names)
+        if any(HIDDEN in redact(word) for word in typed):
             raise UsageError(
                 "an argument looks like a secret, and a job's command line is shown to everybody who may list jobs; "
                 "put it into the environment, and its name into the profile's forward_env"
@@ -91,16 +99,17 @@ class Jobs:
             self._put(job_secrets.store_key(job), half)
         archives = [work.archive(), code.archive()]
         working_dir, py_modules = (self._put_package(archive) for archive in archives)
-        typed = redact(shlex.join(["ddpm-pipe", *arguments]))
-        self._console.say(f"sending {typed} to {profile.address} ({size(sum(map(len, archives)))} of code and files)")
+        line = redact(shlex.join(["ddpm-pipe", *typed]))
+        call = json.dumps({"command": command, "parameters": parameters, "typed": list(typed)}, default=str)
+        self._console.say(f"sending {line} to {profile.address} ({size(sum(map(len, archives)))} of code and files)")
         try:
             self._ask(
                 "take the job",
                 self._client.submit_job,
-                entrypoint=shlex.join([*ENTRY, *arguments]),
+                entrypoint=shlex.join([*ENTRY, call]),
                 submission_id=job,
                 runtime_env={"working_dir": working_dir, "py_modules": [py_modules], "env_vars": env},
-                metadata={"ddpm_pipe": typed, "profile": profile.name},
+                metadata={"ddpm_pipe": line, "profile": profile.name},
             )
         except KeyboardInterrupt:
             raise InterruptedRunError(

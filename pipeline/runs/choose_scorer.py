@@ -58,7 +58,7 @@ def open_images(run: Run, purpose: str) -> Dataset:
             f"run {run.id} was imported without images {purpose}; import it again with: "
             f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
         )
-    return Dataset.open(path, profile_of(run, None).cache)
+    return Dataset.open(path, profile_of(run).cache)
 
 
 def own_split(experiment: Experiment, asked: str | None = None) -> str:
@@ -68,7 +68,7 @@ def own_split(experiment: Experiment, asked: str | None = None) -> str:
 
 def open_split(run: Run, split: str, console: Console) -> Dataset:
     """Open another split of a run's source, ingested as its images were; UsageError or DataError where there is none."""
-    profile, data = profile_of(run, None), experiment_of(run).data
+    profile, data = profile_of(run), experiment_of(run).data
     options = replace(ingest_options(data), split=split)
     datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
     return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)

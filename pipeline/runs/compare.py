@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from pipeline.config.context import Context
 from pipeline.errors import RefusedError, UsageError, nearest
 from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, differing, flat_identity
 from pipeline.metrics.ranking import MetricValue, Ranking, rank
@@ -48,6 +50,30 @@ def entries_of(run: Run) -> list[MetricValue]:
         except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A ranking for each group of like values."""
+
+    rankings: list[Ranking]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"rankings": [ranking.to_json() for ranking in self.rankings]}
+
+
+def compare_runs(
+    context: Context, references: Sequence[str], metric: str | None, across: Collection[str]
+) -> Comparison:
+    """Rank runs by a metric; without references all that have been evaluated."""
+    named = [Run.find(context.home, reference, context.store) for reference in references]
+    runs = list({run.id: run for run in named}.values()) or [
+        run for run in Run.all(context.home, context.store) if entries_of(run)
+    ]
+    if not runs:
+        raise UsageError(f"no run in {context.home} has been evaluated; ddpm-pipe evaluate RUN")
+    return Comparison(compare(runs, metric, across))
 
 
 def compare(runs: Sequence[Run], metric: str | None = None, across: Collection[str] = ()) -> list[Ranking]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import Console, duration
+from pipeline.console import Console
 from pipeline.errors import DataError, RefusedError
 from pipeline.pictures.pictures import save_grid
 from pipeline.runs.choose_scorer import choose_scorer
@@ -38,8 +38,8 @@ class Outcome:
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
         return {
             "run": self.run_id,
             "name": self.name,
@@ -49,26 +49,6 @@ class Outcome:
             "scores": None if self.found is None else self.found.to_json(),
             "skipped": self.skipped,
         }
-
-    def to_text(self) -> str:
-        """Return the summary: scores beside their yardsticks, pictures, and what to type next."""
-        lines = [f"run {self.run_id}  {self.name}  {self.step} steps, trained for {duration(self.training_s)}", ""]
-        lines += [] if self.found is None else self.found.lines
-        lines += [self.skipped] if self.skipped else []
-        lines += ["", *(f"{name + ':':<9}{path}" for name, path in self.pictures.items()), *self.notes]
-        lines += [
-            "",
-            "next:",
-            "  ddpm-pipe ui                              browse this run in MLflow's pages",
-            f"  ddpm-pipe sample {self.run_id} -n 16          more images",
-            *(
-                [f"  ddpm-pipe evaluate {self.run_id} --steps 100  another sampler setting, scored"]
-                if "strip" in self.pictures
-                else []
-            ),
-            f"  ddpm-pipe resume {self.run_id} -s training.steps={2 * self.step}",
-        ]
-        return "\n".join(lines)
 
 
 def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Console) -> Outcome:

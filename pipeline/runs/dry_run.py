@@ -17,7 +17,7 @@ from pipeline.planning.capacity import fitting_counts
 from pipeline.planning.forecast import Forecast, describe, forecast
 from pipeline.planning.plan import Plan, lines
 from pipeline.planning.probe import PROBE_S, Probe, probe_training
-from pipeline.runs import training_run
+from pipeline.runs.train import TrainRequest, plan_training
 from pipeline.signals import listening
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class DryRun:
     unmeasured: str
     warnings: tuple[str, ...]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return plain data, for `--json`."""
         return self.plan.to_dict() | {
             "probe": None if self.probe is None else self.probe.to_dict(),
@@ -55,9 +55,9 @@ class DryRun:
         return self.plan.to_text() + "\n" + lines(more) + warnings
 
 
-def dry_run(asked: training_run.TrainRequest, *, measure: bool = True) -> DryRun:
+def dry_run(asked: TrainRequest, *, measure: bool = True) -> DryRun:
     """Plan a training, and measure it unless told not to. Nothing stays behind."""
-    plan = training_run.plan_training(asked)
+    plan = plan_training(asked)
     warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure else None])]
     if not measure:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))

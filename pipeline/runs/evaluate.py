@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.cluster_profile import Profile
+from pipeline.config.context import Context
 from pipeline.config.experiment import EvaluationConfig, Experiment
 from pipeline.config.yaml_files import validate
 from pipeline.console import Console, Rate
@@ -27,16 +29,18 @@ from pipeline.metrics.scorer import Scorer
 from pipeline.metrics.scores import over_seeds
 from pipeline.runs.choose_scorer import choose_scorer, own_split
 from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
+from pipeline.runs.interruption import kept_when_stopped
 from pipeline.runs.measure import measure_bound
 from pipeline.runs.runs_table import with_newest
 from pipeline.runs.sample import SampleRequest, load_trained, run_sampler, sample_cache_of
 from pipeline.sampling.generated import SampleCache
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.runs import Run
+from pipeline.tracking.opened import Opened
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.device import Compute, arithmetic_of, workers_device
-from pipeline.training.trained import Trained
+from pipeline.training.trained import Trained, experiment_of, profile_of
 
 BOUND = "bpd"  # the metric that judges the model by real images, none being generated
 
@@ -68,6 +72,74 @@ class ScoreRequest(SampleRequest):
         if self.neighbours and not sample_metrics(settings):
             raise UsageError("--neighbours are of generated images; add one of their metrics, such as --metrics fid")
         return settings
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """What a run was found to be, and the files that say so."""
+
+    found: Evaluation
+    written: list[Path]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"run": self.found.run, **self.found.to_json(), "written": [str(path) for path in self.written]}
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What `evaluate --dry-run` prints."""
+
+    run: str
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"run": self.run, **self.settings}
+
+
+def evaluate(context: Context, reference: str, request: ScoreRequest) -> EvaluationResult:
+    """Score a run as asked, and record what was found."""
+    run, _ = check_request(context, reference, request)
+    settings = TrackingSettings.of_profile(context.home, profile_of(run, context.named))
+    opened = Opened.of(settings)
+    with kept_when_stopped():
+        found, written = evaluate_run(run, request, context.profile, settings, context.console)
+    result = EvaluationResult(found, written)
+    Opened.copy(opened, run, found.to_json()["values"], written, context.console)
+    return result
+
+
+def plan_evaluation(context: Context, reference: str, request: ScoreRequest) -> EvaluationPlan:
+    """Check a request without generating or scoring anything."""
+    run, experiment = check_request(context, reference, request)
+    sampling, seed = request.settings(experiment)
+    asked = request.evaluation(experiment)
+    real = "the images trained on" if request.split is None else f"split {request.split!r}"
+    count = "every image" if request.num_images is None else f"at most {request.num_images} images"
+    return EvaluationPlan(
+        run.id,
+        {
+            **sampling.model_dump(),
+            "seeds": list(range(seed, seed + request.num_seeds)),
+            "metrics": ", ".join(asked.metrics),
+            "extractor": asked.extractor,
+            "at most images": asked.num_images,
+            **({"compared with": real} if sample_metrics(asked) else {}),
+            **({"bits/dim of": f"{count} of {real}"} if BOUND in asked.metrics else {}),
+        },
+    )
+
+
+def check_request(context: Context, reference: str, request: ScoreRequest) -> tuple[Run, Experiment]:
+    """Return a run and its experiment, with warnings; UsageError where the request does not fit."""
+    run = Run.find(context.home, reference, context.store)
+    experiment = experiment_of(run)
+    request.settings(experiment)
+    if sample_metrics(request.evaluation(experiment)):
+        for warning in request.warnings(experiment):
+            context.console.say(f"warning: {warning}")
+    return run, experiment
 
 
 def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Console) -> Evaluation:

@@ -49,17 +49,6 @@ class Evaluation:
     sheet: Sheet | None = None
     arithmetic: dict[str, Any] = field(default_factory=dict)  # of the images and bits/dim: device, threads, torch
 
-    @property
-    def lines(self) -> list[str]:
-        """Tables for people."""
-        parts = [
-            [] if self.scored is None else score_lines(self.scored.scores),
-            [] if self.sheet is None else neighbour_lines(self.sheet.neighbours),
-            [] if self.measured is None else self.measured.lines(),
-        ]
-        lines = [line for part in parts if part for line in ["", *part]]
-        return lines[1:]
-
     def to_json(self) -> dict[str, Any]:
         """Return all figures with their identities as plain data."""
         parts: list[dict[str, Any]] = []
@@ -84,6 +73,16 @@ class Evaluation:
     def about(self) -> dict[str, Any]:
         """What the files say of all figures: the model, and how it was computed."""
         return {"model": self.model, "arithmetic": self.arithmetic}
+
+
+def evaluation_lines(found: Evaluation) -> list[str]:
+    """Return the tables for people."""
+    parts = [
+        [] if found.scored is None else score_lines(found.scored.scores),
+        [] if found.sheet is None else neighbour_lines(found.sheet.neighbours),
+        [] if found.measured is None else found.measured.lines(),
+    ]
+    return [line for part in parts if part for line in ["", *part]][1:]
 
 
 def write_evaluation(found: Evaluation, root: Path) -> list[Path]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.cluster_profile import Profile, load_profile
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.context import Context
 from pipeline.config.experiment import DataConfig, Experiment
 from pipeline.console import Console
 from pipeline.data.labels import told_labels
@@ -25,10 +27,31 @@ from pipeline.training.models import has_process
 from pipeline.training.trained import Trained
 
 
-def import_folder(
-    folder: Path, data: str | None, name: str | None, cluster: str | None, command: Sequence[str], console: Console
-) -> dict[str, Any]:
-    """Make a finished run, at step 0, of the model in a folder; return what it is.
+@dataclass(frozen=True)
+class ImportResult:
+    """The run that was made of a folder, and the name of its images."""
+
+    run: Run
+    foreign: ForeignModel
+    experiment: Experiment
+    dataset: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        channels, height, width = self.foreign.shape
+        return {
+            "run": self.run.id,
+            "name": self.run.record.name,
+            "found": self.foreign.about,
+            "images": f"{channels}x{height}x{width}",
+            "parameters": sum(tensor.numel() for tensor in self.foreign.model.values()),
+            **_process(self.experiment),
+            "data": "none: it can be sampled, not scored" if self.dataset is None else self.dataset,
+        }
+
+
+def import_folder(context: Context, folder: Path, data: str | None, name: str | None) -> ImportResult:
+    """Make a finished run, at step 0, of the model in a folder.
 
     `data` is what it is scored against and fine-tuned on; without it the run can be sampled alone. CheckpointError where the folder is
     damaged or holds what this package does not have, DataError where the images are of another shape than the model's, UsageError where a
@@ -36,23 +59,14 @@ def import_folder(
     """
     foreign = read_folder(folder, normalise_name(name or folder.resolve().name))
     experiment = _named(foreign.experiment, name, data)
-    profile = load_profile(cluster)
-    dataset = None if data is None else _dataset(data, foreign, profile, console)
-    run = _create(experiment, dataset, profile, command, folder)
+    profile = context.profile
+    dataset = None if data is None else _dataset(data, foreign, profile, context.console)
+    run = _create(experiment, dataset, profile, context.command, folder)
     with run.lock():
         _save(run, experiment, foreign, dataset)
         _track(run, experiment, dataset, profile)
         run.update(status=RunStatus.FINISHED, reason=f"imported from {folder.name}")
-    channels, height, width = foreign.shape
-    return {
-        "run": run.id,
-        "name": run.record.name,
-        "found": foreign.about,
-        "images": f"{channels}x{height}x{width}",
-        "parameters": sum(tensor.numel() for tensor in foreign.model.values()),
-        **_process(experiment),
-        "data": "none: it can be sampled, not scored" if dataset is None else dataset.manifest.name,
-    }
+    return ImportResult(run, foreign, experiment, None if dataset is None else dataset.manifest.name)
 
 
 def _process(experiment: Experiment) -> dict[str, str]:

@@ -65,3 +65,8 @@ def allowance_of(run: Run) -> Allowance:
     """Return what a run may spend: all that its experiment says, unless it is a trial."""
     trial = trial_of(run.record)
     return Allowance() if trial is None else trial.allowance
+
+
+def origin_of(what: str, words: str, mlflow_run_id: str | None) -> dict[str, str]:
+    """Return what a run's record says of the run or sweep it comes from; `words` go before its name."""
+    return {"what": what, "words": words, "mlflow_run_id": mlflow_run_id or ""}

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config.cluster_profile import Profile, forwarded, home_of, load_profile, storage_of
+from pipeline.config.cluster_profile import Profile, forwarded
+from pipeline.config.context import Context
 from pipeline.config.experiment import with_overrides
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
-from pipeline.import_path import allow_modules_in
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.metrics.scorer import scorer_of
-from pipeline.runs import training_run
+from pipeline.redaction import public_uri
 from pipeline.runs.choose_scorer import progress_on
-from pipeline.runs.record import trial_of
+from pipeline.runs.record import origin_of, trial_of
+from pipeline.runs.train import TrainRequest
 from pipeline.storage.runs import Run, RunStatus, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
@@ -29,20 +30,22 @@ from pipeline.sweeps.publish import SweepTracking, publish
 from pipeline.sweeps.report import REPORT_FILE
 from pipeline.sweeps.result import Result, result_of
 from pipeline.sweeps.trial import ForTrials
+from pipeline.tracking.tracker import TrackingSettings
+from pipeline.tracking.tracker import sync as deliver
+from pipeline.training.trained import profile_of
 
 
 def sweep_request(
+    context: Context,
     reference: str | None,
     over: Sequence[str],
     options: dict[str, Any],
     overrides: Sequence[str],
-    cluster: str | None,
     max_concurrent: int | None,
 ) -> SweepRequest:
-    """Read sweep, base experiment and profile; UsageError where they are wrong."""
-    allow_modules_in(os.getcwd())
+    """Read sweep and base experiment; UsageError where they are wrong."""
     sweep = load_sweep(reference, over, options, overrides)
-    return SweepRequest(sweep, base_experiment(sweep), load_profile(cluster), max_concurrent)
+    return SweepRequest(sweep, base_experiment(sweep), context.profile, max_concurrent)
 
 
 def plan_sweep(asked: SweepRequest) -> SweepPlan:
@@ -52,11 +55,10 @@ def plan_sweep(asked: SweepRequest) -> SweepPlan:
     return make_sweep_plan(asked, found.text, found.num_rows, found.shape, found.num_classes)
 
 
-def start_sweep(asked: SweepRequest, command: Sequence[str], console: Console | None = None) -> Result:
+def start_sweep(context: Context, asked: SweepRequest) -> Result:
     """Run a new sweep to its end and report it; trials that failed are in the result."""
-    console = console or Console()
     make_sweep_plan(asked, "", None, None)  # what can be refused without the images is refused before they are fetched
-    dataset = _ingested(asked, console)
+    dataset = _ingested(asked, context.console)
     manifest = dataset.manifest
     checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
     about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
@@ -67,26 +69,22 @@ def start_sweep(asked: SweepRequest, command: Sequence[str], console: Console | 
         plain_base(asked.sweep),
         about,
         asked.profile.to_dict(),
-        list(command),
+        list(context.command),
     )
     with folder.lock():
-        return _carry_out(folder, asked, checked, dataset, console)
+        return _carry_out(folder, asked, checked, dataset, context.console)
 
 
 def resume_sweep(
+    context: Context,
     folder: SweepFolder,
-    cluster: str | None,
     max_concurrent: int | None = None,
     changes: Callable[[Sweep], Sweep] | None = None,
-    command: Sequence[str] = (),
-    console: Console | None = None,
 ) -> Result:
-    """Go on with a sweep: run what its ledger lacks. `changes` adds points or seeds to what was asked for."""
-    console = console or Console()
-    allow_modules_in(os.getcwd())
+    """Run what a sweep's ledger lacks. `changes` adds points or seeds to what was asked for."""
     with folder.lock():  # two who extend one sweep would each lose what the other added
         sweep = folder.sweep if changes is None else changes(folder.sweep)
-        asked = SweepRequest(sweep, folder.base, folder.profile(cluster), max_concurrent)
+        asked = SweepRequest(sweep, folder.base, folder.profile(context.named), max_concurrent)
         dataset = Dataset.open(folder.record.dataset["path"], asked.profile.cache)
         manifest = dataset.manifest
         if manifest.fingerprint != folder.record.dataset["fingerprint"]:
@@ -95,21 +93,16 @@ def resume_sweep(
             )
         checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
         if changes is not None:
-            folder.extend(sweep, list(command))
-        return _carry_out(folder, asked, checked, dataset, console)
+            folder.extend(sweep, list(context.command))
+        return _carry_out(folder, asked, checked, dataset, context.console)
 
 
 def extend(
-    reference: str,
-    over: Sequence[str],
-    options: dict[str, Any],
-    cluster: str | None,
-    max_concurrent: int | None,
-    command: Sequence[str],
+    context: Context, reference: str, over: Sequence[str], options: dict[str, Any], max_concurrent: int | None
 ) -> Result:
     """Add values, seeds or points to a sweep, and run what its ledger lacks."""
-    folder = SweepFolder.find(home_of(cluster), reference, storage_of(cluster))
-    return resume_sweep(folder, cluster, max_concurrent, lambda sweep: extended(sweep, over, options), command)
+    folder = SweepFolder.find(context.home, reference, context.store)
+    return resume_sweep(context, folder, max_concurrent, lambda sweep: extended(sweep, over, options))
 
 
 def extended(sweep: Sweep, over: Sequence[str], options: dict[str, Any]) -> Sweep:
@@ -139,14 +132,9 @@ def _with_more_values(key: str, known: dict[str, Any], more: dict[str, Any]) -> 
     return {**known, kind: [*known[kind], *(value for value in values if value not in known[kind])]}
 
 
-def request_of_winner(
-    reference: str, other: str | None, cluster: str | None, overrides: Sequence[str]
-) -> training_run.TrainRequest:
-    """Return the best point of a sweep as a training at its base's full length; `other` is what else was asked for, in vain."""
-    if other is not None:
-        raise UsageError(f"got both {other} and --from {reference}; the sweep says what to train")
-    allow_modules_in(os.getcwd())
-    folder = SweepFolder.find(home_of(cluster), reference, storage_of(cluster))
+def request_of_winner(context: Context, reference: str, overrides: Sequence[str]) -> TrainRequest:
+    """Return the best point of a sweep as a training at its base's full length."""
+    folder = SweepFolder.find(context.home, reference, context.store)
     folder.fetch()
     best = _result(folder).best
     if best is None:
@@ -156,8 +144,8 @@ def request_of_winner(
     # a sweep's thrift in pictures and log lines is not the winner's
     kept = {key: value for key, value in sweep.overrides.items() if not key.startswith(("logging.", "checkpoint."))}
     experiment = with_settings(folder.plain_base, {**kept, **best.point, "name": name}, f"sweep {folder.id}")
-    origin = training_run.origin_of(f"sweep {folder.id}", f"with {best.title}, the best point of", folder.mlflow_run_id)
-    return training_run.TrainRequest(with_overrides(experiment, overrides), folder.profile(cluster), origin)
+    origin = origin_of(f"sweep {folder.id}", f"with {best.title}, the best point of", folder.mlflow_run_id)
+    return TrainRequest(with_overrides(experiment, overrides), folder.profile(context.named), origin)
 
 
 # -- parts
@@ -247,12 +235,12 @@ def _summary(result: Result) -> dict[str, float]:
     return {} if best is None or best.mean is None else {f"best_{result.metric_name}": best.mean}
 
 
-def sweep_meant(reference: str, cluster: str | None) -> SweepFolder | None:
+def sweep_meant(context: Context, reference: str) -> SweepFolder | None:
     """Return the sweep that a reference given to `resume` means, None where it means a run; UsageError where it fits several of either.
 
     `latest` means the sweep whose trial the latest run is, while that sweep is not finished.
     """
-    home, storage = home_of(cluster), storage_of(cluster)
+    home, storage = context.home, context.store
     sweeps = SweepFolder.all(home, storage)
     if reference != "latest":
         found = [sweep for sweep in sweeps if sweep.is_called(reference)]
@@ -274,3 +262,25 @@ def _only(reference: str, sweeps: Sequence[SweepFolder], runs: Sequence[Run]) ->
     fits = [f"{'sweep' if isinstance(each, SweepFolder) else 'run'} {each.id} ({each.record.name})" for each in found]
     listing = ", ".join(fits[:5]) + (f" and {len(fits) - 5} more" if len(fits) > 5 else "")
     raise UsageError(f"{reference!r} is ambiguous: it fits {listing}; give more characters of the id")
+
+
+@dataclass(frozen=True)
+class SyncResult:
+    """How many records were delivered, of which run or sweep, and to which store."""
+
+    what: str
+    num_records: int
+    uri: str
+
+
+def sync(context: Context, reference: str) -> SyncResult:
+    """Deliver the undelivered records of a run, or of a sweep, to the tracking store."""
+    sweep = None if reference == "latest" else SweepFolder.of(context.home, reference, context.store)
+    if sweep is not None:
+        settings = TrackingSettings.of_profile(context.home, sweep.profile(context.named))
+        with sweep.lock():
+            return SyncResult(f"sweep {sweep.id}", deliver(sweep.folder, settings), public_uri(settings.uri))
+    run = Run.find(context.home, reference, context.store)
+    settings = TrackingSettings.of_profile(context.home, profile_of(run, context.named))
+    with run.lock():
+        return SyncResult(f"run {run.id}", deliver(run.folder, settings), public_uri(settings.uri))

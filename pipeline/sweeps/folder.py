@@ -20,7 +20,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.cluster_profile import Profile, load_profile, settled
+from pipeline.config.cluster_profile import Profile, settled
 from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.config.yaml_files import validate
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
@@ -204,11 +204,9 @@ class SweepFolder:
         """Bring ledger and report from the object store, where another machine wrote them last."""
         self._as_run.fetch_files()
 
-    def profile(self, cluster: str | None = None) -> Profile:
-        """Return the profile asked for, or the one that the sweep was started with."""
-        if cluster is not None:
-            return load_profile(cluster)
-        return settled(validate(Profile, self.record.profile, f"sweep {self.id}"))
+    def profile(self, named: Profile | None = None) -> Profile:
+        """Return the profile that was named, or the one that the sweep was started with."""
+        return named or settled(validate(Profile, self.record.profile, f"sweep {self.id}"))
 
     @property
     def report(self) -> Path:

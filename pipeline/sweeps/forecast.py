@@ -9,7 +9,7 @@ from pipeline.console import duration
 from pipeline.planning.forecast import calls_s, scoring_calls
 from pipeline.planning.plan import Plan
 from pipeline.runs.dry_run import DryRun, dry_run
-from pipeline.runs.training_run import TrainRequest
+from pipeline.runs.train import TrainRequest
 from pipeline.sweeps.config import Sweep
 from pipeline.sweeps.plan import SweepPlan, SweepRequest, nfe_of, trial_profile
 from pipeline.training.models import has_process
@@ -27,7 +27,7 @@ class SweepForecast:
     total_s: float | None
     cost: float | None
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return plain data, for `--json`."""
         return self.plan.to_dict() | {
             "trial_s": self.trial_s,

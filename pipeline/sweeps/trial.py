@@ -19,8 +19,8 @@ from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
 from pipeline.import_path import allow_modules_in
+from pipeline.runs.carry_out import carry_on
 from pipeline.runs.evaluate import ScoreRequest, evaluate_run
-from pipeline.runs.training_run import carry_on
 from pipeline.storage.durable import write_json
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from pipeline.console import Console
 from pipeline.errors import UsageError
 from pipeline.redaction import public_uri
 from pipeline.storage.runs import Run
@@ -68,6 +69,15 @@ class Opened:
     def of(cls, settings: TrackingSettings) -> Opened | None:
         """Return the run that settings were resolved with, if there is one."""
         return cls(settings.mlflow_run_id, settings.uri) if settings.mlflow_run_id else None
+
+    @staticmethod
+    def copy(
+        opened: Opened | None, of: Run, figures: Mapping[str, float], files: Sequence[Path], console: Console
+    ) -> None:
+        """Record in the run that `mlflow run` opened, if it did; a store that fails is a warning."""
+        trouble = None if opened is None else opened.record(of, figures, files)
+        if trouble is not None:
+            console.say(f"warning: {trouble}")
 
     def record(self, of: Run, figures: Mapping[str, float], files: Sequence[Path]) -> str | None:
         """Record figures and files, and of which trained run they are; return one line on why that failed, None if it did not."""

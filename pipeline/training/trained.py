@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import GaussianDiffusion
-from pipeline.config.cluster_profile import Profile, load_profile, settled, use_variables
+from pipeline.config.cluster_profile import Profile, settled, use_variables
 from pipeline.config.experiment import Experiment, experiment_from, with_overrides
 from pipeline.config.yaml_files import validate
 from pipeline.data.labels import NO_CLASSES, ClassNames
@@ -126,10 +126,10 @@ def experiment_of(run: Run) -> Experiment:
     return with_overrides(experiment_from(run.record.experiment, f"run {run.id}"), run.state().overrides)
 
 
-def profile_of(run: Run, cluster: str | None) -> Profile:
-    """Return the profile asked for, or the one that the run was started with, whose `env` then holds here where nothing else does."""
-    if cluster is not None:
-        return load_profile(cluster)
+def profile_of(run: Run, named: Profile | None = None) -> Profile:
+    """Return the profile that was named, or the one that the run was started with, whose `env` then holds here where nothing else does."""
+    if named is not None:
+        return named
     profile = settled(validate(Profile, run.record.profile, f"run {run.id}"))
     use_variables(profile, over_others=False)
     return profile

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, Precision, experiment_from
@@ -24,9 +23,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, ClusterError, StorageError
 from pipeline.import_path import allow_modules_in
 from pipeline.metrics.early_kid import early_kid
-from pipeline.metrics.metric_identity import Generation
 from pipeline.pictures.pictures import save_grid
-from pipeline.sampling.generation import make_sampler
 from pipeline.signals import StoppedAtOnce
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.durable import fault_of_storage, storage_errors
@@ -50,8 +47,10 @@ from pipeline.training.models import (
 )
 from pipeline.training.team import Team
 from pipeline.worker.job import Job
+from pipeline.worker.meters import LossMeter, Pace
+from pipeline.worker.preview import Preview
+from pipeline.worker.transfer import load_everywhere
 
-PUBLISH_EVERY_S = 0.25
 MISSED_SAVES = 3  # storage may come back: so many intervals are waited for
 
 
@@ -63,37 +62,6 @@ class DriverLink(Protocol):
 
     def stop_requested(self) -> bool:
         """Return whether the driver asks to save and stop; must not wait."""
-
-
-@dataclass
-class LossMeter:
-    """Loss summed since the last report, by quartile of t: row 0 weighted sums, row 1 sums of weights (counts, where t is drawn
-    uniformly); float64 so that order hardly matters."""
-
-    num_timesteps: int
-    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
-
-    def add(self, result: StepResult) -> None:
-        """Count one step of this worker, on the device where its losses are."""
-        quartile = result.timesteps * 4 // self.num_timesteps
-        weights = result.weights.double()
-        values = torch.stack([result.losses.double() * weights, weights])
-        self.sums = self.sums.to(values.device).index_add(1, quartile, values)
-
-    def gather(self, team: Team) -> None:
-        """Move the sums of all workers to rank 0."""
-        total = team.all_reduce(self.sums.cpu())
-        self.sums = total if team.is_main else torch.zeros_like(total)
-
-    def report(self) -> dict[str, float]:
-        """Return the means since the last report, and start again."""
-        sums, counts = self.sums.cpu()
-        metrics = {"loss": float(sums.sum() / counts.sum())}
-        for i in range(4 if self.num_timesteps > 1 else 0):
-            if counts[i] > 0:
-                metrics[f"loss_t_quartile_{i + 1}"] = float(sums[i] / counts[i])
-        self.sums = torch.zeros_like(self.sums)
-        return metrics
 
 
 class Worker:
@@ -125,7 +93,7 @@ class Worker:
         self.saved_at = time.monotonic()
         self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.is_main else None
         self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.is_main else None
-        self.sampling_model: nn.Module | None = None
+        self.preview = self._preview()
         self.aside_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.is_main else []
 
@@ -295,9 +263,9 @@ class Worker:
 
     def _draw_grid(self, step: int) -> None:
         """Draw images from the weights that were copied, the same noise every time; rank 0 alone, the others wait at the next step."""
-        if self.tracker is None or self.experiment.logging.grid_every_steps is None:
+        if self.tracker is None or self.preview is None or self.experiment.logging.grid_every_steps is None:
             return
-        images, _ = self._generate(self.experiment.logging.grid_images)
+        images, _ = self.preview.images(self.experiment.logging.grid_images, self.compute)
         path = self.run.folder / "pictures" / f"samples-step-{step:010d}.png"
         with self._may_be_missing("the picture"), storage_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
@@ -307,12 +275,12 @@ class Worker:
     def _judge(self, spent: float) -> None:
         """Take a KID of few images at each share of the whole that is reached: what a sweep stops hopeless trials by."""
         reached = [rung for rung in self.rungs if rung <= spent]
-        if not reached or self.tracker is None:
+        if not reached or self.tracker is None or self.preview is None:
             return
         begin = time.monotonic()
         self.rungs = self.rungs[len(reached) :]
         self._copy_weights()
-        images, generation = self._generate(self.job.allowance.rung_images)
+        images, generation = self.preview.images(self.job.allowance.rung_images, self.compute)
         found = early_kid(
             self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), generation, self.compute
         )
@@ -322,31 +290,16 @@ class Worker:
         self.link.publish({"judgement": judgement})
         self.aside_s += time.monotonic() - begin
 
-    def _copy_weights(self) -> None:
-        """Copy the averaged weights as they are now into the network that is sampled; rank 0 alone, where it samples at all."""
-        if self.tracker is None or (self.experiment.logging.grid_every_steps is None and not self.job.allowance.rungs):
-            return
-        if self.sampling_model is None:
-            self.sampling_model = copy.deepcopy(self.train_state.model)
-        self.sampling_model.load_state_dict(self.train_state.model.state_dict())  # buffers, which are not averaged
-        self.train_state.ema.copy_to(self.sampling_model)
+    def _preview(self) -> Preview | None:
+        """Return what samples the weights meanwhile; None on other workers than rank 0, and where nothing is sampled."""
+        sampled = self.experiment.logging.grid_every_steps is not None or bool(self.job.allowance.rungs)
+        if not sampled or not self.team.is_main:
+            return None
+        return Preview(self.experiment, self.dataset.manifest.shape, self.class_names)
 
-    def _generate(self, count: int) -> tuple[Tensor, Generation]:
-        """Generate uint8 images [count, C, H, W] from the weights that were copied, as the experiment samples; say how they came about."""
-        assert self.sampling_model is not None
-        sampling = self.experiment.sampling.model_copy(
-            update={"batch_size": min(count, self.experiment.sampling.batch_size)}
-        )
-        generator = make_sampler(
-            self.experiment,
-            self.sampling_model,
-            self.dataset.manifest.shape,
-            sampling,
-            self.experiment.seed,
-            self.compute,
-            self.class_names,
-        )
-        return torch.cat(list(generator.generate(count))), generator.identity("ema")
+    def _copy_weights(self) -> None:
+        if self.preview is not None:
+            self.preview.copy(self.train_state)
 
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
@@ -362,7 +315,7 @@ class Worker:
                 return "new weights"
             self._take_weights(self.job.initial_weights)
             return f"the weights of {self.job.initial_weights}"
-        state, tensors = self._told(checkpoint)
+        state, tensors = load_everywhere(checkpoint, self.team, shared=self.job.run_address is None)
         if state["config_hash"] != self.experiment.hash():
             raise CheckpointError(
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
@@ -389,18 +342,6 @@ class Worker:
             self.compute.start()
         if self.team.is_main and before != self.compute.threads:
             self.run.log(f"threads of each worker: {before} until step {step}, {self.compute.threads} from there on")
-
-    def _told(self, checkpoint: checkpoints.Checkpoint) -> tuple[dict[str, Any], checkpoints.Tensors]:
-        """Return a checkpoint's state and tensors: from its files where all workers see them, else from rank 0, which has them."""
-        if self.job.run_address is None or self.team.size == 1:
-            return checkpoint.state(), checkpoint.tensors()
-        state: dict[str, Any] = self.team.broadcast(checkpoint.state() if self.team.is_main else None)
-        tensors: checkpoints.Tensors = {}
-        for group in self.team.broadcast(
-            checkpoint.groups() if self.team.is_main else None
-        ):  # one at a time: it is held twice meanwhile
-            tensors |= self.team.broadcast(checkpoint.tensors(group) if self.team.is_main else None)
-        return state, tensors
 
     def _take_weights(self, place: str) -> None:
         """Begin a new run from another run's weights; the average and the optimizer start afresh."""
@@ -472,38 +413,3 @@ class Worker:
             return
         self.missed_saves = 0
         self.saved_step = self.train_state.step
-
-
-class Pace:
-    """How fast training goes: since the last report for the record, smoothed for the eye."""
-
-    def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
-        self._batches = batches
-        self._reported = (step, time.monotonic(), 0.0)
-        self._spoke = 0.0
-        self._recent: list[tuple[int, float]] = [(step, time.monotonic())]
-
-    def report(self, step: int, batch_size: int) -> dict[str, float]:
-        """Return images per second and the share of time spent waiting for data, since the last report."""
-        now, waited = time.monotonic(), self._batches.waited_s
-        before_step, before, before_waited = self._reported
-        self._reported = (step, now, waited)
-        wall = max(now - before, 1e-9)
-        return {
-            "images_per_s": (step - before_step) * batch_size / wall,
-            "data_wait_share": (waited - before_waited) / wall,
-        }
-
-    def images_per_s(self, step: int, batch_size: int) -> float:
-        """Return images per second over the last few seconds."""
-        self._recent = [*self._recent, (step, time.monotonic())][-40:]
-        (first_step, first), (last_step, last) = self._recent[0], self._recent[-1]
-        return (last_step - first_step) * batch_size / max(last - first, 1e-9)
-
-    def speak(self, now_please: bool) -> bool:
-        """Return whether it is time to publish again."""
-        now = time.monotonic()
-        if not now_please and now - self._spoke < PUBLISH_EVERY_S:
-            return False
-        self._spoke = now
-        return True

@@ -139,8 +139,6 @@ class Shell:
 
         What it leaves in the environment, and modules of the folder (networks of a user's own), are forgotten afterwards.
         """
-        from pipeline.cli import run
-
         words = [str(word) for word in arguments]
         stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
         known, before = set(sys.modules), dict(os.environ)
@@ -154,7 +152,7 @@ class Shell:
             patch.setattr(sys, "argv", ["ddpm-pipe", *words])
             os.environ.update(self.environment | dict(env or {}))
             try:
-                code = run(words)
+                code = run_command(words)
             finally:
                 restore_environment(before)
                 forget_modules(self.home, known)
@@ -185,6 +183,14 @@ class Shell:
         """Run `ddpm-pipe ARGUMENTS` as users do, to its end; with its children it is ended if it outlasts `timeout_s`."""
         with self.start(*arguments, cwd=cwd, env=env) as started:
             return started.end(timeout_s)
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run a command in this process; return its exit code."""
+    from pipeline.cli import invoke
+    from pipeline.commands.exit_code import exit_code_of
+
+    return exit_code_of(lambda: invoke(words))
 
 
 def told(stderr: str) -> str:

@@ -34,7 +34,7 @@ def figures(home: Path) -> dict[str, Any]:
     """Return losses, weights and scores of a run of two threads, what was kept of real images, and distances of wide features."""
     run = trainer.make_run(home, profile=Profile(threads_per_worker=2), **SECTIONS)
     assert trainer.train(str(run.folder)) == "finished"
-    found = score_run(run, ScoreRequest(num_images=128), profile_of(run, None), Console(io.StringIO()))
+    found = score_run(run, ScoreRequest(num_images=128), profile_of(run), Console(io.StringIO()))
     assert found.scored is not None
     assert found.measured is not None
     rng = np.random.default_rng(0)

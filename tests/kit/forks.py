@@ -34,6 +34,6 @@ def command(home: str, words: list[str], output: str, stdin: str = "") -> None:
     sys.stdin = open(output + ".in")  # noqa: SIM115
     sys.argv = ["ddpm-pipe", *words]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    from pipeline.cli import run
+    from pipeline.cli import main
 
-    sys.exit(run(words))
+    main(words)

@@ -11,5 +11,5 @@ import pandas  # noqa: E402, F401  pyarrow asks for it
 import torch._dynamo  # noqa: E402, F401  and so does DistributedDataParallel
 
 import pipeline.cli  # noqa: E402
-import pipeline.runs.training_run  # noqa: E402, F401
+import pipeline.runs.train  # noqa: E402, F401
 import tests.kit.trainer  # noqa: E402, F401

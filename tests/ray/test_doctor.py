@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.cli import run
 from pipeline.storage.remote import RemoteFolder
 from tests.kit.clusters import RayCluster, ray_cluster
 from tests.kit.commands import PROGRAM, Result
+from tests.kit.commands import run_command as run
 from tests.kit.object_store import CREDENTIALS
 from tests.kit.ports import free_port
 

@@ -194,7 +194,7 @@ def test_the_env_of_a_runs_recorded_profile_holds_where_nothing_else_does(
     run = Run.create(
         tmp_path, name="x", experiment={}, config_hash="", dataset={}, profile=profile, command=["ddpm-pipe"]
     )
-    assert profile_of(run, None).env == profile["env"]
+    assert profile_of(run).env == profile["env"]
     assert (os.environ["CHOSEN"], os.environ["OPEN"]) == ("here", "recorded")
 
 

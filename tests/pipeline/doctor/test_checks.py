@@ -234,7 +234,7 @@ def test_looks_at_a_storage_that_hangs_hold_nothing_up(tmp_path, monkeypatch):
     for place, name in ((os.path, "isdir"), (Path, "is_file"), (Path, "is_dir")):
         monkeypatch.setattr(place, name, hanging(getattr(place, name)))
     try:
-        examination = request.examination_of("local", str(dead / "data"), "digits")
+        examination = request.examination_of(Profile(), str(dead / "data"), "digits")
         assert examination.shape == request.USUAL_SHAPE  # since that of the images was not to be had
         with doctor_checks.storage_left_as_it_was(examination):
             examination.storage_is_tried = True

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
 import shlex
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.commands.submit import command_line
-from pipeline.commands.train import train
+from pipeline.cli import cli
+from pipeline.cli_in_job import invoke
+from pipeline.commands.submit import typed_parameters
 from pipeline.errors import UsageError
 from pipeline.jobs import packing
 from pipeline.jobs.job_log import RESULT_MARK, LogLines
@@ -256,19 +259,10 @@ def test_the_code_that_is_sent_runs_without_a_checkout(tmp_path):
     with zipfile.ZipFile(io.BytesIO(packing.code(["yaml"]).archive())) as archive:
         archive.extractall(tmp_path)
     assert (tmp_path / "yaml" / "__init__.py").is_file()
+    parameters = {"preset": "mnist", "dry_run": True, "probe": False, "as_json": True}
+    call = json.dumps({"command": "train", "parameters": parameters, "typed": ["train", "--dry-run"]})
     told = subprocess.run(
-        [
-            sys.executable,
-            "-P",
-            "-m",
-            "pipeline.cli_in_job",
-            "train",
-            "--preset",
-            "mnist",
-            "--dry-run",
-            "--no-probe",
-            "--json",
-        ],
+        [sys.executable, "-P", "-m", "pipeline.cli_in_job", call],
         env={"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
         cwd=tmp_path,
         capture_output=True,
@@ -299,19 +293,26 @@ def test_a_shell_hands_arguments_on_as_they_are(arguments):
 @pytest.mark.parametrize(
     "typed",
     [
-        ["--preset", "mnist", "-s", "name=a b", "-s", "seed=1", "--json", "--cluster", "there"],
-        ["my file.yaml", "--cluster=there", "--detach", "--no-probe"],
-        ["--cluster", "there", "--", "--odd.yaml"],
+        ["train", "--preset", "mnist", "-s", "name=a b", "-s", "seed=1", "--json"],
+        ["train", "my file.yaml", "--detach", "--no-probe"],
+        ["train", "--", "--odd.yaml"],
+        ["sample", "k7m2", "--out", "/a b/c", "--interpolate", "1", "two.png", "--eta", "0.5", "--label=#3"],
+        ["evaluate", "k7m2", "--metrics", "fid,kid", "--seeds", "3"],
     ],
+    ids=" ".join,
 )
-def test_the_command_that_is_sent_is_the_command_that_was_typed(monkeypatch, typed):
-    monkeypatch.setattr("sys.argv", ["ddpm-pipe", "train", *typed])
-    parent = click.Context(click.Group("ddpm-pipe"), info_name="ddpm-pipe")
-    asked = train.make_context("train", list(typed), parent=parent)
-    path, *sent = command_line(asked, {"cluster": "packed/there.yaml"})
-    again = train.make_context("train", sent, parent=parent)
-    assert path == "train"
-    assert again.params == asked.params | {"cluster": "packed/there.yaml", "detach": False}
+def test_a_job_calls_the_command_as_it_was_parsed_here(typed):
+    name, *words = typed
+    asked = cli.commands[name].make_context(name, words, parent=click.Context(cli))
+    sent = json.loads(json.dumps(typed_parameters(asked), default=str))
+    called: dict[str, Any] = {}
+    there = click.Group(
+        commands={
+            name: click.Command(name, params=cli.commands[name].params, callback=lambda **given: called.update(given))
+        }
+    )
+    invoke(there, name, sent)
+    assert called == asked.params | {"detach": False}
 
 
 def test_each_line_of_a_log_is_shown_once_however_it_comes():

@@ -243,7 +243,7 @@ def test_a_dry_run_without_a_probe_says_so():
     told = DryRun(plan(), None, None, "--no-probe was given", ("careful",))
     assert "measured:        no: --no-probe was given" in told.to_text()
     assert told.to_text().endswith("warning: careful")
-    assert told.to_dict()["forecast"] is None
+    assert told.to_json()["forecast"] is None
 
 
 def test_an_all_reduce_is_timed_with_the_threads_that_a_worker_of_the_profile_has(tmp_path, monkeypatch):

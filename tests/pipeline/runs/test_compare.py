@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from pipeline.cli import run as run_command
 from pipeline.errors import RefusedError, UsageError
 from pipeline.metrics.bound import Bound, Curve
 from pipeline.metrics.bound_report import Measured, write_measured
@@ -23,6 +22,7 @@ from pipeline.metrics.scores import Scores, over_seeds, write_scores
 from pipeline.runs.compare import compare
 from pipeline.runs.evaluation import Evaluation, Scored, write_evaluation
 from pipeline.storage.runs import Run
+from tests.kit.commands import run_command
 
 IDENTITY = MetricIdentity(
     metric="fid",

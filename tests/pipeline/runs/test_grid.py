@@ -10,7 +10,6 @@ import mlflow
 import numpy as np
 import pytest
 
-from pipeline.cli import run as run_command
 from pipeline.errors import UsageError
 from pipeline.metrics.scores import Spread
 from pipeline.runs.evaluate import ScoreRequest
@@ -18,6 +17,7 @@ from pipeline.runs.grid import Grid, Point, grid_figure, parse_grid, write_grid
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from tests.kit import trainer
+from tests.kit.commands import run_command
 from tests.kit.drawings import holds, points_of
 
 

@@ -200,8 +200,9 @@ def worker_of_own_network(home: Path, initial_weights: str | None = None, depth:
 def test_pictures_are_drawn_with_the_buffers_that_training_has_come_to(tmp_path):
     worker = worker_of_own_network(tmp_path)
     worker.work()
-    assert worker.sampling_model is not None
-    drawn, trained = (dict(model.named_buffers()) for model in (worker.sampling_model, worker.train_state.model))
+    assert worker.preview is not None
+    assert worker.preview.model is not None
+    drawn, trained = (dict(model.named_buffers()) for model in (worker.preview.model, worker.train_state.model))
     assert int(trained["layers.1.num_batches_tracked"]) == 3
     torch.testing.assert_close(drawn, trained, rtol=0, atol=0)
 

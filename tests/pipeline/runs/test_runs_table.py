@@ -16,7 +16,7 @@ import pytest
 from pipeline.config.experiment import Experiment, with_overrides
 from pipeline.runs.record import Trial
 from pipeline.runs.runs_table import COLUMNS, headline, runs_table
-from pipeline.runs.training_run import _told_settings
+from pipeline.runs.tracked import _recorded_settings
 from pipeline.storage.runs import Run
 from pipeline.tracking.monitor import SystemMonitor
 from pipeline.tracking.text import describe
@@ -125,8 +125,8 @@ def test_of_a_trial_that_the_clock_ends_the_description_tells_minutes_and_the_st
     (row,) = runs_table(run.folder.parent.parent)
     assert (row["steps"], row["total_steps"]) == ("0", None)
     experiment = Experiment()
-    assert set(experiment.flat()) - set(_told_settings(experiment, trial)) == {"training.steps"}
-    assert _told_settings(experiment, None) == experiment.flat()
+    assert set(experiment.flat()) - set(_recorded_settings(experiment, trial)) == {"training.steps"}
+    assert _recorded_settings(experiment, None) == experiment.flat()
 
 
 def test_the_machine_is_sampled_in_the_kernels_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

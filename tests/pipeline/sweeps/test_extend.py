@@ -10,6 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.context import Context
 from pipeline.config.experiment import experiment_from
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.sweeps.commands import _result, extend, extended, request_of_winner
@@ -139,7 +141,7 @@ def test_an_extension_takes_nothing_away(over: list[str], options: dict[str, Any
 def test_a_sweep_that_somebody_works_on_is_not_changed(folder: SweepFolder) -> None:
     before = (folder.folder / "sweep.json").read_bytes()
     with folder.lock(), pytest.raises(RunLockedError, match=f"sweep {folder.id} is being worked on"):
-        extend(folder.id, ["diffusion.schedule=sigmoid"], MORE, None, None, ["ddpm-pipe", "sweep"])
+        extend(Context(Profile()), folder.id, ["diffusion.schedule=sigmoid"], MORE, None)
     assert (folder.folder / "sweep.json").read_bytes() == before
 
 
@@ -163,7 +165,7 @@ def test_the_winner_is_trained_by_the_base_as_it_was(folder: SweepFolder) -> Non
     folder.ledger.append(entry({"diffusion.schedule": "linear"}, 0, 2.0))
     folder.ledger.append(entry({"diffusion.schedule": "cosine"}, 0, 1.0))
     Path("mine.yaml").write_text("training: {learning_rate: 5.0e-1, steps: 1}\n")
-    winner = request_of_winner(folder.id, None, None, []).experiment
+    winner = request_of_winner(Context(Profile()), folder.id, []).experiment
     training, logging = winner.training, winner.logging
     assert (training.learning_rate, training.steps, training.batch_size) == (1e-3, 5000, 32)
     assert logging.every_steps == 25  # the sweep's thrift is not the winner's

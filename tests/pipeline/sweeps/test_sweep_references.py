@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.context import Context
 from pipeline.errors import UsageError
 from pipeline.storage.runs import Run
 from pipeline.sweeps.commands import sweep_meant
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
+
+HERE = Context(Profile())
 
 
 def sweep(home: Path, name: str, identifier: str) -> SweepFolder:
@@ -48,18 +52,18 @@ def test_a_reference_that_fits_several_names_them_all(home: Path) -> None:
         "'twice' is ambiguous: it fits sweep k7aaaaaa (twice), sweep k7bbbbbb (twice); give more characters of the id"
     )
     with pytest.raises(UsageError, match=f"^{re.escape(both)}$"):
-        sweep_meant("twice", None)
+        sweep_meant(HERE, "twice")
     with pytest.raises(UsageError, match=r"'m2' is ambiguous: it fits sweep m2cccccc \(once\), run m2dddddd \(mine\);"):
-        sweep_meant("m2", None)
+        sweep_meant(HERE, "m2")
     for reference in ("once", "m2c", "m2cccccc"):
-        found = sweep_meant(reference, None)
+        found = sweep_meant(HERE, reference)
         assert found is not None
         assert found.id == "m2cccccc"
-    assert sweep_meant("m2d", None) is None
-    assert sweep_meant("nothing", None) is None
+    assert sweep_meant(HERE, "m2d") is None
+    assert sweep_meant(HERE, "nothing") is None
 
 
 def test_a_whole_id_decides_against_a_sweep_of_that_name(home: Path) -> None:
     sweep(home, "m2dddddd", "k7aaaaaa")
     run(home, "m2dddddd")
-    assert sweep_meant("m2dddddd", None) is None
+    assert sweep_meant(HERE, "m2dddddd") is None

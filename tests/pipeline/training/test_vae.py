@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from ddpm.gaussian import discretized_log_likelihood
-from pipeline.cli import run
 from pipeline.config.experiment import ModelConfig, SamplingConfig, TrainingConfig, experiment_from
 from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
@@ -28,6 +27,7 @@ from pipeline.training.vae import Vae, VaeObjective, elbo
 from tests.kit import trainer
 from tests.kit.closed_forms import seeded
 from tests.kit.commands import Typed
+from tests.kit.commands import run_command as run
 from tests.kit.experiments import TINY
 
 VAE: dict[str, Any] = {

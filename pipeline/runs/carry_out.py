@@ -1,0 +1,152 @@
+"""A training that is planned and has its run folder: attempts, then the scores, under the run's lock."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from pipeline.cluster.train import run_attempts
+from pipeline.config.cluster_profile import Profile, use_variables
+from pipeline.config.experiment import Experiment
+from pipeline.console import Console
+from pipeline.data.labels import NO_CLASSES, class_names_of
+from pipeline.data.shards import Dataset
+from pipeline.errors import CheckpointError, DataError, InterruptedRunError, StorageError
+from pipeline.planning.plan import Plan, choose_workers, make_plan
+from pipeline.runs.conclude import Outcome, conclude
+from pipeline.runs.record import allowance_of
+from pipeline.runs.tracked import open_tracking
+from pipeline.signals import Terminated
+from pipeline.storage.run_checkpoints import RunCheckpoints
+from pipeline.storage.runs import Run, RunStatus
+from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.training.combinations import check_labels
+from pipeline.training.models import build_diffusion, has_process
+from pipeline.training.trained import experiment_of, profile_of
+from pipeline.worker.job import Job
+
+Observer = Callable[[dict[str, Any]], None]
+
+
+def carry_on(
+    run: Run,
+    console: Console,
+    observe: Observer | None = None,
+    tracking: TrackingSettings | None = None,
+    profile: Profile | None = None,
+) -> Outcome:
+    """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
+
+    `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is. `profile` is what it
+    takes, if that is not what it was begun with.
+    """
+    experiment, profile = experiment_of(run), profile or profile_of(run)
+    use_variables(profile)
+    dataset = dataset_of(run, profile)
+    checked = plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
+    return carry_out(run, checked, dataset, console, observe=observe, tracking=tracking)
+
+
+def carry_out(
+    run: Run,
+    checked: Plan,
+    dataset: Dataset,
+    console: Console,
+    overrides: Sequence[str] = (),
+    observe: Observer | None = None,
+    tracking: TrackingSettings | None = None,
+) -> Outcome:
+    """Train and evaluate under the run's lock, and leave its status true whatever happens."""
+    profile = checked.profile
+    settings = tracking or TrackingSettings.of_profile(profile.home(), profile)
+    job = Job(
+        run_folder=str(run.folder),
+        dataset_folder=dataset.location,
+        experiment=checked.experiment.to_dict(),
+        profile=profile.to_dict(),
+        num_workers=checked.num_workers,
+        num_streams=checked.num_streams,
+        attempt=0,
+        code_folder=os.getcwd(),
+        tracking=replace(settings, mlflow_run_id=None),
+        initial_weights=run.record.initial_weights,
+        allowance=allowance_of(run),
+        run_address=None if run.remote is None else run.remote.folder.uri,
+    )
+    with run.lock(), open_tracking(run, checked, dataset, settings, overrides) as tracker:
+        for warning in checked.warnings:
+            console.say(f"warning: {warning}")
+            run.log(f"warning: {warning}")
+        console.say(
+            f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps {checked.place}, in {run.folder}"
+        )
+        try:
+            run_attempts(run, job, profile, console, observe)
+            _draw_schedule(run, checked.experiment, dataset, tracker)
+            outcome = conclude(run, profile, settings, console)
+        except InterruptedRunError as error:
+            _close(run, settings, RunStatus.INTERRUPTED, str(error))
+            raise
+        except (KeyboardInterrupt, Terminated) as stop:
+            by_user = isinstance(stop, KeyboardInterrupt)
+            _close(run, settings, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
+            code = 130 if by_user else 75 if RunCheckpoints(run).committed() else 143
+            raise InterruptedRunError(f"stopped; go on with: ddpm-pipe resume {run.id}", code) from None
+        except Exception as error:
+            _close(run, settings, RunStatus.FAILED, str(error))
+            raise
+        run.update(status=RunStatus.FINISHED, reason="", step=outcome.step)
+    return outcome
+
+
+def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: Tracker) -> None:
+    """Draw the noise schedule, unless a training of this run that ended before has."""
+    from pipeline.pictures.schedule_picture import draw_schedules, example_of
+
+    picture = run.folder / "pictures" / "schedule.png"
+    if has_process(experiment) and not picture.exists():
+        picture.parent.mkdir(exist_ok=True)
+        draw_schedules([build_diffusion(experiment).schedule], *example_of(dataset), picture)
+        tracker.artifact(picture, "pictures")
+
+
+def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:
+    with suppress(
+        StorageError
+    ):  # the reason is what the user must read; a run that is marked as running by nobody is INTERRUPTED
+        run.update(status=status, reason=reason)
+    tracker = Tracker(run.folder, settings)
+    tracker.finish("FAILED" if status is RunStatus.FAILED else "KILLED")
+    tracker.close(timeout=10.0)
+
+
+def plan_for(experiment: Experiment, profile: Profile, num_workers: int, dataset: Dataset) -> Plan:
+    manifest = dataset.manifest
+    class_names = class_names_of(dataset) if experiment.model.class_conditional else NO_CLASSES
+    check_labels(experiment, experiment.sampling, class_names)
+    return make_plan(
+        experiment,
+        profile,
+        num_workers,
+        data=dataset.location,
+        num_rows=manifest.num_rows,
+        shape=manifest.shape,
+        num_classes=len(class_names),
+    )
+
+
+def dataset_of(run: Run, profile: Profile) -> Dataset:
+    """Open the dataset a run was started on; CheckpointError where it has become another one."""
+    about = run.record.dataset
+    if not about["path"]:
+        raise DataError(f"run {run.id} was imported without images; name some with --fork --data SOURCE")
+    dataset = Dataset.open(about["path"], profile.cache)
+    if dataset.manifest.fingerprint != about["fingerprint"]:
+        raise CheckpointError(
+            f"run {run.id} was trained on other images: dataset.fingerprint: {about['fingerprint'][:12]} -> "
+            f"{dataset.manifest.fingerprint[:12]} in {about['path']}; restore them, or start a new run"
+        )
+    return dataset

@@ -1,0 +1,127 @@
+"""`ddpm-pipe train`: plan, record, train in attempts, evaluate."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.cluster.session import require_resources
+from pipeline.config import presets
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.context import Context
+from pipeline.config.experiment import DEFAULT_PRESET, Experiment, load_experiment
+from pipeline.data.shards import Dataset
+from pipeline.errors import RefusedError, UsageError
+from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
+from pipeline.ingest.resolve import absolute_source
+from pipeline.metrics.classifier_store import Recipe
+from pipeline.planning.plan import Plan, choose_workers, make_plan
+from pipeline.runs.carry_out import carry_out, plan_for
+from pipeline.runs.conclude import Outcome
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.provenance import JOB_VARIABLE
+from pipeline.storage.runs import Run
+from pipeline.tracking.opened import checked_run
+from pipeline.tracking.tracker import TrackingSettings
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What to train, and where; `origin` as in a run's record."""
+
+    experiment: Experiment
+    profile: Profile
+    origin: dict[str, str] | None = None
+
+
+def train_request(
+    context: Context, experiment: str | None, preset: str | None, data: str | None, overrides: Sequence[str]
+) -> TrainRequest:
+    """Read the experiment; UsageError where it is wrong."""
+    if experiment is not None and preset is not None:
+        raise UsageError(f"got both the file {experiment} and --preset {preset}; give one of them")
+    path = presets.find("experiments", experiment or preset or DEFAULT_PRESET)
+    if data is not None:
+        data = absolute_source(data)
+    return TrainRequest(load_experiment(path, overrides, data), context.profile)
+
+
+def plan_training(asked: TrainRequest) -> Plan:
+    """Work out and check a training without downloading, ingesting or writing anything.
+
+    Away from a profile's cluster neither it nor its storage is asked, which may answer to its nodes alone: the source tells of the images.
+    """
+    num_workers = choose_workers(asked.experiment, asked.profile)
+    away = asked.profile.kind == "job" and JOB_VARIABLE not in os.environ
+    if not away:
+        require_resources(asked.profile, num_workers)
+    source, options = asked.experiment.data.source, ingest_options(asked.experiment.data)
+    datasets = datasets_dir(asked.profile.home()) if away else asked.profile.datasets()
+    found = availability(source, options, datasets)
+    return make_plan(
+        asked.experiment,
+        asked.profile,
+        num_workers,
+        data=f"{source}; what the cluster has of it was not looked at" if away else found.text,
+        num_rows=found.num_rows,
+        shape=found.shape,
+        num_classes=found.num_classes,
+    )
+
+
+def start_training(context: Context, asked: TrainRequest) -> Outcome:
+    """Train a new run to its end and evaluate it."""
+    profile, console = asked.profile, context.console
+    num_workers = choose_workers(asked.experiment, profile)
+    require_resources(profile, num_workers)
+    tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None, console.say)
+    # what can be refused without the images is refused before they are fetched
+    make_plan(asked.experiment, profile, num_workers, data="", num_rows=None, shape=None)
+    dataset = ensure_ingested(
+        asked.experiment.data.source,
+        ingest_options(asked.experiment.data),
+        profile.datasets(),
+        console.say,
+        cache=profile.cache,
+    )
+    plan = plan_for(asked.experiment, profile, num_workers, dataset)
+    if unscored := _cannot_be_scored(asked.experiment, dataset):
+        console.say(f"warning: the images will not be scored: {unscored}")
+    run = create_run(plan, dataset, context.command, origin=asked.origin)
+    return carry_out(run, plan, dataset, console, tracking=tracking)
+
+
+def create_run(
+    checked: Plan,
+    dataset: Dataset,
+    command: Sequence[str],
+    initial_weights: str | None = None,
+    origin: dict[str, str] | None = None,
+) -> Run:
+    """Make the run folder of a planned training. `initial_weights` are those of a run that it is a fork of."""
+    manifest = dataset.manifest
+    about: dict[str, Any] = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
+    return Run.create(
+        checked.profile.home(),
+        name=checked.experiment.name,
+        experiment=checked.experiment.to_dict(),
+        config_hash=checked.experiment.hash(),
+        dataset=about,
+        profile=checked.profile.to_dict(),
+        command=list(command),
+        initial_weights=initial_weights,
+        origin=origin,
+    )
+
+
+def _cannot_be_scored(experiment: Experiment, dataset: Dataset) -> str:
+    """Return why the classifier that an experiment asks for cannot judge these images, "" if it can: to be told before the training."""
+    asked = experiment.evaluation
+    if asked.enabled and asked.extractor == "classifier":
+        try:
+            Recipe.for_dataset(dataset)
+        except RefusedError as error:
+            return str(error)
+    return ""

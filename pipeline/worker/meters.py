@@ -1,0 +1,81 @@
+"""What a worker measures beside the loop: the loss since the last report, and how fast training goes."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pipeline.training.batches import Batch, Prefetch
+from pipeline.training.loop import StepResult
+from pipeline.training.team import Team
+
+PUBLISH_EVERY_S = 0.25
+
+
+@dataclass
+class LossMeter:
+    """Loss summed since the last report, by quartile of t: row 0 weighted sums, row 1 sums of weights (counts, where t is drawn
+    uniformly); float64 so that order hardly matters."""
+
+    num_timesteps: int
+    sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
+
+    def add(self, result: StepResult) -> None:
+        """Count one step of this worker, on the device where its losses are."""
+        quartile = result.timesteps * 4 // self.num_timesteps
+        weights = result.weights.double()
+        values = torch.stack([result.losses.double() * weights, weights])
+        self.sums = self.sums.to(values.device).index_add(1, quartile, values)
+
+    def gather(self, team: Team) -> None:
+        """Move the sums of all workers to rank 0."""
+        total = team.all_reduce(self.sums.cpu())
+        self.sums = total if team.is_main else torch.zeros_like(total)
+
+    def report(self) -> dict[str, float]:
+        """Return the means since the last report, and start again."""
+        sums, counts = self.sums.cpu()
+        metrics = {"loss": float(sums.sum() / counts.sum())}
+        for i in range(4 if self.num_timesteps > 1 else 0):
+            if counts[i] > 0:
+                metrics[f"loss_t_quartile_{i + 1}"] = float(sums[i] / counts[i])
+        self.sums = torch.zeros_like(self.sums)
+        return metrics
+
+
+class Pace:
+    """How fast training goes: since the last report for the record, smoothed for the eye."""
+
+    def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
+        self._batches = batches
+        self._reported = (step, time.monotonic(), 0.0)
+        self._spoke = 0.0
+        self._recent: list[tuple[int, float]] = [(step, time.monotonic())]
+
+    def report(self, step: int, batch_size: int) -> dict[str, float]:
+        """Return images per second and the share of time spent waiting for data, since the last report."""
+        now, waited = time.monotonic(), self._batches.waited_s
+        before_step, before, before_waited = self._reported
+        self._reported = (step, now, waited)
+        wall = max(now - before, 1e-9)
+        return {
+            "images_per_s": (step - before_step) * batch_size / wall,
+            "data_wait_share": (waited - before_waited) / wall,
+        }
+
+    def images_per_s(self, step: int, batch_size: int) -> float:
+        """Return images per second over the last few seconds."""
+        self._recent = [*self._recent, (step, time.monotonic())][-40:]
+        (first_step, first), (last_step, last) = self._recent[0], self._recent[-1]
+        return (last_step - first_step) * batch_size / max(last - first, 1e-9)
+
+    def speak(self, now_please: bool) -> bool:
+        """Return whether it is time to publish again."""
+        now = time.monotonic()
+        if not now_please and now - self._spoke < PUBLISH_EVERY_S:
+            return False
+        self._spoke = now
+        return True
