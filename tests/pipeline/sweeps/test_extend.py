@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
-from pipeline.config.experiment import experiment_from
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.sweeps.commands import _result, extend, extended, request_of_winner
 from pipeline.sweeps.config import Axis, base_experiment, load_sweep, plain_base, sweep_from, trial_experiment
@@ -170,13 +169,3 @@ def test_the_winner_is_trained_by_the_base_as_it_was(folder: SweepFolder) -> Non
     assert (training.learning_rate, training.steps, training.batch_size) == (1e-3, 5000, 32)
     assert logging.every_steps == 25  # the sweep's thrift is not the winner's
     assert winner.diffusion.schedule == "cosine"
-
-
-def test_a_record_from_before_the_plain_base_is_read(folder: SweepFolder) -> None:
-    path = folder.folder / "sweep.json"
-    content = json.loads(path.read_text())
-    path.write_text(
-        json.dumps({key: value for key, value in content.items() if key not in ("plain_base", "extensions")})
-    )
-    assert folder.plain_base == folder.base == experiment_from(content["base"])
-    assert folder.record.extensions == []
