@@ -23,6 +23,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config.cluster_profile import Profile
+from pipeline.config.context import Context
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, PipelineError, UsageError
@@ -31,7 +33,7 @@ from pipeline.ingest.files import find_files, without_credentials
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest
 from pipeline.ingest.resolve import IngestOptions, absolute_source
 from pipeline.ingest.sets import SETS
-from pipeline.runs.training_run import request
+from pipeline.runs.train import train_request
 from tests.kit.data import (
     Pixels,
     hugging_face,
@@ -610,5 +612,5 @@ def test_a_folder_called_like_a_built_in_set_does_not_take_its_place(
     assert ensure_ingested("./digits", options, tmp_path / "datasets").manifest.num_rows == 4
     assert absolute_source("digits") == "digits"
     assert absolute_source("./digits") == str(tmp_path / "digits")
-    asked = request(None, "digits", "digits", None, ())
+    asked = train_request(Context(Profile()), None, "digits", "digits", ())
     assert asked.experiment.data.source == "digits"
