@@ -60,12 +60,13 @@ class Rate:
         if wall < 1.0:
             return
         left = (self._total - count) * wall / max(count, 1)
-        line = f"{self._what} {count}/{self._total}  {_rate(count / wall)} {self._unit}/s  {duration(left)} left"
+        line = f"{self._what} {count}/{self._total}  {rate(count / wall)} {self._unit}/s  {duration(left)} left"
         self._console.progress(line, done=count >= self._total)
 
 
-def _rate(per_s: float) -> str:
-    return f"{per_s:.1f}" if per_s < 10 else f"{per_s:.0f}"
+def rate(per_s: float) -> str:
+    """Return a rate as people say it: 0.042, 3.1, 1,020."""
+    return f"{per_s:.2g}" if per_s < 10 else f"{per_s:,.0f}"
 
 
 def duration(seconds: float) -> str:

@@ -76,6 +76,20 @@ def parse_yaml(text: str, where: str, key: str = "") -> Any:
         loader.dispose()
 
 
+class _Dumper(yaml.SafeDumper):
+    """A line for each setting, and a list on one line."""
+
+
+_Dumper.add_representer(
+    list, lambda dumper, items: dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+)
+
+
+def to_yaml(content: dict[str, Any]) -> str:
+    """Return settings as people write them in a file."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=110, allow_unicode=True)
+
+
 def is_text(key: str) -> bool:
     """Whether a setting, by its dotted name, is text however it is spelled."""
     return f".{key}".endswith(TEXT)

@@ -19,7 +19,7 @@ from pipeline.data.shards_files import manifest_of
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.pool import all_rows, default_num_workers
 from pipeline.ingest.remote import has_dataset, is_empty, new_remote_folder, sole_remote_writer
-from pipeline.ingest.resolve import BUILT_IN, is_dataset, resolve_source
+from pipeline.ingest.resolve import BUILT_IN, TO_FETCH, how_to_fetch, is_dataset, resolve_source
 from pipeline.ingest.resolve import IngestOptions as IngestOptions
 from pipeline.ingest.rows import Treatment, make_rows
 from pipeline.ingest.sources import Source
@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Availability:
-    """Where a source stands: `state` is "ingested", "cached", "here" or "download"; `text` says it to people.
+    """Where a source stands: `state` is "ingested", "cached", "here", "download" or "missing"; `text` says it to people.
 
     `num_rows`, `shape` (C, H, W) and `num_classes` are those of the dataset that it is or will be; None where only ingesting tells.
     """
@@ -161,6 +161,9 @@ def availability(source: str, options: IngestOptions, datasets: Path | str) -> A
         manifest = manifest_of(source)
         _refuse_options(source, options, manifest)
         return _there("ingested", f"{source} is ingested", manifest)
+    if source in TO_FETCH and not Path(source).exists():
+        shape = ({"L": 1, "RGB": 3}[options.mode], *options.size) if options.mode and options.size else None
+        return Availability("missing", f"{source} is not here: {how_to_fetch(source, options)}", shape=shape)
     found = resolve_source(source, options, downloads=_downloads(datasets), offline=True)
     dest = dataset_folder(found, options, datasets)
     if is_dataset(_place(dest)):

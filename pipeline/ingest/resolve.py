@@ -20,6 +20,11 @@ from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 
 BUILT_IN = ("digits", *SETS)
+# what presets name and nobody may ship: where the images are to be had
+TO_FETCH = {
+    "data/celebahq-256": "CelebA-HQ is made as https://github.com/tkarras/progressive_growing_of_gans describes",
+    "data/lsun-church-256": "LSUN is downloaded and unpacked by the scripts of https://github.com/fyu/lsun",
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,13 @@ def absolute_source(source: str) -> str:
     return str(path.absolute()) if source not in BUILT_IN and path.exists() else source
 
 
+def how_to_fetch(source: str, options: IngestOptions) -> str:
+    """Return how to come by the images of one of `TO_FETCH`."""
+    size = "" if options.size is None else f" --image-size {options.size[0]}"
+    mode = "" if options.mode is None else f" --mode {options.mode}"
+    return f"{TO_FETCH[source]}; then: ddpm-pipe ingest FOLDER {source}{size}{mode}, or give the folder with --data"
+
+
 def is_dataset(folder: str | Path) -> bool:
     """Whether `folder`, here or in an object store, was written by ingest; the name of a built-in set is that set."""
     if folder in BUILT_IN:
@@ -109,6 +121,8 @@ def resolve_source(
     columns = (options.image_column, options.label_column, options.split)
     if "://" in source or path.suffix == ".parquet" or (not path.exists() and any(c in source for c in "*[")):
         return parquet(source, *columns)
+    if not path.exists() and source in TO_FETCH:
+        raise DataError(f"{source} is not here: {how_to_fetch(source, options)}")
     if not path.exists():
         raise DataError(
             f"{source} does not exist: give a file, a folder, a URI, or one of {', '.join(BUILT_IN)}"

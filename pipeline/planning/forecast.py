@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from pipeline.console import duration, size
+from pipeline.console import duration, rate, size
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan, advice_to_isolate
 from pipeline.training.models import has_process
 
@@ -127,7 +127,7 @@ def describe(plan: Plan, probe: Probe, seen: Forecast) -> dict[str, str]:
     images = f"{probe.batch} images a step and worker{part}" if plan.num_workers > 1 else f"{probe.batch} a step{part}"
     price = plan.profile.price
     lines = {
-        "measured": f"{seen.images_per_s:,.3g} images/s, {_short(seen.step_s)} a step ({images}; {probe.device})",
+        "measured": f"{rate(seen.images_per_s)} images/s, {_short(seen.step_s)} a step ({images}; {probe.device})",
         "time": f"{duration(seen.total_s)}"
         + (f", {duration(seen.scoring_s)} of it for the scores" if seen.scoring_s >= 1 else ""),
         "cost": f"{seen.cost:,.2f} {seen.currency} ({plan.num_workers} x {price.per_worker_hour:g} {seen.currency} an hour)"

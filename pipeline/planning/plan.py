@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, require_divisible
+from pipeline.config.yaml_files import to_yaml
 from pipeline.console import duration, plural, size
 from pipeline.data.order import default_num_streams
 from pipeline.errors import UsageError
@@ -36,6 +35,7 @@ class Plan:
     shape: Shape | None
     num_parameters: int | None
     warnings: tuple[str, ...] = ()  # what may disappoint
+    missing: tuple[str, ...] = ()  # without which it cannot start here
 
     @property
     def place(self) -> str:
@@ -74,6 +74,7 @@ class Plan:
             "checkpoint_bytes": self.checkpoint_bytes,
             "config_hash": self.experiment.hash(),
             "warnings": list(self.warnings),
+            "missing": list(self.missing),
         }
 
     def to_text(self) -> str:
@@ -93,8 +94,9 @@ class Plan:
             "workers": f"{self.num_workers} ({self.profile.name}), {self.num_streams} streams, "
             f"{self.experiment.training.batch_size // self.num_workers} images each",
             "runs": self.place,
+            **({"missing": "; ".join(self.missing)} if self.missing else {}),
         }
-        resolved = yaml.safe_dump(self.experiment.to_dict(), sort_keys=False, default_flow_style=None, width=110)
+        resolved = to_yaml(self.experiment.to_dict())
         return resolved + "\n" + lines(known)
 
 
@@ -112,15 +114,18 @@ def make_plan(
     num_rows: int | None,
     shape: Shape | None,
     num_classes: int | None = None,
+    missing: Sequence[str] = (),
 ) -> Plan:
     """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit.
+
+    With something missing this machine is not the one that will train, and what it can do is not asked.
 
     What is not known of the dataset yet is None; `num_classes` matters to class-conditional models only.
     """
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     require_divisible(experiment, num_workers, streams)
     warnings = check_training(experiment)
-    if profile.kind == "local":
+    if profile.kind == "local" and not missing:
         training_compute(experiment, profile, num_workers)
         if profile.use_gpu and (idle := usable_gpus() - whole_gpus(num_workers, profile.gpus_per_worker)) > 0:
             warnings = (
@@ -137,7 +142,7 @@ def make_plan(
     parameters = None
     if shape is not None and not (experiment.model.class_conditional and num_classes is None):
         parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
-    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings)
+    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings, tuple(missing))
 
 
 def advice_to_isolate(profile: Profile, num_workers: int, training_s: float) -> str | None:

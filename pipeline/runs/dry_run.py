@@ -58,9 +58,11 @@ class DryRun:
 def dry_run(asked: TrainRequest, *, measure: bool = True) -> DryRun:
     """Plan a training, and measure it unless told not to. Nothing stays behind."""
     plan = plan_training(asked)
-    warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure else None])]
+    warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure and not plan.missing else None])]
     if not measure:
         return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
+    if plan.missing:
+        return DryRun(plan, None, None, "something is missing", tuple(warnings))
     if plan.shape is None:
         return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings))
     now, probe = _probe(plan, plan.shape)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.cluster.session import require_resources
 from pipeline.config import presets
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
-from pipeline.config.experiment import DEFAULT_PRESET, Experiment, load_experiment
+from pipeline.config.experiment import DEFAULT_PRESET, EvaluationConfig, Experiment, load_experiment
+from pipeline.console import plural
 from pipeline.data.shards import Dataset
-from pipeline.errors import RefusedError, UsageError
+from pipeline.errors import ClusterError, RefusedError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
 from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.classifier_store import Recipe
+from pipeline.metrics.inception import Inception
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.runs.carry_out import carry_out, plan_for
 from pipeline.runs.conclude import Outcome
@@ -25,6 +27,7 @@ from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackingSettings
+from pipeline.training.models import Shape
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,18 @@ def plan_training(asked: TrainRequest) -> Plan:
     """
     num_workers = choose_workers(asked.experiment, asked.profile)
     away = asked.profile.kind == "job" and JOB_VARIABLE not in os.environ
+    missing = []
     if not away:
-        require_resources(asked.profile, num_workers)
+        try:
+            require_resources(asked.profile, num_workers)
+        except ClusterError as error:
+            missing.append(str(error))
     source, options = asked.experiment.data.source, ingest_options(asked.experiment.data)
     datasets = datasets_dir(asked.profile.home()) if away else asked.profile.datasets()
     found = availability(source, options, datasets)
-    return make_plan(
+    if found.state == "missing" and not away:
+        missing.append("the images")
+    plan = make_plan(
         asked.experiment,
         asked.profile,
         num_workers,
@@ -68,7 +77,10 @@ def plan_training(asked: TrainRequest) -> Plan:
         num_rows=found.num_rows,
         shape=found.shape,
         num_classes=found.num_classes,
+        missing=missing,
     )
+    few = _too_few_images(asked.experiment.evaluation, found.num_rows, found.shape)
+    return replace(plan, warnings=(*plan.warnings, f"the images will not be scored: {few}")) if few else plan
 
 
 def start_training(context: Context, asked: TrainRequest) -> Outcome:
@@ -124,4 +136,19 @@ def _cannot_be_scored(experiment: Experiment, dataset: Dataset) -> str:
             Recipe.for_dataset(dataset)
         except RefusedError as error:
             return str(error)
-    return ""
+    return _too_few_images(asked, dataset.manifest.num_rows, dataset.manifest.shape)
+
+
+def _too_few_images(asked: EvaluationConfig, num_rows: int | None, shape: Shape | None) -> str:
+    """Return why scores by Inception's features would mean nothing, "" if they are not asked for or there may be enough images."""
+    by_inception = asked.extractor == "inception" or (asked.extractor == "auto" and shape is not None and shape[0] == 3)
+    if not asked.enabled or not by_inception or set(asked.metrics) <= {"bpd"}:
+        return ""
+    compared = asked.num_images if num_rows is None else min(asked.num_images, num_rows // 2)
+    if compared >= Inception.min_images:
+        return ""
+    images = "" if num_rows is None else f" and half of {plural(num_rows, 'image')}"
+    return (
+        f"Inception's features need {Inception.min_images:,} images on each side of the comparison, and {asked.num_images:,} generated ones"
+        f"{images} give {compared:,}; leave the scores out with -s evaluation.enabled=false"
+    )
