@@ -6,7 +6,7 @@ import contextlib
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +50,12 @@ class AttemptOnRay(Attempt):
 
     def run(self, observe: Observer) -> Ended:
         """Train until the end, a stop or a failure; a PipelineError of a worker is raised here."""
-        import ray
 
-        self.control = (
-            ray.remote(ControlActor)
-            .options(name=self.name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
-            .remote(forwarded(self.profile))
-        )
-        # read by Ray Train at each `fit()`, and handed to its processes on other nodes
-        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{self.profile.timeouts.start_s:g}"
-        os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{self.profile.timeouts.collective_s:g}"
-        os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor for what is done here, too
-        trainer = _trainer(self.job, self.profile, self.name)
+        self.control = start_control(self.name, self.profile)
+        trainer = trainer_of(
+            run_worker, {"job": self.job, "control": self.name}, self.profile, self.job.num_workers,
+            run_id=Path(self.job.run_folder).name, name=f"attempt-{self.job.attempt}", storage=_ray_storage(self.job, self.profile),
+        )  # fmt: skip
         failure: list[BaseException] = []
 
         def fit() -> None:
@@ -184,23 +178,51 @@ class AttemptOnRay(Attempt):
         return Ended(None, cause, lost=lost)
 
 
-def _trainer(job: Job, profile: Profile, control: str) -> Any:
+def start_control(name: str, profile: Profile) -> Any:
+    """Start the actor between this process and its workers, on this node; it has the variables that the profile forwards."""
+    import ray
+
+    return (
+        ray.remote(ControlActor)
+        .options(name=name, namespace=NAMESPACE, num_cpus=0, scheduling_strategy=cluster_nodes.this_node())
+        .remote(forwarded(profile))
+    )
+
+
+def trainer_of(
+    function: Callable[[dict[str, Any]], Any],
+    config: dict[str, Any],
+    profile: Profile,
+    num_workers: int,
+    *,
+    run_id: str,
+    name: str,
+    storage: dict[str, Any],
+) -> Any:
+    """Return the Ray Train run that calls `function(config)` in each worker, without Ray's own retries.
+
+    `run_id` marks what the workers reserve; `storage` is where Ray keeps its own few files.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    # read by Ray Train at each `fit()`, and handed to its processes on other nodes
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{profile.timeouts.start_s:g}"
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{profile.timeouts.collective_s:g}"
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor for what is done here, too
     return TorchTrainer(
-        run_worker,
-        train_loop_config={"job": job, "control": control},
+        function,
+        train_loop_config=config,
         torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
         scaling_config=ScalingConfig(
-            num_workers=job.num_workers,
+            num_workers=num_workers,
             use_gpu=profile.use_gpu,
-            resources_per_worker={**needs(profile, job.num_workers), "memory": mark_of(Path(job.run_folder).name)},
+            resources_per_worker={**needs(profile, num_workers), "memory": mark_of(run_id)},
             placement_strategy=profile.placement.upper(),
         ),
         run_config=RunConfig(
-            name=f"attempt-{job.attempt}",
-            **_ray_storage(job, profile),
+            name=name,
+            **storage,
             failure_config=FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0),
         ),
     )

@@ -174,3 +174,20 @@ def run_worker(config: dict[str, Any]) -> None:
         raise
     if team.is_main:
         ray.get(control.finish.remote(outcome))
+
+
+def measure_in_worker(config: dict[str, Any]) -> Any:
+    """Return what the function of a probe finds in one worker: what Ray Train calls in each of its processes."""
+    import ray
+
+    from pipeline.import_path import allow_modules_in
+    from pipeline.training.team import Team
+
+    control = ray.get_actor(config["control"], namespace=NAMESPACE)
+    os.environ.update(ray.get(control.environment.remote()))
+    allow_modules_in(config["code_folder"])
+    try:
+        return config["function"](Team.join(config["collective_s"]), *config["arguments"])
+    except PipelineError as error:
+        ray.get(control.fail.remote(error))
+        raise

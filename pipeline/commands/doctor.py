@@ -47,8 +47,7 @@ def doctor(context: Context, data: str | None, preset: str | None, as_json: bool
     One line for each check: green, yellow (works, with a drawback), red (training would fail or mislead) or skipped, with what to do
     about it. Exit code 10 if something is red.
     """
-    from pipeline.doctor.doctor import examine, require_healthy
-    from pipeline.doctor.request import examination_of
+    from pipeline.doctor.doctor import examination_of, examine, require_healthy
 
     examination = examination_of(context.profile, data, preset)
     stdout = sys.stdout  # while Ray is up, what is printed goes to stderr, for Ray's sake

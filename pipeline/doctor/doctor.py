@@ -1,66 +1,162 @@
 """`ddpm-pipe doctor`: is this cluster ready for what a profile asks? Checks in under a minute, each with a limit of its own.
 
-A check is a function that returns a `Finding`. Facts are gathered on every node (`node_checks`, by `checks`) and judged by functions of
-the facts alone (`verdicts`); what hangs or fails is red (`limited_checks`).
+A check is a function that returns a `Finding` (`checks`). It gathers facts on every node (`node_checks`), and functions of the facts alone
+judge them (`verdicts`). Each runs in a daemon thread: what hangs or fails is red, and the others go on.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
+from typing import TypeVar
 
 from pipeline.cluster.session import ray_of
 from pipeline.cluster.token import admission, probe_dashboard
-from pipeline.cluster.worker_group import Group, worker_group
-from pipeline.config.cluster_profile import Profile
-from pipeline.doctor import checks as doctor_checks
-from pipeline.doctor import verdicts as checks
-from pipeline.doctor.examination import ASK_S, Examination
-from pipeline.doctor.limited_checks import begin, limited, red_of
-from pipeline.doctor.verdicts import Finding, Verdict
-from pipeline.errors import PipelineError, RefusedError
-from pipeline.planning.capacity import held_here, largest
+from pipeline.config import presets
+from pipeline.config.cluster_profile import Profile, forwarded
+from pipeline.config.experiment import DEFAULT_PRESET, load_experiment
+from pipeline.data.manifest import Manifest
+from pipeline.doctor import checks
+from pipeline.doctor.checks import Examination
+from pipeline.doctor.verdicts import Finding, Verdict, green, red, skipped, yellow
+from pipeline.errors import DataError, PipelineError, RefusedError, UsageError
+from pipeline.ingest.ingest import IngestOptions, availability
+from pipeline.limits import in_thread
+from pipeline.planning.capacity import held_here
+from pipeline.storage.home import datasets_dir
+from pipeline.storage.remote import is_remote
+from pipeline.training.models import build_model, num_parameters
 
-GROUP_S = 30.0
-SKIPPED_WITHOUT_CLUSTER = ("versions", "resources", "clocks", "disk", "storage", "dataset", "all-reduce", "step")
+T = TypeVar("T")
+# After the cluster is joined, by stages: the checks of one run at the same time; the name, the check, its limit in seconds.
+STAGES: tuple[tuple[tuple[str, Callable[[Examination], Finding], float], ...], ...] = (
+    (("versions", checks.versions, 20.0),),
+    (("resources", checks.resources, 5.0),),
+    (
+        ("clocks", checks.clocks, checks.ASK_S),
+        ("disk", checks.disk, checks.ASK_S),
+        ("storage", checks.storage, 2 * checks.STORAGE_S + 3),
+        ("dataset", checks.dataset, checks.ASK_S),
+    ),
+    (("all-reduce", checks.all_reduce, checks.WORKERS_S),),
+    (("step", checks.step, 1.0),),
+)
+LOOK_S = 5.0  # a library may have to be read first
+NUM_CLASSES = 10  # of a class-conditional network whose dataset is not looked at
+USUAL_SHAPE = (3, 32, 32)  # of images that are not known before they are ingested
 
 
-def examine(examination: Examination, tell: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
-    """Run all checks, and tell each finding as soon as it and those before it are known."""
+def examination_of(profile: Profile, data: str | None, preset: str | None) -> Examination:
+    """Read experiment and dataset; UsageError if they are wrong. A damaged dataset is a finding, not an error."""
+    begun = time.monotonic()
+    experiment = load_experiment(presets.find("experiments", preset or DEFAULT_PRESET))
+    datasets = datasets_dir(profile.home())
+    shape = _look(lambda: availability(experiment.data.source, IngestOptions(), datasets).shape)
+    if data is not None and not is_remote(data):
+        folder = Path(data).absolute()
+        if _look(lambda: os.path.isdir(folder)) is False:
+            raise UsageError(
+                f"--data: got {data}, which is no folder; give one that `ddpm-pipe ingest SOURCE DEST` wrote, or its s3:// address"
+            )
+        data = str(folder)
+        with contextlib.suppress(DataError):  # which the check itself reports
+            shape = (_look(lambda: Manifest.load(folder).shape) if preset else None) or shape
+    shape = shape or USUAL_SHAPE
+    classes = NUM_CLASSES if experiment.model.class_conditional else None
+    model = build_model(experiment, shape, device="meta", num_classes=classes)
+    return Examination(profile, experiment, shape, num_parameters(model), data, forwarded(profile), begun=begun)
+
+
+def _look(look: Callable[[], T]) -> T | None:
+    """Return what a look at a storage shows; None if it hangs, which a check reports."""
+    return in_thread(look, "doctor-look")(LOOK_S)
+
+
+def examine(examination: Examination, report: Callable[[Finding], None] = lambda finding: None) -> list[Finding]:
+    """Run all checks, and report each finding as soon as it and those before it are known."""
     findings: list[Finding] = []
 
-    def note(finding: Finding) -> bool:
+    def note(finding: Finding) -> None:
         findings.append(finding)
-        tell(finding)
-        return finding.verdict is not Verdict.RED
+        examination.found[finding.check] = finding
+        report(finding)
 
-    with doctor_checks.storage_left_as_it_was(examination), ExitStack() as stack:
-        store = begin("mlflow", partial(doctor_checks.mlflow, examination), examination.left(ASK_S))
-        if note(_join(examination, stack)):
-            for finding in _in_the_cluster(examination):
-                note(finding)
-        else:
-            for name in SKIPPED_WITHOUT_CLUSTER:
-                note(checks.skipped(name, "the cluster cannot be reached"))
-        note(store())
+    with checks.storage_left_as_it_was(examination), ExitStack() as stack:
+        tracking = begin("mlflow", checks.mlflow, checks.ASK_S, examination)
+        note(_join(examination, stack))
+        why_not = "the cluster cannot be reached" if findings[0].verdict is Verdict.RED else ""
+        for stage in STAGES:
+            waiting = [
+                partial(skipped, check[0], why_not) if why_not else begin(*check, examination) for check in stage
+            ]
+            for wait in waiting:
+                note(wait())
+            last = findings[-1]
+            if last.check == "versions" and last.verdict is Verdict.RED and not last.figures:
+                why_not = "the nodes do not answer"
+        note(tracking())
     return findings
 
 
+def begin(
+    name: str, check: Callable[[Examination], Finding], limit_s: float, examination: Examination
+) -> Callable[[], Finding]:
+    """Start a check in a thread. The returned function waits for its finding; red if it fails or is not done within the limit."""
+    limit_s = examination.left(limit_s)
+    wait, deadline = in_thread(lambda: check(examination), f"doctor-{name}"), time.monotonic() + limit_s
+
+    def finding() -> Finding:
+        try:
+            found = wait(max(0.0, deadline - time.monotonic()))
+        except PipelineError as error:
+            return red_of(name, error)
+        except Exception as error:  # a check's own failure is a finding too
+            return red(name, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}", "see the message")
+        return found or red(
+            name, f"no answer within {limit_s:.0f} s", "something hangs there: look at the network and the file system"
+        )
+
+    return finding
+
+
+def _join(examination: Examination, stack: ExitStack) -> Finding:
+    """Start or join the cluster, in this thread: Ray wants the main one."""
+    profile = examination.profile
+    most, before = profile.most_workers, time.perf_counter()
+    # on this machine never for more workers than it holds, or Ray would believe in them
+    count = most if profile.is_remote else max(held_here(range(1, most + 1), profile), default=1)
+    try:
+        stack.enter_context(ray_of(profile, count))
+    except PipelineError as error:
+        return red_of("cluster", error)
+    took = time.perf_counter() - before
+    where = f"{profile.address} joined" if profile.is_remote else "Ray started on this machine, for itself"
+    if profile.is_remote and profile.insecure:
+        return yellow(
+            "cluster", f"{where} in {took:.1f} s; its profile allows a cluster without a token",
+            "set RAY_AUTH_MODE=token on every node, and take `insecure` out of the profile", seconds=took,
+        )  # fmt: skip
+    return green("cluster", f"{where} in {took:.1f} s, with a token", seconds=took)
+
+
 def auth_findings(profile: Profile) -> list[Finding]:
-    """Return nothing where a cluster that jobs are sent to lets us in, else all findings: what is wrong there, and the rest skipped."""
+    """Return [] if a cluster that jobs are sent to lets us in, else all findings: what is wrong there, and the rest skipped."""
     address = str(profile.address)
     try:
         admission(profile, address, probe_dashboard(address))
     except PipelineError as error:
-        rest = [checks.skipped(name, "the cluster cannot be reached") for name in (*SKIPPED_WITHOUT_CLUSTER, "mlflow")]
-        return [red_of("cluster", error), *rest]
+        names = [name for stage in STAGES for name, _, _ in stage] + ["mlflow"]
+        return [red_of("cluster", error), *(skipped(name, "the cluster cannot be reached") for name in names)]
     return []
 
 
 def require_healthy(findings: Sequence[Finding]) -> None:
-    """Raise RefusedError, which ends the command with code 10, if something is red."""
+    """Raise RefusedError, which ends the command with code 10, if a finding is red."""
     names = [finding.check for finding in findings if finding.verdict is Verdict.RED]
     if names:
         raise RefusedError(
@@ -68,80 +164,7 @@ def require_healthy(findings: Sequence[Finding]) -> None:
         )
 
 
-def _in_the_cluster(examination: Examination) -> Iterator[Finding]:
-    """Yield what is found once the cluster answers; what does not disturb the others runs at the same time."""
-    yield (versions := limited("versions", partial(doctor_checks.versions, examination), examination.left(20.0)))
-    if versions.verdict is Verdict.RED and not versions.figures:  # the nodes did not answer
-        for name in SKIPPED_WITHOUT_CLUSTER[1:]:
-            yield checks.skipped(name, "the nodes do not answer")
-        return
-    yield (resources := limited("resources", partial(doctor_checks.resources, examination), 5.0))
-    together = {
-        "clocks": (doctor_checks.clocks, ASK_S),
-        "disk": (doctor_checks.disk, ASK_S),
-        "storage": (doctor_checks.storage, 2 * doctor_checks.STORAGE_S + 3),
-        "dataset": (doctor_checks.dataset, ASK_S),
-    }
-    waiting = [begin(name, partial(check, examination), examination.left(s)) for name, (check, s) in together.items()]
-    for finding in waiting:
-        yield finding()
-    if resources.verdict is Verdict.RED:
-        yield checks.skipped("all-reduce", "the cluster does not hold the workers")
-        yield checks.skipped("step", "the cluster does not hold the workers")
-        return
-    yield from _in_workers(examination)
-
-
-def _join(examination: Examination, stack: ExitStack) -> Finding:
-    """Start or join the cluster, in this thread: Ray wants the main one."""
-    profile = examination.profile
-    before = time.perf_counter()
-    try:
-        stack.enter_context(ray_of(profile, _count_to_start(profile)))
-    except PipelineError as error:
-        return red_of("cluster", error)
-    took = time.perf_counter() - before
-    where = "Ray started on this machine, for itself" if not profile.is_remote else f"{profile.address} joined"
-    open_to_all = profile.is_remote and profile.insecure
-    if open_to_all:
-        return checks.yellow(
-            "cluster", f"{where} in {took:.1f} s; its profile allows a cluster without a token",
-            "set RAY_AUTH_MODE=token on every node, and take `insecure` out of the profile", seconds=took,
-        )  # fmt: skip
-    return checks.green("cluster", f"{where} in {took:.1f} s, with a token", seconds=took)
-
-
-def _count_to_start(profile: Profile) -> int:
-    """Return the workers that Ray is started for on this machine: never more than it holds, or Ray would believe in them."""
-    most = profile.most_workers
-    return most if profile.is_remote else max(held_here(range(1, most + 1), profile), default=1)
-
-
-def _in_workers(examination: Examination) -> Iterator[Finding]:
-    """Start the profile's workers once, for the all-reduce and for the step."""
-    profile = examination.profile
-    counts = range(profile.most_workers, profile.least_workers - 1, -1)
-    count = largest(counts, examination.nodes, profile) if profile.is_remote else held_here(counts, profile)[0]
-    if count is None:
-        why = "the workers find no room at the moment"
-        if profile.wait_for_resources_s:
-            why += ": nodes that the cluster adds later were not looked at; ask again while some are up"
-        yield checks.skipped("all-reduce", why)
-        yield checks.skipped("step", why)
-        return
-    with ExitStack() as stack:
-        group: list[Group] = []
-
-        def start() -> Finding:
-            group.append(stack.enter_context(worker_group(profile, count, examination.left(GROUP_S))))
-            return checks.green("all-reduce", "the workers are up")
-
-        started = limited("all-reduce", start, examination.left(GROUP_S + 2))
-        if started.verdict is Verdict.RED:
-            yield started
-            yield checks.skipped("step", "the workers did not start")
-            return
-        yield limited(
-            "all-reduce", partial(doctor_checks.all_reduce, examination, group[0], count), examination.left(20.0)
-        )
-        yield limited("step", partial(doctor_checks.step, examination, group[0], count), examination.left(25.0))
+def red_of(name: str, error: PipelineError) -> Finding:
+    """Return a finding from one of our errors, whose last part is what to do."""
+    said, _, remedy = str(error).rpartition("; ")
+    return red(name, said or str(error), remedy if said else "see the message")

@@ -44,22 +44,18 @@ class Finding:
 
 
 def green(check: str, says: str, **figures: Any) -> Finding:
-    """All is well."""
     return Finding(check, Verdict.GREEN, says, "", figures)
 
 
 def yellow(check: str, says: str, remedy: str, **figures: Any) -> Finding:
-    """It works, with a drawback."""
     return Finding(check, Verdict.YELLOW, says, remedy, figures)
 
 
 def red(check: str, says: str, remedy: str, **figures: Any) -> Finding:
-    """It does not work."""
     return Finding(check, Verdict.RED, says, remedy, figures)
 
 
 def skipped(check: str, says: str) -> Finding:
-    """It was not looked at."""
     return Finding(check, Verdict.SKIPPED, says)
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.cluster import nodes
 from pipeline.cluster.gather import gather
+from pipeline.cluster.probe_workers import on_workers
 from pipeline.cluster.session import Session
-from pipeline.cluster.worker_group import worker_group
 from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
 from pipeline.planning.capacity import fitting_counts
@@ -23,7 +23,8 @@ from pipeline.signals import listening
 if TYPE_CHECKING:
     from pipeline.training.team import Team
 
-PROBE_LIMIT_S = 120.0  # a first step can take many times the budget where torch has to choose kernels
+# for the workers' start and a first step, which takes many times the budget where torch has to choose kernels
+PROBE_LIMIT_S = 180.0
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,12 @@ def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe]:
         with listening() as signals:
             count = gather(counts, profile, Console(), signals, (), want, "the same command")
         now = replace(plan, num_workers=count)
-        with worker_group(profile, count, profile.timeouts.start_s) as group:
-            probes = group.run(measure_in_worker, now, shape, folder, os.getcwd(), timeout_s=PROBE_LIMIT_S)
-            return now, probes[0]
+        found: Probe = on_workers(measure_in_worker, (now, shape, folder), profile, count, PROBE_LIMIT_S)
+        return now, found
 
 
-def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path, code_folder: str) -> Probe:
-    """Be one worker of the probe."""
-    from pipeline.import_path import allow_modules_in
-
-    allow_modules_in(code_folder)
+def measure_in_worker(team: Team, plan: Plan, shape: tuple[int, int, int], folder: Path) -> Probe:
+    """Time the steps of one worker."""
     return probe_training(
         plan.experiment, shape, plan.profile, plan.num_workers, team=team, budget_s=PROBE_S, folder=folder
     )

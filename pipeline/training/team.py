@@ -88,15 +88,3 @@ class Team:
             # a network of the user's own may have parameters that it does not use
             find_unused_parameters=not isinstance(model, UNet | Vae),
         )
-
-
-def init_process_group(rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
-    """Make this process one of a process group where nobody else does, as Ray Train does for a training; all of them call this."""
-    host, port = master
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{f'[{host}]' if ':' in host else host}:{port}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(seconds=timeout_s),
-    )

@@ -14,13 +14,14 @@ import pytest
 
 from pipeline.cluster.join import store_address
 from pipeline.config.cluster_profile import Cache, Profile
+from pipeline.config.experiment import experiment_from
 from pipeline.config.yaml_files import validate
 from pipeline.data.manifest import Manifest
 from pipeline.doctor import checks as doctor_checks
-from pipeline.doctor import node_checks, request
+from pipeline.doctor import doctor, node_checks
 from pipeline.doctor import verdicts as checks
-from pipeline.doctor.doctor import require_healthy
-from pipeline.doctor.limited_checks import begin
+from pipeline.doctor.checks import Examination
+from pipeline.doctor.doctor import begin, require_healthy
 from pipeline.doctor.node_checks import read_dataset, read_tests, write_test
 from pipeline.doctor.verdicts import NodeFacts, Reading, Verdict
 from pipeline.errors import ClusterError, RefusedError
@@ -209,16 +210,17 @@ def test_all_reduce(right, backend, seconds, verdict):
 
 def test_a_check_that_hangs_or_fails_is_red():
     never = threading.Event()
-    hanging = begin("x", lambda: checks.green("x", str(never.wait())), 0.2)()
+    asked = Examination(profile(1), experiment_from({}), (1, 8, 8), 0)
+    hanging = begin("x", lambda asked: checks.green("x", str(never.wait())), 1.0, asked)()
     never.set()
     assert (hanging.verdict, "no answer within" in hanging.says) == (Verdict.RED, True)
 
-    def fail() -> checks.Finding:
+    def fail(asked: Examination) -> checks.Finding:
         raise ClusterError("node b is gone; start it again")
 
-    finding = begin("x", fail, 5.0)()
+    finding = begin("x", fail, 5.0, asked)()
     assert (finding.verdict, finding.says, finding.remedy) == (Verdict.RED, "node b is gone", "start it again")
-    assert begin("x", lambda: 1 / 0, 5.0)().says == "ZeroDivisionError: division by zero"  # type: ignore[arg-type, return-value]
+    assert begin("x", lambda asked: 1 / 0, 5.0, asked)().says == "ZeroDivisionError: division by zero"  # type: ignore[arg-type, return-value]
 
 
 def test_looks_at_a_storage_that_hangs_hold_nothing_up(tmp_path, monkeypatch):
@@ -229,13 +231,13 @@ def test_looks_at_a_storage_that_hangs_hold_nothing_up(tmp_path, monkeypatch):
 
     dead.mkdir()
     monkeypatch.setenv("DDPM_PIPE_HOME", str(dead))
-    monkeypatch.setattr(request, "LOOK_S", 0.3)
+    monkeypatch.setattr(doctor, "LOOK_S", 0.3)
     monkeypatch.setattr(doctor_checks, "REMOVE_S", 0.3)
     for place, name in ((os.path, "isdir"), (Path, "is_file"), (Path, "is_dir")):
         monkeypatch.setattr(place, name, hanging(getattr(place, name)))
     try:
-        examination = request.examination_of(Profile(), str(dead / "data"), "digits")
-        assert examination.shape == request.USUAL_SHAPE  # since that of the images was not to be had
+        examination = doctor.examination_of(Profile(), str(dead / "data"), "digits")
+        assert examination.shape == doctor.USUAL_SHAPE  # since that of the images was not to be had
         with doctor_checks.storage_left_as_it_was(examination):
             examination.storage_is_tried = True
         assert node_checks.facts("here").free_memory_bytes > 0

@@ -27,7 +27,7 @@ from pipeline.training.device import Capabilities, Compute, decide, sampling_com
 from pipeline.training.loop import TrainState
 from pipeline.training.models import build_diffusion, build_model
 from pipeline.training.randomness import image_generators
-from pipeline.training.team import Team, init_process_group
+from pipeline.training.team import Team
 from tests.kit import trainer
 from tests.kit.experiments import TINY
 from tests.pipeline.runs.test_resume import killed_after, to_the_end
@@ -172,7 +172,7 @@ def test_workers_that_share_a_gpu_learn_what_one_does(tmp_path: Path, dataset: D
         assert all(torch.equal(w["ema"][name], value) for w in workers)
 
 
-def test_gradients_travel_over_nccl(dataset: Dataset, on_cpu: Any) -> None:
+def test_gradients_travel_over_nccl(dataset: Dataset, on_cpu: Any, tmp_path: Path) -> None:
     """A group of one, which is what one GPU can hold: the same losses through NCCL and DDP as without."""
     chosen = experiment()
     compute = gpu(chosen)
@@ -184,7 +184,7 @@ def test_gradients_travel_over_nccl(dataset: Dataset, on_cpu: Any) -> None:
                 model, device_ids=compute.ddp_devices, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
-    init_process_group(0, 1, ("127.0.0.1", 29511), compute.backend, 60)
+    dist.init_process_group(compute.backend, init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         losses, _, _ = train(dataset, chosen, Wrapped(), compute)
     finally:

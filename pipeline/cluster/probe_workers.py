@@ -1,0 +1,59 @@
+"""Measuring in workers that are started as those of a training are: by Ray Train, with the profile's resources and placement."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from pipeline.cluster.attempt_on_ray import start_control, trainer_of
+from pipeline.cluster.causes import cause_of
+from pipeline.cluster.control_actor import measure_in_worker
+from pipeline.cluster.placement import give_back
+from pipeline.config.cluster_profile import Profile
+from pipeline.errors import ClusterError
+from pipeline.limits import in_thread
+
+
+def on_workers(
+    function: Callable[..., Any], arguments: tuple[Any, ...], profile: Profile, num_workers: int, timeout_s: float
+) -> Any:
+    """Call `function(team, *arguments)` in all workers at once, and return what it returns in that of rank 0.
+
+    Raises a PipelineError of a worker, and ClusterError if the workers fail otherwise or take longer than `timeout_s` with their start.
+    """
+    import ray
+
+    name = f"probe-{secrets.token_hex(4)}"
+    control = start_control(name, profile)
+    config = {"control": name, "code_folder": os.getcwd(), "function": function, "arguments": arguments,
+              "collective_s": profile.timeouts.collective_s}  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="ddpm-pipe-probe-", ignore_cleanup_errors=True) as folder:
+        try:
+            trainer = trainer_of(
+                measure_in_worker,
+                config,
+                profile,
+                num_workers,
+                run_id=name,
+                name=name,
+                storage={"storage_path": folder},
+            )
+            result = in_thread(trainer.fit, name)(timeout_s)
+        except Exception as error:  # of Ray Train, around that of a worker
+            ours = None
+            with suppress(ray.exceptions.RayError):
+                ours = ray.get(control.read.remote(), timeout=5)["error"]
+            raise ours or ClusterError(cause_of(error)) from None
+        finally:
+            with suppress(ray.exceptions.RayError):
+                give_back(name)
+                ray.kill(control)
+    if result is None:
+        raise ClusterError(
+            f"the workers did not answer within {timeout_s:g} s; see what else runs on the cluster with: ray status"
+        )
+    return result.return_value
