@@ -16,9 +16,8 @@ from pipeline.metrics.metric_identity import flat_identity
 from pipeline.metrics.registry import HIGHER_IS_BETTER
 from pipeline.metrics.score_table import aligned, with_spread
 from pipeline.metrics.scores import Spread
+from pipeline.metrics.statistics import AT, of_paired, of_welch, t_quantile
 from pipeline.storage.tensor_file import unpack
-
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,11 @@ class Ranking:
     across: list[str]
     ranks: list[Rank]
 
+    @property
+    def runs(self) -> set[str]:
+        """The runs that have a place."""
+        return {rank.entry.run for rank in self.ranks}
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         rows = []
@@ -104,25 +108,25 @@ class Ranking:
             )  # fmt: skip
         over = dict.fromkeys(r.entry.spread.over for r in self.ranks if r.entry.spread is not None)
         notes = [f"±: over {', '.join(over)}"] if over else []
-        return [*aligned(rows), "", *notes, self.statement, f"alike in all: {_circumstances(self.common)}"]
+        return [*aligned(rows), "", *notes, self.statement, f"same for all: {_circumstances(self.common)}"]
 
     @property
     def statement(self) -> str:
         """One sentence on whether the best one is better."""
-        better = "more" if self.metric in HIGHER_IS_BETTER else "less"
+        better = "higher" if self.metric in HIGHER_IS_BETTER else "lower"
         if len(self.ranks) == 1:
-            return f"one model alone; {better} {self.metric} is better"
+            return f"the only model with a value of this kind; {better} {self.metric} is better"
         numbered = list(enumerate(self.ranks, 1))[1:]
         tied = [f"{number} ({rank.entry.run})" for number, rank in numbered if rank.within_noise]
         first = f"1 ({self.ranks[0].entry.run})"
         if tied:
             return (
                 f"{first} is not shown to be better than {', '.join(tied)}: "
-                f"such a difference is within the noise ({CONFIDENCE:.0%})"
+                f"such a difference is within the noise ({AT})"
             )
         if any(rank.within_noise is None for _, rank in numbered):
-            return "whether the differences are more than noise is not known: one draw of samples has no error bar; evaluate with --seeds 3"
-        return f"{first} is better than the others by more than the noise of the measurement ({CONFIDENCE:.0%})"
+            return "one draw of samples has no error bar, so the differences may be noise; evaluate with --seeds 3"
+        return f"{first} is better than the others by more than the noise of the measurement ({AT})"
 
 
 def rank(entries: Sequence[MetricValue], common: dict[str, Any], across: Sequence[str]) -> Ranking:
@@ -135,7 +139,7 @@ def rank(entries: Sequence[MetricValue], common: dict[str, Any], across: Sequenc
     for entry in ordered[1:]:
         behind = abs(entry.value - best.value)
         error, freedom = difference_error(best, entry)
-        within = None if error is None else behind <= _quantile(freedom) * error
+        within = None if error is None else behind <= t_quantile(freedom) * error
         ranks.append(Rank(entry, behind, error, within))
     return Ranking(metric, common, list(across), ranks)
 
@@ -148,17 +152,11 @@ def difference_error(a: MetricValue, b: MetricValue) -> tuple[float | None, floa
     if a.metric == "bits_per_dim" and b.metric == "bits_per_dim":
         bits = [_per_image(entry) for entry in (a, b)]
         if bits[0] is not None and bits[1] is not None and len(bits[0]) == len(bits[1]) > 1:
-            apart = bits[0] - bits[1]
-            return float(apart.std(ddof=1) / math.sqrt(len(apart))), len(apart) - 1
-    errors = [None if e.spread is None else e.spread.standard_error for e in (a, b)]
-    if errors[0] is None or errors[1] is None:
+            return of_paired(bits[0] - bits[1])
+    if a.spread is None or b.spread is None or a.spread.standard_error is None or b.spread.standard_error is None:
         return None, math.inf
-    squares = [error**2 for error in errors if error is not None]
-    counts = [len(e.spread.parts) if e.spread is not None and e.spread.parts else math.inf for e in (a, b)]
-    if sum(squares) == 0:
-        return 0.0, math.inf
-    freedom = sum(squares) ** 2 / max(sum(s**2 / (n - 1) for s, n in zip(squares, counts, strict=True)), 1e-300)
-    return math.sqrt(sum(squares)), freedom
+    counts = len(a.spread.parts) or math.inf, len(b.spread.parts) or math.inf
+    return of_welch((a.spread.standard_error, b.spread.standard_error), counts)
 
 
 def _per_image(entry: MetricValue) -> Any:
@@ -168,13 +166,6 @@ def _per_image(entry: MetricValue) -> Any:
         return np.asarray(Bound.from_arrays(arrays).total)
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _quantile(freedom: float) -> float:
-    """Return how many standard errors a difference of equal models keeps within, by Student's t."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(min(freedom, 1e6), 0.5 + CONFIDENCE / 2))
 
 
 def _circumstances(common: dict[str, Any]) -> str:

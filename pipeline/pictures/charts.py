@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,22 @@ def dress(axes: Any, title: str, ylabel: str, xlabel: str = "") -> None:
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color("#999999")
+
+
+def log_scale(axes: Any, values: Sequence[float], which: str) -> None:
+    """Make the x or y axis logarithmic if the values span much; KID may be negative, and stays linear."""
+    if min(values) > 0 and max(values) > 8 * min(values):
+        getattr(axes, f"set_{which}scale")("log")
+
+
+def calls_axis(axes: Any, calls: Sequence[int]) -> None:
+    """Make the x axis that of network calls: logarithmic if they span much, with a tick at each number if they are few."""
+    there = sorted(set(calls))
+    if there[0] > 0 and there[-1] > 3 * there[0]:
+        axes.set_xscale("log")
+    if len(there) <= 8:
+        axes.set_xticks(there, [str(n) for n in there])
+        axes.set_xticks([], minor=True)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.console import duration, rate, size
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan, advice_to_isolate
-from pipeline.training.models import has_process
+from pipeline.sampling.generation import usual_generation
+from pipeline.training.models import build_objective
 
 if TYPE_CHECKING:
     from pipeline.planning.probe import Probe
@@ -100,20 +101,16 @@ def _more_nodes_help(plan: Plan, probe: Probe) -> bool:
 
 
 def scoring_calls(plan: Plan) -> int:
-    """Return the network calls for the scores: of images that are generated at each of the sampler's steps, for bits/dim of each row at T.
+    """Return the network calls for the scores: to generate the images, and to measure bits/dim of each row at all timesteps.
 
-    0 where nothing is scored; what judges the images is left out.
+    0 if nothing is scored. The network that extracts features is left out.
     """
     experiment, asked = plan.experiment, plan.experiment.evaluation
     if not asked.enabled:
         return 0
     measured = (plan.num_rows or 0) if "bpd" in asked.metrics else 0
     generated = min(asked.num_images, plan.num_rows or asked.num_images) if set(asked.metrics) != {"bpd"} else 0
-    if not has_process(experiment):
-        return generated + measured
-    T, sampling = experiment.diffusion.num_timesteps, experiment.sampling
-    guided = 2 if sampling.guidance_scale != 1 else 1
-    return generated * sampling.num_steps(T) * guided + measured * T
+    return generated * usual_generation(experiment).nfe + measured * build_objective(experiment).num_timesteps
 
 
 def calls_s(calls: int, plan: Plan, probe: Probe) -> float:

@@ -1,13 +1,14 @@
 """Runs ranked by one metric, like with like: values are compared only where nothing but the model differs.
 
 Every evaluation of a run left its values in `evaluations/*/scores.json`, each with its identity. Those whose identities differ by chance
-alone (seed, chunk) form a group; a group that has a value of every run is a ranking. Where there is none, what differs is named.
+alone (seed, chunk) form a group, and each group is a ranking.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -77,41 +78,40 @@ def compare_runs(
 
 
 def compare(runs: Sequence[Run], metric: str | None = None, across: Collection[str] = ()) -> list[Ranking]:
-    """Return a ranking for each group of like values that every run has a part in.
+    """Return a ranking for each group of like values: those of the most runs first, of several the one that an own setting is in.
 
     Args:
         runs: at least one; of one run its checkpoints are compared.
-        metric: "fid", or a whole name such as "fid_classifier_n559"; FID, bits/dim or KID where none is named.
-        across: fields of the identity that may differ, such as "sampler"; they stand in the table.
+        metric: "fid", or a whole name such as "fid_classifier_n559"; the first of FID, bits/dim and KID that most runs have if None.
+        across: fields of the identity that may differ, such as "sampler"; the table shows them.
+
+    With a metric or a field, all runs are asked to be in one ranking, and groups that lack a run are left out.
 
     Raises:
-        UsageError: a run without a value of the metric, or no such field.
-        RefusedError: the runs have no like values; the message names what differs.
+        UsageError: a run that is not evaluated or lacks the metric that was asked for, or no such field.
+        RefusedError: a ranking of all runs was asked for, and they have no like values; the message names what differs.
     """
     entries = {run.id: entries_of(run) for run in runs}
+    for run, found in entries.items():
+        if not found:
+            raise UsageError(f"run {run} has not been evaluated; ddpm-pipe evaluate {run}")
     wanted = metric or _preferred(entries)
     chosen = {run: [e for e in found if wanted in (e.metric, e.key)] for run, found in entries.items()}
     for run, found in chosen.items():
-        if not found:
+        if not found and metric is not None:
             raise UsageError(_missing(run, wanted, entries[run]))
     fields = _fields(across, [e for found in chosen.values() for e in found])
     groups: dict[str, list[MetricValue]] = {}
     for entry in itertools.chain.from_iterable(chosen.values()):
         alike = {k: v for k, v in flat_identity(entry.identity).items() if k not in _apart(fields)}
         groups.setdefault(json.dumps(alike, sort_keys=True), []).append(entry)
-    whole = {alike: group for alike, group in groups.items() if {e.run for e in group} == set(chosen)}
-    if not whole:
-        raise RefusedError(_refusal(chosen, wanted, fields))
-    rankings = [rank(_one_each(group, fields), json.loads(alike), fields) for alike, group in whole.items()]
-    several = [ranking for ranking in rankings if len(ranking.ranks) > 1]
-    if not several and len(rankings) > 1:  # one run, each of its values of a kind of its own
-        apart = [name for name in rankings[0].common if len({str(r.common.get(name)) for r in rankings}) > 1]
-        short = ",".join(name.removeprefix("generation.") for name in apart)
-        raise RefusedError(
-            f"run {runs[0].id} has {len(rankings)} values of {wanted!r}, no two of one kind (they differ in {', '.join(apart)}); "
-            f"name another run, or compare them with --across {short}"
-        )
-    return several or rankings
+    rankings = [rank(_one_each(group, fields), json.loads(alike), fields) for alike, group in groups.items()]
+    if len(runs) > 1 and (metric is not None or across):
+        rankings = [ranking for ranking in rankings if ranking.runs == set(chosen)]
+        if not rankings:
+            raise RefusedError(_refusal(chosen, wanted, fields))
+    own = {found[0].folder for found in chosen.values() if found}  # by the evaluation at the end of the training
+    return sorted(rankings, key=lambda r: (-len(r.runs), not any(place.entry.folder in own for place in r.ranks)))
 
 
 def _apart(fields: Collection[str]) -> set[str]:
@@ -148,17 +148,10 @@ def _num_seeds(entry: MetricValue) -> int:
 
 
 def _preferred(entries: dict[str, list[MetricValue]]) -> str:
-    """Return the metric to compare by where none is named."""
-    metrics = [{e.metric for e in found} for found in entries.values()]
-    for run, found in zip(entries, metrics, strict=True):
-        if not found:
-            raise UsageError(f"run {run} has not been evaluated; ddpm-pipe evaluate {run}")
-    shared = set.intersection(*metrics)
-    for name in (*PREFERRED, *sorted(shared)):
-        if name in shared:
-            return name
-    names = "; ".join(f"{run}: {', '.join(sorted(found))}" for run, found in zip(entries, metrics, strict=True))
-    raise RefusedError(f"the runs have no metric in common ({names}); evaluate them alike")
+    """Return the metric to compare by if none is named: one that the most runs have."""
+    counts = Counter(metric for found in entries.values() for metric in {e.metric for e in found})
+    order = [*PREFERRED, *sorted(counts)]
+    return max(counts, key=lambda metric: (counts[metric], -order.index(metric)))
 
 
 def _missing(run: str, wanted: str, found: list[MetricValue]) -> str:
@@ -169,12 +162,14 @@ def _missing(run: str, wanted: str, found: list[MetricValue]) -> str:
 
 def _refusal(chosen: dict[str, list[MetricValue]], wanted: str, fields: list[str]) -> str:
     """Name what differs between those values of two runs that are most alike."""
-    worst: tuple[int, str] | None = None
+    worst: tuple[list[str], str] | None = None
     for (one, left), (two, right) in itertools.combinations(chosen.items(), 2):
-        pairs = [(differing(a.identity, b.identity, _apart(fields)), a, b) for a in left for b in right]
-        apart, _, _ = min(pairs, key=lambda pair: len(pair[0]))
-        if worst is None or len(apart) > worst[0]:
-            what = "; ".join(apart) if apart else "no two of the runs differ, but not all three meet in one setting"
-            worst = (len(apart), f"runs {one} and {two} have no {wanted!r} of the same kind ({what})")
+        apart = min((differing(a.identity, b.identity, _apart(fields)) for a in left for b in right), key=len)
+        if worst is None or len(apart) > len(worst[0]):
+            what = "; ".join(apart) if apart else "any two of the runs have one, all of them have none"
+            worst = apart, f"runs {one} and {two} have no {wanted!r} of the same kind ({what})"
     assert worst is not None, "one run alone is always a group"
-    return f"{worst[1]}; evaluate them alike, or allow a field to differ with --across FIELD"
+    names = [line.partition(":")[0] for line in worst[0]]
+    may_differ = names and all(name.startswith("generation.") for name in names)
+    across = ",".join(name.removeprefix("generation.") for name in names)
+    return f"{worst[1]}; evaluate them alike" + (f", or compare them with --across {across}" if may_differ else "")

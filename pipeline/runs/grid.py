@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from pipeline.errors import UsageError, nearest
 from pipeline.metrics.score_table import aligned, with_spread
 from pipeline.metrics.scores import Spread
-from pipeline.pictures.charts import MARKERS, dress, line_style, new_figure, save_figure
+from pipeline.pictures.charts import MARKERS, calls_axis, dress, line_style, log_scale, new_figure, save_figure
 from pipeline.runs.evaluate import ScoreRequest
 from pipeline.runs.evaluation import Evaluation
 from pipeline.runs.sample import SampleRequest
@@ -201,23 +201,13 @@ def grid_figure(grid: Grid) -> Any:
         real = grid.yardsticks.get("real_half", {}).get(name)
         if real is not None:
             panel.axhline(real, color="#999999", lw=1.2, ls="--", label="real half against real half")
-        _scale(panel, [p.nfe for p in grid.points], [p.values[name] for p in grid.points if name in p.values])
+        calls_axis(panel, [p.nfe for p in grid.points])
+        log_scale(panel, [p.values[name] for p in grid.points if name in p.values], "y")
         dress(panel, name.replace("_", " "), name, "network calls per image")
         panel.margins(x=0.05)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     return figure
-
-
-def _scale(panel: Any, calls: list[int], values: list[float]) -> None:
-    """Take logarithms where numbers span much and have them; name the calls that were made."""
-    if min(calls) > 0 and max(calls) > 3 * min(calls):
-        panel.set_xscale("log")
-    if len(set(calls)) <= 8:
-        panel.set_xticks(sorted(set(calls)), [str(n) for n in sorted(set(calls))])
-        panel.set_xticks([], minor=True)
-    if min(values) > 0 and max(values) > 10 * min(values):
-        panel.set_yscale("log")
 
 
 def _lines(grid: Grid, metric: str) -> Iterator[tuple[str, list[Point]]]:

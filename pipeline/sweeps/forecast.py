@@ -10,8 +10,9 @@ from pipeline.planning.forecast import calls_s, scoring_calls
 from pipeline.planning.plan import Plan
 from pipeline.runs.dry_run import DryRun, dry_run
 from pipeline.runs.train import TrainRequest
+from pipeline.sampling.generation import usual_generation
 from pipeline.sweeps.config import Sweep
-from pipeline.sweeps.plan import SweepPlan, SweepRequest, nfe_of, trial_profile
+from pipeline.sweeps.plan import SweepPlan, SweepRequest, trial_profile
 from pipeline.training.models import has_process
 
 START_S = 15.0  # of a trial: its processes and their imports, on an idle machine
@@ -67,9 +68,8 @@ def forecast_sweep(asked: SweepRequest, plan: SweepPlan, *, measure: bool) -> Sw
 
 def trial_calls(sweep: Sweep, trial: Plan) -> int:
     """Return the network calls for all that a trial is scored by: at its end, at further numbers of calls, and on the way."""
-    has_steps = has_process(trial.experiment)
-    calls, usual = scoring_calls(trial), nfe_of(trial.experiment) if has_steps else 1
-    if has_steps and sweep.metric != "bpd":
+    calls, usual = scoring_calls(trial), usual_generation(trial.experiment).nfe
+    if has_process(trial.experiment) and sweep.metric != "bpd":
         calls += calls // usual * sum(sweep.more_network_calls)
     early = sweep.early_stopping
     return calls if early is None else calls + early.rungs * early.num_images * usual

@@ -1,4 +1,7 @@
-"""The pictures of a sweep: ranking, heat map, cost against quality, parallel coordinates, and samples side by side."""
+"""The pictures of a sweep: ranking, heat map, cost against quality, parallel coordinates, and samples side by side.
+
+A colour means the same in all of them: green is the best point, light blue is within its noise, grey are the others.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,21 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.pictures.charts import COLOURS, INK, MARKERS, dress, line_style, new_figure, save_figure
+from pipeline.metrics.statistics import AT
+from pipeline.pictures.charts import (
+    COLOURS,
+    INK,
+    MARKERS,
+    STYLES,
+    calls_axis,
+    dress,
+    log_scale,
+    new_figure,
+    save_figure,
+)
 from pipeline.pictures.pictures import read_grid
 from pipeline.storage.runs import Run
-from pipeline.sweeps.result import AT, PointResult, Result, failed_seeds, within_noise
+from pipeline.sweeps.result import PointResult, Result, failed_seeds, within_noise
 
 SHOWN = ("diffusion.schedule", "diffusion.num_timesteps")  # what a heat map shows where both vary
 MOST_POINTS = 24  # that a picture with one line of text for each shows
@@ -47,11 +61,10 @@ def draw_all(result: Result, runs: Mapping[str, Run], folder: Path) -> dict[str,
 def _ranking(result: Result) -> Any:
     """Each point's mean with its error bar and its seeds, best on top."""
     points = result.ranked[:MOST_POINTS]
-    alike = {point.title for point in within_noise(result)}
     figure = new_figure(7.6, 1.7 + 0.32 * len(points))
     axes = figure.add_subplot()
     for y, point in enumerate(points):
-        colour = GOOD if point is result.best else NOISE if point.title in alike else REST
+        colour = _colour(result, point)
         face = colour if point.is_complete else "white"
         error, style = point.standard_error, "-"
         if error is None and point.spread_of_one is not None:
@@ -68,14 +81,18 @@ def _ranking(result: Result) -> Any:
     names = [point.title + (f" ({failed_seeds(point)})" if point.failed else "") for point in points]
     axes.set_yticks(range(len(points)), names)
     axes.set_ylim(len(points) - 0.5, -0.5)
-    counts = {len(point.values) for point in result.complete}
-    if result.noise is not None and result.best is not None and result.best.mean is not None and len(counts) == 1:
-        limit = result.noise.limit(*counts, *counts)
+    if (limit := noise_limit(result)) is not None and result.best is not None and result.best.mean is not None:
         axes.axvspan(result.best.mean, result.best.mean + limit, color=NOISE, alpha=0.15, lw=0)
-    _scale(axes, [point.mean or 0.0 for point in points], "x")
+    log_scale(axes, [point.mean or 0.0 for point in points], "x")
     axes.margins(x=0.06)
     _legend_of_ranking(figure, result, points)
     return figure
+
+
+def noise_limit(result: Result) -> float | None:
+    """Return how far chance alone reaches from the best point, if that is the same for all points: equal counts of seeds."""
+    counts = {len(point.values) for point in result.complete}
+    return result.noise.limit(*counts, *counts) if result.noise is not None and len(counts) == 1 else None
 
 
 def _legend_of_ranking(figure: Any, result: Result, points: Sequence[PointResult]) -> None:
@@ -95,7 +112,7 @@ def _legend_of_ranking(figure: Any, result: Result, points: Sequence[PointResult
         )
     if any(point.failed for point in points):
         handles.append(dot(REST, "a seed failed: not compared", "white"))
-    if alike:
+    if noise_limit(result) is not None:
         handles.append(Patch(color=NOISE, alpha=0.15, lw=0, label=f"as far as chance alone reaches ({AT})"))
     if any(point.standard_error is not None for point in points):
         handles.append(Line2D([], [], color=REST, lw=1.6, label="standard error over seeds"))
@@ -161,15 +178,12 @@ def _nfe(result: Result) -> Any:
         curve = point.curve or {point.nfe or 0: point.mean or 0.0}
         if point.is_complete:
             pairs += [(float(calls), value) for calls, value in curve.items()]
-        axes.plot(list(curve), list(curve.values()), ms=4.5, **_style(i, point))
+        axes.plot(list(curve), list(curve.values()), ms=4.5, **_style(i, point, result))
     _front(axes, pairs)
     title = f"Quality against network calls for each image, means over seeds{_of_how_many(result)}"
     dress(axes, title, f"{result.metric_name} (lower is better)", "network calls for each image")
-    axes.set_xscale("log")
-    calls = sorted({calls for point in result.ranked[:MOST_POINTS] for calls in point.curve or [point.nfe or 0]})
-    axes.set_xticks(calls, [str(c) for c in calls])
-    axes.minorticks_off()
-    _scale(axes, [value for _, value in pairs], "y")
+    calls_axis(axes, [calls for point in result.ranked[:MOST_POINTS] for calls in point.curve or [point.nfe or 0]])
+    log_scale(axes, [value for _, value in pairs], "y")
     axes.margins(x=0.05)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -182,14 +196,14 @@ def _training_time(result: Result) -> Any:
         return None
     figure, axes = _with_legend(result)
     for i, point in enumerate(points[:MOST_POINTS]):
-        style = {key: value for key, value in _style(i, point).items() if key != "linestyle"}
+        style = {key: value for key, value in _style(i, point, result).items() if key != "linestyle"}
         spans = [_span(point.values), _span(point.training_times)] if len(point.values) > 1 else [None, None]
         axes.errorbar([point.training_s], [point.mean], *spans, ms=6, capsize=2, elinewidth=0.9, ls="", **style)
     pairs = [(point.training_s, point.mean or 0.0) for point in points if point.is_complete]
     _front(axes, pairs)
     title = f"Quality against training time, means over seeds and what they span{_of_how_many(result)}"
     dress(axes, title + _noise_of_time(result), f"{result.metric_name} (lower is better)", "training time in seconds")
-    _scale(axes, [point.mean or 0.0 for point in points], "y")
+    log_scale(axes, [point.mean or 0.0 for point in points], "y")
     axes.margins(x=0.05)
     axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
@@ -210,8 +224,6 @@ def _parallel_coordinates(result: Result) -> Any:
     keys = [key for key in _settings(result) if len(_values_of(result, key)) > 1]
     if len(keys) < 2:
         return None
-    from matplotlib import colormaps
-
     figure = new_figure(1.9 * (len(keys) + 1) + 1.2, 4.0)
     axes = figure.add_subplot()
     means = [point.mean or 0.0 for point in result.ranked]
@@ -221,8 +233,8 @@ def _parallel_coordinates(result: Result) -> Any:
     for point, value in reversed(list(zip(result.ranked, scaled, strict=True))):
         share = 0.0 if high == low else (float(value) - low) / (high - low)
         ys = [_position(point, key, result) for key in keys] + [share]
-        is_best = point is result.best
-        axes.plot(range(len(ys)), ys, color=colormaps["viridis"](share * 0.9), lw=3.0 if is_best else 1.5, alpha=0.9)
+        width = 3.0 if point is result.best else 1.5
+        axes.plot(range(len(ys)), ys, color=_colour(result, point), lw=width, alpha=0.9)
     for x, key in enumerate(keys):
         values = _values_of(result, key)
         ticks = values if len(values) <= 8 else [values[0], values[-1]]
@@ -340,7 +352,7 @@ def _why_empty(result: Result, cell: dict[str, Any]) -> str:
 def _frame(x: int, y: int) -> Any:
     from matplotlib.patches import Rectangle
 
-    return Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, edgecolor=COLOURS[1], lw=2.5)
+    return Rectangle((x - 0.48, y - 0.47), 0.96, 0.94, fill=False, edgecolor=GOOD, lw=3.5)
 
 
 def _of_how_many(result: Result) -> str:
@@ -355,10 +367,15 @@ def _with_legend(result: Result) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _style(i: int, point: PointResult) -> dict[str, Any]:
-    """Return what sets the i-th point apart, and its name; hollow where a seed failed."""
+def _colour(result: Result, point: PointResult) -> str:
+    return GOOD if point is result.best else NOISE if point in within_noise(result) else REST
+
+
+def _style(i: int, point: PointResult, result: Result) -> dict[str, Any]:
+    """Return what sets the i-th point apart, and its name; hollow if a seed failed."""
     name = point.title + (f" ({failed_seeds(point)})" if point.failed else "")
-    style = line_style(i) | {"marker": MARKERS[i // len(COLOURS) % len(MARKERS)], "label": name}
+    style: dict[str, Any] = {"color": _colour(result, point), "lw": 1.8, "label": name}
+    style |= {"marker": MARKERS[i % len(MARKERS)], "linestyle": STYLES[i // len(MARKERS) % len(STYLES)]}
     return style if point.is_complete else style | {"markerfacecolor": "white"}
 
 
@@ -374,12 +391,6 @@ def _front(axes: Any, pairs: Sequence[tuple[float, float]]) -> None:
         axes.step(
             [c for c, _ in front], [v for _, v in front], where="post", color=INK, lw=1.0, ls=":", label="Pareto front"
         )
-
-
-def _scale(axes: Any, values: Sequence[float], which: str) -> None:
-    """A logarithmic scale where values span much; KID may be negative, and is drawn as it is."""
-    if min(values) > 0 and max(values) > 8 * min(values):
-        getattr(axes, f"set_{which}scale")("log")
 
 
 def _position(point: PointResult, key: str, result: Result) -> float:

@@ -15,10 +15,10 @@ from pipeline.console import size
 from pipeline.cpus import usable_cpus
 from pipeline.errors import PipelineError, UsageError
 from pipeline.gpus import usable_gpus
-from pipeline.metrics.metric_identity import Generation
 from pipeline.planning.capacity import fitting_counts
 from pipeline.planning.forecast import STEP_CALLS, scoring_calls
 from pipeline.planning.plan import Plan, make_plan
+from pipeline.sampling.generation import usual_generation
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
 from pipeline.sweeps.points import Checked, Point, Refused, check, grid, title
 from pipeline.sweeps.search import TPE
@@ -204,19 +204,12 @@ def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) 
     """Refuse a point whose images would cost other network calls than the base's, unless the sweep is about sampling."""
     if sweep.metric == "bpd" or any(key.startswith("sampling.") for key in sweep.space):
         return
-    calls, usual = (nfe_of(each) for each in (experiment, base))
+    calls, usual = (usual_generation(each).nfe for each in (experiment, base))
     if calls != usual:
         raise UsageError(
             f"its images would take {calls} network calls, those of the base {usual}: not comparable; give all of them as many with "
             "sampling.steps under 'overrides'"
         )
-
-
-def nfe_of(experiment: Experiment) -> int:
-    """Return the network calls for each image as the experiment samples: guidance takes two a step."""
-    sampling = experiment.sampling
-    steps = sampling.num_steps(experiment.diffusion.num_timesteps)
-    return Generation(sampling.sampler, steps, guidance_scale=sampling.guidance_scale).nfe
 
 
 def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: int | None) -> int:

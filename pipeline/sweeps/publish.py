@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import statistics
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -102,14 +102,23 @@ def publish(folder: SweepFolder, result: Result, tracking: SweepTracking, consol
 
 
 def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) -> None:
-    """Record the value of each trial that is ranked, and the best so far, by the number of trials done: MLflow draws them as lines."""
+    """Record the value of each trial, and the best point's mean over the seeds so far, by the number of trials done: two lines in MLflow.
+
+    The last value of the second is the mean of the point that the sweep names the best.
+    """
+    compared = result.complete or result.ranked
+    points = {e.key: point.title for point in compared for e in point.entries if e.value is not None}
     values = {e.key: e.value for point in result.ranked for e in point.entries if e.value is not None}
-    best = math.inf
+    so_far: dict[str, list[float]] = {}
     for count, key in enumerate(folder.ledger.entries(), 1):
-        if key in values:
-            best = min(best, values[key])
-            drawn = {f"trial_{result.metric_name}": values[key], f"best_{result.metric_name}": best}
-            tracker.metrics(count, drawn, family="result")
+        if key not in values:
+            continue
+        drawn = {f"trial_{result.metric_name}": values[key]}
+        if key in points:
+            so_far.setdefault(points[key], []).append(values[key])
+        if so_far:
+            drawn[f"best_{result.metric_name}"] = min(statistics.fmean(of_point) for of_point in so_far.values())
+        tracker.metrics(count, drawn, family="result")
 
 
 def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking) -> None:

@@ -14,23 +14,12 @@ from pipeline.console import duration
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.pictures import draw_all
+from pipeline.sweeps.pictures import draw_all, noise_limit
 from pipeline.sweeps.points import title
 from pipeline.sweeps.result import Result, statement
 from pipeline.sweeps.text import SWEEP_FILE, again, rows
 
 REPORT_FILE = "sweep-report.html"
-CAPTIONS = {
-    "ranking": "The shaded band ends where a point would be told from the best one: Tukey's test over all complete points, at 95 %.",
-    "heatmap": "Each cell is the best mean over all other settings; the frame marks the best point.",
-    "network_calls": "Scored at further numbers of network calls, the model unchanged. Dotted: what no complete point beats in both.",
-    "training_time": "Time is that of the training alone, on this sweep's workers; it grows with their machines' load. Dotted: the "
-    "means that no complete point's beats in both.",
-    "parallel_coordinates": "Read a line from left to right: its settings, then its value. Listed values stand in their order, evenly "
-    "spaced. The thick line is the best point.",
-    "samples": "One seed, the same for all points; a point without images of it is left out. Equal noise makes the settings the only "
-    "difference within a column.",
-}
 STYLE = """
 :root { color-scheme: light; }
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f7f8; margin: 0; }
@@ -72,7 +61,7 @@ def _page(folder: SweepFolder, result: Result, pictures: Mapping[str, Path]) -> 
         f"<h1>{_text(record.name)}</h1><p class=about>{_text(about)}</p>",
         f"<div class=answer>{_text(statement(result))}</div>",
         f"<section><h2>Points, best first</h2><div class=scroll>{_table(rows(result))}</div></section>",
-        *(_figure(name, path) for name, path in pictures.items()),
+        *(_figure(name, path, result) for name, path in pictures.items()),
         _troubles(result),
         _again(folder, result),
     ]
@@ -94,13 +83,34 @@ def _table(table: list[dict[str, object]]) -> str:
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
-def _figure(name: str, path: Path) -> str:
+def _figure(name: str, path: Path, result: Result) -> str:
     data = base64.b64encode(path.read_bytes()).decode()
     words = name.replace("_", " ").replace("heatmap", "heat map")
     return (
         f"<section><h2>{_text(words.capitalize())}</h2><figure><img alt='{_text(words)}' src='data:image/png;base64,{data}'>"
-        f"<figcaption>{_text(CAPTIONS[name])}</figcaption></figure></section>"
+        f"<figcaption>{_text(_caption(name, result))}</figcaption></figure></section>"
     )
+
+
+def _caption(name: str, result: Result) -> str:
+    """Return what a picture shows that its title and its legend do not say."""
+    colours = "Green: the best point. Light blue: within its noise. Grey: the others."
+    front = "Dotted: the points that no complete point beats in both."
+    if name == "ranking":
+        band = noise_limit(result) is not None
+        return "Tukey's test over all complete points says how far chance alone reaches." if band else colours
+    if name == "heatmap":
+        return "Each cell is the best mean over all other settings; the frame marks the best point."
+    if name == "network_calls":
+        several = any(len(point.curve) > 1 for point in result.ranked)
+        return f"{colours} {front}" + (
+            " A line is one model, scored at several numbers of network calls." if several else ""
+        )
+    if name == "training_time":
+        return f"{colours} {front} Time is that of the training alone, on this sweep's workers; it grows with their machines' load."
+    if name == "parallel_coordinates":
+        return f"Read a line from left to right: its settings, then its value. Values of a setting are evenly spaced. {colours}"
+    return "One seed, the same for all points. Equal noise makes the settings the only difference within a column."
 
 
 def _troubles(result: Result) -> str:

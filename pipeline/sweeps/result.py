@@ -13,17 +13,14 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cache, cached_property
+from functools import cached_property
 from typing import Any
 
-import numpy as np
-
 from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, Generation, differing
+from pipeline.metrics.statistics import AT, Noise, noise_of
 from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.points import Point, Refused, canonical
 
-CONFIDENCE = 0.95
-AT = f"{100 * CONFIDENCE:.0f} %"
 MADE = frozenset(
     f"generation.{item.name}" for item in fields(Generation)
 )  # how a point's images are made is a setting of it
@@ -165,7 +162,8 @@ class Result:
     @cached_property
     def noise(self) -> Noise | None:
         """What chance does to the complete points; None where too few have several seeds."""
-        return noise_of(self.complete)
+        compared = [point for point in self.complete if len(point.values) > 1]
+        return noise_of([p.values for p in compared], same_seeds=len({point.seeds for point in compared}) == 1)
 
     @property
     def best(self) -> PointResult | None:
@@ -253,55 +251,11 @@ def _by_identity(entries: list[LedgerEntry], sweep_id: str) -> tuple[list[Ledger
     return [entry for entry in entries if id(entry) not in unlike], list(unlike.values())
 
 
-@dataclass(frozen=True)
-class Noise:
-    """What chance does to points: `variance` of a value, known with `freedom` degrees, where `num_points` are compared."""
-
-    variance: float
-    freedom: int
-    num_points: int
-
-    def differ(self, a: PointResult, b: PointResult) -> bool | None:
-        """Return whether two points differ by more than the noise; None where one has a single seed, or one that failed."""
-        if not (a.is_complete and b.is_complete) or min(len(a.values), len(b.values)) < 2:
-            return None
-        return abs((a.mean or 0.0) - (b.mean or 0.0)) > self.limit(len(a.values), len(b.values))
-
-    def limit(self, *num_seeds: int) -> float:
-        """Return the difference that chance alone reaches in 5 % of sweeps, between two points of so many seeds."""
-        error = math.sqrt(self.variance / 2 * sum(1 / count for count in num_seeds))
-        return _studentized_range(self.num_points, self.freedom) * error
-
-
-def noise_of(points: Iterable[PointResult]) -> Noise | None:
-    """Return the noise of points that have two seeds or more; None where fewer than two do.
-
-    Points of the same seeds are a two-way layout without interaction, the seeds its blocks: what a seed does to all of them, by the order
-    of the images or the noise that is sampled from, is no noise in a difference. Else it is the variance within points.
-    """
-    compared = [point for point in points if point.is_complete and len(point.values) > 1]
-    if len(compared) < 2:
-        return None
-    if len({point.seeds for point in compared}) == 1:
-        x = np.array([point.values for point in compared])
-        residuals = x - x.mean(1, keepdims=True) - x.mean(0, keepdims=True) + x.mean()
-        freedom = (x.shape[0] - 1) * (x.shape[1] - 1)
-    else:
-        residuals = np.concatenate([np.array(point.values) - (point.mean or 0.0) for point in compared])
-        freedom = len(residuals) - len(compared)
-    return Noise(float((residuals**2).sum()) / freedom, freedom, len(compared))
-
-
-@cache
-def _studentized_range(num_points: int, freedom: int) -> float:
-    from scipy.stats import studentized_range
-
-    return float(studentized_range.ppf(CONFIDENCE, num_points, freedom))
-
-
 def differ(result: Result, a: PointResult, b: PointResult) -> bool | None:
-    """Return whether two points differ by more than the noise; None where that cannot be told."""
-    return None if result.noise is None else result.noise.differ(a, b)
+    """Return whether two points differ by more than the noise; None if one has a single seed, or one that failed."""
+    if result.noise is None or not (a.is_complete and b.is_complete) or min(len(a.values), len(b.values)) < 2:
+        return None
+    return abs((a.mean or 0.0) - (b.mean or 0.0)) > result.noise.limit(len(a.values), len(b.values))
 
 
 def within_noise(result: Result) -> list[PointResult]:

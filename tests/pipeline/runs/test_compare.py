@@ -103,12 +103,14 @@ def test_unlike_values_are_refused_by_what_differs(new_run, other, named):
     scored(one, 0.5)
     scored(two, 0.4, other)
     with pytest.raises(RefusedError) as refused:
-        compare([one, two])
-    told = str(refused.value)
-    assert named in told
-    assert told.count(";") == 1  # that one difference alone, and what to do
+        compare([one, two], "fid")
+    message = str(refused.value)
+    assert named in message
+    assert message.count(";") == 1  # that one difference alone, and what to do
+    assert ("--across" in message) == named.startswith("generation.")
+    assert [[rank.entry.run for rank in ranking.ranks] for ranking in compare([one, two])] == [[one.id], [two.id]]
     scored(two, 0.6)  # what is alike is found among the others
-    (ranking,) = compare([one, two])
+    (ranking,) = compare([one, two], "fid")
     assert [rank.entry.value for rank in ranking.ranks] == [0.5, 0.6]
 
 
@@ -180,10 +182,23 @@ def test_settings_of_one_run_are_compared_only_when_that_is_asked_for(new_run):
     run = new_run()
     for steps in (10, 50):
         scored(run, 1 / steps, replace(IDENTITY, generation=Generation("ddim", steps)))
-    with pytest.raises(RefusedError, match=r"differ in generation\.steps.*--across steps"):
-        compare([run])
+    assert [ranking.common["generation.steps"] for ranking in compare([run])] == [10, 50]
     (ranking,) = compare([run], across=["steps"])
     assert [rank.entry.value for rank in ranking.ranks] == [0.02, 0.1]
+
+
+def test_each_runs_own_setting_is_ranked_and_other_settings_are_grouped_below(new_run):
+    one, two = new_run(), new_run()
+    other = replace(IDENTITY, num_images=100)
+    for run, value in ((one, 0.5), (two, 0.4)):
+        scored(run, value)
+    scored(two, 0.1, replace(IDENTITY, generation=Generation("ddim", 100)))
+    scored(one, 0.2, other)
+    found = compare([one, two])
+    assert [[rank.entry.value for rank in ranking.ranks] for ranking in found] == [[0.4, 0.5], [0.2], [0.1]]
+    lacking = new_run()
+    scored(lacking, 0.3, replace(IDENTITY, metric="kid"))
+    assert [ranking.metric for ranking in compare([one, two, lacking])] == ["fid"] * 3  # which most of them have
 
 
 def test_every_setting_that_all_runs_share_is_a_ranking(new_run):
@@ -193,7 +208,7 @@ def test_every_setting_that_all_runs_share_is_a_ranking(new_run):
         scored(run, 0.5 + offset)
         scored(run, 0.9 - offset, faster)
     scored(one, 0.3, replace(IDENTITY, generation=Generation("ddim", 100)))
-    by_steps = {r.common["generation.steps"]: [rank.entry.run for rank in r.ranks] for r in compare([one, two])}
+    by_steps = {r.common["generation.steps"]: [rank.entry.run for rank in r.ranks] for r in compare([one, two], "fid")}
     assert by_steps == {50: [one.id, two.id], 10: [two.id, one.id]}
 
 
@@ -217,7 +232,9 @@ def test_the_command_tells_and_refuses_with_its_code(new_run, home, monkeypatch,
     assert run_command(["compare", one.id, two.id, "--metric", "fidd"]) == 2
     assert "did you mean 'fid'" in capsys.readouterr().err
     scored(three, 0.1, replace(IDENTITY, num_images=100))
-    assert run_command(["compare", one.id, three.id]) == 10
+    assert run_command(["compare", one.id, three.id]) == 0
+    assert "the only model with a value of this kind" in capsys.readouterr().out
+    assert run_command(["compare", one.id, three.id, "--metric", "fid"]) == 10
     assert "num_images: 559, 100" in capsys.readouterr().err
     (one.folder / "evaluations" / "0" / "scores.json").write_text("{")
     assert run_command(["compare", two.id, one.id]) == 2  # a damaged file is no score

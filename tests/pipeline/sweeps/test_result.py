@@ -13,7 +13,7 @@ from scipy.stats import ttest_rel, tukey_hsd
 
 from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.pictures import pareto
-from pipeline.sweeps.result import Result, differ, noise_of, result_of, statement, within_noise
+from pipeline.sweeps.result import Result, differ, result_of, statement, within_noise
 from pipeline.sweeps.text import rows, to_text
 from tests.pipeline.sweeps.swept_entries import entry
 
@@ -58,7 +58,7 @@ def test_what_a_seed_does_to_all_points_is_no_noise() -> None:
         [[a == i for i in range(4)] + [s == j for j in range(1, 3)] for a in range(4) for s in range(3)], float
     )
     residual = x.ravel() - design @ np.linalg.lstsq(design, x.ravel())[0]
-    noise = noise_of(found(x.tolist()).points)
+    noise = found(x.tolist()).noise
     assert noise is not None
     assert (noise.freedom, noise.num_points) == (6, 4)
     assert noise.variance == pytest.approx(residual @ residual / 6, rel=1e-6)
@@ -97,7 +97,7 @@ def test_the_statement_says_what_the_noise_leaves_open() -> None:
     assert "It is better than every other point by more than the noise" in statement(clear)
     assert [point.mean for point in clear.points] == pytest.approx([1.0055, 2.006, 3.0065])
     noisy = found([[1.0, 4.5], [2.0, 5.0]])
-    assert "Within the noise (95 %) of it: a = 1" in statement(noisy)
+    assert "Within the noise (95%) of it: a = 1" in statement(noisy)
     assert "one seed" in statement(found([[1.0], [2.0]]))
     assert statement(result_of("s", "s", "fid", [entry({"a": 1}, 0, None)])) == "No trial gave a value."
 

@@ -78,7 +78,7 @@ def test_the_ranking_tells_what_its_colours_mean() -> None:
     assert result.best is not None
     figure = pictures._ranking(with_a_failed_seed(result))
     names = texts(figure)
-    assert {"best", "within its noise (95 %)", "worse than the best", "a seed failed: not compared"} <= set(names)
+    assert {"best", "within its noise (95%)", "worse than the best", "a seed failed: not compared"} <= set(names)
     labels = [label.get_text() for label in figure.axes[0].get_yticklabels()]
     assert labels[-1] == f"{result.best.title} (seed 1 failed)"
 
