@@ -165,7 +165,9 @@ ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
 """)
 )
 @click.argument("runs", metavar="[RUN]...", nargs=-1)
-@click.option("--metric", metavar="NAME", help="Such as fid, kid, bits_per_dim, precision. Default: one that all have.")
+@click.option(
+    "--metric", metavar="NAME", help="Such as fid, kid, bits_per_dim, precision. Default: one that most have."
+)
 @click.option(
     "--across",
     metavar="FIELDS",
@@ -175,9 +177,10 @@ ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
 @cluster_option
 @json_option
 def compare(runs: tuple[str, ...], metric: str | None, across: str, context: Context, as_json: bool) -> None:
-    """Rank evaluated runs, like with like; values of another kind are refused by what differs.
+    """Rank evaluated runs, like with like; other settings below.
 
-    Without RUN, all evaluated runs. Of several checkpoints of a run each has its place.
+    Without RUN, all evaluated runs. Several checkpoints of a run are ranked too. With --metric or --across, exit code 10 if the runs have
+    no values of one kind.
     """
     from pipeline.runs.compare import compare_runs
 

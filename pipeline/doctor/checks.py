@@ -1,4 +1,4 @@
-"""The doctor's checks: each gathers facts about the cluster that this process has joined, and has them judged (`verdicts`)."""
+"""The doctor's checks: each gathers facts about the cluster that this process has joined; `verdicts` judges them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WORKERS_S = 50.0  # to start, to add up numbers, and to train for some steps
 
 @dataclass(frozen=True)
 class Measured:
-    """What the workers measured: the all-reduce (None with one worker), and the step, or why it failed."""
+    """What the workers measured: the all-reduce (None with one worker), and the step, or its error."""
 
     num_workers: int
     all_reduce: AllReduce | None
@@ -54,10 +54,10 @@ class Measured:
 
 @dataclass
 class Examination:
-    """What is examined: a profile, with an experiment whose step is timed, and a dataset if there is one.
+    """What is examined: a profile, an experiment whose step is timed, and a dataset if one is given.
 
-    `environment` are the variables that the profile forwards, which are secret; `test_folder` holds what the storage is tried with; `found`
-    are the findings so far, `measured` what the workers measured.
+    `environment` are the variables that the profile forwards, which are secret; `test_folder` holds the files that test the storage;
+    `found` are the findings so far, `measured` is what the workers measured.
     """
 
     profile: Profile
@@ -73,7 +73,7 @@ class Examination:
     begun: float = field(default_factory=time.monotonic)
 
     def left(self, limit_s: float) -> float:
-        """Return the time that a check may take, so that all of them end in time."""
+        """Return the time that a check may take, so that all checks end in time."""
         return max(1.0, min(limit_s, self.begun + WHOLE_S - time.monotonic()))
 
     @property
@@ -83,25 +83,24 @@ class Examination:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """The cluster's nodes."""
         return nodes()
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Names for people, by node; several nodes of one machine are told apart."""
+        """Names for people, by node; several nodes of one machine get different names."""
         seen: dict[str, int] = {}
         for node in self.nodes:
             seen[node.name] = seen.get(node.name, 0) + 1
         return {n.id: n.name if seen[n.name] == 1 else f"{n.name} ({n.id[:6]})" for n in self.nodes}
 
     def ask(self, questions: Mapping[str, Callable[[], T]], limit_s: float = ASK_S) -> dict[str, T]:
-        """Call a function on each node, all at once; answers by node. ClusterError names those that do not answer."""
+        """Call a function on each node, all at once; return the answers by node. ClusterError names the nodes that do not answer."""
         found: dict[str, T] = dict(answers(questions, self.left(limit_s), self.environment))
         self.require_all(found)
         return found
 
     def require_all(self, answered: Mapping[str, Any]) -> None:
-        """Raise ClusterError, which names them, where nodes have not answered."""
+        """Raise ClusterError, which names the nodes that have not answered, if there are any."""
         silent = [self.names[node.id] for node in self.nodes if node.id not in answered]
         if silent:
             raise ClusterError(
@@ -110,7 +109,6 @@ class Examination:
 
     @cached_property
     def facts(self) -> list[NodeFacts]:
-        """What each node says about itself."""
         answered = self.ask(
             {node.id: partial(node_checks.facts, self.names[node.id]) for node in self.nodes}, limit_s=20.0
         )
@@ -124,7 +122,7 @@ def versions(examination: Examination) -> Finding:
 
 
 def resources(examination: Examination) -> Finding:
-    """Place the workers in thought; on this machine by the CPUs that it has, not by those that Ray was started with."""
+    """Check that the workers fit; on this machine by its real CPUs, not by the number that Ray was started with."""
     profile = examination.profile
     if not profile.is_remote:
         require_resources(profile, profile.least_workers)
@@ -132,7 +130,7 @@ def resources(examination: Examination) -> Finding:
 
 
 def clocks(examination: Examination) -> Finding:
-    """Ask all nodes for their time: an answer lies between the question and its receipt."""
+    """Ask all nodes for their time, which lies between the question and the answer."""
     skews: dict[str, float] = {}
     before = time.time()
     for node, there in answers(dict.fromkeys(examination.names, node_checks.clock), examination.left(CLOCKS_S)):
@@ -142,7 +140,7 @@ def clocks(examination: Examination) -> Finding:
 
 
 def disk(examination: Examination) -> Finding:
-    """Ask every node for the free space of each place that fills."""
+    """Ask every node for the free space of each place that fills up."""
     places = () if is_remote(examination.place) else (examination.place,)
     free = examination.ask({node: partial(node_checks.free_bytes, places) for node in examination.names}, DISK_S)
     by_name = {examination.names[node]: there for node, there in free.items()}
@@ -151,9 +149,9 @@ def disk(examination: Examination) -> Finding:
 
 
 def storage(examination: Examination) -> Finding:
-    """This process and each node write a file, then each node reads this process's and its neighbour's, and this process the first one's.
+    """This process and each node write a file; each node reads this process's and its neighbour's file, and this process the first node's.
 
-    In a ring, places that only some of the nodes share are found out as surely as by reading the files of all, with two files to a node.
+    Reading in a ring finds a place that only some nodes share as surely as reading all files does, with two files for each node.
     """
     place, names = examination.place, examination.names
     here, files = f"{examination.test_folder}/driver", {n: f"{examination.test_folder}/{n[:12]}" for n in names}
@@ -185,7 +183,7 @@ def storage(examination: Examination) -> Finding:
 
 @contextlib.contextmanager
 def storage_left_as_it_was(examination: Examination) -> Iterator[None]:
-    """Remove what the storage was tried with, whatever became of that. No node may still be writing: leave the cluster before."""
+    """Remove the files that tested the storage, in any case. Leave the cluster first: no node may still write."""
     place = examination.place
     folder = Path(place)
     look = in_thread(lambda: is_remote(place) or os.path.isdir(place), "doctor-look")  # which hangs on a dead mount
@@ -218,7 +216,7 @@ def dataset(examination: Examination) -> Finding:
 
 
 def mlflow(examination: Examination) -> Finding:
-    """Write to the tracking store from here; a SQLite file that is not there yet is not made."""
+    """Write to the tracking store from here; a SQLite file that does not exist yet is not created."""
     from pipeline.redaction import one_line, public_uri
     from pipeline.tracking.check import check_store
     from pipeline.tracking.run import sqlite_file

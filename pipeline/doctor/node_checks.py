@@ -1,6 +1,6 @@
-"""What a node does for `ddpm-pipe doctor`: it tells about itself, writes and reads the storage, and reads a dataset.
+"""What each node does for `ddpm-pipe doctor`: it reports its facts, writes and reads the storage, and reads a dataset.
 
-Each function runs in a process of the cluster and returns what went wrong as a value, for others to judge.
+Each function runs in a process of the cluster and returns errors as values, which `verdicts` judges.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ TEST_BYTES = 8_000_000
 
 
 def facts(name: str) -> NodeFacts:
-    """Return what this node is, without a look at any storage, which may hang."""
+    """Return this node's facts, without a look at any storage, which may hang."""
     from pipeline.storage.provenance import code_version, library_versions
 
     versions = library_versions() | {"ddpm-pipe": code_version()}
@@ -40,13 +40,12 @@ def free_bytes(places: tuple[str, ...]) -> dict[str, int]:
 
 
 def clock() -> float:
-    """Return this node's time."""
     return time.time()
 
 
 @dataclass(frozen=True)
 class WriteTest:
-    """One node's writing or reading: what was wrong ("" if nothing), the SHA-256 of what was written, the seconds."""
+    """The result of writing or reading on one node: the problem ("" if none), the SHA-256 of the content, the seconds."""
 
     problem: str = ""
     digest: str = ""
@@ -54,7 +53,7 @@ class WriteTest:
 
 
 def write_test(place: str, name: str, *, make_folder: bool = False) -> WriteTest:
-    """Write a file of random bytes called `name` to the storage; one process makes its folder, which others then must see."""
+    """Write a file of random bytes called `name` to the storage; one process makes its folder, which the others must see."""
     content = os.urandom(TEST_BYTES)
     begin = time.perf_counter()
     try:
@@ -78,7 +77,7 @@ def write_test(place: str, name: str, *, make_folder: bool = False) -> WriteTest
 
 
 def _require_there(folder: Path) -> None:
-    """Raise FileNotFoundError unless the folder is there; by making it, as a network file system may answer a look from memory."""
+    """Raise FileNotFoundError unless the folder exists. Tries to make it, since a network file system may answer a look from its cache."""
     try:
         folder.mkdir()
     except FileExistsError:
@@ -103,13 +102,12 @@ def read_tests(place: str, written: Mapping[str, str]) -> WriteTest:
 
 
 def remove_tests(place: str, folder: str) -> None:
-    """Remove what was written below a folder."""
     with contextlib.suppress(OSError, PipelineError):
         _store(place).delete_all(folder)
 
 
 def read_dataset(location: str, cache: Cache, part: int, num_parts: int, seconds: float) -> Reading:
-    """Read a part of the dataset's row groups for so long at most, with all checks; one of them at least."""
+    """Read a part of the dataset's row groups, with all checks, for `seconds` at most; at least one row group."""
     from pipeline.data.shards import Dataset
 
     try:
@@ -129,13 +127,11 @@ def read_dataset(location: str, cache: Cache, part: int, num_parts: int, seconds
 
 
 def existing(folder: Path) -> Path:
-    """Return the folder, or the nearest one above it that is there."""
+    """Return the folder, or the nearest existing one above it."""
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
 class _Store(Protocol):
-    """What a folder and an object store have in common."""
-
     def write(self, name: str, content: bytes) -> None: ...
 
     def read(self, name: str) -> bytes | None: ...
@@ -144,8 +140,6 @@ class _Store(Protocol):
 
 
 class _Folder:
-    """A folder that all nodes see."""
-
     def __init__(self, path: Path) -> None:
         self._path = path
 

@@ -1,4 +1,4 @@
-"""What `ddpm-pipe doctor` finds and how it judges: each verdict is a function of facts that somebody else gathered."""
+"""The doctor's findings, and how facts are judged: each verdict is a function of facts that other modules gather."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SLOW_GPU_LINK = 5e9  # bytes/s of an all-reduce: half of one 100 Gb/s card
 
 
 class Verdict(StrEnum):
-    """Green: as it must be. Yellow: works, with a drawback. Red: training would fail or mislead. Skipped: not looked at, and why."""
+    """Green: as it must be. Yellow: works, with a drawback. Red: training would fail or mislead. Skipped: not checked, and why."""
 
     GREEN = "green"
     YELLOW = "yellow"
@@ -30,7 +30,7 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's: what was checked, how it is, and what to do about it."""
+    """One line of the doctor: what was checked, the result, and what to do."""
 
     check: str
     verdict: Verdict
@@ -39,7 +39,6 @@ class Finding:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
         return asdict(self) | {"figures": dict(self.figures)}
 
 
@@ -61,7 +60,7 @@ def skipped(check: str, says: str) -> Finding:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node says about itself: versions by package (python and ddpm-pipe among them), free memory, load."""
+    """The facts of a node: versions by package (including python and ddpm-pipe), free memory, load."""
 
     name: str
     versions: Mapping[str, str]
@@ -70,7 +69,7 @@ class NodeFacts:
 
 
 def judge_versions(here: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Finding:
-    """Every node must run what this machine runs: Ray refuses other Pythons late, other torches give other numbers."""
+    """Every node must run what this machine runs: Ray refuses another Python late, and another torch gives other numbers."""
     differing: dict[str, str] = {}
     for node in nodes:
         for package in sorted(here.keys() | node.versions.keys()):
@@ -94,7 +93,7 @@ def judge_versions(here: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Findi
 
 
 def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[NodeFacts]) -> Finding:
-    """The cluster must hold the profile's workers, now or once what else runs there is done."""
+    """The cluster must have room for the profile's workers, now or after what else runs there has ended."""
     least, most = profile.least_workers, profile.most_workers
     need = needs(profile, most)
     free, all_in_all = room(nodes, need, profile.placement), room(nodes, need, profile.placement, of_all=True)
@@ -151,7 +150,7 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
 
 
 def judge_clocks(skews_s: Mapping[str, float]) -> Finding:
-    """Clocks must agree: a store's signatures, leases and logs compare them. `skews_s`: by how much each node surely differs."""
+    """Clocks must agree, since signatures of stores, leases and logs compare them. `skews_s`: by how much each node differs at least."""
     worst = max(skews_s, key=lambda node: abs(skews_s[node]))
     skew = skews_s[worst]
     figures = {"skew_s": dict(skews_s)}
@@ -163,7 +162,7 @@ def judge_clocks(skews_s: Mapping[str, float]) -> Finding:
 
 
 def judge_disk(free_bytes: Mapping[str, Mapping[str, int]], checkpoint_bytes: int, keep: int) -> Finding:
-    """Each place must hold the checkpoints of a run, with the one being written, and what Ray spills; free space by node and place."""
+    """Each place must have room for the checkpoints of a run, including the one being written, and for what Ray spills."""
     need = max(DISK_RED_BYTES, (keep + 2) * checkpoint_bytes)
     free, place, name = min((free, place, node) for node, there in free_bytes.items() for place, free in there.items())
     says = f"{size(free)} free in {place} on {name}"
@@ -183,7 +182,7 @@ def judge_disk(free_bytes: Mapping[str, Mapping[str, int]], checkpoint_bytes: in
 def judge_storage(
     place: str, problems: Mapping[str, str], num_nodes: int, write_rate: float, read_rate: float
 ) -> Finding:
-    """Every node must write to the storage and read what the others wrote; `problems` are told by node."""
+    """Every node must write to the storage and read what the others wrote; `problems` are by node."""
     if problems:
         node, problem = next(iter(problems.items()))
         more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -203,7 +202,7 @@ def judge_storage(
 
 @dataclass(frozen=True)
 class Reading:
-    """What a node read of a dataset of `num_rows` in the time it had: images, seconds; or what was wrong."""
+    """What a node read of a dataset of `num_rows` in its time: images and seconds, or the problem."""
 
     num_rows: int = 0
     num_images: int = 0
@@ -212,7 +211,6 @@ class Reading:
 
 
 def judge_dataset(source: str, readings: Mapping[str, Reading]) -> Finding:
-    """Every node must read the dataset as its manifest says."""
     problems = {node: reading.problem for node, reading in readings.items() if reading.problem}
     if problems:
         node, problem = next(iter(problems.items()))
@@ -233,7 +231,7 @@ def judge_dataset(source: str, readings: Mapping[str, Reading]) -> Finding:
 
 
 def judge_all_reduce(num_workers: int, num_bytes: int, seconds: float, *, right: bool, backend: str) -> Finding:
-    """All workers must add up the same numbers, and fast; the bandwidth is the bus bandwidth of nccl-tests."""
+    """All workers must get the same sum, and fast; the bandwidth is the bus bandwidth of nccl-tests."""
     if not right:
         return red(
             "all-reduce",

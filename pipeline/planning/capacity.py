@@ -1,4 +1,4 @@
-"""How many workers a cluster holds, and what it lacks for more: arithmetic on its nodes (`cluster/nodes` asks for them)."""
+"""How many workers fit on a cluster, and what is missing for more: arithmetic on its nodes, which `cluster/nodes` lists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPSILON = 1e-6  # Ray counts resources in ten-thousandths
 
 @dataclass(frozen=True)
 class Node:
-    """A machine of the cluster that is alive and stays: what it has, and what of it nobody has taken."""
+    """A machine of the cluster that is alive and stays: all its resources, and the free ones."""
 
     id: str
     name: str
@@ -30,7 +30,7 @@ class Node:
 def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
     """Return the worker counts that profile and experiment allow, largest first: one, or those of a range that divide the streams.
 
-    With kind local only those that this machine holds, or else the smallest. UsageError where the range holds none.
+    With kind local only those that fit on this machine, or the smallest if none does. UsageError if the range has none.
     """
     if not isinstance(profile.workers, Workers):
         return [profile.least_workers]
@@ -47,7 +47,7 @@ def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
 
 
 def held_here(counts: Sequence[int], profile: Profile) -> list[int]:
-    """Return those of the counts that this machine holds, which neither grows nor shrinks."""
+    """Return those of the counts that fit on this machine."""
     has = {"CPU": float(usable_cpus())}
     if profile.use_gpu:
         has["GPU"] = float(usable_gpus())
@@ -56,7 +56,7 @@ def held_here(counts: Sequence[int], profile: Profile) -> list[int]:
 
 
 def needs(profile: Profile, num_workers: int) -> dict[str, float]:
-    """Return what Ray reserves for each of so many workers."""
+    """Return what Ray reserves for each of `num_workers` workers."""
     need = {"CPU": profile.cpus_per_worker(num_workers), "GPU": profile.gpus_per_worker}
     return {name: amount for name, amount in need.items() if amount > 0}
 
@@ -68,12 +68,12 @@ def room(nodes: Sequence[Node], need: dict[str, float], placement: str, *, of_al
 
 
 def largest(counts: Sequence[int], nodes: Sequence[Node], profile: Profile) -> int | None:
-    """Return the first of the counts (largest first) that fits now; None where none does."""
+    """Return the first of the counts (largest first) that fits now; None if none does."""
     return next((n for n in counts if room(nodes, needs(profile, n), profile.placement) >= n), None)
 
 
 def shortage(num_workers: int, nodes: Sequence[Node], profile: Profile) -> str:
-    """Say what is missing for so many workers: what they need, what there is, and what of it is taken."""
+    """Return what is missing for so many workers: what they need, what there is, and what of it is free."""
     need = needs(profile, num_workers)
     each = ", ".join(plural(amount, name) for name, amount in need.items())
     have = ", ".join(
@@ -87,7 +87,7 @@ def shortage(num_workers: int, nodes: Sequence[Node], profile: Profile) -> str:
 
 
 def whole_gpus(num_workers: int, each: float) -> int:
-    """Return how many GPUs so many workers need: shares stand on one GPU each, as Ray gives them out."""
+    """Return how many GPUs so many workers need: Ray never splits a share of a GPU over two."""
     if 0 < each < 1:
         return math.ceil(num_workers / int((1 + EPSILON) / each))
     return round(num_workers * each)
@@ -105,7 +105,7 @@ def _times(name: str, amount: float, each: float) -> int:
 
 
 class Growth:
-    """Notices when more workers could be had, and that this has stood for a while."""
+    """Notices that more workers fit, and have done so for a while."""
 
     def __init__(self, counts: Sequence[int], num_workers: int, profile: Profile) -> None:
         self._larger = [n for n in counts if n > num_workers]
@@ -113,9 +113,9 @@ class Growth:
         self._seen: tuple[int, float] | None = None
 
     def after(self, nodes: Sequence[Node], mine: Collection[str], left_s: float | None, now: float) -> int | None:
-        """Return the worker count to start anew with, once that has been possible for `grow_after_s` and is worth it; else None.
+        """Return the worker count to start again with, if it has fitted for `grow_after_s` and is worth it; else None.
 
-        `mine` are the nodes that hold workers already, `left_s` the time that training is still to last as it is, `now` a clock's seconds.
+        `mine` are the nodes that have workers already, `left_s` is the time that training still takes as it is, `now` a clock's seconds.
         """
         workers = self._profile.workers
         if not isinstance(workers, Workers) or left_s is None or left_s < workers.grow_after_s:

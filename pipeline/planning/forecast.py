@@ -21,8 +21,6 @@ GPU_NETWORK_BYTES_PER_S, CPU_NETWORK_BYTES_PER_S = 50e9, 1.25e9
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """What saving costs."""
-
     stops_for_s: float
     interval_s: float
     count: int
@@ -46,12 +44,11 @@ class Forecast:
     warnings: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
         return asdict(self)
 
 
 def forecast(plan: Plan, probe: Probe) -> Forecast:
-    """Work out what follows from a measured step."""
+    """Work out what follows from measured steps."""
     training, profile = plan.experiment.training, plan.profile
     seconds = training.steps * probe.step_s
     scoring = calls_s(scoring_calls(plan), plan, probe)
@@ -88,9 +85,9 @@ def _checkpoints(plan: Plan, step: float, stops_for: float, training_s: float) -
 
 
 def _more_nodes_help(plan: Plan, probe: Probe) -> bool:
-    """Whether twice the workers would save more time per step than averaging the gradients between nodes takes.
+    """Whether twice the workers save more time per step than exchanging the gradients between nodes takes.
 
-    A ring all-reduce sends each gradient twice. docs/scaling.md has the full model, and holds it against measurements.
+    A ring all-reduce sends each gradient twice. docs/scaling.md has the full model, compared with published measurements.
     """
     workers, batch = 2 * plan.num_workers, plan.experiment.training.batch_size
     if workers > batch:
@@ -114,7 +111,7 @@ def scoring_calls(plan: Plan) -> int:
 
 
 def calls_s(calls: int, plan: Plan, probe: Probe) -> float:
-    """Return about how long network calls take that the workers share, each for one image and forwards only."""
+    """Return about how long so many network calls take, each for one image and forwards only, shared by the workers."""
     return calls * probe.image_s / STEP_CALLS / plan.num_workers
 
 

@@ -1,4 +1,4 @@
-"""Whether the system ended processes of this machine for want of memory: to a driver, such a worker is just gone."""
+"""Whether the system killed processes of this machine because memory ran out: a driver only sees that such a worker is gone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ REMEDY = "lower training.micro_batch_size, give the machine fewer workers, or us
 
 
 def oom_kills() -> int:
-    """Return how often the kernel's OOM killer struck: in this process's control group where that counts, else on the machine."""
+    """Return the kernel's count of OOM kills: of this process's control group if that is counted, else of the machine."""
     for path in _counters():
         try:
             found = re.search(r"^oom_kill (\d+)$", path.read_text(), re.MULTILINE)
@@ -24,7 +24,7 @@ def oom_kills() -> int:
 
 
 def _counters() -> list[Path]:
-    """Return the files that may hold the count, the most particular first: control groups of version 2 and 1, the machine."""
+    """Return the files that may hold the count, the most specific first: control groups of version 2 and 1, the machine."""
     groups: dict[str, str] = {}
     try:
         for line in Path("/proc/self/cgroup").read_text().splitlines():

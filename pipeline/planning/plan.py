@@ -24,7 +24,7 @@ LONG_S = 3600.0  # from which on a training had better survive the death of its 
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked training. What depends on the images is None while they are not here."""
+    """A checked training. Facts about the images are None until the images are here."""
 
     experiment: Experiment
     profile: Profile
@@ -55,11 +55,10 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> float | None:
-        """Steps in which as many images are read as the dataset has."""
+        """Steps in which the model sees as many images as the dataset has."""
         return None if self.num_rows is None else self.num_rows / self.experiment.training.batch_size
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
         return {
             "experiment": self.experiment.to_dict(),
             "profile": self.profile.to_dict(),
@@ -101,7 +100,6 @@ class Plan:
 
 
 def lines(named: Mapping[str, str]) -> str:
-    """Return one aligned line for each entry."""
     return "\n".join(f"{name + ':':<17}{value}" for name, value in named.items())
 
 
@@ -118,9 +116,7 @@ def make_plan(
 ) -> Plan:
     """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit.
 
-    With something missing this machine is not the one that will train, and what it can do is not asked.
-
-    What is not known of the dataset yet is None; `num_classes` matters to class-conditional models only.
+    Unknown facts of the dataset are None; `num_classes` matters to class-conditional models only.
     """
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     require_divisible(experiment, num_workers, streams)
@@ -146,7 +142,7 @@ def make_plan(
 
 
 def advice_to_isolate(profile: Profile, num_workers: int, training_s: float) -> str | None:
-    """Return one line for a training in the command's process that will take long; None for others."""
+    """Return one line of advice if a training in the command's process takes long; else None."""
     if training_s <= LONG_S or not profile.trains_here(num_workers):
         return None
     return (
@@ -156,7 +152,7 @@ def advice_to_isolate(profile: Profile, num_workers: int, training_s: float) -> 
 
 
 def choose_workers(experiment: Experiment, profile: Profile) -> int:
-    """Return the profile's worker count; of an elastic one the largest that `fitting_counts` allows (UsageError where none does)."""
+    """Return the profile's worker count; for an elastic one the largest that `fitting_counts` allows (UsageError if none)."""
     return fitting_counts(experiment, profile)[0]
 
 

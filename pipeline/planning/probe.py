@@ -1,7 +1,7 @@
-"""A few real training steps, timed: the experiment's own network, optimizer, precision and batch, on random images of the right shape.
+"""A few real training steps, timed: the experiment's network, optimizer, precision and batch, on random images of the right shape.
 
-The speed of a step does not depend on what is in the images. A batch that would take too long is measured in smaller ones: the time of
-a step is a fixed part (the optimizer, the average) and a part for each image, and two batch sizes tell them apart.
+The speed of a step does not depend on the content of the images. A batch that would take too long is measured in smaller ones: a step takes
+a fixed time (the optimizer, the average) and a time for each image, and two batch sizes give both.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ class Probe:
     device: str
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
         return asdict(self)
 
 
@@ -73,9 +72,9 @@ def probe_training(
 ) -> Probe:
     """Time this worker's steps within about `budget_s`, and one checkpoint in a temporary folder below `folder`.
 
-    On a cluster with object storage the checkpoint is written where training writes it first: in the node's own folder.
-    All workers of a team call this together. What is compiled in training is measured as it is: compiling alone would take longer.
-    `clock` returns seconds, those of the steps.
+    On a cluster with object storage the checkpoint is written where training writes it first: in the node's own folder. All workers of a
+    team call this together. Compiled trainings are measured without compilation, which alone would take longer. `clock` returns the
+    seconds that time the steps.
     """
     threads = torch.get_num_threads()
     try:
@@ -134,9 +133,9 @@ class _Steps:
         self._network = self._team.share_gradients(self.train_state.model, self._compute)
 
     def time(self, batch: int, num_steps: int, within_s: float | None = None) -> list[float]:
-        """Return the times of up to `num_steps` steps, of fewer when rank 0's time is up; rank 0's times, on every worker.
+        """Return the times of up to `num_steps` steps, fewer if rank 0's time is over; rank 0's times, on every worker.
 
-        The first of several is slower, as memory for another batch size is taken, and is left out where there are more.
+        The first of several steps is slower, since it allocates memory for another batch size, and is left out.
         """
         steps = fit(
             self.train_state,
@@ -171,7 +170,7 @@ class _Steps:
 
 
 def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
-    """Return the time of one more image and the fixed time, from noisy times of a step of one image and of `large` images."""
+    """Return the time for one more image and the fixed time, from noisy times of a step of one image and of `large` images."""
     image_s = (large_s - one_s) / (large - 1) if large > 1 else large_s
     if image_s <= 0:
         return large_s / large, 0.0
@@ -180,7 +179,7 @@ def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
 
 
 def _checkpoint_s(train_state: TrainState, team: Team, profile: Profile, folder: Path | None) -> float | None:
-    """Write a checkpoint as training does, or so much of it as tells the rate; return how long a whole one takes, on every worker."""
+    """Write a checkpoint as training does, or a part of it; return how long a whole one takes, on every worker."""
     taken: float | None = None
     if team.is_main and folder is not None:
         with suppress(OSError, StorageError):  # the steps are worth telling all the same
@@ -204,7 +203,7 @@ def _save_s(tensors: checkpoints.Tensors, folder: Path) -> float:
 
 
 def _part_of(tensors: checkpoints.Tensors, limit_bytes: int) -> checkpoints.Tensors:
-    """Return tensors of each group, in order, while all together stay within the limit."""
+    """Return tensors of each group, in order, as long as all together stay within the limit."""
     part: checkpoints.Tensors = {group: {} for group in tensors}
     left = limit_bytes
     for group, named in tensors.items():
@@ -217,7 +216,7 @@ def _part_of(tensors: checkpoints.Tensors, limit_bytes: int) -> checkpoints.Tens
 
 @dataclass(frozen=True)
 class AllReduce:
-    """One all-reduce of the team: whether the sum was right, and the seconds of a typical one."""
+    """One all-reduce of the team: whether the sum was right, and the median seconds."""
 
     num_bytes: int
     seconds: float
@@ -225,7 +224,7 @@ class AllReduce:
 
 
 def probe_all_reduce(profile: Profile, team: Team, gpu: int = 0) -> AllReduce:
-    """Add up one of DDP's buckets over all workers, some times; all of them call this together."""
+    """All-reduce one of DDP's buckets over all workers, several times; all of them call this together."""
     compute = sampling_compute(profile, team.size, gpu=gpu)
     compute.start()
     numbers = torch.empty(BUCKET_BYTES // 4, device=compute.device)

@@ -56,7 +56,7 @@ def plan_sweep(asked: SweepRequest) -> SweepPlan:
 
 
 def start_sweep(context: Context, asked: SweepRequest) -> Result:
-    """Run a new sweep to its end and report it; trials that failed are in the result."""
+    """Run a new sweep to its end and report it. The result lists the trials that failed."""
     make_sweep_plan(asked, "", None, None)  # what can be refused without the images is refused before they are fetched
     dataset = _ingested(asked, context.console)
     manifest = dataset.manifest
@@ -81,7 +81,7 @@ def resume_sweep(
     max_concurrent: int | None = None,
     changes: Callable[[Sweep], Sweep] | None = None,
 ) -> Result:
-    """Run what a sweep's ledger lacks. `changes` adds points or seeds to what was asked for."""
+    """Resume a sweep: run the trials that its ledger lacks. `changes` adds points or seeds to the sweep."""
     with folder.lock():  # two who extend one sweep would each lose what the other added
         sweep = folder.sweep if changes is None else changes(folder.sweep)
         asked = SweepRequest(sweep, folder.base, folder.profile(context.named), max_concurrent)
@@ -106,7 +106,7 @@ def extend(
 
 
 def extended(sweep: Sweep, over: Sequence[str], options: dict[str, Any]) -> Sweep:
-    """Return the sweep with more values of its settings, further settings, or other options, such as more seeds."""
+    """Return the sweep with more values of its settings, further settings, or changed options, such as more seeds."""
     content = sweep.to_dict()
     for assignment in over:
         key, axis = axis_of(assignment)
@@ -133,7 +133,7 @@ def _with_more_values(key: str, known: dict[str, Any], more: dict[str, Any]) -> 
 
 
 def request_of_winner(context: Context, reference: str, overrides: Sequence[str]) -> TrainRequest:
-    """Return the best point of a sweep as a training at its base's full length."""
+    """Return the request to train a sweep's best point at its base's full length; `other` is a conflicting argument."""
     folder = SweepFolder.find(context.home, reference, context.store)
     folder.fetch()
     best = _result(folder).best
@@ -152,7 +152,7 @@ def request_of_winner(context: Context, reference: str, overrides: Sequence[str]
 
 
 def require_all_finished(result: Result) -> None:
-    """Raise FailedTrialsError, for the exit code, where trials failed."""
+    """Raise FailedTrialsError, which sets the exit code, if trials failed."""
     if result.failed:
         lost = result.failed[0]
         raise FailedTrialsError(
@@ -169,7 +169,7 @@ def _ingested(asked: SweepRequest, console: Console) -> Dataset:
 
 
 def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:
-    """Run what the ledger lacks, and report, whatever happened. The caller holds the sweep's lock."""
+    """Run the trials that the ledger lacks, and report in any case. The caller holds the sweep's lock."""
     folder.begin()
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
     folder.update(status=RunStatus.RUNNING, reason="")
@@ -203,9 +203,9 @@ def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, datase
 
 
 def _judged_by(asked: SweepRequest, dataset: Dataset, profile: Profile, console: Console) -> JudgedBy:
-    """Find extractor and reference once, before the trials do: what cannot be scored is told before anything is spent.
+    """Find extractor and reference once, before the trials: what cannot be scored is refused before anything is spent.
 
-    Bits/dim need neither, unless trials are judged on the way, by KID.
+    Bits/dim need neither, unless early stopping measures KID during the trials.
     """
     if asked.sweep.metric == "bpd" and asked.sweep.early_stopping is None:
         return {}
@@ -219,7 +219,6 @@ def _judged_by(asked: SweepRequest, dataset: Dataset, profile: Profile, console:
 
 
 def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:
-    """Return what the ledger says."""
     sweep, base = folder.sweep, folder.base
     entries = []
     for entry in folder.ledger.entries().values():
@@ -236,9 +235,9 @@ def _summary(result: Result) -> dict[str, float]:
 
 
 def sweep_meant(context: Context, reference: str) -> SweepFolder | None:
-    """Return the sweep that a reference given to `resume` means, None where it means a run; UsageError where it fits several of either.
+    """Return the sweep that a reference given to `resume` means, None if it means a run; UsageError if it is ambiguous.
 
-    `latest` means the sweep whose trial the latest run is, while that sweep is not finished.
+    `latest` means the sweep of the latest run, if that run is a trial of a sweep that is not finished.
     """
     home, storage = context.home, context.store
     sweeps = SweepFolder.all(home, storage)
@@ -252,7 +251,7 @@ def sweep_meant(context: Context, reference: str) -> SweepFolder | None:
 
 
 def _only(reference: str, sweeps: Sequence[SweepFolder], runs: Sequence[Run]) -> SweepFolder | None:
-    """Return which of the sweeps that a reference fits is meant, None where a run is: a whole id decides."""
+    """Return the one sweep that a reference means, or None if it means a run; a complete id decides."""
     known: list[SweepFolder | Run] = [*sweeps, *runs]
     whole = [each for each in known if reference in (each.id, each.mlflow_run_id)]
     beginning = [run for run in runs if any(i.startswith(reference) for i in (run.id, run.mlflow_run_id or ""))]

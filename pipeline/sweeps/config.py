@@ -69,7 +69,7 @@ class Axis(Section):
 
     @property
     def bounds(self) -> tuple[Number, Number]:
-        """Low and high end of a range; of integers the last one that a step reaches."""
+        """Low and high end of a range; for integers the last one that a step reaches."""
         if self.integer is not None:
             low, high = self.integer
             return low, low + (high - low) // self.step * self.step
@@ -78,14 +78,14 @@ class Axis(Section):
         return bounds
 
     def at(self, u: float) -> Number:
-        """Return the value of a range at u of [0, 1): how random search sees it."""
+        """Return the value of a range at u in [0, 1), for random search."""
         low, high = self.bounds
         if self.integer is not None:
             return int(low) + int(u * ((high - low) // self.step + 1)) * self.step
         return self.rounded(low * (high / low) ** u if self.log is not None else low + u * (high - low))
 
     def rounded(self, value: float) -> float:
-        """Return a value of a range to four digits, more of which would only look like knowledge, and inside the range still."""
+        """Return a value of a range rounded to four digits, still inside the range."""
         low, high = self.bounds
         return min(max(float(f"{value:.4g}"), float(low)), float(high))
 
@@ -101,7 +101,7 @@ def _require_plain(kind: str, values: Sequence[Any]) -> None:
 
 
 class Budget(Section):
-    """What each trial may spend: one of the three, the same for all, so that the settings alone make the difference."""
+    """What each trial may spend: one of the three, the same for all trials, so that only the settings make the difference."""
 
     steps: PositiveInt | None = None
     images: PositiveInt | None = None
@@ -115,7 +115,6 @@ class Budget(Section):
         return self
 
     def to_text(self) -> str:
-        """Return the budget in words."""
         if self.minutes is not None:
             return f"{self.minutes:g} minutes of training"
         return f"{self.steps:,} steps" if self.steps is not None else f"{self.images:,} images"
@@ -182,7 +181,7 @@ class Sweep(Section):
 
 
 def by_dependency(space: Mapping[str, Axis]) -> list[str]:
-    """Return the settings, each after those that its condition names; ValueError where conditions go round in a circle."""
+    """Return the settings, each after those that its condition names; ValueError if conditions form a circle."""
     try:
         return list(TopologicalSorter({key: list(axis.when) for key, axis in space.items()}).static_order())
     except CycleError as error:
@@ -204,10 +203,10 @@ def sweep_from(content: dict[str, Any], where: str = "sweep") -> Sweep:
 def load_sweep(
     reference: str | None, over: Sequence[str], options: dict[str, Any], overrides: Sequence[str] = ()
 ) -> Sweep:
-    """Read a sweep file (default: the shipped one), and let the command line's word stand above the file's.
+    """Read a sweep file (default: the shipped one); the command line's values replace the file's.
 
-    `over` are axes such as "diffusion.schedule=linear,cosine": given without a file, they are the whole space. `options` replace the
-    file's keys; None is as the file says.
+    `over` are axes such as "diffusion.schedule=linear,cosine": without a file, they are the whole space. `options` replace the file's keys,
+    unless they are None.
     """
     path = presets.find("sweeps", reference or DEFAULT_SWEEP)
     content = read_yaml_mapping(path)
@@ -242,7 +241,7 @@ def _mapping(content: Any, where: str) -> dict[str, Any]:
 
 
 def axis_of(assignment: str) -> tuple[str, dict[str, Any]]:
-    """Return the setting and its axis, of "key=a,b,c" or of "key={log: [1e-4, 1e-2]}" as a file has it; UsageError where it is neither."""
+    """Return the setting and its axis, from "key=a,b,c" or from "key={log: [1e-4, 1e-2]}" as in a file; UsageError for other text."""
     key, equals, text = assignment.partition("=")
     if is_text(key.strip()) and text.strip()[:1] != "{":
         values: Any = [parse_setting(key.strip(), part, f"--over {key}") for part in text.split(",") if part.strip()]

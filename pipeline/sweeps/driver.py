@@ -1,4 +1,4 @@
-"""The driver of a sweep's trials: what the ledger lacks is run, each trial in a run folder of its own, in a Ray that all share."""
+"""The driver of a sweep: it runs the trials that the ledger lacks, each in its own run folder, in one Ray that all of them share."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def run_missing(
     for_trials: ForTrials,
     console: Console,
 ) -> None:
-    """Start Ray and run the trials, unless the ledger holds them all."""
+    """Start Ray and run the trials, unless the ledger has all of them."""
     sweep, profile, num_workers = asked.sweep, for_trials.profile, plan.trial.num_workers
     known, begun = folder.ledger.entries(), folder.trials()
     trials = trials_left(asked, plan, known, begun)
@@ -87,7 +87,7 @@ def _all_trials(sweep: Sweep, points: Sequence[Point]) -> list[Next]:
 def trials_left(
     asked: SweepRequest, plan: SweepPlan, known: Mapping[str, LedgerEntry], begun: Mapping[str, Run]
 ) -> Trials:
-    """Return the trials of a sweep; a search that draws its points takes up first what earlier drivers finished, and what they left."""
+    """Return the trials to run. A search that draws its points continues with what earlier drivers finished or left."""
     if asked.sweep.search != "tpe":
         return Trials(asked.sweep, Listed(plan.checked.points))
     trials = Trials(asked.sweep, drawing(asked, plan.trial, plan.checked))
@@ -96,7 +96,7 @@ def trials_left(
 
 
 def _take_up(halving: Halving, known: Mapping[str, LedgerEntry], begun: Mapping[str, Run]) -> None:
-    """Tell early stopping what trials showed under earlier drivers."""
+    """Give early stopping the KIDs of trials that earlier drivers ran."""
     for key, entry in known.items():
         if entry.status != "failed":
             halving.take(entry.rungs, key)
@@ -105,9 +105,9 @@ def _take_up(halving: Halving, known: Mapping[str, LedgerEntry], begun: Mapping[
 
 
 class Room:
-    """How many trials the Ray that is up has room for, at most as many as wanted; at least one, which waits for its workers itself.
+    """How many trials fit into the running Ray: at most `wanted`, at least one, which waits for its workers itself.
 
-    Looked at again every few seconds, since a cluster that scales itself may begin with no workers at all: it is asked for the rest.
+    The answer is renewed every few seconds. A cluster that scales itself may begin with no workers; it is asked for the missing ones.
     """
 
     def __init__(self, profile: Profile, num_workers: int, wanted: int) -> None:
@@ -115,7 +115,6 @@ class Room:
         self._found, self._looked_at, self._asked = 1, -math.inf, False
 
     def __call__(self) -> int:
-        """Return how many."""
         if time.monotonic() - self._looked_at < LOOK_S:
             return self._found
         import ray
@@ -152,7 +151,6 @@ def _trial_run(
     dataset: Dataset,
     parent: str | None,
 ) -> Run:
-    """Make the run folder of a trial."""
     sweep = asked.sweep
     early = sweep.early_stopping
     competes = early is not None and following.seed == 0

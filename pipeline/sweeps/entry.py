@@ -1,7 +1,7 @@
-"""What a trial's run folder says of how it ended, as a line of the ledger.
+"""How a trial ended, read from its run folder, as a line of the ledger.
 
-A trial is a run like any other: somebody may have scored it in other ways, or at another step, beside the sweep. Only what was measured of
-the model as it is now, as its experiment samples, by what judges the whole sweep, is the trial's.
+A trial is a run like any other: it may have been scored in other ways, or at another step. Only scores of the final model count, sampled as
+its experiment says, by the extractor and reference of the sweep.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ JudgedBy = Mapping[str, Any]
 def entry_of(
     run: Run, metric: str, judged_by: JudgedBy, status: Status, rungs: Mapping[float, float], reason: str = ""
 ) -> LedgerEntry:
-    """Return the entry of a trial that ended, with its value of `metric` where it is finished and has one.
+    """Return the entry of a trial that ended, with its value of `metric` if it finished and has one.
 
-    One that finished without the value failed: its scores say why.
+    A trial that finished without a value counts as failed.
     """
     trial, state = trial_of(run.record), run.state()
     assert trial is not None
@@ -75,12 +75,11 @@ def has_value(run: Run, metric: str, judged_by: JudgedBy) -> bool:
 
 
 def calls_scored(run: Run, metric: str, judged_by: JudgedBy) -> set[int]:
-    """Return the numbers of network calls at which a trial is scored by a metric of its images."""
+    """Return the numbers of network calls at which a trial's images are scored."""
     return {calls for _, _, calls in _comparable(run, metric, judged_by) if calls is not None}
 
 
 def _training_s(run: Run) -> float:
-    """Return the time spent training up to the newest checkpoint."""
     return float(RunCheckpoints(run).newest_state().get("elapsed_s", 0.0))
 
 
@@ -89,7 +88,7 @@ def _usual(run: Run) -> Generation:
 
 
 def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[str, dict[str, Any], int | None]]:
-    """Yield name and scores of each value that is the trial's, with the network calls behind it: None of one without generated images."""
+    """Yield name, scores and network calls of each value that counts for the trial; None for calls if it has no generated images."""
     recorded, step = RECORDED_AS.get(metric, metric), run.state().step
     experiment, usual = experiment_of(run), _usual(run)
     for path in sorted((run.folder / "evaluations").glob("*/scores.json")):
@@ -114,6 +113,6 @@ def _but_steps(generation: Generation) -> Generation:
 
 
 def _of_all_images(identity: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a bound is that of the averaged weights over all images that the run was trained on."""
+    """Whether a bound is that of the averaged weights over all images of the training data."""
     asked = ("ema", recorded_split(experiment.data.split), experiment.seed, identity["of_images"])
     return tuple(identity[name] for name in ("weights", "split", "seed", "num_images")) == asked

@@ -1,11 +1,11 @@
-"""Sweep folders: what was asked for, the ledger of what is done, and the report. Trials are runs of their own, under runs/.
+"""Sweep folders: the sweep that was asked for, the ledger of its trials, and the report. Trials are runs of their own, under runs/.
 
-sweeps/<id>/sweep.json     what was asked for; replaced when points are added
+sweeps/<id>/sweep.json     the sweep; replaced when points are added
 sweeps/<id>/ledger.jsonl   how each trial ended
 sweeps/<id>/report/        table, pictures, sweep-report.html
 sweeps/<id>/status.json, lock, log.txt, spool/   as in a run folder
 
-Where the profile's storage is an object store all of it lasts there, as a run does (pipeline/storage/remote_run.py).
+If the profile's storage is an object store, all of it is kept there, as a run is (pipeline/storage/remote_run.py).
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from pipeline.sweeps.ledger import Ledger, LedgerEntry
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What was asked for.
+    """The sweep that was asked for.
 
-    `base` is the resolved experiment that trials vary, and `plain_base` the same without the sweep's overrides: what the winner is
-    trained with, whatever becomes of the preset. `command` began the sweep, `extensions` added to it.
+    `base` is the resolved experiment that trials vary, and `plain_base` the same without the sweep's overrides: the winner is trained
+    with it, even if the preset has changed. `command` began the sweep, `extensions` added to it.
     """
 
     id: str
@@ -58,7 +58,7 @@ SECONDS = "seconds"
 
 
 class RemoteSweep(RemoteRun):
-    """What an object store has of one sweep, under `<storage>/sweeps/<id>/`."""
+    """The part of an object store that holds one sweep, under `<storage>/sweeps/<id>/`."""
 
     PLACE = "sweeps"
     RECORDS = ("status.json", "sweep.json")
@@ -70,7 +70,7 @@ class _Place(Run):
 
     @cached_property
     def remote(self) -> RemoteSweep | None:
-        """The sweep in its object store; None where this folder is all there is."""
+        """The sweep in its object store; None if it is only in this folder."""
         return RemoteSweep.of(SweepFolder(self.folder).record.profile.get("storage"), self.id)
 
 
@@ -95,7 +95,7 @@ class SweepFolder:
         profile: dict[str, Any],
         command: list[str],
     ) -> SweepFolder:
-        """Make a sweep folder with its record. StorageError where it cannot be written."""
+        """Make a sweep folder with its record. StorageError if it cannot be written."""
         from pipeline.storage.provenance import code_version
 
         root = make_folder(sweeps_dir(home))
@@ -121,7 +121,7 @@ class SweepFolder:
 
     @classmethod
     def all(cls, home: Path, storage: str | None = None) -> list[SweepFolder]:
-        """Return every sweep, oldest first, those of an object store (a profile's `storage`) too."""
+        """Return every sweep, oldest first, including those in an object store (a profile's `storage`)."""
         root = sweeps_dir(home)
         if storage is not None:
             RemoteSweep.fetch_all_records(storage, root)
@@ -131,7 +131,7 @@ class SweepFolder:
 
     @classmethod
     def find(cls, home: Path, reference: str, storage: str | None = None) -> SweepFolder:
-        """Return the sweep named by its id, MLflow's, a unique prefix of either, its name if but one has it, or `latest`."""
+        """Return the sweep named by its id, by its MLflow id, by a unique prefix of either, by its unique name, or by `latest`."""
         sweeps = cls.all(home, storage)
         if not sweeps:
             raise UsageError(f"sweep {reference!r}: there are no sweeps in {home}; start one with: ddpm-pipe sweep")
@@ -146,7 +146,7 @@ class SweepFolder:
 
     @classmethod
     def of(cls, home: Path, sweep_id: str, storage: str | None = None) -> SweepFolder | None:
-        """Return the sweep of that very id, None where there is none."""
+        """Return the sweep with exactly this id, None if there is none."""
         if not NAME.fullmatch(sweep_id):
             return None
         folder, remote = sweeps_dir(home) / sweep_id, RemoteSweep.of(storage, sweep_id)
@@ -155,7 +155,7 @@ class SweepFolder:
         return cls(folder) if (folder / "sweep.json").is_file() else None
 
     def is_called(self, reference: str) -> bool:
-        """Whether a reference means this sweep, by id, MLflow's id, a prefix of one, or name."""
+        """Whether a reference means this sweep: its id, its MLflow id, a prefix of one, or its name."""
         ids = [self.id, self.mlflow_run_id or ""]
         return reference == self.record.name or any(i.startswith(reference) for i in ids)
 
@@ -163,7 +163,6 @@ class SweepFolder:
 
     @property
     def record(self) -> SweepRecord:
-        """What was asked for."""
         path = self.folder / "sweep.json"
         try:
             content = json.loads(path.read_text())
@@ -173,12 +172,10 @@ class SweepFolder:
 
     @property
     def sweep(self) -> Sweep:
-        """The sweep, checked."""
         return sweep_from(self.record.sweep, f"sweep {self.id}")
 
     @property
     def base(self) -> Experiment:
-        """The experiment that trials vary."""
         return experiment_from(self.record.base, f"sweep {self.id}")
 
     @property
@@ -187,7 +184,7 @@ class SweepFolder:
         return experiment_from(self.record.plain_base, f"sweep {self.id}")
 
     def extend(self, sweep: Sweep, command: list[str]) -> None:
-        """Replace what is asked for: points or seeds were added. The caller holds the lock."""
+        """Replace the sweep by one with more points or seeds. The caller holds the lock."""
         record = self.record
         extensions = [*record.extensions, list(command)]
         write_json(self.folder / "sweep.json", asdict(replace(record, sweep=sweep.to_dict(), extensions=extensions)))
@@ -195,63 +192,60 @@ class SweepFolder:
             self._as_run.remote.send_records(self.folder, "sweep.json")
 
     def enter(self, entry: LedgerEntry) -> None:
-        """Write into the ledger how a trial ended, and the time spent; it lasts when this returns."""
+        """Write into the ledger how a trial ended, and the time spent. Both are on disk when this returns."""
         self.ledger.append(entry)
         self.tick()
         self._as_run.send_files()
 
     def fetch(self) -> None:
-        """Bring ledger and report from the object store, where another machine wrote them last."""
+        """Copy ledger and report from the object store, where another machine may have written them."""
         self._as_run.fetch_files()
 
     def profile(self, named: Profile | None = None) -> Profile:
-        """Return the profile that was named, or the one that the sweep was started with."""
+        """Return the profile named `cluster`, or the one that the sweep was started with."""
         return named or settled(validate(Profile, self.record.profile, f"sweep {self.id}"))
 
     @property
     def report(self) -> Path:
-        """Folder of the report."""
         return self.folder / "report"
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """MLflow's id of the sweep's own run, under which trials are nested."""
+        """MLflow's id of the sweep's own run, the parent of its trials."""
         return self._as_run.mlflow_run_id
 
     def state(self) -> RunState:
-        """Return where the sweep stands; one left RUNNING by a process that is gone is INTERRUPTED."""
+        """Return the sweep's state; INTERRUPTED if it is RUNNING and its process is gone."""
         return self._as_run.state()
 
     def update(self, **changes: Any) -> RunState:
-        """Change fields of the state."""
         return self._as_run.update(**changes)
 
     # -- the time it takes, over all drivers
 
     def begin(self) -> None:
-        """Start the clock of this driver, after those of earlier ones."""
+        """Start this driver's clock, which continues that of earlier drivers."""
         self._began = (self.seconds, time.monotonic())
 
     def tick(self) -> None:
-        """Write the time spent so far, so that a kill loses no more than the time since."""
+        """Write the time spent so far; a kill loses only the time since."""
         if self._began is not None:
             self.update(summary={**self.state().summary, SECONDS: self.seconds})
 
     @property
     def seconds(self) -> float:
-        """Time that drivers have spent on the sweep."""
+        """Time that all drivers have spent on the sweep."""
         if self._began is None:
             return self.state().summary.get(SECONDS, 0.0)
         before, began = self._began
         return before + time.monotonic() - began
 
     def log(self, line: str) -> None:
-        """Append one line with the time to the sweep's log."""
         self._as_run.log(line)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the sweep for this process; RunLockedError at once where another one holds it."""
+        """Hold the sweep for this process; RunLockedError at once if another process holds it."""
         try:
             holding = self._as_run.lock()
             with holding:
@@ -260,7 +254,7 @@ class SweepFolder:
             raise RunLockedError(str(error).replace("run ", "sweep ", 1)) from None
 
     def trials(self) -> dict[str, Run]:
-        """Return the runs of this sweep's trials that were begun, by key; with their files, where those last in an object store."""
+        """Return the runs of this sweep's trials that were begun, by key; their files are copied from the object store first."""
         home = self.folder.parent.parent
         found = {}
         for run in Run.all(home, self.record.profile.get("storage")):
@@ -272,5 +266,4 @@ class SweepFolder:
 
 
 def sweeps_dir(home: Path) -> Path:
-    """Return the folder of sweep folders."""
     return home / "sweeps"

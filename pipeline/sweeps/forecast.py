@@ -20,7 +20,7 @@ START_S = 15.0  # of a trial: its processes and their imports, on an idle machin
 
 @dataclass(frozen=True)
 class SweepForecast:
-    """What a sweep takes at most: early stopping makes it less, as do smaller points. `trial` is the largest; times in seconds."""
+    """The most that a sweep takes; early stopping and smaller points take less. `trial` is the largest trial; times in seconds."""
 
     plan: SweepPlan
     trial: DryRun
@@ -51,7 +51,7 @@ class SweepForecast:
 
 
 def forecast_sweep(asked: SweepRequest, plan: SweepPlan, *, measure: bool) -> SweepForecast:
-    """Measure the largest trial, unless told not to, and reckon what all of them take."""
+    """Measure the largest trial, unless `measure` is False, and work out what all trials take."""
     profile = trial_profile(asked.profile, plan.trial.num_workers, plan.max_concurrent)
     minutes = plan.sweep.budget.minutes
     found = dry_run(TrainRequest(plan.trial.experiment, profile), measure=measure)
@@ -67,7 +67,7 @@ def forecast_sweep(asked: SweepRequest, plan: SweepPlan, *, measure: bool) -> Sw
 
 
 def trial_calls(sweep: Sweep, trial: Plan) -> int:
-    """Return the network calls for all that a trial is scored by: at its end, at further numbers of calls, and on the way."""
+    """Return the network calls to score a trial: at its end, at further numbers of calls, and for early stopping."""
     calls, usual = scoring_calls(trial), usual_generation(trial.experiment).nfe
     if has_process(trial.experiment) and sweep.metric != "bpd":
         calls += calls // usual * sum(sweep.more_network_calls)

@@ -12,9 +12,9 @@ WORST = sys.float_info.max  # where percentiles are taken, which know no infinit
 
 
 class Halving:
-    """What was seen at each rung, of which lower is better. A trial's place at a rung is judged once, by those before it.
+    """The KIDs seen at each rung; lower is better. A trial is judged once at each rung, against those that were there before it.
 
-    A value that is no number is worse than any other: whoever shows one is stopped, be it the first.
+    A value that is not finite is worse than any other: its trial is stopped, even if it is the first.
     """
 
     def __init__(self, reduction_factor: int) -> None:
@@ -23,14 +23,14 @@ class Halving:
         self._stopped: set[tuple[float, str]] = set()
 
     def take(self, rungs: Mapping[float, float], key: str) -> None:
-        """Take up what a trial showed under an earlier driver."""
+        """Add what a trial showed under an earlier driver."""
         for rung, value in rungs.items():
             self._seen.setdefault(rung, {})[key] = value
 
     def goes_on(self, rung: float, key: str, value: float) -> bool:
         """Return whether a trial with this value at a rung is among the best 1/reduction_factor of those seen there so far.
 
-        One that shows a rung again, since its process was killed, gets the answer that it got before.
+        A trial whose process was killed may show a rung again, and gets the answer that it got before.
         """
         seen = self._seen.setdefault(rung, {})
         if key not in seen:
@@ -41,5 +41,5 @@ class Halving:
         return (rung, key) not in self._stopped
 
     def rungs_of(self, key: str) -> dict[float, float]:
-        """Return what a trial showed, by rung."""
+        """Return a trial's values, by rung."""
         return {rung: seen[key] for rung, seen in self._seen.items() if key in seen}

@@ -1,7 +1,7 @@
-"""The ledger of a sweep: one line for each trial that ended, written once. What it holds is not done again.
+"""The ledger of a sweep: one line for each trial that ended. A trial in the ledger is not run again.
 
-It is the one mechanism for going on after the driver was killed and for adding points to a finished sweep: whoever runs trials looks
-their keys up here first. The key stands for everything that decides a trial's number (`pipeline.sweeps.points.key_of`).
+Resuming a sweep and extending it both rest on it: a trial is looked up here by its key before it runs. The key stands for everything that
+decides the trial's number (`pipeline.sweeps.points.key_of`).
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class LedgerEntry:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> LedgerEntry:
-        """Read what `asdict` gave, through JSON, which has no keys but text."""
+        """Read what `asdict` and JSON made of an entry; JSON turns the keys of dictionaries into text."""
         curve = {int(calls): value for calls, value in data["curve"].items()}
         rungs = {float(share): value for share, value in data["rungs"].items()}
         return cls(**{**data, "curve": curve, "rungs": rungs})
@@ -67,7 +67,7 @@ class Ledger:
         self.path = path
 
     def entries(self) -> dict[str, LedgerEntry]:
-        """Return the newest entry of each trial, by its key. A last line cut short by a kill is none."""
+        """Return the newest entry of each trial, by its key. A last line that a kill cut short is ignored."""
         found: dict[str, LedgerEntry] = {}
         try:
             lines = self.path.read_bytes().split(b"\n")
@@ -84,7 +84,7 @@ class Ledger:
         return found
 
     def append(self, entry: LedgerEntry) -> None:
-        """Write one line; it is on disk when this returns. StorageError where it cannot be."""
+        """Write one line; it is on disk when this returns. StorageError if it cannot be written."""
         text = json.dumps(asdict(entry)) + "\n"
         try:
             with self.path.open("ab+") as file:

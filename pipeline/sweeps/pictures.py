@@ -37,7 +37,7 @@ GOOD, NOISE, REST = COLOURS[2], COLOURS[4], "#9AA0A6"
 
 
 def draw_all(result: Result, runs: Mapping[str, Run], folder: Path) -> dict[str, Path]:
-    """Write the pictures that this result has something to show in; return them by name, in reading order."""
+    """Write the pictures that this result has data for; return them by name, in reading order."""
     drawings = {
         "ranking": _ranking,
         "heatmap": _heat_map,
@@ -90,7 +90,7 @@ def _ranking(result: Result) -> Any:
 
 
 def noise_limit(result: Result) -> float | None:
-    """Return how far chance alone reaches from the best point, if that is the same for all points: equal counts of seeds."""
+    """Return the difference from the best point that chance alone reaches; None if it is not the same for all points."""
     counts = {len(point.values) for point in result.complete}
     return result.noise.limit(*counts, *counts) if result.noise is not None and len(counts) == 1 else None
 
@@ -168,7 +168,7 @@ def _heat_map(result: Result) -> Any:
 
 
 def _nfe(result: Result) -> Any:
-    """Quality against what an image costs to make, a line for each point, and the front of what nothing beats."""
+    """Quality against network calls for each image: a line for each point, and the Pareto front."""
     points = [point for point in result.ranked if len(point.curve) > 1]
     if not points and len({point.nfe for point in result.ranked}) < 2:
         return None
@@ -190,7 +190,7 @@ def _nfe(result: Result) -> Any:
 
 
 def _training_time(result: Result) -> Any:
-    """Quality against training time, means over seeds with what the seeds span, and the front of the means."""
+    """Quality against training time: means over seeds, the ranges of the seeds, and the Pareto front of the means."""
     points = result.ranked
     if len(points) < 2:
         return None
@@ -210,7 +210,7 @@ def _training_time(result: Result) -> Any:
 
 
 def _noise_of_time(result: Result) -> str:
-    """Return what the title says of times that tell more of the machine's load than of the points."""
+    """Return the part of a title that warns if times tell more about the machine's load than about the points."""
     several = [point for point in result.ranked if len(point.training_times) > 1]
     if not several:
         return "\nOne seed each: the time is also that of the machine's load"
@@ -259,7 +259,7 @@ def _parallel_coordinates(result: Result) -> Any:
 
 
 def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
-    """The first images of each point, best first, all of one seed: a column is one and the same noise."""
+    """The first images of each point, best first, all of one seed: each column starts from the same noise."""
     seed, pictured = _of_one_seed(result.ranked[:MOST_POINTS], runs)
     strips: list[tuple[PointResult, Any]] = []
     for point, run in pictured:
@@ -292,7 +292,7 @@ def _samples(result: Result, runs: Mapping[str, Run]) -> Any:
 
 
 def _of_one_seed(points: Sequence[PointResult], runs: Mapping[str, Run]) -> tuple[int, list[tuple[PointResult, Run]]]:
-    """Return the seed that most points have images of, the lowest of several such, and those points, each with its run of that seed."""
+    """Return the seed for which the most points have images (the lowest of several), and those points with their runs of it."""
     by_seed: dict[int, list[tuple[PointResult, Run]]] = {}
     for point in points:
         for entry in point.entries:
@@ -310,7 +310,7 @@ def _samples_of(run: Run) -> Path:
 
 
 def pareto(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the (cost, value) pairs that none beats in both, by cost: lower is better in either."""
+    """Return the (cost, value) pairs that no other pair beats in both, by cost; lower is better for both."""
     front: list[tuple[float, float]] = []
     for cost, value in sorted(points):
         if not front or value < front[-1][1]:
@@ -323,7 +323,7 @@ def _settings(result: Result) -> list[str]:
 
 
 def _values_of(result: Result, key: str) -> list[Any]:
-    """Return the values of a setting: numbers ascending, others as they were listed."""
+    """Return the values of a setting: numbers in ascending order, others as they were listed."""
     found: list[Any] = []
     for point in [*(p.point for p in result.points), *(r.point for r in result.refused)]:
         if key in point and point[key] not in found:
@@ -356,12 +356,12 @@ def _frame(x: int, y: int) -> Any:
 
 
 def _of_how_many(result: Result) -> str:
-    """Return what a title says where not all points are shown."""
+    """Return the part of a title that says how many points are shown, if not all are."""
     return f" (the best {MOST_POINTS} of {len(result.ranked)} points)" if len(result.ranked) > MOST_POINTS else ""
 
 
 def _with_legend(result: Result) -> tuple[Any, Any]:
-    """Return a figure and its axes, with room for a line of legend for each point."""
+    """Return a figure and its axes, with room for one line of legend for each point."""
     shown = min(len(result.ranked), MOST_POINTS)
     figure = new_figure(8.4, max(4.2, 0.8 + 0.19 * shown))
     return figure, figure.add_subplot()
@@ -380,7 +380,7 @@ def _style(i: int, point: PointResult, result: Result) -> dict[str, Any]:
 
 
 def _span(values: Sequence[float]) -> list[list[float]]:
-    """Return how far the lowest and the highest value are from their mean."""
+    """Return the distances of the lowest and the highest value from their mean."""
     mean = statistics.fmean(values)
     return [[mean - min(values)], [max(values) - mean]]
 

@@ -1,4 +1,4 @@
-"""A sweep worked out and checked before anything is spent: its points, how many trials run at once, what they leave behind."""
+"""A sweep worked out and checked before anything is spent: its points, how many trials run at once, and the disk space they need."""
 
 from __future__ import annotations
 
@@ -30,8 +30,6 @@ MOST_AT_ONCE = 4  # trials on one machine whose profile says nothing of CPUs: ea
 
 @dataclass(frozen=True)
 class SweepRequest:
-    """What the user asked for, and where."""
-
     sweep: Sweep
     base: Experiment
     profile: Profile
@@ -40,9 +38,9 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A checked sweep, before anything is spent. `trial` plans its largest point, `largest`, which is None of points alike.
+    """A checked sweep. `trial` plans its largest point, `largest`, which is None if all points are alike.
 
-    Of a search that draws its points, `checked` gets what it meets (see `drawing`).
+    For a search that draws its points, `checked` is filled while they are drawn (see `drawing`).
     """
 
     sweep: Sweep
@@ -54,12 +52,11 @@ class SweepPlan:
 
     @property
     def disk_bytes(self) -> int | None:
-        """What the trials leave behind: their checkpoints and the model that each logs."""
+        """Disk space of all trials: their checkpoints and the model that each logs."""
         one, keep = self.trial.checkpoint_bytes, self.trial.experiment.checkpoint.keep
         return None if one is None else self.num_trials * (one * keep + one // 2)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
         return {
             "sweep": self.sweep.to_dict(),
             "points": self.checked.points,
@@ -104,7 +101,7 @@ def make_sweep_plan(
     shape: tuple[int, int, int] | None,
     num_classes: int | None = None,
 ) -> SweepPlan:
-    """Check every point against profile and dataset; UsageError where none is left. What is not known of the dataset is None."""
+    """Check every point against profile and dataset; UsageError if none is left. Unknown facts of the dataset are None."""
     sweep, base = asked.sweep, asked.base
     counts = fitting_counts(base, asked.profile)
     num_workers = counts[0] if asked.profile.is_remote else counts[-1]  # trials beside each other share a machine best
@@ -147,9 +144,9 @@ def _warnings(experiment: Experiment) -> Sequence[str]:
 
 
 def drawing(asked: SweepRequest, trial: Plan, met: Checked) -> TPE:
-    """Return the search that draws a sweep's points, each checked as it is drawn; `met` gets what is refused, and warnings.
+    """Return the search that draws a sweep's points and checks each; refused points and warnings are added to `met`.
 
-    `trial` plans any of its trials.
+    `trial` is the plan of any of its trials.
     """
     sweep, base = asked.sweep, asked.base
 
@@ -170,7 +167,7 @@ def drawing(asked: SweepRequest, trial: Plan, met: Checked) -> TPE:
 
 
 def most_points(sweep: Sweep) -> int:
-    """Return how many points a search can try: not more than its space holds, where that is listed."""
+    """Return how many points a search can try: at most those of its space, if all its values are listed."""
     assert sweep.num_points is not None
     if any(axis.values is None for axis in sweep.space.values()):
         return sweep.num_points
@@ -178,7 +175,7 @@ def most_points(sweep: Sweep) -> int:
 
 
 def _ends(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> list[Point]:
-    """Return the points at the ends of the ranges that a search draws from, as far as they can be trained; at least the base."""
+    """Return the points at the ends of the ranges that a search draws from, if they can be trained; at least the base."""
     lists = {
         key: axis if axis.values is not None else Axis(grid=axis.bounds, when=axis.when)
         for key, axis in sweep.space.items()
@@ -194,14 +191,14 @@ def _ends(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[
 
 
 def _work(sweep: Sweep, plan: Plan) -> int:
-    """Return what a trial's time grows with: parameters times network calls, of training unless the clock ends it, and of the scores."""
+    """Return a number that grows with a trial's time: parameters times network calls of training (unless the clock ends it) and scores."""
     training = plan.experiment.training
     steps = training.steps if sweep.budget.minutes is None else 0
     return (plan.num_parameters or 0) * (STEP_CALLS * training.batch_size * steps + scoring_calls(plan))
 
 
 def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) -> None:
-    """Refuse a point whose images would cost other network calls than the base's, unless the sweep is about sampling."""
+    """Refuse a point whose images cost another number of network calls than the base, unless the sweep varies sampling."""
     if sweep.metric == "bpd" or any(key.startswith("sampling.") for key in sweep.space):
         return
     calls, usual = (usual_generation(each).nfe for each in (experiment, base))
@@ -213,7 +210,7 @@ def require_equal_calls(sweep: Sweep, base: Experiment, experiment: Experiment) 
 
 
 def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: int | None) -> int:
-    """Return how many trials run at once: as many as the machine holds workers for, at least one."""
+    """Return how many trials run at once: as many as the machine has room for, at least one."""
     cpus, each = usable_cpus(), profile.resources_per_worker
     if profile.is_remote:
         room = num_trials  # the cluster says, once it is there
@@ -227,7 +224,7 @@ def max_concurrent(profile: Profile, num_workers: int, num_trials: int, asked: i
 
 
 def trial_profile(profile: Profile, num_workers: int, at_once: int) -> Profile:
-    """Return the profile of one trial: with workers of the sweep's Ray, and where CPUs are shared, its share of them."""
+    """Return the profile of one trial: its workers run in the sweep's Ray, and get a share of the CPUs."""
     profile = profile.isolating()
     if not profile.is_remote:
         profile = profile.model_copy(update={"workers": num_workers})

@@ -1,4 +1,4 @@
-"""The points of a sweep: enumerated or drawn, each checked before anything is spent, in words and as keys of the ledger."""
+"""The points of a sweep: listed or drawn, each checked before anything is spent; their titles and their keys in the ledger."""
 
 from __future__ import annotations
 
@@ -21,15 +21,13 @@ MAX_DRAWS = 100  # of points that are new and not refused, for each one that is 
 
 @dataclass(frozen=True)
 class Refused:
-    """A point that cannot be trained, and why."""
-
     point: Point
     reason: str
 
 
 @dataclass(frozen=True)
 class Checked:
-    """The points of a grid or of random search: those to try, those refused, and warnings about some, by title."""
+    """The points of a grid or of random search: those to try, those refused, and warnings about some of them, by title."""
 
     points: list[Point]
     refused: list[Refused]
@@ -37,7 +35,7 @@ class Checked:
 
 
 def active(space: dict[str, Axis], values: Point) -> Point:
-    """Return the settings whose conditions hold: a setting left out stays as the base has it, and fulfils no condition itself."""
+    """Return the settings whose conditions hold. A setting that is left out keeps the base's value and fulfils no condition."""
     kept: Point = {}
     for key in by_dependency(space):
         wanted = {k: v if isinstance(v, list) else [v] for k, v in space[key].when.items()}
@@ -60,8 +58,8 @@ def grid(space: dict[str, Axis]) -> Iterator[Point]:
 def drawn(space: dict[str, Axis], seed: int) -> Iterator[Point]:
     """Yield points drawn independently, a function of the seed; the same point may come again.
 
-    Each setting of each point has a chance of its own, so that a sweep that is extended draws again what it drew before: with a further
-    setting, the values of the others stay; with one value more, only the points that get it change.
+    Each setting of each point has its own random number, so an extended sweep draws the same points again: with a further setting, the
+    values of the others stay; with one more value, only the points that get it change.
     """
     for index in itertools.count():
         yield active(space, {key: _drawn_value(key, axis, seed, index) for key, axis in space.items()})
@@ -75,7 +73,7 @@ def _drawn_value(key: str, axis: Axis, seed: int, index: int) -> Any:
 
 
 def check(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> Checked:
-    """Return the points of a grid or of random search, checked by `test`: it raises what refuses one, and returns warnings."""
+    """Return the points of a grid or of random search, checked by `test`, which raises to refuse a point and returns warnings."""
     wanted = sweep.num_points
     source = (
         grid(sweep.space) if wanted is None else itertools.islice(drawn(sweep.space, base.seed), wanted * MAX_DRAWS)
@@ -104,9 +102,9 @@ def check(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[
 
 
 def completed(sweep: Sweep, base: Experiment, point: Point) -> Point:
-    """Return a point with all settings of the space that hold for it, as an experiment has them: so equal settings are equal points.
+    """Return a point with all settings of the space that apply to it, as an experiment has them: equal settings make equal points.
 
-    A point from before the space got a further setting has that of the base.
+    If the space got a further setting later, the point has the base's value of it.
     """
     content = with_settings(base, point, "point").to_dict()
     values = {key: content_at(content, key) for key in sweep.space}
@@ -115,7 +113,7 @@ def completed(sweep: Sweep, base: Experiment, point: Point) -> Point:
 
 
 def content_at(content: dict[str, Any], key: str) -> Any:
-    """Return the value of a dotted key in nested data; None where there is none."""
+    """Return the value of a dotted key in nested data; None if there is none."""
     node: Any = content
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
@@ -138,10 +136,10 @@ def title(point: Point) -> str:
 
 
 def key_of(sweep: Sweep, experiment: Experiment, fingerprint: str, judged_by: Mapping[str, Any]) -> str:
-    """Return 16 digits that are equal for trials that would give the same number.
+    """Return 16 hexadecimal digits that are equal for trials with equal results.
 
-    They stand for the settings that decide the weights, the budget, the images, and the identity of the metric: how images are made and
-    what they are judged by, where `judged_by` names the extractor and the reference that were found.
+    They stand for the settings that decide the weights, the budget, the images, and the identity of the metric. `judged_by` names the
+    extractor and the reference.
     """
     evaluation = experiment.evaluation.model_dump(mode="json", exclude={"metrics", "enabled"})
     parts = {

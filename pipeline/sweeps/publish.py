@@ -1,4 +1,4 @@
-"""What a sweep leaves for its readers: the report in its folder, the same in MLflow, trials found by words, the best model registered."""
+"""What a sweep publishes: the report in its folder and in MLflow, searchable names of trials, and the best model in the registry."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class SweepTracking:
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """MLflow's id of the sweep's run; None while the store has given none."""
+        """MLflow's id of the sweep's run; None until the store has answered."""
         return self._folder.mlflow_run_id
 
     @property
     def for_trials(self) -> TrackingSettings:
-        """Settings of the trials: in the sweep's own experiment, which `mlflow run` may have chosen. MLflow nests runs of one only."""
+        """Settings of the trials: they use the sweep's MLflow experiment, since MLflow nests runs within one experiment only."""
         settings = replace(self.settings, mlflow_run_id=None)
         name = None if self.mlflow_run_id is None else experiment_of_run(settings.uri, self.mlflow_run_id)
         return settings if name is None else replace(settings, experiment=name)
 
     def start(self) -> None:
-        """Open the run, and wait a moment for its id: trials name it as their parent."""
+        """Open the run, and wait a moment for its id, which trials name as their parent."""
         record, sweep, manifest = self._folder.record, self._folder.sweep, self._dataset.manifest
         space: dict[str, Any] = {
             f"space.{key}": json.dumps(axis.model_dump(mode="json", exclude_defaults=True))
@@ -78,7 +78,7 @@ class SweepTracking:
 
 
 def publish(folder: SweepFolder, result: Result, tracking: SweepTracking, console: Console) -> None:
-    """Write the report, and show it in MLflow with the trials and the best model. A store that is away costs no result."""
+    """Write the report, and show it in MLflow with the trials and the best model. An unreachable tracking store loses no result."""
     runs = {run.id: run for run in folder.trials().values()}
     report = make_folder(folder.report)
     write_json(report / "result.json", result.to_json())
@@ -102,9 +102,9 @@ def publish(folder: SweepFolder, result: Result, tracking: SweepTracking, consol
 
 
 def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) -> None:
-    """Record the value of each trial, and the best point's mean over the seeds so far, by the number of trials done: two lines in MLflow.
+    """Record two lines in MLflow, by the number of trials done: the value of each trial, and the lowest mean of a point so far.
 
-    The last value of the second is the mean of the point that the sweep names the best.
+    The last value of the second line is the mean of the best point of the report.
     """
     compared = result.complete or result.ranked
     points = {e.key: point.title for point in compared for e in point.entries if e.value is not None}
@@ -122,7 +122,7 @@ def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) ->
 
 
 def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking) -> None:
-    """Give each trial's run its rank and the best one a name that a search finds: "cosine, T = 250, best FID, seed 0".
+    """Give each trial's run its rank, and the best one a name that a search finds: "cosine, T = 250, best FID, seed 0".
 
     The rank is a metric, since MLflow sorts tags as text.
     """
@@ -148,9 +148,9 @@ def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], trac
 def _register(
     folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking, console: Console
 ) -> None:
-    """Register the best trial's model under an alias made of the metric's identity.
+    """Register the best trial's model under an alias made from the metric's identity.
 
-    The alias is given by the mean over the seeds of the point, as the sweep ranks: the best of many seeds would win by their number.
+    The alias goes to the model with the best mean over seeds, as in the ranking: a single trial of many would win by luck.
     """
     best = result.best
     entry = best.best_entry if best is not None else None

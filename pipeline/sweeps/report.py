@@ -1,4 +1,4 @@
-"""The report of a sweep as one page that needs nothing else: no script, no address, pictures inside."""
+"""The report of a sweep as one HTML page with its pictures inside: no script, no external address."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ details { margin-top: 8px; } summary { cursor: pointer; color: #0072B2; } li { m
 
 
 def write_report(folder: SweepFolder, result: Result, runs: Mapping[str, Run], out: Path) -> Path:
-    """Write the pictures, the page and the sweep as a file into a folder, and return the page's path."""
+    """Write the pictures, the page and the sweep's file into a folder, and return the page's path."""
     pictures = draw_all(result, runs, out)
     page = out / REPORT_FILE
     write_atomically(out / SWEEP_FILE, (json.dumps(folder.record.sweep, indent=1) + "\n").encode())  # JSON is YAML

@@ -1,10 +1,10 @@
-"""What a sweep found: points best first, each with its error bar, and whether the best one really is.
+"""The result of a sweep: points best first, each with its error bar, and whether the best one really is best.
 
-An error bar is the standard error over seeds. Whether points differ by more than that noise is asked of all at once, since the best one
-is picked by the values that are compared: Tukey's test (1949; of unequal counts, Kramer 1956), which says of equal points that any of them
-differ in 5 % of sweeps. The noise is what the settings (and, where all points share their seeds, the seeds) leave unexplained, pooled over
-all points. It takes a difference of q / sqrt(2) of its standard errors, q being the studentized range's: of nine points 4.1 with two seeds
-each, 3.4 with four.
+An error bar is the standard error over seeds. All points are tested at once, since the best one is picked by the values that are compared:
+Tukey's test (1949; for unequal counts, Kramer 1956) calls any of several equal points different in 5% of sweeps. The noise is what the
+settings (and, if all points share their seeds, the seeds) leave unexplained, pooled over all points. Two points differ if they are more
+than q / sqrt(2) standard errors of their difference apart, where q is a quantile of the studentized range: 4.1 for nine points with two
+seeds each, 3.4 with four.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ MADE = frozenset(
 
 @dataclass(frozen=True)
 class PointResult:
-    """What is known of one point, over its seeds; lower values are better.
+    """The values of one point over its seeds; lower is better.
 
-    `mean` is None of a point without a value: stopped early, or failed. One with values of which a seed failed is not complete: what failed
-    may be the point's own doing, so that the rest is a choice of lucky seeds.
+    `mean` is None if no seed has a value: all were stopped early, or failed. A point of which a seed failed is not complete: the point
+    itself may be the cause, and its other seeds the lucky ones.
     """
 
     point: Point
@@ -50,7 +50,6 @@ class PointResult:
 
     @property
     def failed(self) -> list[LedgerEntry]:
-        """The seeds that failed."""
         return [entry for entry in self.entries if entry.status == "failed"]
 
     @property
@@ -60,41 +59,39 @@ class PointResult:
 
     @property
     def mean(self) -> float | None:
-        """Mean over seeds."""
         return statistics.fmean(self.values) if self.values else None
 
     @property
     def standard_error(self) -> float | None:
-        """Standard error of the mean over seeds; None of a single seed."""
+        """Standard error of the mean over seeds; None for a single seed."""
         values = self.values
         return statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
     @property
     def spread_of_one(self) -> tuple[float, str] | None:
-        """Of a single seed: the deviation that comes with its value, and over what, which is not the noise between trainings."""
+        """For a single seed: the standard deviation that its value comes with, and over what; not the noise between trainings."""
         only = self.best_entry if len(self.values) == 1 else None
         return None if only is None or only.std is None else (only.std, only.std_over)
 
     @property
     def status(self) -> str:
-        """ "finished" where any seed has a value, else how the first seed ended."""
+        """ "finished" if any seed has a value, else how the first seed ended."""
         return "finished" if self.values else self.entries[0].status
 
     @property
     def best_entry(self) -> LedgerEntry | None:
-        """The seed of the lowest value."""
+        """The seed with the lowest value."""
         found = [(entry.value, entry.seed, entry) for entry in self.entries if entry.value is not None]
         return min(found)[2] if found else None
 
     @property
     def training_times(self) -> list[float]:
-        """Training time of the seeds that finished, or of all, in seconds."""
+        """Training time of the seeds that finished, or of all if none did, in seconds."""
         spent = [entry.training_s for entry in self.entries if entry.value is not None]
         return spent or [entry.training_s for entry in self.entries]
 
     @property
     def training_s(self) -> float:
-        """Mean training time."""
         return statistics.fmean(self.training_times)
 
     @property
@@ -114,7 +111,6 @@ class PointResult:
         return {calls: statistics.fmean(values) for calls, values in sorted(found.items())}
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
         return {
             "point": self.point,
             "title": self.title,
@@ -134,7 +130,7 @@ class PointResult:
 
 @dataclass(frozen=True)
 class Result:
-    """A sweep's answer. `points` are ranked best first: the complete ones, those of which a seed failed, those without a value.
+    """The answer of a sweep. `points` are ranked best first: complete ones, those of which a seed failed, those without a value.
 
     `listed`: the values of settings that were given as a list, in its order.
     """
@@ -161,18 +157,17 @@ class Result:
 
     @cached_property
     def noise(self) -> Noise | None:
-        """What chance does to the complete points; None where too few have several seeds."""
+        """The noise of the complete points; None if fewer than two have several seeds."""
         compared = [point for point in self.complete if len(point.values) > 1]
         return noise_of([p.values for p in compared], same_seeds=len({point.seeds for point in compared}) == 1)
 
     @property
     def best(self) -> PointResult | None:
-        """The complete point of the lowest mean; where none is complete, the lowest."""
+        """The complete point with the lowest mean; if none is complete, the lowest."""
         return self.ranked[0] if self.ranked else None
 
     @property
     def failed(self) -> list[LedgerEntry]:
-        """Trials that failed."""
         return [entry for point in self.points for entry in point.failed]
 
     @property
@@ -183,7 +178,6 @@ class Result:
         return entry.metric if entry is not None else self.metric
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data, for `--json`."""
         return {
             "sweep": self.sweep_id,
             "name": self.name,
@@ -210,7 +204,7 @@ def result_of(
     seconds: float = 0.0,
     listed: Mapping[str, Sequence[Any]] | None = None,
 ) -> Result:
-    """Gather entries by point and rank the points; a value that is judged unlike the newest one is refused, not ranked."""
+    """Gather entries by point and rank the points; a value that was judged unlike the newest one is refused, not ranked."""
     newest = {(canonical(entry.point), entry.seed): _checked(entry) for entry in entries}
     alike, unlike = _by_identity(list(newest.values()), sweep_id)
     gathered: dict[str, list[LedgerEntry]] = {}
@@ -227,7 +221,7 @@ def result_of(
 
 
 def _checked(entry: LedgerEntry) -> LedgerEntry:
-    """Return an entry without the values that are no numbers: a model whose own value is none failed."""
+    """Return an entry without values that are not finite; a trial whose own value is not finite failed."""
     curve = {calls: value for calls, value in entry.curve.items() if math.isfinite(value)}
     rungs = {rung: value for rung, value in entry.rungs.items() if math.isfinite(value)}
     if entry.value is None or math.isfinite(entry.value):
@@ -237,7 +231,7 @@ def _checked(entry: LedgerEntry) -> LedgerEntry:
 
 
 def _by_identity(entries: list[LedgerEntry], sweep_id: str) -> tuple[list[LedgerEntry], list[Refused]]:
-    """Part entries that compare with the newest value from those that were judged otherwise."""
+    """Separate the entries that compare with the newest value from those that were judged in another way."""
     valued = [entry for entry in entries if entry.value is not None]
     unlike = {}
     for entry in valued[:-1]:
@@ -259,13 +253,13 @@ def differ(result: Result, a: PointResult, b: PointResult) -> bool | None:
 
 
 def within_noise(result: Result) -> list[PointResult]:
-    """Return the points that cannot be told from the best one."""
+    """Return the points that do not differ from the best one by more than the noise."""
     best = result.best
     return [point for point in result.complete if point is not best and best and differ(result, best, point) is False]
 
 
 def statement(result: Result) -> str:
-    """Return a few sentences: which point is best, which others may as well be, and which are not compared."""
+    """Return a few sentences: which point is best, which ones are within its noise, and which are not compared."""
     best = result.best
     if best is None:
         return "No trial gave a value."
@@ -298,7 +292,7 @@ def _compared(result: Result, best: PointResult) -> list[str]:
 
 
 def failed_seeds(point: PointResult) -> str:
-    """Return which seeds of a point failed, in words."""
+    """Return text such as "seed 1 failed"."""
     numbers = [str(entry.seed) for entry in point.failed]
     return f"seed{'s' if len(numbers) > 1 else ''} {', '.join(numbers)} failed"
 
@@ -308,7 +302,7 @@ def _some(names: list[str], most: int = 6) -> str:
 
 
 def with_error(point: PointResult) -> str:
-    """Return a point's value with its error bar, "0.54 ± 0.03", or of a single seed with what its value comes with."""
+    """Return a value with its error bar, "0.54 ± 0.03", or for a single seed with the standard deviation that it comes with."""
     if point.mean is None:
         return "-"
     if point.standard_error is not None:

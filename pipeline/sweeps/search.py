@@ -1,4 +1,4 @@
-"""What a sweep tries next: repetitions of listed points, or what TPE makes of the values so far. No Ray.
+"""What a sweep tries next: repetitions of listed points, or points that TPE draws from the values so far. No Ray.
 
 trials = Trials(sweep, points)
 while (trial := trials.next()) is not DONE:         # None: wait for one that runs
@@ -20,8 +20,7 @@ from pipeline.sweeps.points import MAX_DRAWS, Point, active, canonical
 from pipeline.training.randomness import seed_of
 
 
-class _Done:
-    """There is nothing more to try."""
+class _Done: ...
 
 
 DONE: Final = _Done()
@@ -41,7 +40,7 @@ class Next:
 
 @dataclass
 class Progress:
-    """What is known of a point: values by seed, None of one that gave none; seeds still running; rungs, where it was stopped early."""
+    """The state of a point: values by seed (None if it gave none), seeds that run, and its rungs if it was stopped early."""
 
     point: Point
     values: dict[int, float | None] = field(default_factory=dict)
@@ -50,45 +49,41 @@ class Progress:
 
 
 class PointSource(Protocol):
-    """Where points come from; `learns`: whether values decide which ones come next."""
+    """Where points come from; `learns`: whether values decide which points come next."""
 
     learns: bool
 
     def draw(self) -> Point | None:
-        """Return a point not given before, or None where there are no more."""
+        """Return a new point, or None if there are no more."""
 
     def take(self, point: Point) -> None:
-        """Take up a point that was given under an earlier driver; it is not given again."""
+        """Note a point that an earlier driver tried; it is not drawn again."""
 
     def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
-        """Hear the mean over the seeds of a point, None where it has none; `stopped`: what one that was stopped early showed by then."""
+        """Take the mean over the seeds of a point, None if it has none; `stopped`: the rungs of a point that was stopped early."""
 
 
 class Listed:
-    """Points known beforehand."""
-
     learns = False
 
     def __init__(self, points: list[Point]) -> None:
         self._points = list(points)
 
     def draw(self) -> Point | None:
-        """Return the next point."""
         return self._points.pop(0) if self._points else None
 
     def take(self, point: Point) -> None:
-        """Listed points are all given; what is done of them, the ledger says."""
+        """Do nothing: the ledger holds what is done."""
 
     def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
-        """Listed points do not depend on values."""
+        """Do nothing: listed points do not depend on values."""
 
 
 class TPE:
-    """The tree-structured Parzen estimator of Optuna (Bergstra et al. 2011), a function of the seed and of what it is told.
+    """The tree-structured Parzen estimator of Optuna (Bergstra et al. 2011), a function of the seed and of the values that it is given.
 
-    `refuses` says whether a point cannot be trained, and is asked once of each; such points are told as failures, and another is drawn.
-    What early stopping ended is told as pruned: worse than what was finished, and among its like as bad as its KID, of as late a rung as
-    it has.
+    `refuses` says whether a point cannot be trained, and is asked once for each; such points count as failures, and another is drawn. A
+    point that was stopped early counts as pruned: worse than any finished one, and ranked among its like by its KID at its latest rung.
     """
 
     learns = True
@@ -107,7 +102,7 @@ class TPE:
         self._in_vain = False  # drawn since it last heard something: it would be so again
 
     def draw(self) -> Point | None:
-        """Return a new point that can be trained; None after `num_points`, or where `MAX_DRAWS` in a row are none, until it hears more."""
+        """Return a new point that can be trained; None after `num_points`, or if `MAX_DRAWS` in a row are not new, until `tell`."""
         import optuna
 
         if len(self._given) >= self._num_points or self._in_vain:
@@ -132,7 +127,7 @@ class TPE:
         self._given.add(canonical(point))
 
     def tell(self, point: Point, value: float | None, stopped: Rungs | None) -> None:
-        """Hear a value, of a point drawn here or taken up; of one whose first repetition failed, perhaps once more."""
+        """Take the value of a point, drawn here or by an earlier driver; possibly again, if its first repetition failed."""
         import optuna
 
         self._in_vain = False
@@ -173,7 +168,7 @@ def _state(value: float | None, stopped: Rungs | None) -> Any:
 
 
 def _by_step(stopped: Rungs | None) -> dict[int, float]:
-    """Return a stopped point's KID by millionths of the budget: Optuna counts whole steps."""
+    """Return a stopped point's KID by millionths of the budget, since Optuna counts whole steps."""
     return {round(share * 1e6): kid for share, kid in (stopped or {}).items()}
 
 
@@ -202,10 +197,10 @@ def _category(value: Any) -> str:
 
 
 class Trials:
-    """The trials of a sweep in the order in which they are to be run.
+    """The trials of a sweep in the order in which they are run.
 
-    All points get their first seed before any gets its second, so that a sweep stopped halfway still compares all of them. With early
-    stopping, the first seed alone competes: the others are spent on points that survive.
+    All points get their first seed before any gets its second, so that a sweep that is stopped halfway still compares all of them. With
+    early stopping, only the first seed competes: the other seeds are spent on points that survive.
     """
 
     def __init__(self, sweep: Sweep, source: PointSource) -> None:
@@ -213,9 +208,9 @@ class Trials:
         self._points: dict[str, Progress] = {}
 
     def known(self, entries: Iterable[LedgerEntry], begun: Iterable[Point] = ()) -> None:
-        """Take up an earlier driver's entries, and points it had begun, before the first `next`: only a search that draws points needs it.
+        """Take an earlier driver's entries, and points it had begun, before the first `next`. Only a search that draws points needs it.
 
-        What failed or was only begun is run before more is drawn.
+        Trials that failed or were only begun are run before more points are drawn.
         """
         for point in begun:
             self._take(point)
@@ -259,7 +254,7 @@ class Trials:
         return None
 
     def ended(self, trial: Next, status: Status, value: float | None, rungs: Rungs) -> None:
-        """Take note of how a trial ended."""
+        """Note how a trial ended."""
         progress = self._points[canonical(trial.point)]
         progress.running.discard(trial.seed)
         self._note(progress, trial.seed, status, value, rungs)

@@ -1,4 +1,4 @@
-"""What a sweep found, in words: the table, the lines that end the command, and the description in MLflow's pages."""
+"""A sweep's result as text: the table, the lines that end the command, and the description in MLflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SWEEP_FILE = "sweep.yaml"  # beside the report
 
 
 def rows(result: Result) -> list[dict[str, object]]:
-    """Return the table, best first: a column for each setting, then what came out."""
+    """Return the table, best first: a column for each setting, then the results."""
     settings = list(dict.fromkeys(key for point in result.points for key in point.point))
     alike = {point.title for point in within_noise(result)}
     table: list[dict[str, object]] = []
@@ -37,7 +37,7 @@ def rows(result: Result) -> list[dict[str, object]]:
 
 
 def to_text(result: Result) -> list[str]:
-    """Return the lines that end a sweep: statement, what was refused or failed, where the report is, what to type next."""
+    """Return the lines that end a sweep: the statement, what was refused or failed, the report, and the next commands."""
     seeds = max((len(point.entries) for point in result.points), default=1)
     lines = ["", statement(result), ""]
     lines += [f"skipped:  {title(item.point)}: {item.reason}" for item in result.refused]
@@ -57,7 +57,7 @@ def to_text(result: Result) -> list[str]:
 
 
 def again(record: SweepRecord) -> str:
-    """Return the command that does the whole sweep again: of an extended one by its file, since each command tells a part alone."""
+    """Return the command that repeats the whole sweep; for an extended one with its file, since each of its commands names a part only."""
     if not record.extensions:
         return shlex.join(record.command)
     words = ["ddpm-pipe", "sweep", f"sweeps/{record.id}/report/{SWEEP_FILE}"]
@@ -67,7 +67,7 @@ def again(record: SweepRecord) -> str:
 
 
 def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> str:
-    """Return Markdown for a reader who has only this page."""
+    """Return the Markdown description of the sweep's run in MLflow, which explains itself."""
     asked = [
         f"**{record.name}**: a sweep over {', '.join(f'`{key}`' for key in sweep.space)} of `{sweep.base}` on "
         f"`{record.dataset['name']}`; {sweep.budget.to_text()} for each trial, {sweep.seeds} seeds, ranked by {sweep.metric}.",

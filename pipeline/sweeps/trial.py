@@ -1,7 +1,7 @@
-"""One trial, in the process that Tune gives it: an ordinary run of ours, trained by Ray Train inside the sweep's Ray.
+"""One trial, in the process that Tune gives it: an ordinary run, trained by Ray Train inside the sweep's Ray.
 
-The trial holds no CPU itself: its workers hold them, and while it scores its model afterwards no other trial may take them, since Tune
-runs no more trials at once than there is room for.
+The trial reserves no CPU itself: its workers do. While it scores its model, no other trial can take their place, since Tune runs no more
+trials at once than there is room for.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class ForTrials:
-    """What a sweep's driver tells each of its trials.
+    """What a sweep's driver sends to each of its trials.
 
     Attributes:
-        metric, judged_by: what the sweep ranks by, and what all its trials have in common there.
-        more_network_calls: at which the model is scored as well.
-        tracking: the store that the driver records in: that of `mlflow run` is known to the driver alone.
-        code_folder: where modules of the user's own are.
-        secrets: the profile's forwarded variables, which no setting holds.
-        profile: what each trial takes now. A trial that an earlier driver began may have had another share of the CPUs.
+        metric, judged_by: what the sweep ranks by, and the extractor and reference that all trials share.
+        more_network_calls: further numbers of network calls at which the model is scored.
+        tracking: the store that the driver records in; only the driver knows that of `mlflow run`.
+        code_folder: where the user's own modules are.
+        secrets: the profile's forwarded variables, which must not be in any settings.
+        profile: the resources of each trial now. A trial that an earlier driver began may have had another share of the CPUs.
     """
 
     metric: str
@@ -58,8 +58,8 @@ class ForTrials:
 def run_trial(config: dict[str, Any], told: ForTrials) -> None:
     """Train and score one trial in a process of its own: what Tune calls.
 
-    Only where this process is killed does Tune start the trial again, which then goes on from its newest checkpoint. `told` comes through
-    Ray's object store: Ray shows a trial's settings to all.
+    If this process is killed, Tune starts the trial again, and it resumes from its newest checkpoint. `told` travels through Ray's object
+    store, since Ray shows a trial's settings to everybody.
     """
     from ray import tune
 
@@ -74,14 +74,14 @@ def run_trial(config: dict[str, Any], told: ForTrials) -> None:
 
 
 def stop_early(run: Run, rung: float) -> None:
-    """Keep that a trial is to stop early: the driver that says so may be killed before the trial has saved."""
+    """Record that a trial is to stop early: the driver may be killed before the trial has saved."""
     write_json(run.folder / VERDICT_FILE, {"rung": rung})
 
 
 def carry_out(run: Run, told: ForTrials, tell: Tell) -> None:
-    """Train and score one trial, telling of each rung, and at the end how it went.
+    """Train and score one trial; report each rung, and at the end how it went.
 
-    A fault is told, not raised: it is the trial's, and the sweep goes on.
+    An error is reported, not raised: it ends the trial, and the sweep continues.
     """
     reported: set[float] = set()
     stop = ""
@@ -120,9 +120,9 @@ def _stop(run: Run, tell: Tell) -> None:
 
 
 def _score(run: Run, told: ForTrials) -> None:
-    """Score the model where that is not done: as the sweep ranks it, and at further numbers of network calls.
+    """Score the model, if that is not done: by the sweep's metric, and at further numbers of network calls.
 
-    A training scores its model itself, but goes without where that fails.
+    Training scores its model itself, but ends without a score if that fails.
     """
     experiment, profile = experiment_of(run), told.profile
     use_variables(profile)

@@ -1,7 +1,7 @@
-"""The trials of a sweep under Ray Tune: what to try next, who is stopped early, and whose workers are to be given back.
+"""The trials of a sweep under Ray Tune: what to try next, which trials to stop early, and the release of their workers.
 
-Tune starts a process for each trial, which starts the trial's workers. Everything that lasts is ours: the ledger, the run folders.
-Tune's own state is thrown away with its folder; a sweep that goes on gets a new Tuner for what is left.
+Tune starts a process for each trial, which starts the trial's workers. Ledger and run folders hold everything that lasts. Tune's own
+state is deleted with its folder; a sweep that is resumed gets a new Tuner for the trials that are left.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ENVIRONMENT = {
 
 @dataclass
 class RunningSweep:
-    """What the driver of a sweep knows while trials run."""
+    """The state of the driver while trials run."""
 
     folder: SweepFolder
     for_trials: ForTrials
@@ -59,11 +59,11 @@ class RunningSweep:
     begun_at: float = field(default_factory=time.monotonic)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles what it is given into its own state, which is thrown away; locks and connections are of this process."""
+        """Return {}: Tune pickles this into its own state, which is not used; locks and connections belong to this process."""
         return {}
 
     def suggest(self, trial_id: str) -> Run | _Done | None:
-        """Return the run folder of the next trial that the ledger does not hold; None to wait."""
+        """Return the run folder of the next trial that the ledger lacks; None to wait."""
         if len(self.running) >= self.room():
             return None
         done = self.folder.ledger.entries()
@@ -84,7 +84,7 @@ class RunningSweep:
         return _Done()
 
     def end(self, trial_id: str, result: dict[str, Any], died: str | None) -> None:
-        """Write a trial that ended into the ledger, and tell of it."""
+        """Write a trial that ended into the ledger, and print its line."""
         following, key, run = self.running.pop(trial_id)
         give_back(run.id)
         status: Literal["finished", "stopped", "failed", "interrupted"]
@@ -121,7 +121,7 @@ def run_trials(
     max_concurrent: int,
     stop_s: float,
 ) -> None:
-    """Run trials until there are none left, in the Ray that is up. InterruptedRunError where the user or the system asked to stop."""
+    """Run trials until none are left, in the running Ray. InterruptedRunError if the user or the system asked to stop."""
     os.environ.update(ENVIRONMENT)
     tuner = _tuner(work, max_concurrent)
     failure: list[BaseException] = []
@@ -150,7 +150,7 @@ def run_trials(
 
 
 def _watch(thread: threading.Thread, work: RunningSweep, signals: Signals, stop_s: float) -> None:
-    """Wait for the trials; on a first signal let each save and stop, and on a second leave at once."""
+    """Wait for the trials. A first signal lets each of them save and stop; a second one leaves at once."""
     asked_at: float | None = None
     while thread.is_alive():
         thread.join(POLL_S)
@@ -165,7 +165,7 @@ def _watch(thread: threading.Thread, work: RunningSweep, signals: Signals, stop_
 
 
 def stop_workers(run: Run, reason: str, control: str | None = None) -> None:
-    """Ask a trial's workers to save and stop, where there are any now."""
+    """Ask a trial's workers, if it has any now, to save and stop."""
     import ray
 
     from pipeline.cluster.control_actor import actor_name
@@ -205,7 +205,7 @@ def _search(work: RunningSweep) -> Any:
     from ray.tune.search import Searcher
 
     class Suggestions(Searcher):  # type: ignore[misc]
-        """What Tune asks for the next trial, and tells of those that ended."""
+        """Gives Tune the next trial, and records those that ended."""
 
         def suggest(self, trial_id: str) -> Any:
             found = work.suggest(trial_id)
@@ -219,10 +219,10 @@ def _search(work: RunningSweep) -> Any:
                 work.end(trial_id, result or {}, died)
 
         def save(self, checkpoint_path: str) -> None:
-            """Keep nothing: the ledger does."""
+            """Do nothing: the ledger holds the state."""
 
         def restore(self, checkpoint_path: str) -> None:
-            """Nothing was kept."""
+            """Do nothing: the ledger holds the state."""
 
         def __getstate__(self) -> dict[str, Any]:
             return {}
@@ -234,7 +234,7 @@ def _scheduler(work: RunningSweep) -> Any:
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     class Halt(FIFOScheduler):  # type: ignore[misc]
-        """At each rung, stops the hopeless by asking their workers to save: the trial ends by itself, and gives back what it holds."""
+        """Stops hopeless trials at each rung by asking their workers to save: the trial then ends by itself and releases its resources."""
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
             if work.halving is not None and "rung" in result and trial.trial_id in work.running:
