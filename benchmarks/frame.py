@@ -99,7 +99,7 @@ def _worker(home: Path, dataset: Dataset) -> float:
 
 def _bare_loop(dataset: Dataset) -> float:
     training, seed = EXPERIMENT.training, EXPERIMENT.seed
-    compute = training_compute(EXPERIMENT, Profile(), 1)
+    compute = training_compute(EXPERIMENT, Profile(), 1, dataset.manifest.shape)
     compute.start()
     model = compute.place(build_model(EXPERIMENT, dataset.manifest.shape)).train()
     state = TrainState.create(model, training, EXPERIMENT.diffusion.num_timesteps, compute)

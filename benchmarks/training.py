@@ -28,7 +28,6 @@ from pipeline.training.randomness import training_draws
 
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "ddpm-cifar10": (3, 32, 32)}
 Shape = tuple[int, int, int]
-MICRO_BATCH = 32
 
 
 def cases() -> list[Case]:
@@ -64,7 +63,7 @@ def _case(
 
 def _contestants(preset: str, batch_size: int, num_steps: int, micro: bool, stack: ExitStack) -> dict[str, Measure]:
     experiment, shape = experiment_of(preset, batch_size), SHAPES[preset]
-    compute = training_compute(experiment, Profile(), 1)
+    compute = training_compute(experiment, Profile(), 1, shape)
     compute.start()
     shipped = replace(compute, autocast_dtype=None, channels_last=False, compile=False)
     tuned = replace(shipped, autocast_dtype=torch.bfloat16, channels_last=True)
@@ -74,9 +73,7 @@ def _contestants(preset: str, batch_size: int, num_steps: int, micro: bool, stac
         "tuned": peer_training(experiment, shape, tuned),
     }
     if micro:
-        works["tuned, micro-batches"] = peer_training(
-            experiment, shape, tuned, experiment.training.micro_batch_size or MICRO_BATCH
-        )
+        works["tuned, micro-batches"] = peer_training(experiment, shape, tuned, compute.micro_batch_size)
     return {name: rate(partial(work, num_steps), batch_size * num_steps) for name, work in works.items()}
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddpm.dropout import Dropout
+
 ZERO_GAIN = 1e-5  # Ho's "zero" layers have variance scale 1e-10: every block starts as (about) the identity
 FEW_PIXELS = 256  # 16x16, where the paper attends
 REFERENCE_STEPS = 1000  # the embedding spans this range of t whatever the number of steps
@@ -67,20 +69,20 @@ class ResidualBlock(nn.Module):
     """
 
     def __init__(
-        self, n_in: int, n_out: int, embedding: int, dropout: float, groups: int, eps: float, scale_shift: bool
+        self, n_in: int, n_out: int, embedding: int, dropout: Dropout, groups: int, eps: float, scale_shift: bool
     ) -> None:
         super().__init__()
         self.norm1 = nn.GroupNorm(groups, n_in, eps)
         self.conv1 = conv(n_in, n_out)
         self.project = linear(embedding, 2 * n_out if scale_shift else n_out)
         self.norm2 = nn.GroupNorm(groups, n_out, eps)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
         self.conv2 = conv(n_out, n_out, gain=ZERO_GAIN)
         self.shortcut = conv(n_in, n_out, 1, padding=0) if n_in != n_out else nn.Identity()
         self.scale_shift = scale_shift
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """x [B,n_in,H,W] and the embedding after its swish -> [B,n_out,H,W]."""
+    def forward(self, x: Tensor, activated: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x [B,n_in,H,W], the embedding after its swish, and the keys of the dropout masks -> [B,n_out,H,W]."""
         h = self.conv1(functional.silu(self.norm1(x)))
         embedded = self.project(activated)[:, :, None, None]
         if self.scale_shift:
@@ -88,7 +90,7 @@ class ResidualBlock(nn.Module):
             h = self.norm2(h) * (1 + scale) + shift
         else:
             h = self.norm2(h + embedded)
-        out: Tensor = self.shortcut(x) + self.conv2(self.dropout(functional.silu(h)))
+        out: Tensor = self.shortcut(x) + self.conv2(self.dropout(functional.silu(h), keys))
         return out
 
 
@@ -130,9 +132,9 @@ class UNetBlock(nn.Module):
         self.residual = residual
         self.attention = attention if attention is not None else nn.Identity()
 
-    def forward(self, x: Tensor, activated: Tensor) -> Tensor:
-        """x [B,n_in,H,W] and the embedding after its swish -> [B,n_out,H,W]."""
-        out: Tensor = self.attention(self.residual(x, activated))
+    def forward(self, x: Tensor, activated: Tensor, keys: Tensor | None = None) -> Tensor:
+        """As `ResidualBlock`."""
+        out: Tensor = self.attention(self.residual(x, activated, keys))
         return out
 
 

@@ -7,11 +7,13 @@ With its defaults it is the paper's network for CIFAR-10, layer for layer: 35,74
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddpm.dropout import Dropout
 from ddpm.layers import ZERO_GAIN, Attention, Downsample, ResidualBlock, TimeEmbedding, UNetBlock, Upsample, conv
 
 
@@ -70,9 +72,17 @@ class UNet(nn.Module):
         # One vector more than there are classes: the null class, for labels that are dropped or not given.
         self.label_embedding = None if num_classes is None else nn.Embedding(num_classes + 1, self.embedding.width)
 
+        layers = count()
+
         def block(n_in: int, n_out: int, attends: bool) -> UNetBlock:
             residual = ResidualBlock(
-                n_in, n_out, self.embedding.width, dropout, norm_groups, norm_eps, scale_shift_norm
+                n_in,
+                n_out,
+                self.embedding.width,
+                Dropout(dropout, layer=next(layers)),
+                norm_groups,
+                norm_eps,
+                scale_shift_norm,
             )
             if not attends:
                 return UNetBlock(residual, None)
@@ -108,8 +118,11 @@ class UNet(nn.Module):
             raise ValueError("this UNet has no classes, so no null class; build it with num_classes")
         return self.num_classes
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x_t [B,C,H,W], code indices t [B], labels y [B] (the null class if None) -> [B,out_channels,H,W]."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """x_t [B,C,H,W], code indices t [B], labels y [B] (the null class if None) -> [B,out_channels,H,W].
+
+        Dropout masks are a function of `keys` [B] int64, a random number for each image; without them torch's generator draws.
+        """
         if x.dim() != 4 or x.shape[1] != self.in_channels:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected [B,{self.in_channels},H,W]")
         self._check_size(x.shape[2], x.shape[3])
@@ -117,12 +130,12 @@ class UNet(nn.Module):
         h = self.conv_in(x)
         skips = [h]
         for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else layer(h, activated)
+            h = layer(h) if isinstance(layer, Downsample) else layer(h, activated, keys)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, activated)
+            h = layer(h, activated, keys)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], 1), activated)
+            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], 1), activated, keys)
         out: Tensor = self.conv_out(functional.silu(self.norm_out(h)))
         return out
 
@@ -149,9 +162,9 @@ def _check_widths(in_channels: int, channels: int, multipliers: Sequence[int], b
     counts = {"in_channels": in_channels, "channels": channels, "num_res_blocks": blocks}
     counts["num_timesteps"] = num_timesteps
     counts |= {f"channel_multipliers[{i}]": m for i, m in enumerate(multipliers)}
-    for name, count in counts.items():
-        if count < 1:
-            raise ValueError(f"{name}={count}, expected a positive integer")
+    for name, number in counts.items():
+        if number < 1:
+            raise ValueError(f"{name}={number}, expected a positive integer")
     if not multipliers:
         raise ValueError("channel_multipliers is empty, expected one positive integer per level")
 

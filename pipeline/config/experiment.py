@@ -23,10 +23,15 @@ from pipeline.config.yaml_files import Section, flatten, read_yaml_mapping, set_
 from pipeline.errors import UsageError
 
 DEFAULT_PRESET = "digits"
-# settings that do not change the weights at any step: a resumed run may change them
+# settings that a resumed run may change: those that do not change the weights at any step, and those of the arithmetic, which change the
+# last bits of the weights from the step on that the run's log names
 FREE_TO_CHANGE = (
     "name",
     "training.steps",
+    "training.precision",
+    "training.micro_batch_size",
+    "training.channels_last",
+    "training.compile",
     "checkpoint.",
     "logging.",
     "sampling.",
@@ -79,6 +84,9 @@ def _plain(value: object) -> object:
 class TrainingConfig(Section):
     """The optimisation. `batch_size` is global: it does not change with the number of workers.
 
+    `precision: mixed`, and None for `micro_batch_size` (images of a worker at once) and `channels_last`, leave the choice to the device;
+    what it came to is recorded and kept by `resume`.
+
     `ema_decay` may be several decays, all averaged at once: the first is the one that is sampled unless another is asked for.
     `ema_widths` are power-function averages (Karras et al. 2024), given by their relative widths sigma_rel and stored every
     `ema_snapshot_every_steps` steps; from two of them an average of any length is made after training (`--weights posthoc:0.1`).
@@ -104,7 +112,7 @@ class TrainingConfig(Section):
     ema_snapshot_every_steps: PositiveInt | None = None
     precision: Precision = Precision.FP32
     compile: bool = False
-    channels_last: bool = False
+    channels_last: bool | None = None
     tf32: bool = False
     deterministic: bool = True
 

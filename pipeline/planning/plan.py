@@ -122,7 +122,7 @@ def make_plan(
     require_divisible(experiment, num_workers, streams)
     warnings = check_training(experiment)
     if profile.kind == "local" and not missing:
-        training_compute(experiment, profile, num_workers)
+        training_compute(experiment, profile, num_workers, shape)
         if profile.use_gpu and (idle := usable_gpus() - whole_gpus(num_workers, profile.gpus_per_worker)) > 0:
             warnings = (
                 *warnings,

@@ -94,7 +94,7 @@ def _probe(
     folder: Path | None,
     clock: Clock,
 ) -> Probe:
-    compute = training_compute(experiment, profile, num_workers, local_rank)
+    compute = training_compute(experiment, profile, num_workers, shape, local_rank)
     compute.start()
     steps = _Steps(experiment, shape, compute, team, clock)
     batch = experiment.training.batch_size // num_workers

@@ -6,8 +6,9 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Batch:
 
     def pin(self) -> Batch:
         """Return the batch in page-locked memory, from which a GPU copies without waiting."""
-        draws = Draws(*(getattr(self.draws, f).pin_memory() for f in ("u_t", "u_flip", "u_label", "eps")))
+        draws = Draws(*(getattr(self.draws, f.name).pin_memory() for f in fields(Draws)))
         labels = None if self.labels is None else self.labels.pin_memory()
         return replace(self, images=self.images.pin_memory(), labels=labels, draws=draws)
 
@@ -59,6 +60,7 @@ class PlacedBatch:
     weights: Tensor
     mirrored: Tensor | None
     labels: Tensor | None
+    keys: Tensor | None
 
     @classmethod
     def of(
@@ -69,14 +71,19 @@ class PlacedBatch:
         horizontal_flip: bool,
         null_class: int | None,
         label_dropout: float,
+        keyed: bool = False,
     ) -> PlacedBatch:
-        """Send a batch to the device; with a `null_class` its labels too, each dropped with a probability of `label_dropout`."""
+        """Send a batch to the device; with a `null_class` its labels too, each dropped with a probability of `label_dropout`.
+
+        `keyed` is a network whose dropout masks are a function of keys.
+        """
         draws, send, labels = batch.draws, compute.send, None
         if null_class is not None:
             assert batch.labels is not None
             labels = send(drop_labels(batch.labels, draws.u_label, label_dropout, null_class))
         mirrored = send(draws.u_flip < 0.5) if horizontal_flip else None
-        return cls(send(batch.images), send(draws.eps), send(drawn.t), send(drawn.weight), mirrored, labels)
+        keys = send(draws.keys) if keyed else None
+        return cls(send(batch.images), send(draws.eps), send(drawn.t), send(drawn.weight), mirrored, labels, keys)
 
     def part(self, rows: slice, channels_last: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Return x0, t and eps of some rows."""
@@ -88,8 +95,9 @@ class PlacedBatch:
         return x0, self.timesteps[rows], self.eps[rows]
 
     def conditioned(self, network: nn.Module, rows: slice) -> Model:
-        """Return the network with the labels of some rows, where it is told any."""
-        return network if self.labels is None else conditioned(network, self.labels[rows])
+        """Return the network with the labels and the keys of some rows, where it takes any."""
+        model: Any = network if self.keys is None else partial(network, keys=self.keys[rows])
+        return model if self.labels is None else conditioned(model, self.labels[rows])
 
 
 class Prefetch(Generic[T]):

@@ -1,8 +1,9 @@
 """The one place that decides device, backend, precision, compilation and the like; nothing else in the code asks.
 
-What changes a result is the experiment's to say (`training.precision`, `tf32`, `channels_last`, `compile`, `deterministic`); what a
-machine permits is the profile's (`precisions`, `compile`, `cuda_graphs`); what it can do, torch is asked once (`Capabilities`). `decide`
-makes one `Compute` of the three, and is a pure function. The GPU's path has the shape of the CPU's: the same calls, other values.
+What changes a result is the experiment's to say (`training.precision`, `micro_batch_size`, `tf32`, `channels_last`, `compile`,
+`deterministic`); what a machine permits is the profile's (`precisions`, `compile`, `cuda_graphs`); what it can do, torch is asked once
+(`Capabilities`). `decide` makes one `Compute` of the three, and is a pure function. The GPU's path has the shape of the CPU's: the same
+calls, other values. What an experiment leaves open is decided for the device, and kept by the run from then on (`Compute.arithmetic`).
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +29,7 @@ from pipeline.training.threads import THREADS, spread
 
 T = TypeVar("T")
 R = TypeVar("R")
+Shape = tuple[int, int, int]
 
 BF16_FROM = (
     8,
@@ -35,6 +37,11 @@ BF16_FROM = (
 )  # Ampere; torch emulates bf16 on older GPUs, slowly, as on CPUs without instructions for it: up to 30 times slower than fp32
 COMPILER_FROM = (7, 0)  # Triton, which torch.compile writes GPU code with
 LossScaler = torch.amp.GradScaler
+CACHED_ELEMENTS = 2**22
+"""Elements of the first level's activations that a micro-batch has on a CPU: 32 images of 32x32 with 128 channels, 8 MiB in bf16.
+
+Larger ones run out of the cache: the paper's network trained 16.9 images/s in micro-batches of 32, 15.3 in those of 16 or 64, 11.6 in
+one of 128."""
 AUTOCAST = {Precision.FP32: None, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
@@ -46,6 +53,12 @@ class Capabilities:
     gpu_version: tuple[int, int] = (0, 0)  # of the least capable one; (9, 0) is an H100
     nccl: bool = False
     cpu_bf16: bool = False
+
+    def fast_precisions(self, on_gpu: bool) -> list[Precision]:
+        """Return the arithmetic that the GPU or the CPU has instructions for, the fastest first."""
+        if on_gpu:
+            return ([Precision.BF16] if self.gpu_version >= BF16_FROM else []) + [Precision.FP16, Precision.FP32]
+        return ([Precision.BF16] if self.cpu_bf16 else []) + [Precision.FP32]
 
     @classmethod
     def of_this_machine(cls) -> Capabilities:
@@ -69,6 +82,20 @@ class Compute:
     tf32: bool = False
     deterministic: bool = False
     cuda_graphs: bool = False
+    micro_batch_size: int | None = None  # at most so many images at once; None: a worker's whole part of the batch
+
+    @property
+    def arithmetic(self) -> dict[str, Any]:
+        """What the bytes of a training depend on besides its experiment and its number of workers, as plain data."""
+        names = ("precision", "micro_batch_size", "threads", "channels_last", "compile")
+        return {name: getattr(self, name) for name in names}
+
+    def keeping(self, arithmetic: Mapping[str, Any]) -> Compute:
+        """Return the same with other values of `arithmetic`, of some names or of all."""
+        changes = dict(arithmetic)
+        if "precision" in changes:
+            changes["autocast_dtype"] = AUTOCAST[Precision(changes.pop("precision"))]
+        return replace(self, **changes)
 
     @property
     def on_gpu(self) -> bool:
@@ -173,11 +200,17 @@ def require_permission(experiment: Experiment, profile: Profile) -> None:
 
 
 def decide(
-    capabilities: Capabilities, experiment: Experiment, profile: Profile, num_workers: int, gpu: int = 0
+    capabilities: Capabilities,
+    experiment: Experiment,
+    profile: Profile,
+    num_workers: int,
+    shape: Shape | None,
+    gpu: int = 0,
 ) -> Compute:
     """Decide for one training worker of `num_workers`, which was given the GPU of that index if the profile gives it one.
 
-    Raises UsageError where profile or hardware forbid what the experiment asks, ClusterError where a GPU is asked for and absent.
+    `shape` (C, H, W) is that of an image, None if it is not known yet: then `micro_batch_size` is left undecided. Raises UsageError where
+    profile or hardware forbid what the experiment asks, ClusterError where a GPU is asked for and absent.
     """
     require_permission(experiment, profile)
     training = experiment.training
@@ -189,24 +222,63 @@ def decide(
             f"training.compile: this GPU has compute capability {_dotted(capabilities.gpu_version)}, the compiler needs "
             f"{_dotted(COMPILER_FROM)}; use -s training.compile=false"
         )
-    # gradients of several micro-batches add up in memory that a replayed graph would write over
-    graphs = on_gpu and training.compile and profile.cuda_graphs and training.micro_batch_size is None
+    micro_batch_size = training.micro_batch_size or _micro_batch_size(experiment, shape, on_gpu=on_gpu)
+    whole = micro_batch_size is None or micro_batch_size * num_workers >= training.batch_size
+    channels_last = training.channels_last
+    if channels_last is None:  # a network of one's own may expect its memory in order
+        channels_last = precision is not Precision.FP32 and experiment.model.type == "unet"
     return Compute(
         device=device,
         backend=backend_of(profile) if capabilities.nccl else "gloo",
         autocast_dtype=AUTOCAST[precision],
         compile=training.compile,
-        channels_last=training.channels_last,
+        channels_last=channels_last,
         threads=profile.threads(num_workers),
         tf32=on_gpu and training.tf32,
         deterministic=on_gpu and training.deterministic,
-        cuda_graphs=graphs,
+        # gradients of several micro-batches add up in memory that a replayed graph would write over
+        cuda_graphs=on_gpu and training.compile and profile.cuda_graphs and whole,
+        micro_batch_size=micro_batch_size,
     )
 
 
-def training_compute(experiment: Experiment, profile: Profile, num_workers: int, gpu: int = 0) -> Compute:
+def _micro_batch_size(experiment: Experiment, shape: Shape | None, *, on_gpu: bool) -> int | None:
+    """Return how many images of a U-Net's batch stay in a CPU's cache, None for all."""
+    if on_gpu or shape is None or experiment.model.type != "unet":
+        return None
+    images = CACHED_ELEMENTS // (experiment.model.channels * shape[1] * shape[2])
+    return max(1, images) if images < experiment.training.batch_size else None
+
+
+def training_compute(
+    experiment: Experiment, profile: Profile, num_workers: int, shape: Shape | None, gpu: int = 0
+) -> Compute:
     """Decide for a training worker of this machine; see `decide`."""
-    return decide(Capabilities.of_this_machine(), experiment, profile, num_workers, gpu)
+    return decide(Capabilities.of_this_machine(), experiment, profile, num_workers, shape, gpu)
+
+
+def kept_arithmetic(
+    compute: Compute, before: Mapping[str, Any], experiment: Experiment, *, named: Container[str] = (), whose: str
+) -> Compute:
+    """Return the compute with what was decided before, by `whose` machine; what the experiment or `named` names stays.
+
+    ClusterError if this machine has no instructions for the precision.
+    """
+    training = experiment.training
+    own = {
+        "precision": training.precision is not Precision.MIXED,
+        "micro_batch_size": training.micro_batch_size is not None,
+        "channels_last": training.channels_last is not None,
+        "compile": True,
+    }
+    kept = {name: value for name, value in before.items() if not own.get(name, name in named)}
+    able = Capabilities.of_this_machine().fast_precisions(compute.on_gpu)
+    if "precision" in kept and kept["precision"] not in able:
+        raise ClusterError(
+            f"training.precision: got {kept['precision']} for mixed on {whose}, expected one that this machine computes itself "
+            f"({', '.join(able)}). Train on machines of one kind, or name it: -s training.precision={Precision.FP32}."
+        )
+    return compute.keeping(kept)
 
 
 def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, here: bool = True) -> Compute:
@@ -322,17 +394,13 @@ def _precision(capabilities: Capabilities, asked: Precision, profile: Profile, *
 
 
 def _mixed(capabilities: Capabilities, profile: Profile, *, on_gpu: bool) -> Precision:
-    """Return the fastest arithmetic that the device computes itself and the profile permits."""
-    if on_gpu:
-        able = ([Precision.BF16] if capabilities.gpu_version >= BF16_FROM else []) + [Precision.FP16, Precision.FP32]
-    else:
-        able = ([Precision.BF16] if capabilities.cpu_bf16 else []) + [Precision.FP32]
-    for precision in able:
-        if precision in profile.precisions:
-            return precision
+    """Return the fastest arithmetic that the device computes itself; UsageError where the profile does not permit it."""
+    able = capabilities.fast_precisions(on_gpu)
+    if able[0] in profile.precisions:
+        return able[0]
     raise UsageError(
-        f"training.precision: got mixed, but profile {profile.name!r} allows {', '.join(profile.precisions)}, and this machine "
-        f"computes {', '.join(able)}; name one with -s training.precision={profile.precisions[0]}, or choose another profile"
+        f"training.precision: got mixed, which is {able[0]} on this machine, but profile {profile.name!r} allows "
+        f"{', '.join(profile.precisions)}; name one with -s training.precision={profile.precisions[0]}, or choose another profile"
     )
 
 

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddpm import (
     LossAwareTimesteps,
     TimestepSampler,
+    UNet,
     UniformTimesteps,
     WeightAverage,
 )
@@ -161,6 +162,7 @@ def fit(
     of this one, in one order for all: loss-aware timesteps remember the losses of them all.
     """
     result: StepResult | None = None
+    keyed = isinstance(train_state.model, UNet)
     for batch in batches:
         rate = learning_rate_at(train_state.step, settings)
         for group in train_state.optimizer.param_groups:
@@ -168,8 +170,8 @@ def fit(
         seed_dropout(seed, train_state.step, rank)
         compute.begin_step()
         drawn = train_state.timesteps.draw(batch.draws.u_t)
-        images = PlacedBatch.of(batch, drawn, compute, horizontal_flip, null_class, settings.label_dropout)
-        losses = _backward(train_state, network, objective, images, settings.micro_batch_size, compute)
+        images = PlacedBatch.of(batch, drawn, compute, horizontal_flip, null_class, settings.label_dropout, keyed)
+        losses = _backward(train_state, network, objective, images, compute)
         train_state.scaler.unscale_(train_state.optimizer)
         limit = settings.grad_clip if settings.grad_clip is not None else float("inf")
         grad_norm = nn.utils.clip_grad_norm_(train_state.model.parameters(), limit)
@@ -200,12 +202,11 @@ def _backward(
     network: nn.Module,
     objective: Loss,
     images: PlacedBatch,
-    micro_batch_size: int | None,
     compute: Compute,
 ) -> Tensor:
     """Add up the gradient of the batch's mean weighted loss, over micro-batches where asked; return the losses [b]."""
     count = len(images.images)
-    size = micro_batch_size or count
+    size = compute.micro_batch_size or count
     losses: list[Tensor] = []
     for begin in range(0, count, size):
         rows = slice(begin, begin + size)

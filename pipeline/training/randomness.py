@@ -8,7 +8,7 @@ them share a stream of numbers.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -33,12 +33,14 @@ class Draws:
 
     `u_t`, `u_flip` and `u_label` are uniform float64 [b] in [0, 1): the timestep, the flip and the dropping of the label are read
     off them by whoever needs them, so that switching one on never changes another. `eps` is standard normal float32 [b, C, H, W].
+    `keys` are 64 random bits each, int64 [b], of which a U-Net's dropout masks are a function.
     """
 
     u_t: Tensor
     u_flip: Tensor
     u_label: Tensor
     eps: Tensor
+    keys: Tensor
 
 
 def training_draws(seed: int, step: int, stream: int, count: int, shape: tuple[int, int, int]) -> Draws:
@@ -46,16 +48,17 @@ def training_draws(seed: int, step: int, stream: int, count: int, shape: tuple[i
     generator = rng_for("train", seed, step, stream)
     uniform = torch.rand(3, count, generator=generator, dtype=torch.float64)
     eps = torch.randn(count, *shape, generator=generator)
-    return Draws(uniform[0], uniform[1], uniform[2], eps)
+    keys = torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    return Draws(uniform[0], uniform[1], uniform[2], eps, keys)
 
 
 def concatenate(draws: list[Draws]) -> Draws:
     """Join the draws of several streams in the order given."""
-    return Draws(*(torch.cat([getattr(d, f) for d in draws]) for f in ("u_t", "u_flip", "u_label", "eps")))
+    return Draws(*(torch.cat([getattr(d, f.name) for d in draws]) for f in fields(Draws)))
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
-    """Set the global generators, which only dropout reads, for one step of one worker.
+    """Set the global generators, which only the dropout of users' own networks reads, for one step of one worker.
 
     Dropout has no generator argument in torch. Its masks therefore repeat for an equal worker count and micro-batch only.
     """

@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,12 +14,12 @@ import torch
 from torch import nn
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment, Precision, experiment_from
+from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.config.yaml_files import validate
 from pipeline.data.labels import NO_CLASSES, class_names_of
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
-from pipeline.errors import CheckpointError, ClusterError, StorageError
+from pipeline.errors import CheckpointError, StorageError
 from pipeline.import_path import allow_modules_in
 from pipeline.metrics.early_kid import early_kid
 from pipeline.pictures.pictures import save_grid
@@ -34,7 +33,7 @@ from pipeline.tracking.monitor import SystemMonitor
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.averages import save_snapshot
 from pipeline.training.batches import Batch, Prefetch, training_batches
-from pipeline.training.device import Compute, training_compute
+from pipeline.training.device import Compute, kept_arithmetic, training_compute
 from pipeline.training.judgements import note
 from pipeline.training.loop import StepResult, TrainState, fit
 from pipeline.training.models import (
@@ -72,19 +71,21 @@ class Worker:
         self.experiment: Experiment = experiment_from(job.experiment)
         self.run = self._run_here()
         profile = validate(Profile, job.profile, "profile")
-        self.compute: Compute = training_compute(self.experiment, profile, job.num_workers, gpu)
+        self.dataset = Dataset.open(job.dataset_folder, profile.cache)
+        shape = self.dataset.manifest.shape
+        compute = training_compute(self.experiment, profile, job.num_workers, shape, gpu)
+        decided = team.broadcast(compute.arithmetic)
+        self.compute: Compute = kept_arithmetic(compute, decided, self.experiment, whose="the machine of worker 0")
         self.named_threads = profile.threads_per_worker
-        self._require_equal_arithmetic()
         self.compute.start()
         allow_modules_in(job.code_folder)
-        self.dataset = Dataset.open(job.dataset_folder, profile.cache)
         self.objective = build_objective(self.experiment)
         conditional = self.experiment.model.class_conditional
         self.class_names = class_names_of(self.dataset) if conditional else NO_CLASSES
-        model = build_model(self.experiment, self.dataset.manifest.shape, num_classes=len(self.class_names))
+        model = build_model(self.experiment, shape, num_classes=len(self.class_names))
         model = self.compute.place(model)
         if is_own_network(self.experiment):
-            check_own_network(model, self.experiment, self.dataset.manifest.shape, self.compute.device)
+            check_own_network(model, self.experiment, shape, self.compute.device)
         self.train_state = self._new_train_state(model)
         self.meter = LossMeter(self.objective.num_timesteps)
         self.elapsed_before_s = 0.0
@@ -97,17 +98,6 @@ class Worker:
         self.aside_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.is_main else []
 
-    def _require_equal_arithmetic(self) -> None:
-        """Take rank 0's threads; ClusterError where `mixed` means different things on this worker's machine and on rank 0's."""
-        mine = self.compute.precision
-        first, threads = self.team.broadcast((self.compute.precision, self.compute.threads))
-        self.compute = replace(self.compute, threads=threads)
-        if mine != first:
-            raise ClusterError(
-                f"training.precision: mixed is {mine} on the machine of worker {self.team.rank}, and {first} on that of worker 0; "
-                f"name one for all with -s training.precision={Precision.FP32}"
-            )
-
     def _new_train_state(self, model: nn.Module) -> TrainState:
         return TrainState.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
 
@@ -117,6 +107,7 @@ class Worker:
             source = self._restore()
             if self.team.is_main:
                 self.run.log(f"attempt {self.job.attempt} starts at step {self.train_state.step} from {source}")
+                self._record_arithmetic()
             outcome = self._train()
         except StoppedAtOnce:  # what is on its way is not waited for
             raise
@@ -131,6 +122,13 @@ class Worker:
             if self.run.folder != Path(self.job.run_folder):  # a scratch folder: all of it is in the store
                 shutil.rmtree(self.run.folder, ignore_errors=True)
         return outcome
+
+    def _record_arithmetic(self) -> None:
+        """Record what the experiment left to the machine: bf16, never "mixed"."""
+        assert self.tracker is not None
+        arithmetic = self.compute.arithmetic
+        self.run.log(f"arithmetic: {', '.join(f'{name} {value}' for name, value in arithmetic.items())}")
+        self.tracker.tags({f"arithmetic.{name}": str(value) for name, value in arithmetic.items()})
 
     def _close(self) -> None:
         if self.saver is not None:
@@ -320,7 +318,7 @@ class Worker:
             raise CheckpointError(
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
             )
-        self._keep_threads(state["threads"], state["num_workers"], checkpoint.step)
+        self._keep_arithmetic(state, checkpoint.step)
         self.train_state.restore(tensors, checkpoint.step)
         if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
             self.train_state.scaler.load_state_dict(state["loss_scale"])
@@ -332,16 +330,21 @@ class Worker:
             self.tracker.restore(state["undelivered"])
         return f"checkpoint {checkpoint.folder.name}"
 
-    def _keep_threads(self, before: int, num_workers: int, step: int) -> None:
-        """Go on with the threads that the run has had, whatever this machine's cores are, unless the profile names another number.
+    def _keep_arithmetic(self, state: dict[str, Any], step: int) -> None:
+        """Resume with the arithmetic that the run has had, whatever this machine would choose, unless the user names another.
 
         With another number of workers the bytes differ anyway, and threads are shared out anew.
         """
-        if self.named_threads is None and num_workers == self.team.size and before != self.compute.threads:
-            self.compute = replace(self.compute, threads=before)
-            self.compute.start()
-        if self.team.is_main and before != self.compute.threads:
-            self.run.log(f"threads of each worker: {before} until step {step}, {self.compute.threads} from there on")
+        before = state["arithmetic"]
+        named = {"threads"} if self.named_threads or state["num_workers"] != self.team.size else set()
+        kept = kept_arithmetic(self.compute, before, self.experiment, named=named, whose="this run's machine so far")
+        if kept != self.compute:
+            self.compute = kept
+            kept.start()
+            self.train_state = self._new_train_state(kept.place(self.train_state.model))
+        for name, value in kept.arithmetic.items():
+            if self.team.is_main and value != before[name]:
+                self.run.log(f"{name}: {before[name]} until step {step}, {value} from there on")
 
     def _take_weights(self, place: str) -> None:
         """Begin a new run from another run's weights; the average and the optimizer start afresh."""
@@ -399,7 +402,7 @@ class Worker:
             "meter": self.meter.sums.cpu().tolist(),
             "undelivered": self.tracker.undelivered(),
             "num_workers": self.team.size,
-            "threads": self.compute.threads,
+            "arithmetic": self.compute.arithmetic,
             "torch": torch.__version__,
         }
         try:

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from pipeline.config.cluster_profile import Profile, Resources
-from pipeline.errors import CheckpointError
+from pipeline.config.experiment import experiment_from, with_overrides
+from pipeline.errors import CheckpointError, ClusterError
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
+from pipeline.training.device import Capabilities
 from pipeline.training.team import Team
 from pipeline.training.trained import Trained
 from pipeline.worker.worker import Worker
@@ -129,7 +131,7 @@ def on(run: Run, profile: Profile, stop_after: int | None = None) -> list[int]:
         torch.set_num_threads(before)
     checkpoint = RunCheckpoints(run).newest_verified().checkpoint
     assert checkpoint is not None
-    return [checkpoint.state()["threads"], computed_with]
+    return [checkpoint.state()["arithmetic"]["threads"], computed_with]
 
 
 @pytest.mark.promise("P6")
@@ -142,8 +144,40 @@ def test_a_run_keeps_its_threads_on_a_machine_with_other_cores_unless_a_profile_
     assert on(moved, one_core) == [2, 2]
     assert trainer.final_digests(moved) == trainer.final_digests(calm)
     assert on(renamed, Profile(threads_per_worker=3)) == [3, 3]
-    assert "threads of each worker: 2 until step 7, 3 from there on" in renamed.log_path.read_text()
-    assert "threads of each worker" not in moved.log_path.read_text()
+    assert "threads: 2 until step 7, 3 from there on" in renamed.log_path.read_text()
+    assert "until step" not in moved.log_path.read_text()
+
+
+@pytest.mark.promise("P6")
+def test_a_run_keeps_what_mixed_came_to_and_records_what_is_named_later(tmp_path, monkeypatch):
+    """On a machine that would choose otherwise it goes on as before; one that cannot refuses, and a named precision is taken."""
+    mixed = TINY["training"] | {"precision": "mixed"}
+    plain, able = Capabilities(), Capabilities(cpu_bf16=True)
+
+    def be(machine):
+        monkeypatch.setattr(Capabilities, "of_this_machine", classmethod(lambda cls: machine))
+
+    be(plain)
+    calm, moved = (trainer.make_run(tmp_path, training=mixed) for _ in range(2))
+    trainer.train(str(calm.folder))
+    trainer.train(str(moved.folder), stop_after=7)
+    be(able)
+    trainer.train(str(moved.folder))
+    assert trainer.final_digests(moved) == trainer.final_digests(calm)
+    assert "arithmetic: precision fp32" in moved.log_path.read_text()
+
+    struck = trainer.make_run(tmp_path, training=mixed)
+    trainer.train(str(struck.folder), stop_after=7)
+    assert RunCheckpoints(struck).newest_verified().checkpoint.state()["arithmetic"]["precision"] == "bf16"
+    be(plain)
+    with pytest.raises(
+        ClusterError, match=r"got bf16 for mixed on this run's machine so far.*-s training.precision=fp32"
+    ):
+        trainer.train(str(struck.folder))
+    job = trainer.job_of(struck)
+    named = with_overrides(experiment_from(job.experiment), ["training.precision=fp32"])
+    Worker(replace(job, experiment=named.to_dict()), Team(), trainer.Alone()).work()
+    assert "precision: bf16 until step 7, fp32 from there on" in struck.log_path.read_text()
 
 
 def test_without_a_kill_the_seed_decides(tmp_path, undisturbed):

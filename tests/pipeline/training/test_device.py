@@ -25,7 +25,7 @@ ON_GPU = {"resources_per_worker": {"CPU": 4, "GPU": 1}}
 
 
 def experiment(**training: Any) -> Experiment:
-    return experiment_from({"training": training})
+    return experiment_from({"training": training, "model": {"channels": 128}})
 
 
 def profile(**settings: Any) -> Profile:
@@ -44,25 +44,25 @@ def compute(name: str, **settings: Any) -> Compute:
     ("hardware", "training", "settings", "gpu", "wanted"),
     [
         (CPU, {}, {}, 0, compute("cpu")),
-        (CPU, {"precision": "bf16"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
+        (CPU, {"precision": "bf16"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True)),
         (CPU, {"precision": "mixed"}, {}, 0, compute("cpu")),  # bf16 would be emulated, and slow
-        (CPU_WITH_BF16, {"precision": "mixed"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
-        (CPU_WITH_BF16, {"precision": "mixed"}, {"precisions": ["fp32"]}, 0, compute("cpu")),
+        (CPU_WITH_BF16, {"precision": "mixed"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True)),
+        (CPU_WITH_BF16, {"precision": "mixed", "channels_last": False}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
         (CPU, {"compile": True, "channels_last": True}, {"cuda_graphs": True}, 0,
          compute("cpu", compile=True, channels_last=True)),
         (CPU, {"tf32": True}, {}, 0, compute("cpu")),  # there is no such thing on a CPU, and float32 repeats anyway
         (A100S, {}, {}, 0, compute("cpu")),  # a GPU that the profile does not give stays unused
         (A100S, {}, ON_GPU, 0, compute("cuda:0")),
-        (A100S, {"precision": "mixed"}, ON_GPU, 3, compute("cuda:3", autocast_dtype=torch.bfloat16)),
-        (A100S, {"precision": "fp16"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16)),
-        (T4, {"precision": "mixed"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16)),
-        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["fp32", "bf16"]}, 0, compute("cuda:0")),
+        (A100S, {"precision": "mixed"}, ON_GPU, 3, compute("cuda:3", autocast_dtype=torch.bfloat16, channels_last=True)),
+        (A100S, {"precision": "fp16"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16, channels_last=True)),
+        (T4, {"precision": "mixed"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16, channels_last=True)),
         (A100S, {"tf32": True, "deterministic": False}, ON_GPU, 0, compute("cuda:0", tf32=True, deterministic=False)),
         (A100S, {"compile": True}, ON_GPU, 0, compute("cuda:0", compile=True)),
         (A100S, {"compile": True}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0", compile=True, cuda_graphs=True)),
         (A100S, {}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0")),
         # the gradients of micro-batches would be written over
-        (A100S, {"compile": True, "micro_batch_size": 8}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0", compile=True)),
+        (A100S, {"compile": True, "micro_batch_size": 8}, ON_GPU | {"cuda_graphs": True}, 0,
+         compute("cuda:0", compile=True, micro_batch_size=8)),
         # NCCL refuses two workers on one GPU
         (A100S, {}, {"resources_per_worker": {"CPU": 1, "GPU": 0.5}}, 0, compute("cuda:0", backend="gloo")),
     ],
@@ -70,7 +70,7 @@ def compute(name: str, **settings: Any) -> Compute:
 def test_the_decision(
     hardware: Capabilities, training: dict[str, Any], settings: dict[str, Any], gpu: int, wanted: Compute
 ) -> None:
-    assert decide(hardware, experiment(**training), profile(**settings), 1, gpu) == wanted
+    assert decide(hardware, experiment(**training), profile(**settings), 1, None, gpu) == wanted
 
 
 @pytest.mark.parametrize(
@@ -78,13 +78,26 @@ def test_the_decision(
     [
         (CPU, {}, ON_GPU, ClusterError, "this machine has none; use --cluster local"),
         (T4, {"precision": "bf16"}, ON_GPU, UsageError, r"compute capability 7.5.*training.precision=fp16, or mixed"),
-        (T4, {"precision": "mixed"}, ON_GPU | {"precisions": ["bf16"]}, UsageError, "computes fp16, fp32; name one"),
+        (
+            T4,
+            {"precision": "mixed"},
+            ON_GPU | {"precisions": ["bf16"]},
+            UsageError,
+            "mixed, which is fp16 .* allows bf16; name one",
+        ),
+        (
+            CPU_WITH_BF16,
+            {"precision": "mixed"},
+            {"precisions": ["fp32"]},
+            UsageError,
+            "mixed, which is bf16 .* allows fp32",
+        ),
         (
             CPU,
             {"precision": "mixed"},
             {"precisions": ["fp16"]},
             UsageError,
-            "allows fp16, and this machine computes fp32",
+            "mixed, which is fp32 on this machine, but profile 'here' allows fp16",
         ),
         (CPU, {"precision": "bf16"}, {"precisions": ["fp32"]}, UsageError, "'here' allows fp32;.*precision=fp32"),
         (CPU, {"compile": True}, {"compile": False}, UsageError, "training.compile=false"),
@@ -99,7 +112,49 @@ def test_what_cannot_be_is_refused_with_the_remedy(
     words: str,
 ) -> None:
     with pytest.raises(error, match=words):
-        decide(hardware, experiment(**training), profile(**settings), 1)
+        decide(hardware, experiment(**training), profile(**settings), 1, None)
+
+
+@pytest.mark.promise("P6")
+@pytest.mark.parametrize(
+    ("model", "shape", "training", "wanted"),
+    [
+        ({"channels": 128}, (3, 32, 32), {}, 32),
+        ({"channels": 128}, (3, 32, 32), {"batch_size": 32}, None),  # all of them stay in the cache
+        ({"channels": 128}, (3, 32, 32), {"micro_batch_size": 5}, 5),
+        ({"channels": 128}, (3, 256, 256), {}, 1),
+        ({"channels": 32}, (1, 28, 28), {}, None),
+        ({"channels": 128}, None, {}, None),
+        ({"type": "mine:Network", "arguments": {}}, (3, 64, 64), {}, None),
+    ],
+)
+def test_a_large_batch_is_cut_into_what_a_cpu_keeps_in_its_cache(
+    model: dict[str, Any], shape: tuple[int, int, int] | None, training: dict[str, Any], wanted: int | None
+) -> None:
+    chosen = experiment_from({"model": model, "training": training})
+    assert decide(CPU, chosen, profile(), 1, shape).micro_batch_size == wanted
+    if not training:
+        assert decide(A100S, chosen, profile(**ON_GPU), 1, shape).micro_batch_size is None
+
+
+@pytest.mark.promise("P6")
+def test_what_was_decided_elsewhere_is_kept_unless_it_is_named_or_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True, micro_batch_size=8, threads=4).arithmetic
+    assert before == {
+        "precision": "bf16", "channels_last": True, "micro_batch_size": 8, "threads": 4, "compile": False
+    }  # fmt: skip
+    mixed = experiment(precision="mixed")
+    able, unable = CPU_WITH_BF16, CPU
+    monkeypatch.setattr(Capabilities, "of_this_machine", classmethod(lambda cls: able))
+    here = decide(able, mixed, profile(), 1, (3, 32, 32))
+    assert device.kept_arithmetic(here, before, mixed, whose="another").arithmetic == before
+    assert device.kept_arithmetic(here, before, mixed, named={"threads"}, whose="another").threads == 2
+    named = experiment(precision="fp32", channels_last=False, micro_batch_size=16)
+    there = decide(able, named, profile(), 1, (3, 32, 32))
+    assert device.kept_arithmetic(there, before, named, named={"threads"}, whose="another") == there
+    monkeypatch.setattr(Capabilities, "of_this_machine", classmethod(lambda cls: unable))
+    with pytest.raises(ClusterError, match=r"got bf16 for mixed on another, expected .*\(fp32\).*precision=fp32"):
+        device.kept_arithmetic(decide(unable, mixed, profile(), 1, None), before, mixed, whose="another")
 
 
 def test_mixed_is_not_something_a_profile_permits() -> None:

@@ -54,7 +54,7 @@ def profile(**changes: Any) -> Profile:
 
 def gpu(chosen: Experiment, **changes: Any) -> Compute:
     """What a worker on this machine's GPU would decide, started."""
-    compute = decide(Capabilities.of_this_machine(), chosen, profile(**changes), 1)
+    compute = decide(Capabilities.of_this_machine(), chosen, profile(**changes), 1, None)
     assert compute.on_gpu
     compute.start()
     return compute

@@ -244,11 +244,12 @@ def test_workers_average_their_gradients_at_the_last_micro_batch_alone() -> None
                     assert shared.require_backward_grad_sync is not stay
                 assert shared.require_backward_grad_sync
         synchronised: list[bool] = []
-        chosen = experiment(micro_batch_size=3)
+        chosen = experiment()
         train_state = train_state_of(chosen)
         network = nn.parallel.DistributedDataParallel(train_state.model)
         network.register_forward_pre_hook(lambda *_: synchronised.append(network.require_backward_grad_sync))
-        next(fit(train_state, network, build_objective(chosen), batches(0), chosen.training, CPU, seed=0))
+        few = replace(CPU, micro_batch_size=3)
+        next(fit(train_state, network, build_objective(chosen), batches(0), chosen.training, few, seed=0))
         assert synchronised == [False, True]  # 3 and 1 of the 4 images
     finally:
         torch.distributed.destroy_process_group()
@@ -256,21 +257,24 @@ def test_workers_average_their_gradients_at_the_last_micro_batch_alone() -> None
         pass
 
 
-def test_the_rate_the_seed_and_the_rank_decide_a_step() -> None:
-    """The warm-up's first rate is 0, so that nothing moves; dropout masks are a function of (seed, step, rank)."""
+def test_the_rate_and_the_seed_decide_a_step_and_the_rank_what_torch_draws() -> None:
+    """The warm-up's first rate is 0, so that nothing moves. Torch's generators are for the dropout of users' own networks."""
     still = train_state_of(experiment(warmup_steps=2))
     before = everything(still)
     rates = [result.learning_rate for result in islice(steps_of(still, experiment(warmup_steps=2)), 1)]
     assert rates == [0.0]
     assert all(torch.equal(t, before[name]) for name, t in everything(still).items() if name.startswith("model/"))
     chosen = experiment(0.5)
-    ended = []
+    ended, drawn = [], []
     for rank in (0, 0, 1):
         train_state = train_state_of(chosen)
         list(islice(steps_of(train_state, chosen, rank=rank), 3))
         ended.append(torch.cat([t.flatten() for t in everything(train_state).values()]))
+        drawn.append(torch.rand(3))
     assert torch.equal(ended[0], ended[1])
-    assert not torch.equal(ended[0], ended[2])
+    assert torch.equal(ended[0], ended[2])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_batches_that_end_end_the_training() -> None:

@@ -27,7 +27,6 @@ CPU = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=Fa
 
 def experiment(**training: Any) -> Experiment:
     settings = dict(TINY)
-    settings["model"] = settings["model"] | {"dropout": 0.0}
     settings["training"] = settings["training"] | {"batch_size": 32, "num_streams": STREAMS} | training
     settings["data"] = {"horizontal_flip": True}
     return experiment_from(settings)
@@ -78,7 +77,7 @@ def be_a_worker(rank: int, size: int, folder: str, data: str, compute: Compute =
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
     compute.start()
     losses, seen, train_state = train(Dataset.open(data), experiment(), Team.join(60), compute)
-    words = ("u_t", "u_flip", "u_label", "eps")
+    words = ("u_t", "u_flip", "u_label", "eps", "keys")
     told = [{"rows": b.rows, "images": b.images} | {w: getattr(b.draws, w) for w in words} for b in seen]
     torch.save({"losses": losses, "told": told, "ema": train_state.ema.shadow}, f"{folder}/{size}-{rank}.pt")
     dist.destroy_process_group()

@@ -41,13 +41,15 @@ def alone(dataset):
 @pytest.mark.promise("P3")
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 4])
-def test_workers_see_the_same_images_timesteps_noise_and_flips_and_learn_the_same(tmp_path, dataset, alone, size):
+def test_workers_see_the_same_images_timesteps_noise_flips_and_dropout_masks_and_learn_the_same(
+    tmp_path, dataset, alone, size
+):
     run_team(be_a_worker, (size, str(tmp_path), str(dataset.folder)), size)
     losses, seen, train_state = alone
     workers = gathered(tmp_path, size)
     for step in range(STEPS):
         batch = seen[step]
-        for word in ("rows", "images", "u_t", "u_flip", "u_label", "eps"):
+        for word in ("rows", "images", "u_t", "u_flip", "u_label", "eps", "keys"):
             expected = getattr(batch.draws, word) if hasattr(batch.draws, word) else getattr(batch, word)
             assert torch.equal(by_stream([w["told"][step][word] for w in workers]), expected), (step, word)
         together = torch.cat([w["losses"][step] for w in workers]).mean()
@@ -80,7 +82,7 @@ def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
 
 @pytest.mark.slow
 def test_micro_batches_add_up_to_the_batch(dataset, alone):
-    losses, _, train_state = train(dataset, experiment(micro_batch_size=5), Team())
+    losses, _, train_state = train(dataset, experiment(), Team(), replace(CPU, micro_batch_size=5))
     for mine, theirs in zip(losses, alone[0], strict=True):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=1e-5, atol=0)
     for name, average in train_state.ema.shadow.items():
