@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ddpm.dropout import Dropout
+from ddpm.norm import norm_silu
 
 ZERO_GAIN = 1e-5  # Ho's "zero" layers have variance scale 1e-10: every block starts as (about) the identity
 FEW_PIXELS = 256  # 16x16, where the paper attends
@@ -83,14 +84,14 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor, activated: Tensor, keys: Tensor | None = None) -> Tensor:
         """x [B,n_in,H,W], the embedding after its swish, and the keys of the dropout masks -> [B,n_out,H,W]."""
-        h = self.conv1(functional.silu(self.norm1(x)))
+        h = self.conv1(norm_silu(self.norm1, x))
         embedded = self.project(activated)[:, :, None, None]
         if self.scale_shift:
             scale, shift = embedded.chunk(2, 1)
-            h = self.norm2(h) * (1 + scale) + shift
+            h = functional.silu(self.norm2(h) * (1 + scale) + shift)
         else:
-            h = self.norm2(h + embedded)
-        out: Tensor = self.shortcut(x) + self.conv2(self.dropout(functional.silu(h), keys))
+            h = norm_silu(self.norm2, h + embedded)
+        out: Tensor = self.shortcut(x) + self.conv2(self.dropout(h, keys))
         return out
 
 

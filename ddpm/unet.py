@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from ddpm.dropout import Dropout
 from ddpm.layers import ZERO_GAIN, Attention, Downsample, ResidualBlock, TimeEmbedding, UNetBlock, Upsample, conv
+from ddpm.norm import norm_silu
 
 
 class UNet(nn.Module):
@@ -136,7 +137,7 @@ class UNet(nn.Module):
             h = layer(h, activated, keys)
         for layer in self.up:
             h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], 1), activated, keys)
-        out: Tensor = self.conv_out(functional.silu(self.norm_out(h)))
+        out: Tensor = self.conv_out(norm_silu(self.norm_out, h))
         return out
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:

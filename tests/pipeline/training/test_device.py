@@ -137,6 +137,12 @@ def test_a_large_batch_is_cut_into_what_a_cpu_keeps_in_its_cache(
         assert decide(A100S, chosen, profile(**ON_GPU), 1, shape).micro_batch_size is None
 
 
+def test_narrow_networks_stay_in_order_on_a_cpu() -> None:
+    narrow = experiment_from({"training": {"precision": "mixed"}, "model": {"channels": 64}})
+    assert not decide(CPU_WITH_BF16, narrow, profile(), 1, None).channels_last
+    assert decide(A100S, narrow, profile(**ON_GPU), 1, None).channels_last
+
+
 @pytest.mark.promise("P6")
 def test_what_was_decided_elsewhere_is_kept_unless_it_is_named_or_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
     before = compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True, micro_batch_size=8, threads=4).arithmetic
