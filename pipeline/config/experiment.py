@@ -9,17 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from copy import deepcopy
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
+from pipeline.config import presets
 from pipeline.config.process import DiffusionConfig as DiffusionConfig
-from pipeline.config.process import Fraction, PositiveInt, take_in_betas
+from pipeline.config.process import Fraction, PositiveInt, settings_of, take_in_betas
 from pipeline.config.process import ModelConfig as ModelConfig
 from pipeline.config.process import SamplingConfig as SamplingConfig
-from pipeline.config.yaml_files import Section, flatten, read_yaml_mapping, set_override, validate
+from pipeline.config.yaml_files import Section, flatten, parse_override, read_yaml_mapping, set_value, validate
 from pipeline.errors import UsageError
 
 DEFAULT_PRESET = "digits"
@@ -38,6 +40,10 @@ FREE_TO_CHANGE = (
     "evaluation.",
     "diffusion.betas_file",
 )
+
+
+# settings of training that a model without a diffusion process does not read
+OF_PROCESS = {"objective", "min_snr_gamma", "timestep_sampling", "label_dropout"}
 
 
 class Precision(StrEnum):
@@ -222,20 +228,44 @@ def experiment_from(content: dict[str, Any], where: str = "experiment") -> Exper
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = (), data: str | None = None) -> Experiment:
-    """Read an experiment file and apply `key=value` overrides and a data source given on the command line."""
-    content = read_yaml_mapping(path)
-    content.setdefault("name", path.stem)
-    take_in_betas(content, path.parent)
-    _refuse_unread_eta(content)
-    _override(content, overrides)
-    if "sampling.eta" in _keys(
-        overrides
-    ):  # a file's own eta waits for ddim while the command line tries another sampler
-        _refuse_unread_eta(content)
+    """Read an experiment file and apply `key=value` overrides and a data source given on the command line.
+
+    A file's `base` is a preset, or another file, whose settings hold where it names none.
+    """
+    content = _read(path)
+    plain = deepcopy(content)
+    given = [parse_override(assignment) for assignment in overrides]
+    _override(content, given)
+    if any(key == "sampling.eta" for key, _ in given):
+        _refuse_unread_eta(content)  # a file's own eta waits for ddim while the command line tries another sampler
     if data is not None:
-        set_override(content, "data.source=''")
-        content["data"]["source"] = data
-    return experiment_from(content, str(path.name))
+        set_value(content, "data.source", data)
+    try:
+        return experiment_from(content, path.name)
+    except UsageError:
+        if given:
+            experiment_from(plain, path.name)  # the file's own fault is reported first
+            return experiment_from(content, "-s")
+        raise
+
+
+def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Return the content of an experiment file, put over that of its base."""
+    if path in above:
+        raise UsageError(f"{path}: base: is based on itself; name a preset, or another file")
+    content = read_yaml_mapping(path)
+    _refuse_unread_eta(content)
+    base = content.pop("base", None)
+    if base is None:
+        take_in_betas(content, path.parent)
+    else:
+        beside = path.parent / str(base)
+        found = beside.resolve() if beside.is_file() else presets.find("experiments", str(base))
+        own = [(key, value) for key, value in flatten(content).items() if value != {}]
+        content = _read(found, (*above, path)) | {"name": path.stem}
+        _override(content, own, path.parent)
+    content.setdefault("name", path.stem)
+    return content
 
 
 def differences(old: Experiment, new: Experiment) -> list[str]:
@@ -248,15 +278,20 @@ def differences(old: Experiment, new: Experiment) -> list[str]:
 def with_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """Return the experiment with `key=value` overrides applied."""
     content = experiment.to_dict()
-    _override(content, overrides)
+    _override(content, [parse_override(assignment) for assignment in overrides])
     return experiment_from(content, "-s")
 
 
-def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Apply `key=value` overrides; a table of betas and a schedule replace each other, and a path is relative to the current folder."""
-    keys, own_sampler = _keys(overrides), _sampler(content)
-    for assignment in overrides:
-        set_override(content, assignment)
+def _override(content: dict[str, Any], settings: Sequence[tuple[str, Any]], folder: Path | None = None) -> None:
+    """Apply settings by their dotted keys.
+
+    A table of betas and a schedule replace each other, and so do networks of different types. A path is relative to `folder`, by default
+    the current one.
+    """
+    keys, own_sampler = {key for key, _ in settings}, _sampler(content)
+    _replace_network(content, settings)
+    for key, value in settings:
+        set_value(content, key, value)
     if "sampling.sampler" in keys and not keys & {"sampling", "sampling.steps"} and _sampler(content) != own_sampler:
         content["sampling"].pop("steps", None)  # those that were there are meant for the sampler that was
     diffusion = content.get("diffusion")
@@ -266,15 +301,28 @@ def _override(content: dict[str, Any], overrides: Sequence[str]) -> None:
         diffusion["betas"] = None  # the file's take their place
         for key in {"schedule", "num_timesteps"} - {key.removeprefix("diffusion.") for key in keys}:
             diffusion.pop(key, None)
-        take_in_betas(content, Path.cwd())
+        take_in_betas(content, folder or Path.cwd())
     elif "diffusion.betas" in keys:
         diffusion["betas_file"] = None
     elif "diffusion.schedule" in keys and diffusion.get("betas") is not None:
         diffusion.update(betas=None, betas_file=None)
 
 
-def _keys(overrides: Sequence[str]) -> set[str]:
-    return {assignment.partition("=")[0].strip() for assignment in overrides}
+def _replace_network(content: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> None:
+    """Where the settings name another type of network, leave out what only the former one, or its diffusion process, reads."""
+    model, given, usual = content.get("model"), dict(settings), ModelConfig().type
+    before = model.get("type", usual) if isinstance(model, dict) else usual
+    whole = given.get("model")
+    kind = given.get("model.type", whole.get("type", usual) if isinstance(whole, dict) else before)
+    if kind == before or not isinstance(kind, str):
+        return
+    if isinstance(model, dict):
+        content["model"] = {key: value for key, value in model.items() if key in settings_of(kind)}
+    if kind == "vae":
+        content.pop("diffusion", None)
+        for name, read in (("sampling", {"batch_size"}), ("training", set(TrainingConfig.model_fields) - OF_PROCESS)):
+            if isinstance(section := content.get(name), dict):
+                content[name] = {key: value for key, value in section.items() if key in read}
 
 
 def _sampler(content: dict[str, Any]) -> Any:

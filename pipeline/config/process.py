@@ -35,6 +35,11 @@ _READ_BY = {
 }
 
 
+def settings_of(kind: str) -> set[str]:
+    """Return the settings that a type of network reads besides `type`."""
+    return _READ_BY.get(kind, {"class_conditional"})
+
+
 class ModelConfig(Section):
     """The network: the paper's U-Net, `package.module:Class` called with `arguments`, or `vae`, the model to compare with.
 
@@ -69,13 +74,13 @@ class ModelConfig(Section):
                 raise ValueError(
                     f"'arguments' belong to a network of your own; with type {self.type!r} set its keys directly"
                 )
-            self._refuse_unread(_READ_BY[self.type], "leave them out")
+            self._refuse_unread(settings_of(self.type), "leave them out")
             return self
         module, colon, name = self.type.partition(":")
         parts = module.split(".")
         if not colon or not name.isidentifier() or not all(part.isidentifier() for part in parts):
             raise ValueError(f"type: got {self.type!r}; expected 'unet', 'vae' or 'package.module:Class'")
-        self._refuse_unread({"class_conditional"}, f"give {self.type} its settings under 'arguments'")
+        self._refuse_unread(settings_of(self.type), f"give {self.type} its settings under 'arguments'")
         return self
 
     def _refuse_unread(self, read: set[str], what_to_do: str) -> None:

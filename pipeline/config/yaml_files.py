@@ -139,12 +139,17 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     return content
 
 
-def set_override(content: dict[str, Any], assignment: str) -> None:
-    """Apply one `-s dotted.key=value` to nested settings; the value is read as YAML."""
+def parse_override(assignment: str) -> tuple[str, Any]:
+    """Return key and value of one `-s dotted.key=value`; the value is read as YAML."""
     key, equals, text = assignment.partition("=")
     key = key.strip()
     if not equals or not key:
         raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.steps=1000")
+    return key, parse_setting(key, text, f"-s {key}")
+
+
+def set_value(content: dict[str, Any], key: str, value: Any) -> None:
+    """Put a value at a dotted key of nested settings."""
     *parents, last = key.split(".")
     node = content
     for parent in parents:
@@ -152,9 +157,9 @@ def set_override(content: dict[str, Any], assignment: str) -> None:
         if child is None:
             child = node[parent] = {}
         if not isinstance(child, dict):
-            raise UsageError(f"-s {assignment!r}: {parent!r} is a single value, not a group of settings")
+            raise UsageError(f"{key}: {parent!r} is a single value, not a group of settings")
         node = child
-    node[last] = parse_setting(key, text, f"-s {key}")
+    node[last] = value
 
 
 def validate(schema: type[SectionT], content: dict[str, Any], where: str) -> SectionT:
@@ -179,12 +184,28 @@ def _explain(schema: type[Section], error: ValidationError) -> str:
         return f"unknown key {field!r}{nearest(name, known)}; known here: {', '.join(known)}{rest}"
     if fault["type"] == "missing":
         return f"{field} is missing; it has no default{rest}"
-    message = fault["msg"].removeprefix("Value error, ")
     got = fault.get("input")
-    if isinstance(got, dict) or fault["type"] == "value_error":
-        return f"{field + ': ' if field else ''}{message}{rest}"
+    if fault["type"] == "value_error":
+        return f"{field + ': ' if field else ''}{fault['msg'].removeprefix('Value error, ')}{rest}"
     shown = "a number that is not finite" if isinstance(got, float) and not math.isfinite(got) else repr(got)
-    return f"{field}: got {shown}; {message[0].lower() + message[1:]}{rest}"
+    return f"{field}: got {shown}, expected {_expected(fault['type'], fault.get('ctx', {}))}{rest}"
+
+
+def _expected(kind: str, context: dict[str, Any]) -> str:
+    """Return what a setting must be, by the kind of pydantic's fault and its figures."""
+    compared = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}"}
+    compared |= {"less_than_equal": "at most {le}", "too_short": "at least {min_length} in the list"}
+    compared |= {
+        "literal_error": "{expected}",
+        "enum": "{expected}",
+        "string_too_short": "at least {min_length} characters",
+    }
+    compared |= {"too_long": "{max_length} in the list", "string_pattern_mismatch": "text of the form {pattern}"}
+    if kind in compared:
+        return compared[kind].format(**context)
+    words = {"int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false"}
+    words |= {"string": "text", "tuple": "a list, such as [1, 2]", "list": "a list, such as [1, 2]"}
+    return words.get(kind.partition("_")[0], "a group of settings")
 
 
 def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:

@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_files import set_override
+from pipeline.config.yaml_files import parse_override, set_value
 from pipeline.storage.runs import GONE, Run
 
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
@@ -61,7 +61,7 @@ def _total_steps(settings: dict[str, Any], overrides: Sequence[str]) -> int | No
     """Return how many steps a run is to make, read as its settings are: `training.steps=1e4` is 10000."""
     content = deepcopy(settings)
     for override in overrides:
-        set_override(content, override)
+        set_value(content, *parse_override(override))
     total = _setting(content, "training", "steps")
     return None if total is None else int(float(total))
 

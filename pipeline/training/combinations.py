@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ddpm import GaussianDiffusion, few_steps_warning, late_start_warning, timestep_subset
-from pipeline.config.experiment import Experiment, ModelConfig, SamplingConfig, TrainingConfig
+from pipeline.config.experiment import OF_PROCESS, Experiment, ModelConfig, SamplingConfig, TrainingConfig
 from pipeline.config.yaml_files import Section
 from pipeline.data.labels import BALANCED, NONE, ClassNames, class_name, own_word
 from pipeline.errors import UsageError
@@ -43,8 +43,7 @@ def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[st
 def _check_no_process(experiment: Experiment) -> None:
     """A vae reads nothing of diffusion: settings that say how are to be left out, not ignored."""
     _refuse_changed("diffusion", experiment.diffusion, set(), "a vae has no diffusion process")
-    of_process = {"objective", "min_snr_gamma", "timestep_sampling", "label_dropout"}
-    read = set(TrainingConfig.model_fields) - of_process
+    read = set(TrainingConfig.model_fields) - OF_PROCESS
     _refuse_changed("training", experiment.training, read, "a vae is trained by its own bound")
     check_sampling(experiment, experiment.sampling)
 

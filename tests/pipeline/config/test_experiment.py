@@ -13,6 +13,7 @@ from pipeline.config.cluster_profile import Profile, load_profile, settled
 from pipeline.config.experiment import (
     DiffusionConfig,
     Experiment,
+    ModelConfig,
     SamplingConfig,
     TrainingConfig,
     differences,
@@ -21,6 +22,7 @@ from pipeline.config.experiment import (
     with_overrides,
 )
 from pipeline.errors import UsageError
+from pipeline.training.combinations import check_training
 
 
 @pytest.fixture
@@ -212,3 +214,89 @@ def test_choices_are_those_of_the_core():
     assert choices(DiffusionConfig, "variance") == {v.value for v in ddpm.Variance}
     assert choices(TrainingConfig, "objective") == {o.value for o in ddpm.ObjectiveKind}
     assert choices(SamplingConfig, "spacing") == set(ddpm.TIMESTEP_SPACINGS)
+
+
+def file_of(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def test_a_file_based_on_a_preset_holds_its_settings_but_for_those_it_names(tmp_path):
+    digits = load_experiment(presets.find("experiments", "digits"))
+    path = file_of(tmp_path, "mine.yaml", "base: digits\ntraining: {steps: 7}\nsampling: {sampler: ancestral}\n")
+    mine = load_experiment(path)
+    changed = {"name", "training.steps", "sampling.sampler", "sampling.steps"}
+    assert mine.name == "mine"
+    assert {key for key, value in mine.flat().items() if value != digits.flat()[key]} <= changed
+    again = load_experiment(file_of(tmp_path, "again.yaml", "base: mine.yaml\nseed: 3\n"), ["training.steps=9"])
+    assert (again.training.steps, again.seed, again.sampling.sampler) == (9, 3, "ancestral")
+    with pytest.raises(UsageError, match="based on itself"):
+        load_experiment(file_of(tmp_path, "loop.yaml", "base: loop.yaml\n"))
+    with pytest.raises(UsageError, match=r"unknown preset 'digit'.*did you mean 'digits'"):
+        load_experiment(file_of(tmp_path, "typo.yaml", "base: digit\n"))
+
+
+def test_a_base_may_be_changed_to_betas_of_a_file_beside_the_new_one(tmp_path):
+    file_of(tmp_path, "betas.txt", "0.1 0.2 0.3\n")
+    text = "base: digits\ndiffusion: {betas_file: betas.txt}\nsampling: {steps: 3}\n"
+    assert load_experiment(file_of(tmp_path, "mine.yaml", text)).diffusion.betas == (0.1, 0.2, 0.3)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        "base: digits\nmodel: {type: 'nets:Mine', arguments: {width: 64}}\n",
+        None,
+    ],
+)
+def test_a_network_of_ones_own_takes_the_place_of_the_presets(tmp_path, how):
+    if how is None:
+        found = load_experiment(
+            presets.find("experiments", "digits"), ["model.type=nets:Mine", "model.arguments.width=64"]
+        )
+    else:
+        found = load_experiment(file_of(tmp_path, "mine.yaml", how))
+    assert found.model == ModelConfig(type="nets:Mine", arguments={"width": 64})
+    assert found.training.steps == 2800
+    other = with_overrides(found, ["model.type=nets:Other"])
+    assert other.model == ModelConfig(type="nets:Other")
+
+
+def test_the_vae_takes_the_place_of_the_presets_network_and_process():
+    digits = presets.find("experiments", "digits")
+    found = load_experiment(digits, ["model.type=vae"])
+    wanted = load_experiment(presets.find("experiments", "digits-vae"))
+    assert (found.model, found.diffusion, found.sampling) == (wanted.model, wanted.diffusion, wanted.sampling)
+    check_training(found)
+    assert load_experiment(digits, ["model={type: vae}"]).diffusion == DiffusionConfig()
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("model.channel_multipliers=[]", "model.channel_multipliers: got [], expected at least 1 in the list"),
+        ("training.steps=0", "training.steps: got 0, expected at least 1"),
+        ("training.steps=1.5", "training.steps: got 1.5, expected a whole number"),
+        ("training.steps=many", "training.steps: got 'many', expected a whole number"),
+        ("training.learning_rate=0", "training.learning_rate: got 0, expected above 0"),
+        ("training.compile=perhaps", "training.compile: got 'perhaps', expected true or false"),
+        ("training.adam_betas=3", "training.adam_betas: got 3, expected a list, such as [1, 2]"),
+        ("sampling.sampler=euler", "sampling.sampler: got 'euler', expected 'ddim', 'ancestral' or 'dpm_solver'"),
+        ("training.precision=fp8", "training.precision: got 'fp8', expected 'fp32', 'bf16', 'fp16' or 'mixed'"),
+        ("name=a b", "name: got 'a b', expected text of the form"),
+        ("data.source=3", "data.source: got 3, expected text"),
+        ("training=3", "training: got 3, expected a group of settings"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_plain_words_and_not_blamed_on_the_file(setting, told):
+    with pytest.raises(UsageError) as refused:
+        load_experiment(presets.find("experiments", "digits"), [setting])
+    assert str(refused.value).startswith("-s: " + told)
+
+
+def test_a_fault_of_the_file_is_the_files_whatever_is_overridden(tmp_path):
+    path = file_of(tmp_path, "mine.yaml", "training: {steps: 0}\n")
+    with pytest.raises(UsageError, match=r"^mine\.yaml: training\.steps: got 0"):
+        load_experiment(path, ["seed=1"])
+    assert load_experiment(path, ["training.steps=1"]).training.steps == 1
