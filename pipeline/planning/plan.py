@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
@@ -45,6 +45,19 @@ class Plan:
         where = f"the cluster of profile {self.profile.name!r}" if self.profile.is_remote else "this machine"
         on = f" with {plural(self.profile.gpus_per_worker, 'GPU')} each" if self.profile.use_gpu else ""
         return f"in {plural(self.num_workers, 'Ray worker')}{on} on {where}"
+
+    def with_images(self, data: str, num_rows: int | None, shape: Shape | None, num_classes: int | None = None) -> Plan:
+        """Return the plan for these images; UsageError where batch or network do not fit them."""
+        experiment = self.experiment
+        if num_rows is not None and experiment.training.batch_size > num_rows:
+            raise UsageError(
+                f"training.batch_size: got {experiment.training.batch_size}, more than the dataset's {num_rows} images; "
+                f"use -s training.batch_size={_power_of_two_up_to(num_rows)}"
+            )
+        parameters = None
+        if shape is not None and not (experiment.model.class_conditional and num_classes is None):
+            parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
+        return replace(self, data=data, num_rows=num_rows, shape=shape, num_parameters=parameters)
 
     @property
     def checkpoint_bytes(self) -> int | None:
@@ -130,15 +143,8 @@ def make_plan(
             )
     else:  # what the cluster's machines can do is theirs to say
         require_permission(experiment, profile)
-    if num_rows is not None and experiment.training.batch_size > num_rows:
-        raise UsageError(
-            f"training.batch_size: got {experiment.training.batch_size}, more than the dataset's {num_rows} images; "
-            f"use -s training.batch_size={_power_of_two_up_to(num_rows)}"
-        )
-    parameters = None
-    if shape is not None and not (experiment.model.class_conditional and num_classes is None):
-        parameters = num_parameters(build_model(experiment, shape, device="meta", num_classes=num_classes))
-    return Plan(experiment, profile, num_workers, streams, data, num_rows, shape, parameters, warnings, tuple(missing))
+    plan = Plan(experiment, profile, num_workers, streams, data, None, None, None, warnings, tuple(missing))
+    return plan.with_images(data, num_rows, shape, num_classes)
 
 
 def advice_to_isolate(profile: Profile, num_workers: int, training_s: float) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from pipeline.cluster.session import require_resources
 from pipeline.config.cluster_profile import use_variables
 from pipeline.config.context import Context
 from pipeline.config.experiment import differences, with_overrides
@@ -14,11 +13,11 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.ingest.ingest import ensure_ingested, ingest_options
 from pipeline.ingest.resolve import absolute_source
-from pipeline.planning.plan import Plan, choose_workers
-from pipeline.runs.carry_out import carry_out, dataset_of, plan_for
+from pipeline.planning.plan import Plan
 from pipeline.runs.conclude import Outcome
 from pipeline.runs.record import origin_of
 from pipeline.runs.train import create_run
+from pipeline.runs.train_run import dataset_of, plan_of, train_run, with_dataset
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.tracking.opened import checked_run
@@ -64,11 +63,9 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
         dataset = ensure_ingested(
             source, ingest_options(new.data), profile.datasets(), context.console.say, cache=profile.cache
         )
-    num_workers = choose_workers(new, profile)
-    require_resources(profile, num_workers)
+    plan = with_dataset(plan_of(new, profile), dataset)
     ours = None if asked.fork else run.id
     tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), ours, context.console.say)
-    plan = plan_for(new, profile, num_workers, dataset)
     if asked.fork:
         return _fork(context, run, plan, dataset, tracking)
     if changed := differences(old, new):
@@ -82,7 +79,7 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
             f"run {run.id} is finished at step {state.step}; train longer with -s training.steps={2 * state.step}, "
             f"or see: ddpm-pipe evaluate {run.id}"
         )
-    return carry_out(run, plan, dataset, context.console, asked.overrides, tracking=tracking)
+    return train_run(run, plan, dataset, context.console, asked.overrides, tracking=tracking)
 
 
 def _fork(context: Context, run: Run, plan: Plan, dataset: Dataset, tracking: TrackingSettings) -> Outcome:
@@ -97,7 +94,7 @@ def _fork(context: Context, run: Run, plan: Plan, dataset: Dataset, tracking: Tr
     origin = origin_of(f"run {run.id}", words, run.mlflow_run_id)
     forked = create_run(plan, dataset, context.command, initial_weights=saved.name_of(checkpoint), origin=origin)
     context.console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {checkpoint.step}")
-    return carry_out(forked, plan, dataset, context.console, tracking=tracking)
+    return train_run(forked, plan, dataset, context.console, tracking=tracking)
 
 
 def _require_same_classes(run: Run, known: ClassNames, dataset: Dataset) -> None:

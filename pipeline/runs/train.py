@@ -20,8 +20,8 @@ from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.classifier_store import Recipe
 from pipeline.metrics.inception import Inception
 from pipeline.planning.plan import Plan, choose_workers, make_plan
-from pipeline.runs.carry_out import carry_out, plan_for
 from pipeline.runs.conclude import Outcome
+from pipeline.runs.train_run import plan_of, train_run, with_dataset
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.runs import Run
@@ -86,11 +86,9 @@ def plan_training(asked: TrainRequest) -> Plan:
 def start_training(context: Context, asked: TrainRequest) -> Outcome:
     """Train a new run to its end and evaluate it."""
     profile, console = asked.profile, context.console
-    num_workers = choose_workers(asked.experiment, profile)
-    require_resources(profile, num_workers)
-    tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None, console.say)
     # what can be refused without the images is refused before they are fetched
-    make_plan(asked.experiment, profile, num_workers, data="", num_rows=None, shape=None)
+    plan = plan_of(asked.experiment, profile)
+    tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None, console.say)
     dataset = ensure_ingested(
         asked.experiment.data.source,
         ingest_options(asked.experiment.data),
@@ -98,11 +96,11 @@ def start_training(context: Context, asked: TrainRequest) -> Outcome:
         console.say,
         cache=profile.cache,
     )
-    plan = plan_for(asked.experiment, profile, num_workers, dataset)
+    plan = with_dataset(plan, dataset)
     if unscored := _cannot_be_scored(asked.experiment, dataset):
         console.say(f"warning: the images will not be scored: {unscored}")
     run = create_run(plan, dataset, context.command, origin=asked.origin)
-    return carry_out(run, plan, dataset, console, tracking=tracking)
+    return train_run(run, plan, dataset, console, tracking=tracking)
 
 
 def create_run(

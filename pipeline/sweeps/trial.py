@@ -19,8 +19,8 @@ from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
 from pipeline.import_path import allow_modules_in
-from pipeline.runs.carry_out import carry_on
 from pipeline.runs.evaluate import ScoreRequest, evaluate_run
+from pipeline.runs.train_run import train_trial
 from pipeline.storage.durable import write_json
 from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
@@ -99,7 +99,7 @@ def carry_out(run: Run, told: ForTrials, tell: Tell) -> None:
             if (run.folder / VERDICT_FILE).exists():  # of an earlier driver
                 _stop(run, tell)
                 return
-            carry_on(run, _silent(), observe, told.tracking, told.profile)
+            train_trial(run, _silent(), observe, told.tracking, told.profile)
         _score(run, told)
         tell({"status": "finished"})
     except InterruptedRunError as error:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+from pipeline.cluster.session import require_resources
 from pipeline.cluster.train import run_attempts
 from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.config.experiment import Experiment
@@ -31,14 +32,14 @@ from pipeline.worker.job import Job
 Observer = Callable[[dict[str, Any]], None]
 
 
-def carry_on(
+def train_trial(
     run: Run,
     console: Console,
     observe: Observer | None = None,
     tracking: TrackingSettings | None = None,
     profile: Profile | None = None,
 ) -> Outcome:
-    """Train a run as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
+    """Train a sweep's trial as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
 
     `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is. `profile` is what it
     takes, if that is not what it was begun with.
@@ -46,11 +47,12 @@ def carry_on(
     experiment, profile = experiment_of(run), profile or profile_of(run)
     use_variables(profile)
     dataset = dataset_of(run, profile)
-    checked = plan_for(experiment, profile, choose_workers(experiment, profile), dataset)
-    return carry_out(run, checked, dataset, console, observe=observe, tracking=tracking)
+    plan = make_plan(experiment, profile, choose_workers(experiment, profile), data="", num_rows=None, shape=None)
+    checked = with_dataset(plan, dataset)
+    return train_run(run, checked, dataset, console, observe=observe, tracking=tracking)
 
 
-def carry_out(
+def train_run(
     run: Run,
     checked: Plan,
     dataset: Dataset,
@@ -123,19 +125,19 @@ def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str)
     tracker.close(timeout=10.0)
 
 
-def plan_for(experiment: Experiment, profile: Profile, num_workers: int, dataset: Dataset) -> Plan:
-    manifest = dataset.manifest
+def plan_of(experiment: Experiment, profile: Profile) -> Plan:
+    """Plan a training whose images are not here yet; UsageError or ClusterError where it cannot work."""
+    num_workers = choose_workers(experiment, profile)
+    require_resources(profile, num_workers)
+    return make_plan(experiment, profile, num_workers, data="", num_rows=None, shape=None)
+
+
+def with_dataset(plan: Plan, dataset: Dataset) -> Plan:
+    """Return the plan for the images of a dataset; UsageError where they do not fit."""
+    experiment, manifest = plan.experiment, dataset.manifest
     class_names = class_names_of(dataset) if experiment.model.class_conditional else NO_CLASSES
     check_labels(experiment, experiment.sampling, class_names)
-    return make_plan(
-        experiment,
-        profile,
-        num_workers,
-        data=dataset.location,
-        num_rows=manifest.num_rows,
-        shape=manifest.shape,
-        num_classes=len(class_names),
-    )
+    return plan.with_images(dataset.location, manifest.num_rows, manifest.shape, len(class_names))
 
 
 def dataset_of(run: Run, profile: Profile) -> Dataset:
