@@ -32,7 +32,7 @@ from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_ev
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.runs.measure import measure_bound
 from pipeline.runs.runs_table import with_newest
-from pipeline.runs.sample import SampleRequest, load_trained, run_sampler, sample_cache_of
+from pipeline.runs.sample import RequestPlan, SampleRequest, load_trained, run_sampler, sample_cache_of
 from pipeline.sampling.generated import SampleCache
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.runs import Run
@@ -86,18 +86,6 @@ class EvaluationResult:
         return {"run": self.found.run, **self.found.to_json(), "written": [str(path) for path in self.written]}
 
 
-@dataclass(frozen=True)
-class EvaluationPlan:
-    """What `evaluate --dry-run` prints."""
-
-    run: str
-    settings: dict[str, Any]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {"run": self.run, **self.settings}
-
-
 def evaluate(context: Context, reference: str, request: ScoreRequest) -> EvaluationResult:
     """Score a run as asked, and record what was found."""
     run, _ = check_request(context, reference, request)
@@ -110,14 +98,14 @@ def evaluate(context: Context, reference: str, request: ScoreRequest) -> Evaluat
     return result
 
 
-def plan_evaluation(context: Context, reference: str, request: ScoreRequest) -> EvaluationPlan:
+def plan_evaluation(context: Context, reference: str, request: ScoreRequest) -> RequestPlan:
     """Check a request without generating or scoring anything."""
     run, experiment = check_request(context, reference, request)
     sampling, seed = request.settings(experiment)
     asked = request.evaluation(experiment)
     real = "the images trained on" if request.split is None else f"split {request.split!r}"
     count = "every image" if request.num_images is None else f"at most {request.num_images} images"
-    return EvaluationPlan(
+    return RequestPlan(
         run.id,
         {
             **sampling.model_dump(),

@@ -17,7 +17,7 @@ from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics,
 from pipeline.runs.evaluation import write_evaluation
 from pipeline.runs.grid import TABLE_FILE, Grid, Point, parse_grid, write_grid
 from pipeline.runs.interruption import kept_when_stopped
-from pipeline.runs.sample import load_trained
+from pipeline.runs.sample import RequestPlan, load_trained
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.device import Compute
@@ -40,21 +40,6 @@ class GridResult:
         return {"run": self.run, "rows": self.grid.rows(), "yardsticks": self.grid.yardsticks, "written": written}
 
 
-@dataclass(frozen=True)
-class GridPlan:
-    """What `evaluate --grid --dry-run` prints."""
-
-    run: str
-    metrics: tuple[str, ...]
-    num_images: int
-    points: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        metrics = ", ".join(self.metrics)
-        return {"run": self.run, "metrics": metrics, "at most images": self.num_images, "points": self.points}
-
-
 def evaluate_grid(context: Context, reference: str, request: ScoreRequest, text: str) -> GridResult:
     """Score a run at every point of a grid (`pipeline.runs.grid.parse_grid`), and record table and picture."""
     run, keys, points = _check(context, reference, request, text)
@@ -64,11 +49,14 @@ def evaluate_grid(context: Context, reference: str, request: ScoreRequest, text:
     return GridResult(run.id, grid, written)
 
 
-def plan_grid(context: Context, reference: str, request: ScoreRequest, text: str) -> GridPlan:
+def plan_grid(context: Context, reference: str, request: ScoreRequest, text: str) -> RequestPlan:
     """Check every point without computing anything."""
     run, keys, points = _check(context, reference, request, text)
     asked = request.evaluation(experiment_of(run))
-    return GridPlan(run.id, asked.metrics, asked.num_images, [_name(point, keys) for point in points])
+    names = [_name(point, keys) for point in points]
+    return RequestPlan(
+        run.id, {"metrics": ", ".join(asked.metrics), "at most images": asked.num_images, "points": names}
+    )
 
 
 def _check(

@@ -76,6 +76,18 @@ class SampleRequest:
 
 
 @dataclass(frozen=True)
+class RequestPlan:
+    """What `--dry-run` of `sample` and `evaluate` prints: what would be done with a run, by name."""
+
+    run: str
+    settings: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {"run": self.run, **self.settings}
+
+
+@dataclass(frozen=True)
 class Samples:
     """Generated images and how they came about."""
 

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.context import Context
 from pipeline.errors import UsageError
 from pipeline.runs.interruption import kept_when_stopped
-from pipeline.runs.sample import Format, SampleRequest, generate_from, write_samples
+from pipeline.runs.sample import Format, RequestPlan, SampleRequest, generate_from, write_samples
 from pipeline.runs.sample_pictures import Picture, check_picture, passage_between, passage_request, picture_from
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote_run import RemoteRun
@@ -45,19 +45,6 @@ class SampleResult:
 
 
 @dataclass(frozen=True)
-class SamplePlan:
-    """What `sample --dry-run` prints: the settings, and where images would be written."""
-
-    run: str
-    settings: dict[str, Any]
-    place: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {"run": self.run, **self.settings, "would write": self.place}
-
-
-@dataclass(frozen=True)
 class _Checked:
     """A request that fits its run. `store` is given where the folder of a job is copied to an object store."""
 
@@ -73,10 +60,10 @@ class _Checked:
         return str(self.folder) if self.store is None else f"{self.store.folder}/samples/{self.folder.name}"
 
 
-def plan_samples(context: Context, reference: str, request: SampleRequest, target: SampleTarget) -> SamplePlan:
+def plan_samples(context: Context, reference: str, request: SampleRequest, target: SampleTarget) -> RequestPlan:
     """Check a request without generating anything."""
     checked = _check(context, reference, request, target)
-    return SamplePlan(checked.run.id, checked.settings, checked.place)
+    return RequestPlan(checked.run.id, {**checked.settings, "would write": checked.place})
 
 
 def sample_run(context: Context, reference: str, request: SampleRequest, target: SampleTarget) -> SampleResult:
