@@ -51,7 +51,7 @@ def gather(
             return found
         if signals.first is not None:
             raise InterruptedRunError(
-                f"stopped while waiting for the cluster; go on with: {again}",
+                f"stopped while waiting for the cluster; resume with: {again}",
                 130 if signals.first == signal.SIGINT else 75,
             )
         if found is None:

@@ -116,4 +116,4 @@ def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> Inter
         else "nothing was saved yet"
     )
     code = 130 if signals.first == signal.SIGINT else 75 if saved else 143  # another process may have asked, too
-    return InterruptedRunError(f"stopped, {where}; go on with: ddpm-pipe resume {run.id}", code)
+    return InterruptedRunError(f"stopped, {where}; resume with: ddpm-pipe resume {run.id}", code)

@@ -41,8 +41,7 @@ def train_trial(
 ) -> Outcome:
     """Train a sweep's trial as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
 
-    `tracking` is where it is recorded, if its profile does not say: a sweep's trials are recorded where the sweep is. `profile` is what it
-    takes, if that is not what it was begun with.
+    `tracking` is where the sweep is recorded. `profile` replaces the one that the trial was started with.
     """
     experiment, profile = experiment_of(run), profile or profile_of(run)
     use_variables(profile)
@@ -61,7 +60,7 @@ def train_run(
     observe: Observer | None = None,
     tracking: TrackingSettings | None = None,
 ) -> Outcome:
-    """Train and evaluate under the run's lock, and leave its status true whatever happens."""
+    """Train and evaluate under the run's lock; the run's status says how it ended, also after an error."""
     profile = checked.profile
     settings = tracking or TrackingSettings.of_profile(profile.home(), profile)
     job = Job(
@@ -96,7 +95,7 @@ def train_run(
             by_user = isinstance(stop, KeyboardInterrupt)
             _close(run, settings, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
             code = 130 if by_user else 75 if RunCheckpoints(run).committed() else 143
-            raise InterruptedRunError(f"stopped; go on with: ddpm-pipe resume {run.id}", code) from None
+            raise InterruptedRunError(f"stopped; resume with: ddpm-pipe resume {run.id}", code) from None
         except Exception as error:
             _close(run, settings, RunStatus.FAILED, str(error))
             raise
@@ -105,7 +104,7 @@ def train_run(
 
 
 def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: Tracker) -> None:
-    """Draw the noise schedule, unless a training of this run that ended before has."""
+    """Draw the noise schedule, unless an earlier training of this run has."""
     from pipeline.pictures.schedule_picture import draw_schedules, example_of
 
     picture = run.folder / "pictures" / "schedule.png"
@@ -116,9 +115,8 @@ def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: 
 
 
 def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:
-    with suppress(
-        StorageError
-    ):  # the reason is what the user must read; a run that is marked as running by nobody is INTERRUPTED
+    # the user must read the reason, not this error; a run that nobody holds counts as INTERRUPTED anyway
+    with suppress(StorageError):
         run.update(status=status, reason=reason)
     tracker = Tracker(run.folder, settings)
     tracker.finish("FAILED" if status is RunStatus.FAILED else "KILLED")
@@ -141,7 +139,7 @@ def with_dataset(plan: Plan, dataset: Dataset) -> Plan:
 
 
 def dataset_of(run: Run, profile: Profile) -> Dataset:
-    """Open the dataset a run was started on; CheckpointError where it has become another one."""
+    """Open the dataset that a run was started on. CheckpointError if its images have changed."""
     about = run.record.dataset
     if not about["path"]:
         raise DataError(f"run {run.id} was imported without images; name some with --fork --data SOURCE")

@@ -139,12 +139,12 @@ def run_trials(
     shutil.rmtree(work.folder.folder / "tune", ignore_errors=True)
     if signals.first is not None:
         raise InterruptedRunError(
-            f"stopped, {len(work.folder.ledger.entries())} trials are done; go on with: ddpm-pipe resume {work.folder.id}",
+            f"stopped, {len(work.folder.ledger.entries())} trials are done; resume with: ddpm-pipe resume {work.folder.id}",
             130 if signals.first == 2 else 75,
         )
     if failure:
         raise ClusterError(
-            f"sweep {work.folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept, go on with: "
+            f"sweep {work.folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept; resume with: "
             f"ddpm-pipe resume {work.folder.id}"
         )
 

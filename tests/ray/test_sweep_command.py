@@ -237,7 +237,7 @@ def test_a_trial_resumes_after_a_kill_and_its_sweep_after_ctrl_c_all_in_the_stor
     code, stdout, stderr = sweep.end()
     (folder,) = (elsewhere.home / "sweeps").iterdir()
     assert (code, stdout) == (130, ""), stderr
-    assert f"go on with: ddpm-pipe resume {folder.name}" in stderr
+    assert f"resume with: ddpm-pipe resume {folder.name}" in stderr
     assert json.loads((folder / "status.json").read_text())["status"] == "INTERRUPTED"
     assert ledger(elsewhere.home) == {}  # it is neither done nor failed
 

@@ -103,7 +103,7 @@ def test_signals_reach_an_isolated_worker_and_sigkill_of_its_driver_leaves_no_pr
     asked.send(signal.SIGINT, to_all=True)  # as a terminal does: to every process of the command
     code, _, stderr = asked.end()
     assert code == 130, stderr
-    assert told(stderr) == f"ddpm-pipe: stopped, saved at step {newest_step(tiny)}; go on with: ddpm-pipe resume {run}"
+    assert told(stderr) == f"ddpm-pipe: stopped, saved at step {newest_step(tiny)}; resume with: ddpm-pipe resume {run}"
 
     killed = start("resume", run)
     before = newest_step(tiny)

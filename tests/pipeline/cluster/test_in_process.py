@@ -151,7 +151,7 @@ def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undi
     assert "stopping after this step, and saving" in ended.stderr
     run = only_run(home)
     assert (
-        ended.stderr.splitlines()[-1] == f"ddpm-pipe: stopped, saved at step 7; go on with: ddpm-pipe resume {run.id}"
+        ended.stderr.splitlines()[-1] == f"ddpm-pipe: stopped, saved at step 7; resume with: ddpm-pipe resume {run.id}"
     )
     assert (steps_made(home), newest_step(home), run.state().step) == (7, 7, 7)
     assert (run.state().status, run.is_locked()) == ("INTERRUPTED", False)
