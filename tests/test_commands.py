@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +283,28 @@ def test_a_dry_run_says_which_scores_would_mean_nothing(typed, home):
     assert "will not be scored: Inception's features need 4,096 images on each side" in out
     assert "and half of 200 images give 100" in out
     assert "will not be scored" not in typed(*asked, "-s", "evaluation.metrics=[bpd]")[1]
+
+
+@pytest.mark.parametrize("words", [["train", "--dry-run", "--no-probe"], ["evaluate", "latest", "--dry-run"], ["runs"]])
+def test_a_profile_is_read_once(home, trained, words):
+    (home / "here.yaml").write_text("workers: 1")
+    code = """
+import sys
+from pipeline.cli import main
+opened = []
+sys.addaudithook(lambda event, told: event == "open" and opened.append(str(told[0])))
+sys.argv = ["ddpm-pipe", *sys.argv[1:]]
+try:
+    main()
+finally:
+    print(len([path for path in opened if path.endswith("here.yaml")]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words, "--cluster", "here.yaml"],
+        cwd=home,
+        env={**os.environ, "DDPM_PIPE_HOME": str(home)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "1"
