@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.image_header import Header, RefusedFormatError, read_header
+from pipeline.data.image_format import RefusedFormatError, require_png_or_jpeg
 from pipeline.errors import DataError, DivergedError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
     from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
@@ -64,37 +65,41 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None 
         DamagedImageError: no image, or a damaged one; `where` names it.
         DataError: an image of another format, over a limit, or not taken without `mode`.
     """
-    from PIL import Image
-
     if len(data) > MAX_BYTES:
         raise DataError(f"{where}: {len(data)} bytes, more than the limit of {MAX_BYTES}: leave it out or shrink it")
     try:
-        header = read_header(data)
+        kind = require_png_or_jpeg(data)
     except RefusedFormatError as error:
         raise DataError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or convert it") from None
     except ValueError as error:
         raise DamagedImageError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or replace it") from None
-    if header.unreadable:
-        raise DataError(f"{where}: {header.unreadable}: convert it first")
-    if header.width * header.height > max_pixels:
-        raise DataError(
-            f"{where}: {header.width}x{header.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
-        )
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            warnings.filterwarnings("ignore", "Image appears to be a malformed MPO file")
-            if image.size != (header.width, header.height):
-                raise ValueError(f"its header says both {header.width}x{header.height} and {image.size}")
-            obstacle = _obstacle(image, header)
+        with warnings.catch_warnings(), _opened(data, kind) as image:
+            warnings.simplefilter("ignore")
+            if image.width * image.height > max_pixels:
+                raise _RefusedImageError(
+                    f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
+                )
+            if kind == "PNG":
+                _opened(data, kind).verify()  # the checksums of the pixels, which Pillow skips as it decodes
+            obstacle = _obstacle(image)
             if obstacle is None and mode in (None, image.mode):
                 return _pixels(image)
-            return _pixels(_converted(image, header, mode, obstacle))
+            return _pixels(_converted(image, mode, obstacle))
     except _RefusedImageError as error:
         raise DataError(f"{where}: {error}") from None
     except Exception as error:  # Pillow raises a dozen kinds, from SyntaxError to struct.error, for damaged files
-        raise DamagedImageError(
-            f"{where}: a damaged {header.format} image ({error}): leave it out or replace it"
-        ) from None
+        if str(error).startswith("cannot handle"):  # a JPEG of 12 bits or of 2 layers
+            raise DataError(f"{where}: a JPEG that Pillow cannot read ({error}): convert it first") from None
+        raise DamagedImageError(f"{where}: a damaged {kind} image ({error}): leave it out or replace it") from None
+
+
+def _opened(data: bytes, kind: str) -> ImageFile:
+    """Read the header alone, by Pillow's one class for the format: no other decoder of Pillow sees the bytes."""
+    from PIL.JpegImagePlugin import JpegImageFile
+    from PIL.PngImagePlugin import PngImageFile
+
+    return (PngImageFile if kind == "PNG" else JpegImageFile)(io.BytesIO(data))
 
 
 def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pixels:
@@ -129,13 +134,13 @@ class _RefusedImageError(Exception):
     """A sound image that is not taken; the message says why and what to do."""
 
 
-def _obstacle(image: Image, header: Header) -> str | None:
-    """Why the image cannot be taken as it is: something of it would be lost or changed; None if nothing would."""
-    if header.is_animated:
+def _obstacle(image: ImageFile) -> str | None:
+    """Return what of the image would be lost or changed if it were taken as it is; None if nothing."""
+    if getattr(image, "is_animated", False):
         raise _RefusedImageError("holds several frames, expected one image: extract the frame you want")
-    if header.bits > 8:
-        return f"has {header.bits} bits per channel"
-    if header.has_transparency or image.mode in ("LA", "PA", "RGBA"):
+    if _has_16_bits(image):
+        return "has 16 bits per channel"
+    if _has_transparency(image):
         return "has transparency"
     if image.mode not in MODES:
         return {"1": "is black and white (1 bit)", "P": "has a palette"}.get(image.mode, f"is {image.mode}")
@@ -144,21 +149,29 @@ def _obstacle(image: Image, header: Header) -> str | None:
     return None
 
 
-def _converted(image: Image, header: Header, mode: str | None, obstacle: str | None) -> Image:
-    """The conversions of the table in docs/data.md."""
+def _has_16_bits(image: ImageFile) -> bool:
+    """Whether a PNG stores 16 bits per channel; in colour images, Pillow drops the lower 8."""
+    return str(image.tile[0].args).endswith("16B")
+
+
+def _has_transparency(image: ImageFile) -> bool:
+    return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
+
+
+def _converted(image: ImageFile, mode: str | None, obstacle: str | None) -> Image:
+    """Convert as the table in docs/data.md says."""
     from PIL import Image, ImageOps
 
     if mode is None:
         raise _RefusedImageError(f"{obstacle}, taken as they are are 8-bit L and RGB: give --mode L or --mode RGB")
-    if header.bits > 8 and header.has_transparency:
+    if _has_16_bits(image) and "transparency" in image.info:
         raise _RefusedImageError("has 16 bits per channel and a transparent colour: convert it first")
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes for 16-bit colour
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    elif header.has_transparency or image.mode in ("LA", "PA", "RGBA"):
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return (image if image.mode in MODES else image.convert("RGB")).convert(mode)
+    upright: Image.Image = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes for 16-bit colour
+        upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8))
+    elif _has_transparency(image):
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return (upright if upright.mode in MODES else upright.convert("RGB")).convert(mode)
 
 
 def _orientation(image: Image) -> int:
