@@ -55,8 +55,15 @@ def flip(images: Tensor, mask: Tensor) -> Tensor:
     return images.flip(-1).where(mask[:, None, None, None], images)
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None = None, where: str = "image") -> Pixels:
-    """Decode a PNG or JPEG file to uint8 [H, W, C].
+def decode_image(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    mode: str | None = None,
+    size: tuple[int, int] | None = None,
+    where: str = "image",
+) -> Pixels:
+    """Decode a PNG or JPEG file to uint8 [H, W, C], cropped and resized to `size` (H, W) if given.
 
     docs/data.md has the table of what is taken as it is, what only `mode` ("L" or "RGB") converts, and what is refused.
     Format and size are read from the header before any pixel is decoded.
@@ -83,9 +90,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None 
             if kind == "PNG":
                 _opened(data, kind).verify()  # the checksums of the pixels, which Pillow skips as it decodes
             obstacle = _obstacle(image)
-            if obstacle is None and mode in (None, image.mode):
-                return _pixels(image)
-            return _pixels(_converted(image, mode, obstacle))
+            taken = image if obstacle is None and mode in (None, image.mode) else _converted(image, mode, obstacle)
+            return _pixels(taken if size is None else _fitted(taken, size))
     except _RefusedImageError as error:
         raise DataError(f"{where}: {error}") from None
     except Exception as error:  # Pillow raises a dozen kinds, from SyntaxError to struct.error, for damaged files
@@ -115,19 +121,26 @@ def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pix
 
 
 def crop_and_resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Cut the largest centred part [H, W, C] of the aspect of `size` (H, W), then resize it (bicubic, antialiased)."""
+    """Cut the largest centred part of pixels [H, W, C] with the aspect of `size` (H, W), then resize it (bicubic, antialiased)."""
     from PIL import Image
 
-    (height, width), (new_height, new_width) = pixels.shape[:2], size
-    if (height, width) == size:
+    if pixels.shape[:2] == size:
         return pixels
+    bands = [Image.fromarray(np.ascontiguousarray(pixels[:, :, c])) for c in range(pixels.shape[2])]
+    return np.stack([np.asarray(_fitted(band, size)) for band in bands], axis=2)
+
+
+def _fitted(image: Image, size: tuple[int, int]) -> Image:
+    from PIL import Image
+
+    (width, height), (new_height, new_width) = image.size, size
+    if (height, width) == size:
+        return image
     scale = min(height / new_height, width / new_width)
     part_height, part_width = (max(1, min(n, round(m * scale))) for n, m in ((height, new_height), (width, new_width)))
     top, left = (height - part_height) // 2, (width - part_width) // 2
-    part = pixels[top : top + part_height, left : left + part_width]
-    bands = [Image.fromarray(np.ascontiguousarray(part[:, :, c])) for c in range(part.shape[2])]
-    resized = [np.asarray(band.resize((new_width, new_height), Image.Resampling.BICUBIC)) for band in bands]
-    return np.stack(resized, axis=2)
+    part = image.crop((left, top, left + part_width, top + part_height))
+    return part.resize((new_width, new_height), Image.Resampling.BICUBIC)
 
 
 class _RefusedImageError(Exception):

@@ -5,11 +5,14 @@ The module is what pool processes import, so it stays free of torch and pyarrow.
 
 from __future__ import annotations
 
+import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from pipeline.data.images import (
     MAX_BYTES,
@@ -111,24 +114,27 @@ def stored_raw(shape: Shape) -> bool:
 
 def encode_png(pixels: Pixels) -> bytes:
     """Encode uint8 [H, W, C] with one or three channels as a PNG file."""
-    import io
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    data = _png(image, compress_type=zlib.Z_HUFFMAN_ONLY)
+    # a photograph is as small without zlib's search for repeated bytes, which takes longer than all the rest
+    return data if len(data) > pixels.nbytes / 3 else _png(image, compress_level=4)
 
-    from PIL import Image
 
+def _png(image: Image.Image, **options: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", compress_level=4)
+    image.save(file, "PNG", **options)
     return file.getvalue()
 
 
 def _pixels(item: Item, treatment: Treatment) -> Pixels:
     if item.image is None:
         raise DamagedImageError(f"{item.where} has no image bytes: images must be inside the file")
+    size = treatment.image_size
     if isinstance(item.image, np.ndarray):
         pixels = convert_array(item.image, treatment.mode, item.where)
-    else:
-        data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
-        pixels = decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, where=item.where)
-    return pixels if treatment.image_size is None else crop_and_resize(pixels, treatment.image_size)
+        return pixels if size is None else crop_and_resize(pixels, size)
+    data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
+    return decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, size=size, where=item.where)
 
 
 def _read(path: Path, where: str) -> bytes:

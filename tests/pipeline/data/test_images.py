@@ -450,6 +450,14 @@ def test_a_centred_part_of_the_asked_aspect_is_cut() -> None:
     assert crop_and_resize(image, (7, 5)).shape == (7, 5, 3)
 
 
+@pytest.mark.parametrize("size", [(7, 5), (16, 16), (40, 9), (20, 30)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_file_is_resized_to_the_pixels_of_its_array(size: tuple[int, int], mode: str) -> None:
+    data = jpeg_of(some_images(1, (20, 30, 3))[0])
+    expected = crop_and_resize(decode_image(data, mode=mode), size)
+    np.testing.assert_array_equal(decode_image(data, mode=mode, size=size), expected)
+
+
 def test_a_ramp_stays_a_ramp() -> None:
     """Cubic interpolation reproduces straight lines (Keys 1981), away from the borders."""
     ramp = np.broadcast_to(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (128, 128, 1)).copy()

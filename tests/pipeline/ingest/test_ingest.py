@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_sample_images
 
+from pipeline.data.images import decode_image
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest, source_key
+from pipeline.ingest.rows import encode_png
 from tests.kit.data import (
     Pixels,
     jpeg_of,
@@ -50,6 +53,16 @@ def test_equal_content_gives_an_equal_fingerprint_whatever_it_comes_from(tmp_pat
     assert [shard.sha256 for shard in a.shards] == [shard.sha256 for shard in c.shards]
     np.testing.assert_array_equal(Dataset.open(tmp_path / "a").read(range(12)), images.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(Dataset.open(tmp_path / "a").labels(), LABELS)
+
+
+def test_photographs_and_drawings_are_stored_exactly_and_small() -> None:
+    photograph = load_sample_images().images[0][:256, :256]
+    drawing = np.full((256, 256, 3), 255, dtype=np.uint8)
+    drawing[40:90, 30:200] = (200, 30, 30)
+    for pixels, bytes_at_most in ((photograph, 150_000), (drawing, 4_000), (drawing[:, :, :1], 2_000)):
+        data = encode_png(pixels)
+        np.testing.assert_array_equal(decode_image(data), pixels)
+        assert len(data) <= bytes_at_most
 
 
 @pytest.mark.parametrize("changed", ["a pixel", "a label", "a class name", "the order", "no labels"])
