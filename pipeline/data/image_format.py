@@ -1,4 +1,4 @@
-"""File formats by their first bytes: PNG and JPEG are taken, the others are named in messages."""
+"""File formats by their first bytes: PNG and JPEG are accepted, the others are named in messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _NO_IMAGES = {
 
 
 class RefusedFormatError(ValueError):
-    """An image of a format that is not taken."""
+    """An image of a format that is not accepted."""
 
 
 def require_png_or_jpeg(data: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Images as files, as uint8 arrays and as tensors in [-1, 1]: decoding within limits, and scaling without loss."""
+"""Images as files, uint8 arrays and tensors in [-1, 1]: decoding within limits, and lossless scaling."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
-MODES = ("L", "RGB")  # one channel of grey, or three of colour: taken as they are, and what `mode` converts to
+MODES = ("L", "RGB")  # accepted without conversion; `mode` converts to one of them
 MAX_PIXELS = 2**26  # 8192 x 8192
-PILLOW_MAX_PIXELS = 89_478_485  # above it Pillow warns by itself
+PILLOW_MAX_PIXELS = 89_478_485  # Pillow warns above it
 MAX_BYTES = 2**27  # of one encoded image
 _ORIENTATION = 0x0112
 
 
 class DamagedImageError(DataError):
-    """A file that is no whole image; one that is whole but not taken is another DataError."""
+    """A damaged or truncated image, or a file that is not an image. An intact image that is refused raises a plain DataError."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -46,12 +46,12 @@ def to_uint8(images: Tensor) -> Tensor:
         DivergedError: some values are not finite.
     """
     if not bool(images.isfinite().all()):
-        raise DivergedError("images hold values that are not finite: the model diverged, use an earlier checkpoint")
+        raise DivergedError("images contain non-finite values: the model has diverged. Use an earlier checkpoint")
     return ((images.float() * 255 + 255) / 2).round().clamp(0, 255).byte()
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Mirror left and right those images [B, C, H, W] whose entry of the boolean `mask` [B] is true."""
+    """Mirror the images [B, C, H, W] for which the boolean `mask` [B] is true."""
     return images.flip(-1).where(mask[:, None, None, None], images)
 
 
@@ -65,12 +65,12 @@ def decode_image(
 ) -> Pixels:
     """Decode a PNG or JPEG file to uint8 [H, W, C], cropped and resized to `size` (H, W) if given.
 
-    docs/data.md has the table of what is taken as it is, what only `mode` ("L" or "RGB") converts, and what is refused.
-    Format and size are read from the header before any pixel is decoded.
+    docs/data.md lists which images are accepted, which need `mode` ("L" or "RGB"), and which are refused. Format and size are
+    checked before any pixel is decoded.
 
     Raises:
-        DamagedImageError: no image, or a damaged one; `where` names it.
-        DataError: an image of another format, over a limit, or not taken without `mode`.
+        DamagedImageError: damaged, or not an image; `where` names it.
+        DataError: another format, over a limit, or refused without `mode`.
     """
     if len(data) > MAX_BYTES:
         raise DataError(f"{where}: {len(data)} bytes, more than the limit of {MAX_BYTES}: leave it out or shrink it")
@@ -88,20 +88,20 @@ def decode_image(
                     f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
                 )
             if kind == "PNG":
-                _opened(data, kind).verify()  # the checksums of the pixels, which Pillow skips as it decodes
+                _opened(data, kind).verify()  # Pillow does not verify the checksums of pixel data while it decodes
             obstacle = _obstacle(image)
             taken = image if obstacle is None and mode in (None, image.mode) else _converted(image, mode, obstacle)
             return _pixels(taken if size is None else _fitted(taken, size))
     except _RefusedImageError as error:
         raise DataError(f"{where}: {error}") from None
-    except Exception as error:  # Pillow raises a dozen kinds, from SyntaxError to struct.error, for damaged files
+    except Exception as error:  # Pillow raises many types for damaged files, from SyntaxError to struct.error
         if str(error).startswith("cannot handle"):  # a JPEG of 12 bits or of 2 layers
             raise DataError(f"{where}: a JPEG that Pillow cannot read ({error}): convert it first") from None
         raise DamagedImageError(f"{where}: a damaged {kind} image ({error}): leave it out or replace it") from None
 
 
 def _opened(data: bytes, kind: str) -> ImageFile:
-    """Read the header alone, by Pillow's one class for the format: no other decoder of Pillow sees the bytes."""
+    """Read the header with Pillow's class for this format; no other decoder of Pillow sees the bytes."""
     from PIL.JpegImagePlugin import JpegImageFile
     from PIL.PngImagePlugin import PngImageFile
 
@@ -109,7 +109,7 @@ def _opened(data: bytes, kind: str) -> ImageFile:
 
 
 def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pixels:
-    """Give pixels [H, W, C] that come without a file the channels of `mode`, as `decode_image` does."""
+    """Convert pixels [H, W, C] to the channels of `mode`, as `decode_image` does."""
     from PIL import Image
 
     if mode is None or pixels.shape[2] == {"L": 1, "RGB": 3}[mode]:
@@ -144,11 +144,11 @@ def _fitted(image: Image, size: tuple[int, int]) -> Image:
 
 
 class _RefusedImageError(Exception):
-    """A sound image that is not taken; the message says why and what to do."""
+    """An intact image that is refused; the message gives the reason and the remedy."""
 
 
 def _obstacle(image: ImageFile) -> str | None:
-    """Return what of the image would be lost or changed if it were taken as it is; None if nothing."""
+    """Return what conversion would lose or change; None if the image can be accepted unchanged."""
     if getattr(image, "is_animated", False):
         raise _RefusedImageError("holds several frames, expected one image: extract the frame you want")
     if _has_16_bits(image):
@@ -176,11 +176,13 @@ def _converted(image: ImageFile, mode: str | None, obstacle: str | None) -> Imag
     from PIL import Image, ImageOps
 
     if mode is None:
-        raise _RefusedImageError(f"{obstacle}, taken as they are are 8-bit L and RGB: give --mode L or --mode RGB")
+        raise _RefusedImageError(
+            f"{obstacle}, expected 8-bit grey (L) or colour (RGB): give --mode L or --mode RGB to convert it"
+        )
     if _has_16_bits(image) and "transparency" in image.info:
         raise _RefusedImageError("has 16 bits per channel and a transparent colour: convert it first")
     upright: Image.Image = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes for 16-bit colour
+    if upright.mode.startswith("I"):  # 16-bit grey: keep the high byte, as Pillow does for 16-bit colour
         upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8))
     elif _has_transparency(image):
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
@@ -188,12 +190,12 @@ def _converted(image: ImageFile, mode: str | None, obstacle: str | None) -> Imag
 
 
 def _orientation(image: Image) -> int:
-    """EXIF orientation, 1 = upright; also where the tags are missing or cannot be read."""
+    """Return the EXIF orientation; 1, upright, if it is missing or unreadable."""
     if not {"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info):
         return 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "Corrupt EXIF data" comes as a warning
+            warnings.simplefilter("error")  # Pillow reports "Corrupt EXIF data" as a warning
             value = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return 1
