@@ -93,7 +93,7 @@ def class_names_of(dataset: ImageSet) -> ClassNames:
     return ClassNames(names, np.flatnonzero(class_counts(dataset) == 0).tolist())
 
 
-def told_labels(dataset: ImageSet, rows: Rows, names: Iterable[str]) -> npt.NDArray[np.int64]:
+def model_labels(dataset: ImageSet, rows: Rows, names: Iterable[str]) -> npt.NDArray[np.int64]:
     """Return the model's class number for each row, int64 [n]; classes are matched by name, since numbers differ between datasets.
 
     UsageError if an image has no label, or a class that the model was not trained on.

@@ -147,7 +147,7 @@ def test_nothing_is_left_of_an_ingest_that_fails(tmp_path: Path) -> None:
     (folder / "00599.png").write_bytes(png_of(images[599])[:-20])
     before = everything_below(tmp_path)
     for num_workers in (1, 2):
-        with pytest.raises(DataError, match=r"00599\.png: a truncated PNG"):
+        with pytest.raises(DataError, match=r"00599\.png: a damaged PNG image"):
             ingest(str(folder), tmp_path / "new" / "parents" / "out", num_workers=num_workers)
         assert everything_below(tmp_path) == before
 
@@ -312,10 +312,10 @@ def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, obj
     ("name", "error", "message"),
     [
         ("digit", DataError, r"digit does not exist: give .* \(did you mean 'digits'\?\)"),
-        ("notes.txt", DataError, r"notes\.txt is no source of images"),
-        ("empty", DataError, r"empty holds no images"),
+        ("notes.txt", DataError, r"notes\.txt is not a source of images"),
+        ("empty", DataError, r"empty has no images"),
         ("nowhere.parquet", DataError, r"nowhere\.parquet does not exist"),
-        ("*.parquet", DataError, r"names no \.parquet file"),
+        ("*.parquet", DataError, r"has no \.parquet file"),
         ("unknown://bucket/x", DataError, r"unknown://bucket/x cannot be listed"),
     ],
 )
@@ -333,7 +333,7 @@ def test_a_folder_of_both_kinds_is_ambiguous(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", some_images(3))
     write_parquet(folder / "train.parquet", some_images(3), [0, 1, 2], NAMES)
     with pytest.raises(
-        DataError, match="in holds Parquet files and image files: give a folder, or a glob, of one kind"
+        DataError, match="in has both Parquet files and image files: give a folder, or a glob, of one kind"
     ):
         ingest(str(folder), tmp_path / "out")
     assert ingest(str(folder / "*.parquet"), tmp_path / "out").num_rows == 3
@@ -341,7 +341,7 @@ def test_a_folder_of_both_kinds_is_ambiguous(tmp_path: Path) -> None:
 
 def test_a_dataset_is_not_ingested_again(tmp_path: Path) -> None:
     ingest("digits", tmp_path / "d")
-    with pytest.raises(UsageError, match="is an ingested dataset already"):
+    with pytest.raises(UsageError, match="is already an ingested dataset"):
         ingest(str(tmp_path / "d"), tmp_path / "e")
 
 
@@ -406,10 +406,10 @@ def test_a_dataset_is_used_as_it_is(tmp_path: Path) -> None:
     for options, message in (
         (
             IngestOptions(image_size=4),
-            "ingested dataset of 8x8 with 1 channels, other image size or mode was asked for",
+            "ingested dataset of 8x8 with 1 channels, got another image size or mode",
         ),
-        (IngestOptions(mode="RGB"), "other image size or mode was asked for"),
-        (IngestOptions(split="test"), "split cannot be chosen any more"),
+        (IngestOptions(mode="RGB"), "got another image size or mode"),
+        (IngestOptions(split="test"), "split can no longer be chosen"),
     ):
         for ask in (ensure_ingested, availability):
             with pytest.raises(UsageError, match=message):
