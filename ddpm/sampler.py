@@ -10,6 +10,7 @@ does not depend on the batch it is computed in.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ddpm.diffusion import GaussianDiffusion, Model, Variance
-from ddpm.noise import Generators, check_generators, normal_noise
+from ddpm.noise import Generators, check_generators, noise_for_steps
 from ddpm.respacing import kept_timesteps
 
 
@@ -58,12 +59,13 @@ def _ancestral(
     generator: Generators,
     kept: tuple[int, ...],
 ) -> Iterator[Step]:
+    noise = noise_for_steps(x.shape, generator, x.device, len(kept) - 1)
     for i in reversed(range(len(kept))):
         denoised = diffusion.denoise(model, x, _filled(kept[i], x))
         p = chain.reverse_step(denoised, x, _filled(i, x))
         x = p.mean
         if i > 0:
-            x = x + (p.log_variance / 2).exp() * _noise_for(x, generator)
+            x = x + (p.log_variance / 2).exp() * next(noise).to(x.dtype)
         yield Step(kept[i], x)
 
 
@@ -98,13 +100,14 @@ def _ddim(
     eta: float,
 ) -> Iterator[Step]:
     abar = [1.0, *diffusion.schedule.alphas_cumprod[list(kept)].tolist()]
+    sigmas = [eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5 for before, now in itertools.pairwise(abar)]
+    noise = iter(()) if generator is None else noise_for_steps(x.shape, generator, x.device, sum(s > 0 for s in sigmas))
     for i in reversed(range(len(kept))):
         denoised = diffusion.denoise(model, x, _filled(kept[i], x))
-        now, before = abar[i + 1], abar[i]
-        sigma = eta * ((1 - before) / (1 - now) * (1 - now / before)) ** 0.5
+        before, sigma = abar[i], sigmas[i]
         x = before**0.5 * denoised.x0 + max(1 - before - sigma**2, 0.0) ** 0.5 * denoised.eps
-        if sigma > 0 and generator is not None:
-            x = x + sigma * _noise_for(x, generator)
+        if sigma > 0:
+            x = x + sigma * next(noise).to(x.dtype)
         yield Step(kept[i], x)
 
 
@@ -191,10 +194,6 @@ def few_steps_warning(diffusion: GaussianDiffusion, steps: int) -> str | None:
         f"ancestral sampling with fixed_large over {steps} of {diffusion.num_timesteps} steps leaves noise in images; "
         "use ddim, or variance fixed_small"
     )
-
-
-def _noise_for(x: Tensor, generator: Generators) -> Tensor:
-    return normal_noise(x.shape, generator, x.device).to(x.dtype)
 
 
 def _filled(t: int, x: Tensor) -> Tensor:

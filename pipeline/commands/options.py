@@ -110,6 +110,18 @@ def sampling_options(command: F) -> F:
             help="A class by name, or by number as `--label=#3`; `#balanced`, `#none`. Classes only.",
         ),
         click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            metavar="N",
+            help="Images that the network sees at once.",
+        ),
+        click.option(
+            "--precision",
+            type=click.Choice(["mixed", "bf16", "fp32"]),
+            help="Of the network; `mixed` is bf16 where the hardware has it.",
+        ),
+        click.option("--compile/--no-compile", default=None, help="Compile the network first: for many images."),
+        click.option(
             "--seed", type=click.IntRange(min=0), help="Image i is a function of this and i. Default: the experiment's."
         ),
         click.option(

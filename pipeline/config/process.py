@@ -149,6 +149,8 @@ class SamplingConfig(Section):
     `steps` is 50 where nothing is said, and all T with the ancestral sampler; null is all T with any. `eta` is ddim's alone.
     `guidance_scale` is s = 1 + w of classifier-free guidance: 1 is none. `labels` says of which class image i is, where the model
     knows classes: "#balanced" (the classes in turn), "#none", or one class by name, or by number as "#3".
+    `precision` is the network's arithmetic, weights included; x_t and the sampler's own are float32. `mixed` is bf16 on GPUs from Ampere on
+    and on CPUs with instructions for it, else fp32.
     """
 
     sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
@@ -157,7 +159,9 @@ class SamplingConfig(Section):
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     labels: Annotated[str, BeforeValidator(_as_text)] = "#balanced"
-    batch_size: PositiveInt = 100
+    batch_size: PositiveInt = 32
+    precision: Literal["mixed", "bf16", "fp32"] = "mixed"
+    compile: bool = False
 
     @model_validator(mode="before")
     @classmethod

@@ -31,6 +31,8 @@ class Generation:
         num_seeds: values are means over this many seeds, `seed` the first of them.
         guidance_scale: of classifier-free guidance, s = 1 + w; 1 is none, and other scales call the network twice a step.
         labels: "#balanced", "#none" or a class's name; "" of a model that knows no classes.
+        precision: of the network, "bf16" or "fp32".
+        compile: whether the network was compiled.
     """
 
     sampler: str
@@ -39,10 +41,12 @@ class Generation:
     eta: float = 0.0
     weights: str = "ema"
     seed: int = 0
-    chunk: int = 100
+    chunk: int = 32
     num_seeds: int = 1
     guidance_scale: float = 1.0
     labels: str = ""
+    precision: str = "fp32"
+    compile: bool = False
 
     @property
     def nfe(self) -> int:
@@ -161,6 +165,8 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] =
 def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity, as `to_json` gives it, as one level of dotted names."""
     flat: dict[str, Any] = {}
+    if "generation" in identity:
+        flat |= {"generation.precision": "fp32", "generation.compile": False}  # of scores that do not say
     for name, value in identity.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat

@@ -35,6 +35,7 @@ from pipeline.runs.runs_table import with_newest
 from pipeline.runs.sample import RequestPlan, SampleRequest, load_trained, run_sampler, sample_cache_of
 from pipeline.sampling.generated import SampleCache
 from pipeline.sampling.generation import usual_generation
+from pipeline.sampling.network import settled
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import Opened
 from pipeline.tracking.text import describe
@@ -188,7 +189,7 @@ def score_samples(
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
-        generator = run_sampler(trained, replace(request, seed=seed), compute)
+        generator = run_sampler(trained, replace(request, seed=seed), compute, on_gpu=cache.profile.use_gpu)
         made = cache.features(generator, scorer.extractor, num_images)
         identity = generator.identity(trained.weights)
         each.append(
@@ -205,7 +206,8 @@ def score_samples(
         previews.append(made.preview)
     scores = over_seeds(each)
     first_of_all = next(iter(scores.identities.values()))
-    return Scored(scores, previews[0], _label(first_of_all, trained))
+    usual = settled(trained.experiment.sampling, on_gpu=cache.profile.use_gpu)
+    return Scored(scores, previews[0], _label(first_of_all, trained, usual.precision))
 
 
 def sample_metrics(asked: EvaluationConfig) -> list[str]:
@@ -244,10 +246,11 @@ def tracked(run: Run, settings: TrackingSettings, console: Console, folder: Path
         yield None
 
 
-def _label(identity: MetricIdentity, trained: Trained) -> str:
+def _label(identity: MetricIdentity, trained: Trained, mixed_is: str) -> str:
     """Return words for a figure's tracked name on how its images were made and judged; "" where as the run samples and is judged."""
     made, split = replace(identity.generation, num_seeds=1), own_split(trained.experiment)
-    if made == usual_generation(trained.experiment, trained.class_names) and identity.split == split:
+    usual = usual_generation(trained.experiment, trained.class_names, mixed_is=mixed_is)
+    if made == usual and identity.split == split:
         return ""
     label = f"{made.sampler}{made.steps}_eta{made.eta:g}_{made.weights}_seed{made.seed}"
     if made.spacing != "trailing":
@@ -258,6 +261,10 @@ def _label(identity: MetricIdentity, trained: Trained) -> str:
         label += "_labels_none"
     elif made.labels not in ("", BALANCED):
         label += "_class_" + _trackable(made.labels)
+    if made.precision != usual.precision:
+        label += f"_{made.precision}"
+    if made.compile != usual.compile:
+        label += "_compiled" if made.compile else "_not_compiled"
     if identity.split != split:
         label += "_against_" + re.sub(r"\W", "_", identity.split)
     return label

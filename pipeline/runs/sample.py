@@ -22,6 +22,7 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import picture_of, save_grid
 from pipeline.sampling.generated import SampleCache, digest
 from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler
+from pipeline.sampling.network import settled
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.chunks import ChunkStore
@@ -45,6 +46,9 @@ class SampleRequest:
     eta: float | None = None
     guidance_scale: float | None = None
     labels: str | None = None
+    batch_size: int | None = None
+    precision: str | None = None
+    compile: bool | None = None
     seed: int | None = None
     weights: str = "ema"
     checkpoint: int | None = None
@@ -57,7 +61,7 @@ class SampleRequest:
         given = {
             key: value
             for key, value in asdict(self).items()
-            if key in ("sampler", "steps", "spacing", "eta", "guidance_scale", "labels") and value is not None
+            if key in SamplingConfig.model_fields and value is not None
         }
         asked = {**experiment.sampling.model_dump(), **given}
         if asked["sampler"] != experiment.sampling.sampler and self.steps is None:
@@ -117,7 +121,7 @@ def identity_of(
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser | VaeSampler]:
     """Load a run's model into this process, ready to generate as asked."""
     trained, compute = load_trained(run, request, profile)
-    return trained, run_sampler(trained, request, compute)
+    return trained, run_sampler(trained, request, compute, on_gpu=profile.use_gpu)
 
 
 def load_denoiser(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
@@ -139,9 +143,10 @@ def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Tr
     return trained, compute
 
 
-def run_sampler(trained: Trained, request: SampleRequest, compute: Compute) -> Denoiser | VaeSampler:
-    """Return what generates images as asked from a model that is loaded."""
+def run_sampler(trained: Trained, request: SampleRequest, compute: Compute, *, on_gpu: bool) -> Denoiser | VaeSampler:
+    """Return what generates images as asked from a model that is loaded, for workers on GPUs or on CPUs."""
     sampling, seed = request.settings(trained.experiment)
+    sampling = settled(sampling, on_gpu=on_gpu)
     check_labels(trained.experiment, sampling, trained.class_names)
     return make_sampler(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import base64
 import ipaddress
+import itertools
 import json
 import re
 import threading
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -28,6 +29,7 @@ from pipeline.console import answer
 from pipeline.errors import PipelineError, UsageError
 from pipeline.pictures.pictures import as_png, grid_picture, picture_of
 from pipeline.runs.sample import SampleRequest, run_sampler
+from pipeline.sampling.generation import Denoiser, VaeSampler
 from pipeline.signals import listening
 from pipeline.storage.runs import Run
 from pipeline.training.device import serving_compute
@@ -52,26 +54,28 @@ class Gallery:
         self.trained = Trained.from_run(run, weights=weights)
         self.compute.place(self.trained.model)
         self._lock = threading.Lock()
-        self._chunk = lru_cache(maxsize=16)(self._make)
+        self._sampler = lru_cache(maxsize=4)(self._make_sampler)
+        self._images = lru_cache(maxsize=16)(self._make)
 
     def images(self, request: SampleRequest, indices: range) -> list[Tensor]:
         """Return images uint8 [C, H, W] of the given indices; UsageError where the request does not fit the model."""
-        sampling, seed = request.settings(self.trained.experiment)
-        size = sampling.batch_size
-        wanted = {i // size for i in indices}
+        request = replace(request, num_images=0)
+        sampling, _ = request.settings(self.trained.experiment)
+        bounds = sorted({indices.start, indices.stop, *range(0, indices.stop, sampling.batch_size)})
+        parts = [range(a, b) for a, b in itertools.pairwise(bounds) if a in indices]
         with self._lock:
-            chunks = {k: self._chunk(json.dumps(asdict(request)), seed, k) for k in sorted(wanted)}
-        return [chunks[i // size][i % size] for i in indices]
+            return [image for part in parts for image in self._images(request, part)]
 
     def identity(self, request: SampleRequest) -> dict[str, Any]:
         """Return what makes the images these."""
-        return asdict(run_sampler(self.trained, request, self.compute).identity(self.trained.weights))
+        return asdict(self._sampler(replace(request, num_images=0)).identity(self.trained.weights))
 
-    def _make(self, request: str, seed: int, number: int) -> Tensor:
+    def _make_sampler(self, request: SampleRequest) -> Denoiser | VaeSampler:
+        return run_sampler(self.trained, request, self.compute, on_gpu=self.compute.on_gpu)
+
+    def _make(self, request: SampleRequest, indices: range) -> Tensor:
         self.compute.start()  # in the thread of this request
-        denoiser = run_sampler(self.trained, SampleRequest(**json.loads(request)), self.compute)
-        size = denoiser.sampling.batch_size
-        return denoiser.images(range(number * size, (number + 1) * size))
+        return self._sampler(request).images(indices)
 
 
 def serve_model(run: Run, host: str, port: int, say: Callable[[str], None] = answer) -> None:

@@ -30,7 +30,7 @@ from pipeline.training.threads import THREADS
 
 PREVIEW_IMAGES = 100
 
-_FORMAT = 2
+_FORMAT = 3
 
 
 class ImageGenerator(Protocol):
@@ -41,7 +41,7 @@ class ImageGenerator(Protocol):
         """Images that the network sees at once."""
 
     def images(self, indices: range, /) -> Tensor:
-        """Return the images of a canonical chunk, uint8 [n, C, H, W] on the CPU, whose bytes depend on their index alone."""
+        """Return images of one canonical chunk, uint8 [n, C, H, W] on the CPU, whose bytes depend on their index alone."""
 
     def on(self, compute: Compute, /) -> Self:
         """Return this with its network on another device."""
@@ -67,7 +67,9 @@ class GenerateTask:
         images = self._generator.images(indices).numpy()
         arrays: Arrays = {"images": images[: max(0, self._num_kept - indices.start)]}
         if self._extractor is not None:
-            found = self._extractor(images)
+            # always a whole chunk: the last bits of features may depend on how many images are looked at together
+            padding = np.repeat(images[:1], self._generator.chunk_size - len(images), axis=0)
+            found = self._extractor(np.concatenate([images, padding])).part(slice(len(images)))
             arrays["features"] = found.features
             if found.logits is not None:
                 arrays["logits"] = found.logits
@@ -98,8 +100,7 @@ class SampleCache:
     def images(self, generator: ImageGenerator, num_images: int) -> tuple[Images, ChunkStore]:
         """Return images 0 .. num_images - 1, and what keeps them until it is cleared."""
         store = ChunkStore(self.folder / "generated", self._identity(generator, None))
-        whole = -(-num_images // generator.chunk_size) * generator.chunk_size  # so that a kept chunk serves any count
-        parts = self._computed(GenerateTask(generator, whole, None), generator, num_images, store)
+        parts = self._computed(GenerateTask(generator, num_images, None), generator, num_images, store)
         return np.concatenate([part["images"] for part in parts]), store
 
     def _computed(

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from ddpm import GaussianDiffusion, Model, ancestral, conditioned, ddim, dpm_solver, guided, timestep_subset
+from ddpm import (
+    GaussianDiffusion,
+    Model,
+    ancestral,
+    conditioned,
+    ddim,
+    dpm_solver,
+    guided,
+    normal_noise,
+    timestep_subset,
+)
 from pipeline.config.experiment import Experiment, SamplingConfig
 from pipeline.data.images import to_uint8
 from pipeline.data.labels import NO_CLASSES, ClassNames, class_name, labels_of
 from pipeline.metrics.metric_identity import Generation
+from pipeline.sampling.network import SamplingNetwork, settled
 from pipeline.training.chunks import chunks_of
 from pipeline.training.device import Compute
 from pipeline.training.models import build_diffusion, has_process
@@ -21,6 +33,8 @@ from pipeline.training.randomness import image_generators
 from pipeline.training.vae import Vae
 
 Shape = tuple[int, int, int]
+
+_PROBED_VALUES, _MOST_PROBES = 2**18, 16
 
 
 class ByChunk(ABC):
@@ -35,15 +49,18 @@ class ByChunk(ABC):
 
     @abstractmethod
     def images(self, indices: range) -> Tensor:
-        """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
+        """Return images of one canonical chunk, uint8 [len(indices), C, H, W] on the CPU, whose bytes depend on their index alone."""
 
     def generate(self, num_images: int) -> Iterator[Tensor]:
-        """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time.
-
-        The network sees whole chunks only, so that image i is the same bytes however many are asked for.
-        """
+        """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time."""
         for indices in chunks_of(num_images, self.chunk_size):
-            yield self.images(indices)[: num_images - indices.start]
+            yield self.images(indices)
+
+    def _chunk_around(self, indices: range) -> range:
+        begin = indices.start // self.chunk_size * self.chunk_size
+        if indices.stop > begin + self.chunk_size:
+            raise ValueError(f"{indices}: expected images of one chunk of {self.chunk_size}")
+        return range(begin, begin + self.chunk_size)
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,12 @@ class Denoiser(ByChunk):
     seed: int
     compute: Compute
     class_names: ClassNames = NO_CLASSES  # of a class-conditional network
+    _fast: SamplingNetwork = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Take the network as it is now: weights that change later are not seen."""
+        fast = SamplingNetwork(self.model, self.diffusion.num_timesteps, self.sampling, self.compute)
+        object.__setattr__(self, "_fast", fast)
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -69,7 +92,7 @@ class Denoiser(ByChunk):
         self.model.eval()
         sampling, timesteps = self.sampling, self.timesteps
         generators = image_generators(self.seed, indices)
-        x_T = self.compute.send(torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]))
+        x_T = self.compute.send(normal_noise((len(indices), *self.shape), generators))
         network = self.network(indices)
         if sampling.sampler == "ancestral":
             yield from ancestral(self.diffusion, network, x_T, generator=generators, timesteps=timesteps)
@@ -78,20 +101,66 @@ class Denoiser(ByChunk):
         else:
             yield from ddim(self.diffusion, network, x_T, generator=generators, timesteps=timesteps, eta=sampling.eta)
 
-    def network(self, indices: range) -> Model:
-        """Return (x_t, t) -> prediction for images of the given indices: with their labels and guided, where the model knows classes."""
+    def network(self, indices: range, *, exact: bool = False) -> Model:
+        """Return (x_t, t) -> prediction for images of the given indices: with their labels and guided, where the model knows classes.
+
+        `exact` is float32, uncompiled, whatever the settings say.
+        """
+        model = self.model if exact else self._fast
         if not self.class_names:
-            return self.model
+            return model
         labels = self.compute.send(labels_of(indices, self.sampling.labels, self.class_names))
         none = torch.full_like(labels, len(self.class_names))
-        return guided(conditioned(self.model, labels), conditioned(self.model, none), self.sampling.guidance_scale)
+        return guided(conditioned(model, labels), conditioned(model, none), self.sampling.guidance_scale)
 
     def images(self, indices: range) -> Tensor:
-        """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
-        x = torch.empty(0)
-        for _, x in self.denoise(indices):  # noqa: B007 - the last x is the image
+        """Return images of one canonical chunk, uint8 [len(indices), C, H, W] on the CPU.
+
+        Their bytes are those of the whole chunk, of which no more is computed than that takes.
+        """
+        batch, x = self._batch_for(indices), torch.empty(0)
+        for _, x in self.denoise(batch):  # noqa: B007 - the last x is the image
             pass
-        return to_uint8(x).cpu()
+        return to_uint8(x[indices.start - batch.start :][: len(indices)]).cpu()
+
+    def _batch_for(self, indices: range) -> range:
+        """Return the fewest images that the network can see at once so that those asked for are as in their whole chunk.
+
+        Some kernels add up in another order for another batch; whether they do depends on processor, precision and sizes. So a smaller
+        batch is tried, and taken where its rows have the same bytes.
+        """
+        chunk = self._chunk_around(indices)
+        if self.sampling.compile:  # for a batch of another size it would be compiled anew
+            return chunk
+        among_all: list[Tensor] = []
+        for length in sorted({len(indices), *(2**i for i in range(16))}):
+            if not len(indices) <= length < len(chunk):
+                continue
+            begin = min(indices.start, chunk.stop - length)
+            batch, first = range(begin, begin + length), begin - chunk.start
+
+            def same(batch: range = batch, first: int = first) -> bool:
+                among_all[:] = among_all or self._probe(chunk)
+                alone = self._probe(batch)
+                return all(torch.equal(a, b[first : first + len(a)]) for a, b in zip(alone, among_all, strict=True))
+
+            if self._fast.same_alone(first, first + length, same):
+                return batch
+        return chunk
+
+    @torch.no_grad()
+    def _probe(self, indices: range) -> list[Tensor]:
+        """Return what the network gives for noise: small networks are asked several times, since sums rarely differ in a rounded bit."""
+        self.model.eval()
+        network, generators = self.network(indices), image_generators(self.seed, indices, "probe")
+        total, size = self.diffusion.num_timesteps, self.chunk_size * math.prod(self.shape)
+        probes = min(_MOST_PROBES, -(-_PROBED_VALUES // size))
+        found = []
+        for probe in range(probes):
+            x = self.compute.send(normal_noise((len(indices), *self.shape), generators))
+            t = torch.full((len(indices),), probe * total // probes, dtype=torch.int64, device=x.device)
+            found.append(network(x, t))
+        return found
 
     def on(self, compute: Compute) -> Denoiser:
         """Return this with its network moved to another device."""
@@ -113,10 +182,12 @@ class VaeSampler(ByChunk):
 
     @torch.no_grad()
     def images(self, indices: range) -> Tensor:
-        """Return the images of the given indices, uint8 [len(indices), C, H, W] on the CPU."""
+        """Return images of one canonical chunk, uint8 [len(indices), C, H, W] on the CPU; all of it is one call of the decoder."""
         self.model.eval()
-        codes = [torch.randn(self.model.latent_dim, generator=g) for g in image_generators(self.seed, indices)]
-        return to_uint8(self.model.decode(self.compute.send(torch.stack(codes)))).cpu()
+        chunk = self._chunk_around(indices)
+        codes = [torch.randn(self.model.latent_dim, generator=g) for g in image_generators(self.seed, chunk)]
+        images = to_uint8(self.model.decode(self.compute.send(torch.stack(codes)))).cpu()
+        return images[indices.start - chunk.start :][: len(indices)]
 
     def on(self, compute: Compute) -> VaeSampler:
         """Return this with its network moved to another device."""
@@ -141,12 +212,20 @@ def make_sampler(
     """Return what generates images of a shape (C, H, W) from the network of an experiment."""
     if isinstance(model, Vae):
         return VaeSampler(model, sampling, seed, compute)
+    sampling = settled(sampling, on_gpu=compute.on_gpu)
     return Denoiser(build_diffusion(experiment), model, shape, sampling, seed, compute, class_names)
 
 
-def usual_generation(experiment: Experiment, class_names: ClassNames = NO_CLASSES) -> Generation:
-    """Return how a run generates images where nothing else is asked for: as its experiment says, from its averaged weights."""
+def usual_generation(
+    experiment: Experiment, class_names: ClassNames = NO_CLASSES, *, mixed_is: str = "fp32"
+) -> Generation:
+    """Return how a run generates images where nothing else is asked for: as its experiment says, from its averaged weights.
+
+    `mixed_is` is what the precision `mixed` comes to on the machines that generate.
+    """
     sampling, seed = experiment.sampling, experiment.seed
+    if sampling.precision == "mixed":
+        sampling = sampling.model_copy(update={"precision": mixed_is})
     if not has_process(experiment):
         return _decoded(sampling, seed, "ema")
     return _denoised(sampling, experiment.diffusion.num_timesteps, seed, "ema", class_names)
@@ -168,6 +247,8 @@ def _denoised(
         chunk=sampling.batch_size,
         guidance_scale=sampling.guidance_scale,
         labels=class_name(sampling.labels, class_names) if class_names else "",
+        precision=sampling.precision,
+        compile=sampling.compile,
     )
 
 

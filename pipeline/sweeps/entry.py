@@ -103,6 +103,8 @@ def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[st
                     yield name, scores, None
                 continue
             generation = Generation(**identity["generation"])
+            if experiment.sampling.precision == "mixed":
+                usual = replace(usual, precision=generation.precision)
             own_images = identity["dataset"] == run.record.dataset["fingerprint"]
             if own_images and _but_steps(generation) == _but_steps(usual) and judged_by.items() <= identity.items():
                 yield name, scores, generation.nfe

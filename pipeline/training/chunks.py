@@ -28,15 +28,15 @@ class Task(Protocol):
         """Get ready, once, in the process that computes, on its device."""
 
     def __call__(self, indices: range, /) -> Arrays:
-        """Return the arrays of one chunk, all with len(indices) rows or fewer; a function of the task and the indices alone."""
+        """Return the arrays of a chunk, or of its first items; all have len(indices) rows or fewer, each row a function of its index."""
 
 
 Runner = Callable[[Task, Mapping[int, range]], Iterator[tuple[int, Arrays]]]
 
 
 def chunks_of(num_items: int, size: int) -> list[range]:
-    """Return the canonical chunks that hold items 0 .. num_items - 1: whole ones, the last one padded with further indices."""
-    return [range(begin, begin + size) for begin in range(0, num_items, size)]
+    """Return the canonical chunks of items 0 .. num_items - 1; of the last one, the items that are wanted."""
+    return [range(begin, min(begin + size, num_items)) for begin in range(0, num_items, size)]
 
 
 def as_it_stands(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
@@ -58,33 +58,36 @@ def in_process(here: Compute) -> Runner:
 
 
 class ChunkStore:
-    """Computed chunks in a folder, each a file that notices damage. `identity` is all that their content depends on."""
+    """Computed chunks in a folder, each a file that notices damage. `identity` is all that their content depends on.
+
+    A chunk that was computed for more items serves fewer.
+    """
 
     def __init__(self, root: Path, identity: Mapping[str, Any]) -> None:
         self._identity = json.loads(json.dumps(identity))
         digest = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:16]
         self.folder = root / digest
 
-    def get(self, number: int) -> Arrays | None:
-        """Return a chunk's arrays; None where it is not there, or damaged."""
+    def get(self, number: int, num_items: int) -> Arrays | None:
+        """Return the arrays of a chunk's first items; None where they are not there, or damaged."""
         try:
             card, arrays = unpack(self._path(number).read_bytes())
         except (OSError, ValueError):
             return None
-        return arrays if card == self._identity else None
+        return {name: array[:num_items] for name, array in arrays.items()} if self._serves(card, num_items) else None
 
-    def holds(self, number: int) -> bool:
-        """Whether a chunk is there and whole in length, which reads its header alone; `get` tells whether it is undamaged, too."""
+    def holds(self, number: int, num_items: int) -> bool:
+        """Whether so many of a chunk's items are there, by its header alone; `get` tells whether they are undamaged, too."""
         try:
-            return bool(read_card(self._path(number)) == self._identity)
+            return self._serves(read_card(self._path(number)), num_items)
         except (OSError, ValueError):
             return False
 
-    def put(self, number: int, arrays: Arrays) -> None:
-        """Keep a chunk; StorageError where it cannot be written."""
+    def put(self, number: int, num_items: int, arrays: Arrays) -> None:
+        """Keep a chunk's first items; StorageError where they cannot be written."""
         make_folder(self.folder)
         try:
-            write_atomically(self._path(number), pack(arrays, self._identity))
+            write_atomically(self._path(number), pack(arrays, self._identity | {"items": num_items}))
         except OSError as error:
             raise StorageError(f"{self.folder}: cannot be written ({error.strerror}); free some space") from None
 
@@ -93,6 +96,10 @@ class ChunkStore:
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # others may keep their chunks beside
             self.folder.parent.rmdir()
+
+    def _serves(self, card: dict[str, Any], num_items: int) -> bool:
+        items = card.get("items")
+        return isinstance(items, int) and items >= num_items and card == self._identity | {"items": items}
 
     def _path(self, number: int) -> Path:
         return self.folder / f"chunk-{number:06d}.safetensors"
@@ -106,24 +113,24 @@ def compute(
     runner: Runner = as_it_stands,
     progress: Callable[[int], None] | None = None,
 ) -> Iterator[Arrays]:
-    """Yield the arrays of items 0 .. num_items - 1, a canonical chunk at a time and in order, the padding cut off.
+    """Yield the arrays of items 0 .. num_items - 1, a canonical chunk at a time and in order.
 
     Chunks that the store holds undamaged are not computed again. `progress` is told how many items are there.
     """
     chunks = chunks_of(num_items, chunk_size)
-    missing = {number: indices for number, indices in enumerate(chunks) if not store.holds(number)}
+    missing = {number: indices for number, indices in enumerate(chunks) if not store.holds(number, len(indices))}
     done = len(chunks) - len(missing)
     for number, arrays in runner(task, missing):
-        store.put(number, arrays)
+        store.put(number, len(chunks[number]), arrays)
         done += 1
         if progress is not None:
             progress(min(done * chunk_size, num_items))
     for number, indices in enumerate(chunks):
-        kept = store.get(number)
+        kept = store.get(number, len(indices))
         if kept is None and number not in missing:  # it was there, and is damaged
             for _, arrays in runner(task, {number: indices}):
-                store.put(number, arrays)
-            kept = store.get(number)
+                store.put(number, len(indices), arrays)
+            kept = store.get(number, len(indices))
         if kept is None:
             raise StorageError(f"{store.folder}: chunk {number} was written and cannot be read back; check the disk")
-        yield {name: array[: num_items - indices.start] for name, array in kept.items()}
+        yield kept

@@ -1,0 +1,85 @@
+"""Whether a batch fits into memory, estimated before anything is computed, from the sizes of the network's intermediate results."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeline.errors import UsageError
+
+OVERHEAD = 1.5  # what kernels take for themselves, beside the results that are alive
+
+
+def require_memory(network: nn.Module, x: Tensor, *labels: Tensor) -> None:
+    """Refuse a batch like `x` [B,C,H,W] that does not fit into the free memory of its device, with one that does (UsageError)."""
+    free, need = free_bytes(x.device), call_bytes(network, x, *labels)
+    if need is None or OVERHEAD * need <= free:
+        return
+    fits = len(x)
+    while fits > 1 and OVERHEAD * need * fits / len(x) > free:
+        fits //= 2
+    raise UsageError(
+        f"sampling.batch_size: got {len(x)}, whose network call takes about {_gib(OVERHEAD * need)}, expected one that fits into "
+        f"{_gib(free)} of free memory. Use --batch-size {fits}, or -s sampling.batch_size={fits}."
+    )
+
+
+def call_bytes(network: nn.Module, x: Tensor, *labels: Tensor) -> int | None:
+    """Return the most bytes of results alive at once during a call; None of a network that cannot be called without data."""
+    tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    dtype = next((p.dtype for p in network.parameters()), x.dtype)
+    sizes = [torch.empty_like(x, device="meta", dtype=dtype), torch.empty(len(x), dtype=torch.int64, device="meta")]
+    sizes += [torch.empty_like(y, device="meta") for y in labels]
+    try:
+        with torch.no_grad(), _Alive() as alive:
+            meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+            weights = alive.now
+            torch.func.functional_call(network, meta, tuple(sizes))
+    except Exception:  # noqa: BLE001 - a network of one's own may look at values, which are not there
+        return None
+    return alive.most - weights
+
+
+def free_bytes(device: torch.device) -> int:
+    """Return the bytes that are free on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+class _Alive(TorchDispatchMode):
+    """Counts the bytes of tensors that operations return, for as long as these live; views of one memory count once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._users: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._users:
+                    self.now += size
+                    self.most = max(self.most, self.now)
+                self._users[key] = self._users.get(key, 0) + 1
+                weakref.finalize(tensor, self._ended, key, size)
+        return result
+
+    def _ended(self, key: int, size: int) -> None:
+        self._users[key] -= 1
+        if not self._users[key]:
+            del self._users[key]
+            self.now -= size
+
+
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.3g} GiB"
