@@ -14,11 +14,15 @@ from torch.utils._pytree import tree_leaves
 from pipeline.errors import UsageError
 
 OVERHEAD = 1.5  # what kernels take for themselves, beside the results that are alive
+_LAYERS = 64
 
 
 def require_memory(network: nn.Module, x: Tensor, *labels: Tensor) -> None:
     """Refuse a batch like `x` [B,C,H,W] that does not fit into the free memory of its device, with one that does (UsageError)."""
-    free, need = free_bytes(x.device), call_bytes(network, x, *labels)
+    free = free_bytes(x.device)
+    if _at_most(network, x) <= free:
+        return
+    need = call_bytes(network, x, *labels)
     if need is None or OVERHEAD * need <= free:
         return
     fits = len(x)
@@ -31,19 +35,31 @@ def require_memory(network: nn.Module, x: Tensor, *labels: Tensor) -> None:
 
 
 def call_bytes(network: nn.Module, x: Tensor, *labels: Tensor) -> int | None:
-    """Return the most bytes of results alive at once during a call; None of a network that cannot be called without data."""
+    """Return the most bytes of results alive at once during a call with all in the dtype of `x`.
+
+    None of a network that cannot be called without data.
+    """
     tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    dtype = next((p.dtype for p in network.parameters()), x.dtype)
-    sizes = [torch.empty_like(x, device="meta", dtype=dtype), torch.empty(len(x), dtype=torch.int64, device="meta")]
+    sizes = [torch.empty_like(x, device="meta"), torch.empty(len(x), dtype=torch.int64, device="meta")]
     sizes += [torch.empty_like(y, device="meta") for y in labels]
     try:
         with torch.no_grad(), _Alive() as alive:
-            meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-            weights = alive.now
+            meta = {
+                name: torch.empty_like(tensor, device="meta", dtype=x.dtype if tensor.is_floating_point() else None)
+                for name, tensor in tensors.items()
+            }
+            weights: int = alive.now
             torch.func.functional_call(network, meta, tuple(sizes))
-    except Exception:  # noqa: BLE001 - a network of one's own may look at values, which are not there
+    except Exception:  # a network of one's own may look at values, which are not there
         return None
-    return alive.most - weights
+    most: int = alive.most
+    return most - weights
+
+
+def _at_most(network: nn.Module, x: Tensor) -> int:
+    """Return more bytes than a call takes, without the second that it takes to find out how many it takes: many layers at full width."""
+    widest = max((len(p) for p in network.parameters() if p.dim() > 1), default=x.shape[1])
+    return _LAYERS * widest * (x.numel() // x.shape[1]) * x.element_size()
 
 
 def free_bytes(device: torch.device) -> int:
@@ -53,12 +69,12 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-class _Alive(TorchDispatchMode):
+class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations return, for as long as these live; views of one memory count once."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.now = self.most = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now, self.most = 0, 0
         self._users: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

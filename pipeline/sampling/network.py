@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ddpm import UNet
 from pipeline.config.experiment import SamplingConfig
 from pipeline.errors import UsageError
+from pipeline.sampling.memory import require_memory
 from pipeline.training.device import BF16_FROM, Capabilities, Compute
 
 WIDE = 64  # channels of a network's first level from which convolutions gain more by channels_last than its norms lose on a CPU
@@ -41,14 +42,19 @@ class SamplingNetwork:
 
     def __init__(self, model: nn.Module, num_timesteps: int, sampling: SamplingConfig, compute: Compute) -> None:
         self._model, self._num_timesteps, self._sampling, self._compute = model, num_timesteps, sampling, compute
-        self._prepared: Callable[..., Tensor] | None = None
+        self._prepared: tuple[Callable[..., Tensor], nn.Module] | None = None
         self._same_rows: dict[tuple[int, int], bool] = {}
+        self._most_images = 0  # that are known to fit into memory
 
     def __call__(self, x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
         """Return the network's output in float32."""
         if self._prepared is None:
             self._prepared = self._prepare()
-        return self._prepared(x, t, *labels)
+        call, network = self._prepared
+        if len(x) > self._most_images:
+            require_memory(network, x.to(self._dtype), *labels)
+            self._most_images = len(x)
+        return call(x, t, *labels)
 
     def same_alone(self, first: int, last: int, compare: Callable[[], bool]) -> bool:
         """Return whether rows `first` .. `last` of a chunk have the same bytes in a batch of their own; `compare` is asked once."""
@@ -58,25 +64,29 @@ class SamplingNetwork:
 
     def __getstate__(self) -> dict[str, Any]:
         """What other processes get: the network as it was trained."""
-        return self.__dict__ | {"_prepared": None, "_same_rows": {}}
+        return self.__dict__ | {"_prepared": None, "_same_rows": {}, "_most_images": 0}
 
-    def _prepare(self) -> Callable[..., Tensor]:
-        half = self._sampling.precision == "bf16"
-        if half and self._compute.on_gpu:
+    @property
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self._sampling.precision == "bf16" else torch.float32
+
+    def _prepare(self) -> tuple[Callable[..., Tensor], nn.Module]:
+        if self._dtype == torch.bfloat16 and self._compute.on_gpu:
             _require_bf16()
         if isinstance(self._model, UNet):
-            return self._prepare_unet(self._model, torch.bfloat16 if half else torch.float32)
+            return self._prepare_unet(self._model)
         device, call = self._compute.device.type, self._compiled(self._model)
 
         def own(x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
-            with torch.autocast(device, torch.bfloat16, enabled=half):
+            with torch.autocast(device, torch.bfloat16, enabled=self._dtype == torch.bfloat16):
                 return call(x, t, *labels).float()
 
-        return own
+        return own, self._model
 
     @torch.no_grad()
-    def _prepare_unet(self, model: UNet, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def _prepare_unet(self, model: UNet) -> tuple[Callable[..., Tensor], nn.Module]:
         """Cast the weights once; an embedding that is the same for a whole batch is one row."""
+        dtype = self._dtype
         fast = dtype != torch.float32 and (self._compute.on_gpu or model.conv_in.out_channels >= WIDE)
         layout = torch.channels_last if fast else torch.contiguous_format
         network: nn.Module = copy.deepcopy(model).requires_grad_(False)
@@ -89,7 +99,7 @@ class SamplingNetwork:
             out: Tensor = call(x.to(dtype, memory_format=layout), t[:1], *labels)
             return out.to(torch.float32, memory_format=torch.contiguous_format)
 
-        return unet
+        return unet, network
 
     def _compiled(self, network: nn.Module) -> Callable[..., Tensor]:
         return torch.compile(network, dynamic=False) if self._sampling.compile else network
