@@ -1,10 +1,12 @@
-"""How many CPUs this process may use: everything that sizes threads, workers or pools asks here."""
+"""How many CPUs this process may use, and what memory is free: everything that sizes threads, workers, pools or batches asks here."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -14,6 +16,11 @@ def usable_cpus() -> int:
     """Return the CPUs of this process's affinity mask (taskset, cpusets), fewer where its control group has a quota; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *(int(quota) for quota in _quotas())]))
+
+
+def free_memory_bytes() -> int:
+    """Return the memory of this machine that is free, or can be freed."""
+    return int(psutil.virtual_memory().available)
 
 
 def _quotas() -> Iterator[float]:

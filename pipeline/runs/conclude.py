@@ -55,7 +55,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
     request = ScoreRequest()
     trained, compute = load_trained(run, request, profile)
-    generator = run_sampler(trained, request, compute, on_gpu=profile.use_gpu)
+    generator = run_sampler(trained, request, compute, profile)
     found, skipped = _evaluate(run, trained, compute, request, profile, console)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)

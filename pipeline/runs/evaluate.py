@@ -34,8 +34,7 @@ from pipeline.runs.measure import measure_bound
 from pipeline.runs.runs_table import with_newest
 from pipeline.runs.sample import RequestPlan, SampleRequest, load_trained, run_sampler, sample_cache_of
 from pipeline.sampling.generated import SampleCache
-from pipeline.sampling.generation import usual_generation
-from pipeline.sampling.network import settled
+from pipeline.sampling.generation import settled, usual_generation
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import Opened
 from pipeline.tracking.text import describe
@@ -189,7 +188,7 @@ def score_samples(
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
-        generator = run_sampler(trained, replace(request, seed=seed), compute, on_gpu=cache.profile.use_gpu)
+        generator = run_sampler(trained, replace(request, seed=seed), compute, cache.profile)
         made = cache.features(generator, scorer.extractor, num_images)
         identity = generator.identity(trained.weights)
         each.append(
@@ -206,7 +205,7 @@ def score_samples(
         previews.append(made.preview)
     scores = over_seeds(each)
     first_of_all = next(iter(scores.identities.values()))
-    usual = settled(trained.experiment.sampling, on_gpu=cache.profile.use_gpu)
+    usual = settled(trained.experiment.sampling, cache.profile)
     return Scored(scores, previews[0], _label(first_of_all, trained, usual.precision))
 
 

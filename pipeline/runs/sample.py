@@ -21,8 +21,7 @@ from pipeline.data.labels import labels_of
 from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import picture_of, save_grid
 from pipeline.sampling.generated import SampleCache, digest
-from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler
-from pipeline.sampling.network import settled
+from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler, settled
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.chunks import ChunkStore
@@ -121,7 +120,7 @@ def identity_of(
 def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser | VaeSampler]:
     """Load a run's model into this process, ready to generate as asked."""
     trained, compute = load_trained(run, request, profile)
-    return trained, run_sampler(trained, request, compute, on_gpu=profile.use_gpu)
+    return trained, run_sampler(trained, request, compute, profile)
 
 
 def load_denoiser(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
@@ -143,10 +142,12 @@ def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Tr
     return trained, compute
 
 
-def run_sampler(trained: Trained, request: SampleRequest, compute: Compute, *, on_gpu: bool) -> Denoiser | VaeSampler:
-    """Return what generates images as asked from a model that is loaded, for workers on GPUs or on CPUs."""
+def run_sampler(
+    trained: Trained, request: SampleRequest, compute: Compute, where: Compute | Profile
+) -> Denoiser | VaeSampler:
+    """Return what generates images as asked from a model that is loaded, where it is to be generated."""
     sampling, seed = request.settings(trained.experiment)
-    sampling = settled(sampling, on_gpu=on_gpu)
+    sampling = settled(sampling, where)
     check_labels(trained.experiment, sampling, trained.class_names)
     return make_sampler(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 

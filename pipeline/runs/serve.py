@@ -71,7 +71,7 @@ class Gallery:
         return asdict(self._sampler(replace(request, num_images=0)).identity(self.trained.weights))
 
     def _make_sampler(self, request: SampleRequest) -> Denoiser | VaeSampler:
-        return run_sampler(self.trained, request, self.compute, on_gpu=self.compute.on_gpu)
+        return run_sampler(self.trained, request, self.compute, self.compute)
 
     def _make(self, request: SampleRequest, indices: range) -> Tensor:
         self.compute.start()  # in the thread of this request

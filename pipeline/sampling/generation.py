@@ -21,13 +21,14 @@ from ddpm import (
     normal_noise,
     timestep_subset,
 )
+from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, SamplingConfig
 from pipeline.data.images import to_uint8
 from pipeline.data.labels import NO_CLASSES, ClassNames, class_name, labels_of
 from pipeline.metrics.metric_identity import Generation
-from pipeline.sampling.network import SamplingNetwork, settled
+from pipeline.sampling.network import SamplingNetwork
 from pipeline.training.chunks import chunks_of
-from pipeline.training.device import Compute
+from pipeline.training.device import Compute, sampling_precision
 from pipeline.training.models import build_diffusion, has_process
 from pipeline.training.randomness import image_generators
 from pipeline.training.vae import Vae
@@ -78,6 +79,7 @@ class Denoiser(ByChunk):
 
     def __post_init__(self) -> None:
         """Take the network as it is now: weights that change later are not seen."""
+        object.__setattr__(self, "sampling", settled(self.sampling, self.compute))
         fast = SamplingNetwork(self.model, self.diffusion.num_timesteps, self.sampling, self.compute)
         object.__setattr__(self, "_fast", fast)
 
@@ -212,8 +214,12 @@ def make_sampler(
     """Return what generates images of a shape (C, H, W) from the network of an experiment."""
     if isinstance(model, Vae):
         return VaeSampler(model, sampling, seed, compute)
-    sampling = settled(sampling, on_gpu=compute.on_gpu)
     return Denoiser(build_diffusion(experiment), model, shape, sampling, seed, compute, class_names)
+
+
+def settled(sampling: SamplingConfig, where: Compute | Profile) -> SamplingConfig:
+    """Return the settings with the precision `mixed` replaced by what it is where images are generated."""
+    return sampling.model_copy(update={"precision": sampling_precision(sampling.precision, where)})
 
 
 def usual_generation(

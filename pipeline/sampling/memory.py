@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,9 +16,8 @@ OVERHEAD = 1.5  # what kernels take for themselves, beside the results that are 
 _LAYERS = 64
 
 
-def require_memory(network: nn.Module, x: Tensor, *labels: Tensor) -> None:
-    """Refuse a batch like `x` [B,C,H,W] that does not fit into the free memory of its device, with one that does (UsageError)."""
-    free = free_bytes(x.device)
+def require_memory(free: int, network: nn.Module, x: Tensor, *labels: Tensor) -> None:
+    """Refuse a batch like `x` [B,C,H,W] that does not fit into `free` bytes, with one that does (UsageError)."""
     if _at_most(network, x) <= free:
         return
     need = call_bytes(network, x, *labels)
@@ -60,13 +58,6 @@ def _at_most(network: nn.Module, x: Tensor) -> int:
     """Return more bytes than a call takes, without the second that it takes to find out how many it takes: many layers at full width."""
     widest = max((len(p) for p in network.parameters() if p.dim() > 1), default=x.shape[1])
     return _LAYERS * widest * (x.numel() // x.shape[1]) * x.element_size()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
 
 
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]

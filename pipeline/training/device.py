@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, Precision
-from pipeline.cpus import usable_cpus
+from pipeline.cpus import free_memory_bytes, usable_cpus
 from pipeline.errors import ClusterError, UsageError
 from pipeline.gpus import usable_gpus
 from pipeline.training.optimizer import AdamW
@@ -135,6 +135,27 @@ class Compute:
         """Move a network to the device, in the memory format chosen."""
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
+
+    def for_sampling(self, precision: str, *, compiled: bool, wide: bool) -> Compute:
+        """Return how a network is called to generate images; `wide` ones gain by channels_last in bf16 on a CPU, too.
+
+        UsageError for bf16 on a GPU that does not compute it.
+        """
+        half = precision == Precision.BF16
+        if half and self.on_gpu:
+            _precision(Capabilities.of_this_machine(), Precision.BF16, Profile(), on_gpu=True, section="sampling")
+        return replace(
+            self,
+            autocast_dtype=AUTOCAST[Precision(precision)],
+            compile=compiled,
+            channels_last=half and (self.on_gpu or wide),
+        )
+
+    def free_bytes(self) -> int:
+        """Return the memory of the device that is free."""
+        if self.on_gpu:
+            return int(torch.cuda.mem_get_info(self.device)[0])
+        return free_memory_bytes()
 
     def send(self, tensor: Tensor) -> Tensor:
         """Copy a host tensor to the device without waiting where that is possible (from pinned memory)."""
@@ -306,6 +327,21 @@ def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, he
     )
 
 
+def sampling_precision(asked: str, where: Compute | Profile) -> str:
+    """Return the arithmetic of sampling, of which `mixed` leaves the choice: bf16 where it is computed in hardware, else fp32.
+
+    A process without a GPU that prepares the work of GPUs takes them for Ampere or newer.
+    """
+    if asked != Precision.MIXED:
+        return asked
+    found = Capabilities.of_this_machine()
+    if where.use_gpu if isinstance(where, Profile) else where.on_gpu:
+        able = not found.num_gpus or found.gpu_version >= BF16_FROM
+    else:
+        able = found.cpu_bf16
+    return (Precision.BF16 if able else Precision.FP32).value
+
+
 def serving_compute() -> Compute:
     """Decide for a model that is served, where there is no profile: the GPU if there is one, else a thread for each CPU.
 
@@ -388,14 +424,16 @@ def _device(capabilities: Capabilities, profile: Profile, index: int) -> torch.d
     return torch.device("cuda", index)
 
 
-def _precision(capabilities: Capabilities, asked: Precision, profile: Profile, *, on_gpu: bool) -> Precision:
+def _precision(
+    capabilities: Capabilities, asked: Precision, profile: Profile, *, on_gpu: bool, section: str = "training"
+) -> Precision:
     """Return the arithmetic, of which `mixed` leaves the choice to the device; UsageError where the device has it not."""
     if asked is Precision.MIXED:
         return _mixed(capabilities, profile, on_gpu=on_gpu)
     if asked is Precision.BF16 and on_gpu and capabilities.gpu_version < BF16_FROM:
         raise UsageError(
-            f"training.precision: got bf16, which this GPU (compute capability {_dotted(capabilities.gpu_version)}) does not "
-            "compute; use -s training.precision=fp16, or mixed to leave the choice to the GPU"
+            f"{section}.precision: got bf16, which this GPU (compute capability {_dotted(capabilities.gpu_version)}) does not "
+            f"compute; use -s {section}.precision={'fp16' if section == 'training' else 'fp32'}, or mixed to leave the choice to the GPU"
         )
     return asked
 
