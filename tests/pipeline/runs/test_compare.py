@@ -96,6 +96,8 @@ def test_like_values_are_ranked_best_first(new_run):
         (replace(IDENTITY, generation=Generation("ancestral", 50)), "generation.sampler: ddim, ancestral"),
         (replace(IDENTITY, generation=Generation("ddim", 50, weights="raw")), "generation.weights: ema, raw"),
         (replace(IDENTITY, generation=Generation("ddim", 50, guidance_scale=2.0)), "generation.guidance_scale"),
+        (replace(IDENTITY, generation=Generation("ddim", 50, precision="bf16")), "generation.precision: fp32, bf16"),
+        (replace(IDENTITY, generation=Generation("ddim", 50, compile=True)), "generation.compile: False, True"),
     ],
 )
 def test_unlike_values_are_refused_by_what_differs(new_run, other, named):
@@ -121,6 +123,23 @@ def test_seed_and_chunk_are_chance_and_the_most_seeds_stand_for_a_model(new_run)
     scored(two, 0.9, replace(IDENTITY, generation=Generation("ddim", 50, seed=7, chunk=10)))
     (ranking,) = compare([one, two])
     assert [rank.entry.value for rank in ranking.ranks] == pytest.approx([0.6, 0.9])
+
+
+def test_scores_that_do_not_say_their_precision_are_of_fp32_not_compiled(new_run):
+    one, two = new_run(), new_run()
+    scored(one, 0.5)
+    (path,) = (one.folder / "evaluations").glob("*/scores.json")
+    older = json.loads(path.read_text())
+    for identity in older["identities"].values():
+        del identity["generation"]["precision"], identity["generation"]["compile"]
+    path.write_text(json.dumps(older))
+    scored(two, 0.4)
+    assert len(compare([one, two])[0].ranks) == 2
+    scored(three := new_run(), 0.3, replace(IDENTITY, generation=Generation("ddim", 50, precision="bf16")))
+    with pytest.raises(RefusedError, match=r"generation\.precision: fp32, bf16"):
+        compare([one, three])
+    (ranking,) = compare([one, three], across=["precision"])
+    assert [row["generation.precision"] for row in ranking.to_json()["ranking"]] == ["bf16", "fp32"]
 
 
 def test_fields_may_be_allowed_to_differ_and_then_stand_in_the_table(new_run):

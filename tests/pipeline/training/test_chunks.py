@@ -41,6 +41,14 @@ def test_what_is_kept_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert (task.computed, len(verified)) == ([0, 3, 6], 3)
 
 
+def test_a_chunk_of_more_items_serves_fewer_and_one_of_fewer_is_computed_again(tmp_path: Path) -> None:
+    store, task = ChunkStore(tmp_path, {"of": "squares"}), Squares()
+    for count, computed in ((4, [0, 3]), (7, [0, 3, 3, 6]), (5, [0, 3, 3, 6]), (2, [0, 3, 3, 6])):
+        found = np.concatenate([part["square"] for part in compute(task, count, 3, store)]).tolist()
+        assert found == [i * i for i in range(count)]
+        assert task.computed == computed
+
+
 @pytest.mark.parametrize("damage", ["a bit", "cut short", "header", "empty", "of something else", "gone"])
 def test_a_chunk_that_is_not_whole_is_computed_again(tmp_path: Path, damage: str) -> None:
     store, task = ChunkStore(tmp_path, {"of": "squares"}), Squares()
