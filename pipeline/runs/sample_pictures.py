@@ -11,9 +11,9 @@ import torch
 from pipeline.config.cluster_profile import Profile
 from pipeline.data.labels import BALANCED, NONE, ClassNames, own_word
 from pipeline.data.shards import Dataset
-from pipeline.errors import UsageError
+from pipeline.errors import RefusedError, UsageError
 from pipeline.runs.sample import SampleRequest, identity_of, load_denoiser, new_folder, write_about
-from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end
+from pipeline.sampling.motion import MOST_ERROR, draw_animation, draw_passage, draw_strip, interpolate, read_end
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training.models import has_process
@@ -83,10 +83,15 @@ def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tu
     dataset = Dataset.open(images, profile.cache) if images else None
     given = torch.stack([read_end(end, trained.shape, dataset) for end in ends])
     passage = interpolate(denoiser, given, request.num_images)
+    if passage.error > MOST_ERROR:
+        raise RefusedError(
+            f"--interpolate: got ends {passage.error:.0f} grey levels (of 255, root mean square) from the given images, expected at "
+            f"most {MOST_ERROR:g}. Use more --steps (there were {denoiser.sampling.steps}), or train the model for longer."
+        )
     with new_folder(out):
         path = out / "interpolation.png"
         draw_passage(passage, path)
         identity = identity_of(trained, denoiser, request.num_images, profile)
         del identity["seed"]  # the noise is that behind the images
-        about = identity | {"between": list(ends), "error_of_the_ends": round(passage.error, 3)}
+        about = identity | {"between": list(ends), "error_of_the_ends": round(passage.error, 3), "precision": "fp32"}
         return about, [path, write_about(about, out)]

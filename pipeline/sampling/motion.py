@@ -18,6 +18,8 @@ from pipeline.pictures.pictures import save_animation, save_grid, save_strip
 from pipeline.sampling.generation import Denoiser, Shape
 
 STRIP_FRAMES, ANIMATION_FRAMES = 10, 40
+LEAST_SIGNAL = 0.02  # sqrt(abar) of the last step that inversion goes to (docs/modes.md has the measurement)
+MOST_ERROR = 10.0  # of the ends of a passage, in grey levels
 
 
 def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8) -> None:
@@ -48,35 +50,39 @@ class Passage:
 
     ends: Tensor  # uint8 [2, C, H, W], the images that were given
     frames: Tensor
-    error: float  # root mean square over the ends' pixels, on the scale 0 .. 255
+    error: float  # root mean square over the ends' pixels, in grey levels of 255
 
 
 def interpolate(denoiser: Denoiser, ends: Tensor, num_frames: int) -> Passage:
     """Go from one image to another along the sphere of the noise behind them (Song, Meng & Ermon 2021, section 5.3).
 
     DDIM is run backwards from each of the two `ends`, uint8 [2, C, H, W], to its noise; noises in between are denoised by DDIM
-    without noise (eta 0) over the same steps. x0 is not clipped on the way, so that the first and the last frame are the ends again, in
-    the limit of many steps. All frames have one label, or none; guidance cannot be run backwards.
+    without noise (eta 0) over the same steps, in float32. x0 is not clipped on the way, so that the first and the last frame are the ends
+    again, in the limit of many steps. Both stop at the last step with a signal of `LEAST_SIGNAL`: beyond it, x0 from x_t is the network's
+    error, divided by about nothing. All frames have one label, or none; guidance cannot be run backwards.
     """
     assert denoiser.sampling.guidance_scale == 1
-    sampling, total = denoiser.sampling, denoiser.diffusion.num_timesteps
     diffusion = replace(denoiser.diffusion, clip_x0=False)
-    timesteps = timestep_subset(total, sampling.num_steps(total), "linspace")  # which begins beside the clean image
+    with_signal = max(1, int((diffusion.schedule.alphas_cumprod.sqrt() >= LEAST_SIGNAL).sum()))
+    # linspace begins beside the clean image
+    timesteps = timestep_subset(with_signal, denoiser.sampling.num_steps(with_signal), "linspace")
     denoiser.model.eval()
     x0 = denoiser.compute.send(to_float(ends))
-    noise = _last(x for _, x in ddim_invert(diffusion, denoiser.network(range(2)), x0, timesteps=timesteps))
+    noise = _last(x for _, x in ddim_invert(diffusion, denoiser.network(range(2), exact=True), x0, timesteps=timesteps))
     weights = torch.linspace(0, 1, num_frames).tolist()
     between = torch.cat([slerp(noise[:1], noise[1:], weight) for weight in weights])
-    x = _last(x for _, x in ddim(diffusion, denoiser.network(range(num_frames)), between, timesteps=timesteps))
+    network = denoiser.network(range(num_frames), exact=True)
+    x = _last(x for _, x in ddim(diffusion, network, between, timesteps=timesteps))
     frames = to_uint8(x).cpu()
     error = float((frames[[0, -1]].float() - ends.float()).square().mean().sqrt())
     return Passage(ends, frames, error)
 
 
 def draw_passage(passage: Passage, path: Path) -> None:
-    """Draw the two images that were given, at either side of what lies between them."""
+    """Draw the two images that were given, at either side of what lies between them, and how far its ends are from them."""
     pictures = torch.cat([passage.ends[:1], passage.frames, passage.ends[1:]])
-    captions = ["given", *("" for _ in passage.frames), "given"]
+    apart = f"off by {passage.error:.1f}"
+    captions = ["given", apart, *("" for _ in passage.frames[2:]), apart, "given"]
     save_grid(pictures, path, columns=len(pictures), captions=captions)
 
 
