@@ -86,12 +86,17 @@ def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tu
     if passage.error > MOST_ERROR:
         raise RefusedError(
             f"--interpolate: got ends {passage.error:.0f} grey levels (of 255, root mean square) from the given images, expected at "
-            f"most {MOST_ERROR:g}. Use more --steps (there were {denoiser.sampling.steps}), or train the model for longer."
+            f"most {MOST_ERROR:g}. Use more --steps than {len(denoiser.timesteps)}, or train the model for longer."
         )
     with new_folder(out):
         path = out / "interpolation.png"
         draw_passage(passage, path)
         identity = identity_of(trained, denoiser, request.num_images, profile)
         del identity["seed"]  # the noise is that behind the images
-        about = identity | {"between": list(ends), "error_of_the_ends": round(passage.error, 3), "precision": "fp32"}
+        about = identity | {
+            "between": list(ends),
+            "error_of_the_ends": round(passage.error, 3),
+            "precision": "fp32",
+            "compile": False,
+        }
         return about, [path, write_about(about, out)]

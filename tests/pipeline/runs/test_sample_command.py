@@ -71,9 +71,13 @@ def test_strips_animations_and_passages_are_drawn(sample, labelled, tmp_path):
     for kind, count in (("png", 3), ("strip", 2), ("gif", 3)):
         assert sample(*FEW, "--format", kind, "-n", str(count), "--out", str(tmp_path / kind))[0] == 0
     Image.fromarray(np.full((20, 20), 90, np.uint8)).save(tmp_path / "mine.png")
-    code, out, _ = sample(
-        *FEW, "--interpolate", "5", str(tmp_path / "mine.png"), "-n", "4", "--out", str(tmp_path / "way")
-    )
+    between = ("--interpolate", "5", str(tmp_path / "mine.png"), "-n", "4", "--out", str(tmp_path / "way"))
+    code, _, err = sample(*FEW, *between)
+    assert (code, err.count("\n")) == (10, 1)
+    assert "grey levels" in err
+    assert "--steps" in err
+    assert not (tmp_path / "way").exists()
+    code, out, _ = sample("--steps", "300", *between)
     assert code == 0
     assert "error_of_the_ends" in out
     images = [np.asarray(Image.open(path))[None] for path in sorted((tmp_path / "png").rglob("*.png"))]
@@ -92,8 +96,9 @@ def test_strips_animations_and_passages_are_drawn(sample, labelled, tmp_path):
         assert np.abs(last[top : top + 64 : 8, left : left + 64 : 8] - image[0]).max() <= 3  # a GIF has 256 colours
     way = pixels_of(tmp_path / "way" / "interpolation.png")
     assert way.shape[1] == 6 * 66 + 2
-    assert place_of(Dataset.open(labelled.record.dataset["path"]).read([5])[0], way, 8) == (2, 2)
-    assert place_of(np.full((1, 8, 8), 90, np.uint8), way, 8) == (2, 2 + 5 * 66)
+    given = (Dataset.open(labelled.record.dataset["path"]).read([5])[0, 0], np.full((8, 8), 90))
+    for image, left in zip(given, (2, 2 + 5 * 66), strict=True):
+        np.testing.assert_array_equal(way[2:66:8, left : left + 64 : 8, 0], image)
     assert about(tmp_path / "way")["labels"] == "#none"
 
 
