@@ -144,12 +144,9 @@ class Compute:
         half = precision == Precision.BF16
         if half and self.on_gpu:
             _precision(Capabilities.of_this_machine(), Precision.BF16, Profile(), on_gpu=True, section="sampling")
-        return replace(
-            self,
-            autocast_dtype=AUTOCAST[Precision(precision)],
-            compile=compiled,
-            channels_last=half and (self.on_gpu or wide),
-        )
+        layout = half and (self.on_gpu or wide)
+        chosen = self.keeping({"precision": precision, "compile": compiled, "channels_last": layout})
+        return replace(chosen, cuda_graphs=False)
 
     def free_bytes(self) -> int:
         """Return the memory of the device that is free."""
@@ -334,11 +331,8 @@ def sampling_precision(asked: str, where: Compute | Profile) -> str:
     """
     if asked != Precision.MIXED:
         return asked
-    found = Capabilities.of_this_machine()
-    if where.use_gpu if isinstance(where, Profile) else where.on_gpu:
-        able = not found.num_gpus or found.gpu_version >= BF16_FROM
-    else:
-        able = found.cpu_bf16
+    found, on_gpu = Capabilities.of_this_machine(), where.use_gpu if isinstance(where, Profile) else where.on_gpu
+    able = Precision.BF16 in found.fast_precisions(on_gpu) or (on_gpu and not found.num_gpus)
     return (Precision.BF16 if able else Precision.FP32).value
 
 

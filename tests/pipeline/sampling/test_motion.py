@@ -92,7 +92,7 @@ def test_pictures_are_written(tmp_path: Path, digits):
         last = np.asarray(motion.convert("L"))
     # the last frame shows the images: 3 columns of 8 x 8 pixels, each drawn 8 times as large, 2 apart
     shown = last[2 : 2 + 64 : 8, 2 : 2 + 64 : 8]
-    image = denoiser(20).images(range(5))[0, 0].numpy()
+    image = denoiser(20).images(range(4))[0, 0].numpy()
     assert np.abs(shown.astype(int) - image.astype(int)).max() <= 3  # a GIF has 256 colours
     strip = pixels_of(tmp_path / "strip.png")
     frames, labels = trajectory(denoiser(20), 3, strip.shape[1] // 66)
