@@ -311,7 +311,6 @@ def mlflow_run(home: Path, entry: str, **parameters: str) -> None:
     run("env", *environment, mlflow, *words, cwd=home)
 
 
-@pytest.mark.ray
 @pytest.mark.slow
 def test_mlflow_run_trains_samples_and_scores_in_the_runs_that_it_opened(home: Path) -> None:
     """In the store of its environment, though the profile names another one that nobody serves."""

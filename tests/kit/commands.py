@@ -1,8 +1,8 @@
 """`ddpm-pipe` as tests use it: typed in this process, or as a process of its own, run to its end or started; and other processes.
 
 code, stdout, stderr = typed("runs", "--json")         in this process, in `home`: what is not about the process itself
-result = cli("runs", "--json", env={...})              as a user does, to its end
-training = start("train", "slow.yaml")                 in the background, ended with the test
+result = cli("runs", "--json", env={...})              forked from a process with everything imported, to its end
+training = start("train", "slow.yaml")                 as a user does, in the background, ended with the test
 training.wait_for(lambda: newest_step(home) >= 10)     fails as soon as the process has ended
 training.send(signal.SIGTERM)
 code, stdout, stderr = training.end()
@@ -180,9 +180,15 @@ class Shell:
         env: Mapping[str, str] | None = None,
         timeout_s: float = 500,
     ) -> Result:
-        """Run `ddpm-pipe ARGUMENTS` as users do, to its end; with its children it is ended if it outlasts `timeout_s`."""
-        with self.start(*arguments, cwd=cwd, env=env) as started:
-            return started.end(timeout_s)
+        """Run `ddpm-pipe ARGUMENTS` in a process of its own, to its end; with its children it is ended if it outlasts `timeout_s`.
+
+        The process is forked from one that has imported everything, with one thread unless the command decides otherwise; what is about
+        the start of a process, its imports or its death takes `start`.
+        """
+        from tests.kit.forks import run_command  # imports torch
+
+        words = [str(word) for word in arguments]
+        return Result(*run_command(cwd or self.home, words, self.process_environment() | dict(env or {}), timeout_s))
 
 
 def run_command(words: Sequence[str]) -> int:

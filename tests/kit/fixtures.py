@@ -58,7 +58,7 @@ def user_environment(shell: Shell) -> dict[str, str]:
 
 @pytest.fixture
 def cli(shell: Shell) -> Callable[..., Result]:
-    """Run `ddpm-pipe ARGUMENTS` to its end in a process of its own: cli("runs", "--json", cwd=..., env={...}, timeout_s=...)."""
+    """Run `ddpm-pipe ARGUMENTS` to its end in a forked process: cli("runs", "--json", cwd=..., env={...}, timeout_s=...)."""
     return shell.run
 
 
@@ -189,7 +189,7 @@ def ray_session() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="session")
-def calm(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Callable[[int], dict[str, str]]:
+def calm(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[int], dict[str, str]]:
     """What the slow training of tests.kit.experiments ends with on one worker or two if nobody disturbs it: its digests."""
     from tests.kit.experiments import TWO_WORKERS, slow_experiment
     from tests.kit.trainer import final_digests, only_run
@@ -198,7 +198,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory, ray_session: Any) -> Callable
     def train(workers: int) -> dict[str, str]:
         shell = Shell(tmp_path_factory.mktemp("calm"))
         (shell.home / "two.yaml").write_text(TWO_WORKERS)
-        chosen = ["--cluster", "two.yaml"] if workers == 2 else []
+        chosen = []
+        if workers == 2:
+            request.getfixturevalue("ray_session")
+            chosen = ["--cluster", "two.yaml"]
         code, _, stderr = shell.type("train", slow_experiment(shell.home, pause=0.0), *chosen)
         assert code == 0, stderr
         return final_digests(only_run(shell.home))

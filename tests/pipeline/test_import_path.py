@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.import_path import LATE_FOLDERS, allow_modules_in, environment_for_ray, replacing
-from tests.kit.commands import Result
+from tests.kit.commands import Started
 
 TAKEN = "raise SystemExit('a file of the user was imported in place of an installed module')\n"
 OWN = """
@@ -41,14 +41,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_installed_modules_win_over_pythonpath_and_the_current_folder(
-    folder: Path, home: Path, cli: Callable[..., Result]
+    folder: Path, home: Path, start: Callable[..., Started]
 ):
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
-    found = cli(
+    found = start(
         *("train", "own.yaml", "--dry-run", "--no-probe"),
         cwd=folder,
         env={"PYTHONPATH": path, "DDPM_PIPE_HOME": str(home)},
-    )
+    ).end()
     assert found.code == 0, found.stderr
     assert "own:Net" in found.stdout + found.stderr
 
@@ -81,12 +81,13 @@ def test_without_such_folders_nothing_changes(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_training_with_two_workers_in_such_a_folder(folder: Path, cli: Callable[..., Result], home: Path):
+@pytest.mark.all
+def test_a_training_with_two_workers_in_such_a_folder(folder: Path, start: Callable[..., Started], home: Path):
     (folder / "two.yaml").write_text("workers: 2\nresources_per_worker: {CPU: 1}\nthreads_per_worker: 1\n")
     path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
-    found = cli(
+    found = start(
         *("train", "own.yaml", "--cluster", "two.yaml"),
         cwd=folder,
         env={"PYTHONPATH": path, "DDPM_PIPE_HOME": str(home)},
-    )
+    ).end()
     assert found.code == 0, found.stderr

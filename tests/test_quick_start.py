@@ -13,7 +13,7 @@ from PIL import Image
 
 from pipeline.pictures.pictures import read_grid
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 SHORT = (
     "-s",
@@ -34,8 +34,8 @@ def digits_are_good(scores: dict[str, Any]) -> bool:
 
 @pytest.mark.all
 @pytest.mark.timeout(1800)  # seven minutes on slow cores, alone
-def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli, typed, ray_session):
-    trained = cli("train", "--json", timeout_s=1500)
+def test_the_default_training_makes_digits_and_an_untrained_model_does_not(start, typed):
+    trained = start("train", "--json").end(1500)
     assert trained.code == 0, trained.stderr
     scores = json.loads(trained.stdout)["scores"]
     assert digits_are_good(scores), scores
@@ -49,7 +49,7 @@ def test_the_default_training_makes_digits_and_an_untrained_model_does_not(cli, 
     assert not digits_are_good(json.loads(stdout)["scores"])
 
 
-def test_a_run_is_found_listed_sampled_scored_and_tracked(typed, ray_session, home):
+def test_a_run_is_found_listed_sampled_scored_and_tracked(typed, home):
     code, stdout, stderr = typed("train", *SHORT)
     assert code == 0, stderr
     (folder,) = (home / "runs").iterdir()
@@ -124,7 +124,7 @@ def tracked_as_a_reader_finds_it(home: Path, folder: Path) -> None:
     assert len(client.search_logged_models([experiment.experiment_id])) == 1
 
 
-def test_images_without_labels_end_with_samples_and_say_what_was_skipped(typed, ray_session, home):
+def test_images_without_labels_end_with_samples_and_say_what_was_skipped(typed, home):
     images = np.random.default_rng(0).integers(0, 256, (64, 8, 8, 3), dtype=np.uint8)
     np.savez(home / "noise.npz", images=images)
     code, stdout, stderr = typed("train", "--data", "noise.npz", *SHORT, "-s", "training.batch_size=32")
