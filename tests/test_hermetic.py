@@ -17,7 +17,6 @@ import psutil
 import pytest
 
 from tests.hermetic import REPOSITORY, hermetic_environment
-from tests.kit.ports import listening_addresses
 from tests.kit.waiting import wait_for
 
 PUBLIC = ("192.0.2.77", 80)  # an address reserved for documentation (RFC 5737)
@@ -94,25 +93,6 @@ def test_a_child_process_is_guarded_and_the_machines_own_sitecustomize_still_run
     code = ASK_OUTSIDE + "import sys; print(attempt(), sys.the_machines_own)"
     out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "('ENETUNREACH', True) True"
-
-
-@pytest.mark.ray
-def test_ray_workers_are_guarded(ray_session: Any) -> None:
-    def attempt() -> tuple[str, bool]:
-        namespace: dict[str, Any] = {}
-        exec(ASK_OUTSIDE, namespace)
-        result: tuple[str, bool] = namespace["attempt"]()
-        return result
-
-    assert ray_session.get(ray_session.remote(attempt).remote()) == ("ENETUNREACH", True)
-
-
-@pytest.mark.ray
-def test_the_shared_ray_listens_on_loopback_alone(ray_session: Any) -> None:
-    addresses = listening_addresses(psutil.Process())
-    assert addresses
-    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
-    assert {node["NodeManagerAddress"] for node in ray_session.nodes()} == {"127.0.0.1"}
 
 
 def test_the_environment_is_scrubbed_and_every_place_lies_below_the_root(tmp_path: Path) -> None:

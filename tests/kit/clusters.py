@@ -155,6 +155,7 @@ class RayCluster:
             *arguments,
             f"--node-ip-address={LOOPBACK}",
             "--object-store-memory=150000000",
+            "--include-log-monitor=false",  # no driver of ours asks for the workers' output
             "--disable-usage-stats",
             "--block",
         ]
@@ -211,6 +212,7 @@ def _head(
             f"--dashboard-port={dashboard}",
             *_ports(agent, agent_grpc, runtime_env, metrics),
             "--include-dashboard=true",
+            "--no-monitor",  # nothing scales
             f"--num-cpus={num_cpus}",
             f"--resources={json.dumps(resources or {})}",
             f"--temp-dir={folder / 'ray'}",

@@ -26,7 +26,6 @@ SAVED_EVERY = 5  # steps, by commands
 TWO_WORKERS = "workers: 2\nresources_per_worker: {CPU: 1}\nthreads_per_worker: 1\n"
 # slow to train; and while a file `hold` is beside it, it samples no more after so many calls: until then a test acts
 SLOW_NETWORK = """
-import os
 import time
 from pathlib import Path
 import torch
@@ -38,12 +37,11 @@ class Slow(nn.Module):
         training_s: float = 0.0,
         hold_after: int = 0,
         dropout: float = 0.0,
-        die_at: int | None = None,
         hang_at: int | None = None,
     ) -> None:
         super().__init__()
         self.net, self.drop = nn.Conv2d(1, 1, 3, padding=1), nn.Dropout(dropout)
-        self.training_s, self.hold_after, self.die_at, self.hang_at = training_s, hold_after, die_at, hang_at
+        self.training_s, self.hold_after, self.hang_at = training_s, hold_after, hang_at
         self.calls = self.sampled = 0
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -52,8 +50,6 @@ class Slow(nn.Module):
         while self.sampled > self.hold_after and Path(__file__).with_name("hold").exists():
             time.sleep(0.01)
         self.calls += self.training
-        if self.calls == self.die_at:
-            os.kill(os.getpid(), 9)
         if self.calls == self.hang_at:
             time.sleep(600)
         return self.drop(self.net(x))

@@ -8,12 +8,14 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
 from tests.kit.ports import listening_addresses
 from tests.kit.waiting import wait_for
+from tests.test_hermetic import ASK_OUTSIDE
 
 HOLD_RAY = """
 import sys
@@ -33,24 +35,29 @@ sys.exit(ray.is_initialized())
 
 
 @pytest.mark.ray
-def test_ray_of_the_local_profile_listens_on_loopback_alone(user_environment: dict[str, str]) -> None:
-    command = [sys.executable, "-c", HOLD_RAY]
-    with subprocess.Popen(
-        command, env=user_environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        state = process.stdout.readline().split()
-        addresses = listening_addresses(psutil.Process(process.pid))
-        process.communicate()
-    assert state == ["up", "127.0.0.1"]
-    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+def test_ray_workers_are_guarded(ray_session: Any) -> None:
+    def attempt() -> tuple[str, bool]:
+        namespace: dict[str, Any] = {}
+        exec(ASK_OUTSIDE, namespace)
+        result: tuple[str, bool] = namespace["attempt"]()
+        return result
+
+    assert ray_session.get(ray_session.remote(attempt).remote()) == ("ENETUNREACH", True)
+
+
+@pytest.mark.ray
+def test_the_shared_ray_listens_on_loopback_alone(ray_session: Any) -> None:
+    addresses = listening_addresses(psutil.Process())
     assert addresses
-    assert process.returncode == 0
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+    assert {node["NodeManagerAddress"] for node in ray_session.nodes()} == {"127.0.0.1"}
 
 
 @pytest.mark.fault(2)
 @pytest.mark.ray
-def test_a_worker_that_hangs_as_it_ends_does_not_outlive_its_driver(user_environment: dict[str, str]) -> None:
+def test_ray_of_the_local_profile_listens_on_loopback_alone_and_a_worker_that_hangs_does_not_outlive_its_driver(
+    user_environment: dict[str, str],
+) -> None:
     hangs = """
 class Hanging:
     def __init__(self):
@@ -75,14 +82,18 @@ del hanging  # told to end
         assert process.stdout is not None
         assert process.stdout.readline().split() == ["up", "127.0.0.1"]
         worker = psutil.Process(int(process.stdout.readline()))
+        addresses = listening_addresses(psutil.Process(process.pid))
         process.communicate()
     assert process.returncode == 0
+    assert addresses
+    assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
     with contextlib.suppress(psutil.NoSuchProcess):
         worker.wait(timeout=5)
 
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.all
 def test_a_start_that_takes_too_long_is_ended_and_tried_again(user_environment: dict[str, str]) -> None:
     """The first raylet stands still, as on a machine that is too busy; Ray gives it half a minute."""
 

@@ -52,8 +52,37 @@ def losses(run: Path) -> dict[int, float]:
     return found
 
 
+@pytest.mark.fault(4, 5)
+@pytest.mark.promise("P2")
+def test_a_lost_node_costs_an_attempt_and_after_a_lost_head_the_run_is_resumed_on_this_machine(home, typed, start):
+    slow = slow_experiment(home)
+    with ray_cluster(num_cpus=1) as cluster:
+        node = cluster.add_node(num_cpus=1)
+        far = profile(home, cluster, {"min": 1, "max": 2})
+        training = start("train", slow, "--cluster", far, env=cluster.environment)
+        training.wait_for(lambda: newest_step(home) >= 10)
+        cluster.remove(node)
+        training.wait_for(lambda: "attempt 2 starts at step" in log_of(home))
+        reached = newest_step(home)
+        training.wait_for(lambda: newest_step(home) > reached)
+        cluster.nodes[0].kill()
+        assert training.end()[0] == 8, training.stderr
+    assert team_sizes(home) == [2, 1]
+    assert re.search(r"attempt 1 failed \(worker \d: its node \S+ was lost\)", training.stderr)
+    assert "head did not answer" in told(training.stderr)
+    assert told(training.stderr).endswith(f"ddpm-pipe resume {only_run(home).id}")
+    saved = newest_step(home)
+    (home / "here.yaml").write_text("threads_per_worker: 1\n")
+    code, _, stderr = typed("resume", "latest", "--cluster", "here.yaml")
+    assert code == 0, stderr
+    first, second, third = attempts(home)
+    require_resume(first, second, SAVED_EVERY)
+    assert (third.start, third.end) == (saved, 40)
+
+
 @pytest.mark.fault(4)
 @pytest.mark.promise("P1", "P2")
+@pytest.mark.all
 def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_machine(home, calm, start):
     slow = slow_experiment(home)
     with ray_cluster(num_cpus=1) as cluster:
@@ -74,9 +103,7 @@ def test_a_cluster_that_comes_late_and_loses_a_node_ends_with_the_bytes_of_one_m
 @pytest.mark.fault(4)
 @pytest.mark.promise("P2")
 @pytest.mark.all
-def test_elastic_training_continues_on_the_nodes_that_are_there_and_its_losses_stay_the_same(
-    home, typed, ray_session, start
-):
+def test_elastic_training_continues_on_the_nodes_that_are_there_and_its_losses_stay_the_same(home, typed, start):
     """Four nodes, three, four again, three announced: 4, 2, 4 and 2 workers. One attempt may fail, so that only the loss can have."""
     slow = slow_experiment(home, steps=400, pause=0.1, dropout=0.0)
     with ray_cluster(num_cpus=1) as cluster:
@@ -112,6 +139,7 @@ def test_elastic_training_continues_on_the_nodes_that_are_there_and_its_losses_s
 
 @pytest.mark.fault(5, 25)
 @pytest.mark.promise("P1", "P2")
+@pytest.mark.all
 def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_resumed_on_another_cluster(home, cli, calm, start):
     slow = slow_experiment(home)
     with ray_cluster(num_cpus=2) as cluster:

@@ -120,7 +120,7 @@ def test_scores_are_the_same_and_a_repeat_computes_nothing(
 
 
 @pytest.mark.fault(1, 2, 20)
-@pytest.mark.parametrize("fault", ["ctrl-c", pytest.param("kill", marks=pytest.mark.all), "worker"])
+@pytest.mark.parametrize("fault", ["worker", *(pytest.param(f, marks=pytest.mark.all) for f in ("ctrl-c", "kill"))])
 def test_what_was_generated_before_a_fault_is_kept(
     run: Run, home: Path, shell: Shell, typed: Typed, ray_session: object, whole: str, fault: str
 ) -> None:
@@ -153,9 +153,7 @@ def test_what_was_generated_before_a_fault_is_kept(
     assert digest(home / "out") == whole
 
 
-def test_bits_per_dim_are_the_same_bytes_from_one_two_and_four_workers(
-    home: Path, typed: Typed, ray_session: object
-) -> None:
+def test_bits_per_dim_are_the_same_bytes_from_one_worker_and_two(home: Path, typed: Typed, ray_session: object) -> None:
     run = trained_run(
         home,
         diffusion={"num_timesteps": 20, "schedule": "cosine"},
@@ -163,7 +161,7 @@ def test_bits_per_dim_are_the_same_bytes_from_one_two_and_four_workers(
         training={"steps": 2, "batch_size": 16},
     )
     bounds = set()
-    for workers in (1, 2, 4):
+    for workers in (1, 2):
         shutil.rmtree(run.folder / "bound", ignore_errors=True)
         code, _, stderr = typed("evaluate", run.id, "--metrics", "bpd", "-n", "45", "--cluster", profile(home, workers))
         assert code == 0, stderr

@@ -13,7 +13,7 @@ from tests.kit.commands import children_of, told
 from tests.kit.experiments import slow_experiment
 from tests.kit.trainer import newest_step, only_run
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.all, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.fault(21)

@@ -144,7 +144,9 @@ def resumed(acting: Callable[..., Done], home: Path, from_step: int, undisturbed
 
 @pytest.mark.fault(20)
 @pytest.mark.promise("P1", "P2")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undisturbed, number, code):
     ended = train(acting, _7=[int(number)])
     assert ended.code == code, ended.stderr
@@ -160,8 +162,10 @@ def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undi
 
 @pytest.mark.fault(21)
 @pytest.mark.promise("P1", "P5")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("when", ["_7", "save_5"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("when", [pytest.param("_7", marks=pytest.mark.slow), "save_5"])
 def test_a_second_signal_ends_it_at_once_and_what_was_saved_stays(acting, home, undisturbed, number, code, when):
     ended = train(acting, **{when: [int(number), int(number)]})
     assert ended.code == code, ended.stderr
@@ -180,6 +184,7 @@ def test_a_signal_during_a_save_lets_it_end(acting, home, undisturbed):
     resumed(acting, home, 6, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_stop_that_takes_too_long_is_given_up(acting, home, undisturbed):
     (home / "one.yaml").write_text(ONE.format(0.5))
     ended = train(acting, _7=[int(signal.SIGTERM), "time.sleep(600)"])
@@ -189,6 +194,7 @@ def test_a_stop_that_takes_too_long_is_given_up(acting, home, undisturbed):
 
 
 @pytest.mark.fault(20)
+@pytest.mark.slow
 @pytest.mark.parametrize(("built", "code", "steps"), [(1, 143, 0), (2, 75, 1)])
 def test_a_signal_before_the_first_step_ends_it_too(acting, home, undisturbed, built, code, steps):
     """The network is built to plan the training, before there is a run, and by the worker."""
@@ -217,6 +223,7 @@ def test_a_killed_one_is_listed_as_dead_with_the_line_that_resumes_it(acting, ho
     assert "died" not in typed("runs").stdout
 
 
+@pytest.mark.slow
 def test_an_exception_of_an_own_network_is_one_line_and_its_traceback_is_in_the_log(acting, home, undisturbed):
     ended = train(acting, _7=["raise ValueError('a fault\\nin two lines')"])
     assert ended.code == 8
@@ -234,6 +241,7 @@ def test_an_exception_of_an_own_network_is_one_line_and_its_traceback_is_in_the_
     resumed(acting, home, 5, undisturbed)
 
 
+@pytest.mark.slow
 def test_it_samples_in_its_own_process_with_nothing_left_of_the_training_and_no_ray(acting, home):
     ended = train(acting)
     assert ended.code == 0, ended.stderr
@@ -245,6 +253,7 @@ def test_it_samples_in_its_own_process_with_nothing_left_of_the_training_and_no_
         assert not {"prefetch", "watch", "upload"} & set(seen["threads"])
 
 
+@pytest.mark.slow
 def test_a_breakpoint_stops_in_the_users_terminal(acting):
     ended = train(
         acting,

@@ -64,7 +64,7 @@ def killed_after(run: Run, steps: int) -> None:
 @pytest.mark.oracle(11)
 @pytest.mark.promise("P1", "P2")
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", [*range(6), *(pytest.param(n, marks=pytest.mark.all) for n in range(6, 20))])
+@pytest.mark.parametrize("trial", [*range(3), *(pytest.param(n, marks=pytest.mark.all) for n in range(3, 20))])
 def test_oracle_11_killed_at_a_random_step_and_resumed_ends_with_the_same_bytes(tmp_path, undisturbed, trial):
     run = trainer.make_run(tmp_path)
     killed_after(run, random.Random(trial).randint(6, 29))
