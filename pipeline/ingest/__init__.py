@@ -1,1 +1,1 @@
-"""Ingest: convert a source of images to a dataset of verified shards."""
+"""From any source of images to a dataset of verified shards."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,8 +18,10 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
+from pipeline.jobs.job_log import RESULT_MARK
 from tests.kit.clusters import RayCluster, ray_cluster
 from tests.kit.waiting import wait_for
+from tests.pipeline.jobs.dashboard import TOKEN, answers, running_dashboard
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -106,6 +109,21 @@ def outside(tmp_path: Path) -> Callable[[float, int], str]:
     return write
 
 
+def log_of(cluster: RayCluster, job: str) -> tuple[list[str], list[str]]:
+    """Return a job's results and the other lines of its log, as the dashboard gives the whole of it."""
+    lines = json.loads(cluster.get(f"/api/jobs/{job}/logs")[1])["logs"].splitlines()
+    results = [line.removeprefix(RESULT_MARK) for line in lines if line.startswith(RESULT_MARK)]
+    ours = [line for line in lines if line.strip() and not line.startswith(RESULT_MARK)]
+    noise = re.compile("Running entrypoint for job|INFO job_manager.py")
+    return results, [line for line in ours if not noise.search(line)]
+
+
+def test_the_dashboard_of_the_other_tests_answers_as_rays_own(cluster):
+    assert cluster.token is not None
+    with running_dashboard() as other:
+        assert answers(other.url, TOKEN) == answers(cluster.dashboard, cluster.token)
+
+
 def test_a_training_is_sent_followed_and_recorded(cli, cluster, profile_of, folder, outside, mlflow_server, tmp_path):
     environment = cluster.environment | {"THE_KEY": SECRET}
     profile = profile_of(forward_env=["THE_KEY"], env={"PLAIN": "a b"})
@@ -183,6 +201,7 @@ def test_a_job_is_left_alone_found_again_stopped_after_saving_and_resumed(
     again = cli("jobs", "follow", job, "--cluster", profile, env=environment)
     assert again.code == 75
     assert f"saved at step {step}" in again.stderr.splitlines()[-1]
+    assert (again.stdout.splitlines(), again.stderr.splitlines()) == log_of(cluster, job)
     assert "had ended already" in cli("jobs", "stop", job, "--cluster", profile, env=environment).stdout
 
     (run,) = (tmp_path / "shared" / "runs").iterdir()
@@ -252,8 +271,9 @@ def test_following_is_resumed_where_the_connection_was_lost(cli, start, cluster,
     job = sent.stdout.strip()
     assert sum(f"lost the connection to {job}" in line for line in told) == 1
     assert sum(f"following {job} again" in line for line in told) == 1
-    log = [line for line in told if job not in line and line.strip()]
-    assert len(log) == len(set(log)), log  # nothing twice
+    log = [line for line in stderr.splitlines() if f"lost the connection to {job}" not in line]
+    log.remove(f"following {job} again")
+    assert log == log_of(cluster, job)[1]  # every line once
 
 
 def test_who_may_send(cli, cluster, profile_of, folder):

@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.storage.runs import Run
+from pipeline.sweeps.forecast import START_S
 from pipeline.sweeps.ledger import Ledger, LedgerEntry
 from tests.kit.attempts import require_resume, starts_of
 from tests.kit.commands import Shell, children_of
@@ -149,14 +150,20 @@ def test_a_sweep_whose_driver_is_killed_resumes_from_its_trials_checkpoint(elsew
     assert (second.start, second.end) == (saved, 40)
 
 
-def test_the_forecast_is_measured_and_writes_nothing(swept_shell: Shell, swept: dict[str, Any]) -> None:
-    before = {path for name in ("runs", "sweeps") for path in (swept_shell.home / name).iterdir()}
-    code, stdout, stderr = swept_shell.type("sweep", "grid.yaml", "--dry-run", "--json")
+def test_the_forecast_is_measured_and_writes_nothing(elsewhere: Shell) -> None:
+    before = set(elsewhere.home.iterdir())
+    code, stdout, stderr = elsewhere.type("sweep", "grid.yaml", "--dry-run", "--json")
     assert code == 0, stderr
     forecast = json.loads(stdout)
     assert (forecast["num_trials"], len(forecast["refused"])) == (4, 2)
-    assert forecast["total_s"] >= forecast["trial_s"] > 0
-    assert {path for name in ("runs", "sweeps") for path in (swept_shell.home / name).iterdir()} == before
+    # a step of this network takes 0.3 s and a little, whatever else the machine does
+    slow = ("--base", "slow.yaml", "--over", "training.learning_rate=1e-3,2e-3,3e-3", "--steps", "40", "--seeds", "1")
+    code, stdout, stderr = elsewhere.type("sweep", *slow, "--max-concurrent", "2", "--dry-run", "--json")
+    assert code == 0, stderr
+    forecast = json.loads(stdout)
+    assert START_S + 40 * 0.3 <= forecast["trial_s"] < START_S + 40 * 3
+    assert forecast["total_s"] == -(-3 // forecast["max_concurrent"]) * forecast["trial_s"]
+    assert not {"runs", "sweeps"} & {path.name for path in set(elsewhere.home.iterdir()) - before}
 
 
 def test_the_best_point_is_trained_and_says_where_it_comes_from(

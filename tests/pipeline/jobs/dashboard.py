@@ -1,6 +1,6 @@
-"""A dashboard on loopback that answers as Ray's does, so far as submission asks, and fails as it is told to.
+"""A dashboard on loopback that answers as Ray's does, so far as submission asks, and fails where a test says so.
 
-What real Ray does is tests/ray/test_submit.py's to show; this one shows what was sent, and does what a healthy cluster never does.
+It shows what was sent, and does what a healthy cluster never does. tests/ray/test_submit.py asks it and a real dashboard the same.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import requests
 from aiohttp import web
 
 TOKEN = "5f" * 16
@@ -27,6 +28,7 @@ class Dashboard:
     open_to_all: bool = False
     sent: list[tuple[str, str, bytes]] = field(default_factory=list)
     jobs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    packages: set[str] = field(default_factory=set)
     log: str = ""
     fault: Fault = lambda method, path: None
 
@@ -40,6 +42,8 @@ class Dashboard:
             "driver_exit_code": exit_code,
             "start_time": 1,
             "message": "ended",
+            **dict.fromkeys(("job_id", "driver_info", "error_type", "end_time", "metadata", "runtime_env")),
+            **dict.fromkeys(("driver_agent_http_address", "driver_node_id")),
         }
 
     def submitted(self) -> dict[str, Any]:
@@ -51,8 +55,9 @@ class Dashboard:
     async def answer(self, request: web.Request) -> web.StreamResponse:
         """Answer any request."""
         path, body = request.path, await request.read()
-        if not self.open_to_all and request.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return web.Response(status=401, text="who are you?")
+        token = request.headers.get("Authorization")
+        if not self.open_to_all and token != f"Bearer {TOKEN}":
+            return web.Response(status=403 if token else 401, text="who are you?")
         self.sent.append((request.method, path, body))
         fault = self.fault(request.method, path)
         if fault == "drop":
@@ -66,9 +71,12 @@ class Dashboard:
         if path == "/api/version":
             return web.json_response({"version": "4", "ray_version": "2.60.0", "ray_commit": "", "session_name": ""})
         if path.startswith("/api/packages/"):
-            return web.Response(status=404 if request.method == "GET" else 200)
+            if request.method == "PUT":
+                self.packages.add(path)
+            return web.Response(status=200 if path in self.packages else 404)
         if path == "/api/jobs/" and request.method == "POST":
             name = json.loads(body)["submission_id"]
+            self.add_job(name, "PENDING")
             return web.json_response({"job_id": name, "submission_id": name})
         if path == "/api/jobs/":
             return web.json_response(list(self.jobs.values()))
@@ -86,6 +94,42 @@ class Dashboard:
         if path.endswith("/stop"):
             return web.json_response({"stopped": True})
         return web.json_response(self.jobs[name])
+
+
+def answers(url: str, token: str) -> dict[str, Any]:
+    """Ask a dashboard all that submission may ask; return by request the status, and what a reader relies on in the answer."""
+    package, job, nobody = (
+        "/api/packages/gcs/_ray_pkg_0123456789abcdef.zip",
+        "/api/jobs/ddpm-abcd",
+        "/api/jobs/ddpm-none",
+    )
+    upgrade = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec-WebSocket-Version": "13"}
+    upgrade |= {"Sec-WebSocket-Key": "dGhlIHNhbXBsZSBub25jZQ=="}
+    entry = json.dumps({"entrypoint": "true", "submission_id": "ddpm-abcd", "runtime_env": {}, "metadata": {}})
+    found: dict[str, Any] = {}
+
+    def ask(method: str, path: str, data: str | None = None, token: str = token, **headers: str) -> None:
+        headers |= {"Authorization": f"Bearer {token}"} if token else {}
+        answer = requests.request(method, url + path, data=data, headers=headers, timeout=60)
+        seen: Any = None
+        if path.startswith(nobody):
+            seen = "Job ddpm-none does not exist" in answer.text
+        elif answer.ok and answer.content and path != package:
+            content = answer.json()
+            seen = sorted(content if isinstance(content, dict) else content[0])
+        found[f"{len(found)} {method} {path}"] = answer.status_code, seen
+
+    for who in (token, "0" * 32, ""):
+        ask("GET", "/api/version", token=who)
+    for method in ("GET", "PUT", "GET"):
+        ask(method, package, data="content" if method == "PUT" else None)
+    ask("POST", "/api/jobs/", data=entry)
+    for path in ("/api/jobs/", job, f"{job}/logs", nobody, f"{nobody}/logs"):
+        ask("GET", path)
+    ask("GET", f"{job}/logs/tail", **upgrade)
+    for path in (job, nobody):
+        ask("POST", f"{path}/stop")
+    return found
 
 
 @contextmanager
