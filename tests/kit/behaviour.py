@@ -123,41 +123,72 @@ class Recorder:
         return f"{code} {last.replace(str(self.home), 'HOME')}"
 
 
-def record() -> dict[str, Any]:
-    """Return the record of this commit."""
+def record(file: Path) -> None:
+    """Write the record of this commit, part by part."""
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="behaviour-") as folder:
         here = Recorder(Path(folder).resolve())
-        found: dict[str, Any] = {"ema": {}, "samples": {}, "keys": {}, "wrong": {}}
-        for name, options in TRAININGS.items():
-            made = here.run("train", *options, *SHORT, *UNSCORED)
-            here.runs.append(made["run"])
-            found["ema"][name] = _ema(here.home / "runs" / made["run"])
-        run = here.runs[0]
-        found["keys"]["train"] = keys(made)
-        for sampler, options in SAMPLERS.items():
-            made = here.run(
-                "sample", run, "-n", "16", "--format", "png", "--out", sampler, "--sampler", sampler, *options
-            )
-            found["samples"][sampler] = _pixels(here.home / sampler)
-        made_labels = ("sample", here.runs[3], "-n", "16", "--format", "png", "--out", "labels", "--guidance", "2")
-        found["keys"]["sample"] = keys(here.run(*made_labels))
-        found["samples"]["class labels, guidance 2"] = _pixels(here.home / "labels")
-        scores = here.run("evaluate", run, "--metrics", "fid,kid,bpd", "-n", "128", "--steps", "10")
-        found["scores"] = scores["values"]
-        found["keys"]["evaluate"] = keys(scores)
-        swept = here.run(*SWEEP)
-        found["sweep"] = {key: swept[key] for key in ("metric", "ranked", "ranking", "points") if key in swept}
-        _forget(found["sweep"])
-        found["keys"]["sweep"] = keys(swept)
-        for name, line in OTHERS.items():
-            found["keys"][name] = keys(here.run(*(run if word == "RUN" else word for word in line.split("|"))))
-        for line in WRONG:
-            found["wrong"][line] = here.refused(line)
-    return found
+        for part in PARTS:
+            found[part.__name__] = part(here)
+            file.write_text(json.dumps(found, indent=1))
+
+
+def ema(here: Recorder) -> dict[str, str]:
+    """Train, and return the hashes of the averaged weights."""
+    hashes = {}
+    for name, options in TRAININGS.items():
+        made = here.run("train", *options, *SHORT, *UNSCORED)
+        here.runs.append(made["run"])
+        hashes[name] = _ema(here.home / "runs" / made["run"])
+    return hashes
+
+
+def samples(here: Recorder) -> dict[str, str]:
+    """Return the hashes of 16 images of each sampler."""
+    hashes = {}
+    for sampler, options in SAMPLERS.items():
+        here.run("sample", here.runs[0], *_IMAGES, "--out", sampler, "--sampler", sampler, *options)
+        hashes[sampler] = _pixels(here.home / sampler)
+    here.run("sample", here.runs[3], *_IMAGES, "--out", "labels", "--steps", "20", "--guidance", "2")
+    return hashes | {"class labels, guidance 2": _pixels(here.home / "labels")}
+
+
+def wrong(here: Recorder) -> dict[str, str]:
+    """Return exit code and last line of each wrong command line."""
+    return {line: here.refused(line) for line in WRONG}
+
+
+def scores(here: Recorder) -> dict[str, float]:
+    """Return FID, KID and bits/dim of a model of few steps."""
+    few = ("-s", "diffusion.num_timesteps=50", "-s", "sampling.steps=10")
+    here.runs.append(here.run("train", *ONE, *SHORT, *UNSCORED, *few)["run"])
+    values: dict[str, float] = here.run("evaluate", here.runs[-1], "--metrics", "fid,kid,bpd", "-n", "128")["values"]
+    return values
+
+
+def sweep(here: Recorder) -> Any:
+    """Return a small sweep's points, without what differs each time."""
+    swept = here.run(*SWEEP)
+    _forget(swept["points"])
+    return swept["points"]
+
+
+def json_keys(here: Recorder) -> dict[str, Any]:
+    """Return the keys of what each command prints with `--json`."""
+    return {
+        name: keys(here.run(*(here.runs[-1] if word == "RUN" else word for word in line.split("|"))))
+        for name, line in OTHERS.items()
+    }
+
+
+PARTS = (ema, samples, wrong, scores, sweep, json_keys)
+_IMAGES = ("-n", "16", "--format", "png")
 
 
 OTHERS = {
     "runs": "runs",
+    "sample": "sample|RUN|-n|2",
+    "evaluate": "evaluate|RUN|--metrics|fid,bpd|-n|128",
     "resume": "resume|RUN|-s|training.steps=220",
     "compare": "compare|RUN|--metric|fid",
     "evaluate --grid": "evaluate|RUN|--grid|steps=2,5|-n|64|--metrics|kid",
@@ -219,7 +250,7 @@ def _sha256(content: bytes) -> str:
 def _forget(value: Any) -> None:
     """Take out of a sweep's table what differs each time: ids, times, paths."""
     if isinstance(value, dict):
-        for key in [key for key in value if key in {"run", "runs", "training_s", "seconds", "id"}]:
+        for key in [key for key in value if key in {"run", "runs", "training_s"}]:
             del value[key]
     for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _forget(each)
@@ -232,7 +263,7 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true")
     asked = parser.parse_args()
     if not asked.compare:
-        asked.files[0].write_text(json.dumps(record(), indent=1))
+        record(asked.files[0])
         return 0
     found = differences(*(json.loads(path.read_text()) for path in asked.files))
     print("\n".join(found) or "no differences")
