@@ -72,7 +72,7 @@ def write_test(place: str, name: str, *, make_folder: bool = False) -> WriteTest
                 "use a store, or a release of it, that honours them"
             )
     except (OSError, PipelineError) as error:
-        return WriteTest(_told(error))
+        return WriteTest(_message(error))
     return WriteTest("", hashlib.sha256(content).hexdigest(), time.perf_counter() - begin)
 
 
@@ -93,7 +93,7 @@ def read_tests(place: str, written: Mapping[str, str]) -> WriteTest:
         try:
             content = _store(place).read(name)
         except (OSError, PipelineError) as error:
-            return WriteTest(_told(error))
+            return WriteTest(_message(error))
         if content is None:
             return WriteTest(f"what another machine wrote ({name}) is not there")
         if hashlib.sha256(content).hexdigest() != digest:
@@ -122,7 +122,7 @@ def read_dataset(location: str, cache: Cache, part: int, num_parts: int, seconds
             if time.perf_counter() - begin > seconds:
                 break
     except (OSError, PipelineError) as error:
-        return Reading(problem=_told(error))
+        return Reading(problem=_message(error))
     return Reading(len(dataset), images, time.perf_counter() - begin)
 
 
@@ -162,7 +162,7 @@ def _store(place: str) -> _Store:
     return RemoteFolder(place) if is_remote(place) else _Folder(Path(place))
 
 
-def _told(error: Exception) -> str:
+def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or error}".strip()
     return str(error)

@@ -77,7 +77,7 @@ def judge_versions(here: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Findi
             if there != ours:
                 differing.setdefault(package, f"{package} {there} on {node.name}, {ours} here")
     serious = [differing[package] for package in SAME_EVERYWHERE if package in differing]
-    told = ", ".join(f"{package} {_short(here[package])}" for package in SAME_EVERYWHERE if package in here)
+    versions = ", ".join(f"{package} {_short(here[package])}" for package in SAME_EVERYWHERE if package in here)
     if serious:
         return red(
             "versions", "; ".join(serious), "install the same lock file (or image) on every node", here=dict(here)
@@ -89,7 +89,7 @@ def judge_versions(here: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Findi
             "install the same lock file (or image) on every node",
             here=dict(here),
         )
-    return green("versions", f"{told}, the same on {_count(nodes, 'node')}", here=dict(here))
+    return green("versions", f"{versions}, the same on {_count(nodes, 'node')}", here=dict(here))
 
 
 def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[NodeFacts]) -> Finding:

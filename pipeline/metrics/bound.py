@@ -1,7 +1,7 @@
 """Bits per dimension of a dataset: the variational bound over every image of a split, by canonical chunk.
 
 A chunk's result depends on its rows and the seed alone, since the noise is a function of (seed, row, t), and results are
-joined in the chunks' order: whoever computes them, the same bytes. No row is dropped, none is flipped.
+joined in the chunks' order: the same bytes for any number of workers. No row is dropped or flipped.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ class Bound:
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Bound:
-        """Read what `to_arrays` gave; KeyError where a part is missing."""
+        """Read what `to_arrays` wrote; KeyError if a part is missing."""
         count = len(arrays["prior"])
         terms, x0_mse = (Curve(count, arrays[f"{n}.mean"][0], arrays[f"{n}.scatter"][0]) for n in ("terms", "x0_mse"))
         return cls(arrays["prior"], arrays["divergences"], arrays["decoder"], terms, x0_mse)
 
 
 def rows_to_measure(dataset: ImageSet, num_images: int | None, progress: Progress | None = None) -> Rows:
-    """Return all rows of a dataset, or so many of them, chosen by content: the same images of any copy of it. Ascending."""
+    """Return all rows of a dataset, or some chosen by content: the same images of any copy of it. Ascending."""
     if num_images is None or num_images >= dataset.manifest.num_rows:
         return np.arange(dataset.manifest.num_rows)
     chosen = np.argsort(hash_rows(dataset, progress=progress), kind="stable")[:num_images]
@@ -117,7 +117,7 @@ def rows_to_measure(dataset: ImageSet, num_images: int | None, progress: Progres
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A network with its process, ready to measure images; one that knows classes is given those of the images."""
+    """A network with its process that measures images; if it knows classes, it gets those of the images."""
 
     diffusion: GaussianDiffusion
     model: nn.Module
@@ -140,7 +140,7 @@ class Likelihood:
 
 @dataclass(frozen=True)
 class VaeLikelihood:
-    """A VAE, ready to measure images: its rate stands as the prior, its distortion as the decoder, and there are no steps between."""
+    """A VAE that measures images: its rate counts as the prior, its distortion as the decoder, and there are no steps between."""
 
     model: Vae
     compute: Compute
@@ -166,20 +166,19 @@ class BoundTask:
         self._dataset: Dataset | None = None
 
     def start(self, here: Compute) -> None:
-        """Move the network to this worker's device, and open the dataset."""
         here.place(self._likelihood.model)  # moves the network itself
         self._likelihood = replace(self._likelihood, compute=here)
         self._dataset = Dataset.open(*self._place)
 
     def __call__(self, indices: range) -> Arrays:
-        """Return `Bound.to_arrays` of one chunk; the last one holds what rows are left."""
+        """Return `Bound.to_arrays` of one chunk; the last chunk has the remaining rows."""
         assert self._dataset is not None, "start() comes first"
         rows = self._rows[indices.start : indices.stop]
         return self._likelihood.bound(self._dataset, rows, self._seed).to_arrays()
 
 
 def join(chunks: Iterable[Bound]) -> Bound:
-    """Return the bound of all chunks, which must come in their canonical order. ValueError where there are none."""
+    """Return the bound of all chunks, which come in their canonical order. ValueError if there are none."""
     joint: Bound | None = None
     for chunk in chunks:
         joint = chunk if joint is None else joint.merge(chunk)

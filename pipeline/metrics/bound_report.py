@@ -1,4 +1,4 @@
-"""What is told of a measured bound: figures with their standard errors, curves over t as numbers and as a picture."""
+"""The report of a measured bound: figures with their standard errors, and curves over t as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Measured:
-    """A bound and what it is the bound of; `label` ends its tracked names where it is not that of the run's usual weights and seed."""
+    """A bound and its identity; `label` ends its tracked names unless it is that of the run's usual weights and seed."""
 
     bound: Bound
     identity: BoundIdentity
@@ -54,7 +54,7 @@ class Measured:
 
     @property
     def spreads(self) -> dict[str, Spread]:
-        """Standard errors of the means, by the same names; none of one image."""
+        """Standard errors of the means, by the same names; {} for one image."""
         count = len(self.bound.prior)
         if count == 1:
             return {}
@@ -66,7 +66,7 @@ class Measured:
         return {key: mean_and_error(values) for key, values in zip(self.identities, columns, strict=True)}
 
     def flat(self) -> dict[str, float]:
-        """Return all numbers under names fit for a tracking server."""
+        """Return all numbers by the names that a tracking server gets."""
         errors = {
             self.identities[k].named(f"{self.identities[k].metric}_{s.suffix}").key: s.value
             for k, s in self.spreads.items()
@@ -83,7 +83,6 @@ class Measured:
         }
 
     def lines(self) -> list[str]:
-        """Return a table for people."""
         values, spreads = self.values, self.spreads
         rows = [["", "bits/dim"], *([key, with_spread(values[key], spreads.get(key))] for key in values)]
         lines = [
@@ -103,7 +102,7 @@ class Measured:
 
 
 def write_measured(measured: Measured, folder: Path, about: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write figures, with what there is to say `about` them, per-image bits, curves and a picture into a folder; return their paths."""
+    """Write figures (with `about` as further keys), bits per image, curves and a picture into a folder; return their paths."""
     make_folder(folder)
     paths = {name: folder / name for name in (SCORES_FILE, BOUND_FILE, CURVES_FILE, PICTURE_FILE)}
     write_atomically(

@@ -1,4 +1,4 @@
-"""A small convolutional network fitted on a dataset's own labels: the feature extractor where Inception means nothing.
+"""A small convolutional network fitted on a dataset's own labels: the feature extractor for images on which Inception means nothing.
 
 The network, the file that holds it, and its use as a `FeatureExtractor`; `pipeline.metrics.classifier_fit` fits one and
 `pipeline.metrics.classifier_store` finds the right one for a dataset.
@@ -38,11 +38,11 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Card:
-    """What a classifier's file says about itself; it is stored in the header of the safetensors file.
+    """The header of a classifier's safetensors file.
 
     Attributes:
         shape: (C, H, W) of the images it judges.
-        class_names: of the dataset's classes that it was fitted on, in the order of its logits.
+        class_names: the classes that it was fitted on, in the order of its logits.
         width: number of features.
         rule: which images it was fitted on, by content.
         fitted_on: name of that dataset.
@@ -51,9 +51,10 @@ class Card:
         num_held_out: images that `accuracy` was measured on, none of them fitted on.
         accuracy: share of those whose label is its first choice.
         confident: share of those with a confidence above 0.9.
-        sketch: the smallest content hashes among the images fitted on: a dataset that holds those images is known by
-        them. seed: of initialisation, order and augmentation. command: that made the file. torch: version that fitted
-        it.
+        sketch: the smallest content hashes of the images fitted on; a dataset with those images is recognised by them.
+        seed: of initialisation, order and augmentation.
+        command: that made the file.
+        torch: version that fitted it.
     """
 
     shape: tuple[int, int, int]
@@ -112,12 +113,10 @@ class Classifier:
 
     @property
     def width(self) -> int:
-        """Number of features per image."""
         return self.card.width
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the dataset it was fitted on."""
         return len(self.card.class_names)
 
     @property
@@ -127,16 +126,15 @@ class Classifier:
 
     @property
     def fit_rule(self) -> FitRule:
-        """Which images it was fitted on and must not judge."""
+        """Which images it was fitted on, and must not judge."""
         return self.card.rule
 
     def to(self, device: torch.device) -> None:
-        """Move the network to another device."""
         self._device = device
         self._network = self._network.to(device)
 
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
-        """Return "none": images are judged as they are; RefusedError for another shape than it was fitted on."""
+        """Return "none": images are judged as they are; RefusedError for a shape that it was not fitted on."""
         if shape != self.card.shape:
             raise RefusedError(
                 f"the classifier was fitted on images of shape {self.card.shape}, got {shape}; evaluate with a dataset of that shape"
@@ -154,7 +152,7 @@ class Classifier:
 
     @classmethod
     def load(cls, path: Path, *, sha256: str | None = None, device: torch.device | None = None) -> Classifier:
-        """Read a file that `save` wrote; DataError where it is missing, damaged or not the one with this hash."""
+        """Read a file that `save` wrote; DataError if it is missing or damaged, or has another hash."""
         try:
             data = path.read_bytes()
         except OSError as error:
@@ -178,7 +176,7 @@ class Classifier:
 
 
 def save(network: SmallNetwork, card: Card, path: Path) -> str:
-    """Write weights and card to one safetensors file, whole or not at all, and return its sha256."""
+    """Write weights and card to one safetensors file atomically, and return its sha256."""
     arrays = {name: tensor.cpu().numpy() for name, tensor in network.state_dict().items()}
     data = pack(arrays, {"format": _FORMAT, **asdict(card)})
     write_atomically(path, data)

@@ -1,7 +1,7 @@
 """Fitting the small classifier: bit for bit the same weights for the same images and torch release, on any number of cores.
 
-Noise and scrambled images are shown to it as belonging to no class (Hendrycks et al. 2019, outlier exposure), so that
-its confidence says something about images that are not of the dataset, as those of an untrained model.
+It also sees noise and scrambled images, which belong to no class (Hendrycks et al. 2019, outlier exposure), so that its confidence is low
+for images unlike the dataset, such as those of an untrained model.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def fit(
 
 
 def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, stretch and shear each image by up to 0.15, shift it by up to a tenth, add faint noise. No flips: 2 is not 5."""
+    """Rotate, stretch and shear each image by up to 0.15, shift it by up to a tenth, add faint noise. No flips: a flipped 2 is no 2."""
     n = len(images)
     angle, zoom_x, zoom_y, shear = 0.15 * (2 * torch.rand(4, n, generator=generator) - 1)
     shift = 0.2 * (2 * torch.rand(n, 2, generator=generator) - 1)
@@ -73,7 +73,7 @@ def _jitter(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _outliers(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Return as many images that belong to no class: a third noise of any contrast, a third smooth noise, a third scrambled pixels."""
+    """Return as many images of no class: one third noise of any contrast, one third smooth noise, one third scrambled pixels."""
     n, channels, height, width = images.shape
     third = max(1, n // 3)
     contrast = 64 * torch.exp(torch.randn(2 * third, 1, 1, 1, generator=generator))

@@ -54,8 +54,8 @@ def classifier_for(
 ) -> Classifier:
     """Return a classifier that may judge this dataset's images: a shipped one, one of `cache_dir`, or one fitted now.
 
-    A shipped one is taken only for a dataset that holds images it was fitted on, known by their content hashes whatever
-    the dataset is called, and whose other labels it names. `recipe` replaces the one that the dataset's size suggests.
+    A shipped one is taken only for a dataset with images that it was fitted on, recognised by content hash whatever the dataset is
+    called, and whose other labels it predicts. `recipe` replaces the one that the dataset's size suggests.
 
     Raises:
         RefusedError: no labels, images of another size than 8 to 64, too few of them, or an accuracy below 0.95.
@@ -84,7 +84,7 @@ def classifier_for(
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a classifier is fitted. The key of a cached one changes with any of it."""
+    """How a classifier is fitted. A cached one is found by these values."""
 
     fraction: float
     width: int
@@ -93,7 +93,7 @@ class Recipe:
 
     @classmethod
     def for_dataset(cls, dataset: ImageSet) -> Recipe:
-        """Choose by the size and number of the images; RefusedError where no classifier can serve this dataset."""
+        """Choose by size and number of the images; RefusedError if no classifier can judge this dataset."""
         manifest = dataset.manifest
         _, height, width = manifest.shape
         if not manifest.has_labels:
@@ -187,7 +187,7 @@ def fit_and_save(
 
 
 def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> Classifier | None:
-    """Return the shipped classifier that knows this dataset, if there is one: its images by content, and their labels."""
+    """Return the shipped classifier that recognises this dataset by the content and the labels of its images, if there is one."""
     for name, sha256 in SHIPPED.items():
         path = Path(__file__).parent.parent / "weights" / f"{name}.safetensors"
         classifier = Classifier.load(path, sha256=sha256, device=device)
@@ -205,7 +205,7 @@ def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> 
 
 
 def _cached(path: Path, device: torch.device | None) -> Classifier | None:
-    """Return the classifier of a cache file; None where there is none or it is damaged, for then it is fitted again."""
+    """Return the classifier of a cache file; None if it is missing or damaged, and has to be fitted again."""
     try:
         return Classifier.load(path, device=device)
     except DataError:

@@ -1,4 +1,4 @@
-"""A KID of few images, taken while a model trains: unbiased at any count, so that it can tell early which trial is hopeless."""
+"""KID of a few images, measured while a model trains: unbiased for any number of images, so it can show early that a trial is hopeless."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from pipeline.metrics.features import extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.metric_identity import Generation, MetricIdentity, recorded_split
 from pipeline.metrics.registry import METRICS, Pair
-from pipeline.metrics.scorer import scorer_of
-from pipeline.metrics.scoring import identity_of
+from pipeline.metrics.scoring import identity_of, scorer_of
 from pipeline.training.device import Compute
 
 _BATCH = 1000
@@ -22,7 +21,7 @@ _BATCH = 1000
 
 @dataclass(frozen=True)
 class EarlyKid:
-    """A KID, the standard deviation over its subsets (which share images: no standard error), and everything it depends on."""
+    """A KID, the standard deviation over its subsets (they share images, so it gives no standard error), and its identity."""
 
     value: float
     std: float
@@ -30,11 +29,10 @@ class EarlyKid:
     identity: MetricIdentity
 
     def flat(self) -> dict[str, float]:
-        """Return both figures under the names that they are recorded under, such as `kid_classifier_n256`."""
+        """Return both figures by their recorded names, such as `kid_classifier_n256`."""
         return {self.identity.key: self.value, self.identity.named("kid_std").key: self.std}
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
         return {
             "metric": self.identity.key,
             "value": self.value,
@@ -47,12 +45,12 @@ class EarlyKid:
 def early_kid(
     experiment: Experiment, dataset: Dataset, home: Path, images: Images, generation: Generation, compute: Compute
 ) -> EarlyKid:
-    """Return the KID of uint8 images [n, C, H, W], which came about by `generation`, against the experiment's reference.
+    """Return the KID of uint8 images [n, C, H, W], which were made by `generation`, against the experiment's reference.
 
-    Extractor and real features are those of the evaluation; they are kept in `home`, and are nearly free after the first time.
+    Extractor and real features are those of the evaluation; they are cached in `home`, and cost almost nothing after the first time.
 
     Raises:
-        RefusedError, DataError: as the evaluation at the end would.
+        RefusedError, DataError: as the evaluation at the end.
     """
     split = recorded_split(experiment.data.split)
     scorer = scorer_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)

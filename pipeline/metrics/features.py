@@ -1,4 +1,4 @@
-"""What the sample metrics ask of a feature extractor; `pipeline.metrics.inception` and `pipeline.metrics.classifier` have one each."""
+"""The interface of a feature extractor, which `pipeline.metrics.inception` and `pipeline.metrics.classifier` implement."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ class Extracted(NamedTuple):
     logits: Floats | None
 
     def part(self, which: slice | npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Extracted:
-        """Return what was extracted from some of the images."""
         return Extracted(self.features[which], None if self.logits is None else self.logits[which])
 
 
@@ -32,11 +31,10 @@ class FeatureExtractor(Protocol):
 
     @property
     def name(self) -> str:
-        """Short name that becomes part of every metric's name."""
+        """Short name, a part of every metric's name."""
 
     @property
-    def width(self) -> int:
-        """Number of features per image."""
+    def width(self) -> int: ...
 
     @property
     def sha256(self) -> str:
@@ -44,7 +42,7 @@ class FeatureExtractor(Protocol):
 
     @property
     def num_classes(self) -> int | None:
-        """Number of logits, or None where the network gives none."""
+        """Number of logits, or None if the network gives none."""
 
     @property
     def min_images(self) -> int:
@@ -52,13 +50,12 @@ class FeatureExtractor(Protocol):
 
     @property
     def fit_rule(self) -> FitRule | None:
-        """Which images of the dataset it was fitted on, and so cannot judge; None where it was fitted on other data."""
+        """Which images of the dataset it was fitted on, and cannot judge; None if it was fitted on other data."""
 
-    def to(self, device: torch.device) -> None:
-        """Move the network to another device."""
+    def to(self, device: torch.device) -> None: ...
 
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
-        """Say what is done to images of shape (C, H, W) first; RefusedError where the network cannot judge them."""
+        """Return what is done to images of shape (C, H, W) first; RefusedError if the network cannot judge them."""
 
     def __call__(self, images: Images) -> Extracted:
         """Extract from uint8 images [n, C, H, W], n >= 0, in evaluation mode and float32."""
@@ -69,7 +66,7 @@ def extract(
     batches: Iterable[Images],
     progress: Callable[[int], None] | None = None,
 ) -> Extracted:
-    """Return the features of all images of `batches` in their order; `progress` is told how many are done."""
+    """Return the features of all images of `batches` in their order; `progress` gets the number of images done."""
     parts, done = [], 0
     for images in batches:
         parts.append(extractor(images))
@@ -85,13 +82,13 @@ def extract_batches(
     extractor: FeatureExtractor,
     device: torch.device,
 ) -> Extracted:
-    """Return what a network's `function` gives for all images: of each batch the same on any CPU cores, float32 exact on a GPU."""
+    """Return what a network's `function` gives for all batches: the same on any number of CPU cores, exact float32 on a GPU."""
     with exact_inference(device) as of_each:
         return concatenate(list(of_each(function, batches)), extractor)
 
 
 def concatenate(parts: list[Extracted], extractor: FeatureExtractor) -> Extracted:
-    """Join what several calls of one extractor gave."""
+    """Join the results of several calls of one extractor."""
     if not parts:
         classes = extractor.num_classes
         logits = None if classes is None else np.empty((0, classes), np.float32)
@@ -101,13 +98,13 @@ def concatenate(parts: list[Extracted], extractor: FeatureExtractor) -> Extracte
 
 
 def in_batches(images: Images, batch_size: int) -> Iterator[Images]:
-    """Cut images [n, C, H, W] into consecutive batches; the last one may be smaller, none is dropped."""
+    """Cut images [n, C, H, W] into consecutive batches; the last one may be smaller."""
     for start in range(0, len(images), batch_size):
         yield images[start : start + batch_size]
 
 
 def check_images(images: Images, channels: Iterable[int]) -> None:
-    """Refuse, as a programmer's error, anything but uint8 images [n, C, H, W] of one of the channel counts."""
+    """Raise ValueError for anything but uint8 images [n, C, H, W] of one of the channel counts."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in set(channels):
         raise ValueError(
             f"expected uint8 images [n, C, H, W] with C in {sorted(channels)}, got {images.dtype} {images.shape}"

@@ -1,8 +1,8 @@
 """Distances of two sets of images by their features: FID, KID, and the Inception Score of one set.
 
-Everything here is arithmetic in float64 on arrays [n, width]; where the features come from is `pipeline.metrics.features`'
-business, and which images may be compared is `pipeline.metrics.scoring`'s. Matrix products and decompositions are torch's, each on
-one thread (`pipeline.training.threads`): numpy's would take as many as the environment of the process says.
+All arithmetic is in float64 on arrays [n, width]. Features come from `pipeline.metrics.features`; `pipeline.metrics.scoring` decides which
+images are compared. Matrix products and decompositions run in torch, each on one thread (`pipeline.training.threads`): numpy's thread count
+would depend on the environment of the process.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int) -> Moments:
-        """Return the moments of no features at all, the neutral element of `merge`."""
+        """Return the moments of no features, the neutral element of `merge`."""
         return cls(0, np.zeros(width), np.zeros((width, width)))
 
     @classmethod
     @one_thread()
     def of(cls, features: npt.ArrayLike) -> Moments:
-        """Return the moments of features [n, width], n >= 0; they are converted to float64 first."""
+        """Return the moments of features [n, width], n >= 0, converted to float64 first."""
         x = as_features(features, "features")
         if len(x) == 0:
             return cls.empty(x.shape[1])
@@ -52,7 +52,7 @@ class Moments:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]], name: str) -> Moments:
-        """Read what `to_arrays` gave under the same name; KeyError where a part is missing."""
+        """Read what `to_arrays` wrote under the same name; KeyError if a part is missing."""
         return cls(int(arrays[f"{name}.count"].item()), arrays[f"{name}.mean"], arrays[f"{name}.scatter"])
 
     def to_arrays(self, name: str) -> dict[str, npt.NDArray[Any]]:
@@ -77,7 +77,6 @@ class Moments:
 
     @property
     def width(self) -> int:
-        """Number of features per image."""
         return len(self.mean)
 
     @property
@@ -134,9 +133,9 @@ def kid(
 ) -> KernelDistance:
     """Return the Kernel Inception Distance of features x [n, width] and y [m, width] (Binkowski et al. 2018, sec. 4.1).
 
-    The unbiased MMD^2 under k(a, b) = (a.b / width + 1)^3, over subsets drawn without replacement; it may be negative
-    and is not cut off. Subsets are made smaller where n or m is below `subset_size`; the size used is in the result.
-    They are drawn from numpy's legacy generator, whose stream never changes between versions.
+    The unbiased MMD^2 under k(a, b) = (a.b / width + 1)^3, over subsets drawn without replacement; it may be negative. Subsets are
+    smaller if n or m is below `subset_size`; the result has the size used. They are drawn from numpy's legacy generator, whose stream
+    never changes.
     """
     left, right = map(torch.from_numpy, pair_of(x, y))
     subset_size = min(subset_size, len(left), len(right))
@@ -185,7 +184,7 @@ def inception_score(logits: npt.ArrayLike, *, num_splits: int = 10, seed: int = 
 
 
 def pair_of(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
-    """Return two sets of features in float64, for each other; ValueError where their widths differ."""
+    """Return two sets of features as float64; ValueError if their widths differ."""
     x, y = as_features(x, "features"), as_features(y, "features")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features of width {x.shape[1]} and {y.shape[1]} cannot be compared")
@@ -193,7 +192,7 @@ def pair_of(x: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Array, Array]:
 
 
 def as_features(values: npt.ArrayLike, what: str) -> Array:
-    """Return `values` as a contiguous float64 array [n, width]; another shape and values not finite are refused."""
+    """Return `values` as a contiguous float64 array [n, width]; ValueError for another shape or values that are not finite."""
     x = np.ascontiguousarray(values, dtype=np.float64)
     if x.ndim != 2 or x.shape[1] == 0:
         raise ValueError(f"{what} must be [n, width], got shape {x.shape}")

@@ -18,8 +18,8 @@ Hashes = npt.NDArray[np.uint64]
 def content_hashes(images: Images, salt: str = SALT) -> Hashes:
     """Return uint64 [n]: the first 8 bytes of blake2b(salt, shape, pixels) of each image [C, H, W] of uint8 [n, C, H, W].
 
-    Equal images have equal hashes wherever they stand, so two copies of a dataset in different order, or a dataset and
-    its superset, agree on each image.
+    Equal images have equal hashes in any position, so two copies of a dataset in different order, or a dataset and its superset, agree on
+    each image.
     """
     prefix = hashlib.blake2b(f"{salt}\0{'x'.join(map(str, images.shape[1:]))}\0".encode(), digest_size=64)
     hashes = np.empty(len(images), dtype=np.uint64)
@@ -38,7 +38,7 @@ class FitRule:
     salt: str = SALT
 
     def chosen(self, hashes: Hashes) -> npt.NDArray[np.bool_]:
-        """Return bool [n]: whether each image belongs to the part that is fitted on."""
+        """Return bool [n]: whether each image belongs to the fitted part."""
         return hashes < np.uint64(int(self.fraction * 2**64))
 
     def __str__(self) -> str:
@@ -46,7 +46,7 @@ class FitRule:
 
 
 def held_out_rows(hashes: Hashes, rule: FitRule) -> Rows:
-    """Return the rows outside the part that is fitted on, in the order of their content hashes: a fixed random order."""
+    """Return the rows outside the fitted part, in the order of their content hashes: a fixed random order."""
     rows = np.flatnonzero(~rule.chosen(hashes))
     return rows[np.argsort(hashes[rows], kind="stable")]
 

@@ -1,14 +1,12 @@
 """The Inception extractor of the original FID code, with the weights of 2015-12-05.
 
-The weights are read by us from a path, a URL or the cache, checked against a pinned sha256, as tensors alone (`weights_only`).
+The weights come from a path, a URL or the cache, are checked against a pinned sha256, and are read as tensors alone (`weights_only`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import stat
-import tempfile
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -21,6 +19,7 @@ from pipeline.data.image_set import Images
 from pipeline.errors import DataError, RefusedError, StorageError
 from pipeline.metrics.features import Extracted, check_images, extract_batches, in_batches
 from pipeline.metrics.inception_network import InceptionV3
+from pipeline.storage.durable import write_atomically
 from pipeline.storage.foreign_tensors import load_torch
 
 INCEPTION_URL = (
@@ -29,7 +28,6 @@ INCEPTION_URL = (
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 WEIGHTS_VARIABLE = "DDPM_PIPE_INCEPTION_WEIGHTS"
 
-_MAX_BYTES = 512 * 2**20
 _TIMEOUT_S = 30
 
 
@@ -58,7 +56,7 @@ class Inception:
         download: bool = True,
         device: torch.device | None = None,
     ) -> Inception:
-        """Load the weights that `read_weights` finds; DataError where there are none or they are not this network's."""
+        """Load the weights that `read_weights` finds; DataError if there are none or they do not fit this network."""
         data = read_weights(source, sha256=sha256, cache_dir=cache_dir, download=download)
         network = InceptionV3()
         try:
@@ -72,12 +70,11 @@ class Inception:
         return cls(network, hashlib.sha256(data).hexdigest(), device=device)
 
     def to(self, device: torch.device) -> None:
-        """Move the network to another device."""
         self._device = device
         self._network = self._network.to(device)
 
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
-        """Say how images of shape (C, H, W) become 3 x 299 x 299; RefusedError where C is neither 1 nor 3."""
+        """Return how images of shape (C, H, W) become 3 x 299 x 299; RefusedError if C is neither 1 nor 3."""
         if shape[0] not in (1, 3):
             raise RefusedError(
                 f"Inception judges images of 1 or 3 channels, got {shape[0]}; use the classifier extractor"
@@ -103,10 +100,10 @@ def read_weights(
     cache_dir: Path | None = None,
     download: bool = True,
 ) -> bytes:
-    """Return the bytes of the weights file, which have the hash `sha256`.
+    """Return the bytes of the weights file with the hash `sha256`.
 
-    Looked for in this order: `source` (a path or URL), the one named by DDPM_PIPE_INCEPTION_WEIGHTS, the cache,
-    torch-fidelity's own cache, and the published URL. URLs are fetched into the cache, only when `download`.
+    Looked for in this order: `source` (a path or URL), DDPM_PIPE_INCEPTION_WEIGHTS, the cache, torch-fidelity's cache, and the published
+    URL. A URL is downloaded into the cache, if `download` is True.
     """
     source = source or os.environ.get(WEIGHTS_VARIABLE) or None
     if source is not None and "://" not in source:
@@ -120,7 +117,13 @@ def read_weights(
         raise DataError(f"no Inception weights here; {_advice(url)}")
     data = _fetch(url)
     _check(data, sha256, url)
-    _store(cached, data)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cache folder {cached.parent}: cannot be made ({error.strerror}); set XDG_CACHE_HOME"
+        ) from None
+    write_atomically(cached, data)
     return data
 
 
@@ -144,41 +147,19 @@ def _check(data: bytes, sha256: str, where: str) -> None:
 
 
 def _fetch(url: str) -> bytes:
-    """Download a file of bounded size over http or https; what arrives counts only after its hash is checked."""
+    """Download a file over http or https; its hash is checked before anything reads it."""
     if not url.startswith(("https://", "http://")):
         raise DataError(f"Inception weights: got {url!r}, expected a path or an https:// address")
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response:
-            data: bytes = response.read(_MAX_BYTES + 1)
+            data: bytes = response.read()
     except (OSError, ValueError) as error:
         if isinstance(error, urllib.error.HTTPError):
             error.close()
         raise DataError(
             f"Inception weights cannot be fetched from {url} ({_first_line(error)}); {_advice(url)}"
         ) from None
-    if len(data) > _MAX_BYTES:
-        raise DataError(
-            f"Inception weights {url}: more than {_MAX_BYTES} bytes, expected about 96 MB; check the address"
-        )
     return data
-
-
-def _store(path: Path, data: bytes) -> None:
-    """Put the checked bytes into a folder that is ours alone, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        status = path.parent.stat()
-        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            raise StorageError(
-                f"cache folder {path.parent}: others can write to it, expected one of your own; chmod 700 it"
-            )
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        os.replace(file.name, path)
-    except OSError as error:
-        raise StorageError(
-            f"cache folder {path.parent}: cannot be written ({error.strerror}); set XDG_CACHE_HOME"
-        ) from None
 
 
 def _user_cache() -> Path:

@@ -70,7 +70,7 @@ class InceptionV3(inception.Inception3):  # type: ignore[misc]
 
 
 def resized(x: Tensor, side: int) -> Tensor:
-    """x [n, C, H, W] bilinearly to side x side, as TensorFlow 1 does: pixel i of the result is at i H / side, without antialias."""
+    """Resize x [n, C, H, W] bilinearly to side x side, as TensorFlow 1 does: pixel i of the result is at i H / side, without antialias."""
     top, bottom, down = _places(x.shape[2], side, x)
     left, right, along = _places(x.shape[3], side, x)
     upper, lower = x[:, :, top], x[:, :, bottom]
@@ -79,7 +79,7 @@ def resized(x: Tensor, side: int) -> Tensor:
 
 
 def _places(length: int, side: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the neighbours before and after each of `side` places, and how far it is from the first to the second."""
+    """Return the neighbours before and after each of `side` places, and the distance from the first neighbour."""
     at = torch.arange(side, dtype=torch.float32, device=like.device) * torch.tensor(length / side, dtype=torch.float32)
     first = at.floor().long()
     return first, (first + 1).clamp(max=length - 1), at - first

@@ -1,4 +1,4 @@
-"""What a score is a score of. Two numbers may be compared only where everything but the model is the same."""
+"""The identity of a score: what it is a score of. Two numbers compare only if everything but the model is the same."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ TRAIN = "train"  # the split of images whose source names none
 
 
 def recorded_split(asked: str | None) -> str:
-    """Return the split that images are recorded as, by the name of what is taken: "validation" for "val"."""
+    """Return the recorded name of a split: "validation" for "val"."""
     return TRAIN if asked is None else split_of(asked) or asked
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How the generated images came about.
+    """How the generated images were made.
 
     Attributes:
         sampler: "ddim", "ancestral", ...
-        steps: that are taken along an image, each a network call.
-        spacing: which timesteps they are; "quad_of_200" where of 200 some fell on one index.
+        steps: sampling steps.
+        spacing: which timesteps they are; "quad_of_200" if some of 200 fell on one index.
         eta: of DDIM.
         weights: "ema", "ema:0.999", "raw", "posthoc:0.1" (pipeline/training/averages.py).
         seed: of the images' noise.
         chunk: images per network call.
-        num_seeds: values are means over this many seeds, `seed` the first of them.
+        num_seeds: values are means over this many seeds, of which `seed` is the first.
         guidance_scale: of classifier-free guidance, s = 1 + w; 1 is none, and other scales call the network twice a step.
-        labels: "#balanced", "#none" or a class's name; "" of a model that knows no classes.
+        labels: "#balanced", "#none" or a class's name; "" for a model that knows no classes.
         precision: of the network, "bf16" or "fp32".
         compile: whether the network was compiled.
     """
@@ -50,7 +50,7 @@ class Generation:
 
     @property
     def nfe(self) -> int:
-        """Calls for one image: its cost."""
+        """Network calls for one image."""
         return self.steps * (1 if self.guidance_scale == 1 else 2)
 
 
@@ -60,14 +60,14 @@ class MetricIdentity:
 
     Attributes:
         metric: "fid", "kid", ...
-        settings: of the metric itself, such as KID's subsets; "" where it has none.
+        settings: of the metric itself, such as KID's subsets; "" if it has none.
         extractor, extractor_sha256: the network whose features are compared.
-        resize: what is done to an image before that network.
+        resize: how images are resized for that network.
         num_images: generated images.
         num_reference: real images they are compared with.
         reference: which real images those are.
         dataset: fingerprint of the dataset they come from.
-        generation: how the generated images came about.
+        generation: how the generated images were made.
         split: which part of their source the real images are, in words.
     """
 
@@ -87,7 +87,7 @@ class MetricIdentity:
     def key(self) -> str:
         """Name under which the value is logged: metric, extractor and count, as in `fid_classifier_n559`.
 
-        A mean over several seeds says so: `fid_classifier_n559_seeds3`.
+        A mean over several seeds has them in its name: `fid_classifier_n559_seeds3`.
         """
         seeds = self.generation.num_seeds
         return f"{self.metric}_{self.extractor}_n{self.num_images}" + (f"_seeds{seeds}" if seeds > 1 else "")
@@ -97,7 +97,6 @@ class MetricIdentity:
         return replace(self, metric=metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
         return asdict(self)
 
 
@@ -109,13 +108,13 @@ class BoundIdentity:
         metric: "bits_per_dim", or a part of it.
         dataset: fingerprint of the images.
         split: which part of the source they are, in words.
-        num_images: of them that were measured.
-        of_images: how many there are; more than `num_images` only where a cap was asked for.
+        num_images: images that were measured.
+        of_images: images that there are; more than `num_images` only if a limit was asked for.
         weights: "ema" or "raw".
         process: of the model: T, and whether x0 was clipped.
         seed: of the noise.
         chunk: images per network call.
-        labels: "of the images" where the network is told each image's class, which makes it a bound on p(x | y); else "".
+        labels: "of the images" if the network gets each image's class, which makes it a bound on p(x | y); else "".
     """
 
     metric: str
@@ -139,7 +138,7 @@ class BoundIdentity:
         return replace(self, metric=metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data; of a model that knows no classes it does not speak of labels."""
+        """Return plain data; without `labels` for a model that knows no classes."""
         return {name: value for name, value in asdict(self).items() if name != "labels" or value}
 
 
@@ -151,12 +150,12 @@ OF_THE_MODEL = frozenset({"process"})
 
 
 def differences(a: MetricIdentity, b: MetricIdentity, but: Collection[str] = ()) -> list[str]:
-    """Return one line "field: a's value, b's value" per field that differs, but for those named `but`."""
+    """Return one line "field: a's value, b's value" for each field that differs, except those named `but`."""
     return differing(a.to_json(), b.to_json(), but)
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """Return `differences` of two identities as `to_json` gives them, of whatever kind."""
+    """Return `differences` of two identities of any kind, given as `to_json` returns them."""
     left, right = flat_identity(a), flat_identity(b)
     names = [name for name in {**left, **right} if name not in but]
     return [f"{name}: {left.get(name)}, {right.get(name)}" for name in names if left.get(name) != right.get(name)]

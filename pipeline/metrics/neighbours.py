@@ -1,6 +1,6 @@
 """Generated images beside the training images closest to them, by feature and by pixel: has the model learnt, or memorised?
 
-The training images are walked over once, by canonical chunk and over the workers; each chunk gives its closest ones.
+The training images are read once, by canonical chunk and over the workers; each chunk gives its closest ones.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ _SPACES = ("feature", "pixel")
 class Nearest(NamedTuple):
     """Distances float64 [q, k] from each of q images to its closest training images, ascending, with their rows int64 [q, k].
 
-    No two of an image's rows hold the same image, which `contents` tells, uint64 [q, k]: a training image that is there twice is
-    one neighbour, or its copy would never be nearer to it than to the second nearest.
+    All rows of an image have different content (`contents`, uint64 [q, k]): a training image that occurs twice is one neighbour.
+    Otherwise a generated copy of it would be as near to the second nearest as to the nearest.
     """
 
     distances: npt.NDArray[np.float64]
@@ -48,7 +48,7 @@ class Nearest(NamedTuple):
     contents: Hashes
 
     def closest(self, other: Nearest, k: int) -> Nearest:
-        """Return the k closest of both; of equally close ones, and of equal ones, those of the smaller row."""
+        """Return the k closest of both; among equally close or equal ones, those with the smaller row."""
         distances, rows, contents = (np.concatenate(pair, axis=1) for pair in zip(self, other, strict=True))
         order = np.lexsort((rows, distances), axis=1)
         chosen = [line[_firsts(contents[i, line])][:k] for i, line in enumerate(order)]
@@ -77,7 +77,7 @@ class Neighbours:
 
     @property
     def memorised(self) -> float:
-        """Share of the images that are all but copies: nearer than a third of the way to any other training image."""
+        """Share of the images that are almost copies: nearer than a third of the distance to any other training image."""
         return float((self.ratios < MEMORISED_RATIO).mean())
 
 
@@ -124,7 +124,6 @@ class NearestOfRows:
         self._dataset, self._extractor, self._images, self._features = dataset, extractor, images, features
 
     def start(self, here: Compute) -> None:
-        """Move the network to this worker's device."""
         self._extractor.to(here.device)
 
     def __call__(self, indices: range) -> Arrays:
@@ -147,7 +146,7 @@ class NearestOfRows:
 def write_neighbours(
     found: Neighbours, generated: Images, dataset: ImageSet, folder: Path, shown: int = 10
 ) -> list[Path]:
-    """Write the sheet of those images that are closest to a training image by pixel, and all distances as JSON; return the paths."""
+    """Write a sheet of the images closest to a training image by pixel, and all distances as JSON; return the paths."""
     make_folder(folder)
     closest = np.argsort(found.ratios, kind="stable")[:shown]
     columns, labels = [generated[closest]], ["generated"]
@@ -171,7 +170,7 @@ def write_neighbours(
 
 
 def neighbour_lines(found: Neighbours) -> list[str]:
-    """Return what the distances say, for people."""
+    """Return what the distances show, as lines of text."""
     count, nearest = len(found.ratios), found.by_pixel.distances[:, 0]
     return [
         f"{found.memorised:.0%} of {count} generated images are all but copies of a training image (less than a third as far, by pixel, "
@@ -187,7 +186,7 @@ def _read(dataset: ImageSet, rows: npt.NDArray[np.int64]) -> Images:
 
 
 def _firsts(contents: Hashes) -> npt.NDArray[np.int64]:
-    """Return the places, ascending, at which each content stands for the first time."""
+    """Return the places, ascending, at which each content occurs first."""
     places: npt.NDArray[np.int64] = np.sort(np.unique(contents, return_index=True)[1])
     return places
 
@@ -197,7 +196,7 @@ def _flat(images: Images) -> npt.NDArray[np.float64]:
 
 
 def _distances(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Return Euclidean distances [len(a), len(b)], from differences: 0 of a copy."""
+    """Return Euclidean distances [len(a), len(b)], computed from differences: exactly 0 for a copy."""
     left, right = (torch.from_numpy(np.asarray(x, np.float64)) for x in (a, b))
     distances: npt.NDArray[np.float64] = torch.cdist(left, right, compute_mode="donot_use_mm_for_euclid_dist").numpy()
     return distances

@@ -1,8 +1,8 @@
 """Precision, recall, density and coverage: which images of one set lie among those of the other, by their features.
 
-All four ask whether distances are below radii. Distances come from matrix products, in blocks of bounded size; where
-rounding leaves the answer open they are computed again from differences, so that every answer, ties included, is that
-of the definition: equal images are at distance exactly 0.
+All four compare distances with radii. Distances come from matrix products, in blocks of bounded size. If rounding leaves a comparison open,
+the distance is computed again from differences, so every answer, ties included, follows the definition: equal images have distance
+exactly 0.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ class PRDC(NamedTuple):
 
 
 def prdc(real: npt.ArrayLike, generated: npt.ArrayLike, *, k_precision: int = 3, k_density: int = 5) -> PRDC:
-    """Return the four of features [n, width] and [m, width], one distance computed for each pair of images.
+    """Return the four shares for features [n, width] and [m, width]; each pair of images needs one distance.
 
-    Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1-2): the share of generated images inside the ball of
-    any real image, its radius the distance to the `k_precision`-th nearest other real image; and the share of real
-    images inside the balls of the generated ones.
+    Improved precision and recall (Kynkäänniemi et al. 2019, eqs. 1-2): the share of generated images inside the ball of any real image,
+    whose radius is the distance to the `k_precision`-th nearest other real image; and the share of real images inside the balls of the
+    generated ones.
 
-    Density and coverage (Naeem et al. 2020, eqs. 3-4), by balls of real images alone, radius to the `k_density`-th
-    neighbour: the memberships (ball, generated image) over k times the generated images; and the share of real images
-    whose ball holds a generated one.
+    Density and coverage (Naeem et al. 2020, eqs. 3-4) use balls of real images alone, with the radius to the `k_density`-th neighbour: the
+    memberships (ball, generated image) over k times the generated images; and the share of real images whose ball has a generated one.
 
-    ValueError for sets of no more than k images.
+    ValueError for sets of at most k images.
     """
     r, g = (_Points.of(torch.from_numpy(features)) for features in pair_of(real, generated))
     real_radii, wide_radii = _radii(r, (k_precision, k_density))
@@ -101,13 +100,13 @@ def _radii(points: _Points, ks: Sequence[int]) -> list[Tensor]:
 
 
 def _blocks(a: _Points, b: _Points) -> list[slice]:
-    """Return blocks of rows of `a` whose distances to all of `b` are held at once."""
+    """Return blocks of rows of `a` whose distances to all of `b` are in memory at once."""
     step = max(1, _BLOCK_VALUES // len(b.x))
     return [slice(start, min(start + step, len(a.x))) for start in range(0, len(a.x), step)]
 
 
 def _squares(a: _Points, b: _Points) -> Tensor:
-    """Return squared distances [len(a), len(b)], right but for `_doubt`."""
+    """Return squared distances [len(a), len(b)], with an error of at most `_doubt`."""
     return torch.addmm(a.square[:, None] + b.square[None, :], a.x, b.x.T, alpha=-2)
 
 
@@ -122,13 +121,13 @@ def _within(squares: Tensor, a: _Points, b: _Points, radii: Tensor) -> Tensor:
 
 
 def _doubt(a: _Points, b: _Points) -> Tensor:
-    """Return a bound [len(a), len(b)] on what rounding does to |a|^2 + |b|^2 - 2 a.b."""
+    """Return a bound [len(a), len(b)] on the rounding error of |a|^2 + |b|^2 - 2 a.b."""
     unit = 4 * (a.x.shape[1] + 4) * torch.finfo(torch.float64).eps
     return unit * (a.square[:, None] + b.square[None, :])
 
 
 def _exact(a: _Points, b: _Points, row: Tensor, column: Tensor) -> Tensor:
-    """Return the distances of some pairs, from differences."""
+    """Return the distances of some pairs, computed from differences."""
     step = max(1, _BLOCK_VALUES // a.x.shape[1])
     found = torch.empty(len(row), dtype=torch.float64)
     for start in range(0, len(row), step):

@@ -22,8 +22,6 @@ from pipeline.storage.tensor_file import unpack
 
 @dataclass(frozen=True)
 class MetricValue:
-    """One value of one model."""
-
     run: str
     name: str
     step: int
@@ -35,7 +33,6 @@ class MetricValue:
 
     @property
     def metric(self) -> str:
-        """What was measured."""
         return str(self.identity["metric"])
 
 
@@ -43,8 +40,8 @@ class MetricValue:
 class Rank:
     """An entry in its ranking.
 
-    `behind` is how far it is behind the best one, `standard_error` that of the difference, where one is known, and `within_noise` whether a
-    difference of this size is to be expected of equal models (None where that is not known).
+    `behind` is its difference from the best value, `standard_error` that of the difference, if known, and `within_noise` whether equal
+    models would often differ by as much (None if not known).
     """
 
     entry: MetricValue
@@ -55,7 +52,7 @@ class Rank:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Models best first, what their values have in common, and what was allowed to differ."""
+    """Models best first, the fields that their values share, and the fields that were allowed to differ."""
 
     metric: str
     common: dict[str, Any]
@@ -64,11 +61,9 @@ class Ranking:
 
     @property
     def runs(self) -> set[str]:
-        """The runs that have a place."""
         return {rank.entry.run for rank in self.ranks}
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
         rows = []
         for number, rank in enumerate(self.ranks, 1):
             entry = rank.entry
@@ -90,7 +85,7 @@ class Ranking:
         return {"metric": self.metric, "common": self.common, "ranking": rows, "statement": self.statement}
 
     def lines(self) -> list[str]:
-        """Return the table for people, best first, with what it stands on."""
+        """Return the table as lines of text, best first, and what it rests on."""
         rows = [
             ["", "run", "name", "step", *(a.removeprefix("generation.") for a in self.across), self.metric, "behind"]
         ]
@@ -112,7 +107,6 @@ class Ranking:
 
     @property
     def statement(self) -> str:
-        """One sentence on whether the best one is better."""
         better = "higher" if self.metric in HIGHER_IS_BETTER else "lower"
         if len(self.ranks) == 1:
             return f"the only model with a value of this kind; {better} {self.metric} is better"
@@ -130,7 +124,7 @@ class Ranking:
 
 
 def rank(entries: Sequence[MetricValue], common: dict[str, Any], across: Sequence[str]) -> Ranking:
-    """Return entries of one metric, best first; `common` is what their identities share, `across` names what may differ."""
+    """Return entries of one metric, best first; `common` is what their identities share, `across` names the fields that may differ."""
     metric = entries[0].metric
     sign = -1 if metric in HIGHER_IS_BETTER else 1
     ordered = sorted(entries, key=lambda entry: sign * entry.value)
@@ -145,9 +139,10 @@ def rank(entries: Sequence[MetricValue], common: dict[str, Any], across: Sequenc
 
 
 def difference_error(a: MetricValue, b: MetricValue) -> tuple[float | None, float]:
-    """Return the standard error of the difference of two values, None where it is not known, and its degrees of freedom.
+    """Return the standard error of the difference of two values, None if it is not known, and its degrees of freedom.
 
-    Bits/dim of the same images differ image by image, so that how hard an image is drops out; means over seeds by Welch's formula.
+    Bits/dim of the same images are compared image by image, so that the difficulty of an image drops out; means over seeds by Welch's
+    formula.
     """
     if a.metric == "bits_per_dim" and b.metric == "bits_per_dim":
         bits = [_per_image(entry) for entry in (a, b)]
@@ -160,7 +155,7 @@ def difference_error(a: MetricValue, b: MetricValue) -> tuple[float | None, floa
 
 
 def _per_image(entry: MetricValue) -> Any:
-    """Return the bits/dim of each image [n], or None where they are not there any more."""
+    """Return the bits/dim of each image [n], or None if the file is missing."""
     try:
         _, arrays = unpack((entry.folder / BOUND_FILE).read_bytes())
         return np.asarray(Bound.from_arrays(arrays).total)

@@ -1,8 +1,8 @@
-"""Real images to compare with, and the yardsticks: features taken once per dataset and extractor, and kept.
+"""Real images to compare with, and the yardsticks: features extracted once for each dataset and extractor, and cached.
 
-Which images: those that the extractor was not fitted on, ordered by their content hash, so that a dataset's copies, in
-whatever order or format, give the same reference. An extractor fitted on the dataset itself (the classifier) is given
-one half of what is left; one fitted elsewhere (Inception) the whole set, as FID is customarily taken.
+The images are those that the extractor was not fitted on, in the order of their content hash, so that copies of a dataset, in any order or
+format, give the same reference. An extractor fitted on the dataset itself (the classifier) gets one half of the rest; one fitted elsewhere
+(Inception) gets the whole set, as is usual for FID.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _ROWS_AT_ONCE = 1024  # a multiple of what the extractors put through their netw
 
 @dataclass(frozen=True)
 class Reference:
-    """Features of real images and of noise, and what they stand for.
+    """Features of real images and of noise, and which images they are.
 
     Attributes:
         dataset: fingerprint of the real images' dataset.
         split: which part of their source that is.
-        num_images: generated images that it is made to be compared with.
+        num_images: generated images to compare with.
         rule: which real images `real` and `moments` are of, in words.
         moments: of the real images that FID compares with.
         rest: moments of the real images that `other` is compared with: none of them is in `other`.
@@ -76,9 +76,9 @@ def prepare_reference(
 ) -> Reference:
     """Return the reference for a comparison with `num_images` generated images, or as many as the dataset allows.
 
-    Take the count from the result: with an extractor that was fitted on part of the dataset it is at most half of what
-    is left. `split` says which part of its source the dataset is. `runner` says where features of real images are taken, and
-    `computed_on` on which kind of device, by default the CPU; the result depends on nothing else of it, neither on workers nor on threads.
+    The result has the count: with an extractor that was fitted on part of the dataset it is at most half of the rest. `split` says which
+    part of its source the dataset is. `runner` says where features of real images are extracted, and `computed_on` on which kind of
+    device, by default the CPU; the result depends on the kind of device, not on the number of workers or threads.
 
     Raises:
         RefusedError: too few images for the extractor's features, or images that it cannot judge.
@@ -148,7 +148,6 @@ class FeaturesOfRows:
         self._dataset, self._extractor, self._rows = dataset, extractor, rows
 
     def start(self, here: Compute) -> None:
-        """Move the network to this worker's device."""
         self._extractor.to(here.device)
 
     def __call__(self, indices: range) -> Arrays:
@@ -165,7 +164,7 @@ def _compute(
     runner: Runner,
     progress: Progress | None,
 ) -> Arrays:
-    """Walk once over the rows, in the dataset's order, keeping single features where asked and moments of all."""
+    """Read the rows once, in the dataset's order; keep the features that are needed singly, and the moments of all."""
     total, noisy = len(plan.rows), plan.num_other
     rank = np.argsort(plan.rows, kind="stable")  # position by content of each row, the rows ascending
     ascending = plan.rows[rank]
@@ -173,9 +172,9 @@ def _compute(
     rest, last = Moments.empty(extractor.width), Moments.empty(extractor.width)
     kept: dict[str, list[tuple[Rows, Extracted]]] = {"real": [], "other": []}
     done = 0
-    tell = None if progress is None else lambda n: progress("features of real images", n, total)
+    report = None if progress is None else lambda n: progress("features of real images", n, total)
     task = FeaturesOfRows(dataset, extractor, ascending)
-    for part in compute(task, total, _ROWS_AT_ONCE, store, runner, tell):
+    for part in compute(task, total, _ROWS_AT_ONCE, store, runner, report):
         found = Extracted(part["features"], part.get("logits"))
         ranks = rank[done : done + len(found.features)]
         is_other = ranks >= first_other
@@ -202,7 +201,7 @@ def _assemble(fingerprint: str, split: str, plan: _Plan, arrays: Arrays) -> Refe
 
 
 def _cached(path: Path, key: dict[str, Any]) -> Arrays | None:
-    """Return what was kept under exactly this key; None where there is nothing, or nothing whole."""
+    """Return what was cached under exactly this key; None if it is missing or damaged."""
     try:
         found, arrays = unpack(path.read_bytes())
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The sample metrics by name: each takes two sets of features and gives its values and the settings that belong to them."""
+"""The sample metrics by name: each takes two sets of features and returns its values and its settings."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pipeline.metrics.prdc import prdc
 
 @dataclass(frozen=True)
 class Pair:
-    """Real images and the images that are judged by them.
+    """Real images and the images that are compared with them.
 
     Attributes:
         real, judged: their features, for metrics that need single images.
-        real_moments, judged_moments: for FID; `real_moments` may be of more images than `real` holds.
+        real_moments, judged_moments: for FID; `real_moments` may be of more images than `real`.
     """
 
     real: Extracted
@@ -30,9 +30,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class MetricResult:
-    """Values by name, what was chosen in computing them in words ("" for nothing), and their spreads, where there are any.
+    """Values by name, the settings that were used in words ("" for none), and the spreads of the values that have one.
 
-    A spread is a standard deviation (ddof 0) over what `over` says, such as "10 splits"; no standard error.
+    A spread is a standard deviation (ddof 0) over what `over` says, such as "10 splits"; it is no standard error.
     """
 
     values: dict[str, float]
@@ -43,10 +43,10 @@ class MetricResult:
 
 @dataclass(frozen=True)
 class MetricSettings:
-    """What may be chosen of the metrics themselves; it becomes part of their identities.
+    """Settings of the metrics themselves; they are part of the metrics' identities.
 
     Attributes:
-        kid_subset_size: images of a KID's subset on each side; by default 1000, or half of fewer images.
+        kid_subset_size: images of a KID's subset on each side; by default 1000, or half of the images if there are fewer.
         inception_score_splits: parts that the Inception Score is taken over; 1 as in the code of Ho et al.
     """
 
@@ -58,7 +58,7 @@ USUAL = MetricSettings()
 
 
 def require_enough(metrics: Collection[str], chosen: MetricSettings, *, num_real: int, num_judged: int) -> None:
-    """Raise RefusedError where the settings of these metrics want more images than will be compared."""
+    """Raise RefusedError if the settings of these metrics need more images than will be compared."""
     size, smaller = chosen.kid_subset_size, min(num_real, num_judged)
     if "kid" in metrics and size is not None and size > smaller:
         raise RefusedError(
@@ -107,8 +107,7 @@ def _prdc(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult
 class Metric(Protocol):
     """A function of two sets of features, the seed of what it draws, and its settings."""
 
-    def __call__(self, pair: Pair, seed: int, chosen: MetricSettings = USUAL, /) -> MetricResult:
-        """Return the metric's values."""
+    def __call__(self, pair: Pair, seed: int, chosen: MetricSettings = USUAL, /) -> MetricResult: ...
 
 
 METRICS: dict[str, Metric] = {
@@ -120,4 +119,4 @@ METRICS: dict[str, Metric] = {
 """Functions of (pair, seed, settings) by the name a user asks for."""
 
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall", "density", "coverage"})
-"""Values of which more is better; of all others less is."""
+"""Metrics for which higher is better; for all others lower is better."""

@@ -1,4 +1,4 @@
-"""Scores as lines for people: a row for each value, beside what real images and noise get by the same code."""
+"""Scores as lines of text: a row for each value, beside those of real images and of noise by the same code."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ YARDSTICK_NAMES = {"real_half": "real half against real half", "uniform_noise": 
 
 
 def score_lines(scores: Scores) -> list[str]:
-    """Return a table of scores beside their yardsticks, and what the classifier says of the images."""
+    """Return a table of scores beside their yardsticks, and the classifier's summary of the images."""
     rows = [["", "generated", *YARDSTICK_NAMES.values()]]
     for key, value in scores.values.items():
         metric = scores.identities[key].metric
@@ -41,7 +41,7 @@ def with_spread(value: float, spread: Spread | None) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return rows as lines, the first column to the left, the others to the right."""
+    """Return rows as lines, the first column aligned left, the others right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

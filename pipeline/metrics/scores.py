@@ -26,9 +26,9 @@ _FORMAT = 2
 class Spread:
     """How far a value scatters: a standard deviation over what `over` says, such as "3 seeds" or "100 subsets of 279".
 
-    Over seeds it is the sample's (ddof 1), and `parts` are the values; over subsets and splits that of the metric's
-    definition (ddof 0); of a mean over images `value` is its standard error. `standard_error` is that of the mean where one is
-    known: deviations over subsets and splits, which share images, tell none.
+    Over seeds it is the sample's (ddof 1), and `parts` are the values; over subsets and splits it follows the metric's definition (ddof
+    0); for a mean over images `value` is its standard error. `standard_error` is that of the mean, if known: subsets and splits share
+    images, so their deviations give none.
     """
 
     value: float
@@ -38,16 +38,14 @@ class Spread:
 
     @property
     def suffix(self) -> str:
-        """What the value's name ends in: `se` where it is itself the standard error of a mean, else `std`."""
+        """The end of the value's name: `se` if it is itself the standard error of a mean, else `std`."""
         return "se" if self.standard_error is not None and not self.parts else "std"
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data."""
         return {**asdict(self), "parts": list(self.parts)}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Spread:
-        """Read what `to_json` gave."""
         return cls(**{**data, "parts": tuple(data["parts"])})
 
 
@@ -78,7 +76,7 @@ class Scores:
     unjudged: tuple[str, ...] = ()
 
     def flat(self) -> dict[str, float]:
-        """Return all numbers under names fit for a tracking server, yardsticks as `yardstick_real_half_fid_classifier_n559`."""
+        """Return all numbers by the names that a tracking server gets, yardsticks as `yardstick_real_half_fid_classifier_n559`."""
         numbers = dict(self.values)
         for key, spread in self.spreads.items():
             identity = self.identities[key]
@@ -103,9 +101,9 @@ class Scores:
 
 
 def over_seeds(each: Sequence[Scores]) -> Scores:
-    """Return the mean of the scores of several seeds, everything else alike, with the deviation over them.
+    """Return the mean of the scores of several seeds, otherwise alike, with the deviation over them.
 
-    Of one seed it is that one. ValueError where more than the seed differs.
+    Scores of one seed are returned as they are. ValueError if more than the seed differs.
     """
     first, count = each[0], len(each)
     if count == 1:
@@ -141,7 +139,7 @@ def _means(each: Sequence[dict[str, float]]) -> dict[str, float]:
 
 
 def write_scores(scores: Scores, folder: Path, about: Mapping[str, Any] | None = None) -> list[Path]:
-    """Write `scores.json`, with what there is to say `about` them, and `moments.safetensors` to a folder; return their paths."""
+    """Write `scores.json`, with `about` as further keys, and `moments.safetensors` to a folder; return their paths."""
     make_folder(folder)
     identities = {key: identity.to_json() for key, identity in scores.identities.items()}
     arrays = scores.generated.to_arrays("generated") | scores.reference.to_arrays("reference")

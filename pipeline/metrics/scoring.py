@@ -1,49 +1,35 @@
 """Scores of generated images, each with its identity and beside what real images and noise get by the same code.
 
-extractor = choose_extractor(dataset, cache_dir)
-reference = prepare_reference(dataset, extractor, num_images, cache_dir)
+extractor, reference = scorer.extractor, scorer.reference          # scorer = scorer_of(dataset, asked, home)
 images = ...                                            # reference.num_images of them
 scores = score(images, dataset, extractor, reference, Generation("ddim", steps=50))
-write_scores(scores, folder)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from pipeline.config.experiment import EvaluationConfig
 from pipeline.data.image_set import Images, ImageSet, Progress
 from pipeline.data.labels import class_counts, class_names
+from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, RefusedError
 from pipeline.metrics.classifier import CONFIDENT, Classifier, decide
 from pipeline.metrics.classifier_store import MAX_SIZE, classifier_for
 from pipeline.metrics.features import Extracted, FeatureExtractor, extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.inception import Inception
-from pipeline.metrics.metric_identity import Generation, MetricIdentity, differences
+from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity
 from pipeline.metrics.reference import Reference, prepare_reference
 from pipeline.metrics.registry import METRICS, USUAL, MetricSettings, Pair, require_enough
-from pipeline.metrics.scores import Scores, Spread, over_seeds, write_scores
-
-__all__ = [
-    "METRICS",
-    "YARDSTICKS",
-    "Generation",
-    "MetricIdentity",
-    "MetricSettings",
-    "Reference",
-    "Scores",
-    "Spread",
-    "choose_extractor",
-    "differences",
-    "over_seeds",
-    "prepare_reference",
-    "score",
-    "write_scores",
-]
+from pipeline.metrics.scores import Scores, Spread
+from pipeline.storage.home import features_dir
+from pipeline.training.chunks import Runner, as_it_stands
 
 YARDSTICKS = ("real_half", "uniform_noise")
 
@@ -62,13 +48,13 @@ def choose_extractor(
 ) -> FeatureExtractor:
     """Return the extractor of this kind: "classifier", "inception", or "auto".
 
-    `auto` is the classifier for small gray images of two classes or more, on which Inception means nothing; for all others
-    Inception, or, where its weights cannot be had, the classifier if the dataset allows one. Classifiers are kept in
+    `auto` is the classifier for small gray images of two classes or more, on which Inception means nothing. For all others it is
+    Inception, or the classifier if Inception's weights are not available and the dataset allows one. Classifiers are cached in
     `cache_dir`.
 
     Raises:
         RefusedError: no classifier can judge this dataset.
-        DataError: Inception's weights are missing and may not or cannot be downloaded, or those named are not them.
+        DataError: Inception's weights are missing and may not or cannot be downloaded, or the named file is another one.
     """
     manifest = dataset.manifest
     channels, height, width = manifest.shape
@@ -80,6 +66,59 @@ def choose_extractor(
             if kind == "inception" or inception_weights is not None or not small:
                 raise
     return classifier_for(dataset, cache_dir, device=device, progress=progress)
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """The dataset of a model, the extractor for it, and the reference, which may be of another split."""
+
+    dataset: Dataset
+    extractor: FeatureExtractor
+    reference: Reference
+
+
+def scorer_of(
+    dataset: Dataset,
+    asked: EvaluationConfig,
+    home: Path,
+    *,
+    split: str = TRAIN,
+    against: Dataset | None = None,
+    download: bool = True,
+    device: torch.device | None = None,
+    computed_on: torch.device | None = None,
+    runner: Runner = as_it_stands,
+    progress: Progress | None = None,
+) -> Scorer:
+    """Return what an evaluation scores with; features of real images are cached in `home`, and cost almost nothing after the first time.
+
+    The real images are those of `dataset`, for which the extractor is chosen, or of `against`: in either case `split` of their source.
+    `device` is this process's, `computed_on` that of `runner`, by default the same.
+
+    Raises:
+        RefusedError, DataError: no extractor can judge this dataset as asked.
+    """
+    cache = features_dir(home)
+    extractor = choose_extractor(
+        dataset,
+        cache,
+        kind=asked.extractor,
+        inception_weights=asked.inception_weights,
+        download=download,
+        device=device,
+        progress=progress,
+    )
+    reference = prepare_reference(
+        against or dataset,
+        extractor,
+        asked.num_images,
+        cache,
+        split=split,
+        computed_on=computed_on or device,
+        runner=runner,
+        progress=progress,
+    )
+    return Scorer(dataset, extractor, reference)
 
 
 def score(
@@ -96,12 +135,12 @@ def score(
 ) -> Scores:
     """Score `reference.num_images` generated images, uint8 [n, C, H, W] or their features.
 
-    `dataset` is what the extractor was chosen for, whose classes it may know; the reference may be of another split.
-    `metrics` are names of METRICS; `seed` draws KID's subsets and the Inception Score's splits.
+    `dataset` is the one that the extractor was chosen for, whose classes it may know; the reference may be of another split. `metrics`
+    are names of METRICS; `seed` draws KID's subsets and the Inception Score's splits.
 
     Raises:
-        RefusedError: another number of images than the reference is for, settings that want more of them, or a metric that this
-            extractor cannot give.
+        RefusedError: another number of images than the reference is for, settings that need more of them, or a metric that this extractor
+            cannot give.
     """
     if unknown := sorted(set(metrics) - set(METRICS)):
         raise RefusedError(f"metric {unknown[0]!r} is not known, expected some of {', '.join(METRICS)}")
@@ -146,7 +185,7 @@ def _extract(images: Images, extractor: FeatureExtractor, progress: Progress | N
 
 
 def _pairs(found: Extracted, reference: Reference) -> dict[str, Pair]:
-    """Return what is compared with what: the generated images, and the yardsticks."""
+    """Return the sets that are compared: the generated images, and the yardsticks."""
     real = reference.real.part(slice(reference.rest.count))  # none of the first ones by content is in `other`
     return {
         "generated": Pair(reference.real, found, reference.moments, Moments.of(found.features)),

@@ -129,6 +129,8 @@ def make_plan(
 ) -> Plan:
     """Check an experiment against a profile and a dataset; UsageError names the first thing that does not fit.
 
+    If something is missing, this machine is not the one that will train, and its abilities are not checked.
+
     Unknown facts of the dataset are None; `num_classes` matters to class-conditional models only.
     """
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)

@@ -185,8 +185,8 @@ def _checkpoint_s(train_state: TrainState, team: Team, profile: Profile, folder:
         with suppress(OSError, StorageError):  # the steps are worth telling all the same
             in_store = profile.is_remote and is_remote(profile.storage)
             taken = _save_s(train_state.tensors(), own_folder("runs") if in_store else folder)
-    told: float | None = team.broadcast(taken)
-    return told
+    shared: float | None = team.broadcast(taken)
+    return shared
 
 
 def _save_s(tensors: checkpoints.Tensors, folder: Path) -> float:

@@ -13,7 +13,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
 from pipeline.ingest.ingest import ensure_ingested, ingest_options
 from pipeline.metrics.metric_identity import recorded_split
-from pipeline.metrics.scorer import Scorer, scorer_of
+from pipeline.metrics.scoring import Scorer, scorer_of
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run

@@ -21,12 +21,11 @@ from pipeline.config.yaml_files import validate
 from pipeline.console import Console, Rate
 from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import RunLockedError, UsageError
-from pipeline.metrics import scoring
 from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
 from pipeline.metrics.neighbours import find_neighbours
-from pipeline.metrics.registry import require_enough
-from pipeline.metrics.scorer import Scorer
+from pipeline.metrics.registry import METRICS, MetricSettings, require_enough
 from pipeline.metrics.scores import over_seeds
+from pipeline.metrics.scoring import Scorer, score
 from pipeline.runs.choose_scorer import choose_scorer, own_split
 from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
 from pipeline.runs.interruption import kept_when_stopped
@@ -182,7 +181,7 @@ def score_samples(
     """Score the samples of a model that is loaded by a scorer that is there."""
     asked = request.evaluation(trained.experiment)
     metrics = sample_metrics(asked)
-    settings = scoring.MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
+    settings = MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
     num_real, num_images = len(scorer.reference.real.features), scorer.reference.num_images
     require_enough(metrics, settings, num_real=num_real, num_judged=num_images)  # before any image is generated
     _, first = request.settings(trained.experiment)
@@ -192,7 +191,7 @@ def score_samples(
         made = cache.features(generator, scorer.extractor, num_images)
         identity = generator.identity(trained.weights)
         each.append(
-            scoring.score(
+            score(
                 made.found,
                 scorer.dataset,
                 scorer.extractor,
@@ -211,7 +210,7 @@ def score_samples(
 
 def sample_metrics(asked: EvaluationConfig) -> list[str]:
     """Return those of the metrics asked for that score generated images."""
-    return [name for name in asked.metrics if name in scoring.METRICS]
+    return [name for name in asked.metrics if name in METRICS]
 
 
 def evaluate_run(

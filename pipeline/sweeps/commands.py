@@ -14,7 +14,7 @@ from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
-from pipeline.metrics.scorer import scorer_of
+from pipeline.metrics.scoring import scorer_of
 from pipeline.redaction import public_uri
 from pipeline.runs.choose_scorer import progress_on
 from pipeline.runs.record import origin_of, trial_of

@@ -162,7 +162,7 @@ def _trial_run(
     trial = Trial(folder.id, key, following.point, title(following.point), following.seed, allowance, parent)
     settings = {**sweep.overrides, **following.point, "seed": experiment.seed}
     settings |= {"evaluation.metrics": list(experiment.evaluation.metrics), "evaluation.enabled": True}
-    if sweep.budget.minutes is None:  # else the clock says how many, and no number of steps is true beforehand
+    if sweep.budget.minutes is None:  # else the clock decides, and the number of steps is not known beforehand
         settings["training.steps"] = experiment.training.steps
     base = ["--preset", sweep.base] if sweep.base in presets.names("experiments") else [sweep.base]
     words = ["ddpm-pipe", "train", *base]

@@ -21,7 +21,7 @@ from pipeline.storage.runs import Run, RunStatus
 from pipeline.sweeps.ledger import LedgerEntry, Status
 from pipeline.training.trained import experiment_of
 
-RECORDED_AS = {"bpd": "bits_per_dim"}  # the name in an identity, where it is not the one the user gives
+RECORDED_AS = {"bpd": "bits_per_dim"}  # the name in an identity, if it is not the user's
 
 JudgedBy = Mapping[str, Any]
 """Fields of a sample metric's identity that are the same for all trials of a sweep: extractor, its hash, number of images."""

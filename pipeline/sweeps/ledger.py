@@ -28,7 +28,7 @@ class LedgerEntry:
         status: "finished", "stopped" early, or "failed".
         value: of the sweep's metric; None unless finished.
         metric: name of that value, such as `fid_classifier_n559`; identity: everything it depends on besides the model.
-        std: deviation that comes with the value, over what `std_over` says; None where there is none.
+        std: deviation that comes with the value, over what `std_over` says; None if there is none.
         curve: values of the same metric at other numbers of network calls, by that number.
         rungs: KID of few images by the share of the budget at which it was taken.
         steps, training_s: what was spent.

@@ -107,9 +107,7 @@ def _legend_of_ranking(figure: Any, result: Result, points: Sequence[PointResult
     if alike:
         handles.append(dot(NOISE, f"within its noise ({AT})"))
     if any(point.is_complete and point is not result.best and point not in alike for point in points):
-        handles.append(
-            dot(REST, "worse than the best" if result.noise is not None else "not told apart, for want of seeds")
-        )
+        handles.append(dot(REST, "worse than the best" if result.noise is not None else "too few seeds to compare"))
     if any(point.failed for point in points):
         handles.append(dot(REST, "a seed failed: not compared", "white"))
     if noise_limit(result) is not None:

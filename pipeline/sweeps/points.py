@@ -68,7 +68,7 @@ def drawn(space: dict[str, Axis], seed: int) -> Iterator[Point]:
 def _drawn_value(key: str, axis: Axis, seed: int, index: int) -> Any:
     if axis.values is None:
         return axis.at((seed_of(f"sweep {key}", seed, index) >> 10) / 2**53)
-    # of equally likely values the one of the highest lot: one that is added gets the points where its lot is higher, and no others change
+    # each value draws a number, and the highest wins: a value that is added later changes only the points where its number is the highest
     return max(axis.values, key=lambda value: seed_of(f"sweep {key} {json.dumps(value)}", seed, index))
 
 

@@ -226,7 +226,7 @@ def _checked(entry: LedgerEntry) -> LedgerEntry:
     rungs = {rung: value for rung, value in entry.rungs.items() if math.isfinite(value)}
     if entry.value is None or math.isfinite(entry.value):
         return replace(entry, curve=curve, rungs=rungs)
-    reason = f"its {entry.metric} is {entry.value}, no number"
+    reason = f"its {entry.metric} is {entry.value}, not a finite number"
     return replace(entry, curve=curve, rungs=rungs, status="failed", value=None, reason=reason)
 
 
@@ -275,17 +275,17 @@ def _compared(result: Result, best: PointResult) -> list[str]:
     others = [point for point in result.complete if point is not best]
     if not best.is_complete or not others:
         return []
-    told = {id(other): differ(result, best, other) for other in others}
-    if all(answer is None for answer in told.values()):
+    answers = {id(other): differ(result, best, other) for other in others}
+    if all(answer is None for answer in answers.values()):
         if all(len(point.values) == 1 for point in result.complete):
-            return ["Each point has one seed, which says nothing of the noise: the order may be chance."]
-        return ["Not told apart from the others, for want of seeds: the order may be chance."]
-    alike, untold = ([other.title for other in others if told[id(other)] is answer] for answer in (False, None))
-    sentences = [f"Not told apart from it, for want of seeds: {_some(untold)}."] if untold else []
+            return ["Each point has one seed, which shows nothing about the noise: the order may be chance."]
+        return ["Too few seeds to compare it with the others: the order may be chance."]
+    alike, untested = ([other.title for other in others if answers[id(other)] is answer] for answer in (False, None))
+    sentences = [f"Too few seeds to compare it with: {_some(untested)}."] if untested else []
     if alike:
-        more = f"Within the noise ({AT}) of it: {_some(alike)}. More seeds may tell them apart."
+        more = f"Within the noise ({AT}) of it: {_some(alike)}. More seeds may separate them."
         return [*sentences, more]
-    if not untold:
+    if not untested:
         which = "every other point" if len(result.points) == len(others) + 1 else "every other complete point"
         sentences.append(f"It is better than {which} by more than the noise ({AT}, all compared at once).")
     return sentences

@@ -99,7 +99,7 @@ class TPE:
         self._refused: set[str] = set()
         self._asked: dict[str, Any] = {}
         self._known: dict[str, tuple[float | None, Rungs | None]] = {}
-        self._in_vain = False  # drawn since it last heard something: it would be so again
+        self._in_vain = False  # nothing new was drawn since the last `tell`
 
     def draw(self) -> Point | None:
         """Return a new point that can be trained; None after `num_points`, or if `MAX_DRAWS` in a row are not new, until `tell`."""

@@ -29,8 +29,8 @@ from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
 
 STOPPED_EARLY = "stopped early"
-VERDICT_FILE = "stopped_early.json"  # of the run folder of a trial that was told to stop
-Tell = Callable[[dict[str, Any]], None]
+VERDICT_FILE = "stopped_early.json"  # in the run folder of a trial that was asked to stop
+Report = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -55,22 +55,22 @@ class ForTrials:
     profile: Profile
 
 
-def run_trial(config: dict[str, Any], told: ForTrials) -> None:
+def run_trial(config: dict[str, Any], setup: ForTrials) -> None:
     """Train and score one trial in a process of its own: what Tune calls.
 
-    If this process is killed, Tune starts the trial again, and it resumes from its newest checkpoint. `told` travels through Ray's object
+    If this process is killed, Tune starts the trial again, and it resumes from its newest checkpoint. `setup` travels through Ray's object
     store, since Ray shows a trial's settings to everybody.
     """
     from ray import tune
 
     run = Run(Path(config["run"]))
-    os.environ.update(told.secrets)
+    os.environ.update(setup.secrets)
     os.environ["DDPM_PIPE_HOME"] = str(run.folder.parent.parent)
     # a cluster's processes stand elsewhere, and those of the training look where this one stands
-    os.chdir(told.code_folder)
-    allow_modules_in(told.code_folder)
+    os.chdir(setup.code_folder)
+    allow_modules_in(setup.code_folder)
     give_back(run.id)  # of a former process of this trial that was killed
-    carry_out(run, told, tune.report)
+    carry_out(run, setup, tune.report)
 
 
 def stop_early(run: Run, rung: float) -> None:
@@ -78,7 +78,7 @@ def stop_early(run: Run, rung: float) -> None:
     write_json(run.folder / VERDICT_FILE, {"rung": rung})
 
 
-def carry_out(run: Run, told: ForTrials, tell: Tell) -> None:
+def carry_out(run: Run, setup: ForTrials, report: Report) -> None:
     """Train and score one trial; report each rung, and at the end how it went.
 
     An error is reported, not raised: it ends the trial, and the sweep continues.
@@ -92,48 +92,48 @@ def carry_out(run: Run, told: ForTrials, tell: Tell) -> None:
         for judgement in seen.get("judgements", []):
             if judgement["rung"] not in reported:
                 reported.add(judgement["rung"])
-                tell({**judgement, "control": actor_name(run.id, run.current_attempt())})
+                report({**judgement, "control": actor_name(run.id, run.current_attempt())})
 
     try:
         if run.state().status is not RunStatus.FINISHED:
             if (run.folder / VERDICT_FILE).exists():  # of an earlier driver
-                _stop(run, tell)
+                _stop(run, report)
                 return
-            train_trial(run, _silent(), observe, told.tracking, told.profile)
-        _score(run, told)
-        tell({"status": "finished"})
+            train_trial(run, _silent(), observe, setup.tracking, setup.profile)
+        _score(run, setup)
+        report({"status": "finished"})
     except InterruptedRunError as error:
         if stop == STOPPED_EARLY:
-            _stop(run, tell)
+            _stop(run, report)
         else:
-            tell({"status": "interrupted", "reason": str(error)})
+            report({"status": "interrupted", "reason": str(error)})
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         run.log(f"the trial failed: {reason}")
-        tell({"status": "failed", "reason": reason})
+        report({"status": "failed", "reason": reason})
 
 
-def _stop(run: Run, tell: Tell) -> None:
+def _stop(run: Run, report: Report) -> None:
     step = run.state().step
     run.update(status=RunStatus.KILLED, reason=f"{STOPPED_EARLY} at step {step}: others were better by then")
-    tell({"status": "stopped"})
+    report({"status": "stopped"})
 
 
-def _score(run: Run, told: ForTrials) -> None:
+def _score(run: Run, setup: ForTrials) -> None:
     """Score the model, if that is not done: by the sweep's metric, and at further numbers of network calls.
 
     Training scores its model itself, but ends without a score if that fails.
     """
-    experiment, profile = experiment_of(run), told.profile
+    experiment, profile = experiment_of(run), setup.profile
     use_variables(profile)
-    if not has_value(run, told.metric, told.judged_by):
-        evaluate_run(run, ScoreRequest(), profile, told.tracking, _silent())
-    done = calls_scored(run, told.metric, told.judged_by)
+    if not has_value(run, setup.metric, setup.judged_by):
+        evaluate_run(run, ScoreRequest(), profile, setup.tracking, _silent())
+    done = calls_scored(run, setup.metric, setup.judged_by)
     each_step = 1 if experiment.sampling.guidance_scale == 1 else 2
-    for calls in told.more_network_calls if has_process(experiment) else ():
+    for calls in setup.more_network_calls if has_process(experiment) else ():
         steps = calls // each_step
         if calls not in done and calls % each_step == 0 and steps <= experiment.diffusion.num_timesteps:
-            evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, told.tracking, _silent())
+            evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, setup.tracking, _silent())
 
 
 def _silent() -> Console:

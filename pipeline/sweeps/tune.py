@@ -48,7 +48,7 @@ class RunningSweep:
     for_trials: ForTrials
     trials: Trials
     key_of: Callable[[Next], str]
-    begin: Callable[[Next], Run]  # the run folder of a trial, made where there is none
+    begin: Callable[[Next], Run]  # the run folder of a trial, made if there is none
     console: Console
     halving: Halving | None
     total: int | None
@@ -92,11 +92,11 @@ class RunningSweep:
         reason = died or str(result.get("reason", ""))
         if status == "interrupted":
             if self.interrupted:
-                return  # with the sweep, which goes on with it
+                return  # with the sweep; resuming it continues the trial
             status, reason = "failed", f"stopped alone: {reason}"
         rungs = {}
         if self.halving is not None:
-            self.halving.take(values_by_rung(run.folder), key)  # what it showed as its process was killed went unheard
+            self.halving.take(values_by_rung(run.folder), key)  # a killed process may not have reported them
             rungs = self.halving.rungs_of(key)
         entry = entry_of(run, self.for_trials.metric, self.for_trials.judged_by, status, rungs, reason)
         self.folder.enter(entry)
@@ -129,7 +129,7 @@ def run_trials(
     def fit() -> None:
         try:
             tuner.fit()
-        except BaseException as error:  # told by the watching thread
+        except BaseException as error:  # raised by the watching thread
             failure.append(error)
 
     thread = threading.Thread(target=fit, name="tune", daemon=True)
@@ -180,7 +180,7 @@ def stop_workers(run: Run, reason: str, control: str | None = None) -> None:
 def _tuner(work: RunningSweep, max_concurrent: int) -> Any:
     from ray import tune
 
-    trainable = tune.with_parameters(run_trial, told=work.for_trials)
+    trainable = tune.with_parameters(run_trial, setup=work.for_trials)
     # no CPU: its workers need them; and on this node, where the run folders are
     needs = tune.PlacementGroupFactory([{"memory": 1, cluster_nodes.resource_of_this_node(): 0.001}])
     return tune.Tuner(
@@ -215,7 +215,7 @@ def _search(work: RunningSweep) -> Any:
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
             if trial_id in work.running:
-                died = "its process was killed, by hand or for want of memory" if error or not result else None
+                died = "its process was killed (SIGKILL or out of memory)" if error or not result else None
                 work.end(trial_id, result or {}, died)
 
         def save(self, checkpoint_path: str) -> None:

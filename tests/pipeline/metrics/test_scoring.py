@@ -16,7 +16,6 @@ import torch
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, RefusedError
 from pipeline.ingest.ingest import ingest
-from pipeline.metrics import scoring
 from pipeline.metrics.classifier import Classifier
 from pipeline.metrics.classifier_store import classifier_for
 from pipeline.metrics.features import Extracted, FeatureExtractor
@@ -25,8 +24,9 @@ from pipeline.metrics.fit_rule import FitRule, content_hashes, hash_rows
 from pipeline.metrics.metric_identity import LUCK, Generation, MetricIdentity, differences, differing
 from pipeline.metrics.prdc import prdc
 from pipeline.metrics.reference import Reference, prepare_reference
-from pipeline.metrics.registry import Pair
-from pipeline.metrics.scoring import METRICS, choose_extractor, score, write_scores
+from pipeline.metrics.registry import METRICS, MetricSettings, Pair
+from pipeline.metrics.scores import Scores, over_seeds, write_scores
+from pipeline.metrics.scoring import choose_extractor, score
 from pipeline.storage.tensor_file import unpack
 from tests.kit.array_set import ArraySet, digits
 
@@ -237,8 +237,8 @@ def test_settings_of_the_metrics_are_part_of_what_they_are(
     found = classifier(real_images(data, classifier, n))
     assert found.logits is not None
 
-    def score_with(**chosen: int) -> scoring.Scores:
-        settings = scoring.MetricSettings(**chosen)
+    def score_with(**chosen: int) -> Scores:
+        settings = MetricSettings(**chosen)
         return score(found, data, classifier, reference, GENERATION, metrics=["kid", "is"], settings=settings, seed=5)
 
     got = score_with(kid_subset_size=50, inception_score_splits=1)
@@ -267,7 +267,7 @@ def test_a_setting_has_to_fit_the_images_and_not_the_yardsticks(data: ArraySet, 
     reference = prepare_reference(few, extractor, every, tmp_path)
     assert len(reference.other.features) == every // 2
     found = extractor(few.images)
-    settings = scoring.MetricSettings(kid_subset_size=every // 2 + 1)
+    settings = MetricSettings(kid_subset_size=every // 2 + 1)
     got = score(found, few, extractor, reference, GENERATION, metrics=["kid"], settings=settings)
     (identity,) = got.identities.values()
     assert identity.settings.startswith(f"100 subsets of {every // 2 + 1}")
@@ -374,12 +374,12 @@ def test_scores_of_several_seeds_are_their_mean_with_its_deviation(
     n = reference.num_images
     noise = np.random.default_rng(1)
 
-    def of_seed(seed: int) -> scoring.Scores:
+    def of_seed(seed: int) -> Scores:
         images = (real_images(data, classifier, n) * noise.uniform(0.7, 1, (n, 1, 1, 1))).astype(np.uint8)
         return score(images, data, classifier, reference, dataclasses.replace(GENERATION, seed=seed))
 
     each = [of_seed(seed) for seed in (4, 5, 6)]
-    joint = scoring.over_seeds(each)
+    joint = over_seeds(each)
     key, old = f"fid_classifier_n{n}_seeds3", f"fid_classifier_n{n}"
     values = [scores.values[old] for scores in each]
     assert joint.values[key] == pytest.approx(np.mean(values))
@@ -389,14 +389,14 @@ def test_scores_of_several_seeds_are_their_mean_with_its_deviation(
     assert joint.flat()[f"fid_std_classifier_n{n}_seeds3"] == joint.spreads[key].value
     generation = joint.identities[key].generation
     assert (generation.seed, generation.num_seeds) == (4, 3)
-    assert scoring.over_seeds(each[:1]) is each[0]
+    assert over_seeds(each[:1]) is each[0]
     with pytest.raises(ValueError, match="consecutive"):
-        scoring.over_seeds([each[0], each[2]])
+        over_seeds([each[0], each[2]])
     other = score(
         real_images(data, classifier, n), data, classifier, reference, dataclasses.replace(GENERATION, seed=5, steps=9)
     )
     with pytest.raises(ValueError, match="more than the seed"):
-        scoring.over_seeds([each[0], other])
+        over_seeds([each[0], other])
 
 
 # Identities
@@ -481,7 +481,7 @@ def test_auto_is_the_classifier_for_labelled_gray_images_else_inception(data: Ar
 def test_the_ingested_digits_are_the_shipped_classifiers(classifier: Classifier, tmp_path: Path) -> None:
     ingest("digits", tmp_path / "digits")
     dataset = Dataset.open(tmp_path / "digits")
-    chosen = scoring.choose_extractor(dataset, tmp_path / "cache", download=False)
+    chosen = choose_extractor(dataset, tmp_path / "cache", download=False)
     assert chosen.sha256 == classifier.sha256
     assert classifier.card.fingerprint == dataset.manifest.fingerprint
     found = prepare_reference(dataset, chosen, 10_000, tmp_path / "cache")

@@ -22,7 +22,7 @@ from pipeline.data.shards import Dataset
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.fid import kid
-from pipeline.metrics.scorer import scorer_of
+from pipeline.metrics.scoring import scorer_of
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.runs import Run, RunStatus
