@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from pipeline.config.cluster_profile import Cache
 from pipeline.doctor.verdicts import NodeFacts, Reading
 from pipeline.errors import PipelineError
@@ -30,7 +32,7 @@ def facts(name: str) -> NodeFacts:
     from pipeline.storage.provenance import code_version, library_versions
 
     versions = library_versions() | {"ddpm-pipe": code_version()}
-    return NodeFacts(name, versions, _free_memory_bytes(), os.getloadavg()[0] / (os.cpu_count() or 1))
+    return NodeFacts(name, versions, psutil.virtual_memory().available, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 def free_bytes(places: tuple[str, ...]) -> dict[str, int]:
@@ -166,12 +168,3 @@ def _message(error: Exception) -> str:
     if isinstance(error, OSError):
         return f"{error.strerror or error}".strip()
     return str(error)
-
-
-def _free_memory_bytes() -> int:
-    """Return the memory that new processes can have."""
-    with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # elsewhere: all there is

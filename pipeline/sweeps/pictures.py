@@ -18,7 +18,6 @@ from pipeline.pictures.charts import (
     COLOURS,
     INK,
     MARKERS,
-    STYLES,
     calls_axis,
     dress,
     log_scale,
@@ -33,6 +32,7 @@ SHOWN = ("diffusion.schedule", "diffusion.num_timesteps")  # what a heat map sho
 MOST_POINTS = 24  # that a picture with one line of text for each shows
 SHEET_IMAGES = 12
 LABEL = {"facecolor": "white", "edgecolor": "none", "pad": 1.5, "alpha": 0.85}
+STYLES = ("-", "--", "-.")  # the Pareto front is dotted
 GOOD, NOISE, REST = COLOURS[2], COLOURS[4], "#9AA0A6"
 
 
@@ -75,9 +75,13 @@ def _ranking(result: Result) -> Any:
         axes.plot([point.mean], [y], "o", color=colour, markerfacecolor=face, ms=7, zorder=3)
         if len(point.values) > 1:
             axes.plot(point.values, [y] * len(point.values), "|", color=INK, ms=9, alpha=0.55)
-    one = all(len(point.values) == 1 for point in points)
-    what = "one seed each, so that the order may be chance" if one else "means over seeds"
-    dress(axes, f"Best first: {what}{_of_how_many(result)}", "", f"{result.metric_name} (lower is better)")
+    chance = "" if _several_seeds(result) else ", so that the order may be chance"
+    dress(
+        axes,
+        f"Best first: {_each(result)}{chance}{_of_how_many(result)}",
+        "",
+        f"{result.metric_name} (lower is better)",
+    )
     names = [point.title + (f" ({failed_seeds(point)})" if point.failed else "") for point in points]
     axes.set_yticks(range(len(points)), names)
     axes.set_ylim(len(points) - 0.5, -0.5)
@@ -154,7 +158,7 @@ def _heat_map(result: Result) -> Any:
     if best is not None and rows_key in best.point and columns_key in best.point:
         y, x = rows.index(best.point[rows_key]), columns.index(best.point[columns_key])
         axes.add_patch(_frame(x, y))
-    axes.set_title(f"{result.metric_name}, means over seeds; lower is better", fontsize=10.5, color=INK, loc="left")
+    axes.set_title(f"{result.metric_name}, {_each(result)}; lower is better", fontsize=10.5, color=INK, loc="left")
     axes.set_yticks(range(len(rows)), [str(v) for v in rows])
     axes.set_xticks(range(len(columns)), [str(v) for v in columns])
     axes.set_xlabel("T" if columns_key == SHOWN[1] else columns_key)
@@ -178,7 +182,7 @@ def _nfe(result: Result) -> Any:
             pairs += [(float(calls), value) for calls, value in curve.items()]
         axes.plot(list(curve), list(curve.values()), ms=4.5, **_style(i, point, result))
     _front(axes, pairs)
-    title = f"Quality against network calls for each image, means over seeds{_of_how_many(result)}"
+    title = f"Quality against network calls for each image, {_each(result)}{_of_how_many(result)}"
     dress(axes, title, f"{result.metric_name} (lower is better)", "network calls for each image")
     calls_axis(axes, [calls for point in result.ranked[:MOST_POINTS] for calls in point.curve or [point.nfe or 0]])
     log_scale(axes, [value for _, value in pairs], "y")
@@ -199,7 +203,8 @@ def _training_time(result: Result) -> Any:
         axes.errorbar([point.training_s], [point.mean], *spans, ms=6, capsize=2, elinewidth=0.9, ls="", **style)
     pairs = [(point.training_s, point.mean or 0.0) for point in points if point.is_complete]
     _front(axes, pairs)
-    title = f"Quality against training time, means over seeds and what they span{_of_how_many(result)}"
+    span = " and their ranges" if _several_seeds(result) else ""
+    title = f"Quality against training time, {_each(result)}{span}{_of_how_many(result)}"
     dress(axes, title + _noise_of_time(result), f"{result.metric_name} (lower is better)", "training time in seconds")
     log_scale(axes, [point.mean or 0.0 for point in points], "y")
     axes.margins(x=0.05)
@@ -365,6 +370,14 @@ def _with_legend(result: Result) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
+def _several_seeds(result: Result) -> bool:
+    return any(len(point.values) > 1 for point in result.ranked)
+
+
+def _each(result: Result) -> str:
+    return "means over seeds" if _several_seeds(result) else "one seed each"
+
+
 def _colour(result: Result, point: PointResult) -> str:
     return GOOD if point is result.best else NOISE if point in within_noise(result) else REST
 
@@ -373,7 +386,7 @@ def _style(i: int, point: PointResult, result: Result) -> dict[str, Any]:
     """Return what sets the i-th point apart, and its name; hollow if a seed failed."""
     name = point.title + (f" ({failed_seeds(point)})" if point.failed else "")
     style: dict[str, Any] = {"color": _colour(result, point), "lw": 1.8, "label": name}
-    style |= {"marker": MARKERS[i % len(MARKERS)], "linestyle": STYLES[i // len(MARKERS) % len(STYLES)]}
+    style |= {"marker": MARKERS[i % len(MARKERS)], "linestyle": STYLES[i % len(STYLES)]}
     return style if point.is_complete else style | {"markerfacecolor": "white"}
 
 

@@ -14,7 +14,7 @@ from pipeline.console import duration
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.pictures import draw_all, noise_limit
+from pipeline.sweeps.pictures import draw_all
 from pipeline.sweeps.points import title
 from pipeline.sweeps.result import Result, statement
 from pipeline.sweeps.text import SWEEP_FILE, again, rows
@@ -95,19 +95,16 @@ def _figure(name: str, path: Path, result: Result) -> str:
 def _caption(name: str, result: Result) -> str:
     """Return what a picture shows that its title and its legend do not say."""
     colours = "Green: the best point. Light blue: within its noise. Grey: the others."
-    front = "Dotted: the points that no complete point beats in both."
     if name == "ranking":
-        band = noise_limit(result) is not None
-        return "Tukey's test over all complete points says how far chance alone reaches." if band else colours
+        tested = "Tukey's test over all complete points says how far chance alone reaches."
+        return tested if result.noise is not None else "Too few seeds to test whether the points differ."
     if name == "heatmap":
         return "Each cell is the best mean over all other settings; the frame marks the best point."
     if name == "network_calls":
         several = any(len(point.curve) > 1 for point in result.ranked)
-        return f"{colours} {front}" + (
-            " A line is one model, scored at several numbers of network calls." if several else ""
-        )
+        return f"{colours}" + (" A line is one model, scored at several numbers of network calls." if several else "")
     if name == "training_time":
-        return f"{colours} {front} Time is that of the training alone, on this sweep's workers; it grows with their machines' load."
+        return f"{colours} Time is that of the training alone, on this sweep's workers; it grows with their machines' load."
     if name == "parallel_coordinates":
         return f"Read a line from left to right: its settings, then its value. Values of a setting are evenly spaced. {colours}"
     return "One seed, the same for all points. Equal noise makes the settings the only difference within a column."

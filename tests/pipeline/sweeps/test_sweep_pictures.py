@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 
 from pipeline.pictures.pictures import save_grid
 from pipeline.storage.runs import Run
 from pipeline.sweeps import pictures
 from pipeline.sweeps.ledger import LedgerEntry
+from pipeline.sweeps.report import _caption
 from pipeline.sweeps.result import Result, result_of, within_noise
 from tests.kit.drawings import holds, points_of
 from tests.pipeline.sweeps.swept_entries import entry
@@ -235,3 +237,23 @@ def test_parallel_coordinates_lead_every_point_through_its_settings_to_its_value
         for point in reversed(result.ranked)  # the best is drawn last, above the others
     ]
     np.testing.assert_allclose([line[:, 1] for line in lines], wanted, atol=1e-12)
+
+
+def test_a_colour_means_the_same_in_all_pictures_and_captions_say_what_is_drawn() -> None:
+    result = swept()
+    assert result.best is not None
+    for draw in (pictures._nfe, pictures._training_time):
+        colours = {line.get_label(): line.get_color() for line in draw(result).axes[0].lines}
+        colours |= {bars.get_label(): bars[0].get_color() for bars in draw(result).axes[0].containers}
+        for point in result.ranked:
+            assert colours[point.title] == pictures._colour(result, point)
+    assert pictures._colour(result, result.best) == pictures.GOOD
+    (thick,) = [line for line in pictures._parallel_coordinates(result).axes[0].lines if line.get_linewidth() == 3.0]
+    frame = pictures._heat_map(result).axes[0].patches[0].get_edgecolor()
+    assert thick.get_color() == to_hex(frame).upper() == pictures.GOOD
+    single = swept(seeds=1)
+    assert "Tukey" in _caption("ranking", result)
+    assert "Tukey" not in _caption("ranking", single)
+    for draw in (pictures._ranking, pictures._heat_map, pictures._nfe, pictures._training_time):
+        assert "means over seeds" in draw(result).axes[0].get_title("left")
+        assert "one seed each" in draw(single).axes[0].get_title("left")
