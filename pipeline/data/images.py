@@ -1,4 +1,4 @@
-"""Images as files, as uint8 arrays and as tensors in [-1, 1]: decoding within limits, and scaling without loss."""
+"""Images as files, uint8 arrays and tensors in [-1, 1]: decoding within limits, and lossless scaling."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.data.image_header import Header, RefusedFormatError, read_header
+from pipeline.data.image_format import RefusedFormatError, require_png_or_jpeg
 from pipeline.errors import DataError, DivergedError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from PIL.ImageFile import ImageFile
     from torch import Tensor
 
 Pixels = npt.NDArray[np.uint8]
 
-MODES = ("L", "RGB")  # one channel of grey, or three of colour: taken as they are, and what `mode` converts to
+MODES = ("L", "RGB")  # accepted without conversion; `mode` converts to one of them
 MAX_PIXELS = 2**26  # 8192 x 8192
-PILLOW_MAX_PIXELS = 89_478_485  # above it Pillow warns by itself
+PILLOW_MAX_PIXELS = 89_478_485  # Pillow warns above it
 MAX_BYTES = 2**27  # of one encoded image
 _ORIENTATION = 0x0112
 
 
 class DamagedImageError(DataError):
-    """A file that is no whole image; one that is whole but not taken is another DataError."""
+    """A damaged or truncated image, or a file that is not an image. An intact image that is refused raises a plain DataError."""
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -45,60 +46,70 @@ def to_uint8(images: Tensor) -> Tensor:
         DivergedError: some values are not finite.
     """
     if not bool(images.isfinite().all()):
-        raise DivergedError("images hold values that are not finite: the model diverged, use an earlier checkpoint")
+        raise DivergedError("images contain non-finite values: the model has diverged. Use an earlier checkpoint")
     return ((images.float() * 255 + 255) / 2).round().clamp(0, 255).byte()
 
 
 def flip(images: Tensor, mask: Tensor) -> Tensor:
-    """Mirror left and right those images [B, C, H, W] whose entry of the boolean `mask` [B] is true."""
+    """Mirror the images [B, C, H, W] for which the boolean `mask` [B] is true."""
     return images.flip(-1).where(mask[:, None, None, None], images)
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS, mode: str | None = None, where: str = "image") -> Pixels:
-    """Decode a PNG or JPEG file to uint8 [H, W, C].
+def decode_image(
+    data: bytes,
+    *,
+    max_pixels: int = MAX_PIXELS,
+    mode: str | None = None,
+    size: tuple[int, int] | None = None,
+    where: str = "image",
+) -> Pixels:
+    """Decode a PNG or JPEG file to uint8 [H, W, C], cropped and resized to `size` (H, W) if given.
 
-    docs/data.md has the table of what is taken as it is, what only `mode` ("L" or "RGB") converts, and what is refused.
-    Format and size are read from the header before any pixel is decoded.
+    docs/data.md lists which images are accepted, which need `mode` ("L" or "RGB"), and which are refused. Format and size are
+    checked before any pixel is decoded.
 
     Raises:
-        DamagedImageError: no image, or a damaged one; `where` names it.
-        DataError: an image of another format, over a limit, or not taken without `mode`.
+        DamagedImageError: damaged, or not an image; `where` names it.
+        DataError: another format, over a limit, or refused without `mode`.
     """
-    from PIL import Image
-
     if len(data) > MAX_BYTES:
         raise DataError(f"{where}: {len(data)} bytes, more than the limit of {MAX_BYTES}: leave it out or shrink it")
     try:
-        header = read_header(data)
+        kind = require_png_or_jpeg(data)
     except RefusedFormatError as error:
         raise DataError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or convert it") from None
     except ValueError as error:
         raise DamagedImageError(f"{where}: {error}, expected a PNG or JPEG image: leave it out or replace it") from None
-    if header.unreadable:
-        raise DataError(f"{where}: {header.unreadable}: convert it first")
-    if header.width * header.height > max_pixels:
-        raise DataError(
-            f"{where}: {header.width}x{header.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
-        )
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            warnings.filterwarnings("ignore", "Image appears to be a malformed MPO file")
-            if image.size != (header.width, header.height):
-                raise ValueError(f"its header says both {header.width}x{header.height} and {image.size}")
-            obstacle = _obstacle(image, header)
-            if obstacle is None and mode in (None, image.mode):
-                return _pixels(image)
-            return _pixels(_converted(image, header, mode, obstacle))
+        with warnings.catch_warnings(), _opened(data, kind) as image:
+            warnings.simplefilter("ignore")
+            if image.width * image.height > max_pixels:
+                raise _RefusedImageError(
+                    f"{image.width}x{image.height} pixels, more than the limit of {max_pixels}: leave it out or shrink it"
+                )
+            if kind == "PNG":
+                _opened(data, kind).verify()  # Pillow does not verify the checksums of pixel data while it decodes
+            obstacle = _obstacle(image)
+            taken = image if obstacle is None and mode in (None, image.mode) else _converted(image, mode, obstacle)
+            return _pixels(taken if size is None else _fitted(taken, size))
     except _RefusedImageError as error:
         raise DataError(f"{where}: {error}") from None
-    except Exception as error:  # Pillow raises a dozen kinds, from SyntaxError to struct.error, for damaged files
-        raise DamagedImageError(
-            f"{where}: a damaged {header.format} image ({error}): leave it out or replace it"
-        ) from None
+    except Exception as error:  # Pillow raises many types for damaged files, from SyntaxError to struct.error
+        if str(error).startswith("cannot handle"):  # a JPEG of 12 bits or of 2 layers
+            raise DataError(f"{where}: a JPEG that Pillow cannot read ({error}): convert it first") from None
+        raise DamagedImageError(f"{where}: a damaged {kind} image ({error}): leave it out or replace it") from None
+
+
+def _opened(data: bytes, kind: str) -> ImageFile:
+    """Read the header with Pillow's class for this format; no other decoder of Pillow sees the bytes."""
+    from PIL.JpegImagePlugin import JpegImageFile
+    from PIL.PngImagePlugin import PngImageFile
+
+    return (PngImageFile if kind == "PNG" else JpegImageFile)(io.BytesIO(data))
 
 
 def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pixels:
-    """Give pixels [H, W, C] that come without a file the channels of `mode`, as `decode_image` does."""
+    """Convert pixels [H, W, C] to the channels of `mode`, as `decode_image` does."""
     from PIL import Image
 
     if mode is None or pixels.shape[2] == {"L": 1, "RGB": 3}[mode]:
@@ -110,32 +121,39 @@ def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pix
 
 
 def crop_and_resize(pixels: Pixels, size: tuple[int, int]) -> Pixels:
-    """Cut the largest centred part [H, W, C] of the aspect of `size` (H, W), then resize it (bicubic, antialiased)."""
+    """Cut the largest centred part of pixels [H, W, C] with the aspect of `size` (H, W), then resize it (bicubic, antialiased)."""
     from PIL import Image
 
-    (height, width), (new_height, new_width) = pixels.shape[:2], size
-    if (height, width) == size:
+    if pixels.shape[:2] == size:
         return pixels
+    bands = [Image.fromarray(np.ascontiguousarray(pixels[:, :, c])) for c in range(pixels.shape[2])]
+    return np.stack([np.asarray(_fitted(band, size)) for band in bands], axis=2)
+
+
+def _fitted(image: Image, size: tuple[int, int]) -> Image:
+    from PIL import Image
+
+    (width, height), (new_height, new_width) = image.size, size
+    if (height, width) == size:
+        return image
     scale = min(height / new_height, width / new_width)
     part_height, part_width = (max(1, min(n, round(m * scale))) for n, m in ((height, new_height), (width, new_width)))
     top, left = (height - part_height) // 2, (width - part_width) // 2
-    part = pixels[top : top + part_height, left : left + part_width]
-    bands = [Image.fromarray(np.ascontiguousarray(part[:, :, c])) for c in range(part.shape[2])]
-    resized = [np.asarray(band.resize((new_width, new_height), Image.Resampling.BICUBIC)) for band in bands]
-    return np.stack(resized, axis=2)
+    part = image.crop((left, top, left + part_width, top + part_height))
+    return part.resize((new_width, new_height), Image.Resampling.BICUBIC)
 
 
 class _RefusedImageError(Exception):
-    """A sound image that is not taken; the message says why and what to do."""
+    """An intact image that is refused; the message gives the reason and the remedy."""
 
 
-def _obstacle(image: Image, header: Header) -> str | None:
-    """Why the image cannot be taken as it is: something of it would be lost or changed; None if nothing would."""
-    if header.is_animated:
+def _obstacle(image: ImageFile) -> str | None:
+    """Return what conversion would lose or change; None if the image can be accepted unchanged."""
+    if getattr(image, "is_animated", False):
         raise _RefusedImageError("holds several frames, expected one image: extract the frame you want")
-    if header.bits > 8:
-        return f"has {header.bits} bits per channel"
-    if header.has_transparency or image.mode in ("LA", "PA", "RGBA"):
+    if _has_16_bits(image):
+        return "has 16 bits per channel"
+    if _has_transparency(image):
         return "has transparency"
     if image.mode not in MODES:
         return {"1": "is black and white (1 bit)", "P": "has a palette"}.get(image.mode, f"is {image.mode}")
@@ -144,30 +162,40 @@ def _obstacle(image: Image, header: Header) -> str | None:
     return None
 
 
-def _converted(image: Image, header: Header, mode: str | None, obstacle: str | None) -> Image:
-    """The conversions of the table in docs/data.md."""
+def _has_16_bits(image: ImageFile) -> bool:
+    """Whether a PNG stores 16 bits per channel; in colour images, Pillow drops the lower 8."""
+    return str(image.tile[0].args).endswith("16B")
+
+
+def _has_transparency(image: ImageFile) -> bool:
+    return "transparency" in image.info or image.mode in ("LA", "PA", "RGBA")
+
+
+def _converted(image: ImageFile, mode: str | None, obstacle: str | None) -> Image:
+    """Convert as the table in docs/data.md says."""
     from PIL import Image, ImageOps
 
     if mode is None:
-        raise _RefusedImageError(f"{obstacle}, taken as they are are 8-bit L and RGB: give --mode L or --mode RGB")
-    if header.bits > 8 and header.has_transparency:
+        raise _RefusedImageError(
+            f"{obstacle}, expected 8-bit grey (L) or colour (RGB): give --mode L or --mode RGB to convert it"
+        )
+    if _has_16_bits(image) and "transparency" in image.info:
         raise _RefusedImageError("has 16 bits per channel and a transparent colour: convert it first")
-    if _orientation(image) != 1:
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit grey: the high byte, as Pillow takes for 16-bit colour
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
-    elif header.has_transparency or image.mode in ("LA", "PA", "RGBA"):
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-    return (image if image.mode in MODES else image.convert("RGB")).convert(mode)
+    upright: Image.Image = image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):  # 16-bit grey: keep the high byte, as Pillow does for 16-bit colour
+        upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8))
+    elif _has_transparency(image):
+        upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
+    return (upright if upright.mode in MODES else upright.convert("RGB")).convert(mode)
 
 
 def _orientation(image: Image) -> int:
-    """EXIF orientation, 1 = upright; also where the tags are missing or cannot be read."""
+    """Return the EXIF orientation; 1, upright, if it is missing or unreadable."""
     if not {"exif", "xmp", "XML:com.adobe.xmp"} & set(image.info):
         return 1
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # "Corrupt EXIF data" comes as a warning
+            warnings.simplefilter("error")  # Pillow reports "Corrupt EXIF data" as a warning
             value = int(image.getexif().get(_ORIENTATION, 1))
     except Exception:
         return 1

@@ -1,7 +1,7 @@
-"""Class labels: which classes a dataset has, and of which class each generated image is.
+"""Class labels: the classes of a dataset, and the class of each generated image.
 
-A class is named by its name, which is text; where labels are numbers, the number is the name. What begins with `#` is this
-program's own: `#balanced`, `#none`, and `#3` for the class of number 3, counted from 0.
+A class is named by its name, which is text; if labels are numbers, the number is the name. Words that begin with `#` are keywords of this
+program: `#balanced`, `#none`, and `#3` for class number 3, counted from 0.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ MAX_UNNAMED = 1 << 20
 
 
 class ClassNames(tuple[str, ...]):
-    """Names of a model's classes in the order of their numbers; `untrained` are the numbers of those that it saw no image of.
+    """Names of a model's classes by number; `untrained` are the numbers of classes without training images.
 
-    The network has room for all of them; what is drawn, balanced and scored are the others.
+    The network has an embedding for every class. Sampling, balancing and scoring use the trained ones.
     """
 
     untrained: frozenset[int]
 
     def __new__(cls, names: Iterable[str] = (), untrained: Iterable[int] = ()) -> Self:
-        """Give names in the order of their classes' numbers, and the numbers of those without training images."""
+        """Take names in the order of class numbers, and the numbers of untrained classes."""
         self = super().__new__(cls, names)
         self.untrained = frozenset(untrained)
         return self
 
     @property
     def trained(self) -> list[int]:
-        """The numbers of the classes that were trained, ascending."""
+        """Numbers of the trained classes, ascending."""
         return [number for number in range(len(self)) if number not in self.untrained]
 
     def to_state(self) -> dict[str, Any]:
-        """Return plain data, the part of a model's state that `from_state` reads."""
+        """Return plain data for `from_state`."""
         return {"class_names": list(self), "untrained_classes": sorted(self.untrained)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> ClassNames:
-        """Read what `to_state` gave, of a model without classes too."""
+        """Read a model's state; without classes in it, return an empty tuple."""
         return cls(state.get("class_names", ()), state.get("untrained_classes", ()))
 
 
@@ -55,7 +55,7 @@ NO_CLASSES = ClassNames()
 
 
 def class_names(dataset: ImageSet) -> tuple[str, ...]:
-    """Return one name per class of a labelled dataset: its own, or its labels as numbers."""
+    """Return one name per class of a labelled dataset: its own names, or its labels as numbers."""
     manifest = dataset.manifest
     if manifest.class_names is not None:
         return manifest.class_names
@@ -66,13 +66,13 @@ def class_names(dataset: ImageSet) -> tuple[str, ...]:
 
 
 def class_counts(dataset: ImageSet) -> npt.NDArray[np.int64]:
-    """Return how many images each class of a labelled dataset has, int64 [classes]."""
+    """Return the number of images per class of a labelled dataset, int64 [classes]."""
     labels = _labels(dataset)
     return np.bincount(labels[labels >= 0], minlength=len(class_names(dataset)))
 
 
 def class_names_of(dataset: ImageSet) -> ClassNames:
-    """Return the classes that a model of a dataset's images knows; UsageError if the images have no labels."""
+    """Return the classes of a model trained on this dataset; UsageError if some images have no label."""
     name = dataset.manifest.name
     if not dataset.manifest.has_labels:
         raise UsageError(
@@ -93,18 +93,17 @@ def class_names_of(dataset: ImageSet) -> ClassNames:
     return ClassNames(names, np.flatnonzero(class_counts(dataset) == 0).tolist())
 
 
-def told_labels(dataset: ImageSet, rows: Rows, names: Iterable[str]) -> npt.NDArray[np.int64]:
-    """Return the class of each of some rows, int64 [n], as a model knows it: its own number of the class of that name.
+def model_labels(dataset: ImageSet, rows: Rows, names: Iterable[str]) -> npt.NDArray[np.int64]:
+    """Return the model's class number for each row, int64 [n]; classes are matched by name, since numbers differ between datasets.
 
-    UsageError if an image has no label, or one of a class that the model did not learn: the numbers of classes are each dataset's own.
+    UsageError if an image has no label, or a class that the model was not trained on.
     """
     known = _as_names(names)
     name, labels = dataset.manifest.name, dataset.labels(rows)
     if labels is None or (labels < 0).any():
-        missing = "have no labels" if labels is None else f"are without a label in {int((labels < 0).sum())} cases"
+        missing = "have no labels" if labels is None else f"lack a label in {int((labels < 0).sum())} cases"
         raise UsageError(
-            f"the images of {name} {missing}, and this model is told the class of each image; give labelled images of its "
-            f"{len(known)} classes"
+            f"the images of {name} {missing}, and this model is class-conditional. Give labelled images of its {len(known)} classes"
         )
     theirs = class_names(dataset)
     there = {theirs[label] for label in np.unique(labels).tolist()}
@@ -119,15 +118,15 @@ def told_labels(dataset: ImageSet, rows: Rows, names: Iterable[str]) -> npt.NDAr
 
 
 def own_word(labels: str, names: Iterable[str]) -> str | None:
-    """Return BALANCED or NONE if `labels` means it, else None. Without its mark a word means that only where no class has the name."""
+    """Return BALANCED or NONE if `labels` means it, else None. A word without the mark is a keyword only if no class has that name."""
     marked = labels if labels.startswith(MARK) else MARK + labels
     return marked if marked in (BALANCED, NONE) and (marked == labels or labels not in names) else None
 
 
 def class_name(labels: str | int, names: Iterable[str]) -> str:
-    """Return the one way to write how images are labelled: BALANCED, NONE, or a class's name; UsageError if it names no class.
+    """Return the canonical form of `labels`: BALANCED, NONE, or a class name; UsageError if there is no such class.
 
-    A name that begins with the mark itself is written with one more.
+    A class name that begins with the mark gets a second mark.
     """
     known = _as_names(names)
     if word := own_word(str(labels), known):
@@ -137,10 +136,10 @@ def class_name(labels: str | int, names: Iterable[str]) -> str:
 
 
 def labels_of(indices: range, labels: str | int, names: Iterable[str]) -> Tensor:
-    """Return the labels of generated images, int64 [len(indices)]: functions of (image index, `labels`) alone.
+    """Return the labels of generated images, int64 [len(indices)], which depend on (image index, `labels`) alone.
 
-    BALANCED is the trained class of number index modulo how many there are; NONE is the null class, whose number follows the last
-    class's; anything else is one class for all: its name, or `#` and its number.
+    BALANCED cycles through the trained classes; NONE is the null class, whose number follows the last class; anything else is one class
+    for all images: its name, or `#` and its number.
     """
     known = _as_names(names)
     word = own_word(str(labels), known)
@@ -151,7 +150,7 @@ def labels_of(indices: range, labels: str | int, names: Iterable[str]) -> Tensor
 
 
 def _number(label: str, names: ClassNames) -> int:
-    """Return the number of the class that a text names."""
+    """Return the class number of a name, or of `#` and a number."""
     if label.startswith(MARK * 2):
         name = label[1:]
         number = names.index(name) if name in names else -1
@@ -161,7 +160,7 @@ def _number(label: str, names: ClassNames) -> int:
         number = names.index(label) if label in names else -1
     if number in names.untrained:
         raise UsageError(
-            f"labels: class {names[number]!r} was never trained: the training images hold none of it; give one of: "
+            f"labels: class {names[number]!r} has no training images. Give one of: "
             f"{_shown([names[n] for n in names.trained])}"
         )
     if 0 <= number < len(names):
@@ -174,7 +173,7 @@ def _number(label: str, names: ClassNames) -> int:
 
 def _labels(dataset: ImageSet) -> npt.NDArray[np.int64]:
     labels = dataset.labels(np.arange(dataset.manifest.num_rows))
-    assert labels is not None, "asked of labelled datasets alone"
+    assert labels is not None, "callers check that the dataset is labelled"
     return labels
 
 

@@ -1,7 +1,7 @@
-"""What a dataset is: the manifest beside its shards.
+"""The manifest of a dataset, stored beside its shards.
 
-`fingerprint` names the content alone (shape, decoded pixels in order, labels, class names), so it does not depend on the
-sizes of shards, on compression or on library versions; `sha256` of a shard names its bytes.
+`fingerprint` identifies the content alone (shape, decoded pixels in order, labels, class names); it does not depend on shard sizes,
+compression or library versions. `sha256` of a shard identifies its bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Shard:
-    """One Parquet file: its name, rows, rows of each of its row groups, size and the sha256 of its bytes."""
+    """One Parquet file: name, rows, rows per row group, size and sha256."""
 
     file: str
     num_rows: int
@@ -35,21 +35,21 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A dataset's card, written last by ingest.
+    """Description of a dataset; ingest writes it last.
 
     Attributes:
         format: version of the layout, 1.
-        name: short name for people.
+        name: short name for display.
         source: where the images came from, without credentials.
         shape: (C, H, W) of every image.
         encoding: "raw" (uint8 [C, H, W]) or "png".
-        num_rows: images.
+        num_rows: number of images.
         shards: the files, in the order of the rows.
         class_names: one name per class, or None.
         has_labels: whether rows carry an int64 label.
         mean, std: per channel, of pixels on the scale [-1, 1]; std is the population's.
         fingerprint: sha256 of the content.
-        skipped: what was damaged in the source and is left out, an image each.
+        skipped: damaged images of the source that were left out, one entry each.
     """
 
     format: int
@@ -68,22 +68,19 @@ class Manifest:
 
     @property
     def row_groups(self) -> tuple[int, ...]:
-        """Rows of every row group in order: what an `Order` is made from."""
+        """Rows of every row group, in order; an `Order` is built from them."""
         return tuple(rows for shard in self.shards for rows in shard.row_group_rows)
 
     @property
     def image_bytes(self) -> int:
-        """Bytes of one decoded image."""
         channels, height, width = self.shape
         return channels * height * width
 
     @property
     def num_bytes_decoded(self) -> int:
-        """Bytes of all images once decoded."""
         return self.num_rows * self.image_bytes
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json` in `folder`."""
         content = asdict(self)
         text = json.dumps({**content, "checksum": _checksum(content)}, indent=1)
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
@@ -93,7 +90,7 @@ class Manifest:
         """Read and check `manifest.json` of `folder`.
 
         Raises:
-            DataError: there is none, it is damaged, or a newer release wrote it.
+            DataError: it is missing or damaged, or a newer release wrote it.
         """
         path = folder / MANIFEST_FILE
         try:
@@ -106,7 +103,7 @@ class Manifest:
 
     @classmethod
     def parse(cls, data: bytes | None, path: str, folder: str) -> Manifest:
-        """Check what `path` of the dataset `folder` holds (None: it is not there); DataError as `load`."""
+        """Parse the content of `path` in the dataset `folder` (None if the file is missing); DataError as in `load`."""
         if data is None:
             raise DataError(
                 f"{folder} is not an ingested dataset (no {MANIFEST_FILE}): make one with `ddpm-pipe ingest SOURCE DEST`"
@@ -130,7 +127,7 @@ class Manifest:
 
 
 class ContentHash:
-    """Fingerprint of rows added in order, built from one sha256 per row so that any process may make those."""
+    """Fingerprint of rows added in order; built from one sha256 per row, which other processes may compute."""
 
     def __init__(self) -> None:
         self._pixels = hashlib.sha256()
@@ -143,7 +140,7 @@ class ContentHash:
         return hashlib.sha256(pixels).digest()
 
     def add(self, row_digests: bytes, labels: bytes) -> None:
-        """Add the digests of rows and their labels (int64, little endian; empty where there are none)."""
+        """Add the digests of rows and their labels (int64, little endian; empty without labels)."""
         self._pixels.update(row_digests)
         self._labels.update(labels)
         self.num_rows += len(row_digests) // 32
@@ -176,7 +173,7 @@ def _parse(content: dict[str, Any]) -> Manifest:
 
 
 def _check(manifest: Manifest) -> None:
-    """Refuse what this release could not have written; above all a file name that leaves the folder."""
+    """Raise ValueError for values that this release cannot have written, such as a file name outside the folder."""
     shards = manifest.shards
     if len(manifest.shape) != 3 or min(manifest.shape) < 1 or manifest.encoding not in ("raw", "png"):
         raise ValueError(f"shape {manifest.shape} and encoding {manifest.encoding!r} do not go together")

@@ -1,4 +1,4 @@
-"""The order in which a training reads the rows of a dataset: pure functions, nothing to save, any step found at once.
+"""The order in which training reads the rows of a dataset: pure functions without state; any step is computed directly.
 
     epoch      one permutation of the dataset's rows, a pure function of (row groups, seed, epoch, window):
                the row groups are permuted, their concatenation is cut into windows of consecutive whole row groups
@@ -8,7 +8,7 @@
     worker r   of R owns the streams r, r + R, r + 2 R, ...
 
 A stream touches the row groups of one window at a time, so a worker that reads from disk holds a bounded part of the
-dataset; the order is the same where the whole of it is in memory.
+dataset; the order is the same if all of it is in memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pipeline.errors import UsageError
 
 Rows = npt.NDArray[np.int64]
 
-# Part of every draw: another way to permute gets another tag, so that it cannot pass for this one.
+# Part of every draw; a changed permutation algorithm must change the tag.
 _TAG = "ddpm-pipe order 1"
 
 
@@ -56,10 +56,10 @@ class Order:
         seed: any integer; another seed is another order.
         num_streams: slices of an epoch that advance side by side; divides `batch_size`.
         batch_size: rows of one step over all workers; at most the number of rows.
-        window: rows that are shuffled together at least; the number of rows or more shuffles all of them together.
+        window: minimum number of rows shuffled together; the number of rows or more shuffles all of them.
 
     Raises:
-        UsageError: a value outside what is said above.
+        UsageError: a value is out of range.
     """
 
     row_groups: tuple[int, ...]
@@ -67,7 +67,7 @@ class Order:
     num_streams: int
     batch_size: int
     window: int
-    # Derived and cached, no part of what an order is: neither compared nor pickled.
+    # Derived and cached; neither compared nor pickled.
     _group_starts: Rows = field(init=False, repr=False, compare=False)
     _plan: Callable[[int], _Plan] = field(init=False, repr=False, compare=False)
     _permuted: Callable[[int, int], Rows] = field(init=False, repr=False, compare=False)
@@ -84,21 +84,20 @@ class Order:
 
     @property
     def num_rows(self) -> int:
-        """Rows of the dataset, and of one epoch."""
         return int(self._group_starts[-1])
 
     @property
     def rows_per_stream(self) -> int:
-        """Rows that each stream gives to each step."""
+        """Rows that each stream contributes to each step."""
         return self.batch_size // self.num_streams
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps in which the streams together read as many rows as the dataset has; rarely a whole number."""
+        """Steps per epoch, num_rows / batch_size; rarely a whole number."""
         return self.num_rows / self.batch_size
 
     def rows_for(self, step: int, stream: int) -> Rows:
-        """Dataset rows that `stream` gives to `step`: int64 [batch_size / num_streams], found without earlier steps."""
+        """Return the dataset rows of `stream` at `step`, int64 [batch_size / num_streams], without computing earlier steps."""
         found, wanted = [], self.rows_per_stream
         for part in self.parts(stream, step):
             found.append(self.rows_of(part)[:wanted])
@@ -108,7 +107,7 @@ class Order:
         return np.concatenate(found)
 
     def parts(self, stream: int, step: int = 0) -> Iterator[Segment]:
-        """What `stream` reads from `step` on, without end: one window, or its part of one, after another."""
+        """Yield, without end, the segments that `stream` reads from `step` on, each inside one window."""
         first, last = self.slice_of(stream)
         epoch, offset = divmod(step * self.rows_per_stream, last - first)
         while True:
@@ -122,11 +121,11 @@ class Order:
             epoch, offset = epoch + 1, 0
 
     def rows_of(self, part: Segment) -> Rows:
-        """Dataset rows of a part of a window in their shuffled order: int64, shared, not to be written to."""
+        """Return the dataset rows of a segment in shuffled order, int64, read-only."""
         return self._permuted(part.epoch, part.window)[part.start : part.stop]
 
     def slice_of(self, stream: int) -> tuple[int, int]:
-        """Positions [first, last) of every epoch that belong to `stream`."""
+        """Return the positions [first, last) of each epoch that belong to `stream`."""
         if not 0 <= stream < self.num_streams:
             raise ValueError(f"stream {stream} is outside 0..{self.num_streams - 1}")
         return stream * self.num_rows // self.num_streams, (stream + 1) * self.num_rows // self.num_streams
@@ -136,7 +135,7 @@ class Order:
         groups = _permutation(len(sizes), "row groups", self.seed, epoch)
         starts = _starts(sizes[groups])
         first_group = [0]
-        while first_group[-1] < len(sizes):  # the fewest further groups that make up a window, or all that are left
+        while first_group[-1] < len(sizes):  # the fewest further groups that fill a window, or all that are left
             full = np.searchsorted(starts, starts[first_group[-1]] + self.window, side="left")
             first_group.append(min(int(full), len(sizes)))
         edges = np.asarray(first_group, dtype=np.int64)
@@ -152,15 +151,15 @@ class Order:
 
 
 def default_num_streams(batch_size: int) -> int:
-    """Largest power of two up to 16 that divides `batch_size`."""
+    """Return the largest power of two up to 16 that divides `batch_size`."""
     return next(n for n in (16, 8, 4, 2, 1) if batch_size % n == 0)
 
 
 def streams_of_worker(rank: int, world: int, num_streams: int) -> range:
-    """Streams that worker `rank` of `world` owns.
+    """Return the streams that worker `rank` of `world` owns.
 
     Raises:
-        UsageError: the workers do not divide the streams.
+        UsageError: `world` does not divide `num_streams`.
     """
     if num_streams % world:
         raise UsageError(
@@ -200,9 +199,9 @@ def _starts(sizes: Rows) -> Rows:
 
 
 def _permutation(n: int, *purpose: str | int) -> Rows:
-    """A permutation of range(n) drawn for `purpose` alone, the same on every machine and numpy release.
+    """Return a permutation of range(n) seeded by `purpose`, equal on every machine and numpy release.
 
-    Raw words of a counter-based generator and a stable sort are fixed by definition; `Generator.permutation` may change
+    The raw output of a counter-based generator and a stable sort are fixed by definition; `Generator.permutation` may change
     between releases of numpy (NEP 19).
     """
     name = "|".join(map(str, (_TAG, *purpose)))

@@ -1,4 +1,4 @@
-"""The batches of a training: a worker's rows of every step, read from memory or window by window from the shards."""
+"""The batches of a training: one worker's rows of every step, from memory or window by window from the shards."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def read_batches(
     *,
     memory_budget_bytes: int = MEMORY_BUDGET_BYTES,
 ) -> Iterator[RawBatch]:
-    """The batches of one worker's streams from `start_step` on, without end: rows of its first stream, its second, ...
+    """Yield, without end, the batches of one worker's streams from `start_step` on: rows of its first stream, its second, ...
 
-    A dataset whose decoded images fit `memory_budget_bytes` is held in memory, any other is read window by window; the
-    batches are the same.
+    A dataset whose decoded images fit into `memory_budget_bytes` is kept in memory; any other is read window by window. The batches
+    are equal.
 
     Raises:
         DataError: while iterating, when a row is damaged.
@@ -74,7 +74,7 @@ def _from_disk(dataset: Dataset, order: Order, streams: Sequence[int], step: int
 
 
 def _next_steps(walks: Sequence[_Walk], order: Order) -> Ints:
-    """Values of some steps, [steps, b]: asking the streams for each step by itself would cost more than reading does."""
+    """Return the values of several steps at once, [steps, b], since a call per step would cost more than the reading."""
     count = order.rows_per_stream
     steps = _steps_at_once(order)
     values = np.empty((len(walks), steps * count), dtype=np.int64)
@@ -88,7 +88,7 @@ def _steps_at_once(order: Order) -> int:
 
 
 class _Walk:
-    """One stream, part by part: `values` are the rows of the current part, `upcoming` is the part after it."""
+    """One stream, segment by segment: `values` are the rows of the current segment, `upcoming` is the next segment."""
 
     def __init__(self, order: Order, stream: int, step: int) -> None:
         self.stream = stream
@@ -110,12 +110,12 @@ class _Walk:
             self._next, done = self._next + taken, done + taken
 
     def enter(self, part: Segment, written: Ints) -> None:
-        """Make `values` those of this part; `written` are those of the part before that the reader has not used yet."""
+        """Set `values` to those of this segment; `written` are values of the previous one that the reader has not used yet."""
         self.values = self._order.rows_of(part)
 
 
 class _WalkOnDisk(_Walk):
-    """The same, with the rows' places in the buffer for values."""
+    """A walk whose values are places in the buffer instead of rows."""
 
     def __init__(self, order: Order, stream: int, step: int, buffer: _WindowBuffer) -> None:
         super().__init__(order, stream, step)
@@ -131,7 +131,7 @@ class _WalkOnDisk(_Walk):
 
 @dataclass
 class _Span:
-    """A stretch of the buffer, with how many streams still need it."""
+    """A range of the buffer, and the number of streams that still need it."""
 
     start: int
     size: int
@@ -139,11 +139,11 @@ class _Span:
 
 
 class _WindowBuffer:
-    """Holds, as they are stored, the rows of the windows that a worker's streams are in.
+    """Keeps the stored form of the rows in the current windows of a worker's streams.
 
-    A window is read once for all the streams that enter it now or next: where windows are larger than slices, reading it
-    for each would read the dataset as many times as there are streams. One array holds the rows of all streams, so that a
-    batch is one gathering. Its first places are for rows whose window is left before the batch they belong to is made.
+    A window is read once for all streams that enter it now or next. If windows are larger than slices, reading it once per stream would
+    read the dataset as many times as there are streams. One array has the rows of all streams, so a batch is one gather. Its first places
+    keep rows whose window is left before their batch is complete.
     """
 
     def __init__(self, dataset: Dataset, order: Order, num_streams: int) -> None:
@@ -158,37 +158,37 @@ class _WindowBuffer:
         self._images = dataset.storage(size)
         self._rows = np.empty(size, dtype=np.int64)
         self._labels = np.empty(size, dtype=np.int64)
-        self._gaps = [(first, size)]  # free stretches: start and end
+        self._gaps = [(first, size)]  # free ranges (start, end)
 
     def batch(self, step: int, places: Ints) -> RawBatch:
-        """The batch of the rows at these places."""
+        """Return the batch of the rows at these places."""
         rows = self._rows[places]
         images = np.empty((len(places), *self._dataset.manifest.shape), dtype=np.uint8)
         self._dataset.decode(self._images, places, rows, images)
         return RawBatch(step, images, self._labels[places] if self._dataset.manifest.has_labels else None, rows)
 
     def keep(self, walk: _WalkOnDisk, places: Ints) -> None:
-        """Copy rows of a part that is left to where they stay until they are used, and change their `places`."""
+        """Copy unused rows of a finished segment to the reserved places, and update `places`."""
         start = self.walks.index(walk) * self._aside
         for array in (self._images, self._rows, self._labels):
             array[start : start + len(places)] = array[places]
         places[:] = np.arange(start, start + len(places))
 
     def take(self, stream: int, part: Segment) -> tuple[Ints, _Span]:
-        """Places of the part's rows, read from disk unless they were read with another stream's."""
+        """Return the places of a segment's rows; read them from disk unless another stream has."""
         if (stream, part) not in self._ready:
             together = {walk.stream: walk.upcoming for walk in self.walks if walk.upcoming[:2] == part[:2]}
             self._read([(stream, part), *together.items()])
         return self._ready.pop((stream, part))
 
     def release(self, span: _Span) -> None:
-        """One stream needs the span no more."""
+        """Note that one stream no longer needs the span."""
         span.users -= 1
         if span.users:
             return
         end = span.start + span.size
         if self._images.dtype == object:
-            self._images[span.start : end] = None  # lets go of the files
+            self._images[span.start : end] = None  # free the files
         merged: list[tuple[int, int]] = []
         for begin, stop in sorted([*self._gaps, (span.start, end)]):
             if merged and merged[-1][1] == begin:
@@ -203,7 +203,7 @@ class _WindowBuffer:
         stretch = slice(span.start, span.start + span.size)
         places = span.start + self._dataset.load(together, self._images[stretch], self._labels[stretch])
         self._rows[places] = together
-        for walk in self.walks:  # whose next parts are fetched while these rows are used
+        for walk in self.walks:  # fetch their next segments while these rows are used
             self._dataset.expect(partial(self._order.rows_of, walk.upcoming))
         for key, own in zip(wanted, np.split(places, np.cumsum([len(r) for r in rows])[:-1]), strict=True):
             self._ready[key] = own, span

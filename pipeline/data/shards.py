@@ -1,4 +1,4 @@
-"""Ingested datasets, on disk or in an object store: opened, verified, and read by row."""
+"""Ingested datasets, on disk or in an object store: open, verify, read by row."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _READ_AHEAD_SHARDS = 3
 
 
 class Dataset:
-    """An ingested dataset; its images come from memory once held there, else from the row groups that are needed."""
+    """An ingested dataset. Images are read from memory after `hold_in_memory`, else from the row groups needed."""
 
     def __init__(self, files: ShardFiles) -> None:
         self._files = files
@@ -43,16 +43,16 @@ class Dataset:
 
     @classmethod
     def open(cls, location: str | Path, cache: Cache | None = None) -> Dataset:
-        """Open what ingest wrote, after comparing every shard's size, schema and row counts with the manifest.
+        """Open an ingested dataset, after comparing the size, schema and row counts of every shard with the manifest.
 
         Args:
-            location: a folder, or the address of one in an object store; of such a one only sizes are compared at once, and shards
-                are brought here as they are read.
-            cache: where copies of remote shards are kept; the default of a cluster profile if left out.
+            location: a folder, or the address of one in an object store. For an object store only sizes are compared at first, and shards
+                are downloaded when they are read.
+            cache: where copies of remote shards are kept; default: as in a cluster profile.
 
         Raises:
             DataError: something is missing, truncated, or not as the manifest says; the message names the file.
-            UsageError: a setting of the environment would make Arrow files run code.
+            UsageError: an environment variable would let Arrow files run code.
         """
         refuse_unsafe_environment()
         if isinstance(location, str) and is_remote(location):
@@ -69,27 +69,25 @@ class Dataset:
 
     @property
     def place(self) -> tuple[str, Cache | None]:
-        """What `open` takes, in any process, to give this dataset again."""
+        """Arguments of `open` that open this dataset in another process."""
         return self._files.location, self._files.cache
 
     @property
     def folder(self) -> Path:
-        """The folder of a dataset on disk."""
         return Path(self._files.location)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Dataset.open, self.place  # a worker that is sent a dataset opens it again, from its own machine's cache
+        return Dataset.open, self.place  # a worker reopens the dataset, with the cache of its own machine
 
     def __len__(self) -> int:
         return self.manifest.num_rows
 
     @property
     def in_memory(self) -> bool:
-        """Whether the decoded images are held in memory."""
         return self._held is not None
 
     def hold_in_memory(self) -> None:
-        """Read and decode all rows, checking every shard's sha256, and serve them from memory from now on."""
+        """Read and decode all rows, check every shard's sha256, and read from memory from now on."""
         if self._held is not None:
             return
         held = np.empty((len(self), *self.manifest.shape), dtype=np.uint8)
@@ -102,10 +100,10 @@ class Dataset:
         self._held, self._labels = held, labels if self.manifest.has_labels else None
 
     def read(self, rows: npt.ArrayLike) -> Pixels:
-        """Images of the given rows, in that order: uint8 [n, C, H, W].
+        """Return the images of the given rows, in that order: uint8 [n, C, H, W].
 
         Raises:
-            DataError: a page's checksum differs, or an image cannot be decoded; named by shard and row group or row.
+            DataError: a page checksum differs, or an image cannot be decoded; names shard and row group or row.
         """
         wanted = self._checked(rows)
         if self._held is not None:
@@ -116,7 +114,7 @@ class Dataset:
         return images
 
     def labels(self, rows: npt.ArrayLike | None = None) -> Ints | None:
-        """Labels of the given rows (all rows by default), int64 [n]; None where the dataset has none."""
+        """Return the labels of the given rows (default: all rows), int64 [n]; None if the dataset has no labels."""
         if not self.manifest.has_labels:
             return None
         if self._labels is None:
@@ -125,13 +123,13 @@ class Dataset:
         return self._labels[slice(None) if rows is None else self._checked(rows)]
 
     def storage(self, size: int) -> Stored:
-        """Room for `size` images as they are stored: uint8 [size, C*H*W], or PNG files in an array of objects."""
+        """Return an empty array for `size` stored images: uint8 [size, C*H*W], or objects [size] for PNG files."""
         if self.manifest.encoding == "raw":
             return np.empty((size, self.manifest.image_bytes), dtype=np.uint8)
         return np.empty(size, dtype=object)
 
     def load(self, rows: Ints, images: Stored, labels: Ints) -> Ints:
-        """Read rows as they are stored, to be decoded later; each row group that holds some is read once.
+        """Read rows in their stored form, to be decoded later; each row group is read once.
 
         Args:
             rows: int64 [n], any order.
@@ -139,7 +137,7 @@ class Dataset:
             labels: int64 [n], filled likewise where there are labels.
 
         Returns:
-            Where each of `rows` lies in `images` and `labels`, int64 [n].
+            The position of each of `rows` in `images` and `labels`, int64 [n].
         """
         groups = np.searchsorted(self._group_starts, rows, side="right") - 1
         by_group = np.argsort(groups, kind="stable")
@@ -148,7 +146,7 @@ class Dataset:
             group = int(groups[by_group[begin]])
             stored, group_labels = self._read_group(group)
             inside = rows[by_group[begin:end]] - self._group_starts[group]
-            stored.take(inside, axis=0, out=images[begin:end], mode="clip")  # which, unlike "raise", copies once
+            stored.take(inside, axis=0, out=images[begin:end], mode="clip")  # unlike "raise", "clip" copies once
             if group_labels is not None:
                 labels[begin:end] = group_labels[inside]
         at = np.empty(len(rows), dtype=np.int64)
@@ -156,7 +154,7 @@ class Dataset:
         return at
 
     def expect(self, rows: Callable[[], Ints]) -> None:
-        """Tell that these rows will be read soon: of a remote dataset their shards begin to come. Does not wait."""
+        """Start to download the shards of rows that will be read soon, if the dataset is remote; does not wait."""
         if self._files.cache is not None:
             groups = np.unique(np.searchsorted(self._group_starts, rows(), side="right") - 1)
             self._files.expect(dict.fromkeys(self._groups[int(group)][0] for group in groups))
@@ -176,12 +174,12 @@ class Dataset:
             place[...] = image.transpose(2, 0, 1)
 
     def locate(self, row: int) -> str:
-        """Where a row lies, for messages: its shard, row group and row."""
+        """Return shard, row group and row, for messages."""
         group = int(np.searchsorted(self._group_starts, row, side="right")) - 1
         return f"{self._place(group)}, row {row}"
 
     def verify(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Read every byte and row: each shard's sha256, page checksums, and the content against the fingerprint.
+        """Read every byte and row, and check sha256, page checksums and the fingerprint of the content.
 
         Raises:
             DataError: something differs from the manifest.
@@ -203,7 +201,7 @@ class Dataset:
             )
 
     def _every_group(self) -> Iterator[tuple[int, Stored, Ints | None]]:
-        """Each row group in order, from files whose sha256 was checked first."""
+        """Yield each row group in order, from files whose sha256 has been checked."""
         group = 0
         for index, shard in enumerate(self.manifest.shards):
             self._files.expect(range(index, min(index + _READ_AHEAD_SHARDS, len(self.manifest.shards))))
@@ -213,7 +211,7 @@ class Dataset:
                 group += 1
 
     def _whole(self, index: int) -> bytes:
-        """All bytes of a shard, whose sha256 is the manifest's."""
+        """Return all bytes of a shard, after checking its sha256."""
         for again in (True, False):
             with self._files.opened(index) as (path, _):
                 try:

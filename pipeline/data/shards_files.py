@@ -1,4 +1,4 @@
-"""Where the shards of a dataset are: in a folder, or in an object store with copies on this machine."""
+"""The files of a dataset: in a folder, or in an object store with copies on this machine."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from pipeline.storage.remote_run import own_folder
 
 
 class ShardFiles(Protocol):
-    """The files of a dataset; `location` is the path or address of their folder, `cache` where copies of remote ones are kept."""
+    """The files of a dataset; `location` is the path or address of their folder, `cache` says where copies of remote files are kept."""
 
     location: str
     cache: Cache | None
     manifest: Manifest
 
     def opened(self, shard: int) -> Any:
-        """Give (path, parsed footer) of a shard for the time of a `with` block; DataError where it is damaged."""
+        """Open a shard in a `with` block as (path, parsed footer); DataError if it is damaged."""
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Tell that these shards will be read soon; does not wait."""
+        """Start to download shards that will be read soon; does not wait."""
 
     def discard(self, shard: int) -> bool:
-        """Let go of a copy that turned out to be damaged; whether opening the shard again may help."""
+        """Discard a damaged local copy; return whether opening the shard again may help."""
 
 
 class LocalShards:
-    """Shards in a folder, all of which are compared with the manifest at once."""
+    """Shards in a folder; all are compared with the manifest when it is opened."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self.location = folder, str(folder)
@@ -45,19 +45,16 @@ class LocalShards:
 
     @contextmanager
     def opened(self, shard: int) -> Iterator[tuple[Path, Any]]:
-        """Give the file itself."""
         yield self._folder / self.manifest.shards[shard].file, self._footers[shard]
 
-    def expect(self, shards: Iterable[int]) -> None:
-        """Do nothing."""
+    def expect(self, shards: Iterable[int]) -> None: ...
 
     def discard(self, shard: int) -> bool:
-        """Do nothing: there is no other copy."""
         return False
 
 
 class RemoteShards:
-    """Shards in an object store, each brought to this machine when it is first read; their sizes are compared with the manifest at once."""
+    """Shards in an object store, downloaded when first read; their sizes are compared with the manifest when it is opened."""
 
     def __init__(self, folder: RemoteFolder, cache: Cache) -> None:
         self._remote, self.location = folder, folder.uri
@@ -72,7 +69,7 @@ class RemoteShards:
 
     @contextmanager
     def opened(self, shard: int) -> Iterator[tuple[Path, Any]]:
-        """Give this machine's copy, which is not removed meanwhile."""
+        """Open this machine's copy, which is not evicted meanwhile."""
         about = self.manifest.shards[shard]
         where = f"{self._remote}/{about.file}"
         with self._copies.use(about.sha256, about.num_bytes, where, lambda path: self._fetch(about.file, path)) as path:
@@ -81,7 +78,6 @@ class RemoteShards:
             yield path, self._footers[shard]
 
     def expect(self, shards: Iterable[int]) -> None:
-        """Begin to fetch in the background."""
         self._coming = {shard: future for shard, future in self._coming.items() if not future.done()}
         for shard in shards:
             if shard not in self._coming and not self._copies.has(self.manifest.shards[shard].sha256):
@@ -89,7 +85,7 @@ class RemoteShards:
                 self._coming[shard] = self._ahead.submit(self._fetch_ahead, shard)
 
     def discard(self, shard: int) -> bool:
-        """Remove this machine's copy, whose disk has damaged it: the store's is fetched again."""
+        """Remove this machine's damaged copy, so that it is downloaded again."""
         self._copies.discard(self.manifest.shards[shard].sha256)
         return True
 
@@ -100,11 +96,11 @@ class RemoteShards:
             raise DataError(str(error)) from None
 
     def _fetch_ahead(self, shard: int) -> None:
-        with suppress(PipelineError), self.opened(shard):  # whoever reads it is told
+        with suppress(PipelineError), self.opened(shard):  # the error is raised when the shard is read
             pass
 
     def _require_all(self) -> None:
-        """Refuse a dataset of which a shard is missing or cut short, before anything is fetched (DataError)."""
+        """Raise DataError if a shard is missing or has another size, before anything is downloaded."""
         sizes = {entry.name: entry.num_bytes for entry in self._remote.objects()}
         for shard in self.manifest.shards:
             size = sizes.get(shard.file)
@@ -114,14 +110,14 @@ class RemoteShards:
 
 
 def manifest_of(location: str | Path) -> Manifest:
-    """Read and check the manifest of a dataset, here or in an object store; DataError as `Manifest.load`."""
+    """Read the manifest of a dataset, local or in an object store; DataError as in `Manifest.load`."""
     if isinstance(location, str) and is_remote(location):
         return read_manifest(RemoteFolder(location))
     return Manifest.load(Path(location))
 
 
 def read_manifest(folder: RemoteFolder) -> Manifest:
-    """Read and check the manifest of a dataset in an object store; DataError where there is none, or the store does not answer."""
+    """Read the manifest of a dataset in an object store; DataError if it is missing or the store does not answer."""
     try:
         content = folder.read(MANIFEST_FILE)
     except StorageError as error:

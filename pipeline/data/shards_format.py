@@ -1,8 +1,7 @@
-"""The layout of a shard, which is read in this one form and no other.
+"""The layout of a shard, the only one that is read.
 
-Column `image` holds FixedSizeBinary of the C*H*W raw bytes, or PNG files as binary; column `label`, where there are labels,
-int64. Both are required, and there is no key-value metadata at all, so that opening a shard has nothing to interpret.
-Every page has a checksum, and reading verifies it.
+Column `image` is FixedSizeBinary of the C*H*W raw bytes, or binary with PNG files; column `label`, in labelled datasets, is int64. Both
+are required. There is no key-value metadata, so opening a shard interprets nothing. Every page has a checksum, and reading verifies it.
 """
 
 from __future__ import annotations
@@ -20,20 +19,20 @@ from pipeline.data.manifest import Manifest, Shard
 from pipeline.errors import DataError, UsageError
 
 Ints = npt.NDArray[np.int64]
-Stored = npt.NDArray[Any]  # images as they are stored: raw, uint8 [n, C*H*W], or PNG files, objects [n]
+Stored = npt.NDArray[Any]  # stored images: raw, uint8 [n, C*H*W], or PNG files, objects [n]
 
 _UNSAFE_SETTING = "RAY_DATA_ARROW_EXTENSION_SERIALIZATION_CLOUDPICKLE"
 
 
 def shard_schema(image_bytes: int | None, has_labels: bool) -> Any:
-    """Arrow schema of a shard: raw images of `image_bytes` bytes, or PNG files where that is None."""
+    """Return the Arrow schema of a shard: raw images of `image_bytes` bytes, or PNG files if None."""
     image = pa.binary() if image_bytes is None else pa.binary(image_bytes)
     fields = [pa.field("image", image, nullable=False)]
     return pa.schema([*fields, pa.field("label", pa.int64(), nullable=False)] if has_labels else fields)
 
 
 def refuse_unsafe_environment() -> None:
-    """Refuse to read Parquet where a setting of Ray Data would let a file's metadata run code (CVE-2026-41486)."""
+    """Raise UsageError if a setting of Ray Data would let a file's metadata run code (CVE-2026-41486)."""
     if os.environ.get(_UNSAFE_SETTING, "0").lower() not in ("", "0", "false"):
         raise UsageError(f"{_UNSAFE_SETTING} is set, with which opening a Parquet file can run code: unset it")
 
@@ -54,7 +53,7 @@ def read_footer(path: Path, shard: Shard, manifest: Manifest) -> Any:
 
 def _check_footer(footer: Any, shard: Shard, manifest: Manifest) -> None:
     if footer.metadata:
-        raise ValueError(f"it carries metadata that no shard of ours has: {sorted(footer.metadata)}")
+        raise ValueError(f"it has metadata, which no shard has: {sorted(footer.metadata)}")
     fixed = "FIXED_LEN_BYTE_ARRAY" if manifest.encoding == "raw" else "BYTE_ARRAY"
     expected = [("image", fixed), ("label", "INT64")][: 2 if manifest.has_labels else 1]
     columns = [footer.schema.column(i) for i in range(footer.num_columns)]
@@ -64,19 +63,19 @@ def _check_footer(footer: Any, shard: Shard, manifest: Manifest) -> None:
         raise ValueError(f"its columns are {found}, expected {expected}")
     rows = tuple(footer.row_group(i).num_rows for i in range(footer.num_row_groups))
     if rows != shard.row_group_rows or footer.num_rows != shard.num_rows:
-        raise ValueError(f"its row groups hold {sum(rows)} rows, the manifest says {shard.num_rows}")
+        raise ValueError(f"its row groups have {sum(rows)} rows, the manifest says {shard.num_rows}")
 
 
 def read_row_group(
     source: Any, footer: Any, index: int, manifest: Manifest, labels_only: bool = False
 ) -> tuple[Stored, Ints | None]:
-    """Images (none if `labels_only`) and labels of one row group, its page checksums verified.
+    """Return images (empty if `labels_only`) and labels of one row group, after verifying its page checksums.
 
     Raises:
         pyarrow.ArrowException, OSError, ValueError, KeyError: it is damaged.
     """
-    # A fresh handle with a footer that is parsed already: cheap, and safe from several threads. Given a path, pyarrow would
-    # find out its file system each time; a buffer of its own helps with remote files alone.
+    # A new handle with a parsed footer is cheap and thread-safe. Given a path, pyarrow would look up the file system each time;
+    # pre_buffer only helps with remote files.
     with pa.OSFile(source) if isinstance(source, str) else pa.BufferReader(source) as handle:
         file = pq.ParquetFile(handle, metadata=footer, page_checksum_verification=True, pre_buffer=False)
         table = file.read_row_group(index, columns=["label"] if labels_only else None, use_threads=False)
@@ -87,7 +86,7 @@ def read_row_group(
 
 
 def reason_of(error: BaseException) -> str:
-    """The first line of an error, as short as it can be said."""
+    """Return the first line of an error, without the path."""
     strerror = error.strerror if isinstance(error, OSError) else None
     return strerror or (str(error).splitlines() or [type(error).__name__])[0]
 

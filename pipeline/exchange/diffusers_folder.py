@@ -1,15 +1,16 @@
-"""Folders in the layout of diffusers' DDPMPipeline: written from a trained model, and read as strangers' files are.
+"""Folders in the layout of diffusers' DDPMPipeline: written from a trained model, and read as untrusted files.
 
 model_index.json
 unet/config.json                              or flat, as in `google/ddpm-cifar10-32`, beside model_index.json
-unet/diffusion_pytorch_model.safetensors      or .bin
-unet_ema/...                                  averaged weights, where a training left them too
+unet/diffusion_pytorch_model.safetensors      or .bin; or a variant (.fp16.safetensors); or shards with their .index.json
+unet_ema/...                                  averaged weights, if a training left them
 scheduler/scheduler_config.json               or flat
 """
 
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,20 @@ from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import UsageError
 from pipeline.exchange import diffusers_scheduler, diffusers_unet, diffusers_weights
-from pipeline.storage.foreign_tensors import read_json, read_tensors
+from pipeline.storage.foreign_tensors import Shapes, read_json, read_tensors
 from pipeline.training.models import Shape, build_model
 from pipeline.training.trained import Trained
 
 LAYOUT_OF = "0.35.0"  # the release of diffusers whose layout is written
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+STEM = "diffusion_pytorch_model"
+WHOLE = re.compile(rf"{STEM}(\.\w+)?\.(safetensors|bin)")
+INDEX = re.compile(rf"{STEM}\.(safetensors|bin)\.index(\.\w+)?\.json")
+SHARD = re.compile(rf"{STEM}(\.\w+)?-\d+-of-\d+\.(safetensors|bin)")
 
 
 @dataclass(frozen=True)
 class ForeignModel:
-    """A model from a folder of somebody else's: what describes it in our terms, and its weights under our names."""
+    """A model read from an untrusted folder: its settings in our terms, and its weights under our names."""
 
     experiment: Experiment
     shape: Shape
@@ -43,7 +47,7 @@ class ForeignModel:
 
 
 def write_pipeline(trained: Trained, folder: Path) -> None:
-    """Write a folder that `DDPMPipeline.from_pretrained` loads; ValueError says what of the model has no equal there."""
+    """Write a folder that `DDPMPipeline.from_pretrained` loads; ValueError names a setting that has no equivalent there."""
     settings, T = trained.experiment.model, trained.diffusion.num_timesteps
     out_channels = trained.diffusion.output_channels(trained.shape[0])
     unet = diffusers_unet.to_their_config(settings, trained.shape, out_channels, T)
@@ -61,7 +65,7 @@ def write_pipeline(trained: Trained, folder: Path) -> None:
     _write(folder / "model_index.json", index)
     _write(folder / "unet" / "config.json", unet)
     _write(folder / "scheduler" / "scheduler_config.json", scheduler)
-    save_file(tensors, folder / "unet" / WEIGHTS[0], metadata={"format": "pt"})
+    save_file(tensors, folder / "unet" / f"{STEM}.safetensors", metadata={"format": "pt"})
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -70,7 +74,7 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def read_pipeline(folder: Path, name: str) -> ForeignModel:
-    """Read a folder in the layout of a DDPMPipeline; ValueError where it is damaged, or has no equal here."""
+    """Read a folder in the layout of a DDPMPipeline; ValueError if it is damaged, or has no equivalent here."""
     at = folder / "unet" if (folder / "unet").is_dir() else folder
     config, scheduler = read_json(_found(at, "config.json")), read_json(_scheduler_file(folder))
     kind = config.get("_class_name", diffusers_unet.CLASS)
@@ -117,8 +121,50 @@ def _read_unet(folder: Path, config: dict[str, Any], experiment: Experiment, sha
     assert isinstance(model, UNet)
     learned = config.get("time_embedding_type") == diffusers_unet.LEARNED
     expected = diffusers_weights.expected_shapes(model, blocks, T, learned=learned)
-    theirs = read_tensors(_found(folder, *WEIGHTS), expected, diffusers_weights.with_current_names)
+    theirs = _read_weights(folder, expected)
     return diffusers_weights.from_their_tensors(theirs, model, blocks)
+
+
+def _read_weights(folder: Path, expected: Shapes) -> dict[str, Tensor]:
+    """Read the one file of weights, or the shards that an index names: safetensors before .bin, the full precision before a variant."""
+    names = [path.name for path in folder.iterdir() if path.is_file()]
+    weights = sorted(filter(WHOLE.fullmatch, names), key=_preference) + sorted(
+        filter(INDEX.fullmatch, names), key=_preference
+    )
+    if not weights:
+        raise ValueError(
+            f"{folder.name}/ has no weights: got {', '.join(sorted(names))}; expected {STEM}.safetensors or .bin, a variant such as "
+            f"{STEM}.fp16.safetensors, or shards with their .index.json"
+        )
+    if WHOLE.fullmatch(weights[0]):
+        return read_tensors(folder / weights[0], expected, diffusers_weights.with_current_names)
+    tensors: dict[str, Tensor] = {}
+    for shard, shapes in _shards(folder, weights[0], expected).items():
+        tensors |= read_tensors(_found(folder, shard), shapes, diffusers_weights.with_current_names)
+    return tensors
+
+
+def _shards(folder: Path, index: str, expected: Shapes) -> dict[str, Shapes]:
+    """Return the shape of every tensor of each shard, as the index says which shard has it."""
+    found = read_json(folder / index).get("weight_map")
+    if not isinstance(found, dict) or not all(
+        isinstance(file, str) and SHARD.fullmatch(file) for file in found.values()
+    ):
+        raise ValueError(f"{index} has no weight_map of shards of this folder")
+    current = diffusers_weights.with_current_names(list(found))
+    files = {current[name]: file for name, file in found.items()}
+    for name in sorted(expected.keys() ^ files.keys()):
+        raise ValueError(
+            f"{index}: " + (f"has no {name}" if name in expected else f"holds {name}, which this network does not have")
+        )
+    return {
+        shard: {name: expected[name] for name, file in files.items() if file == shard}
+        for shard in sorted(set(files.values()))
+    }
+
+
+def _preference(name: str) -> tuple[bool, int, str]:
+    return ".safetensors" not in name, name.count("."), name
 
 
 def _scheduler_file(folder: Path) -> Path:
@@ -126,12 +172,11 @@ def _scheduler_file(folder: Path) -> Path:
     return _found(below if below.is_dir() else folder, "scheduler_config.json")
 
 
-def _found(folder: Path, *names: str) -> Path:
-    """Return the first of the names that is a file of the folder; ValueError where none is."""
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise ValueError(f"{folder.name}/ has no {' and no '.join(names)}")
+def _found(folder: Path, name: str) -> Path:
+    """Return the path of a file of the folder; ValueError if it is missing."""
+    if not (folder / name).is_file():
+        raise ValueError(f"{folder.name}/ has no {name}")
+    return folder / name
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

@@ -78,6 +78,8 @@ def from_their_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if theirs["clip_sample"] and theirs["clip_sample_range"] != 1:
         raise ValueError(f"clip_sample_range is {theirs['clip_sample_range']!r}; this package clips to [-1, 1]")
     variance, prediction = theirs["variance_type"], theirs["prediction_type"]
+    if "prediction_type" not in config and config.get("predict_epsilon") is False:  # diffusers before 0.8
+        prediction = "sample"
     if not isinstance(variance, str) or variance not in _VARIANCES:
         raise ValueError(f"variance_type is {variance!r}; this package has only {', '.join(_VARIANCES)}")
     ours = {name: our for our, name in _PREDICTIONS.items()}

@@ -1,1 +1,1 @@
-"""From any source of images to a dataset of verified shards."""
+"""Ingest: convert a source of images to a dataset of verified shards."""

@@ -1,4 +1,4 @@
-"""Which part of a source to take: splits by their names, columns by what they hold, unless the user names them."""
+"""Choose the part of a source to ingest: splits by name, columns by type, unless the user names them."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ _SPLIT_WORD = re.compile(
 
 
 def split_of(name: str) -> str | None:
-    """Which split a file, folder or array is named for, such as train-00000, val2017 or x_test: one of SPLITS, or None."""
+    """Return the split in the name of a file, folder or array, such as train-00000, val2017 or x_test: one of SPLITS, or None."""
     words = _SPLIT_WORD.search(name.lower())
     return None if words is None else next(s for s, word in zip(SPLITS, words.groups(), strict=True) if word)
 
 
 def choose_split(names: Iterable[str], asked: str | None, where: str) -> tuple[str | None, str]:
-    """The split to take: the one asked for, else train, else the only one; None = everything. And what to tell the user.
+    """Return the split to ingest and a note for the user: the requested one, else train, else the only one; None means everything.
 
     Raises:
-        UsageError: the split asked for is not there, or none was asked for and it is not clear which to take.
+        UsageError: the requested split does not exist, or none was requested and the choice is ambiguous.
     """
     found = {split_of(name) for name in names}
     there = [split for split in SPLITS if split in found]
@@ -46,17 +46,17 @@ def choose_split(names: Iterable[str], asked: str | None, where: str) -> tuple[s
 
 
 def pick_column(what: str, named: str | None, candidates: list[str], there: list[str], where: str) -> str:
-    """The column (or array) of `what`, "image" or "label": the one named, else the only candidate.
+    """Return the column (or array) of `what`, "image" or "label": the named one, else the only candidate.
 
     Raises:
-        UsageError: several candidates and none named, or the one named is no candidate.
-        DataError: no candidate.
+        UsageError: several candidates and none is named, or the named one is not a candidate.
+        DataError: there is no candidate.
     """
     listing = ", ".join(candidates) or "none"
     kinds = dict(text.partition(" (")[::2] for text in there)  # "x (double)": each column with its type
     if named is not None and named not in candidates:
         kind = f" ({kinds[named]}" if kinds.get(named) else ""
-        problem = f"holds no {what}s{kind}" if named in kinds else "does not exist"
+        problem = f"has no {what}s{kind}" if named in kinds else "does not exist"
         raise UsageError(f"{where}: column {named!r} {problem}: columns of {what}s are {listing}")
     if named is not None:
         return named
@@ -70,7 +70,7 @@ def pick_column(what: str, named: str | None, candidates: list[str], there: list
 
 
 def pick_label(named: str | None, candidates: list[str], there: list[str], where: str) -> str | None:
-    """As `pick_column`, of several the only one that is called as labels are; None where there are no labels, or none are wanted."""
+    """Return the label column as in `pick_column`, preferring a typical name; None without labels, or if they are not wanted."""
     if named == NO_LABELS or (named is None and not candidates):
         return None
     called = called_labels(candidates) if named is None else []

@@ -1,4 +1,4 @@
-"""Published files: found where they were put before, else downloaded and checked."""
+"""Published files: found in the downloads folder, else downloaded and checked."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _TIMEOUT_S = 30
 
 @dataclass(frozen=True)
 class Archive:
-    """A published file: its address, name below the downloads folder, size and sha256."""
+    """A published file: URL, path in the downloads folder, size and sha256."""
 
     url: str
     file: str
@@ -28,10 +28,10 @@ class Archive:
 
 
 def fetch(archive: Archive, downloads: Path, offline: bool, say: Callable[[str], None]) -> Path:
-    """The archive's file, downloaded and checked unless it is here.
+    """Return the path of the file; download and check it if it is missing.
 
     Raises:
-        DataError: it is not here and `offline`, the server cannot be reached, or it sent something else.
+        DataError: it is missing and `offline`, the server cannot be reached, or the sha256 differs.
     """
     here = find(archive, downloads)
     if here is not None:
@@ -75,7 +75,7 @@ def _said(error: urllib.error.URLError) -> str:
 
 
 def _download(archive: Archive, file: Any) -> str:
-    """Copy from the network to `file`, no more than was published; return the sha256."""
+    """Download to `file`, at most one byte more than published; return the sha256."""
     total, left = hashlib.sha256(), archive.num_bytes + 1
     with urllib.request.urlopen(archive.url, timeout=_TIMEOUT_S) as response:
         while left > 0 and (part := _receive(response, min(2**20, left), archive.url)):
@@ -88,13 +88,13 @@ def _download(archive: Archive, file: Any) -> str:
 def _receive(response: Any, count: int, url: str) -> bytes:
     try:
         part: bytes = response.read(count)
-    except (OSError, ValueError) as error:  # a broken connection is the network's fault, not the disk's
+    except (OSError, ValueError) as error:  # of the network, not of the disk
         raise urllib.error.URLError(str(error)) from None
     return part
 
 
 def find(archive: Archive, downloads: Path) -> Path | None:
-    """Where the file is: as published, unpacked (as torchvision leaves it), or nowhere."""
+    """Return the path of the file, as published or unpacked (as torchvision leaves it); None if it is missing."""
     published = downloads / archive.file
     unpacked = downloads / archive.file.removesuffix(".gz") if not archive.file.endswith(".tar.gz") else None
     return next((path for path in (published, unpacked) if path is not None and path.is_file()), None)

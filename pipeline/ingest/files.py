@@ -1,4 +1,4 @@
-"""Files that a path, folder, glob or URI names, here or in an object store, through pyarrow's filesystems and fsspec."""
+"""Find the files of a path, folder, glob or URI, local or in an object store, through pyarrow's filesystems and fsspec."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class StoredFile:
     """One file of a source.
 
     Attributes:
-        filesystem: pyarrow's, that opens `path`.
-        path: of the file there.
-        name: the path below what the user gave, for telling splits.
-        num_bytes: its size.
-        modified: changes when the file does, for files too far away to be hashed.
+        filesystem: the pyarrow filesystem that opens `path`.
+        path: path in that filesystem.
+        name: path relative to the source, which may name a split.
+        num_bytes: size.
+        modified: changes with the file; used instead of a hash for remote files.
     """
 
     filesystem: Any
@@ -40,18 +40,17 @@ class StoredFile:
 
     @property
     def is_local(self) -> bool:
-        """Whether it lies in this machine's own file system."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
 
 def find_files(source: str, suffix: str) -> list[StoredFile]:
-    """Files that `source` names, sorted by path: one file, those below a folder that end in `suffix`, or a glob's.
+    """Return the files of `source`, sorted by path: one file, those below a folder that end in `suffix`, or the matches of a glob.
 
-    As in a shell, `*` stays within one folder and `**` crosses folders. Names that begin with a dot or an underscore, and
-    what systems leave in folders, are left out of these.
+    As in a shell, `*` stays within one folder and `**` crosses folders. In folders, names that begin with a dot or an underscore, and
+    files that operating systems create, are skipped.
 
     Raises:
-        DataError: none, or the place cannot be listed.
+        DataError: there is no such file, or the place cannot be listed.
     """
     shown = without_credentials(source)
     base, pattern = _cut_at_wildcard(source)
@@ -71,12 +70,12 @@ def find_files(source: str, suffix: str) -> list[StoredFile]:
         if info.type == fs.FileType.File and chosen:
             files.append(StoredFile(filesystem, info.path, name, info.size or 0, f"{info.size} {info.mtime_ns}"))
     if not files:
-        raise DataError(f"{shown} names no {suffix} file: give a file, a folder of them, or a glob")
+        raise DataError(f"{shown} has no {suffix} file: give a file, a folder of them, or a glob")
     return files
 
 
 def without_credentials(uri: str) -> str:
-    """A URI without user, password and query, which may hold secrets; a path is left alone."""
+    """Return a URI without user, password and query, which may contain secrets; a path is returned unchanged."""
     if "://" not in uri:
         return uri
     parts = urlsplit(uri)
@@ -84,7 +83,7 @@ def without_credentials(uri: str) -> str:
 
 
 def _cut_at_wildcard(source: str) -> tuple[str, str | None]:
-    """The folder before the first wildcard, and the pattern below it; None where there is no wildcard."""
+    """Return the folder before the first wildcard, and the pattern below it; (source, None) without a wildcard."""
     path, mark, query = source.partition("?") if "://" in source else (source, "", "")
     match = _WILDCARD.search(path)
     if match is None or ("://" not in source and Path(source).exists()):

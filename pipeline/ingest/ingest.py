@@ -1,4 +1,4 @@
-"""Ingest: from a source of images to a dataset of verified shards, once; `ddpm-pipe ingest` and `train --data`."""
+"""Convert a source of images to a dataset of verified shards, once: `ddpm-pipe ingest` and `train --data`."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 
-MOST_LISTED = 20  # classes, or damaged images, in one message
-_LAST_CLAUSE = re.compile(r"(, expected a PNG or JPEG image)?: [^:]*$")  # what to do about one damaged image
+MAX_LISTED = 20  # classes, or damaged images, in one message
+_LAST_CLAUSE = re.compile(r"(, expected a PNG or JPEG image)?: [^:]*$")  # the remedy for a single damaged image
 
-Progress = Callable[[int, int | None], None]  # images done, images in all where known
+Progress = Callable[[int, int | None], None]  # (images done, total or None)
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Availability:
-    """Where a source stands: `state` is "ingested", "cached", "here", "download" or "missing"; `text` says it to people.
+    """State of a source: `state` is "ingested", "cached", "here", "download" or "missing"; `text` describes it.
 
-    `num_rows`, `shape` (C, H, W) and `num_classes` are those of the dataset that it is or will be; None where only ingesting tells.
+    `num_rows`, `shape` (C, H, W) and `num_classes` are those of the resulting dataset; None if unknown before ingest.
     """
 
     state: str
@@ -49,7 +49,7 @@ class Availability:
 
 
 def ingest_options(data: DataConfig) -> IngestOptions:
-    """Return how an experiment wants its images ingested."""
+    """Return the ingest options of an experiment."""
     return IngestOptions(
         image_size=data.image_size,
         mode=data.mode,
@@ -81,19 +81,19 @@ def ingest(
     say: Say = lambda _: None,
     summary: Say = lambda _: None,
 ) -> Manifest:
-    """Write `source` as a dataset into the new folder `dest`, here or in an object store (s3://...); see `IngestOptions`.
+    """Write `source` as a dataset into the new folder `dest`, local or in an object store (s3://...); see `IngestOptions`.
 
     Args:
-        num_workers: processes that decode; by default one for small sources, else one per core.
-        rows_per_shard: rows of one file; neither this nor `num_workers` changes the fingerprint.
+        num_workers: number of decoding processes; default: one for small sources, else one per core.
+        rows_per_shard: rows per file; neither this nor `num_workers` changes the fingerprint.
         downloads: folder of downloaded sets, `<home>/datasets/downloads` by default.
         offline: download nothing.
-        progress: is told the images done.
-        say: is told what was chosen, such as a split.
-        summary: is told in the end, in lines, what the source was taken for: splits, classes, what was passed over or left out.
+        progress: called with the number of images done.
+        say: called with notes on automatic choices, such as a split.
+        summary: called at the end with lines on the interpretation of the source: splits, classes, skipped and damaged files.
 
     Raises:
-        UsageError, DataError, StorageError: nothing is left behind then.
+        UsageError, DataError, StorageError: nothing is left behind.
     """
     options = IngestOptions(image_size, mode, image_column, label_column, split, layout, skip_damaged, max_pixels)
     place = RemoteFolder(dest) if isinstance(dest, str) and is_remote(dest) else Path(dest)
@@ -116,14 +116,14 @@ def ensure_ingested(
     progress: Progress | None = None,
     cache: Cache | None = None,
 ) -> Dataset:
-    """Open `source` if it is a dataset, else the one made of it before under `datasets`, else make that now.
+    """Open `source` if it is a dataset, else its cached dataset under `datasets`, which is created if missing.
 
     Args:
         datasets: a folder, or the address of one in an object store.
-        cache: as for `Dataset.open`.
+        cache: as in `Dataset.open`.
 
     Raises:
-        UsageError, DataError, StorageError: as `ingest` and `Dataset.open`.
+        UsageError, DataError, StorageError: as in `ingest` and `Dataset.open`.
     """
     if is_dataset(source):
         dataset = Dataset.open(source, cache)
@@ -152,10 +152,10 @@ def ensure_ingested(
 
 
 def availability(source: str, options: IngestOptions, datasets: Path | str) -> Availability:
-    """Whether `source` is ready, needs ingesting or needs a download; does neither.
+    """Return whether `source` is ready, needs ingest or needs a download, without doing either.
 
     Raises:
-        UsageError, DataError: it is none of the built-in names and not here.
+        UsageError, DataError: it is not a built-in name and does not exist.
     """
     if is_dataset(source):
         manifest = manifest_of(source)
@@ -182,7 +182,7 @@ def _there(state: str, text: str, manifest: Manifest) -> Availability:
 
 
 def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int] | None:
-    """Shape that the first image will have; looks at that image where the source does not tell and is here."""
+    """Return the shape of the images after ingest, from the first image if the source does not declare it; None before a download."""
     if source.shape is None and source.download:
         return None
     if source.shape is None:
@@ -194,13 +194,13 @@ def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int]
 
 
 def source_key(source: str, options: IngestOptions, datasets: Path | None = None) -> str:
-    """Key of the dataset that `source` gives with `options`: hex, equal for equal content of the source."""
+    """Return the cache key of `source` with `options`: hex, equal for equal content."""
     downloads = None if datasets is None else datasets / "downloads"
     return _key(resolve_source(source, options, downloads=downloads, offline=True), options)
 
 
 def dataset_folder(source: Source, options: IngestOptions, datasets: Path | str) -> Path | RemoteFolder:
-    """Where `ensure_ingested` keeps the dataset made of `source`; reads the source's bytes to tell."""
+    """Return the folder of the cached dataset of `source`; reads the source to compute its key."""
     name = f"{source.name}-{_key(source, options)[:12]}"
     return datasets / name if isinstance(datasets, Path) else RemoteFolder(datasets).child(name)
 
@@ -230,16 +230,16 @@ def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
 
 
 def _refuse_options(source: str, options: IngestOptions, manifest: Manifest) -> None:
-    """Refuse options that an ingested dataset can no longer follow; those that it has followed are no harm."""
+    """Raise UsageError for options that differ from those of an ingested dataset."""
     channels = {None: manifest.shape[0], "L": 1, "RGB": 3}[options.mode]
     if (channels, options.size or manifest.shape[1:]) != (manifest.shape[0], manifest.shape[1:]):
         raise UsageError(
             f"{source} is an ingested dataset of {manifest.shape[1]}x{manifest.shape[2]} with {manifest.shape[0]} channels, "
-            "other image size or mode was asked for: ingest its source again, or leave them out"
+            "got another image size or mode: ingest its source again, or leave them out"
         )
-    asked = [name for name in ("image_column", "label_column", "split", "layout") if getattr(options, name) is not None]
-    if asked:
-        raise UsageError(f"{source} is an ingested dataset, {', '.join(asked)} cannot be chosen any more: leave it out")
+    given = [name for name in ("image_column", "label_column", "split", "layout") if getattr(options, name) is not None]
+    if given:
+        raise UsageError(f"{source} is an ingested dataset, {', '.join(given)} can no longer be chosen: leave it out")
 
 
 def _open_cached(dest: Path | RemoteFolder, say: Say, cache: Cache | None) -> Dataset | None:
@@ -248,7 +248,7 @@ def _open_cached(dest: Path | RemoteFolder, say: Say, cache: Cache | None) -> Da
     try:
         return Dataset.open(_place(dest), cache)
     except DataError as error:
-        say(f"the cached dataset is made again, for {error}")
+        say(f"rebuilding the cached dataset: {error}")
         return None
 
 
@@ -285,11 +285,11 @@ def _write(
 
 
 def _too_damaged(damaged: list[str], num_images: int, allowed: int) -> str:
-    """Say which images are damaged: of one alone all, of several the first."""
+    """Return the error message: in full for one damaged image, a list for several."""
     if len(damaged) == 1:
         return f"{damaged[0]} (--skip-damaged 1 leaves it out)"
-    listed = "; ".join(map(_short, damaged[:MOST_LISTED]))
-    more = f"; and {len(damaged) - MOST_LISTED} more" if len(damaged) > MOST_LISTED else ""
+    listed = "; ".join(map(_short, damaged[:MAX_LISTED]))
+    more = f"; and {len(damaged) - MAX_LISTED} more" if len(damaged) > MAX_LISTED else ""
     limit = f", more than the {allowed} of --skip-damaged" if allowed else ""
     return (
         f"{len(damaged)} of {num_images} images are damaged{limit}: {listed}{more}: replace them, or leave them out with "
@@ -298,7 +298,7 @@ def _too_damaged(damaged: list[str], num_images: int, allowed: int) -> str:
 
 
 def _short(damaged: str) -> str:
-    """Return what is wrong with an image without what to do about one alone."""
+    """Return the message for one image without its remedy."""
     return _LAST_CLAUSE.sub("", damaged)
 
 
@@ -308,9 +308,9 @@ def _class_lines(manifest: Manifest, counts: Counter[int]) -> list[str]:
     names = manifest.class_names or tuple(map(str, range(max(counts) + 1)))
     each = [f"{name} {counts[number]:,}" for number, name in enumerate(names) if counts[number]]
     absent = [name for number, name in enumerate(names) if not counts[number]]
-    lines = [f"classes: {len(each)} ({', '.join(each[:MOST_LISTED])}{', ...' if len(each) > MOST_LISTED else ''})"]
+    lines = [f"classes: {len(each)} ({', '.join(each[:MAX_LISTED])}{', ...' if len(each) > MAX_LISTED else ''})"]
     if absent:
-        listed = ", ".join(absent[:MOST_LISTED]) + (", ..." if len(absent) > MOST_LISTED else "")
+        listed = ", ".join(absent[:MAX_LISTED]) + (", ..." if len(absent) > MAX_LISTED else "")
         lines.append(f"classes without images: {len(absent)} ({listed})")
     return lines
 
@@ -318,9 +318,9 @@ def _class_lines(manifest: Manifest, counts: Counter[int]) -> list[str]:
 def _skipped_lines(damaged: list[str]) -> list[str]:
     if not damaged:
         return []
-    more = [f"  and {len(damaged) - MOST_LISTED} more, in the manifest"] if len(damaged) > MOST_LISTED else []
+    more = [f"  and {len(damaged) - MAX_LISTED} more, in the manifest"] if len(damaged) > MAX_LISTED else []
     return [
         f"left out: {len(damaged)} damaged images",
-        *(f"  {_short(line)}" for line in damaged[:MOST_LISTED]),
+        *(f"  {_short(line)}" for line in damaged[:MAX_LISTED]),
         *more,
     ]

@@ -1,6 +1,6 @@
-"""From the values of a column or array to classes: numbers, booleans, text, and one-hot rows.
+"""Convert the values of a column or array to classes: numbers, booleans, text and one-hot rows.
 
-A class is named by its name, and where labels are numbers, the number is the name. Numbers 0 .. K - 1 need no list of names.
+A class is named by its name; if labels are numbers, the number is the name. Numbers 0 .. K - 1 need no list of names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from pipeline.errors import DataError
 
-NO_LABELS = "none"  # as --label-column: leave the labels out
+NO_LABELS = "none"  # value of --label-column: ingest without labels
 BOOLEANS = ("false", "true")
 
 _MANY_ROWS = 10
@@ -30,21 +30,18 @@ _LABEL_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Classes:
-    """What the values of a column mean.
+    """The classes of a column.
 
     Attributes:
-        names: one name per class, or None where labels are 0 .. K - 1 and have no names.
-        values: the value of each class, in the order of `names`; None where the values are the classes' numbers.
+        names: one name per class; None for labels 0 .. K - 1 without names.
+        values: the value of each class, in the order of `names`; None if the values are the class numbers.
     """
 
     names: tuple[str, ...] | None
     values: npt.NDArray[Any] | None = None
 
     def numbers(self, values: npt.NDArray[Any], where: str, first_row: int = 0) -> npt.NDArray[np.int64]:
-        """Return the classes of some values, int64 [n]; DataError names the first row whose value is none.
-
-        `values` are whole numbers, text, or one-hot rows [n, K].
-        """
+        """Return class numbers, int64 [n], of integers, text or one-hot rows [n, K]; DataError names the first row without a class."""
         if values.ndim == 2 and values.shape[1] > 1:
             one_hot: npt.NDArray[np.int64] = values.argmax(axis=1)
             return one_hot
@@ -74,20 +71,20 @@ class Classes:
 
 
 def classes_of(distinct: Iterable[Any]) -> Classes:
-    """Return the classes that whole numbers, booleans or texts stand for, given each value once or more."""
+    """Return the classes of integers, booleans or text; `distinct` has each value at least once."""
     values = np.unique(np.asarray(list(distinct)))
     if values.dtype.kind == "b":
         return Classes(BOOLEANS)
     if values.dtype.kind not in "iu":
         return Classes(tuple(str(value) for value in values))
-    values = values[values >= 0].astype(np.int64)  # a negative one is refused where its row is known
+    values = values[values >= 0].astype(np.int64)  # negative labels are refused later, with their row
     if np.array_equal(values, np.arange(len(values))):
         return Classes(None)
     return Classes(tuple(str(value) for value in values), values)
 
 
 def is_one_hot(rows: npt.NDArray[Any]) -> bool:
-    """Whether rows [n, K] hold a single 1 each, and else 0."""
+    """Whether each of the rows [n, K] has a single 1 and is 0 elsewhere."""
     return (
         rows.ndim == 2
         and rows.shape[1] > 1
@@ -96,18 +93,18 @@ def is_one_hot(rows: npt.NDArray[Any]) -> bool:
 
 
 def names_rows(column: str, num_distinct: int, num_rows: int) -> bool:
-    """Whether numbers are names of the rows, as an image_id is, instead of labels: none occurs twice.
+    """Whether a column identifies rows, such as image_id, instead of labelling them: no value occurs twice.
 
-    Of a few rows that says little: then the column is also called like one.
+    With few rows, the name of the column must look like an id, too.
     """
     return num_rows > 1 and num_distinct == num_rows and (num_rows >= _MANY_ROWS or bool(_ROW_NAME.fullmatch(column)))
 
 
 def is_pandas_index(column: str) -> bool:
-    """Whether a column is the index that pandas writes beside the others."""
+    """Whether a column is the index that pandas adds."""
     return bool(_PANDAS_INDEX.fullmatch(column))
 
 
 def called_labels(columns: Iterable[str]) -> list[str]:
-    """Return the columns that are called as labels are: label, class, target, category, category_id, ..."""
+    """Return the columns with a typical name for labels: label, class, target, category, category_id, ..."""
     return [column for column in columns if _LABEL_NAME.fullmatch(column)]

@@ -1,6 +1,6 @@
-"""What a folder of image files is taken for: splits, classes, or one set of images; and what in it is passed over.
+"""The layout of a folder of image files: splits, classes, or one set of images; and the files in it that are skipped.
 
-docs/data.md has the rules. `flat`, `classes` and `splits` say so instead of the names of the folders.
+docs/data.md has the rules. `--layout flat`, `classes` or `splits` overrides what the folder names suggest.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Layout = Literal["flat", "classes", "splits"]
 LAYOUTS: tuple[str, ...] = get_args(Layout)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
-# with names that begin with a dot: what systems, disk stations and this program leave beside images
+# besides names that begin with a dot: files of operating systems, NAS devices and this program
 _LITTER = {
     "thumbs.db",
     "ehthumbs.db",
@@ -43,7 +43,7 @@ _LITTER = {
     "__pycache__",
     "samples.json",
 }
-# of files that describe images: a folder of these alone is no class
+# suffixes of files that describe images: a folder with only these is not a class
 _ANNOTATIONS = {
     ".json",
     ".jsonl",
@@ -60,9 +60,9 @@ _ANNOTATIONS = {
     ".py",
     ".sh",
 }
-SPLIT_KEYS = ("split", "subset", "partition", "set")  # Hive keys whose values are splits
+SPLIT_KEYS = ("split", "subset", "partition", "set")  # Hive keys with splits as values
 _KEY = re.compile(r"([A-Za-z_][\w-]*)=(.*)")
-# words beside that of a split in the name of its folder: training_set, seg_train, val_images_256
+# words that may accompany a split in a folder name: training_set, seg_train, val_images_256
 _FILLER = {
     "images",
     "image",
@@ -87,19 +87,19 @@ _FILLER = {
 
 
 def is_litter(name: str) -> bool:
-    """Whether a file or folder of this name is none of the images' owner's."""
+    """Whether a file or folder of this name was created by a system, not by the user."""
     return name.startswith(".") or name.lower() in _LITTER or name.lower().endswith("@synoeastream")
 
 
 def hive_key(name: str) -> tuple[str, str] | None:
-    """Return key and value of a folder that is named as Hive, Spark and pyarrow name partitions, such as label=3; else None."""
+    """Return (key, value) of a folder name in the style of Hive, Spark and pyarrow, such as label=3; else None."""
     match = _KEY.fullmatch(name)
     return None if match is None else (match[1], unquote(match[2]))
 
 
 @dataclass
 class Folder:
-    """A folder as it is read: image files, other files, and the folders in it, sorted by name."""
+    """A folder: image files, other files and sub-folders, sorted by name."""
 
     path: Path
     images: list[Path] = field(default_factory=list)
@@ -108,28 +108,27 @@ class Folder:
 
     @property
     def name(self) -> str:
-        """Its own name."""
         return self.path.name
 
     @property
     def num_images(self) -> int:
-        """Images in depth."""
+        """Number of images in the folder and below."""
         return len(self.images) + sum(folder.num_images for folder in self.folders)
 
     def all_others(self) -> Iterator[Path]:
-        """Yield the files in depth that are no images."""
+        """Yield the files in the folder and below that are not images."""
         yield from self.others
         for folder in self.folders:
             yield from folder.all_others()
 
     @property
     def is_annotations(self) -> bool:
-        """Whether it holds descriptions of images, and no image."""
+        """Whether it has files that describe images, and no images."""
         others = list(self.all_others())
         return not self.num_images and bool(others) and all(o.suffix.lower() in _ANNOTATIONS for o in others)
 
     def files(self) -> list[Path]:
-        """Return the images in depth, in the order of their paths; DataError names a file of another kind."""
+        """Return the images in the folder and below, sorted by path; DataError names any other file."""
         found: list[Path] = []
         entries: list[Path | Folder] = [*self.images, *self.others, *self.folders]
         for entry in sorted(entries, key=lambda entry: entry.name):
@@ -143,20 +142,21 @@ class Folder:
 
 
 def _not_an_image(file: Path) -> DataError:
-    return DataError(f"{file} is not a PNG or JPEG image by its name ({', '.join(IMAGE_SUFFIXES)}): move it away")
+    return DataError(f"{file} has another suffix than PNG and JPEG images ({', '.join(IMAGE_SUFFIXES)}): move it away")
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What of a folder is ingested, as what.
+    """The images of a folder that are ingested.
 
     Attributes:
-        root: the folder that holds it.
-        files: the images in their order.
-        class_names, labels: the classes, and each image's; None without classes.
-        split: the one taken, or None.
-        note: a choice made for the user, to print before the work; "" if there is none.
-        lines: what the folder was taken for, for people.
+        root: the folder that contains them.
+        files: the images, in order.
+        class_names: names of the classes; None without classes.
+        labels: class number of each image.
+        split: the chosen split, or None.
+        note: an automatic choice, printed before the work; "" without one.
+        lines: description of the layout, for the summary.
     """
 
     root: Path
@@ -169,11 +169,11 @@ class Taken:
 
 
 def read_layout(root: Path, split: str | None = None, layout: str | None = None) -> Taken:
-    """Find out what a folder of images holds: splits, of which one is taken, classes, or images alone.
+    """Determine the layout of a folder of images: splits, of which one is chosen, classes, or images alone.
 
     Raises:
-        DataError: no images, files of another kind among them, or images both beside and inside class folders.
-        UsageError: the split asked for is not there, or splits cannot be told from classes.
+        DataError: no images, other files among them, or images both beside and inside class folders.
+        UsageError: the requested split does not exist, or splits and classes cannot be distinguished.
     """
     ignored: Counter[str] = Counter()
     tree = _read(root, ignored)
@@ -184,7 +184,7 @@ def read_layout(root: Path, split: str | None = None, layout: str | None = None)
     node, classes = search.node, search.classes
     files, labels = _of_classes(node, classes, ignored) if classes else (node.files(), [])
     if not files:
-        raise DataError(f"{node.path} holds no images ({', '.join(IMAGE_SUFFIXES)}): give a folder that does")
+        raise DataError(f"{node.path} has no images ({', '.join(IMAGE_SUFFIXES)}): give a folder that has")
     lines = list(search.lines)
     if not classes:
         lines.append("classes: none" + ("" if node.folders else " (no sub-folders)"))
@@ -203,10 +203,10 @@ def read_layout(root: Path, split: str | None = None, layout: str | None = None)
 
 
 def _of_classes(node: Folder, classes: list[Folder], ignored: Counter[str]) -> tuple[list[Path], list[int]]:
-    """Return the images in class folders, and the number of the class of each."""
+    """Return the images in class folders and their class numbers."""
     if node.images:
         raise DataError(
-            f"{node.path} holds images both beside and inside sub-folders: put all into class folders, or none; --layout flat takes "
+            f"{node.path} has images both beside and inside sub-folders: put all into class folders, or none; --layout flat ingests "
             "all without classes"
         )
     for other in node.others:
@@ -218,14 +218,14 @@ def _of_classes(node: Folder, classes: list[Folder], ignored: Counter[str]) -> t
     for number, folder in enumerate(classes):
         inside = folder.files()
         if not inside:
-            raise DataError(f"{folder.path} holds no image: remove it, or put the images of its class there")
+            raise DataError(f"{folder.path} has no images: remove it, or put the images of its class there")
         files += inside
         labels += [number] * len(inside)
     return files, labels
 
 
 def _class_names(classes: list[Folder]) -> list[str]:
-    """Return the names of class folders: their own, or the values of one Hive key."""
+    """Return the class names: the folder names, or the values of a common Hive key."""
     keys = [hive_key(folder.name) for folder in classes]
     named = [key for key in keys if key is not None]
     if len(named) == len(classes) == len(set(named)) and len({key for key, _ in named}) == 1:
@@ -234,7 +234,7 @@ def _class_names(classes: list[Folder]) -> list[str]:
 
 
 class _Search:
-    """Goes down from the folder that is given to the one that holds the images, by way of wrappers and a split."""
+    """Descends from the given folder to the one with the images, through wrapper folders and a split."""
 
     def __init__(self, tree: Folder, split: str | None, layout: str | None, ignored: Counter[str]) -> None:
         self.node, self._asked, self._layout, self._ignored = tree, split, layout, ignored
@@ -244,7 +244,7 @@ class _Search:
         self.lines: list[str] = []
 
     def go(self) -> None:
-        """Find the folder that holds the images, and its classes."""
+        """Find the folder with the images, and its classes."""
         if self._layout in ("flat", "classes"):
             if self._asked not in (None, ALL_SPLITS):
                 raise UsageError(f"--split {self._asked} goes with --layout splits, got {self._layout}: leave one out")
@@ -264,7 +264,7 @@ class _Search:
                 self.lines.append(
                     f"images: those in {subs[0].path}, the only folder there; --layout classes makes it a class"
                 )
-                self._pass_over(self.node.others)
+                self._skip(self.node.others)
                 self.node = subs[0]
             else:
                 self.classes = subs
@@ -279,17 +279,17 @@ class _Search:
             self._ignored[folder.name] += len(list(folder.all_others()))
         self.node.folders = [folder for folder in self.node.folders if folder not in left_out]
 
-    def _pass_over(self, files: list[Path]) -> None:
+    def _skip(self, files: list[Path]) -> None:
         self._ignored.update(file.name for file in files)
 
     def _take_split(self, subs: list[Folder], splits: dict[str, str]) -> None:
         where, by_split = str(self.node.path), Counter(splits.values())
         if self._asked == ALL_SPLITS:
             raise UsageError(
-                f"{where} has the splits {', '.join(splits)}: name one, folders cannot be taken together (--layout flat takes all images "
+                f"{where} has the splits {', '.join(splits)}: name one, folders cannot be combined (--layout flat ingests all images "
                 "without classes)"
             )
-        if self._asked in splits:  # by the folder's own name
+        if self._asked in splits:  # by folder name
             chosen, name = next(sub for sub in subs if sub.name == self._asked), splits[self._asked]
         else:
             found, self.note = choose_split(list(by_split), self._asked, where)
@@ -304,11 +304,11 @@ class _Search:
         self.lines.append(
             f"splits: {chosen.name} taken ({chosen.num_images:,} images)" + (f"; not taken: {others}" if others else "")
         )
-        self._pass_over(self.node.others)
+        self._skip(self.node.others)
         self.node = chosen
 
     def _take_inner_split(self, subs: list[Folder], splits: list[str]) -> None:
-        """Take one split of each class: bee/train, bee/test, cat/train, ..."""
+        """Choose one split of each class: bee/train, bee/test, cat/train, ..."""
         if self._asked == ALL_SPLITS:
             self.classes = subs
             return
@@ -329,9 +329,9 @@ class _Search:
 
 
 def _splits(folders: list[Folder]) -> dict[str, str] | None:
-    """Return the split that each folder is named for if all of them are named for splits; None if they are not.
+    """Return the split of each folder if all folder names are splits, else None.
 
-    UsageError if their names begin with those of splits and go on to tell other things apart, such as trainA, trainB, testA.
+    UsageError if the names begin with a split and continue with something else, such as trainA, trainB, testA.
     """
     found: dict[str, str] = {}
     rests = set()
@@ -353,20 +353,20 @@ def _splits(folders: list[Folder]) -> dict[str, str] | None:
 
 
 def _splits_of_classes(folders: list[Folder]) -> list[str] | None:
-    """Return the splits inside class folders if each of these consists of splits, and there are two at least."""
+    """Return the splits inside class folders if every class folder consists of splits, at least two in all; else None."""
     inside = [_splits(folder.folders) if not folder.images and folder.folders else None for folder in folders]
     names = {split for splits in inside if splits for split in splits.values()}
     return sorted(names) if len(folders) > 1 and all(inside) and len(names) > 1 else None
 
 
 def _word(name: str) -> str:
-    """Return the part of a folder's name that may name a split: the value of a Hive key split=."""
+    """Return the part of a folder name that may be a split: the value of a Hive key such as split=, else the name."""
     key = hive_key(name)
     return key[1] if key is not None and key[0].lower() in SPLIT_KEYS else name
 
 
 def _split_and_rest(name: str) -> tuple[str | None, str]:
-    """Return the split that a folder is named for, and what its name says besides."""
+    """Return the split in a folder name, and the other words of the name."""
     word = _word(name)
     if "=" in word:
         return None, name
@@ -391,7 +391,7 @@ def _read(path: Path, ignored: Counter[str]) -> Folder:
 
 
 def _num_files(path: Path) -> int:
-    """Return the files in depth, as far as they may be looked at: lost+found is its owner's alone."""
+    """Return the number of files in the folder and below, as far as they can be listed."""
     with suppress(OSError):
         return sum(1 for entry in path.rglob("*") if not entry.is_dir()) if path.is_dir() else 1
     return 0

@@ -1,4 +1,4 @@
-"""Images of NumPy archives (.npz), which several image sets are given out in."""
+"""Images in NumPy archives (.npz)."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ class _Array(NamedTuple):
 def npz(
     path: Path, image_column: str | None = None, label_column: str | None = None, split: str | None = None
 ) -> Source:
-    """uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W], and labels where there are any: whole numbers or booleans [N], one-hot
-    rows [N, K], or text [N] where it is named.
+    """Read uint8 images [N, H, W], [N, H, W, C] or [N, C, H, W], and labels: integers or booleans [N], one-hot rows [N, K], or text [N] if
+    named.
 
-    Arrays are found by type and shape whatever their names, and by the split in their names (`x_train`, `test_images`).
+    Arrays are found by type and shape, and by the split in their names (`x_train`, `test_images`).
 
     Raises:
-        DataError: no such array, or a damaged file.
-        UsageError: several such arrays and none named, or a name or split that is not there.
+        DataError: there is no such array, or the file is damaged.
+        UsageError: several such arrays and none is named, or the named array or split does not exist.
     """
     arrays, note = _headers(path), ""
     if image_column is None and any(map(split_of, arrays)):
         if split == ALL_SPLITS:
-            raise UsageError(f"{path}: arrays of several splits cannot be taken together: name one with --split")
+            raise UsageError(f"{path}: arrays of several splits cannot be combined: name one with --split")
         chosen, note = choose_split([name for name in arrays if split_of(name)], split, str(path))
         arrays = {name: array for name, array in arrays.items() if split_of(name) == chosen}
     elif split not in (None, ALL_SPLITS):
@@ -71,7 +71,7 @@ def npz(
 def _choose_labels(
     path: Path, arrays: dict[str, _Array], num_rows: int, named: str | None
 ) -> tuple[str | None, Classes]:
-    """Return the array of labels and what they mean; None where there are none."""
+    """Return the array of labels (None without labels) and its classes."""
     found: dict[str, Classes] = {}
     lengths = ((num_rows,), (num_rows, 1))
     with _damage(path), np.load(path, allow_pickle=False) as archive:
@@ -93,7 +93,7 @@ def _choose_labels(
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Turn what numpy and zipfile raise for a damaged archive into a DataError."""
+    """Convert exceptions of numpy and zipfile for a damaged archive to DataError."""
     try:
         yield
     except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
@@ -102,7 +102,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _headers(path: Path) -> dict[str, _Array]:
-    """Shape and type of each array of numbers, from its header alone."""
+    """Return shape and type of each array, from its header."""
     found = {}
     with _damage(path), zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
@@ -117,7 +117,7 @@ def _headers(path: Path) -> dict[str, _Array]:
 
 
 def _layout(shape: tuple[int, ...], where: str) -> Callable[[Any], Any]:
-    """How one image of an array of this shape becomes [H, W, C]."""
+    """Return the conversion of one image of an array of this shape to [H, W, C]."""
     if len(shape) == 3:
         return lambda image: image[:, :, None]
     if shape[3] <= 4:

@@ -1,4 +1,4 @@
-"""Images of Parquet files as Hugging Face datasets write them: `struct<bytes, path>` or binary columns of PNG or JPEG."""
+"""Images in Parquet files as Hugging Face datasets write them: `struct<bytes, path>` or binary columns of PNG or JPEG."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from pipeline.ingest.sources import Source, content_key, short_name
 
 _BATCH_ROWS = 64
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
-# Extension types that run Python code of the file's choosing, or once did (CVE-2026-41486, CVE-2023-47248).
+# Extension types that run, or in old versions ran, Python code from the file (CVE-2026-41486, CVE-2023-47248).
 _CODE_TYPES = re.compile(rb"ray\.data\.|arrow\.py_extension_type")
 
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns are read, and how.
+    """The columns to read.
 
-    `raw` is the shape (C, H, W) of images that are stored as pixels, as `ddpm-pipe sample --format parquet` stores them. `label` may be the
-    key of a Hive path, which is no column of the files.
+    `raw` is the shape (C, H, W) of images stored as pixels, as in `ddpm-pipe sample --format parquet`. `label` may be the key of a Hive
+    path instead of a column.
     """
 
     image: str
@@ -51,13 +51,13 @@ class _Columns:
 def parquet(
     source: str, image_column: str | None = None, label_column: str | None = None, split: str | None = None
 ) -> Source:
-    """Images of a Parquet file, a folder of them, a glob, or one of these as a URI (s3://, gs://, ...).
+    """Read images of a Parquet file, a folder of them, a glob, or one of these as a URI (s3://, gs://, ...).
 
-    Columns are found by the feature metadata of the schema, else by type, whatever their names; or named by the options.
+    Columns are found by the feature metadata of the schema, else by type, unless the options name them.
 
     Raises:
-        DataError: no such files, damaged ones, or no images in them.
-        UsageError: several candidates and none named, or a name or split that is not there.
+        DataError: there are no such files, or no images in them, or a file is damaged.
+        UsageError: several candidates and none is named, or the named column or split does not exist.
     """
     refuse_unsafe_environment()
     shown, files, chosen, note = without_credentials(source), find_files(source, ".parquet"), None, ""
@@ -73,7 +73,7 @@ def parquet(
                 f"splits: {chosen} taken ({len(files)} files)" + (f"; not taken, in files: {others}" if others else "")
             )
     num_rows = sum(_num_rows(file) for file in files)
-    columns, told = _columns(files, num_rows, image_column, label_column)
+    columns, described = _columns(files, num_rows, image_column, label_column)
     origin = shown if "://" in shown else str(Path(shown).absolute())
 
     def items() -> Iterator[Item]:
@@ -90,18 +90,18 @@ def parquet(
         num_rows=num_rows,
         num_bytes=sum(file.num_bytes for file in files),
         note=note,
-        lines=(*lines, *told),
+        lines=(*lines, *described),
     )
 
 
 def _split_name(file: StoredFile) -> str:
-    """Return what of a file's name may name a split: the value of a Hive key split=, but not that of another."""
+    """Return the part of a file name that may be a split: without Hive keys other than split=."""
     parts = [part for part in file.name.split("/") if (key := hive_key(part)) is None or key[0].lower() in SPLIT_KEYS]
     return "/".join(parts)
 
 
 def _hive_keys(file: StoredFile) -> dict[str, str]:
-    """Return keys and values of the partition that a file lies in, without that of a split."""
+    """Return keys and values of a file's Hive partition, without splits."""
     keys = [key for part in file.name.split("/")[:-1] if (key := hive_key(part)) is not None]
     return {key: value for key, value in keys if key.lower() not in SPLIT_KEYS}
 
@@ -114,7 +114,7 @@ def _key(files: list[StoredFile]) -> str:
 
 @contextmanager
 def _damage(file: StoredFile) -> Iterator[None]:
-    """Turn what pyarrow raises for a damaged file into a DataError that names it."""
+    """Convert exceptions of pyarrow for a damaged file to a DataError that names it."""
     try:
         yield
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -122,7 +122,7 @@ def _damage(file: StoredFile) -> Iterator[None]:
 
 
 def _num_rows(file: StoredFile) -> int:
-    """Rows by the footer, which is refused before its schema is interpreted if that could run code."""
+    """Return the number of rows in the footer; refuse a schema whose interpretation could run code."""
     with _damage(file), file.filesystem.open_input_file(file.path) as stream:
         footer = _footer(stream)
         if _CODE_TYPES.search(base64.b64decode((footer.metadata or {}).get(b"ARROW:schema", b""))):
@@ -131,7 +131,7 @@ def _num_rows(file: StoredFile) -> int:
 
 
 def _footer(stream: Any) -> Any:
-    """Read the footer. Extension types that others, such as Ray Data, registered in this process may raise anything on the way."""
+    """Read the footer. Extension types that Ray Data and others register in this process may raise any exception."""
     try:
         return pq.read_metadata(stream)
     except (OSError, pa.ArrowException):
@@ -149,7 +149,7 @@ def _opened(file: StoredFile) -> Iterator[Any]:
 def _columns(
     files: list[StoredFile], num_rows: int, image_column: str | None, label_column: str | None
 ) -> tuple[_Columns, list[str]]:
-    """Choose the columns, and say what was taken for labels and what was not."""
+    """Choose the columns; return them and lines for the summary."""
     with _opened(files[0]) as opened:
         schema = opened.schema_arrow
     where, features, keys = files[0].path, _features(schema), _hive_keys(files[0])
@@ -189,10 +189,10 @@ def _columns(
         assert known is not None
         columns = _Columns(image, raw, label, known)
     unseen = [f"{name} ({types[name]})" for name in passed_over]
-    return columns, _told(columns, [name for name in candidates if name != label], unseen)
+    return columns, _described(columns, [name for name in candidates if name != label], unseen)
 
 
-def _told(columns: _Columns, others: list[str], unseen: list[str]) -> list[str]:
+def _described(columns: _Columns, others: list[str], unseen: list[str]) -> list[str]:
     line = f"columns: images in {columns.image!r}"
     if columns.label is not None:
         return [f"{line}, labels in {columns.label!r}" + (f" (not in {', '.join(others)})" if others else "")]
@@ -203,9 +203,9 @@ def _told(columns: _Columns, others: list[str], unseen: list[str]) -> list[str]:
 def _classes(
     files: list[StoredFile], name: str, types: dict[str, Any], keys: dict[str, str], num_rows: int, *, named: bool
 ) -> Classes | None:
-    """Return what the values of a column, or of a key of the path, mean as labels; None where they are no labels.
+    """Return the classes of a column or Hive key; None if its values are not labels.
 
-    Text, and numbers that are written as fractions, are taken only where they are named: they may be captions and measurements.
+    Text and floating-point numbers are labels only if named, since they may be captions or measurements.
     """
     if name in keys and name not in types:
         values = {_hive_keys(file).get(name, _NO_PARTITION) for file in files} - {_NO_PARTITION}
@@ -261,7 +261,7 @@ def _no_column(file: StoredFile, name: str) -> DataError:
 
 
 def _features(schema: Any) -> dict[str, dict[str, Any]]:
-    """What the `datasets` library says of columns in the schema's metadata: {column: {"_type": "Image"}, ...}."""
+    """Return the features that the `datasets` library stores in the schema's metadata: {column: {"_type": "Image"}, ...}."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: value for name, value in features.items() if isinstance(value, dict)}
@@ -270,7 +270,7 @@ def _features(schema: Any) -> dict[str, dict[str, Any]]:
 
 
 def _plain_type(kind: Any) -> Any:
-    """Return the type of values without the ways in which they may be kept: dictionaries, extension types."""
+    """Return the type of the values, without dictionary encoding and extension types."""
     while True:
         if isinstance(kind, pa.BaseExtensionType):
             kind = kind.storage_type
@@ -281,7 +281,7 @@ def _plain_type(kind: Any) -> Any:
 
 
 def _plain(column: Any) -> Any:
-    """Return a column's values as their plain type; text as `string`, whatever its layout."""
+    """Convert a column to its plain type, and any text layout to `string`."""
     if isinstance(column.type, pa.BaseExtensionType):
         chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
         column = pa.chunked_array([chunk.storage for chunk in chunks], column.type.storage_type)
@@ -291,7 +291,7 @@ def _plain(column: Any) -> Any:
 
 
 def _kind(kind: Any) -> str | None:
-    """Return what values of a type may say of classes: "numbers", "truths", "categories", "text", "fractions", "one-hot", or None."""
+    """Return the kind of labels that a type can hold: "numbers", "truths", "categories", "text", "fractions", "one-hot", or None."""
     types, plain = pa.types, _plain_type(kind)
     if types.is_integer(plain):
         return "numbers"
@@ -321,7 +321,7 @@ def _is_image(kind: Any) -> bool:
 
 
 def _raw_shape(schema: Any) -> tuple[int, int, int] | None:
-    """Return the shape that the schema says of images that are stored as pixels: CxHxW."""
+    """Return the shape (C, H, W) in the schema's metadata, for images stored as pixels."""
     match = re.fullmatch(rb"(\d{1,6})x(\d{1,6})x(\d{1,6})", (schema.metadata or {}).get(b"shape", b""))
     return None if match is None else (int(match[1]), int(match[2]), int(match[3]))
 
@@ -373,7 +373,7 @@ def _labels(batch: Any, columns: _Columns, keys: dict[str, str], path: str, firs
     kind = _kind(column.type)
     if kind == "one-hot":
         rows = _one_hot(column)
-        assert rows is not None, "was looked at when the column was chosen"
+        assert rows is not None, "checked when the column was chosen"
         return columns.classes.numbers(rows, path, first_row)
     plain = _plain(column).cast(pa.int64()) if kind == "fractions" else _plain(column)
     values = np.array(plain.to_pylist()) if kind in ("text", "categories") else plain.to_numpy(zero_copy_only=False)

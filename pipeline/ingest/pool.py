@@ -1,4 +1,4 @@
-"""Images decoded side by side by a pool of processes, in order; in this process where there are few."""
+"""Decode images in a pool of processes, in order; small sources are decoded in this process."""
 
 from __future__ import annotations
 
@@ -23,23 +23,22 @@ from pipeline.ingest.rows import Item, Rows, Shape, Treatment, make_rows
 
 _CHUNK_ROWS = 256
 _CHUNK_BYTES = 4 * 2**20
-_WORTH_A_POOL_BYTES = 64 * 2**20  # of encoded images: some seconds of decoding, against one to start a pool
-_MOST_WORKERS = 16
+_WORTH_A_POOL_BYTES = 64 * 2**20  # of encoded images: seconds of decoding; a pool takes one second to start
+_MAX_WORKERS = 16
 
 
 def default_num_workers(num_bytes: int) -> int:
-    """Processes to decode `num_bytes` of encoded images with: 1 (this one) for few, else one per core, 16 at most."""
+    """Return the number of decoding processes: 1 (this process) for small sources, else one per core, at most 16."""
     if num_bytes < _WORTH_A_POOL_BYTES:
         return 1
-    cores = usable_cpus()
-    return min(_MOST_WORKERS, cores)
+    return min(_MAX_WORKERS, usable_cpus())
 
 
 def all_rows(items: Iterable[Item], treatment: Treatment, num_workers: int) -> Iterator[Rows]:
-    """Rows made of `items`, in their order whatever the number of processes.
+    """Yield the rows of `items`, in the same order for any number of processes.
 
     Raises:
-        DataError: of the first item, in order, that cannot be taken; or a process died while decoding.
+        DataError: an item is refused (the first one, in order), or a process died while decoding.
     """
     chunks = _in_chunks(items)
     first = None
@@ -61,7 +60,7 @@ def all_rows(items: Iterable[Item], treatment: Treatment, num_workers: int) -> I
 def _by_pool(
     chunks: Iterable[list[Item]], treatment: Treatment, first: tuple[str, Shape], num_workers: int
 ) -> Iterator[Rows]:
-    # Fresh interpreters: a fork of a process with threads (torch, pyarrow) may hang.
+    # New interpreters: a fork of a process with threads (torch, pyarrow) may hang.
     spawn = multiprocessing.get_context("spawn")
     pending: deque[tuple[list[Item], Future[Rows]]] = deque()
     with ProcessPoolExecutor(num_workers, mp_context=spawn, initializer=_begin_worker) as pool:
@@ -80,8 +79,8 @@ def _by_pool(
 
 @contextmanager
 def _without_main() -> Iterator[None]:
-    """Start processes that do not import this program's main module: they need nothing of it, and a script without the
-    usual guard would run a second time, one from standard input fail."""
+    """Start processes that do not import this program's main module: a script without the usual guard would run a second time, and one
+    from standard input would fail."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = ModuleType("__main__")
     try:
@@ -101,7 +100,7 @@ def _result(chunk: list[Item], future: Future[Rows]) -> Rows:
 
 
 def _begin_worker() -> None:
-    """Leave Ctrl-C to the parent, and end when it has gone, however it went."""
+    """Ignore Ctrl-C, which the parent handles, and exit when the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -128,7 +127,7 @@ def _in_chunks(items: Iterable[Item]) -> Iterator[list[Item]]:
 
 def _num_bytes(item: Item) -> int:
     if isinstance(item.image, Path):
-        with suppress(OSError):  # reading it will tell
+        with suppress(OSError):  # reading it raises the error
             return item.image.stat().st_size
         return 0
     if isinstance(item.image, bytes):

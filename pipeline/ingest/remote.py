@@ -1,4 +1,4 @@
-"""Datasets in an object store: written there shard by shard, the manifest last, so that a dataset is there as a whole or not at all."""
+"""Write datasets to an object store: shard by shard, with the manifest last, so that a dataset is complete or absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOOK_EVERY_S = 1.0
 
 
 def has_dataset(folder: RemoteFolder) -> bool:
-    """Whether a folder of a store was written by ingest; DataError where the store does not answer."""
+    """Whether a folder of a store is a dataset; DataError if the store does not answer."""
     try:
         return folder.stat(MANIFEST_FILE) is not None
     except StorageError as error:
@@ -28,18 +28,18 @@ def has_dataset(folder: RemoteFolder) -> bool:
 
 
 def is_empty(folder: RemoteFolder) -> bool:
-    """Whether nothing is in a folder of a store, but for who is about to write it."""
+    """Whether a folder of a store is empty, except for a lease."""
     return all(entry.name.startswith(f"{_LEASE}/") for entry in folder.objects())
 
 
 @contextmanager
 def sole_remote_writer(dest: RemoteFolder, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the right to write `dest`; where another process has it, say so and wait, or refuse (RunLockedError).
+    """Hold the lease on `dest`. If another process holds it, call `waiting` and wait; without `waiting`, raise RunLockedError.
 
     Raises:
         StorageError: the store refuses.
     """
-    told = False
+    announced = False
     while True:
         lease = Lease(dest.child(_LEASE), f"dataset {dest}")
         try:
@@ -49,17 +49,17 @@ def sole_remote_writer(dest: RemoteFolder, waiting: Callable[[], None] | None = 
         except RunLockedError:
             if waiting is None or lease.was_held:
                 raise
-        if not told:
+        if not announced:
             waiting()
-            told = True
+            announced = True
         time.sleep(_LOOK_EVERY_S)
 
 
 @contextmanager
 def new_remote_folder(dest: RemoteFolder) -> Iterator[tuple[Path, Callable[[Path], None]]]:
-    """Give a folder here to fill, and what to call with each shard in it that is done: it is sent and removed here.
+    """Yield a local folder to fill and a function that uploads a finished shard and removes it locally.
 
-    The manifest is sent when the block ends. Nothing is left, here or there, when it raises.
+    The manifest is uploaded when the block ends. If it raises, everything is removed, locally and in the store.
     """
     folder = Path(tempfile.mkdtemp(dir=own_folder("ingest")))
 
@@ -68,7 +68,7 @@ def new_remote_folder(dest: RemoteFolder) -> Iterator[tuple[Path, Callable[[Path
         shard.unlink()
 
     try:
-        for entry in dest.objects():  # of a process that was killed
+        for entry in dest.objects():  # left by a killed process
             if not entry.name.startswith(f"{_LEASE}/"):
                 dest.delete(entry.name)
         yield folder, send

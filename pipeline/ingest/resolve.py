@@ -1,4 +1,4 @@
-"""What SOURCE names, and the options that go with it."""
+"""Resolve SOURCE, and the options of an ingest."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ TO_FETCH = {
 
 @dataclass(frozen=True)
 class IngestOptions:
-    """What decides the content of a dataset besides its source; nothing is resized, recoloured or left out unless asked.
+    """The options that decide the content of a dataset; by default nothing is resized, recoloured or left out.
 
     Attributes:
-        image_size: height and width, or one number for both: a centred crop of that aspect, resized with antialiasing.
-        mode: "L" or "RGB": convert images to grey or colour, also those that are refused otherwise.
-        image_column, label_column: of Parquet or .npz; label column "none" leaves labels out.
-        split: "train", "validation", "test" or "all", where the source has splits.
-        layout: "flat", "classes" or "splits": what the sub-folders of an image folder are, whatever their names.
-        skip_damaged: so many damaged images may be left out; with one more none of the source is ingested.
-        max_pixels: of one image; larger ones are refused before they are decoded.
+        image_size: (height, width), or one number for both: a centred crop of that aspect, resized with antialiasing.
+        mode: "L" or "RGB": convert images to grey or colour, including those that are refused otherwise.
+        image_column, label_column: of Parquet or .npz; label column "none" ingests without labels.
+        split: "train", "validation", "test" or "all", for sources with splits.
+        layout: "flat", "classes" or "splits": the meaning of the sub-folders of an image folder, regardless of their names.
+        skip_damaged: maximum number of damaged images to leave out; with more, the ingest is refused.
+        max_pixels: of one image; larger ones are refused before decoding.
 
     Raises:
-        UsageError: a value out of range.
+        UsageError: a value is out of range.
     """
 
     image_size: int | tuple[int, int] | None = None
@@ -68,7 +68,7 @@ class IngestOptions:
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """Height and width asked for."""
+        """(height, width), or None."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
@@ -86,7 +86,7 @@ def how_to_fetch(source: str, options: IngestOptions) -> str:
 
 
 def is_dataset(folder: str | Path) -> bool:
-    """Whether `folder`, here or in an object store, was written by ingest; the name of a built-in set is that set."""
+    """Whether `folder`, local or in an object store, is an ingested dataset; the name of a built-in set means that set."""
     if folder in BUILT_IN:
         return False
     if isinstance(folder, str) and is_remote(folder):
@@ -102,13 +102,13 @@ def resolve_source(
     offline: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Source:
-    """Find out what `source` names: a built-in set, a URI or glob of Parquet files, or a file or folder here.
+    """Resolve `source`: a built-in set, a URI or glob of Parquet files, or a local file or folder.
 
     A built-in name is that set; `./mnist` is a folder of that name.
 
     Raises:
-        DataError: nothing of that name, or nothing in it that can be ingested.
-        UsageError: an option that does not go with it.
+        DataError: it does not exist, or has nothing that can be ingested.
+        UsageError: an option does not apply to it.
     """
     is_folder = "://" not in source and source not in BUILT_IN and Path(source).is_dir()
     if options.layout is not None and not is_folder:
@@ -133,7 +133,7 @@ def resolve_source(
     if path.suffix == ".npz":
         return npz(path, *columns)
     raise DataError(
-        f"{source} is no source of images: give an image folder, .parquet or .npz files, or one of {', '.join(BUILT_IN)}"
+        f"{source} is not a source of images: give an image folder, .parquet or .npz files, or one of {', '.join(BUILT_IN)}"
     )
 
 
@@ -141,14 +141,14 @@ def _folder(
     path: Path, image_column: str | None, label_column: str | None, split: str | None, layout: str | None
 ) -> Source:
     if is_dataset(path):
-        raise UsageError(f"{path} is an ingested dataset already: use it as it is")
+        raise UsageError(f"{path} is already an ingested dataset: use it directly")
     try:
         suffixes = {file.suffix.lower() for file in _walk(path)}
         has_parquet = ".parquet" in suffixes
         if has_parquet and suffixes & set(IMAGE_SUFFIXES):
-            raise DataError(f"{path} holds Parquet files and image files: give a folder, or a glob, of one kind")
+            raise DataError(f"{path} has both Parquet files and image files: give a folder, or a glob, of one kind")
         if has_parquet and layout is not None:
-            raise UsageError(f"--layout is for folders of image files, {path} holds Parquet files: leave it out")
+            raise UsageError(f"--layout is for folders of image files, {path} has Parquet files: leave it out")
         if has_parquet:
             return parquet(str(path), image_column, label_column, split)
         if image_column is not None or label_column is not None:
@@ -161,7 +161,7 @@ def _folder(
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Yield the files below a folder, but for what systems leave there."""
+    """Yield the files below a folder, without those that systems create."""
     for entry in folder.iterdir():
         if is_litter(entry.name):
             continue

@@ -1,15 +1,18 @@
-"""From images of any source to rows of a dataset: decode, convert as asked, check, encode; in this process or in a pool.
+"""Convert images of any source to rows of a dataset: decode, convert, check, encode.
 
-The module is what pool processes import, so it stays free of torch and pyarrow.
+Pool processes import this module, so it imports neither torch nor pyarrow.
 """
 
 from __future__ import annotations
 
+import io
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from pipeline.data.images import (
     MAX_BYTES,
@@ -22,7 +25,7 @@ from pipeline.data.images import (
 from pipeline.data.manifest import RAW_LIMIT, ContentHash
 from pipeline.errors import DataError
 
-_TOGETHER_BYTES = 2**22  # of pixels whose statistics are made at once: one by one is slow for small images
+_TOGETHER_BYTES = 2**22  # of pixels per histogram; one histogram per small image would be slow
 
 Pixels = npt.NDArray[np.uint8]
 Shape = tuple[int, int, int]  # C, H, W
@@ -30,7 +33,7 @@ Shape = tuple[int, int, int]  # C, H, W
 
 @dataclass(frozen=True)
 class Item:
-    """One image on its way in: an encoded file, its path, uint8 pixels [H, W, C], or None where it is missing; `where` names it."""
+    """One image of a source: an encoded file, its path, uint8 pixels [H, W, C], or None if it is missing. `where` names it in messages."""
 
     where: str
     image: bytes | Path | Pixels | None
@@ -39,7 +42,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Treatment:
-    """What is done to each image besides decoding it: nothing, unless asked."""
+    """Conversions after decoding; none by default."""
 
     mode: str | None = None
     image_size: tuple[int, int] | None = None  # H, W
@@ -48,11 +51,10 @@ class Treatment:
 
 @dataclass(frozen=True)
 class Rows:
-    """Consecutive finished rows: the stored form of each image, its digest, labels, and for the statistics how often each
-    of the 256 values occurs in each channel, int64 [C, 256].
+    """Consecutive rows: stored images, digests, labels, and per channel the count of each of the 256 values, int64 [C, 256].
 
-    `first` is the dataset's first row, which it is named by, and its shape; None before there is one. `damaged` says, of each image
-    that is left out, where it is and what is wrong.
+    `first` is the name and shape of the dataset's first row, None before there is one. `damaged` has a message for each image that is left
+    out.
     """
 
     first: tuple[str, Shape] | None
@@ -69,10 +71,10 @@ class Rows:
 
 
 def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] | None) -> Rows:
-    """Turn items into rows of one shape: that of `first` (the dataset's first row), or of the first item without it.
+    """Convert items to rows, all with the shape of `first` (the dataset's first row), or of the first item if None.
 
     Raises:
-        DataError: an image that is not damaged cannot be taken, or shapes differ; names the item.
+        DataError: an image is refused, or shapes differ; names the item. Damaged images do not raise.
     """
     images, digests, labels, recent = [], [], [], list[Pixels]()
     histogram: npt.NDArray[np.int64] | None = None
@@ -105,30 +107,33 @@ def _histogram(images: list[Pixels]) -> npt.NDArray[np.int64]:
 
 
 def stored_raw(shape: Shape) -> bool:
-    """Whether images of this shape are stored as raw pixels (small ones) or as PNG."""
+    """Whether images of this shape are stored as raw pixels, not as PNG."""
     return max(shape[1:]) <= RAW_LIMIT
 
 
 def encode_png(pixels: Pixels) -> bytes:
     """Encode uint8 [H, W, C] with one or three channels as a PNG file."""
-    import io
+    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+    data = _png(image, compress_type=zlib.Z_HUFFMAN_ONLY)
+    # zlib's search for repeated bytes does not shrink photographs, and takes longer than decoding and resizing
+    return data if len(data) > pixels.nbytes / 3 else _png(image, compress_level=4)
 
-    from PIL import Image
 
+def _png(image: Image.Image, **options: int) -> bytes:
     file = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "PNG", compress_level=4)
+    image.save(file, "PNG", **options)
     return file.getvalue()
 
 
 def _pixels(item: Item, treatment: Treatment) -> Pixels:
     if item.image is None:
-        raise DamagedImageError(f"{item.where} has no image bytes: images must be inside the file")
+        raise DamagedImageError(f"{item.where} has no image bytes: store the images inside the file")
+    size = treatment.image_size
     if isinstance(item.image, np.ndarray):
         pixels = convert_array(item.image, treatment.mode, item.where)
-    else:
-        data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
-        pixels = decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, where=item.where)
-    return pixels if treatment.image_size is None else crop_and_resize(pixels, treatment.image_size)
+        return pixels if size is None else crop_and_resize(pixels, size)
+    data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
+    return decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, size=size, where=item.where)
 
 
 def _read(path: Path, where: str) -> bytes:

@@ -1,7 +1,8 @@
-"""The sets that torchvision knows as MNIST, FashionMNIST and CIFAR10, from where it keeps them or from the network.
+"""MNIST, Fashion-MNIST and CIFAR-10, from torchvision's folder layout or from the network.
 
-Read from their published formats: IDX (gzipped or not) and CIFAR's binary version. CIFAR's other version, the one that
-torchvision downloads, consists of pickles, which can run code, and is not read.
+The published formats are read: IDX (gzipped or not) and the binary version of CIFAR. The version of CIFAR that torchvision downloads
+consists of pickles, which can run code, and is not read. Neither is torchvision used for IDX files: importing it takes longer than
+reading them, and its downloads have no timeout.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ class _Set:
 
 
 def torchvision_set(name: str, split: str | None, downloads: Path, offline: bool, say: Callable[[str], None]) -> Source:
-    """`mnist`, `fashion-mnist` or `cifar10`, split train unless another is asked for.
+    """Return the source `mnist`, `fashion-mnist` or `cifar10`, by default the split train.
 
     Args:
-        downloads: folder that holds, or will hold, the published files as torchvision lays them out.
+        downloads: folder of the published files, in torchvision's layout.
         offline: never download.
-        say: is told what is downloaded.
+        say: called with a line per download.
 
     Raises:
-        UsageError: no such split.
-        DataError: while iterating, when the files are not here and cannot be fetched, or are damaged.
+        UsageError: there is no such split.
+        DataError: while iterating, if files are missing and cannot be downloaded, or are damaged.
     """
     known = SETS[name]
     wanted = "train" if split is None else split if split == ALL_SPLITS else split_of(split)
@@ -109,13 +110,13 @@ def _read_mnist(paths: list[Path], split: str) -> tuple[Array, Array]:
 
 
 def read_idx(path: Path) -> Array:
-    """Array of unsigned bytes in LeCun's IDX format, gzipped or not; ValueError where it is anything else."""
+    """Read an array of unsigned bytes in LeCun's IDX format, gzipped or not; ValueError for anything else."""
     data = path.read_bytes()
     if data[:2] == b"\x1f\x8b":
         data = gzip.decompress(data)
     zero, kind, num_dimensions = struct.unpack(">HBB", data[:4])
     if zero != 0 or kind != 0x08:
-        raise ValueError(f"{path.name} is no IDX file of unsigned bytes")
+        raise ValueError(f"{path.name} is not an IDX file of unsigned bytes")
     shape = struct.unpack_from(f">{num_dimensions}I", data, 4)
     begin = 4 + 4 * num_dimensions
     if len(data) - begin != math.prod(shape):
@@ -124,7 +125,7 @@ def read_idx(path: Path) -> Array:
 
 
 def _read_cifar10(paths: list[Path], split: str) -> tuple[Array, Array]:
-    """Records of one label byte and 3x32x32 pixels, five files for training and one for testing."""
+    """Read records of one label byte and 3x32x32 pixels; five files for training, one for testing."""
     files = [f"data_batch_{i}.bin" for i in range(1, 6)] if split == "train" else ["test_batch.bin"]
     parts = []
     with tarfile.open(paths[0]) as archive:

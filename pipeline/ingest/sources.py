@@ -1,6 +1,6 @@
-"""Where images come from: a source gives its items in one fixed order, and a key of its content.
+"""Sources of images: items in a fixed order, and a key of the content.
 
-Here are the built-in digits and image folders; npz, parquet and sets have the rest.
+This file has the built-in digits and image folders; npz, parquet and sets have the other sources.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class Source:
     """Images to ingest.
 
     Attributes:
-        name: short name for people and folders.
-        origin: where they come from, for the manifest; without credentials.
-        items: yields the images in their fixed order.
-        key: gives a text that changes when the content does; may read all of the source.
+        name: short name for display and folders.
+        origin: address or path for the manifest, without credentials.
+        items: yields the images in a fixed order.
+        key: returns a text that changes with the content; may read the whole source.
         class_names: one name per class, or None.
         has_labels: whether items carry labels.
-        num_rows: images, where known beforehand.
-        shape: (C, H, W) of every image as it is, where known beforehand.
-        num_bytes: bytes of encoded images to decode; 0 where pixels come as arrays.
-        note: a choice made for the user, to print before the work; "" if there is none.
-        lines: what the source was taken for, to be told in the end.
-        download: what must be fetched before, for people; "" if everything is here.
+        num_rows: number of images, if known beforehand.
+        shape: (C, H, W) of every image before conversion, if known beforehand.
+        num_bytes: bytes of encoded images to decode; 0 for arrays.
+        note: an automatic choice, printed before the work; "" without one.
+        lines: interpretation of the source, for the summary.
+        download: description of the necessary download; "" if everything is local.
     """
 
     name: str
@@ -58,9 +58,9 @@ class Source:
 
 
 def digits(split: str | None = None) -> Source:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels in 17 grey levels.
+    """Return scikit-learn's 1,797 handwritten digits, 8x8 pixels with 17 grey levels.
 
-    Level v of 0..16 becomes round(255 v / 16), so that 0 is black, 16 is white and the levels can be told again.
+    Level v of 0..16 becomes round(255 v / 16): 0 is black, 16 is white, and the levels can be recovered.
     """
     if split not in (None, ALL_SPLITS):
         raise UsageError(f"digits has no split {split!r}: leave out --split")
@@ -76,9 +76,9 @@ def digits(split: str | None = None) -> Source:
 
 
 def _digits_table() -> FloatArray:
-    """Read the file that scikit-learn's `load_digits` reads: a row per image, 64 levels and the label.
+    """Read the file of scikit-learn's `load_digits`: a row per image, 64 levels and the label.
 
-    Importing scikit-learn for it would take longer than anything else that an ingest of the digits does.
+    Importing scikit-learn would take longer than the rest of the ingest.
     """
     package = find_spec("sklearn")
     if package is None or not package.submodule_search_locations:
@@ -89,10 +89,10 @@ def _digits_table() -> FloatArray:
 
 
 def image_folder(root: Path, split: str | None = None, layout: str | None = None) -> Source:
-    """PNG and JPEG files below `root`, with splits and classes as `read_layout` finds them.
+    """Return the PNG and JPEG files below `root`, with splits and classes as in `read_layout`.
 
     Raises:
-        DataError, UsageError: as `read_layout`, or a file cannot be looked at.
+        DataError, UsageError: as in `read_layout`, or a file cannot be read.
     """
     taken = read_layout(root, split, layout)
 
@@ -126,7 +126,7 @@ def _size(file: Path) -> int:
 
 
 def content_key(files: Iterable[tuple[str, Path]]) -> str:
-    """Hash of files' names, as the source knows them, and of their bytes."""
+    """Return a hash of the files' names and bytes."""
     total = hashlib.sha256()
     for name, file in files:
         try:
@@ -139,6 +139,6 @@ def content_key(files: Iterable[tuple[str, Path]]) -> str:
 
 
 def short_name(path: Path | str) -> str:
-    """The last part of a path as a name that is safe in paths and run names."""
+    """Return the last part of a path, with characters that are safe in paths and run names."""
     stem = Path(path).resolve().stem if isinstance(path, Path) else path.rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-.") or "images"

@@ -1,4 +1,4 @@
-"""Writing a dataset: shards with page checksums in a folder that appears complete or not at all."""
+"""Write a dataset: shards with page checksums, in a folder that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _ROW_GROUPS_PER_SHARD = 32
 
 
 def rows_per_group(shape: Shape) -> int:
-    """Rows of a row group: the power of two, 16 to 1,024, whose decoded images fill at most 1.5 MiB."""
+    """Return the rows per row group: a power of two from 16 to 1,024 whose decoded images take at most 1.5 MiB."""
     fitting = max(1, _ROW_GROUP_BYTES // math.prod(shape))
     return int(min(1024, max(16, 1 << (fitting.bit_length() - 1))))
 
 
 class ShardWriter:
-    """Collects rows, writes them as shards of whole row groups, and ends in a manifest. Use it in a `with` block.
+    """Collects rows, writes shards of whole row groups, and finally the manifest; a context manager.
 
-    `done` is called with the file of each shard that is complete.
+    `done` is called with the file of each finished shard.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class ShardWriter:
     def finish(
         self, name: str, source: str, class_names: tuple[str, ...] | None, skipped: tuple[str, ...] = ()
     ) -> Manifest:
-        """Write what is left, and the manifest last."""
+        """Write the remaining rows, then the manifest."""
         shape = self._shape
         if shape is None:
             raise DataError(f"{source} has no images, expected one at least: check the source")
@@ -147,7 +147,7 @@ class ShardWriter:
 
 
 def _mean_and_std(counts: list[int]) -> tuple[float, float]:
-    """Of pixels on the scale [-1, 1], from how often each of the 256 values occurs; in whole numbers up to the last step."""
+    """Return mean and standard deviation on the scale [-1, 1] from the count of each value; exact integers up to the last step."""
     count = sum(counts)
     total = sum(n * value for value, n in enumerate(counts))
     squares = sum(n * value * value for value, n in enumerate(counts))
@@ -155,24 +155,23 @@ def _mean_and_std(counts: list[int]) -> tuple[float, float]:
 
 
 def _compression(images: list[bytes]) -> str:
-    """Photographs hardly shrink, and reading them takes half as long again if compressed; drawings shrink fivefold."""
+    """Return "zstd" if it saves a fifth or more. Photographs hardly shrink, and reading compressed ones takes 1.5 times as long."""
     pixels = b"".join(images)
     return "zstd" if len(pa.compress(pixels, codec="zstd", asbytes=True)) < 0.8 * len(pixels) else "none"
 
 
 @contextmanager
 def new_folder(dest: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
-    """A folder to fill that becomes `dest` when the block ends, and of which nothing is left when it raises; and what to do
-    with each shard that is done, which is nothing.
+    """Yield a folder to fill, which becomes `dest` when the block ends and is removed if it raises, and a no-op for finished shards.
 
     The caller holds `sole_writer(dest)`.
 
     Raises:
-        StorageError: the place cannot be written, or is full.
+        StorageError: the folder cannot be written, or the disk is full.
     """
     partial = dest.parent / f".{dest.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         partial.mkdir()
         yield partial, lambda _: None
         partial.rename(dest)
@@ -184,11 +183,11 @@ def new_folder(dest: Path) -> Iterator[tuple[Path, Callable[[Path], None]]]:
 
 @contextmanager
 def sole_writer(dest: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold the right to write `dest`, whose parents are made; where another process has it, say so and wait, or refuse.
+    """Hold the lock on `dest`, and create its parents. If another process holds it, call `waiting` and wait.
 
     Raises:
-        UsageError: another process has it, and `waiting` is None.
-        StorageError: the place cannot be written.
+        UsageError: another process holds it, and `waiting` is None.
+        StorageError: the folder cannot be written.
     """
     made = [folder for folder in dest.parents if not folder.exists()]
     lock = dest.parent / f".{dest.name}.lock"
@@ -202,34 +201,34 @@ def sole_writer(dest: Path, waiting: Callable[[], None] | None = None) -> Iterat
     try:
         yield
     finally:
-        lock.unlink(missing_ok=True)  # while it is held, so that nobody can hold it unseen
+        lock.unlink(missing_ok=True)  # while it is locked: nobody can lock a removed file unnoticed
         file.close()
         if not dest.exists():
             for folder in made:
-                with suppress(OSError):  # another process uses it by now
+                with suppress(OSError):  # another process uses it
                     folder.rmdir()
 
 
 def _locked(lock: Path, dest: Path, waiting: Callable[[], None] | None) -> IO[bytes]:
-    told = False
+    announced = False
     while True:
         file = lock.open("ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 return file
-            file.close()  # its holder removed it just now: take the new one
+            file.close()  # its holder has removed it: lock the new one
             continue
         except BlockingIOError:
             file.close()
         if waiting is None:
             raise UsageError(f"another process is writing {dest}: wait for it, or give another folder")
-        if not told:
+        if not announced:
             waiting()
-            told = True
+            announced = True
         time.sleep(0.2)
 
 
 def _unwritable(dest: Path, error: OSError) -> StorageError:
-    reason = os.strerror(error.errno) if error.errno else str(error)  # pyarrow's own text is longer
+    reason = os.strerror(error.errno) if error.errno else str(error)  # shorter than pyarrow's text
     return StorageError(f"{dest} cannot be written ({reason}): free space, or give another folder")

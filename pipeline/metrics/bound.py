@@ -19,7 +19,7 @@ from ddpm import GaussianDiffusion, Model, bits_per_dim, conditioned
 from ddpm.likelihood import rate_distortion
 from pipeline.data.image_set import ImageSet, Progress, Rows
 from pipeline.data.images import to_float
-from pipeline.data.labels import ClassNames, told_labels
+from pipeline.data.labels import ClassNames, model_labels
 from pipeline.data.shards import Dataset
 from pipeline.metrics.fit_rule import hash_rows
 from pipeline.storage.tensor_file import Arrays
@@ -131,7 +131,7 @@ class Likelihood:
         generators = [image_generators(seed, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
         model: Model = self.model
         if self.class_names:
-            labels = torch.from_numpy(told_labels(dataset, rows, self.class_names))
+            labels = torch.from_numpy(model_labels(dataset, rows, self.class_names))
             model = conditioned(self.model, self.compute.send(labels))
         found = bits_per_dim(self.diffusion, model, x0, generator=generators)
         prior, terms, x0_mse = (part.double().cpu().numpy() for part in (found.prior, found.terms, found.x0_mse))

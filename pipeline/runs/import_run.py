@@ -11,7 +11,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
 from pipeline.config.experiment import DataConfig, Experiment
 from pipeline.console import Console
-from pipeline.data.labels import told_labels
+from pipeline.data.labels import model_labels
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel, is_pipeline, read_pipeline
@@ -122,7 +122,7 @@ def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Consol
             f"ddpm-pipe ingest {data} DEST --image-size {foreign.shape[1]}x{foreign.shape[2]}{mode}"
         )
     if foreign.class_names:
-        told_labels(dataset, rows_to_measure(dataset, None), foreign.class_names)
+        model_labels(dataset, rows_to_measure(dataset, None), foreign.class_names)
     return dataset
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile
 from pipeline.console import Console, Rate
-from pipeline.data.labels import told_labels
+from pipeline.data.labels import model_labels
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
 from pipeline.metrics.metric_identity import BoundIdentity
@@ -42,7 +42,7 @@ def measure_bound(
     dataset = open_images(run, "to measure") if split is None else open_split(run, split, console)
     rows = rows_to_measure(dataset, num_images, progress_on(console))
     if trained.class_names:
-        told_labels(dataset, rows, trained.class_names)  # refused before anything is computed
+        model_labels(dataset, rows, trained.class_names)  # refused before anything is computed
     chunk = trained.experiment.sampling.batch_size
     identity = BoundIdentity(
         metric=METRIC,

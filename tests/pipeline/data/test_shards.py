@@ -196,7 +196,7 @@ def plain(table: Any, path: Path, **options: Any) -> None:
 
 
 FORGERIES: dict[str, tuple[Callable[[Any, Path], None], str]] = {
-    "a schema with extension types could be in it": (lambda t, p: plain(t, p, store_schema=True), "carries metadata"),
+    "a schema with extension types could be in it": (lambda t, p: plain(t, p, store_schema=True), "it has metadata"),
     "labels that may be missing": (
         lambda t, p: plain(t.cast(pa.schema([t.schema.field(0), pa.field("label", pa.int64())])), p),
         "its columns are",
@@ -220,8 +220,8 @@ FORGERIES: dict[str, tuple[Callable[[Any, Path], None], str]] = {
         ),
         "its columns are",
     ),
-    "fewer rows": (lambda t, p: plain(t.slice(1), p), "its row groups hold 127 rows, the manifest says 128"),
-    "other row groups": (lambda t, p: plain(t, p, row_group_size=64), "its row groups hold 128 rows"),
+    "fewer rows": (lambda t, p: plain(t.slice(1), p), "its row groups have 127 rows, the manifest says 128"),
+    "other row groups": (lambda t, p: plain(t, p, row_group_size=64), "its row groups have 128 rows"),
 }
 
 

@@ -170,6 +170,17 @@ def test_every_schedule_is_the_same_there_and_comes_back_by_name(name: str, T: i
     torch.testing.assert_close(BetaSchedule.named(back["schedule"], T).betas, ours.betas, rtol=1e-6, atol=0)
 
 
+def test_the_prediction_of_old_releases_is_read() -> None:
+    for content, ours in (({"predict_epsilon": False}, "x0"), ({"predict_epsilon": True}, "eps"), ({}, "eps")):
+        assert diffusers_scheduler.from_their_config(content)["prediction"] == ours
+    assert (
+        diffusers_scheduler.from_their_config({"predict_epsilon": False, "prediction_type": "v_prediction"})[
+            "prediction"
+        ]
+        == "v"
+    )
+
+
 def test_their_own_schedules_are_read_as_they_are() -> None:
     from diffusers import DDIMScheduler, DDPMScheduler
 

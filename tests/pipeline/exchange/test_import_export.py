@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pipeline.config.experiment import DataConfig
 from pipeline.errors import CheckpointError
@@ -98,6 +98,55 @@ def test_it_is_fine_tuned_as_a_new_run(typed: Typed, home: Path, pipeline: Path)
     before = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")["conv_in.weight"]
     after = Trained.from_run(tuned, weights="raw").model.state_dict()["conv_in.weight"]
     assert 0 < float((after - before).abs().max()) < 1e-3  # two steps of Adam from these weights, not from others
+
+
+def weights_of(reference: str, home: Path) -> dict[str, torch.Tensor]:
+    return dict(Trained.from_run(Run.find(home, reference)).model.state_dict())
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_variants_and_shards_are_read(suffix: str, typed: Typed, home: Path, pipeline: Path) -> None:
+    assert typed("import", "theirs")[0] == 0
+    sound = weights_of("latest", home)
+    unet = pipeline / "unet"
+    stem, whole = "diffusion_pytorch_model", load_file(unet / "diffusion_pytorch_model.safetensors")
+    save = save_file if suffix == "safetensors" else torch.save
+    (unet / f"{stem}.safetensors").unlink()
+
+    save({name: tensor.half() for name, tensor in whole.items()}, unet / f"{stem}.fp16.{suffix}")
+    code, _, err = typed("import", "theirs")
+    assert code == 0, err
+    assert all(torch.equal(tensor, sound[name].half().float()) for name, tensor in weights_of("latest", home).items())
+
+    names = sorted(whole)
+    parts = {f"{stem}-0000{i + 1}-of-00003.{suffix}": names[i::3] for i in range(3)}
+    for file, inside in parts.items():
+        save({name: whole[name] for name in inside}, unet / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, inside in parts.items() for name in inside}}
+    (unet / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+    (unet / f"{stem}.fp16.{suffix}").unlink()
+    code, _, err = typed("import", "theirs")
+    assert code == 0, err
+    assert all(torch.equal(tensor, sound[name]) for name, tensor in weights_of("latest", home).items())
+
+    file = next(iter(parts))
+    for changed, message in (
+        (index["weight_map"] | {names[0]: "../x.bin"}, "has no weight_map of shards of this folder"),
+        (dict.fromkeys(names[1:], file), f"has no {names[0]}"),
+        (index["weight_map"] | {"other": file}, "holds other, which this network does not have"),
+        (
+            {name: part.replace("3-of", "9-of") for name, part in index["weight_map"].items()},
+            "has no diffusion_pytorch_model-00009-of-00003",
+        ),
+    ):
+        (unet / f"{stem}.{suffix}.index.json").write_text(json.dumps({"weight_map": changed}))
+        code, _, err = typed("import", "theirs")
+        assert (code, message in err) == (4, True), err
+    (unet / f"{stem}.{suffix}.index.json").unlink()
+    code, _, err = typed("import", "theirs")
+    assert code == 4
+    assert f"has no weights: got config.json, {file}, " in err
+    assert f"expected {stem}.safetensors or .bin, a variant such as" in err
 
 
 @pytest.mark.parametrize("kind", ["canary in .bin", "canary in the network's name", "header bomb", "text", "nothing"])

@@ -10,10 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.datasets import load_sample_images
 
+from pipeline.data.images import decode_image
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest, source_key
+from pipeline.ingest.rows import encode_png
 from tests.kit.data import (
     Pixels,
     jpeg_of,
@@ -50,6 +53,16 @@ def test_equal_content_gives_an_equal_fingerprint_whatever_it_comes_from(tmp_pat
     assert [shard.sha256 for shard in a.shards] == [shard.sha256 for shard in c.shards]
     np.testing.assert_array_equal(Dataset.open(tmp_path / "a").read(range(12)), images.transpose(0, 3, 1, 2))
     np.testing.assert_array_equal(Dataset.open(tmp_path / "a").labels(), LABELS)
+
+
+def test_photographs_and_drawings_are_stored_exactly_and_small() -> None:
+    photograph = load_sample_images().images[0][:256, :256]
+    drawing = np.full((256, 256, 3), 255, dtype=np.uint8)
+    drawing[40:90, 30:200] = (200, 30, 30)
+    for pixels, bytes_at_most in ((photograph, 150_000), (drawing, 4_000), (drawing[:, :, :1], 2_000)):
+        data = encode_png(pixels)
+        np.testing.assert_array_equal(decode_image(data), pixels)
+        assert len(data) <= bytes_at_most
 
 
 @pytest.mark.parametrize("changed", ["a pixel", "a label", "a class name", "the order", "no labels"])
@@ -134,7 +147,7 @@ def test_nothing_is_left_of_an_ingest_that_fails(tmp_path: Path) -> None:
     (folder / "00599.png").write_bytes(png_of(images[599])[:-20])
     before = everything_below(tmp_path)
     for num_workers in (1, 2):
-        with pytest.raises(DataError, match=r"00599\.png: a truncated PNG"):
+        with pytest.raises(DataError, match=r"00599\.png: a damaged PNG image"):
             ingest(str(folder), tmp_path / "new" / "parents" / "out", num_workers=num_workers)
         assert everything_below(tmp_path) == before
 
@@ -299,10 +312,10 @@ def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, obj
     ("name", "error", "message"),
     [
         ("digit", DataError, r"digit does not exist: give .* \(did you mean 'digits'\?\)"),
-        ("notes.txt", DataError, r"notes\.txt is no source of images"),
-        ("empty", DataError, r"empty holds no images"),
+        ("notes.txt", DataError, r"notes\.txt is not a source of images"),
+        ("empty", DataError, r"empty has no images"),
         ("nowhere.parquet", DataError, r"nowhere\.parquet does not exist"),
-        ("*.parquet", DataError, r"names no \.parquet file"),
+        ("*.parquet", DataError, r"has no \.parquet file"),
         ("unknown://bucket/x", DataError, r"unknown://bucket/x cannot be listed"),
     ],
 )
@@ -320,7 +333,7 @@ def test_a_folder_of_both_kinds_is_ambiguous(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "in", some_images(3))
     write_parquet(folder / "train.parquet", some_images(3), [0, 1, 2], NAMES)
     with pytest.raises(
-        DataError, match="in holds Parquet files and image files: give a folder, or a glob, of one kind"
+        DataError, match="in has both Parquet files and image files: give a folder, or a glob, of one kind"
     ):
         ingest(str(folder), tmp_path / "out")
     assert ingest(str(folder / "*.parquet"), tmp_path / "out").num_rows == 3
@@ -328,7 +341,7 @@ def test_a_folder_of_both_kinds_is_ambiguous(tmp_path: Path) -> None:
 
 def test_a_dataset_is_not_ingested_again(tmp_path: Path) -> None:
     ingest("digits", tmp_path / "d")
-    with pytest.raises(UsageError, match="is an ingested dataset already"):
+    with pytest.raises(UsageError, match="is already an ingested dataset"):
         ingest(str(tmp_path / "d"), tmp_path / "e")
 
 
@@ -393,10 +406,10 @@ def test_a_dataset_is_used_as_it_is(tmp_path: Path) -> None:
     for options, message in (
         (
             IngestOptions(image_size=4),
-            "ingested dataset of 8x8 with 1 channels, other image size or mode was asked for",
+            "ingested dataset of 8x8 with 1 channels, got another image size or mode",
         ),
-        (IngestOptions(mode="RGB"), "other image size or mode was asked for"),
-        (IngestOptions(split="test"), "split cannot be chosen any more"),
+        (IngestOptions(mode="RGB"), "got another image size or mode"),
+        (IngestOptions(split="test"), "split can no longer be chosen"),
     ):
         for ask in (ensure_ingested, availability):
             with pytest.raises(UsageError, match=message):

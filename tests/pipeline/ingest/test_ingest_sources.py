@@ -98,7 +98,7 @@ def test_sub_folders_named_for_splits_are_splits(tmp_path: Path) -> None:
     assert counts == {None: 12, "train": 12, "validation": 6, "val": 6, "test": 5}
     for split, message in (
         ("holdout", "give one of train, validation, test, all"),
-        ("all", "cannot be taken together"),
+        ("all", "cannot be combined"),
     ):
         with pytest.raises(UsageError, match=message):
             ingest(str(tmp_path / "in"), tmp_path / "out", split=split)
@@ -115,10 +115,10 @@ def test_a_class_may_be_named_train(tmp_path: Path) -> None:
 def test_what_does_not_belong_into_an_image_folder_is_named(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "in", some_images(12), LABELS, NAMES)
     cases: list[tuple[str, bytes, str]] = [
-        ("bee/notes.txt", b"text", r"bee/notes\.txt is not a PNG or JPEG image by its name"),
+        ("bee/notes.txt", b"text", r"bee/notes\.txt has another suffix than PNG and JPEG images"),
         ("bee/text.png", b"text", r"bee/text\.png: a file that starts with b'text', expected a PNG or JPEG"),
-        ("bee/photo.webp", b"RIFF", r"photo\.webp is not a PNG or JPEG image by its name"),
-        ("beside.png", png_of(some_images(1)[0]), "holds images both beside and inside sub-folders"),
+        ("bee/photo.webp", b"RIFF", r"photo\.webp has another suffix than PNG and JPEG images"),
+        ("beside.png", png_of(some_images(1)[0]), "has images both beside and inside sub-folders"),
     ]
     for name, data, message in cases:
         (root / name).write_bytes(data)
@@ -126,7 +126,7 @@ def test_what_does_not_belong_into_an_image_folder_is_named(tmp_path: Path) -> N
             ingest(str(root), tmp_path / "out")
         (root / name).unlink()
     (root / "dog").mkdir()
-    with pytest.raises(DataError, match="in/dog holds no image"):
+    with pytest.raises(DataError, match="in/dog has no image"):
         ingest(str(root), tmp_path / "out")
     with pytest.raises(UsageError, match="which have no columns"):
         ingest(str(root), tmp_path / "out", image_column="x")
@@ -164,7 +164,7 @@ def test_arrays_are_chosen_by_split_and_by_name(tmp_path: Path) -> None:
         ingest(str(two), tmp_path / "c")
     with pytest.raises(UsageError, match=r"several columns of labels \(y, z\): name one with --label-column"):
         ingest(str(two), tmp_path / "c", image_column="b")
-    with pytest.raises(UsageError, match=r"column 'y' holds no images: columns of images are a, b"):
+    with pytest.raises(UsageError, match=r"column 'y' has no images: columns of images are a, b"):
         ingest(str(two), tmp_path / "c", image_column="y")
     ingest(str(two), tmp_path / "c", image_column="b", label_column="z")
     assert_holds(tmp_path / "c", images[::-1], range(9))
@@ -260,7 +260,7 @@ def test_folders_globs_splits_and_uris(tmp_path: Path, monkeypatch: pytest.Monke
     assert rows("in/*/train-*.parquet") == rows("in/**/train-*.parquet") == rows("*/data/train-0000[01]*.parquet")
     assert rows("in/data/*00001*.parquet") == [1, 2]
     assert rows(f"file://{tmp_path}/in/data") == rows(f"file://{tmp_path}/in/data/train*.parquet") == [0, 1, 1, 2]
-    with pytest.raises(DataError, match=r"in/train-\*\.parquet names no \.parquet file"):  # `*` crosses no folder
+    with pytest.raises(DataError, match=r"in/train-\*\.parquet has no \.parquet file"):  # `*` crosses no folder
         rows("in/train-*.parquet")
     with pytest.raises(UsageError, match=r"has no split 'validation': give one of train, test, all"):
         rows("in", "validation")

@@ -132,7 +132,7 @@ def test_one_hot_rows_are_classes(tmp_path: Path, column: Any) -> None:
 def test_lists_that_are_not_one_hot_are_no_labels(tmp_path: Path, column: list[Any]) -> None:
     source = table(tmp_path / "x.parquet", box=column)
     assert not taken(source)[0].has_labels
-    with pytest.raises(UsageError, match=r"column 'box' holds no labels \(list"):
+    with pytest.raises(UsageError, match=r"column 'box' has no labels \(list"):
         taken(source, label_column="box")
 
 
@@ -140,7 +140,7 @@ def test_fractions_are_labels_when_named_and_whole(tmp_path: Path) -> None:
     source = table(tmp_path / "x.parquet", kind=[float(k) for k in KINDS], score=[0.5] * ROWS)
     assert not taken(source)[0].has_labels
     assert taken(source, label_column="kind")[1] == KINDS
-    with pytest.raises(UsageError, match=r"column 'score' holds no labels \(double\): columns of labels are none"):
+    with pytest.raises(UsageError, match=r"column 'score' has no labels \(double\): columns of labels are none"):
         taken(source, label_column="score")
 
 

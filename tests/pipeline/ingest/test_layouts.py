@@ -193,7 +193,8 @@ def test_damaged_images_are_listed_at_once_and_left_out_when_so_many_may_be(tmp_
         data = png_of(image)
         (root / f"{row:03}.png").write_bytes(data[:-20] if row in bad else data)
     with pytest.raises(
-        DataError, match=r"258 of 600 images are damaged: .*000\.png: a truncated PNG; .*; and 238 more: "
+        DataError,
+        match=r"258 of 600 images are damaged: .*000\.png: a damaged PNG image \(Truncated File Read\); .*; and 238 more: ",
     ) as error:
         ingest(str(root), tmp_path / "out", num_workers=num_workers)
     assert "--skip-damaged 258" in str(error.value)

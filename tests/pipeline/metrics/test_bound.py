@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, Model, bits_per_dim
 from pipeline.config.cluster_profile import Profile
 from pipeline.data.images import to_float
-from pipeline.data.labels import told_labels
+from pipeline.data.labels import model_labels
 from pipeline.errors import UsageError
 from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_error, rows_to_measure
 from pipeline.metrics.bound_report import Measured, curves_figure, write_measured
@@ -183,7 +183,7 @@ def test_a_model_is_told_classes_by_name_whatever_numbers_they_have() -> None:
     ("labels", "names", "told"),
     [
         (None, None, "have no labels"),
-        ([0, -1, 2, -1], ("cat", "dog", "owl"), "without a label in 2 cases"),
+        ([0, -1, 2, -1], ("cat", "dog", "owl"), "lack a label in 2 cases"),
         ([0, 1, 1, 0], ("cat", "dogs"), "class 'dogs' (did you mean 'dog'?)"),
         ([0, 1, 1, 0], None, "class '0'"),
     ],
@@ -192,7 +192,7 @@ def test_images_whose_class_the_model_cannot_be_told_are_refused(labels: Any, na
     given = None if labels is None else np.array(labels)
     data = ArraySet(images(4).images, given, "mine", names)
     with pytest.raises(UsageError) as refused:
-        told_labels(data, np.arange(4), ("cat", "dog", "owl"))
+        model_labels(data, np.arange(4), ("cat", "dog", "owl"))
     message = str(refused.value)
     assert told in message
     assert "images of mine" in message
