@@ -6,14 +6,13 @@ Archives are made the same from the same files, so that a cluster that has one a
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import importlib.util
 import io
 import os
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.machinery import PathFinder
 from pathlib import Path, PurePosixPath
@@ -94,6 +93,16 @@ class Package:
             "name what is not needed in runtime_env.excludes, or type the command in a smaller folder"
         )
 
+    def with_code(self, code: Package, named: Collection[str]) -> Package:
+        """Return these files with the code that runs; its modules take the place of what has their names here, but for `named` files."""
+        modules = {PurePosixPath(name).parts[0] for name in code.files}
+        kept = {
+            name: path
+            for name, path in self.files.items()
+            if name in named or PurePosixPath(name).parts[0] not in modules
+        }
+        return Package(kept | code.files, [*self.left_out, *code.left_out])
+
     def archive(self) -> bytes:
         """Return the files as a zip archive whose bytes depend on names and contents alone."""
         buffer = io.BytesIO()
@@ -104,11 +113,6 @@ class Package:
                 about.external_attr = (0o755 if os.access(self.files[name], os.X_OK) else 0o644) << 16
                 archive.writestr(about, self.files[name].read_bytes())
         return buffer.getvalue()
-
-
-def package_name(archive: bytes) -> str:
-    """Return the name under which Ray keeps an archive: one for each content."""
-    return f"_ray_pkg_{hashlib.sha256(archive).hexdigest()[:40]}.zip"
 
 
 def working_folder(

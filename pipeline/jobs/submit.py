@@ -8,6 +8,7 @@ import logging
 import os
 import shlex
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -30,7 +31,6 @@ ENTRY = ("python", "-P", "-m", "pipeline.cli_in_job")  # -P: the code that was s
 AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is left
 RECONNECT_S = 300.0
 OWN_SIGNALS = {130, 143}  # exit codes above 128 that a command of ours ends with by itself
-# what a setting like `num_tokens` is, for all its name: a count, a list that begins with one, a switch
 # Ray decides these from its environment when it is first imported; in the job that may be before this package is
 DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
@@ -83,8 +83,9 @@ class Jobs:
         code = packing.code(modules, settings.excludes)
         for package in (work, code):
             package.require_size(settings.max_mb)
-        if left_out := [*work.left_out, *code.left_out]:
-            self._console.say(f"left out, because they look like secrets: {', '.join(left_out[:5])}")
+        sent = work.with_code(code, list(names.values()))
+        if sent.left_out:
+            self._console.say(f"left out, because they look like secrets: {', '.join(sent.left_out[:5])}")
         parameters = parameters_of(names)
         if any(HIDDEN in redact(word) for word in typed):
             raise UsageError(
@@ -97,20 +98,22 @@ class Jobs:
         if values:
             env[job_secrets.PAD_VARIABLE], half = job_secrets.halves(values)
             self._put(job_secrets.store_key(job), half)
-        archives = [work.archive(), code.archive()]
-        working_dir, py_modules = (self._put_package(archive) for archive in archives)
+        archive = sent.archive()
         line = redact(shlex.join(["ddpm-pipe", *typed]))
         call = json.dumps({"command": command, "parameters": parameters, "typed": list(typed)}, default=str)
-        self._console.say(f"sending {line} to {profile.address} ({size(sum(map(len, archives)))} of code and files)")
+        self._console.say(f"sending {line} to {profile.address} ({size(len(archive))} of code and files)")
         try:
-            self._ask(
-                "take the job",
-                self._client.submit_job,
-                entrypoint=shlex.join([*ENTRY, call]),
-                submission_id=job,
-                runtime_env={"working_dir": working_dir, "py_modules": [py_modules], "env_vars": env},
-                metadata={"ddpm_pipe": line, "profile": profile.name},
-            )
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "job.zip"  # uploaded by Ray, unless the cluster has one of the same content
+                file.write_bytes(archive)
+                self._ask(
+                    "take the job",
+                    self._client.submit_job,
+                    entrypoint=shlex.join([*ENTRY, call]),
+                    submission_id=job,
+                    runtime_env={"working_dir": str(file), "env_vars": env},
+                    metadata={"ddpm_pipe": line, "profile": profile.name},
+                )
         except KeyboardInterrupt:
             raise InterruptedRunError(
                 f"stopped while {job} was being sent; see: ddpm-pipe jobs list{self._at()}", 130
@@ -144,23 +147,14 @@ class Jobs:
             env["MLFLOW_EXPERIMENT_NAME"] = name
         return env
 
-    def _put_package(self, archive: bytes) -> str:
-        """Upload an archive unless the cluster has it; return its address there."""
-        name = packing.package_name(archive)
-        if self._request("GET", f"/api/packages/gcs/{name}").status_code != 200:
-            self._put(name, archive)
-        return f"gcs://{name}"
-
     def _put(self, name: str, content: bytes) -> None:
-        answer = self._request("PUT", f"/api/packages/gcs/{name}", data=content)
+        """Put bytes into the cluster's store, for which Ray's client has no public call."""
+        path = f"/api/packages/gcs/{name}"
+        answer = self._ask("take the secret variables", self._client._do_request, "PUT", path, data=content)
         if answer.status_code != 200:
             raise ClusterError(
-                f"profile {self._profile.name!r}: the cluster did not take the files: {_reason(answer.text)}"
+                f"profile {self._profile.name!r}: the cluster did not take the secret variables: {_reason(answer.text)}"
             )
-
-    def _request(self, method: str, path: str, **options: Any) -> Any:
-        # Ray's own client has no public call for packages
-        return self._ask("take the files", self._client._do_request, method, path, **options)
 
     def _ask(self, what: str, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
         """Return what a call of Ray's client returns; ClusterError in one line where the cluster fails it, whatever the client raises."""

@@ -47,7 +47,7 @@ class Own(nn.Module):
             time.sleep(self.pause)
             key = os.environ.get("THE_KEY")
             assert key is None or hashlib.sha256(key.encode()).hexdigest().startswith("a8b2148fbf3ea38c")
-            assert "py_modules_files" in pipeline.__file__  # the code that was sent, not what is installed there
+            assert "working_dir_files" in pipeline.__file__  # the code that was sent, not what is installed there
         return self.net(x)
 """
 EXPERIMENT = """

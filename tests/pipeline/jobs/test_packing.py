@@ -251,7 +251,19 @@ def test_the_same_files_make_the_same_archive(folder):
         path.touch()
     assert packing.working_folder(folder, ())[0].archive() == first
     (folder / "own.py").write_text("# changed\n")
-    assert packing.package_name(packing.working_folder(folder, ())[0].archive()) != packing.package_name(first)
+    assert packing.working_folder(folder, ())[0].archive() != first
+
+
+def test_the_code_that_runs_takes_the_place_of_what_is_called_like_it(folder, tmp_path):
+    for name in ("net/own.py", "net/set.yaml", "yaml/x.py"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "__init__.py").write_text("here = True\n")
+    work, names = packing.working_folder(folder, (), [folder / "net" / "set.yaml"])
+    sent = work.with_code(packing.code([str(tmp_path / "net")]), list(names.values()))
+    assert {name for name in sent.files if name.startswith("net/")} == {"net/__init__.py", "net/set.yaml"}
+    assert {"own.py", "yaml/x.py", "ddpm/__init__.py", "pipeline/shipped/experiments/digits.yaml"} <= sent.files.keys()
 
 
 @pytest.mark.slow
