@@ -1,7 +1,7 @@
-"""Secrets: refused where they would come into a record, hidden in text that leaves.
+"""Secrets: refused in settings and command lines, redacted in text that leaves a run.
 
-A run's records hold exact values, because they are read back. So nothing secret may come in: `refuse_secrets` looks at settings files and
-command lines before anything is spent. Text that leaves (logs, MLflow, a job's metadata, messages of libraries) passes through `redact`.
+A run's records have exact values, because they are read back. So `refuse_secrets` checks settings files and command lines before work
+starts. Text that leaves (logs, MLflow, a job's metadata, messages of libraries) passes through `redact`.
 """
 
 from __future__ import annotations
@@ -14,19 +14,17 @@ from typing import Any
 from pipeline.errors import UsageError
 
 HIDDEN = "<redacted>"
-DECLARED_SECRETS = (
-    "DDPM_PIPE_SECRETS"  # names of variables, joined by commas, that hold secrets whatever their names say
-)
-LEAST_CHARACTERS = 8  # of a secret in the environment: a shorter one would be found in half of all words
-LEAST_EQUAL = 12  # of a setting that is refused because it equals one: shorter ones are region names and the like
+DECLARED_SECRETS = "DDPM_PIPE_SECRETS"  # names of further secret variables, joined by commas
+LEAST_CHARACTERS = 8  # of a secret in the environment; shorter ones occur in ordinary words
+LEAST_EQUAL = 12  # of a setting that is refused because it equals one; shorter ones are region names and the like
 
-# `key` alone names many harmless things, so it counts with a companion only
+# `key` counts only with a companion, since many harmless names contain it
 _WORDS = r"(?:passw(?:or)?d|passphrase|secret|credentials?|token|(?:api|access|private|signing)[_-]?key)"
 SECRET_NAME = re.compile(rf"(?i){_WORDS}")
-# the last word of a setting's name announces a secret: `hub_token`, not `token_mixer`; a number is none
+# the last word of a setting's name marks a secret: `hub_token`, not `token_mixer`; numbers are not secrets
 _SECRET_SETTING = re.compile(rf"(?i)[\w-]*{_WORDS}")
 _PLAIN_VALUE = re.compile(r"(?i)[-+.\de]*|true|false|null|none")
-# the full form of each kind of key, as a word of its own: a part of a path or of a longer name is none
+# the full form of each kind of key, as a whole word, not as part of a path or longer name
 KNOWN_SHAPES = re.compile(
     r"(?<![\w/.-])(?:"
     r"(?:AKIA|ASIA)[A-Z0-9]{16}"
@@ -46,7 +44,7 @@ ASSIGNMENT = re.compile(
 
 
 def redact(text: str) -> str:
-    """Return the text with everything that is a secret by its form, its name or the environment replaced by `<redacted>`."""
+    """Return the text with secrets, by form, name or environment, replaced by `<redacted>`."""
     for value in environment_secrets().values():
         text = text.replace(value, HIDDEN)
     text = USERINFO.sub("", text)
@@ -55,23 +53,23 @@ def redact(text: str) -> str:
 
 
 def redact_value(name: str, value: str) -> str:
-    """Return a named value as it may leave: hidden where the end of its name announces a secret, else redacted as text."""
+    """Return a named value for export: hidden if the end of its name marks a secret, else redacted as text."""
     announced = _SECRET_SETTING.fullmatch(name.rpartition(".")[2]) and not _PLAIN_VALUE.fullmatch(value)
     return HIDDEN if announced else redact(value)
 
 
 def refuse_secrets(content: Any, where: str) -> None:
-    """Refuse nested plain data of a user's (settings, words of a command line) in which a secret stands.
+    """Raise UsageError if nested plain data (settings, words of a command line) contains a secret; the message does not repeat it.
 
-    Secrets are: credentials inside an address, a key by its full form, and a value of at least 12 characters that equals a variable of
-    the environment which is named like a secret or declared one. Raises UsageError, which does not repeat the value.
+    Secrets are credentials inside an address, keys by their full form, and values of at least 12 characters that equal an environment
+    variable which is named like a secret or declared as one.
     """
     secrets = {value: name for name, value in environment_secrets().items() if len(value) >= LEAST_EQUAL}
     for name, value in _strings(content):
         at = f"{where}: {name}" if name else where
         if CREDENTIALS.search(value):
             raise UsageError(
-                f"{at}: the address holds credentials, and runs are recorded with their settings; leave them out and set the variables "
+                f"{at}: the address contains credentials, and runs are recorded with their settings; leave them out and set the variables "
                 "of its service, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a cluster: their names in forward_env)"
             )
         if KNOWN_SHAPES.search(value):
@@ -107,11 +105,11 @@ _DATABASE_SAYS = re.compile(r"\((?:\w+\.)+\w*Error\) ")
 
 
 def one_line(error: Exception) -> str:
-    """Return what an error says in a line, without secrets and short enough for a terminal."""
+    """Return an error's message in one short line, without secrets."""
     lines = (str(error).strip() or type(error).__name__).splitlines()
-    # SQLAlchemy puts what its session did above what the database said
+    # SQLAlchemy puts a message about its session above that of the database
     text = next((line for line in lines if _DATABASE_SAYS.match(line)), lines[0])
-    _, wrapped, cause = text.rpartition("(Caused by ")  # of a failed HTTP request only the cause is of interest
+    _, wrapped, cause = text.rpartition("(Caused by ")  # of a failed HTTP request, keep only the cause
     if wrapped:
         kind, _, detail = cause.partition("(")
         text = f"{kind}: {detail.rpartition(': ')[2]}".rstrip("\"')")
@@ -119,7 +117,7 @@ def one_line(error: Exception) -> str:
 
 
 def announces_secret(name: str, value: str) -> bool:
-    """Whether a variable holds a secret by its name; not where it says where one is kept, nor where it is a plain word."""
+    """Whether a variable is a secret by its name; not if it names a path, or its value is a plain word."""
     return bool(
         SECRET_NAME.search(name)
         and not name.endswith(("_PATH", "_FILE", "_DIR"))
@@ -129,7 +127,7 @@ def announces_secret(name: str, value: str) -> bool:
 
 
 def environment_secrets() -> dict[str, str]:
-    """Return the environment variables that hold secrets, by their names or because a profile says so."""
+    """Return the secret environment variables, by name or because a profile declares them."""
     declared = set(os.environ.get(DECLARED_SECRETS, "").split(","))
     return {
         name: value

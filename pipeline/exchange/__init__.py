@@ -1,1 +1,1 @@
-"""Models to and from other programs; nothing of theirs is run."""
+"""Exchange models with other programs; no code of an imported model is run."""

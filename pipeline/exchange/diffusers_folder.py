@@ -42,7 +42,7 @@ class ForeignModel:
     shape: Shape
     model: dict[str, Tensor]
     ema: dict[str, Tensor]
-    about: str  # one line on what was found
+    about: str  # origin, in one line
     class_names: ClassNames = NO_CLASSES
 
 
@@ -79,7 +79,7 @@ def read_pipeline(folder: Path, name: str) -> ForeignModel:
     config, scheduler = read_json(_found(at, "config.json")), read_json(_scheduler_file(folder))
     kind = config.get("_class_name", diffusers_unet.CLASS)
     if kind != diffusers_unet.CLASS:
-        raise ValueError(f"its network is a {kind!r}; this package reads {diffusers_unet.CLASS}")
+        raise ValueError(f"its network: got {kind!r}, expected {diffusers_unet.CLASS}")
     diffusion = diffusers_scheduler.from_their_config(scheduler)
     settings, shape, out_channels = diffusers_unet.from_their_config(config, diffusion["num_timesteps"])
     learned_variance = out_channels == 2 * shape[0]
@@ -105,10 +105,10 @@ def read_pipeline(folder: Path, name: str) -> ForeignModel:
 
 
 def _experiment(content: dict[str, Any]) -> Experiment:
-    """Return the experiment; sampling is as the pipeline does it: ancestral, all T steps."""
+    """Return the experiment, with the pipeline's sampling: ancestral, all T steps."""
     try:
         return experiment_from({**content, "sampling": {"sampler": "ancestral", "steps": None}})
-    except UsageError as error:  # here the settings are the folder's, not the user's
+    except UsageError as error:  # the settings come from the folder, not from the user
         raise ValueError(str(error)) from None
 
 

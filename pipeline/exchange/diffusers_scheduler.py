@@ -1,6 +1,6 @@
-"""Our diffusion process and diffusers' scheduler_config.json: betas, prediction, variance, clipping.
+"""Convert our diffusion process to and from diffusers' scheduler_config.json: betas, prediction, variance, clipping.
 
-Theirs keeps betas in float32; ours are float64. What has no equal on the other side is refused with the reason (ValueError).
+Diffusers stores betas in float32, this package in float64. Settings without an equivalent raise ValueError.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ddpm.betas import BETA_FIRST, BETA_LAST, named_betas
 
 CLASS = "DDPMScheduler"
 MAX_TIMESTEPS = 100_000
-_READABLE = (CLASS, "DDIMScheduler")  # both give betas and prediction under the same keys
+_READABLE = (CLASS, "DDIMScheduler")  # with betas and prediction under the same keys
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_VARIANCES = {  # theirs -> ours; fixed_small_log is fixed_small written otherwise
+_VARIANCES = {  # theirs -> ours; fixed_small_log is another form of fixed_small
     "fixed_small": "fixed_small",
     "fixed_small_log": "fixed_small",
     "fixed_large": "fixed_large",
     "learned_range": "learned_range",
 }
-# their names of our schedules; those with ends are given these ends, as scaled for T
+# their names of our schedules; the ends of these are scaled for T
 _BY_ENDS = {"linear": "linear", "quadratic": "scaled_linear"}
 _COSINE = "squaredcos_cap_v2"
 
@@ -46,9 +46,11 @@ _THEIR_DEFAULTS: dict[str, Any] = {
 
 
 def to_their_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
-    """Return the scheduler_config.json of an equal DDPMScheduler; ValueError for a prediction it does not have."""
+    """Return the scheduler_config.json of an equivalent DDPMScheduler; ValueError for a prediction it does not have."""
     if diffusion.prediction not in _PREDICTIONS:
-        raise ValueError(f"prediction {diffusion.prediction.value!r} has no equal; a DDPMScheduler reads eps, x0 or v")
+        raise ValueError(
+            f"prediction {diffusion.prediction.value!r} has no equivalent; a DDPMScheduler reads eps, x0 or v"
+        )
     return {
         "_class_name": CLASS,
         **_their_betas(diffusion.schedule),
@@ -57,18 +59,18 @@ def to_their_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
         "variance_type": diffusion.variance.value,
         "clip_sample": diffusion.clip_x0,
         "clip_sample_range": 1.0,
-        "rescale_betas_zero_snr": False,  # the betas are as they are to be
+        "rescale_betas_zero_snr": False,  # already applied to the betas
         "thresholding": False,
         "dynamic_thresholding_ratio": 0.995,
         "sample_max_value": 1.0,
         "steps_offset": 0,
-        # of all T steps both take all; of fewer, leading would leave out the last one
+        # for all T steps both are equal; for fewer, leading would omit the last one
         "timestep_spacing": "trailing" if diffusion.schedule.has_zero_terminal_snr else "leading",
     }
 
 
 def from_their_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our `diffusion` settings; ValueError for what has no equal here."""
+    """Return our `diffusion` settings; ValueError if there is no equivalent."""
     kind = config.get("_class_name", CLASS)
     if kind not in _READABLE:
         raise ValueError(f"the scheduler is a {kind!r}; this package reads {' and '.join(_READABLE)}")
@@ -95,7 +97,7 @@ def from_their_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _their_betas(schedule: BetaSchedule) -> dict[str, Any]:
-    """Return the keys that give these betas: by a name that both sides know, else one by one."""
+    """Return the keys for these betas: a schedule that both packages have, else the list of betas."""
     T = schedule.num_timesteps
     for ours, theirs in _BY_ENDS.items():
         for name, scale in ((ours, 1000 / T), (f"{ours}_raw", 1.0)):
@@ -105,7 +107,7 @@ def _their_betas(schedule: BetaSchedule) -> dict[str, Any]:
     if schedule.name == "cosine":
         return {"beta_schedule": _COSINE, "beta_start": BETA_FIRST, "beta_end": BETA_LAST, "trained_betas": None}
     return {
-        "beta_schedule": "linear",  # not read where there are trained betas
+        "beta_schedule": "linear",  # ignored if there are trained betas
         "beta_start": BETA_FIRST,
         "beta_end": BETA_LAST,
         "trained_betas": schedule.betas.tolist(),
@@ -113,14 +115,14 @@ def _their_betas(schedule: BetaSchedule) -> dict[str, Any]:
 
 
 def _our_schedule(theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return schedule and T: by name where a schedule of ours has these betas, else as a table."""
+    """Return schedule and T: the name of our schedule with these betas, else a table."""
     T, table = theirs["num_train_timesteps"], theirs["trained_betas"]
     if type(T) is not int or not 2 <= T <= MAX_TIMESTEPS:
         raise ValueError(f"num_train_timesteps is {T!r}; expected an integer from 2 to {MAX_TIMESTEPS}")
     if table is not None:
         numbers = [_number(beta) for beta in table] if isinstance(table, list) else []
         if len(numbers) != T or None in numbers:
-            raise ValueError(f"trained_betas are not a list of {T} numbers")
+            raise ValueError(f"trained_betas: expected a list of {T} numbers")
         return _named(torch.tensor(numbers, dtype=torch.float64))
     name, first, last = theirs["beta_schedule"], _number(theirs["beta_start"]), _number(theirs["beta_end"])
     if first is None or last is None:
@@ -139,7 +141,7 @@ def _our_schedule(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _named(betas: Tensor) -> dict[str, Any]:
-    """Return the settings of a schedule of ours that has these betas to float32's precision, else those of a table of them."""
+    """Return our schedule with these betas, to float32 precision, else a table of them."""
     T = len(betas)
     for name in sorted(SCHEDULES, key=lambda name: name.endswith("_raw")):
         try:
@@ -152,7 +154,7 @@ def _named(betas: Tensor) -> dict[str, Any]:
 
 
 def _number(value: object) -> float | None:
-    """Return a finite number, or None where the value is anything else; JSON has integers that no float holds."""
+    """Return a finite number as float, None for anything else, such as integers that overflow a float."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return None
     try:

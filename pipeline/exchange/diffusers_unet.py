@@ -1,8 +1,7 @@
-"""The settings of our U-Net and of diffusers' UNet2DModel, as `google/ddpm-cifar10-32` has them.
+"""Convert the settings of our U-Net to and from diffusers' UNet2DModel, as in `google/ddpm-cifar10-32`.
 
-They are translated by code of our own; diffusers is not imported. What has no equal on the other side is refused with
-the reason (ValueError). The time embedding: theirs takes t as it is, ours t * 1000 / T. At T = 1000 they are equal. For another T theirs
-is given as a learned table of T rows that holds our sinusoids, which is equal by construction.
+Diffusers is not imported. Settings without an equivalent raise ValueError. The time embedding of diffusers takes t, ours t * 1000 / T; they
+are equal at T = 1000. For another T, a learned table of T rows with our sinusoids is exported, which is equal by construction.
 """
 
 from __future__ import annotations
@@ -16,11 +15,11 @@ from pipeline.training.models import Shape
 
 CLASS = "UNet2DModel"
 LEARNED, POSITIONAL = "learned", "positional"
-# no network of a paper is larger; what a stranger's file asks for beyond them is refused before it is built
+# limits beyond every published network; an untrusted file that exceeds them is refused before the network is built
 MAX_IMAGE_CHANNELS, MAX_SIDE = 64, 4096
 MAX_WIDTH, MAX_LEVELS, MAX_RES_BLOCKS, MAX_NORM_GROUPS = 4096, 10, 32, 1024
 
-# what UNet2DModel takes where its config.json says nothing
+# defaults of UNet2DModel
 _THEIR_DEFAULTS: dict[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
@@ -51,7 +50,7 @@ _THEIR_DEFAULTS: dict[str, Any] = {
     "num_class_embeds": None,
     "num_train_timesteps": None,
 }
-# what our network has in one way only
+# settings for which our network has only these values
 _ONE_WAY: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False,),
     "mid_block_type": ("UNetMidBlock2D",),
@@ -70,12 +69,14 @@ _ONE_WAY: dict[str, tuple[Any, ...]] = {
 
 
 def to_their_config(model: ModelConfig, shape: Shape, out_channels: int, num_timesteps: int) -> dict[str, Any]:
-    """Return the config.json of an equal UNet2DModel; ValueError names the setting that has no equal."""
+    """Return the config.json of an equivalent UNet2DModel; ValueError names a setting without an equivalent."""
     if model.type != "unet":
-        raise ValueError(f"model.type {model.type!r} is no U-Net of this package; export it as safetensors or onnx")
+        raise ValueError(
+            f"model.type {model.type!r} is not one of this package's U-Nets; export it as safetensors or onnx"
+        )
     if model.class_conditional:
         raise ValueError(
-            "a DDPMPipeline gives the network no labels; a class-conditional model exports as safetensors or onnx"
+            "a DDPMPipeline passes no labels to the network; export a class-conditional model as safetensors or onnx"
         )
     if model.channel_multipliers[0] != 1:
         raise ValueError(
@@ -119,7 +120,7 @@ def to_their_config(model: ModelConfig, shape: Shape, out_channels: int, num_tim
 
 
 def from_their_config(config: Mapping[str, Any], num_timesteps: int) -> tuple[dict[str, Any], Shape, int]:
-    """Return our model settings, the shape of the images and the network's output channels; ValueError for what has no equal here."""
+    """Return our model settings, image shape and output channels; ValueError if there is no equivalent."""
     theirs = _THEIR_DEFAULTS | {key: value for key, value in config.items() if key in _THEIR_DEFAULTS}
     for key, allowed in _ONE_WAY.items():
         if theirs[key] not in allowed:
@@ -133,7 +134,7 @@ def from_their_config(config: Mapping[str, Any], num_timesteps: int) -> tuple[di
     if any(width % widths[0] for width in widths):
         raise ValueError(f"block_out_channels are {widths}; this package has only multiples of the first one")
     scale_shift = theirs["resnet_time_scale_shift"] == "scale_shift"
-    # without a number of its own the middle attention has the others' groups, or, under scale_shift, no norm at all
+    # by default the middle attention has the same groups, or no norm under scale_shift
     if theirs["attn_norm_num_groups"] not in ((groups,) if scale_shift else (None, groups)):
         raise ValueError(
             f"attn_norm_num_groups is {theirs['attn_norm_num_groups']!r}; this package has only norm_num_groups, {groups}"
@@ -167,10 +168,12 @@ def from_their_config(config: Mapping[str, Any], num_timesteps: int) -> tuple[di
 
 
 def _head_width(model: ModelConfig, widths: Sequence[int], attends: Sequence[bool]) -> int | None:
-    """Return attention_head_dim: theirs is one width for all levels, or None for one head everywhere."""
+    """Return attention_head_dim, which is one width for all levels, or None for a single head everywhere."""
     if model.head_channels is not None or model.num_heads == 1:
         return model.head_channels
-    attending = {width for width, here in zip(widths, attends, strict=True) if here} | {widths[-1]}  # the middle too
+    attending = {width for width, here in zip(widths, attends, strict=True) if here} | {
+        widths[-1]
+    }  # and the middle block
     if len(attending) > 1:
         raise ValueError(
             f"num_heads {model.num_heads} at levels of {sorted(attending)} channels: a UNet2DModel has heads of one width everywhere"
@@ -193,7 +196,7 @@ def _attention_resolutions(theirs: Mapping[str, Any], shape: Shape) -> list[int]
 
 
 def _check_kinds(theirs: Mapping[str, Any]) -> None:
-    """Refuse values of another kind than expected, or so large that no network of a paper has them."""
+    """Raise ValueError for values of another type, or beyond the limits."""
     counts = {
         "in_channels": MAX_IMAGE_CHANNELS,
         "out_channels": 2 * MAX_IMAGE_CHANNELS,

@@ -1,4 +1,4 @@
-"""The weights of our U-Net and of diffusers' UNet2DModel: one network under two sets of names."""
+"""Convert the weights of our U-Net to and from the names of diffusers' UNet2DModel."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _OLD_NAMES = {
     "to_k": "key",
     "to_v": "value",
     "to_out.0": "proj_attn",
-}  # attention before diffusers 0.17
+}  # before diffusers 0.17
 
 
 def to_their_tensors(model: UNet, num_res_blocks: int, num_timesteps: int) -> dict[str, Tensor]:
-    """Return the weights of a U-Net under UNet2DModel's names."""
+    """Return the weights of a U-Net with UNet2DModel's names."""
     ours = dict(model.state_dict())
     theirs: dict[str, Tensor] = {}
     for name, their_names in _paired_tensors(model, num_res_blocks):
@@ -39,7 +39,7 @@ def to_their_tensors(model: UNet, num_res_blocks: int, num_timesteps: int) -> di
 def expected_shapes(
     model: UNet, num_res_blocks: int, num_timesteps: int, *, learned: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor that a UNet2DModel equal to ours has, by its name (`model` may lie on the meta device)."""
+    """Return the shape of every tensor of the equivalent UNet2DModel, by name (`model` may be on the meta device)."""
     ours = model.state_dict()
     shapes: dict[str, tuple[int, ...]] = {}
     for name, their_names in _paired_tensors(model, num_res_blocks):
@@ -51,7 +51,7 @@ def expected_shapes(
 
 
 def from_their_tensors(theirs: Mapping[str, Tensor], model: UNet, num_res_blocks: int) -> dict[str, Tensor]:
-    """Return weights under our names, float32; `theirs` has the shapes of `expected_shapes`. ValueError for a time table of other waves."""
+    """Return weights with our names, float32; `theirs` has the shapes of `expected_shapes`. ValueError for another time embedding."""
     if TIME_TABLE in theirs:
         table = theirs[TIME_TABLE]
         ours = time_table(model.embedding, len(table))
@@ -66,7 +66,7 @@ def from_their_tensors(theirs: Mapping[str, Tensor], model: UNet, num_res_blocks
 
 
 def with_current_names(names: Sequence[str]) -> dict[str, str]:
-    """Return {name as it is: name of today}: attention weights were once called query, key, value and proj_attn."""
+    """Return {name in the file: current name}; before diffusers 0.17 attention weights were query, key, value and proj_attn."""
     current = {old: new for new, old in _OLD_NAMES.items()}
     pattern = re.compile(r"(\.attentions\.\d+\.)(query|key|value|proj_attn)(\.(?:weight|bias))$")
     return {name: pattern.sub(lambda found: found[1] + current[found[2]] + found[3], name) for name in names}

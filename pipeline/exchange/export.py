@@ -1,4 +1,4 @@
-"""A run's model as files that other programs read: diffusers' layout, our own safetensors, or ONNX. No pickle in any of them."""
+"""Export a run's model in diffusers' layout, as safetensors, or as ONNX; none of them uses pickle."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class ExportResult:
 
 
 def export_run(context: Context, reference: str, request: ExportRequest) -> ExportResult:
-    """Write the model of a run's checkpoint into a new folder, whole or not at all.
+    """Write the model of a run's checkpoint into a new folder, completely or not at all.
 
-    UsageError where the folder holds something, or the model has no equal in that format; the reason is told.
+    UsageError if the folder is not empty, or the model has no equivalent in the format.
     """
     run, folder, form = Run.find(context.home, reference, context.store), request.folder, request.form
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -74,7 +74,7 @@ def export_run(context: Context, reference: str, request: ExportRequest) -> Expo
             folder.rmdir()
         partial.rename(folder)
     except ValueError as error:
-        raise UsageError(f"run {run.id} has no equal in the format {form}: {error}") from None
+        raise UsageError(f"run {run.id} has no equivalent in the format {form}: {error}") from None
     except OSError as error:
         raise StorageError(f"{folder}: cannot be written ({error.strerror}); give another folder") from None
     finally:

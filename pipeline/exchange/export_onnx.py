@@ -1,4 +1,4 @@
-"""The denoiser as an ONNX graph, compared with the network it was made from by ONNX Runtime before anybody relies on it."""
+"""Export the denoiser as an ONNX graph, and compare it with the network in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 
 
 def require_onnx() -> None:
-    """Refuse where the optional packages are not installed (UsageError)."""
+    """Raise UsageError if the optional packages are not installed."""
     missing = [name for name in _NEEDED if find_spec(name) is None]
     if missing:
         raise UsageError(f"--format onnx needs {', '.join(missing)}; install them with: pip install 'ddpm-pipe[onnx]'")
 
 
 def write_onnx(trained: Trained, folder: Path) -> float:
-    """Write `denoiser.onnx`, and return by how much its outputs differ from the network's at most.
+    """Write `denoiser.onnx`, and return the largest difference of its outputs from the network's.
 
     Inputs x_t float32 [B,C,H,W] and t int64 [B], and y int64 [B] for a class-conditional network; any B. Output "prediction". ValueError
-    where the network has no ONNX form, or where that computes something else.
+    if the network cannot be exported, or the graph computes something else.
     """
     require_onnx()
     model = trained.model.cpu().eval()
@@ -45,7 +45,7 @@ def write_onnx(trained: Trained, folder: Path) -> float:
                 model, inputs, dynamo=True, opset_version=OPSET, input_names=names, output_names=["prediction"],
                 dynamic_shapes=tuple({0: batch} for _ in names), verbose=False,
             )  # fmt: skip
-        except Exception as error:  # the exporter raises many kinds, for networks of one's own above all
+        except Exception as error:  # the exporter raises many types, especially for user-defined networks
             raise ValueError(f"the network has no ONNX form ({str(error).strip().splitlines()[0][:200]})") from None
         assert program is not None
         program.save(str(folder / FILE), external_data=False)
@@ -77,7 +77,7 @@ def _inputs(trained: Trained, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what the exporter says of its own workings to itself."""
+    """Silence the exporter's logs and warnings."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

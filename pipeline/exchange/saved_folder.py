@@ -1,4 +1,4 @@
-"""Folders that `ddpm-pipe export --format safetensors` wrote, read as strangers' files are: nothing is imported, all is checked."""
+"""Read folders of `ddpm-pipe export --format safetensors` as untrusted files: no code is imported, everything is checked."""
 
 from __future__ import annotations
 
@@ -31,28 +31,29 @@ def is_saved(folder: Path) -> bool:
 
 
 def read_saved(folder: Path) -> ForeignModel:
-    """Read such a folder; ValueError where it is damaged, or names a network whose code would have to be imported."""
+    """Read such a folder; ValueError if it is damaged, or names a network whose code would have to be imported."""
     about = read_json(folder / EXPERIMENT_FILE)
     settings = about.get("experiment")
     if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
-        raise ValueError(f"{EXPERIMENT_FILE} holds no experiment")
+        raise ValueError(f"{EXPERIMENT_FILE} has no experiment")
     kind = settings.get("model", {}).get("type", "unet")
     if ":" in str(kind):
         raise ValueError(
-            f"its network is {kind!r}, code of its maker's, which an import does not run; where you trust it, train or load it by that name"
+            f"its network is {kind!r}, which needs code that an import does not run; if you trust the code, train or load the model by "
+            "that name"
         )
     shape, names = _shape(about.get("shape")), about.get("class_names", [])
     untrained = about.get("untrained_classes", [])
     named = isinstance(names, list) and all(isinstance(name, str) for name in names)
     if shape is None or not named or not _are_numbers_below(untrained, len(names)):
-        raise ValueError(f"{EXPERIMENT_FILE} says no shape of the images, or no names of the classes")
+        raise ValueError(f"{EXPERIMENT_FILE} has no shape of the images, or no names of the classes")
     if not (folder / WEIGHTS_FILE).is_file():
         raise ValueError(f"{folder.name}/ has no {WEIGHTS_FILE}")
     try:
         experiment = experiment_from(settings, EXPERIMENT_FILE)
         _check_sizes(experiment, shape)
         model = build_model(experiment, shape, device="meta", num_classes=len(names))
-    except UsageError as error:  # here the settings are the folder's, not the user's
+    except UsageError as error:  # the settings come from the folder, not from the user
         raise ValueError(str(error)) from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = read_tensors(folder / WEIGHTS_FILE, expected)
@@ -61,7 +62,7 @@ def read_saved(folder: Path) -> ForeignModel:
 
 
 def _shape(value: Any) -> Shape | None:
-    """Return (C, H, W), or None where the value is anything else."""
+    """Return (C, H, W), or None for anything else."""
     sides = isinstance(value, list) and len(value) == 3 and all(type(n) is int and 1 <= n <= MAX_SIDE for n in value)
     return (value[0], value[1], value[2]) if sides else None
 
@@ -71,7 +72,7 @@ def _are_numbers_below(values: Any, end: int) -> bool:
 
 
 def _check_sizes(experiment: Experiment, shape: Shape) -> None:
-    """Refuse what no network of a paper has (ValueError): its layers alone would fill the memory, even without numbers."""
+    """Raise ValueError beyond the limits: the layers alone would fill the memory, even on the meta device."""
     model = experiment.model
     sizes = {
         "the images' channels": (shape[0], MAX_IMAGE_CHANNELS),

@@ -1,1 +1,1 @@
-"""The same command line, sent to a cluster."""
+"""Send a command line to a cluster as a Ray job."""

@@ -1,17 +1,17 @@
-"""A job's log as it arrives: whole lines, each shown once, results apart from the rest."""
+"""Print a job's log as it arrives: whole lines, each once, with results separated from the rest."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-RESULT_MARK = "\x1f"  # opens each line that the job printed on stdout: Ray keeps one log for both streams
-SAVED = "stopped, saved at step"  # what a training says that was asked to stop and has
+RESULT_MARK = "\x1f"  # starts each line of the job's stdout; Ray keeps one log for both streams
+SAVED = "stopped, saved at step"  # printed by a training that has stopped on request
 NOISE = re.compile(r"^Running entrypoint for job |^[-0-9:, ]+\tINFO job_manager\.py|^\s*$")
 
 
 class LogLines:
-    """A log as it comes in pieces, printed by whole lines, each once however often it is read from its beginning."""
+    """Prints a log that arrives in pieces: whole lines, each once, however often the log is read from its beginning."""
 
     def __init__(self, out: Callable[[str], None], log: Callable[[str], None]) -> None:
         self._out, self._log = out, log
@@ -24,7 +24,7 @@ class LogLines:
         self._position = 0
 
     def write(self, text: str) -> None:
-        """Take the next piece, and print what of it is new."""
+        """Print the new part of the next piece."""
         new = text[max(0, self._shown - self._position) :]
         self._position += len(text)
         self._shown = max(self._shown, self._position)
@@ -33,12 +33,12 @@ class LogLines:
             self._print(line)
 
     def write_from(self, whole: str) -> None:
-        """Take the whole log: what its tail did not bring."""
+        """Print the lines of the whole log that have not been printed."""
         self.rewind()
         self.write(whole)
 
     def close(self) -> None:
-        """Print a last line that has no end."""
+        """Print a last line without a newline."""
         if self._rest:
             self._print(self._rest)
             self._rest = ""

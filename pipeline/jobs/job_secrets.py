@@ -1,9 +1,9 @@
-"""Secret variables on their way to a job, so that nothing that Ray shows or keeps holds them.
+"""Send secret variables to a job without leaving them in anything that Ray shows or keeps.
 
-Ray shows a job's environment in plain text to everybody who may ask about jobs, for as long as the cluster remembers the job. So the
-values travel in two halves, each of them random without the other (a one-time pad): one in the environment, the other in the cluster's
-store, where the job takes it out as it begins. Afterwards what the cluster shows and keeps says nothing. Who holds the cluster's token can
-still run code beside the job and read its memory: a token is access to everything on a cluster, and no packing changes that.
+Ray shows a job's environment in plain text to everybody who may list jobs, as long as the cluster remembers the job. So the values are sent
+in two halves, each random without the other (a one-time pad): one in the environment, the other in the cluster's store, from which the job
+removes it at its start. Afterwards the cluster keeps only one half. Whoever has the cluster's token can still run code beside the job and
+read its memory: the token gives access to everything on the cluster.
 """
 
 from __future__ import annotations
@@ -21,25 +21,25 @@ PAD_VARIABLE = "DDPM_PIPE_PAD"
 
 
 def halves(values: Mapping[str, str]) -> tuple[str, bytes]:
-    """Return the two halves of the variables: a text for the environment, and bytes for the store."""
+    """Return the two halves: a text for the environment, and bytes for the store."""
     plain = json.dumps(dict(values)).encode()
     pad = secrets.token_bytes(len(plain))
     return base64.b64encode(pad).decode(), _xor(plain, pad)
 
 
 def joined(pad: str, other: bytes) -> dict[str, str]:
-    """Return the variables again."""
+    """Return the variables from the two halves."""
     values: dict[str, str] = json.loads(_xor(other, base64.b64decode(pad)))
     return values
 
 
 def store_key(job: str) -> str:
-    """Return the name under which a job's half stands in the cluster's store."""
+    """Return the name of a job's half in the cluster's store."""
     return f"ddpm-pipe-{job}.zip"
 
 
 def receive() -> None:
-    """Put this job's secret variables into its environment, and take their half out of the cluster's store."""
+    """Put this job's secret variables into its environment, and remove their half from the cluster's store."""
     pad = os.environ.pop(PAD_VARIABLE, None)
     if pad is None:
         return
@@ -50,7 +50,7 @@ def receive() -> None:
     other = store.internal_kv_get(key, None)
     if other is None:
         raise ClusterError(
-            "the secret variables sent with this job are gone: a job takes them once; send the command again"
+            "the secret variables of this job are gone, since they can be read once: send the command again"
         )
     store.internal_kv_del(key, False, None)
     os.environ.update(joined(pad, other))

@@ -1,6 +1,6 @@
-"""What is sent with a job: the folder that the command was typed in and the code that runs it, without data, caches, results and secrets.
+"""Collect what is sent with a job: the current folder and the code that runs it, without data, caches, results and secrets.
 
-Archives are made the same from the same files, so that a cluster that has one already is not sent it again.
+Equal files give equal archives, so that a cluster that has one does not receive it again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.console import size
 from pipeline.errors import UsageError
 from pipeline.redaction import KNOWN_SHAPES
 
-# names of files and folders, in any folder, that never travel; written small, and matched however a name is written
+# names of files and folders that are never sent, in any folder; lower case, matched without regard to case
 VERSION_CONTROL = (".git", ".hg", ".svn", ".jj")
 CACHES = (
     "__pycache__",
@@ -60,18 +60,18 @@ SECRETS = (
     ),
 )
 NEVER = (*VERSION_CONTROL, *CACHES, *ENVIRONMENTS, *RESULTS, *ARCHIVES, *ARRAYS, *WEIGHTS, *PICTURES, *SECRETS)
-NEVER_OF_OURS = tuple(pattern for pattern in NEVER if pattern not in WEIGHTS)  # classifiers that score ship with us
-# folders of ours, in the folder that is sent alone: elsewhere such names are people's own
+NEVER_OF_OURS = tuple(pattern for pattern in NEVER if pattern not in WEIGHTS)  # our classifiers are part of the package
+# folders that we create, excluded at the top of the folder only
 OURS = ("runs", "sweeps", "datasets", "ddpm", "pipeline", "dist", "build")
 MAX_FILES = 20_000
 GIT_S = 30.0
-SCANNED_BYTES = 1 << 20  # a longer file is no place where a person keeps a token
-FOREIGN = ".ddpm-pipe"  # where files from outside the folder stand in the archive
+SCANNED_BYTES = 1 << 20  # larger files are not searched for tokens
+FOREIGN = ".ddpm-pipe"  # folder of the archive for files from outside the folder
 
 
 @dataclass
 class Package:
-    """Files by their names in an archive; `left_out` are those in which a secret was seen."""
+    """Files by name in the archive; `left_out` are files that contain a secret."""
 
     files: dict[str, Path] = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
@@ -82,7 +82,7 @@ class Package:
         return sum(path.stat().st_size for path in self.files.values())
 
     def require_size(self, max_mb: float) -> None:
-        """UsageError where more would be sent than a profile allows; names the largest files."""
+        """Raise UsageError if the files exceed the profile's limit; names the largest."""
         total = self.num_bytes
         if total <= max_mb * 1e6:
             return
@@ -94,7 +94,7 @@ class Package:
         )
 
     def with_code(self, code: Package, named: Collection[str]) -> Package:
-        """Return these files with the code that runs; its modules take the place of what has their names here, but for `named` files."""
+        """Return these files and the code that runs. Its modules replace files with their names, except `named` files."""
         modules = {PurePosixPath(name).parts[0] for name in code.files}
         kept = {
             name: path
@@ -104,7 +104,7 @@ class Package:
         return Package(kept | code.files, [*self.left_out, *code.left_out])
 
     def archive(self) -> bytes:
-        """Return the files as a zip archive whose bytes depend on names and contents alone."""
+        """Return a zip archive whose bytes depend only on names and contents."""
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
             for name in sorted(self.files):
@@ -118,10 +118,9 @@ class Package:
 def working_folder(
     folder: Path, excludes: Sequence[str], named: Iterable[Path] = (), *, whole: bool = True
 ) -> tuple[Package, dict[Path, str]]:
-    """Return what travels of a folder, and of files that the command names, with the name of each of those in the archive.
+    """Return the files of a folder to send, and the names in the archive of files that the command names.
 
-    A git checkout sends what git does not ignore. Named files always travel, wherever they stand and whatever they are; without
-    `whole`, they alone do.
+    Of a git checkout, files that git does not ignore are sent. Named files are always sent; without `whole`, only they are.
     """
     package = Package()
     names: dict[Path, str] = {}
@@ -137,15 +136,15 @@ def working_folder(
 
 
 def code(modules: Sequence[str] = (), excludes: Sequence[str] = ()) -> Package:
-    """Return the code that runs: this package with its presets and profiles, the core, and modules by name or path.
+    """Return the code that runs: this package with presets and profiles, the core, and modules by name or path.
 
-    What never travels of a folder does not travel of a module either. UsageError where nothing of a module would.
+    The same files are excluded as in a folder. UsageError if nothing of a module would be sent.
     """
     root = Path(pipeline.__file__).resolve().parent
     package = Package()
     for top in (root, _folder_of("ddpm")):
         _add_tree(package, top, top.name, (), NEVER_OF_OURS)
-    for kind in ("experiments", "cluster"):  # where an installed package keeps them
+    for kind in ("experiments", "cluster"):  # the place in an installed package
         _add_tree(package, presets.folder_of(kind), f"pipeline/shipped/{kind}", (), NEVER_OF_OURS)
     for module in modules:
         path = Path(module).expanduser() if os.sep in module or module.endswith(".py") else _folder_of(module)
@@ -160,8 +159,8 @@ def code(modules: Sequence[str] = (), excludes: Sequence[str] = ()) -> Package:
             )
         if not sent.files:
             raise UsageError(
-                f"runtime_env.py_modules: nothing of {module!r} in {path} would be sent: what is there are links to elsewhere, files "
-                "that hold secrets, or of kinds that never travel"
+                f"runtime_env.py_modules: nothing of {module!r} in {path} would be sent: it has only links to other places, files "
+                "with secrets, or kinds of files that are never sent"
             )
         package.files |= sent.files
         package.left_out += sent.left_out
@@ -169,10 +168,9 @@ def code(modules: Sequence[str] = (), excludes: Sequence[str] = ()) -> Package:
 
 
 def own_module(module: str, folder: Path, sent: Package) -> str | None:
-    """Return the path of the module or package that a network comes from, where it is found here and is not sent with the folder.
+    """Return the path of a network's module or package if it exists here and is not sent with the folder.
 
-    It may be installed, in the folder's `.venv` even, which never travels; stand on PYTHONPATH; or be one that git ignores. The folder
-    is looked into last, as where the network is built.
+    It may be installed, on PYTHONPATH, or ignored by git. The folder is searched last, as when the network is built.
     """
     top = module.partition(".")[0]
     try:
@@ -183,13 +181,13 @@ def own_module(module: str, folder: Path, sent: Package) -> str | None:
         return None
     origin = Path(str(found.origin)).resolve()
     place = origin.parent if origin.name == "__init__.py" else origin
-    name = origin.relative_to(place.parent).as_posix()  # under which alone a job finds it in the folder
+    name = origin.relative_to(place.parent).as_posix()  # the only name under which the job finds it in the folder
     travels = name in sent.files and sent.files[name].resolve() == origin
     return None if travels else str(place)
 
 
 def _folder_of(module: str) -> Path:
-    """Return the folder or file of an importable top-level module; UsageError where there is none."""
+    """Return the folder or file of an importable top-level module; UsageError if there is none."""
     try:
         found = importlib.util.find_spec(module)
     except (ImportError, ValueError):
@@ -208,7 +206,7 @@ def _add_tree(package: Package, top: Path, name: str, excludes: Sequence[str], n
 
 
 def _add(package: Package, name: str, path: Path, folder: Path) -> None:
-    """Add a file of a folder, unless it is none or a secret is seen in it."""
+    """Add a file of a folder, unless it contains a secret."""
     if not _is_plain(path, folder):
         return
     if _holds_secret(path):
@@ -218,7 +216,7 @@ def _add(package: Package, name: str, path: Path, folder: Path) -> None:
 
 
 def _listed(folder: Path) -> Iterator[str]:
-    """Yield the names of the files below a folder, by git where it is a checkout; UsageError where there are too many."""
+    """Yield the names of the files below a folder, from git in a checkout; UsageError if there are too many."""
     for count, name in enumerate(_names(folder)):
         if count == MAX_FILES:
             raise UsageError(
@@ -233,17 +231,16 @@ def _names(folder: Path) -> Iterator[str]:
     for name in _by_walking(folder) if names is None else names:
         inner = folder / name
         if names is not None and (inner / ".git").exists() and not inner.is_symlink():
-            # a submodule, or a checkout of its own: git tells no more of it than its name
+            # a submodule or another checkout, of which git lists only the name
             yield from (f"{name.rstrip('/')}/{each}" for each in _names(inner))
         else:
             yield name
 
 
 def _by_git(folder: Path) -> list[str] | None:
-    """Return what git has and does not ignore below a folder; None where there is no checkout, or this is nothing of one.
+    """Return the files that git does not ignore below a folder; None without a checkout, or if the checkout ignores the whole folder.
 
-    The latter is a folder that is ignored as a whole by the checkout it stands in: what a person types a command in is wanted, whatever
-    the checkout around it keeps. UsageError where a checkout is there and git fails: what it ignores may be a secret.
+    UsageError if git fails in a checkout: ignored files may be secrets.
     """
     done = _git(folder, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if done is None:
@@ -256,7 +253,7 @@ def _by_git(folder: Path) -> list[str] | None:
 
 
 def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes] | None:
-    """Return what git answers, which is yes (0) or no (1); None where it fails and no checkout is there, else UsageError."""
+    """Run git, which exits with 0 or 1; None if it fails outside a checkout, UsageError if it fails in one."""
     try:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, timeout=GIT_S)
         if done.returncode in (0, 1):
@@ -270,7 +267,7 @@ def _git(folder: Path, *words: str) -> subprocess.CompletedProcess[bytes] | None
     if not any(os.path.lexists(place / ".git") for place in (there, *there.parents)):
         return None
     raise UsageError(
-        f"{folder} is in a git checkout, and git does not say what it ignores there ({why}); make `git status` work there, type the "
+        f"{folder} is in a git checkout, and git cannot list its ignored files ({why}); make `git status` work there, type the "
         "command elsewhere, or set runtime_env: {working_dir: false}"
     )
 
@@ -298,7 +295,7 @@ def _is_excluded(name: str, excludes: Sequence[str], never: Sequence[str] = NEVE
 
 
 def _is_plain(path: Path, folder: Path) -> bool:
-    """Whether a path is a file that stands in the folder: what a link points to outside is not ours to send."""
+    """Whether a path is a file inside the folder, also after following links."""
     return path.is_file() and path.resolve().is_relative_to(folder.resolve())
 
 

@@ -1,4 +1,4 @@
-"""Commands sent to a cluster as Ray Jobs: a command's parameters, its folder and code, its log followed, its exit code returned."""
+"""Send commands to a cluster as Ray jobs: upload parameters, folder and code, follow the log, return the exit code."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOC
 from pipeline.storage.runs import new_id
 
 PREFIX = "ddpm-"
-ENTRY = ("python", "-P", "-m", "pipeline.cli_in_job")  # -P: the code that was sent, not what stands in the folder
-AFTER_STOP_S = 20.0  # for what follows the saving: tracking is closed, Ray is left
+ENTRY = ("python", "-P", "-m", "pipeline.cli_in_job")  # -P: do not import from the current folder
+AFTER_STOP_S = 20.0  # after saving, to close tracking and disconnect from Ray
 RECONNECT_S = 300.0
-OWN_SIGNALS = {130, 143}  # exit codes above 128 that a command of ours ends with by itself
-# Ray decides these from its environment when it is first imported; in the job that may be before this package is
+OWN_SIGNALS = {130, 143}  # exit codes above 128 of our own commands
+# Ray reads these when it is first imported, in the job possibly before this package is
 DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFERED": "1"}
 
 
@@ -42,12 +42,12 @@ class Jobs:
     """The jobs of a profile's cluster."""
 
     def __init__(self, profile: Profile, reference: str, console: Console) -> None:
-        """Be let in; `reference` is the profile as the user named it. UsageError or ClusterError as `admission` says."""
+        """Connect; `reference` is the profile as the user named it. UsageError or ClusterError as in `admission`."""
         address = str(profile.address).rstrip("/")
         token = admission(profile, address, probe_dashboard(address))
         if token and travels_readable(address):
             console.say(
-                f"warning: {address} is plain http to another machine: the token can be read on its way; use https or a tunnel"
+                f"warning: {address} is plain http to another machine: the token can be intercepted; use https or a tunnel"
             )
         self._profile, self._reference, self._console = profile, reference, console
         self._client = _client(address, token)
@@ -121,16 +121,16 @@ class Jobs:
         return job
 
     def _environment(self, job: str, values: dict[str, str]) -> dict[str, str]:
-        """Return what the job's environment says of it; an address with a password in it goes to the secret `values`.
+        """Return the job's environment; an address with a password is added to the secret `values` instead.
 
-        So does the run that `mlflow run` opened: it is the driver's alone, and what stands in a job's environment reaches every worker,
-        where each trial of a sweep would take it for its own. UsageError where the job could not write to its store.
+        So is the run that `mlflow run` opened: it belongs to the driver alone, while the job's environment reaches every worker, where each
+        trial of a sweep would use it. UsageError if the job could not write to its store.
         """
         env = {
             JOB_VARIABLE: job,
             CODE_VERSION_VARIABLE: code_version(),
             LOCK_HASH_VARIABLE: lock_hash(),
-            # Ray kills a job this long after it has asked it to stop; its own 3 s are too short to save
+            # Ray kills a job this long after asking it to stop; the default of 3 s is too short to save
             "RAY_JOB_STOP_WAIT_TIME_S": str(round(self._profile.timeouts.stop_s + AFTER_STOP_S)),
         }
         uri, opened = os.environ.get("MLFLOW_TRACKING_URI"), os.environ.get("MLFLOW_RUN_ID")
@@ -157,12 +157,12 @@ class Jobs:
             )
 
     def _ask(self, what: str, call: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        """Return what a call of Ray's client returns; ClusterError in one line where the cluster fails it, whatever the client raises."""
+        """Return the result of a call of Ray's client; any exception of the client becomes a ClusterError of one line."""
         from ray.exceptions import RayError
 
         try:
             return call(*arguments, **options)
-        # what requests raises is an OSError; an answer that is not Ray's is a ValueError of whatever reads it
+        # requests raises OSErrors; an answer that is not Ray's raises ValueErrors
         except (RuntimeError, OSError, ValueError, RayError) as error:
             raise ClusterError(
                 f"profile {self._profile.name!r}: the cluster did not {what}: {_reason(error)}; try again, or look: "
@@ -174,8 +174,7 @@ class Jobs:
     def follow(self, job: str, out: Callable[[str], None], log: Callable[[str], None]) -> int:
         """Print a job's log from its beginning until it ends, results to `out` and the rest to `log`; return its exit code.
 
-        A lost connection is told, and taken up again where it was. ClusterError where the job is gone, was killed, or ended without a
-        word of its own.
+        A lost connection is reported and restored. ClusterError if the job is gone, was killed, or ended without running its command.
         """
         lines = LogLines(out, log)
         lost: float | None = None
@@ -197,7 +196,7 @@ class Jobs:
                 back()
             except PipelineError:
                 raise
-            except Exception as error:  # of the network, by three libraries with errors of their own
+            except Exception as error:  # network errors of three libraries
                 now = time.monotonic()
                 if self._is_gone(job):
                     raise ClusterError(
@@ -216,19 +215,19 @@ class Jobs:
             time.sleep(1.0)
 
     def _is_gone(self, job: str) -> bool:
-        """Whether the cluster answers, and says itself that there is no such job; a 404 of a proxy in between is no such word."""
+        """Whether the cluster itself reports that there is no such job; a 404 of a proxy does not count."""
         try:
             self._client.get_job_info(job)
         except RuntimeError as error:
             return "status code 404" in str(error) and f"Job {job} does not exist" in str(error)
-        except Exception:  # of the network again
+        except Exception:  # network errors
             return False
         return False
 
     async def _tail(self, job: str, lines: LogLines, back: Callable[[], None]) -> None:
         lines.rewind()
         async for text in self._client.tail_job_logs(job):
-            back()  # at the first piece: the last one comes when the job ends
+            back()  # at the first piece, since the last one comes when the job ends
             lines.write(text)
 
     def _exit_code(self, job: str, info: Any, saved: bool) -> int:
@@ -244,12 +243,10 @@ class Jobs:
         )
 
     def _of_driver(self, job: str, code: int) -> int:
-        """Return the exit code of a driver that ended by itself; ClusterError where a signal ended it, since then it said nothing."""
+        """Return the exit code of a driver; ClusterError if a signal killed it."""
         if 0 <= code < 128 or code in OWN_SIGNALS:
             return code
-        number = (
-            -code if code < 0 else code - 128
-        )  # the shell between Ray and the driver tells the same by 128 and more
+        number = -code if code < 0 else code - 128  # the shell between Ray and the driver adds 128 to the signal
         known = {each.value: each.name for each in signal.Signals}
         cause = ", as a machine without free memory does" if number == signal.SIGKILL else ""
         raise ClusterError(
@@ -271,13 +268,13 @@ class Jobs:
     # -- knowing and stopping
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return this package's jobs, newest first: id, status, when it started, how long it took, command."""
+        """Return this package's jobs, newest first: id, status, start, duration, command."""
         jobs = self._ask("list its jobs", self._client.list_jobs)
         found = [info for info in jobs if (info.submission_id or "").startswith(PREFIX)]
         return [_row(info) for info in sorted(found, key=lambda info: info.start_time or 0, reverse=True)]
 
     def find(self, reference: str) -> str:
-        """Return the id that a full id, a unique prefix of one (with or without `ddpm-`) or `latest` names; UsageError otherwise."""
+        """Return the job id for an id, a unique prefix (with or without `ddpm-`), or `latest`; UsageError otherwise."""
         ids = [row["job"] for row in self.listed()]
         if reference == "latest" and ids:
             return str(ids[0])
@@ -292,7 +289,7 @@ class Jobs:
         raise UsageError(f"job {reference!r}: no such job on {self._profile.address}{nearest(reference, ids)}; {known}")
 
     def stop(self, job: str) -> str:
-        """Ask a job to stop, wait until it has (a training saves first), and return one line on what happened."""
+        """Ask a job to stop, wait until it has (training saves first), and return a line about it."""
         info = self._info(job)
         if info.status.is_terminal():
             return f"{job} had ended already: {info.status}"
@@ -304,8 +301,8 @@ class Jobs:
                 raise ClusterError(f"{job} was asked to stop and has not yet; see: {self._how_to_follow(job)}")
             time.sleep(0.5)
         log = self._ask("show the job's log", self._client.get_job_logs, job)
-        told = [line for line in log.splitlines() if line.startswith("ddpm-pipe: ")]
-        return f"{job}: {told[-1].removeprefix('ddpm-pipe: ') if told else str(info.status).lower()}"
+        said = [line for line in log.splitlines() if line.startswith("ddpm-pipe: ")]
+        return f"{job}: {said[-1].removeprefix('ddpm-pipe: ') if said else str(info.status).lower()}"
 
     def _info(self, job: str) -> Any:
         return self._ask("tell of the job", self._client.get_job_info, job)
@@ -315,10 +312,8 @@ def _client(address: str, token: str | None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     logging.getLogger("ray.dashboard.modules").setLevel(logging.WARNING)
-    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(
-        logging.WARNING
-    )  # it tells of every connection that ends
-    # these would win over the profile's address
+    logging.getLogger("ray.dashboard.modules.job.sdk").setLevel(logging.WARNING)  # it logs every closed connection
+    # these would override the profile's address
     aside = {name: os.environ.pop(name) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS") if name in os.environ}
     try:
         return JobSubmissionClient(address, headers={"Authorization": f"Bearer {token}"} if token else None)
@@ -342,6 +337,6 @@ def _row(info: Any) -> dict[str, Any]:
 
 
 def _reason(error: object) -> str:
-    """Return the last line that says something, of an answer that may be a whole traceback."""
+    """Return the last line with text of an answer, which may be a traceback."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip(" '\".")]
     return redact(lines[-1] if lines else type(error).__name__)[:300]

@@ -131,7 +131,7 @@ def _again(folder: SweepFolder, result: Result) -> str:
     commands = [again(record), f"ddpm-pipe train --from {record.id}"]
     history = "\n".join(shlex.join(command) for command in [record.command, *record.extensions])
     return (
-        f"<section><h2>Do it again</h2>{''.join(f'<pre>{_text(command)}</pre>' for command in commands)}"
+        f"<section><h2>Repeat it</h2>{''.join(f'<pre>{_text(command)}</pre>' for command in commands)}"
         f"<p>Code {_text(record.code_version)}; dataset fingerprint <code>{_text(record.dataset['fingerprint'][:16])}</code>.</p>"
         f"<details><summary>What {_text(result.metric_name)} is the score of</summary>"
         f"<pre>{_text(json.dumps(identity, indent=1))}</pre></details>"

@@ -73,9 +73,9 @@ def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> 
         f"`{record.dataset['name']}`; {sweep.budget.to_text()} for each trial, {sweep.seeds} seeds, ranked by {sweep.metric}.",
     ]
     if result is not None:
-        asked += ["### What came out", statement(result), _table(rows(result))]
+        asked += ["### Results", statement(result), _table(rows(result))]
     asked += [
-        "### Do it again",
+        "### Repeat it",
         f"```\n{again(record)}\n```",
         f"Code {record.code_version}. The best point at full length: `ddpm-pipe train --from {record.id}`; more seeds: "
         f"`ddpm-pipe sweep --extend {record.id} --seeds {_more_than(sweep.seeds)}`.",

@@ -1,1 +1,1 @@
-"""MLflow, behind a spool that training never waits for."""
+"""Tracking in MLflow, through a spool so that training never waits for it."""

@@ -1,4 +1,4 @@
-"""Whether a tracking store takes what a run gives it: a run of the doctor's own is made, written, read back and deleted."""
+"""Check a tracking store: create a run, write to it, read it back and delete it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ FILE = "doctor.txt"
 
 
 def check_store(settings: TrackingSettings) -> float:
-    """Make a run with a metric and a file, read both back, and delete the run; return the seconds. Raises whatever MLflow raises.
+    """Create a run with a metric and a file, read both back and delete it; return the seconds taken.
 
-    The server keeps a deleted run until `mlflow gc`.
+    Raises what MLflow raises. The server keeps a deleted run until `mlflow gc`.
     """
     from mlflow import MlflowClient
 

@@ -1,8 +1,8 @@
-"""Delivery: the events of a spool, put into an MLflow store so that each is there once, whatever died in between.
+"""Deliver the events of a spool to an MLflow store, each exactly once even after crashes.
 
-What makes a second delivery harmless: an MLflow run is looked up by our run id before one is made; a metric with the same step,
-time and value is stored once by MLflow itself; a step that training repeats after a resume is skipped by asking the store for the
-last step of that metric; a picture is skipped where one of its key and step exists; the rest replaces itself.
+A second delivery changes nothing: the MLflow run is looked up by our run id before one is created; MLflow stores a metric with equal step,
+time and value once; a step that training repeats after a resume is skipped, because the store is asked for the last step of that metric; a
+picture is skipped if one with its key and step exists; everything else replaces itself.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ REDACTED_MAX_BYTES = 4 << 20
 
 
 class RejectedError(Exception):
-    """The store refused an event for good: trying again cannot help."""
+    """The store refused an event for good; a retry cannot help."""
 
 
 class DeferredError(Exception):
-    """A file could not be stored now, while the rest can go on."""
+    """A file could not be stored now; other events can be delivered."""
 
 
 class Delivery:
-    """A connection to one MLflow store for one run. Every method may raise whatever MLflow raises."""
+    """A connection to one MLflow store for one run. Every method may raise what MLflow raises."""
 
     def __init__(self, uri: str, run_dir: Path, artifacts: Path | None) -> None:
         from mlflow import MlflowClient
@@ -55,7 +55,7 @@ class Delivery:
         self._forget()
 
     def _forget(self) -> None:
-        """Drop what is known about the store's content: another process may have changed it."""
+        """Clear cached knowledge of the store, which another process may have changed."""
         self._last_steps: dict[str, int] = {}
         self._images: set[str] | None = None
         self._is_new = False
@@ -69,8 +69,8 @@ class Delivery:
     def deliver(self, events: Sequence[Event]) -> None:
         """Put events into the store: one of any kind, or several of kind `metrics` (see `next_group`).
 
-        Raises RejectedError where trying again cannot help, DeferredError where a file cannot be stored although the
-        tracking server answers (its artifact store is another machine's trouble), and otherwise what MLflow raises.
+        Raises RejectedError if a retry cannot help, DeferredError if a file cannot be stored although the tracking server answers
+        (the artifact store may be on another machine), and otherwise what MLflow raises.
         """
         from mlflow.exceptions import MlflowException
         from requests import RequestException
@@ -175,7 +175,7 @@ class Delivery:
             self._images = (
                 set() if self._is_new else {item.path for item in self.client.list_artifacts(self.run_id, "images")}
             )
-        # MLflow's own naming: key with ~ for /, step, time, and the small picture for the slider comes last
+        # MLflow's naming: key with ~ for /, step, time; the small picture for the slider is stored last
         prefix = f"images/{event['key'].replace('/', '~')}+step+{event['step']}+"
         if any(path.startswith(prefix) and "+compressed" in path for path in self._images):
             return
@@ -198,7 +198,7 @@ class Delivery:
             self._store_file(file, (Path(folder) / file.parent.relative_to(path)).as_posix())
 
     def _store_file(self, path: Path, folder: str) -> None:
-        """Put one file into the run's artifacts; a text is read for secrets first."""
+        """Store one file as an artifact; secrets in text files are redacted."""
         target = None if folder in {"", "."} else folder
         if path.suffix not in REDACTED_SUFFIXES or path.stat().st_size > REDACTED_MAX_BYTES:
             self.client.log_artifact(self.run_id, str(path), target)
@@ -220,10 +220,10 @@ class Delivery:
         self.client.set_terminated(self.run_id, events[0]["status"], events[0]["time"])
 
     def _local(self, path: str) -> Path:
-        """Return the file of an event; paths inside the run folder are kept relative to it, so that it may be moved."""
+        """Return the file of an event. Paths inside the run folder are relative, so that the folder can be moved."""
         found = self._run_dir / path
         if not found.exists():
-            raise RejectedError(f"{found}: is no longer there")
+            raise RejectedError(f"{found}: no longer exists")
         return found
 
 
@@ -243,7 +243,7 @@ def _same(metric: Metric, key: str, step: int, value: float) -> bool:
 
 @contextmanager
 def _patience(timeout_s: int | None) -> Iterator[None]:
-    """Let a server take its time over a large file; MLflow reads the variable at each call, and only here is it called."""
+    """Raise the timeout for large files; MLflow reads the variable at each call, and only this thread calls it."""
     before = os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT")
     if timeout_s is None or before is None:
         yield

@@ -1,7 +1,7 @@
-"""The file that MLflow runs to load a logged model: `predict({"n": [4]})` returns four images as PNGs.
+"""The script that MLflow runs to load a logged model: `predict({"n": [4]})` returns four images as PNGs.
 
-Models from code: nothing is pickled. Beside this file the logged model holds the EMA weights (safetensors), the resolved
-experiment (JSON) and the code of both packages.
+The model is logged from code, without pickle. The logged model also contains the EMA weights (safetensors), the resolved experiment (JSON)
+and the code of both packages.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ MAX_IMAGES = 10_000
 
 
 class LoggedDDPM(PythonModel):  # type: ignore[misc]
-    """A trained model behind MLflow's `predict`."""
+    """A trained model for MLflow's `predict`."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Read weights and settings."""
         from pipeline.training.trained import Trained
 
         self.trained = Trained.load(Path(context.artifacts["model"]))
@@ -31,8 +30,8 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
     ) -> pd.DataFrame:
         """Return n rows with column `png`, a PNG file's bytes (base64 over HTTP); image i is a function of (seed, i).
 
-        `model_input` has one row with column `n`; parameters: `seed`, and `steps` (0: the run's own number of network calls). What cannot
-        be done is an MlflowException that says so, which a server passes on.
+        `model_input` has one row with column `n`; parameters: `seed`, and `steps` (0: the run's setting). Invalid input raises an
+        MlflowException, which a server returns to the client.
         """
         from pipeline.errors import PipelineError
         from pipeline.pictures.pictures import as_png, picture_of
@@ -57,7 +56,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
         return pd.DataFrame({"png": images})
 
     def _sampling(self, steps: int) -> Any:
-        """Return the sampling settings with so many network calls, 0 for the run's own; refused where the model cannot take them."""
+        """Return the sampling settings with this number of steps, 0 for the run's; raise if the model does not allow it."""
         from pipeline.training.combinations import check_sampling
 
         experiment = self.trained.experiment
@@ -70,7 +69,7 @@ class LoggedDDPM(PythonModel):  # type: ignore[misc]
 
 
 def _number_of(model_input: pd.DataFrame) -> int:
-    """Return how many images are asked for."""
+    """Return the requested number of images."""
     if len(model_input) != 1:
         raise MlflowException.invalid_parameter_value(
             f"n: got {len(model_input)} rows; expected one, such as {{'n': [4]}}"

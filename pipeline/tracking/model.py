@@ -1,4 +1,4 @@
-"""The final model in MLflow: the denoiser's EMA weights as safetensors with the code that reads them, and no pickle."""
+"""Log the final model in MLflow: the EMA weights as safetensors and the code that reads them, without pickle."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ REQUIREMENTS = ("torch", "safetensors", "numpy", "pillow", "pydantic", "pyyaml",
 
 
 def log_model(client: MlflowClient, run_id: str, experiment_id: str, folder: Path, name: str, step: int) -> None:
-    """Log a folder that `pipeline.training.trained.Trained.load` reads as an MLflow model of the run; once, however often called.
+    """Log a folder for `pipeline.training.trained.Trained.load` as an MLflow model of the run; repeated calls log it once.
 
-    The code of both packages, and of a network of the user's own, goes with it: `mlflow models serve` needs no checkout.
+    The code of both packages and of a user-defined network is included, so `mlflow models serve` needs no checkout.
     """
     from mlflow.entities import LoggedModelOutput
 
@@ -36,11 +36,13 @@ def log_model(client: MlflowClient, run_id: str, experiment_id: str, folder: Pat
         client.finalize_logged_model(model.model_id, "READY")
     outputs = client.get_run(run_id).outputs
     if outputs is None or model.model_id not in {output.model_id for output in outputs.model_outputs}:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, step)])  # MLflow's database refuses a second row
+        client.log_outputs(
+            run_id, [LoggedModelOutput(model.model_id, step)]
+        )  # a second row violates a constraint of MLflow's database
 
 
 def _entry(client: MlflowClient, run_id: str, experiment_id: str, name: str, step: int) -> LoggedModel:
-    """Return the model's entry in the store: one begun earlier, else a new one."""
+    """Return the model's entry in the store, created if it is missing."""
     known = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}' AND name = '{name}'")
     for model in known:
         if model.tags.get(STEP_TAG) == str(step):
@@ -51,7 +53,7 @@ def _entry(client: MlflowClient, run_id: str, experiment_id: str, name: str, ste
 
 
 def _save(target: Path, folder: Path, run_id: str, model: LoggedModel) -> None:
-    # importing pyfunc makes MLflow complain of a type hint in its own code
+    # importing pyfunc makes MLflow warn about a type hint in its own code
     warnings.filterwarnings("ignore", message=".*type hint", category=UserWarning)
     import mlflow.pyfunc
     from mlflow.models import Model
@@ -73,7 +75,7 @@ def _save(target: Path, folder: Path, run_id: str, model: LoggedModel) -> None:
 
 
 def _code(folder: Path) -> list[Path]:
-    """Return the packages that the model needs: ours, and the one that the experiment names for a network of its own."""
+    """Return the packages that the model needs: ours, and that of a user-defined network."""
     about = json.loads((folder / "experiment.json").read_text())
     own, colon, _ = about["experiment"]["model"]["type"].partition(":")
     modules = ["ddpm", "pipeline", *([own.partition(".")[0]] if colon else [])]
@@ -81,14 +83,14 @@ def _code(folder: Path) -> list[Path]:
     for module in modules:
         spec = importlib.util.find_spec(module)
         if spec is None or spec.origin is None:
-            raise ValueError(f"model.type: the code of {module!r} is not found here")
+            raise ValueError(f"model.type: the code of {module!r} was not found")
         origin = Path(spec.origin)
         found.append(origin.parent if origin.name == "__init__.py" else origin)
     return found
 
 
 def _signature() -> object:
-    """What `predict` takes (a number of images; seed and steps as parameters) and gives (a PNG file's bytes each)."""
+    """Return the signature of `predict`: input n, parameters seed and steps, output PNG bytes."""
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 

@@ -1,4 +1,4 @@
-"""How busy the machine is, sampled where the figures of training are logged; costs well under a millisecond."""
+"""System metrics, sampled when training metrics are logged; takes well under a millisecond."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ MIB = 2**20
 
 
 class SystemMonitor:
-    """Load of this machine and of this process, named as MLflow's "System metrics" tab expects (`system/...`)."""
+    """Load of this machine and process, with the names of MLflow's "System metrics" tab (`system/...`)."""
 
     _before: ClassVar[tuple[float, float] | None] = None  # busy and idle CPU seconds of the machine at the last call
 
     @classmethod
     def sample(cls) -> dict[str, float]:
-        """Return CPU and memory use, and the GPU's where this process uses one.
+        """Return CPU, memory and, if this process uses one, GPU utilisation.
 
-        CPU percent is the machine's mean since the last call, so the first call has none.
+        `cpu_percent` is the mean since the last call; the first call omits it.
         """
         figures = {
             "system/memory_percent": psutil.virtual_memory().percent,
@@ -41,7 +41,7 @@ def _cpu_seconds() -> tuple[float, float]:
 
 
 def _gpu() -> dict[str, float]:
-    torch = sys.modules.get("torch")  # a process that has not loaded torch uses no GPU
+    torch = sys.modules.get("torch")  # without torch this process uses no GPU
     if torch is None or not torch.cuda.is_initialized():
         return {}
     index = torch.cuda.current_device()
@@ -50,6 +50,6 @@ def _gpu() -> dict[str, float]:
         f"system/gpu_{index}_memory_mib": (total - free) / MIB,
         f"system/gpu_{index}_memory_percent": 100.0 * (total - free) / total,
     }
-    with contextlib.suppress(ImportError, RuntimeError):  # it asks NVIDIA's management library, which need not be there
+    with contextlib.suppress(ImportError, RuntimeError):  # it needs NVIDIA's management library
         figures[f"system/gpu_{index}_percent"] = float(torch.cuda.utilization(index))
     return figures

@@ -1,7 +1,7 @@
-"""The run that `mlflow run` opened for `sample` or `evaluate`: it gets what the command made, and names the trained run.
+"""The run that `mlflow run` opened, named by MLFLOW_RUN_ID.
 
-A training takes such a run as its own (`TrackingSettings.resolve`). What these commands find belongs to the trained run, and is recorded
-there; without a copy here, whoever started them from MLflow would see an empty run.
+Training records in such a run. `sample` and `evaluate` record their results in the trained run, and copy them to the opened one, which
+would be empty otherwise.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from pipeline.tracking.writer import prepare_environment
 
 
 def checked_run(settings: TrackingSettings, ours: str | None, say: Callable[[str], None]) -> TrackingSettings:
-    """Check the variables of MLflow that a shell may still hold, before anything is spent; return the settings to use.
+    """Check MLflow's environment variables before training starts; return the settings to use.
 
-    A run that MLFLOW_RUN_ID names is taken if it is nobody's, or belongs to `ours`. If the store has no such run, print a warning and
-    record in a new one; if the store is away, the run is looked up when it answers.
+    The run in MLFLOW_RUN_ID is used if it is new or belongs to `ours`. If the store has no such run, print a warning and record in a new
+    one. If the store does not answer, the run is looked up when it does.
 
     Raises:
         UsageError: the run belongs to another training or sweep.
@@ -60,14 +60,14 @@ def checked_run(settings: TrackingSettings, ours: str | None, say: Callable[[str
 
 @dataclass(frozen=True)
 class Opened:
-    """An MLflow run that is open, and the address of its store."""
+    """The id of an open MLflow run, and the address of its store."""
 
     run_id: str
     uri: str
 
     @classmethod
     def of(cls, settings: TrackingSettings) -> Opened | None:
-        """Return the run that settings were resolved with, if there is one."""
+        """Return the run in MLFLOW_RUN_ID, if there is one."""
         return cls(settings.mlflow_run_id, settings.uri) if settings.mlflow_run_id else None
 
     @staticmethod
@@ -80,17 +80,21 @@ class Opened:
             console.say(f"warning: {trouble}")
 
     def record(self, of: Run, figures: Mapping[str, float], files: Sequence[Path]) -> str | None:
-        """Record figures and files, and of which trained run they are; return one line on why that failed, None if it did not."""
+        """Record figures, files and the id of the trained run; return a line with the reason if that failed, else None."""
         from mlflow import MlflowClient
 
         try:
             client = MlflowClient(self.uri)
             found = get_run(client, self.run_id)
             if found is None:
-                return f"MLflow has no run {self.run_id} (MLFLOW_RUN_ID); the results stand in the trained run alone"
+                return (
+                    f"MLflow has no run {self.run_id} (MLFLOW_RUN_ID); the results are recorded only in the trained run"
+                )
             owner = found.data.tags.get(RUN_ID_TAG)
             if owner not in (None, of.id):
-                return f"MLFLOW_RUN_ID: run {self.run_id} belongs to {owner}; the results stand in run {of.id} alone"
+                return (
+                    f"MLFLOW_RUN_ID: run {self.run_id} belongs to {owner}; the results are recorded only in run {of.id}"
+                )
             tags = {"ddpm_pipe.of_run": of.id} | (
                 {"ddpm_pipe.of_mlflow_run": of.mlflow_run_id} if of.mlflow_run_id else {}
             )
@@ -101,6 +105,6 @@ class Opened:
             for path in files:
                 log = client.log_artifacts if path.is_dir() else client.log_artifact
                 log(self.run_id, str(path))
-        except Exception as error:  # the store's trouble is not the command's
-            return f"the run that MLflow opened was not completed: {' '.join(str(error).split())[:200]}"
+        except Exception as error:  # a failing store must not fail the command
+            return f"the results were not copied to the run that MLflow opened: {' '.join(str(error).split())[:200]}"
         return None

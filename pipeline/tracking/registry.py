@@ -1,4 +1,4 @@
-"""The MLflow Model Registry: the best model of a dataset under an alias that says by what it is the best."""
+"""Register the best model of a dataset in the MLflow Model Registry, under an alias that names the criterion."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SWEEP_TAG = "ddpm_pipe.sweep"
 
 
 def alias_of(identity: Mapping[str, Any]) -> str:
-    """Return an alias such as `best-fid-classifier-n559-ddim50-1a2b3c4d`: the same for values that compare, and for no others."""
+    """Return an alias such as `best-fid-classifier-n559-ddim50-1a2b3c4d`, equal exactly for comparable values."""
     kept = {name: value for name, value in identity.items() if name != "generation"}
     generation = dict(identity.get("generation", {}))
     kept["generation"] = {name: value for name, value in generation.items() if f"generation.{name}" not in LUCK}
@@ -49,11 +49,11 @@ def register(
     about: Mapping[str, str],
     identity: Mapping[str, Any],
 ) -> str | None:
-    """Register the model of a sweep's best run, and give the alias to the model of the lowest value; return one line on what was done.
+    """Register the model of a sweep's best run, and assign the alias to the model with the lowest value; return a line about it.
 
-    `value` is what aliases are given by, `spoken` the same in words; `about` are tags. What the sweep registered before under the alias
-    stays a version, but loses its value: with more points or seeds the sweep ranks another one first. Registering the same model again
-    changes nothing. None where the store is away or has no model of the run.
+    `value` decides the alias, `spoken` describes it; `about` are tags. A model that the sweep registered before keeps its version but loses
+    its value, because the sweep now ranks another one first. Registering the same model again changes nothing. Returns None if the store
+    does not answer or has no model of the run.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -84,12 +84,13 @@ def register(
 
 
 def _version(client: Any, name: str, mlflow_run_id: str, model_id: str) -> str:
-    """Return the version of a run's model, made now unless it is there."""
+    """Return the version of a run's model, created if it is missing."""
     from mlflow.exceptions import MlflowException
 
     try:
         client.create_registered_model(
-            name, description="Denoising diffusion models, by ddpm-pipe; aliases say by what each is the best."
+            name,
+            description="Denoising diffusion models, by ddpm-pipe; aliases name the criterion by which each is best.",
         )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
@@ -104,7 +105,7 @@ def _version(client: Any, name: str, mlflow_run_id: str, model_id: str) -> str:
 
 @contextmanager
 def _as_default(uri: str) -> Iterator[None]:
-    """Make a store MLflow's default: a database's registry looks for the model there, whichever store its client was made for."""
+    """Make a store MLflow's default: the registry of a database looks up models in the default store, not in its client's."""
     before = os.environ.get("MLFLOW_TRACKING_URI")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     try:
@@ -117,7 +118,7 @@ def _as_default(uri: str) -> Iterator[None]:
 
 
 def _others(client: Any, name: str, alias: str, version: str, sweep: str) -> Iterator[tuple[str, float]]:
-    """Yield version and value of each other model that competes for an alias; take the values from those that the sweep supersedes."""
+    """Yield (version, value) of other models with this alias; remove the value of models that the sweep supersedes."""
     for other in client.search_model_versions(f"name = '{name}'"):
         tags, number = other.tags, str(other.version)
         if number == version or not {VALUE_TAG, IDENTITY_TAG} <= tags.keys():

@@ -1,4 +1,4 @@
-"""The MLflow run that belongs to a run folder: the one known, the one tagged with our id, or a new one."""
+"""The MLflow run of a run folder: the known one, the one tagged with our id, or a new one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RUN_ID_TAG = "ddpm_pipe.run_id"
 
 
 class NoRunError(Exception):
-    """There is no MLflow run to deliver to, and none can be made now."""
+    """There is no MLflow run to deliver to, and none can be created now."""
 
 
 def find_or_make(
@@ -38,7 +38,7 @@ def find_or_make(
     run, is_new = get_run(client, known), False
     if run is None:
         if start is None:
-            raise NoRunError("the spool says nothing of the run's start; sync where the training was started")
+            raise NoRunError("the spool has no start event; run sync on the machine where the training was started")
         experiment_id = make_experiment(client, artifacts, start["experiment"])
         run = get_run(client, start.get("mlflow_run_id")) or _tagged(client, experiment_id, our_id)
         if run is None:
@@ -50,7 +50,7 @@ def find_or_make(
 
 
 def get_run(client: MlflowClient, run_id: str | None) -> Run | None:
-    """Return the run of MLflow's id, deleted ones too; None where the store has none."""
+    """Return the run with MLflow's id, also if it was deleted; None if the store has no such run."""
     from mlflow.exceptions import MlflowException
 
     if not run_id:
@@ -64,7 +64,7 @@ def get_run(client: MlflowClient, run_id: str | None) -> Run | None:
 
 
 def experiment_of_run(uri: str, run_id: str) -> str | None:
-    """Return the name of the experiment that a run is in; None where the store is away or has no such run."""
+    """Return the name of a run's experiment; None if the store does not answer or has no such run."""
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -81,7 +81,7 @@ def _tagged(client: MlflowClient, experiment_id: str, our_id: str) -> Run | None
 
 
 def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> str:
-    """Return the experiment's id. A local store's artifacts get their place here: MLflow's default is the current folder."""
+    """Return the experiment's id, created if missing. Sets the artifact folder of a local store; MLflow's default is the current folder."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
@@ -91,7 +91,7 @@ def make_experiment(client: MlflowClient, artifacts: Path | None, name: str) -> 
         try:
             return str(client.create_experiment(name, artifact_location=location))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run's process was faster
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process has created it
                 raise
             experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage == "deleted":
@@ -162,8 +162,8 @@ def sqlite_file(uri: str) -> Path | None:
 
 @contextmanager
 def prepare_store(uri: str) -> Iterator[None]:
-    """Make the file of a SQLite store, under the umask, and let one process at a time set up its tables."""
-    # it logs each error that it raises, with its traceback; the writer says it in a line
+    """Create the file of a SQLite store under the umask, and let one process at a time create its tables."""
+    # MLflow logs each error that it raises with a traceback; the writer logs one line
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)
     path = sqlite_file(uri)
     if path is None:

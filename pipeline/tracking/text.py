@@ -1,4 +1,4 @@
-"""The description of a run in MLflow's pages: what it was, what came out, and the command that does it again."""
+"""The description of a run on MLflow's pages: settings, results, and the command that repeats it."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def describe(run: Run, summary: Mapping[str, Any], steps: int = 0) -> str:
         _opening(record, steps),
         _settings(record),
         *([_changes(changed)] if changed else []),
-        "### What came out",
+        "### Results",
         _results(summary),
-        "### Do it again",
+        "### Repeat it",
         _again(record),
     ]
     return "\n\n".join(parts) + "\n"
@@ -100,9 +100,9 @@ def _is_vae(record: RunRecord) -> bool:
 
 
 def _results(summary: Mapping[str, Any]) -> str:
-    """Return a table of the figures, each with its yardsticks (`yardstick_<kind>_<figure>`) beside it."""
+    """Return a table of the figures with their yardsticks (`yardstick_<kind>_<figure>`)."""
     if not summary:
-        return "Nothing is scored yet."
+        return "Not scored yet."
     figures = [name for name in summary if not name.startswith(YARDSTICK)]
     yardsticks = {name: value for name, value in summary.items() if name.startswith(YARDSTICK)}
     kinds = list(dict.fromkeys(kind for name in yardsticks for kind in [_kind(name, figures)] if kind))
@@ -116,11 +116,11 @@ def _results(summary: Mapping[str, Any]) -> str:
         for name in figures
     ]
     lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines) + "\n\nYardsticks are what the same measurement says of images that were not generated."
+    return "\n".join(lines) + "\n\nYardsticks are the same measurement of images that were not generated."
 
 
 def _kind(name: str, figures: list[str]) -> str:
-    """Return what a yardstick is: `real_half` of `yardstick_real_half_fid_classifier_n559`; "" of no known figure."""
+    """Return the kind of a yardstick, such as `real_half` of `yardstick_real_half_fid_classifier_n559`; "" if the figure is unknown."""
     fits = [figure for figure in figures if name.endswith(f"_{figure}")]
     return name.removeprefix(YARDSTICK).removesuffix(f"_{max(fits, key=len)}") if fits else ""
 
@@ -133,7 +133,7 @@ def _again(record: RunRecord) -> str:
     return (
         f"```\n{shlex.join(words)}\n```\n\n"
         f"Code {record.code_version}; {libraries}; settings `{record.config_hash}`. "
-        f"More of this run: `ddpm-pipe sample {record.id}`, `ddpm-pipe evaluate {record.id}`, `ddpm-pipe resume {record.id}`."
+        f"More: `ddpm-pipe sample {record.id}`, `ddpm-pipe evaluate {record.id}`, `ddpm-pipe resume {record.id}`."
     )
 
 

@@ -1,7 +1,7 @@
-"""Tracking: what a run did, in MLflow, without training ever waiting for it.
+"""Record a run in MLflow without making training wait.
 
-A `Tracker` appends events to the spool of the run folder and returns; one daemon thread delivers them in order and in batches.
-A server that is away costs nothing: the events stay, and `sync` delivers them later, each once.
+A `Tracker` appends events to the spool of the run folder and returns; a daemon thread delivers them in order and in batches. If the server
+does not answer, the events stay in the spool, and `sync` delivers them later, each once.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ MAX_VALUE_LENGTH = 6000  # MLflow's limit for parameters
 class TrackingSettings:
     """Where runs are recorded.
 
-    `artifacts` is the folder of a local store's artifacts, None where a server decides. `strict` makes a store that is
-    away an error: at the start after `start_timeout_s`, and at the end.
+    `artifacts` is the artifact folder of a local store, None if a server decides. With `strict`, a store that does not answer is an
+    error: at the start after `start_timeout_s`, and at the end.
     """
 
     uri: str
@@ -77,7 +77,7 @@ class TrackingSettings:
 
 @dataclass(frozen=True)
 class TrackedDataset:
-    """The dataset as MLflow shows it: `fingerprint` is our manifest's, `source` a path or address."""
+    """A dataset in MLflow: `fingerprint` of our manifest; `source` is a path or address."""
 
     name: str
     fingerprint: str
@@ -86,10 +86,10 @@ class TrackedDataset:
 
 
 class Tracker:
-    """Records one run. Every recording method returns at once and never raises for the store's sake.
+    """Records one run. Recording methods return at once and never raise because of the store.
 
-    Delivery begins with the first event; if `later`, with `deliver` or with the first wait: importing MLflow and making its tables take
-    seconds from whoever is about to begin his work.
+    Delivery starts with the first event. With `later`, it starts with `deliver` or the first wait, because importing MLflow and creating
+    its tables take seconds of CPU.
     """
 
     def __init__(self, run_dir: Path, settings: TrackingSettings, *, later: bool = False) -> None:
@@ -114,7 +114,7 @@ class Tracker:
         description: str,
         dataset: TrackedDataset | None = None,
     ) -> None:
-        """Open the MLflow run: params are flat, with dotted names. Strict: TrackingError where the store does not answer."""
+        """Open the MLflow run; `params` are flat, with dotted names. If strict, raises TrackingError if the store does not answer."""
         self._append(
             "start",
             our_id=self._run_dir.name,
@@ -127,29 +127,29 @@ class Tracker:
             mlflow_run_id=self._settings.mlflow_run_id,
         )
         if self._settings.strict and not self.flush(self._settings.start_timeout_s, patient=True):
-            raise TrackingError(self._complaint("does not take the run"))
+            raise TrackingError(self._complaint("does not accept the run"))
 
     def metrics(self, step: int, values: Mapping[str, float], family: Family = "train") -> None:
-        """Record figures of one step.
+        """Record metrics of one step.
 
-        Family `train` is what a resumed training logs again: steps that the store has are skipped. Family `result` is
-        measured on purpose, so another value at the same step is kept too.
+        Family `train` is logged again by a resumed training: steps that the store has are skipped. Family `result` is measured
+        explicitly: another value at the same step is kept, too.
         """
         kept = {}
         for name, value in values.items():
             try:
                 kept[_clean_name(name)] = float(value)
             except (TypeError, ValueError):
-                log.warning("tracking: %s = %r is no number and is not recorded", name, value)
+                log.warning("tracking: %s = %r is not a number and is not recorded", name, value)
         if kept:
             self._append("metrics", step=int(step), values=kept, family=family)
 
     def image(self, key: str, step: int, path: Path) -> None:
-        """Record a picture for the step slider. The file must stay where it is until it is delivered."""
+        """Record a picture for the step slider. The file must not move until it is delivered."""
         self._append("image", key=re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key), step=int(step), path=self._path(path))
 
     def artifact(self, path: Path, folder: str = "") -> None:
-        """Record a file or folder under a folder of the run's artifacts; small text files with secrets removed."""
+        """Record a file or folder in `folder` of the run's artifacts; secrets in small text files are redacted."""
         self._append("artifact", path=self._path(path), folder=folder)
 
     def tags(self, tags: Mapping[str, str]) -> None:
@@ -161,7 +161,7 @@ class Tracker:
         self._append("tags", tags={"mlflow.note.content": redact(description)})
 
     def model(self, folder: Path, step: int, name: str = "ddpm") -> None:
-        """Record the model folder (what `pipeline.storage.checkpoint.load_model` reads) as an MLflow model without pickle."""
+        """Record a model folder (as `pipeline.training.trained.Trained.load` reads) as an MLflow model without pickle."""
         self._append("model", folder=self._path(folder), step=int(step), name=name)
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
@@ -172,16 +172,16 @@ class Tracker:
 
     @property
     def problem(self) -> str | None:
-        """One line on what keeps events from being delivered now; None where nothing does."""
+        """Why events cannot be delivered now, in one line; None if they can."""
         return self._writer.problem
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """MLflow's id of the run, once there is one."""
+        """MLflow's id of the run; None until it exists."""
         return self._spool.known_run()
 
     def undelivered(self) -> list[Event]:
-        """Return the events that no store is known to have, for a checkpoint; `restore` on another machine merges them."""
+        """Return the events without a receipt, to be stored in a checkpoint; `restore` on another machine merges them."""
         pending = self._spool.pending()
         start = self._spool.last_start
         if start is not None and all(event["id"] != start["id"] for event in pending):
@@ -189,7 +189,7 @@ class Tracker:
         return pending
 
     def restore(self, events: Iterable[Event]) -> None:
-        """Merge events of a checkpoint into the spool; those it holds are left alone. Call it before recording anything."""
+        """Add events of a checkpoint that the spool does not have. Call it before recording anything."""
         present = self._spool.ids()
         for event in events:
             if event["id"] not in present:
@@ -198,26 +198,26 @@ class Tracker:
             self._writer.start()
 
     def deliver(self) -> None:
-        """Deliver from now on."""
+        """Start the delivery."""
         self._later = False
         self._writer.start()
 
     def flush(self, timeout: float = 60.0, patient: bool = False) -> bool:
-        """Wait until all that was recorded is delivered, and return whether it is.
+        """Wait until everything recorded is delivered, and return whether it is.
 
-        Returns early where the store is found to be away, unless `patient`.
+        Returns early if the store does not answer, unless `patient`.
         """
         return self._writer.drain(timeout, patient)
 
     def close(self, timeout: float = 60.0) -> bool:
-        """Deliver what is left, stop, and return whether everything was delivered.
+        """Deliver the remaining events, stop, and return whether everything was delivered.
 
-        A store that is away costs a few seconds at most. Strict: TrackingError where something is left.
+        Waits a few seconds at most for a store that does not answer. If strict, raises TrackingError if events remain.
         """
         done = self._writer.drain(timeout)
         self._writer.stop()
         if not done:
-            complaint = self._complaint("has not taken everything")
+            complaint = self._complaint("has not received everything")
             if self._settings.strict:
                 raise TrackingError(complaint)
             log.warning("%s", complaint)
@@ -243,7 +243,7 @@ class Tracker:
 
 
 def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> int:
-    """Deliver what a run's spool still holds and return the number of events; TrackingError where the store is away."""
+    """Deliver the pending events of a run's spool and return their number; TrackingError if the store does not answer."""
     spool = Spool(run_dir / "spool")
     writer = Writer(run_dir, settings.uri, settings.artifacts, spool, secrets.token_hex(4))
     try:
@@ -256,19 +256,19 @@ def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> i
 
 
 def _absolute(uri: str) -> str:
-    """Return the address with an absolute path for SQLite; file stores are refused as MLflow itself refuses them."""
+    """Return the address with an absolute path for SQLite; UsageError for file stores, which MLflow refuses."""
     if uri.startswith("sqlite:///"):
         return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute().as_posix()}"
     if re.match(r"^[a-z][a-z0-9+.-]*://", uri) and not uri.startswith("file:"):
         return uri
     raise UsageError(
         f"tracking address {public_uri(uri)!r}: expected http(s)://..., sqlite:///... or a database; "
-        "MLflow no longer writes to plain folders"
+        "MLflow no longer supports plain folders"
     )
 
 
 def _source_tags(code_version: str) -> dict[str, str]:
-    """Return what MLflow's list of runs shows in its columns: user, program, commit."""
+    """Return the tags for the columns of MLflow's list of runs: user, program, commit."""
     try:
         user = getpass.getuser()
     except (KeyError, OSError):
@@ -283,7 +283,7 @@ def _clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def _clean_name(name: str) -> str:
-    """MLflow's alphabet for names, and its limit."""
+    """Replace characters that MLflow does not allow in names, and apply its length limit."""
     return re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)[:250]
 
 

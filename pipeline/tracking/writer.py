@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-GRACE_S = 3.0  # how long closing waits for a store that does not answer
-GRACE_KNOWN_DEAD_S = 0.3  # ... if it did not answer before
+GRACE_S = 3.0  # how long closing waits for a store that does not answer ...
+GRACE_KNOWN_DEAD_S = 0.3  # ... and for one that did not answer before in this process
 MAX_BACKOFF_S = 30.0
 MAX_METRICS_PER_CALL = 1000
 FILE_KINDS = {"image", "artifact", "model"}
 
 
 class Writer:
-    """Delivers a spool to one store; `token` tells this process from others that deliver the same spool."""
+    """Delivers a spool to one store; `token` distinguishes processes that deliver the same spool."""
 
-    _silent: ClassVar[set[str]] = set()  # stores that this process found away; it waits less for them
+    _silent: ClassVar[set[str]] = set()  # stores that did not answer
 
     def __init__(
         self, run_dir: Path, uri: str, artifacts: Path | None, spool: Spool, token: str, interval_s: float = 1.0
@@ -46,26 +46,26 @@ class Writer:
         self._thread: threading.Thread | None = None
         self._delivery: Delivery | None = None
         self._failures = 0
-        self._attempt = 0.0  # when the thread last began to deliver ...
-        self._failed_attempt = -1.0  # ... when it began the last time that failed
-        self._failed_files = -1.0  # ... or in which a file could not be stored
+        self._attempt = 0.0  # when the thread last started to deliver ...
+        self._failed_attempt = -1.0  # ... when it last started and failed
+        self._failed_files = -1.0  # ... or failed to store a file
         self._retry_files_at = 0.0
         self._answers = uri.startswith("sqlite:")
-        self._asked_at = math.inf  # when the store was first asked: importing MLflow is not the store's fault
+        self._asked_at = math.inf  # when the store was first asked; the import of MLflow does not count
         self.problem: str | None = None
         spool.use_run(spool.known_run(self._public_uri), self._public_uri)
 
     # the thread
 
     def start(self) -> None:
-        """Start the thread unless it runs."""
+        """Start the thread if it is not running."""
         self._stopping = False
         if self._thread is None or not self._thread.is_alive():
             self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
             self._thread.start()
 
     def stop(self) -> None:
-        """Ask the thread to end; where it hangs in a call, it is left behind."""
+        """Ask the thread to end, and wait half a second; a call may hang."""
         self._stopping = True
         self._wake.set()
         if self._thread is not None:
@@ -83,7 +83,7 @@ class Writer:
                 self._note_failure(error)
 
     def drain(self, timeout: float, patient: bool = False) -> bool:
-        """Wait until the store has all that the spool holds now; give up early if the store is away, unless `patient`."""
+        """Wait until the store has everything in the spool; give up early if the store does not answer, unless `patient`."""
         grace_s = GRACE_KNOWN_DEAD_S if self._public_uri in self._silent else GRACE_S
         begin = moved = time.monotonic()
         woken = 0.0
@@ -105,7 +105,7 @@ class Writer:
                 return False
             if now - woken > 0.5:
                 woken = now
-                self._retry_files_at = 0.0  # also files that failed in an attempt begun before this wait
+                self._retry_files_at = 0.0  # retry files that failed before this wait, too
                 self.start()
                 self._wake.set()
                 self._spool.write_unwritten()
@@ -131,7 +131,7 @@ class Writer:
     def deliver_some(self) -> int:
         """Deliver the next events that fit into one call; return how many. Raises what MLflow raises."""
         with self._spool.delivering() as mine:
-            if not mine:  # another process is asking
+            if not mine:  # another process is delivering
                 self._asked_at = min(self._asked_at, time.monotonic())
                 return 0
             if not self._due():
@@ -150,7 +150,7 @@ class Writer:
         return [event for event in pending if event["kind"] not in FILE_KINDS]
 
     def _attached(self) -> Delivery:
-        """Return the connection to the MLflow run, which is looked up again after another process has delivered."""
+        """Return the connection to the MLflow run; look the run up again if another process has delivered."""
         from pipeline.tracking.delivery import Delivery
 
         if self._delivery is None:
@@ -226,7 +226,7 @@ def next_group(events: Sequence[Event]) -> list[Event]:
 
 
 def prepare_environment() -> None:
-    """Set what MLflow reads from the environment: short waits, no telemetry, no pickle. The user's own waits stay."""
+    """Set environment variables of MLflow: short timeouts unless the user set others, no telemetry, no pickle."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")

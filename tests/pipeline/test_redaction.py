@@ -74,7 +74,7 @@ def test_what_a_record_is_for_stays_and_is_taken(text: str) -> None:
     ["https://user:pa55@host/x", "s3://key:word@bucket/x", "https://b.s3.amazonaws.com/k?X-Amz-Signature=ab12&a=b"],
 )
 def test_credentials_inside_an_address_are_refused_by_the_name_of_the_setting(address: str) -> None:
-    with pytest.raises(UsageError, match=r"^my\.yaml: data\.source: the address holds credentials") as caught:
+    with pytest.raises(UsageError, match=r"^my\.yaml: data\.source: the address contains credentials") as caught:
         refuse_secrets({"data": {"source": address}}, "my.yaml")
     assert address not in str(caught.value)
 

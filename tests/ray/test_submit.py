@@ -289,7 +289,7 @@ def test_who_may_send(cli, cluster, profile_of, folder):
 def test_secrets_are_looked_at_before_anything_is_sent(cli, cluster, profile_of, folder):
     refused = cli("train", "--data", "s3://key:word@bucket/x", "--cluster", profile_of(), env=cluster.environment)
     assert refused.code == 2
-    assert "the command line: the address holds credentials" in refused.stderr
+    assert "the command line: the address contains credentials" in refused.stderr
     refused = cli("train", "--cluster", profile_of(forward_env=["NOT_SET_HERE"]), env=cluster.environment)
     assert refused.code == 2
     assert "forward_env names NOT_SET_HERE, not set here" in refused.stderr

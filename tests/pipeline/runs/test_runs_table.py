@@ -103,7 +103,7 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
         "ddpm-pipe train --data '/my data' -s training.steps=5", f"ddpm-pipe resume {run.id}", run.record.code_version,
     ):  # fmt: skip
         assert part in text, part
-    assert "Nothing is scored yet" in describe(run, {})
+    assert "Not scored yet" in describe(run, {})
     assert "Changed by" not in text
     run.update(overrides=["training.steps=8", "sampling.steps=20", "training.steps=12"])
     resumed = describe(run, summary)

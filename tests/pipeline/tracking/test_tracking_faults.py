@@ -250,12 +250,12 @@ def test_pictures_files_and_models_go_through_a_server(run: Run, remote: Trackin
 @pytest.mark.fault(14)
 def test_strict_stops_at_the_start_and_at_the_end(run: Run, remote: TrackingSettings, gate: Gate) -> None:
     strict = replace(remote, strict=True, start_timeout_s=2.0)
-    with pytest.raises(TrackingError, match=r"does not take the run.*ddpm-pipe sync") as caught:
+    with pytest.raises(TrackingError, match=r"does not accept the run.*ddpm-pipe sync") as caught:
         Tracker(run.folder, strict).start("x", "y", {}, {}, "")
     assert caught.value.exit_code == 7
     gate.set("open")
     tracker = start(run, replace(strict, start_timeout_s=60.0))  # a busy machine may take its time
     gate.set("refusing")
     tracker.metrics(1, {"loss": 1.0})
-    with pytest.raises(TrackingError, match="has not taken everything"):
+    with pytest.raises(TrackingError, match="has not received everything"):
         tracker.close()
