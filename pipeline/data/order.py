@@ -96,16 +96,6 @@ class Order:
         """Steps per epoch, num_rows / batch_size; rarely a whole number."""
         return self.num_rows / self.batch_size
 
-    def rows_for(self, step: int, stream: int) -> Rows:
-        """Return the dataset rows of `stream` at `step`, int64 [batch_size / num_streams], without computing earlier steps."""
-        found, wanted = [], self.rows_per_stream
-        for part in self.parts(stream, step):
-            found.append(self.rows_of(part)[:wanted])
-            wanted -= len(found[-1])
-            if wanted == 0:
-                break
-        return np.concatenate(found)
-
     def parts(self, stream: int, step: int = 0) -> Iterator[Segment]:
         """Yield, without end, the segments that `stream` reads from `step` on, each inside one window."""
         first, last = self.slice_of(stream)

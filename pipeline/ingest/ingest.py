@@ -193,12 +193,6 @@ def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int]
     return (channels, *(options.size or source.shape[1:]))
 
 
-def source_key(source: str, options: IngestOptions, datasets: Path | None = None) -> str:
-    """Return the cache key of `source` with `options`: hex, equal for equal content."""
-    downloads = None if datasets is None else datasets / "downloads"
-    return _key(resolve_source(source, options, downloads=downloads, offline=True), options)
-
-
 def dataset_folder(source: Source, options: IngestOptions, datasets: Path | str) -> Path | RemoteFolder:
     """Return the folder of the cached dataset of `source`; reads the source to compute its key."""
     name = f"{source.name}-{_key(source, options)[:12]}"

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from pipeline.data.order import Order, Rows
 from pipeline.data.shards import Dataset
 from pipeline.ingest.ingest import ingest
 
@@ -53,6 +54,17 @@ def jpeg_of(pixels: Pixels, **options: Any) -> bytes:
     file = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(file, "JPEG", **options)
     return file.getvalue()
+
+
+def rows_for(order: Order, step: int, stream: int) -> Rows:
+    """Dataset rows of a stream at a step, int64 [batch_size / num_streams]."""
+    found, wanted = [], order.rows_per_stream
+    for part in order.parts(stream, step):
+        found.append(order.rows_of(part)[:wanted])
+        wanted -= len(found[-1])
+        if wanted == 0:
+            break
+    return np.concatenate(found)
 
 
 def some_images(count: int, shape: tuple[int, int, int] = (6, 5, 3), seed: int = 0) -> Pixels:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.data.order import Order, Segment, default_num_streams, streams_of_worker
 from pipeline.errors import UsageError
+from tests.kit.data import rows_for
 
 
 @st.composite
@@ -26,7 +27,7 @@ def orders(draw: st.DrawFn) -> Order:
 
 
 def stream_rows(order: Order, stream: int, num_steps: int) -> list[int]:
-    return [int(row) for step in range(num_steps) for row in order.rows_for(step, stream)]
+    return [int(row) for step in range(num_steps) for row in rows_for(order, step, stream)]
 
 
 def philox_words(key: tuple[int, int], count: int) -> list[int]:
@@ -89,7 +90,7 @@ def test_a_step_is_found_without_the_steps_before_it(order: Order, step: int) ->
     fresh = pickle.loads(pickle.dumps(order))  # noqa: S301
     assert fresh == order
     expected = [stream_rows(order, k, step + 1)[-order.rows_per_stream :] for k in range(order.num_streams)]
-    assert [list(fresh.rows_for(step, k)) for k in range(order.num_streams)] == expected
+    assert [list(rows_for(fresh, step, k)) for k in range(order.num_streams)] == expected
 
 
 @given(orders())
@@ -114,7 +115,7 @@ def test_parts_are_the_same_rows_window_by_window(order: Order, step: int) -> No
             parts += order.rows_of(part).tolist()
             if len(parts) >= wanted:
                 break
-        assert parts[:wanted] == [int(row) for s in range(step, step + 20) for row in order.rows_for(s, k)]
+        assert parts[:wanted] == [int(row) for s in range(step, step + 20) for row in rows_for(order, s, k)]
 
 
 def test_slices_differ_by_one_row_at_most() -> None:
@@ -138,9 +139,9 @@ def test_seeds_and_epochs_give_other_orders() -> None:
 
 def test_rows_may_be_written_to_without_changing_the_order() -> None:
     order = Order((8, 8), seed=1, num_streams=2, batch_size=4, window=16)
-    before = order.rows_for(0, 0).copy()
-    order.rows_for(0, 0)[:] = -1
-    assert list(order.rows_for(0, 0)) == list(before)
+    before = rows_for(order, 0, 0).copy()
+    rows_for(order, 0, 0)[:] = -1
+    assert list(rows_for(order, 0, 0)) == list(before)
 
 
 def test_what_is_kept_cannot_be_written_to() -> None:
@@ -157,7 +158,7 @@ def test_each_window_is_permuted_once_and_few_are_kept(num_streams: int, window:
     for step in range(2 * 16):
         for stream in range(num_streams):
             asked |= {part[:2] for part in islice(order.parts(stream, step), 1)}
-            order.rows_for(step, stream)
+            rows_for(order, step, stream)
     found = order._permuted.cache_info()  # type: ignore[attr-defined]
     windows = len({number for epoch, number in asked if epoch == 0})
     assert found.misses == len(asked) == 2 * windows
@@ -198,4 +199,4 @@ def test_workers_that_do_not_divide_the_streams_are_refused() -> None:
     with pytest.raises(ValueError, match="rank 4 is outside"):
         streams_of_worker(4, 4, 8)
     with pytest.raises(ValueError, match="stream 2 is outside"):
-        Order((8,), 0, 2, 4, 8).rows_for(0, 2)
+        rows_for(Order((8,), 0, 2, 4, 8), 0, 2)

@@ -15,7 +15,8 @@ from sklearn.datasets import load_sample_images
 from pipeline.data.images import decode_image
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest, source_key
+from pipeline.ingest.ingest import IngestOptions, availability, dataset_folder, ensure_ingested, ingest
+from pipeline.ingest.resolve import resolve_source
 from pipeline.ingest.rows import encode_png
 from tests.kit.data import (
     Pixels,
@@ -31,6 +32,7 @@ from tests.kit.waiting import wait_for
 
 NAMES = ("ant", "bee", "cat")
 LABELS = [0] * 4 + [1] * 5 + [2] * 3
+DEFAULTS = IngestOptions()
 
 
 def everything_below(folder: Path) -> set[str]:
@@ -363,22 +365,21 @@ def test_a_source_is_ingested_once_and_again_when_it_changes(tmp_path: Path) -> 
     assert (state.state, state.num_rows, state.shape) == ("cached", len(images), first.manifest.shape)
 
     moved = source.rename(tmp_path / "moved")  # the key is of the content, not of the place
-    assert source_key(str(moved), IngestOptions()) == first_key(moved, tmp_path)
+    assert first.folder.name == f"pets-{key_of(str(moved))}"
     stat = (moved / "ant" / "00000.png").stat()
     changed = images[0].copy()
     changed[0, 0, 0] ^= 1
     (moved / "ant" / "00000.png").write_bytes(png_of(changed))
     os.utime(moved / "ant" / "00000.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # times tell nothing
-    assert source_key(str(moved), IngestOptions()) != first.folder.name
+    assert first.folder.name != f"pets-{key_of(str(moved))}"
     other = ensure_ingested(str(moved), IngestOptions(), tmp_path / "cache", said.append)
     assert other.manifest.fingerprint != first.manifest.fingerprint
 
 
-def first_key(source: Path, tmp_path: Path) -> str:
-    """The key of `source` that its first dataset's folder begins with."""
-    key = source_key(str(source), IngestOptions())
-    assert (tmp_path / "cache" / f"pets-{key[:12]}").is_dir()
-    return key
+def key_of(source: str, options: IngestOptions = DEFAULTS) -> str:
+    """The key that ends the name of a source's cached dataset."""
+    folder = dataset_folder(resolve_source(source, options), options, Path("cache"))
+    return str(folder).rpartition("-")[2]
 
 
 def test_options_are_part_of_the_key(tmp_path: Path) -> None:
@@ -390,8 +391,8 @@ def test_options_are_part_of_the_key(tmp_path: Path) -> None:
         IngestOptions(image_size=(4, 5)),
         IngestOptions(label_column="none"),
     ]
-    assert len({source_key(source, o) for o in options}) == 5
-    assert source_key(source, IngestOptions(image_size=4)) == source_key(source, IngestOptions(image_size=(4, 4)))
+    assert len({key_of(source, o) for o in options}) == 5
+    assert key_of(source, IngestOptions(image_size=4)) == key_of(source, IngestOptions(image_size=(4, 4)))
     shapes = [ensure_ingested(source, o, tmp_path / "cache").manifest.shape for o in options]
     assert shapes == [(3, 6, 5), (1, 6, 5), (3, 4, 4), (3, 4, 5), (3, 6, 5)]
 
