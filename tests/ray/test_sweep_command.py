@@ -132,6 +132,7 @@ def test_a_killed_driver_is_resumed_and_ends_in_the_same_numbers(swept: dict[str
 
 
 @pytest.mark.fault(2)
+@pytest.mark.all
 def test_a_sweep_whose_driver_is_killed_resumes_from_its_trials_checkpoint(elsewhere: Shell) -> None:
     over = ("--over", "training.learning_rate=1e-3", "--steps", "40", "--seeds", "1")
     killed = elsewhere.start("sweep", "--base", "slow.yaml", *over, "-s", "logging.every_steps=1")
