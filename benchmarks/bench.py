@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import first_step, frame, rounds, training
+from benchmarks import first_step, frame, rounds, sampling, training
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
@@ -28,7 +28,7 @@ PICTURE = HERE.parent / "docs" / "speed.png"
 
 
 def cases() -> list[rounds.Case]:
-    return [*training.cases(), *frame.cases(), *first_step.cases()]
+    return [*training.cases(), *sampling.cases(), *frame.cases(), *first_step.cases()]
 
 
 def main() -> None:

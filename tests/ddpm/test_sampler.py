@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import threading
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from ddpm import (
     normal_noise,
     timestep_subset,
 )
+from ddpm.noise import drawn_ahead, noise_for_steps
 from tests.kit.closed_forms import ignorant, linear_response, normal_data, point_mass, randn, seeded
 
 
@@ -262,3 +264,28 @@ def test_few_steps_of_fixed_large_are_warned_about() -> None:
     assert few_steps_warning(linear(), 250) is not None
     assert few_steps_warning(linear(), 251) is None  # more than a quarter
     assert few_steps_warning(linear(variance="fixed_small"), 50) is None
+
+
+def test_noise_drawn_ahead_is_the_same_noise_and_is_drawn_while_the_caller_works() -> None:
+    shape, drawn = (3, 1, 4, 4), threading.Semaphore(0)
+
+    def draw(generators: list[torch.Generator]) -> Tensor:
+        noise = normal_noise(shape, generators)
+        drawn.release()
+        return noise
+
+    ours = [seeded(seed) for seed in range(3)]
+    given = []
+    for step, noise in enumerate(drawn_ahead(lambda: draw(ours), 5)):
+        given.append(noise)
+        for _ in range(
+            3 if step == 0 else 1 if step < 3 else 0
+        ):  # this one, and two that the caller has not asked for yet
+            assert drawn.acquire(timeout=60)
+    generators = [seeded(seed) for seed in range(3)]
+    expected = list(noise_for_steps(shape, generators, torch.device("cpu"), 5))
+    assert all(map(torch.equal, given, expected))
+    assert len(given) == len(expected) == 5
+    for a, b in zip(ours, generators, strict=True):  # no more is drawn than is used
+        assert torch.equal(a.get_state(), b.get_state())
+    assert list(drawn_ahead(lambda: draw(ours), 0)) == []

@@ -15,6 +15,7 @@ from pipeline.config.experiment import SamplingConfig
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.sampling import motion
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end, trajectory
 from tests.kit.drawings import pixels_of, place_of
@@ -51,6 +52,25 @@ def test_there_and_back_again_gives_the_same_images_in_the_limit_of_many_steps(d
     # a method of first order: five times as many steps, about a fifth of the error
     assert errors[1] / errors[2] == pytest.approx(5, rel=0.4)
     assert errors[3] < 1  # of 255
+
+
+class Imperfect(Gaussians):
+    """A network with a small error of its own at every step, as a trained one has."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return super().forward(x, t) + 0.02 * torch.sin(5 * x)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_the_way_back_ends_where_signal_is_left(digits, schedule, monkeypatch):
+    schedule = BetaSchedule.named(schedule, 1000)
+    network, settings = Imperfect(schedule, 0.4), SamplingConfig(sampler="ddim", steps=250, precision="fp32")
+    made = Denoiser(GaussianDiffusion(schedule), network, (1, 8, 8), settings, 0, CPU)
+    ends = torch.from_numpy(digits.read([3, 700]))
+    assert interpolate(made, ends, 5).error < 10
+    monkeypatch.setattr(motion, "LEAST_SIGNAL", 0.0)
+    if schedule.name == "cosine":  # whose last step holds 5e-5 of it
+        assert interpolate(made, ends, 5).error > 10
 
 
 def test_what_lies_between_equal_images_is_that_image(digits):
