@@ -208,15 +208,16 @@ def _backward(
     count = len(images.images)
     size = compute.micro_batch_size or count
     losses: list[Tensor] = []
-    for begin in range(0, count, size):
-        rows = slice(begin, begin + size)
-        x0, t, eps = images.part(rows, compute.channels_last)
-        with _gradients_stay_local(network, begin + size < count):
-            with compute.autocast():
+    with compute.autocast():  # one context for all micro-batches: it casts each weight once
+        for begin in range(0, count, size):
+            rows = slice(begin, begin + size)
+            x0, t, eps = images.part(rows, compute.channels_last)
+            with _gradients_stay_local(network, begin + size < count):
                 part_losses = objective(images.conditioned(network, rows), x0, t, eps)
-            weighted = part_losses * images.weights[rows]
-            train_state.scaler.scale(weighted.sum() / count).backward()  # type: ignore[no-untyped-call]
-        losses.append(part_losses.detach())
+                weighted = part_losses * images.weights[rows]
+                with compute.no_autocast():
+                    train_state.scaler.scale(weighted.sum() / count).backward()  # type: ignore[no-untyped-call]
+            losses.append(part_losses.detach())
     return torch.cat(losses)
 
 

@@ -138,10 +138,11 @@ def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, pr
 
 
 @pytest.mark.slow
-def test_fp16_learns_what_fp32_learns(dataset, alone):
-    """The scale is taken off the gradient again: losses of 20 steps agree to fp16's rounding, and the clip sees the true norm."""
-    compute = replace(CPU, autocast_dtype=torch.float16)
-    losses, _, _ = train(dataset, experiment(precision="fp16"), Team(), compute)
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_learns_what_fp32_learns(dataset, alone, precision):
+    """Losses of 20 steps agree to rounding: in fp16 the scale is taken off the gradient again, and the clip sees the true norm."""
+    compute = replace(CPU, autocast_dtype=AUTOCAST[precision], micro_batch_size=16)
+    losses, _, _ = train(dataset, experiment(precision=precision), Team(), compute)
     for mine, theirs in zip(losses, alone[0], strict=True):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=2e-2, atol=0)
 
