@@ -192,7 +192,9 @@ class Compute:
 
     def no_autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which gradients are computed, inside that of the network."""
-        return contextlib.nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, enabled=False)
+        return (
+            contextlib.nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, enabled=False)
+        )
 
     def loss_scaler(self) -> LossScaler:
         """Return what keeps small fp16 gradients from vanishing; it does nothing in other precisions."""
