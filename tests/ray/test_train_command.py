@@ -29,17 +29,17 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 # a decoder with a fault, in the workers alone: at one image it follows a null pointer
 CRASHING_DECODER = """
 import ctypes, hashlib, sys
-import PIL.Image
+import PIL.PngImagePlugin
 
-_open = PIL.Image.open
+_PngImageFile = PIL.PngImagePlugin.PngImageFile
 
-def crashing(file, *arguments, **options):
+def crashing(file):
     if hashlib.sha256(file.getvalue()).hexdigest() == "DIGEST":
         ctypes.string_at(0)
-    return _open(file, *arguments, **options)
+    return _PngImageFile(file)
 
 if sys.argv[0].endswith("default_worker.py"):
-    PIL.Image.open = crashing
+    PIL.PngImagePlugin.PngImageFile = crashing
 """
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageFile, PngImagePlugin
 
 from pipeline.data.images import (
     DamagedImageError,
@@ -363,7 +363,8 @@ def test_bombs_are_refused_from_their_header(monkeypatch: pytest.MonkeyPatch) ->
     wide_jpeg = bytearray(jpeg_of(some_images(1, (8, 8, 3))[0]))
     frame = wide_jpeg.index(b"\xff\xc0")
     wide_jpeg[frame + 5 : frame + 9] = struct.pack(">HH", 65500, 65500)
-    monkeypatch.setattr(Image, "open", opened)
+    monkeypatch.setattr(ImageFile.ImageFile, "load", opened)
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load_prepare", opened)
     for data, size in (
         (small_file, "9500x9500"),
         (bytes(wide_jpeg), "65500x65500"),
