@@ -1,12 +1,17 @@
-"""What the user watches while work goes on: lines, and one progress line on a terminal or a plain line now and then in a log."""
+"""What the user watches while work goes on: lines, and a progress bar on a terminal or a plain line now and then in a log."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
+
+if TYPE_CHECKING:
+    from tqdm.std import tqdm
 
 PLAIN_EVERY_S = 15.0
+QUIET_S = 1.0  # work that is done by then is not worth a bar
 
 
 def answer(line: str) -> None:
@@ -18,50 +23,101 @@ class Console:
     """Lines for people, on stderr so that results on stdout can be piped."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = stream if stream is not None else sys.stderr
-        self._terminal = self._stream.isatty()
-        self._width = 0
-        self._spoke = -PLAIN_EVERY_S
+        self.stream = stream if stream is not None else sys.stderr
 
     def say(self, line: str) -> None:
-        """Print a line that stays."""
-        self._clear()
-        print(line, file=self._stream, flush=True)
+        """Print a line that stays, above the bar if there is one."""
+        for bar in list(Bar.shown):
+            bar.clear()
+        print(line, file=self.stream, flush=True)
 
-    def progress(self, line: str, *, done: bool = False) -> None:
-        """Replace the progress line; in a log, print it every fifteen seconds and when `done`."""
+
+class Bar:
+    """Progress of countable work, with its rate and the time left.
+
+    It shows itself after `quiet_s` seconds even if nothing is done by then, so that nobody waits before an empty screen.
+    """
+
+    shown: ClassVar[set[Bar]] = set()
+
+    def __init__(self, console: Console, what: str, total: int, unit: str = "images", quiet_s: float = QUIET_S) -> None:
+        self._stream, self._what, self._total, self._unit = console.stream, what, total, unit
+        self._terminal = self._stream.isatty() or "ipykernel" in sys.modules
+        self._count = self._first = 0
+        self._beside, self._spoke = "", -PLAIN_EVERY_S
+        self._lock = threading.Lock()
+        self._drawn: tqdm[Any] | None = None
+        self._begin = time.monotonic()
+        self._quiet_until = self._begin + quiet_s
+        self._timer = threading.Timer(quiet_s, self.refresh)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def __call__(self, count: int, beside: str = "", *, first: bool = False) -> None:
+        """Show that `count` of the total are done, and a word `beside` them; with `first` the rate is reckoned from here."""
+        if first:
+            self._first, self._begin = count, time.monotonic()
+        self._count, self._beside = count, beside
+        if count >= self._total:
+            self.close()
+        else:
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Show how far it is, unless it is too early or was shown a moment ago."""
+        with self._lock:
+            if time.monotonic() >= self._quiet_until:
+                self._show(done=False)
+
+    def clear(self) -> None:
+        """Make room for a line; the next refresh draws the bar below it."""
+        if self._drawn is not None:
+            self._drawn.clear()
+
+    def close(self) -> None:
+        """Leave the bar as it is; nothing is shown of it any more."""
+        self._timer.cancel()
+        with self._lock:
+            if self._drawn is not None or self._spoke >= 0 or time.monotonic() >= self._quiet_until:
+                self._show(done=True)
+            if self._drawn is not None:
+                self._drawn.close()
+            Bar.shown.discard(self)
+
+    def _show(self, *, done: bool) -> None:
         if self._terminal:
-            self._stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
-            if done:
-                self._stream.write("\n")
-                self._width = 0
-            self._stream.flush()
+            bar = self._bar()
+            bar.n, bar.initial, bar.start_t = self._count, self._first, time.time() - (time.monotonic() - self._begin)
+            bar.set_postfix_str(self._beside, refresh=False)
+            bar.refresh()
         elif done or time.monotonic() - self._spoke >= PLAIN_EVERY_S:
+            from tqdm.std import tqdm
+
             self._spoke = time.monotonic()
+            elapsed = self._spoke - self._begin
+            line = tqdm.format_meter(
+                self._count,
+                self._total,
+                elapsed,
+                ncols=0,
+                prefix=self._what,
+                unit=f" {self._unit}",
+                postfix=self._beside or None,
+                initial=self._first,
+            )
             print(line, file=self._stream, flush=True)
 
-    def _clear(self) -> None:
-        if self._width:
-            self._stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
+    def _bar(self) -> tqdm[Any]:
+        if self._drawn is None:
+            from tqdm.auto import tqdm
 
-
-class Rate:
-    """Progress of countable work, with its rate and the time left; work of under a second is not worth a line."""
-
-    def __init__(self, console: Console, what: str, total: int, unit: str = "images") -> None:
-        self._console, self._what, self._total, self._unit = console, what, total, unit
-        self._begin = time.monotonic()
-
-    def __call__(self, count: int) -> None:
-        """Show that `count` of the total are done."""
-        wall = time.monotonic() - self._begin
-        if wall < 1.0:
-            return
-        left = (self._total - count) * wall / max(count, 1)
-        line = f"{self._what} {count}/{self._total}  {rate(count / wall)} {self._unit}/s  {duration(left)} left"
-        self._console.progress(line, done=count >= self._total)
+            tqdm.monitor_interval = 0  # no thread that looks after bars
+            tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system
+            self._drawn = tqdm(
+                desc=self._what, total=self._total, unit=f" {self._unit}", file=self._stream, dynamic_ncols=True
+            )
+            Bar.shown.add(self)
+        return self._drawn
 
 
 def rate(per_s: float) -> str:

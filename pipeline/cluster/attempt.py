@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import Console, duration
+from pipeline.console import Bar, Console
 from pipeline.signals import Signals
 from pipeline.worker.job import Job
 
@@ -73,6 +73,7 @@ class Attempt(ABC):
         shown: dict[str, Any] = {}
         seen: dict[str, Any] = {}
         over = False
+        bar = Bar(self.console, "training", self.job.experiment["training"]["steps"], "steps", quiet_s=0.0)
         while not over:
             over = ended(POLL_S)
             seen = self._hear() or seen
@@ -82,13 +83,16 @@ class Attempt(ABC):
             progress = seen.get("progress")
             if progress and progress != shown:
                 shown = progress
+                beside = f"loss {progress['loss']:.4f}, {progress['images_per_s']:,.0f} images/s"
+                bar(progress["step"], beside, first=begin is None)
                 begin = begin or (progress["step"], time.monotonic())
-                self.console.progress(progress_line(progress, begin), done=progress["step"] == progress["steps"])
+            bar.refresh()
             if len(self.signals.received) > 1 or self._stop_is_overdue():
                 break
             if self.signals.first is not None and (self.asked_at is None or self.planned):
                 self._ask("", "stopping after this step, and saving; once more to stop at once")
             self._look_around(seen, begin)
+        bar.close()
         return seen
 
     def _hear(self) -> dict[str, Any]:
@@ -117,12 +121,3 @@ def time_left(progress: dict[str, Any], begin: tuple[int, float]) -> float | Non
     done = progress["step"] - begin[0]
     left: float | None = (progress["steps"] - progress["step"]) * (time.monotonic() - begin[1]) / done if done else None
     return left
-
-
-def progress_line(progress: dict[str, Any], begin: tuple[int, float]) -> str:
-    """Return one line: steps, loss, images per second, time left (by the pace since `begin`)."""
-    left = time_left(progress, begin)
-    return (
-        f"step {progress['step']}/{progress['steps']}  loss {progress['loss']:.4f}  "
-        f"{progress['images_per_s']:.0f} images/s  {'?' if left is None else duration(left)} left"
-    )

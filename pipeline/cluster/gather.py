@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import Console, duration
+from pipeline.console import PLAIN_EVERY_S, Console, duration
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.planning.capacity import largest, needs, shortage
 from pipeline.signals import Signals
@@ -38,6 +38,7 @@ def gather(
     if profile.kind == "local":  # this machine was looked at before Ray was started on it
         return counts[0]
     begin = changed = time.monotonic()
+    spoke = begin - PLAIN_EVERY_S
     found: int | None = None
     limit = max(profile.wait_for_resources_s, GRACE_S)
     away = set(lost)
@@ -61,7 +62,9 @@ def gather(
                     f"profile {profile.name!r} wants {missing}; add nodes or lower workers (wait_for_resources_s waits "
                     f"longer than {duration(limit)}), then: {again}"
                 )
-            console.progress(f"waiting for {missing}; {duration(limit - (now - begin))} left")
+            if now - spoke >= PLAIN_EVERY_S:
+                spoke = now
+                console.say(f"waiting for {missing}; {duration(limit - (now - begin))} left")
             if away:
                 away -= cluster_nodes.on_each(away, os.getpid, ASK_AGAIN_S).keys()
         time.sleep(LOOK_S)

@@ -70,17 +70,17 @@ def ingest(
     SOURCE is digits, mnist, fashion-mnist or cifar10, a folder of images (sub-folders are classes), Parquet files (a file, folder,
     glob, or s3:// or gs:// address), or an .npz file.
     """
-    from pipeline.console import Console, Rate
+    from pipeline.console import Bar, Console
     from pipeline.ingest.ingest import ingest as ingest_source
     from pipeline.pictures.pictures import card_lines, dataset_card
 
     console = Console()
-    rate: list[Rate] = []
+    rate: list[Bar] = []
 
     def progress(done: int, total: int | None) -> None:
         if total is not None:
             if not rate:
-                rate.append(Rate(console, "ingesting", total))
+                rate.append(Bar(console, "ingesting", total))
             rate[0](done)
 
     manifest = ingest_source(
@@ -118,7 +118,7 @@ ddpm-pipe inspect data/digits --verify --picture digits.png
 @json_option
 def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> None:
     """Show what an ingested dataset is: a card, and a grid picture of its first images."""
-    from pipeline.console import Console, Rate
+    from pipeline.console import Bar, Console
     from pipeline.data.shards import Dataset
     from pipeline.pictures.pictures import card_lines, dataset_card, inspect_picture
     from pipeline.storage.remote import is_remote
@@ -126,7 +126,7 @@ def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> Non
     dataset = Dataset.open(data)
     card = dataset_card(dataset.manifest)
     if verify:
-        rate = Rate(Console(), "verifying", dataset.manifest.num_rows, "rows")
+        rate = Bar(Console(), "verifying", dataset.manifest.num_rows, "rows")
         dataset.verify(progress=lambda done, _: rate(done))
         card["verified"] = "every row"
     if picture is None and not is_remote(data):  # whose shards are not fetched unless they are asked for

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import EvaluationConfig, Experiment
-from pipeline.console import Console, Rate
+from pipeline.console import Bar, Console
 from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
@@ -76,9 +76,9 @@ def open_split(run: Run, split: str, console: Console) -> Dataset:
 
 def progress_on(console: Console) -> Progress:
     """Return a callback that shows a progress line for each thing that is done."""
-    rates: dict[str, Rate] = {}
+    rates: dict[str, Bar] = {}
 
     def show(what: str, done: int, total: int) -> None:
-        rates.setdefault(what, Rate(console, what, total))(done)
+        rates.setdefault(what, Bar(console, what, total))(done)
 
     return show

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import Console
+from pipeline.console import Bar, Console
 from pipeline.errors import DataError, RefusedError
 from pipeline.pictures.pictures import save_grid
 from pipeline.runs.choose_scorer import choose_scorer
@@ -67,7 +67,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     save_grid(images, pictures["samples"])
     if isinstance(generator, Denoiser):  # others draw an image in one step, which leaves no way to look at
         pictures["strip"] = folder / "denoising.png"
-        draw_strip(generator, pictures["strip"])
+        draw_strip(generator, pictures["strip"], progress=Bar(console, "denoising", len(generator.timesteps), "steps"))
     tracker = Tracker(run.folder, settings)
     summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
     run.update(summary=with_newest(run.state().summary, summary))

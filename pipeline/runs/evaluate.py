@@ -18,7 +18,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
 from pipeline.config.experiment import EvaluationConfig, Experiment
 from pipeline.config.yaml_files import validate
-from pipeline.console import Console, Rate
+from pipeline.console import Bar, Console
 from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
@@ -155,7 +155,7 @@ def evaluate_model(
         cache = sample_cache_of(run, trained, profile, console)
         scored = score_samples(cache, trained, compute, scorer, request)
         if request.neighbours:
-            rate = Rate(console, "closest training images", scorer.dataset.manifest.num_rows)
+            rate = Bar(console, "closest training images", scorer.dataset.manifest.num_rows)
             sheet = find_neighbours(
                 scored.preview,
                 scorer.dataset,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import Console, Rate
+from pipeline.console import Bar, Console
 from pipeline.data.labels import model_labels
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
@@ -69,7 +69,7 @@ def measure_bound(
         **arithmetic_of(profile),
     }
     store = ChunkStore(run.folder / "bound", kept)
-    rate = Rate(console, "bits/dim", len(rows))
+    rate = Bar(console, "bits/dim", len(rows))
     return Measured(
         join(map(Bound.from_arrays, compute(task, len(rows), chunk, store, runner_of(profile), rate))), identity
     )

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.config.cluster_profile import Profile
+from pipeline.console import Bar, Console
 from pipeline.data.labels import BALANCED, NONE, ClassNames, own_word
 from pipeline.data.shards import Dataset
 from pipeline.errors import RefusedError, UsageError
@@ -36,7 +37,7 @@ def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Pictu
     with new_folder(out):
         path = out / f"denoising.{'png' if form == 'strip' else 'gif'}"
         draw = draw_strip if form == "strip" else draw_animation
-        draw(denoiser, path, request.num_images)
+        draw(denoiser, path, request.num_images, Bar(Console(), "denoising", len(denoiser.timesteps), "steps"))
         identity = identity_of(trained, denoiser, request.num_images, profile)
         return identity, [path, write_about(identity, out)]
 
@@ -82,7 +83,9 @@ def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tu
     images = run.record.dataset["path"]
     dataset = Dataset.open(images, profile.cache) if images else None
     given = torch.stack([read_end(end, trained.shape, dataset) for end in ends])
-    passage = interpolate(denoiser, given, request.num_images)
+    bar = Bar(Console(), "interpolating", 2 * denoiser.sampling.num_steps(denoiser.diffusion.num_timesteps), "steps")
+    passage = interpolate(denoiser, given, request.num_images, bar)
+    bar.close()
     if passage.error > MOST_ERROR:
         raise RefusedError(
             f"--interpolate: got ends {passage.error:.0f} grey levels (of 255, root mean square) from the given images, expected at "

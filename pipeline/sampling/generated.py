@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import Console, Rate
+from pipeline.console import Bar, Console
 from pipeline.data.image_set import Images
 from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate
 from pipeline.metrics.metric_identity import Generation
@@ -106,7 +106,7 @@ class SampleCache:
     def _computed(
         self, task: GenerateTask, generator: ImageGenerator, num_images: int, store: ChunkStore
     ) -> list[Arrays]:
-        rate = Rate(self.console, "sampling", num_images)
+        rate = Bar(self.console, "sampling", num_images)
         return list(compute(task, num_images, generator.chunk_size, store, self.runner, rate))
 
     def _identity(self, generator: ImageGenerator, extractor: list[Any] | None) -> dict[str, Any]:

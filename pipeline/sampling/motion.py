@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,27 +21,32 @@ from pipeline.sampling.generation import Denoiser, Shape
 STRIP_FRAMES, ANIMATION_FRAMES = 10, 40
 LEAST_SIGNAL = 0.02  # sqrt(abar) of the last step that inversion goes to (docs/modes.md has the measurement)
 MOST_ERROR = 10.0  # of the ends of a passage, in grey levels
+T = TypeVar("T")
 
 
-def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8) -> None:
+Progress = Callable[[int], None]  # is told the steps done
+
+
+def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8, progress: Progress | None = None) -> None:
     """Draw how images come out of noise: rows are images, columns are times."""
-    frames, labels = trajectory(denoiser, num_images, STRIP_FRAMES)
+    frames, labels = trajectory(denoiser, num_images, STRIP_FRAMES, progress)
     save_strip(frames, path, labels)
 
 
-def draw_animation(denoiser: Denoiser, path: Path, num_images: int = 16) -> None:
+def draw_animation(denoiser: Denoiser, path: Path, num_images: int = 16, progress: Progress | None = None) -> None:
     """Draw how images come out of noise as an animated GIF: all of them at once, resting on the last."""
-    frames, _ = trajectory(denoiser, num_images, ANIMATION_FRAMES)
+    frames, _ = trajectory(denoiser, num_images, ANIMATION_FRAMES, progress)
     save_animation(frames, path)
 
 
-def trajectory(denoiser: Denoiser, num_images: int, num_frames: int) -> tuple[list[Tensor], list[str]]:
+def trajectory(
+    denoiser: Denoiser, num_images: int, num_frames: int, progress: Progress | None = None
+) -> tuple[list[Tensor], list[str]]:
     """Return about `num_frames` uint8 frames [n, C, H, W] from noise to image, equally spaced over the steps, and their labels."""
     last = len(denoiser.timesteps) - 1
     picks = {round(i * last / (num_frames - 1)) for i in range(num_frames)}
-    drawn = [
-        (to_uint8(x).cpu(), f"t = {t}") for i, (t, x) in enumerate(denoiser.denoise(range(num_images))) if i in picks
-    ]
+    states = enumerate(_told(denoiser.denoise(range(num_images)), progress))
+    drawn = [(to_uint8(x).cpu(), f"t = {t}") for i, (t, x) in states if i in picks]
     return [frame for frame, _ in drawn], [label for _, label in drawn]
 
 
@@ -53,7 +59,7 @@ class Passage:
     error: float  # root mean square over the ends' pixels, in grey levels of 255
 
 
-def interpolate(denoiser: Denoiser, ends: Tensor, num_frames: int) -> Passage:
+def interpolate(denoiser: Denoiser, ends: Tensor, num_frames: int, progress: Progress | None = None) -> Passage:
     """Go from one image to another along the sphere of the noise behind them (Song, Meng & Ermon 2021, section 5.3).
 
     DDIM is run backwards from each of the two `ends`, uint8 [2, C, H, W], to its noise; noises in between are denoised by DDIM
@@ -68,11 +74,13 @@ def interpolate(denoiser: Denoiser, ends: Tensor, num_frames: int) -> Passage:
     timesteps = timestep_subset(with_signal, denoiser.sampling.num_steps(with_signal), "linspace")
     denoiser.model.eval()
     x0 = denoiser.compute.send(to_float(ends))
-    noise = _last(x for _, x in ddim_invert(diffusion, denoiser.network(range(2), exact=True), x0, timesteps=timesteps))
+    inverted = ddim_invert(diffusion, denoiser.network(range(2), exact=True), x0, timesteps=timesteps)
+    noise = _last(x for _, x in _told(inverted, progress))
     weights = torch.linspace(0, 1, num_frames).tolist()
     between = torch.cat([slerp(noise[:1], noise[1:], weight) for weight in weights])
     network = denoiser.network(range(num_frames), exact=True)
-    x = _last(x for _, x in ddim(diffusion, network, between, timesteps=timesteps))
+    denoised = ddim(diffusion, network, between, timesteps=timesteps)
+    x = _last(x for _, x in _told(denoised, progress, len(timesteps)))
     frames = to_uint8(x).cpu()
     error = float((frames[[0, -1]].float() - ends.float()).square().mean().sqrt())
     return Passage(ends, frames, error)
@@ -108,6 +116,14 @@ def read_end(reference: str, shape: Shape, dataset: Dataset | None) -> Tensor:
     if pixels.shape[:2] != (height, width):
         pixels = crop_and_resize(pixels, (height, width))
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+
+
+def _told(steps: Iterable[T], progress: Progress | None, before: int = 0) -> Iterator[T]:
+    """Yield the steps, and tell after each how many there were, with those of a part before."""
+    for count, step in enumerate(steps, before + 1):
+        yield step
+        if progress is not None:
+            progress(count)
 
 
 def _last(states: Iterator[Tensor]) -> Tensor:
