@@ -204,7 +204,9 @@ def trainer_of(
     `run_id` marks what the workers reserve; `storage` is where Ray keeps its own few files.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from pipeline.cluster.rendezvous import Rendezvous
 
     # read by Ray Train at each `fit()`, and handed to its processes on other nodes
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{profile.timeouts.start_s:g}"
@@ -213,7 +215,7 @@ def trainer_of(
     return TorchTrainer(
         function,
         train_loop_config=config,
-        torch_config=TorchConfig(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
+        torch_config=Rendezvous(backend=backend_of(profile), timeout_s=int(profile.timeouts.collective_s)),
         scaling_config=ScalingConfig(
             num_workers=num_workers,
             use_gpu=profile.use_gpu,

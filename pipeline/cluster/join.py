@@ -85,8 +85,9 @@ def _init(profile: Profile, address: str) -> None:
 
     env = {} if JOB_VARIABLE in os.environ else dict(profile.env)  # a job has its own from the start
     if address.startswith("127."):
-        # gloo would otherwise look the machine's name up and talk over the network card
-        env["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+        # gloo and NCCL would otherwise listen on the network card
+        loopback = "lo0" if sys.platform == "darwin" else "lo"
+        env = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | env
     try:
         # in a folder without modules: Ray puts the current one first on its workers' path
         with keeping_sigterm(), tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):

@@ -77,9 +77,9 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     settings = LOCAL_SETTINGS | profile.env
     if "ray" not in sys.modules:
         os.environ.update(TOKEN | {k: v for k, v in os.environ.items() if k == "RAY_AUTH_TOKEN" and v})
-    if not profile.use_gpu:
-        # gloo would otherwise look the machine's name up and talk over the network card
-        settings["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    # gloo and NCCL would otherwise listen on the network card
+    loopback = "lo0" if sys.platform == "darwin" else "lo"
+    settings = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | settings
     # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
     settings |= environment_for_ray()
     folder = _folder_for_ray()

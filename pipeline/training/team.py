@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -88,3 +89,32 @@ class Team:
             # a network of the user's own may have parameters that it does not use
             find_unused_parameters=not isinstance(model, UNet | Vae),
         )
+
+
+_listeners: list[socket.socket] = []
+
+
+def listen(host: str) -> tuple[str, int]:
+    """Open rank 0's port for the process group, on this address alone, and return both; `init_process_group` then uses it.
+
+    Without a listener of ours torch's store listens on every interface, and it asks nobody for a password.
+    """
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    _listeners.append(listener)
+    return host, listener.getsockname()[1]
+
+
+def init_process_group(rank: int, size: int, master: tuple[str, int], backend: str, timeout_s: float) -> None:
+    """Make this process one of a process group; every member calls this, with the address that `listen` returned to rank 0."""
+    timeout = timedelta(seconds=timeout_s)
+    descriptor = _listeners.pop().detach() if rank == 0 else None
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        *master, size, is_master=rank == 0, timeout=timeout, master_listen_fd=descriptor
+    )
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+
+
+def leave_process_group() -> None:
+    """End this process's membership, if it has one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

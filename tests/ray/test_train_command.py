@@ -21,6 +21,7 @@ from pipeline.data.shards import Dataset
 from tests.kit.attempts import require_resume
 from tests.kit.commands import children_of, told, training_workers
 from tests.kit.experiments import SAVED_EVERY, TWO_WORKERS, slow_experiment
+from tests.kit.ports import listening_addresses
 from tests.kit.trainer import attempts, final_digests, newest_step, only_run
 from tests.kit.waiting import wait_for
 
@@ -59,8 +60,11 @@ def test_a_killed_worker_and_one_that_hangs_cost_an_attempt_each_and_change_noth
     # Ray waits ten minutes for a worker that hangs, torch half an hour
     (home / "hang.yaml").write_text(TWO_WORKERS + "timeouts: {collective_s: 10}\n")
 
+    listening: set[str] = set()
+
     def disturb() -> None:
         wait_for(lambda: newest_step(home) >= 10)
+        listening.update(listening_addresses(psutil.Process()))
         training_workers(os.getpid())[-1].kill()
         wait_for(lambda: "attempt 2 starts at step" in only_run(home).log_path.read_text())
         reached = newest_step(home)
@@ -70,6 +74,8 @@ def test_a_killed_worker_and_one_that_hangs_cost_an_attempt_each_and_change_noth
     with meanwhile(disturb):
         code, _, stderr = typed("train", "slow.yaml", "--cluster", "hang.yaml")
     assert code == 0, stderr
+    assert {address.removeprefix("::ffff:") for address in listening} <= {"127.0.0.1", "::1"}  # the workers' own, too
+    assert listening
     assert "attempt 1 failed" in stderr
     assert "did not answer within timeouts.collective_s" in stderr
     run = only_run(home)
