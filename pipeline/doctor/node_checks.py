@@ -15,13 +15,13 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import psutil
 
 from pipeline.config.cluster_profile import Cache
 from pipeline.doctor.verdicts import NodeFacts, Reading
 from pipeline.errors import PipelineError
+from pipeline.storage.local import LocalFolder
 from pipeline.storage.remote import RemoteFolder, is_remote
 
 TEST_BYTES = 8_000_000
@@ -133,35 +133,8 @@ def existing(folder: Path) -> Path:
     return next(place for place in (folder, *folder.parents) if place.is_dir())
 
 
-class _Store(Protocol):
-    def write(self, name: str, content: bytes) -> None: ...
-
-    def read(self, name: str) -> bytes | None: ...
-
-    def delete_all(self, below: str) -> None: ...
-
-
-class _Folder:
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def write(self, name: str, content: bytes) -> None:
-        path = self._path / name
-        with path.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def read(self, name: str) -> bytes | None:
-        path = self._path / name
-        return path.read_bytes() if path.exists() else None
-
-    def delete_all(self, below: str) -> None:
-        shutil.rmtree(self._path / below)
-
-
-def _store(place: str) -> _Store:
-    return RemoteFolder(place) if is_remote(place) else _Folder(Path(place))
+def _store(place: str) -> RemoteFolder | LocalFolder:
+    return RemoteFolder(place) if is_remote(place) else LocalFolder(Path(place))
 
 
 def _message(error: Exception) -> str:

@@ -122,52 +122,6 @@ def save(
     return Checkpoint(folder, step, attempt)
 
 
-def committed(root: Path) -> list[Checkpoint]:
-    """Return the committed checkpoints under a folder, newest first, without reading their files."""
-    found: list[Checkpoint] = []
-    for folder in root.iterdir() if root.is_dir() else ():
-        match = NAME.fullmatch(folder.name)
-        if match and (folder / MANIFEST).is_file():
-            found.append(Checkpoint(folder, int(match[1]), int(match[2])))
-    return sorted(found, key=lambda c: (c.step, c.attempt), reverse=True)
-
-
-def newest_verified(root: Path) -> Found:
-    """Return the newest checkpoint every byte of which verifies; one of a newer format raises CheckpointError."""
-    found = Found(None)
-    for checkpoint in committed(root):
-        try:
-            checkpoint.verify()
-        except NewerFormatError:
-            raise
-        except CheckpointError as error:
-            found.warnings.append(f"{error}; an older checkpoint is used")
-            continue
-        found.checkpoint = checkpoint
-        return found
-    return found
-
-
-def prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` committed checkpoints, once the newest verifies; and the remains of cut-off writes."""
-    checkpoints = committed(root)
-    if not checkpoints:
-        return
-    try:
-        checkpoints[0].verify()
-    except CheckpointError:
-        return
-    for checkpoint in checkpoints[keep:]:
-        # without its manifest it is no checkpoint any more, whatever happens next
-        (checkpoint.folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(checkpoint.folder, ignore_errors=True)
-    newest = checkpoints[0]
-    for folder in root.iterdir():
-        match = NAME.fullmatch(folder.name)
-        if match and not (folder / MANIFEST).exists() and int(match[2]) < newest.attempt:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
 def num_bytes(tensors: Tensors) -> int:
     """Return the bytes of data in groups of tensors."""
     return sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())

@@ -2,7 +2,7 @@
 
     <storage>/runs/<id>/run.json, status.json, attempt     as on disk (pipeline/storage/runs.py)
     <storage>/runs/<id>/lease/                             who works on it (pipeline/storage/remote_lease.py)
-    <storage>/runs/<id>/checkpoints/                       (pipeline/storage/remote_checkpoints.py)
+    <storage>/runs/<id>/checkpoints/                       (pipeline/storage/checkpoint_store.py)
     <storage>/runs/<id>/files.json                         log, spool, pictures, scores: which there are, and who sent them
     <storage>/runs/<id>/log.txt, spool/, pictures/ ...     the files themselves
     <storage>/runs/<id>/samples/                           images that jobs made

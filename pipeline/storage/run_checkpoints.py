@@ -3,60 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
 from pipeline.storage import checkpoint as checkpoints
-from pipeline.storage.checkpoint import Checkpoint, Found, Tensors
+from pipeline.storage.checkpoint import Checkpoint, Tensors
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.remote import RemoteFolder, is_remote
-from pipeline.storage.remote_checkpoints import RemoteCheckpoints
 from pipeline.storage.remote_run import own_folder
 from pipeline.storage.runs import Run
 
 
-class RunCheckpoints:
+class RunCheckpoints(CheckpointStore):
     """What a run has saved."""
 
     def __init__(self, run: Run) -> None:
-        self._root = run.checkpoints
-        self._remote = (
-            None if run.remote is None else RemoteCheckpoints(run.remote.folder.child("checkpoints"), run.checkpoints)
-        )
-
-    def committed(self) -> list[Checkpoint]:
-        """Return the committed checkpoints, newest first, without reading (or bringing) their files."""
-        return checkpoints.committed(self._root) if self._remote is None else self._remote.committed()
-
-    def newest_state(self) -> dict[str, Any]:
-        """Return the JSON state of the newest committed checkpoint, without reading (or bringing) its tensors; {} before the first."""
-        committed = self.committed()
-        if not committed:
-            return {}
-        return committed[0].state() if self._remote is None else self._remote.state_of(committed[0])
-
-    def newest_verified(self) -> Found:
-        """Return the newest checkpoint every byte of which verifies, brought here; one of a newer format raises CheckpointError."""
-        return checkpoints.newest_verified(self._root) if self._remote is None else self._remote.newest_verified()
-
-    def verified(self, checkpoint: Checkpoint) -> Checkpoint:
-        """Return one of `committed`, brought here, every byte verified; CheckpointError where it is damaged."""
-        if self._remote is not None:
-            return self._remote.fetch(checkpoint)
-        checkpoint.verify()
-        return checkpoint
-
-    def name_of(self, checkpoint: Checkpoint) -> str:
-        """Return where a checkpoint lasts, as `checkpoint_at` takes it."""
-        return str(checkpoint.folder) if self._remote is None else self._remote.uri_of(checkpoint)
-
-    def commit(self, checkpoint: Checkpoint, may_commit: Callable[[], bool], keep: int) -> None:
-        """Make a checkpoint that is committed on disk the run's newest, and remove all but the newest `keep`."""
-        if self._remote is not None:
-            self._remote.push(checkpoint, may_commit)
-            self._remote.prune(keep)
-        checkpoints.prune(self._root, keep)
+        super().__init__(run.checkpoints, None if run.remote is None else run.remote.folder.child("checkpoints"))
 
 
 def checkpoint_at(place: str) -> Checkpoint:
@@ -75,7 +38,7 @@ def checkpoint_at(place: str) -> Checkpoint:
     root, _, query = place.partition("?")
     remote = RemoteFolder(root.rpartition("/")[0] + (f"?{query}" if query else ""))
     local = own_folder("origins") / remote.prefix.replace("/", "-")
-    return RemoteCheckpoints(remote, local).fetch(Checkpoint(local / folder.name, checkpoint.step, checkpoint.attempt))
+    return CheckpointStore(local, remote).verified(Checkpoint(local / folder.name, checkpoint.step, checkpoint.attempt))
 
 
 class Saver:

@@ -29,6 +29,7 @@ from ddpm import (
 from pipeline.config.experiment import TrainingConfig
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.training.threads import one_thread
 
 SNAPSHOTS = "snapshots"
@@ -98,7 +99,7 @@ def save_snapshot(
 ) -> None:
     """Store the power-function averages of a step, once: what an earlier attempt stored there has the same bytes."""
     root = run_folder / SNAPSHOTS
-    if any(c.step == step for c in checkpoints.committed(root)):
+    if any(c.step == step for c in CheckpointStore(root).committed()):
         return
     groups = {
         name: {key: tensor.half() for key, tensor in average.shadow.items()}
@@ -116,7 +117,7 @@ def posthoc(
 
     CheckpointError where there is no snapshot, or where those there are cannot add up to it.
     """
-    stored = sorted(checkpoints.committed(run_folder / SNAPSHOTS), key=lambda c: c.step)
+    stored = sorted(CheckpointStore(run_folder / SNAPSHOTS).committed(), key=lambda c: c.step)
     if not stored:
         raise CheckpointError(f"{run_folder / SNAPSHOTS}: no snapshot is stored yet; train on, or use --weights ema")
     at = stored[-1].step if step is None else step

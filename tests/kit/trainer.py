@@ -16,8 +16,8 @@ from typing import Any
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import experiment_from
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
-from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage import remote
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
@@ -163,7 +163,7 @@ def only_run(home: Path) -> Run:
 
 def newest_step(home: Path) -> int:
     """Return the step of the newest committed checkpoint of a home's runs; -1 if there is none."""
-    steps = [c.step for folder in home.glob("runs/*/checkpoints") for c in checkpoints.committed(folder)]
+    steps = [c.step for folder in home.glob("runs/*/checkpoints") for c in CheckpointStore(folder).committed()]
     return max(steps, default=-1)
 
 

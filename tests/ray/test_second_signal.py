@@ -8,7 +8,7 @@ import signal
 import psutil
 import pytest
 
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from tests.kit.commands import children_of, told
 from tests.kit.experiments import slow_experiment
 from tests.kit.trainer import newest_step, only_run
@@ -31,7 +31,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_older_checkpoint_verifies(home, s
     assert told(stderr).endswith(f"ddpm-pipe resume {run.id}")
     _, alive = psutil.wait_procs(processes, timeout=20)
     assert alive == []
-    found = checkpoints.newest_verified(run.checkpoints)
+    found = CheckpointStore(run.checkpoints).newest_verified()
     assert found.checkpoint is not None
     assert (found.checkpoint.step, found.warnings) == (5, [])
     (row,) = json.loads(typed("runs", "--json").stdout)

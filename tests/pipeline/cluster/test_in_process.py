@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pipeline.data.shards import Dataset
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.runs import Run
 from tests.kit.experiments import tiny_experiment, write_yaml
 from tests.kit.forks import PROCESSES, command
@@ -274,7 +274,7 @@ def test_divergence_is_reported_with_its_step_and_no_checkpoint_holds_it(home, t
     assert code == 5, stderr
     diverged = re.search(r"diverged at step (\d+)", stderr)
     assert diverged is not None
-    saved = checkpoints.committed(only_run(home).checkpoints)
+    saved = CheckpointStore(only_run(home).checkpoints).committed()
     assert [checkpoint.step for checkpoint in saved][:1] == [int(diverged[1]) - 1]
     for checkpoint in saved:
         assert all(t.isfinite().all() for group in checkpoint.tensors().values() for t in group.values())

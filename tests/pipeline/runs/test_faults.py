@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from pipeline.errors import DataError, DivergedError
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.runs import Run
 from pipeline.training.team import Team
 from pipeline.worker.job import Job
@@ -56,7 +56,7 @@ def test_a_bit_flipped_under_a_training_ends_it_by_name_and_mended_it_ends_with_
     with pytest.raises(DataError, match=rf"{shard} is damaged \(its sha256 differs") as caught:
         trainer.train(str(struck.folder))
     assert caught.value.exit_code == 3
-    assert [checkpoint.step for checkpoint in checkpoints.committed(struck.checkpoints)] == [5, 4]
+    assert [checkpoint.step for checkpoint in CheckpointStore(struck.checkpoints).committed()] == [5, 4]
     shard.write_bytes(sound)
     assert trainer.train(str(struck.folder)) == "finished"
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
@@ -86,7 +86,7 @@ def test_a_clock_that_jumps_by_a_day_changes_no_byte_and_no_duration(tmp_path, m
     monkeypatch.setattr(time, "time", lambda: now() + next(jumps))
     for stop_after in (5, None):  # a resume, too
         trainer.train(str(struck.folder), stop_after=stop_after)
-    found = checkpoints.newest_verified(struck.checkpoints).checkpoint
+    found = CheckpointStore(struck.checkpoints).newest_verified().checkpoint
     assert found is not None
     assert 0 < found.state()["elapsed_s"] < 3600
     events = [json.loads(line) for line in (struck.folder / "spool" / "events.jsonl").read_text().splitlines()]
@@ -129,6 +129,6 @@ def test_a_loss_that_is_no_number_on_one_worker_ends_all_at_its_step_and_no_chec
     run_team(diverge, (replace(trainer.job_of(run), num_workers=2),), 2)
     said = [(run.folder / f"diverged-{rank}").read_text() for rank in range(2)]
     assert all("step 7" in line for line in said), said
-    kept = checkpoints.committed(run.checkpoints)
+    kept = CheckpointStore(run.checkpoints).committed()
     assert [checkpoint.step for checkpoint in kept] == [4]
     assert all(torch.isfinite(t).all() for group in kept[0].tensors().values() for t in group.values())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.runs import Run
 from tests.kit import trainer
 from tests.kit.attempts import starts_of
@@ -74,7 +75,7 @@ class Training:
 
     def saved(self) -> list[int]:
         """The steps of the checkpoints on the disk, every byte verified."""
-        found = checkpoints.committed(self.run() / "checkpoints")
+        found = CheckpointStore(self.run() / "checkpoints").committed()
         for checkpoint in found:
             checkpoint.verify()
         return [checkpoint.step for checkpoint in found]

@@ -15,7 +15,7 @@ import torch
 from pipeline.config.cluster_profile import Profile, Resources
 from pipeline.config.experiment import experiment_from, with_overrides
 from pipeline.errors import CheckpointError, ClusterError
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training.device import Capabilities
@@ -287,16 +287,18 @@ def test_oracle_11_every_mode_that_has_a_state_ends_with_the_same_bytes(tmp_path
     assert ends[0] == ends[1]
     assert trainer.logged_losses(calm) == trainer.logged_losses(struck)
     assert set(undisturbed[0]) <= set(ends[0])
-    state = checkpoints.newest_verified(struck.checkpoints).checkpoint.tensors()
+    state = CheckpointStore(struck.checkpoints).newest_verified().checkpoint.tensors()
     if mode == "loss_aware":
         # the history has decided draws: every step has its ten losses, and they are not alike
         assert int(state["timesteps"]["seen"].min()) >= 10
         assert int(state["timesteps"]["seen"].sum()) == 30 * 16
     if mode == "several_averages":
         assert {"ema", "ema-0.99", "power-0.05", "power-0.1"} <= set(ends[0])
-        stored = [[c.step for c in reversed(checkpoints.committed(r.folder / "snapshots"))] for r in (calm, struck)]
+        stored = [
+            [c.step for c in reversed(CheckpointStore(r.folder / "snapshots").committed())] for r in (calm, struck)
+        ]
         assert stored == [[5, 10, 15, 20, 25, 30]] * 2
-        snapshots = [checkpoints.committed(r.folder / "snapshots")[-1].tensors() for r in (calm, struck)]
+        snapshots = [CheckpointStore(r.folder / "snapshots").committed()[-1].tensors() for r in (calm, struck)]
         for group, tensors in snapshots[0].items():
             assert all(torch.equal(tensor, snapshots[1][group][name]) for name, tensor in tensors.items())
 
@@ -323,6 +325,8 @@ def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
     killed_after(struck, 10)
     to_the_end(struck)
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
-    ends = [checkpoints.newest_verified(run.checkpoints).checkpoint.state()["loss_scale"] for run in (calm, struck)]
+    ends = [
+        CheckpointStore(run.checkpoints).newest_verified().checkpoint.state()["loss_scale"] for run in (calm, struck)
+    ]
     assert ends[0] == ends[1]
     assert ends[0]["_growth_tracker"] == 30

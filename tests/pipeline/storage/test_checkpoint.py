@@ -23,6 +23,7 @@ import torch
 
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.durable import storage_errors
 from tests.kit.forks import PROCESSES
 from tests.kit.small_disk import SmallDisk, small_disk
@@ -142,8 +143,8 @@ def test_a_disk_that_fails_after_the_commit_leaves_it_and_one_that_fails_before_
         with pytest.raises(StorageError, match=r"cannot be written \(Input/output error\); make the folder writable"):
             save(tmp_path, 1 + committed)
         assert folder.exists() is committed
-    assert [c.step for c in checkpoints.committed(tmp_path)] == [2]
-    assert checkpoints.newest_verified(tmp_path).warnings == []
+    assert [c.step for c in CheckpointStore(tmp_path).committed()] == [2]
+    assert CheckpointStore(tmp_path).newest_verified().warnings == []
 
 
 @pytest.mark.fault(7)
@@ -175,7 +176,7 @@ def test_newest_is_by_step_then_attempt_whatever_the_clock_says(tmp_path):
     for step, attempt in [(20, 1), (100, 2), (100, 10), (3, 11)]:
         folder = save(tmp_path, step, attempt).folder
         os.utime(folder / checkpoints.MANIFEST, (4e9 - step, 4e9 - step))
-    found = checkpoints.newest_verified(tmp_path).checkpoint
+    found = CheckpointStore(tmp_path).newest_verified().checkpoint
     assert found is not None
     assert (found.step, found.attempt) == (100, 10)
 
@@ -194,13 +195,13 @@ def test_300_single_bit_flips_are_all_found_and_the_older_checkpoint_used(tmp_pa
         position, bit = choose.randrange(len(data)), 1 << choose.randrange(8)
         data[position] ^= bit
         path.write_bytes(data)
-        found = checkpoints.newest_verified(tmp_path)
+        found = CheckpointStore(tmp_path).newest_verified()
         assert found.checkpoint is not None
         assert found.checkpoint.step == 1
         assert path.name in found.warnings[0]
         data[position] ^= bit
         path.write_bytes(data)
-    again = checkpoints.newest_verified(tmp_path).checkpoint
+    again = CheckpointStore(tmp_path).newest_verified().checkpoint
     assert again is not None
     assert again.step == 2
 
@@ -216,7 +217,7 @@ def test_a_file_that_is_short_or_gone_makes_the_older_one_the_newest(tmp_path, n
         path.unlink()
     else:
         path.write_bytes(path.read_bytes()[:-1] if damage == "short" else b"")
-    found = checkpoints.newest_verified(tmp_path)
+    found = CheckpointStore(tmp_path).newest_verified()
     assert found.checkpoint is not None
     assert found.checkpoint.step == 1
 
@@ -254,14 +255,14 @@ def test_damaged_manifests_never_raise_anything_else(tmp_path):
     }
     for text, told in damages.items():
         manifest.write_text(text)
-        found = checkpoints.newest_verified(tmp_path)
+        found = CheckpointStore(tmp_path).newest_verified()
         assert found.checkpoint is not None
         assert found.checkpoint.step == 1
         assert len(found.warnings) == 1
         assert re.search(told, found.warnings[0]), (text, found.warnings)
         assert found.warnings[0].endswith("; an older checkpoint is used")
     manifest.write_text(json.dumps({name: value for name, value in json.loads(whole).items() if name != "groups"}))
-    assert checkpoints.newest_verified(tmp_path).warnings == []
+    assert CheckpointStore(tmp_path).newest_verified().warnings == []
     manifest.unlink()
     with pytest.raises(CheckpointError, match=unread.format("FileNotFoundError")):
         checkpoints.Checkpoint(manifest.parent, 2, 1).manifest()
@@ -270,12 +271,12 @@ def test_damaged_manifests_never_raise_anything_else(tmp_path):
 @pytest.mark.fault(26)
 @pytest.mark.promise("P5")
 def test_where_none_verifies_each_is_reported_and_none_is_used(tmp_path):
-    assert checkpoints.newest_verified(tmp_path / "nothing") == checkpoints.Found(None)
+    assert CheckpointStore(tmp_path / "nothing").newest_verified() == checkpoints.Found(None)
     for step in (1, 2, 3):
         (save(tmp_path, step).folder / "ema.safetensors").write_bytes(b"x" * step)
     (tmp_path / "step-0000000009-1.old").mkdir()
     (tmp_path / "step-0000000008-1").mkdir()  # not committed
-    found = checkpoints.newest_verified(tmp_path)
+    found = CheckpointStore(tmp_path).newest_verified()
     assert found.checkpoint is None
     size = save(tmp_path / "whole", 1).manifest()["files"]["ema.safetensors"]["bytes"]
     assert [line.partition(": ")[2].partition(";")[0] for line in found.warnings] == [
@@ -288,14 +289,14 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
     manifest = save(tmp_path, 1).folder / checkpoints.MANIFEST
     manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 3'))
     with pytest.raises(CheckpointError, match=r"format 3, and this ddpm-pipe reads up to 1"):
-        checkpoints.newest_verified(tmp_path)
+        CheckpointStore(tmp_path).newest_verified()
 
 
 @pytest.mark.fault(19)
 def test_a_writer_that_was_replaced_does_not_commit(tmp_path):
     with pytest.raises(CheckpointError, match="replaced"):
         checkpoints.save(tmp_path, 5, 1, tensors(5), {}, may_commit=lambda: False)
-    assert checkpoints.newest_verified(tmp_path).checkpoint is None
+    assert CheckpointStore(tmp_path).newest_verified().checkpoint is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -304,19 +305,19 @@ def test_pruning_keeps_the_newest_and_stops_where_the_newest_is_damaged(tmp_path
     for step in (1, 2, 3):
         save(tmp_path, step)
     (tmp_path / checkpoints.name_of(2, 0)).mkdir()  # remains of an older attempt
-    checkpoints.prune(tmp_path, keep=2)
-    assert [c.step for c in checkpoints.committed(tmp_path)] == [3, 2]
+    CheckpointStore(tmp_path).prune(keep=2)
+    assert [c.step for c in CheckpointStore(tmp_path).committed()] == [3, 2]
     assert not (tmp_path / checkpoints.name_of(2, 0)).exists()
     newest = save(tmp_path, 4)
     (newest.folder / "model.safetensors").write_bytes(b"")
-    checkpoints.prune(tmp_path, keep=2)
-    assert [c.step for c in checkpoints.committed(tmp_path)] == [4, 3, 2]
+    CheckpointStore(tmp_path).prune(keep=2)
+    assert [c.step for c in CheckpointStore(tmp_path).committed()] == [4, 3, 2]
 
 
 def test_pruning_leaves_alone_what_may_still_be_written_and_what_is_not_its_own(tmp_path):
-    checkpoints.prune(tmp_path / "nothing", keep=1)
+    CheckpointStore(tmp_path / "nothing").prune(keep=1)
     (tmp_path / checkpoints.name_of(1, 1)).mkdir()
-    checkpoints.prune(tmp_path, keep=1)  # without a committed one nothing is known to be remains
+    CheckpointStore(tmp_path).prune(keep=1)  # without a committed one nothing is known to be remains
     assert [path.name for path in tmp_path.iterdir()] == [checkpoints.name_of(1, 1)]
     for step, attempt in ((5, 1), (6, 2), (7, 3)):
         save(tmp_path, step, attempt)
@@ -324,12 +325,12 @@ def test_pruning_leaves_alone_what_may_still_be_written_and_what_is_not_its_own(
     for name in (*kept, checkpoints.name_of(2, 2)):
         (tmp_path / name).mkdir()
     (tmp_path / "step-0000000002-1").write_text("a file in the way cannot be removed as a folder, and is left")
-    checkpoints.prune(tmp_path, keep=2)
+    CheckpointStore(tmp_path).prune(keep=2)
     left = {path.name for path in tmp_path.iterdir()} - {"step-0000000002-1"}
     assert left == {*kept, checkpoints.name_of(6, 2), checkpoints.name_of(7, 3)}
     (tmp_path / checkpoints.name_of(7, 3) / "state.json").write_bytes(b"")
-    checkpoints.prune(tmp_path, keep=1)
-    assert [c.step for c in checkpoints.committed(tmp_path)] == [7, 6]
+    CheckpointStore(tmp_path).prune(keep=1)
+    assert [c.step for c in CheckpointStore(tmp_path).committed()] == [7, 6]
 
 
 @pytest.mark.fault(6)
@@ -366,7 +367,7 @@ def disk(tmp_path) -> Iterator[SmallDisk]:
 
 def require_only_the_first(root: Path) -> None:
     """Require that the checkpoint of step 1 is whole and that nothing is left of the other one."""
-    found = checkpoints.newest_verified(root)
+    found = CheckpointStore(root).newest_verified()
     assert found.checkpoint is not None
     assert (found.checkpoint.step, found.warnings) == (1, [])
     assert len(list(root.iterdir())) == 1
@@ -505,7 +506,7 @@ def test_a_kill_at_any_system_call_of_a_save_leaves_a_checkpoint_that_verifies(t
         save(root, 1)
         kill = ["-o", "/dev/null", "-e", f"inject={call}:signal=KILL:when={nth}"]
         assert traced_save(root, *kill) == -signal.SIGKILL, CHANGES[number]
-        found = checkpoints.newest_verified(root)
+        found = CheckpointStore(root).newest_verified()
         assert found.checkpoint is not None
         # the kill arrives as a call begins
         assert (found.checkpoint.step, found.warnings) == (2 if number > COMMIT else 1, []), CHANGES[number]

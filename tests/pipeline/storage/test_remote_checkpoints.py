@@ -12,8 +12,8 @@ import torch
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.checkpoint import MANIFEST, Checkpoint
+from pipeline.storage.checkpoint_store import DAMAGED, CheckpointStore
 from pipeline.storage.remote import RemoteFolder
-from pipeline.storage.remote_checkpoints import DAMAGED, RemoteCheckpoints
 
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "state.json", MANIFEST)
 
@@ -29,8 +29,8 @@ class Place:
     def __init__(self, bucket: str, root: Path) -> None:
         self.folder = RemoteFolder(f"{bucket}/checkpoints")
         self.here, self.there = root / "here", root / "there"
-        self.mine = RemoteCheckpoints(self.folder, self.here)
-        self.other = RemoteCheckpoints(self.folder, self.there)
+        self.mine = CheckpointStore(self.here, self.folder)
+        self.other = CheckpointStore(self.there, self.folder)
 
     def push(self, step: int, attempt: int = 1) -> Checkpoint:
         checkpoint = saved(self.here, step, attempt)
@@ -180,7 +180,7 @@ def test_what_is_here_and_not_in_the_store_is_no_checkpoint_of_the_run(place):
     found = place.mine.newest_verified()
     assert found.checkpoint is not None
     assert found.checkpoint.step == 1
-    assert [c.step for c in checkpoints.committed(place.here)] == [1]
+    assert [c.step for c in CheckpointStore(place.here).committed()] == [1]
 
 
 def test_a_manifest_that_names_files_elsewhere_fetches_nothing(place, tmp_path):

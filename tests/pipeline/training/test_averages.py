@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm import EMAProfile, posthoc_error, posthoc_weights
 from pipeline.config.experiment import experiment_from
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.trained import Trained
@@ -44,7 +44,7 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 @pytest.mark.slow
 def test_each_name_means_its_own_group_of_the_checkpoint(run):
-    stored = checkpoints.newest_verified(run.checkpoints).checkpoint.tensors()
+    stored = CheckpointStore(run.checkpoints).newest_verified().checkpoint.tensors()
     for weights, group in {"ema": "ema", "ema:0.9": "ema", "ema:0.5": "ema-0.5", "raw": "model"}.items():
         found = parameters(run, weights)
         assert all(torch.equal(tensor, stored[group][name]) for name, tensor in found.items())
@@ -62,28 +62,28 @@ def test_an_average_made_after_training_is_the_one_that_would_have_been_kept(tmp
     apart = distance(parameters(run, "posthoc:0.1"), parameters(run, "posthoc:0.25"))
     for step in (90, 60):
         kept = train(tmp_path, ema_widths=[0.15], ema_snapshot_every_steps=step, steps=step)
-        expected = checkpoints.newest_verified(kept.checkpoints).checkpoint.tensors("power-0.15")["power-0.15"]
+        expected = CheckpointStore(kept.checkpoints).newest_verified().checkpoint.tensors("power-0.15")["power-0.15"]
         assert distance(parameters(run, "posthoc:0.15", step), expected) < 0.03 * apart
         assert Trained.from_run(run, step, "posthoc:0.15").step == step
 
 
 def test_a_stored_width_comes_back_as_it_was_stored(run):
-    stored = checkpoints.newest_verified(run.checkpoints).checkpoint.tensors("power-0.1")["power-0.1"]
+    stored = CheckpointStore(run.checkpoints).newest_verified().checkpoint.tensors("power-0.1")["power-0.1"]
     for name, tensor in parameters(run, "posthoc:0.1").items():
         torch.testing.assert_close(tensor, stored[name], rtol=1e-3, atol=1e-6)  # float16 has 11 bits
 
 
 def test_snapshots_are_small_and_verified(run):
-    snapshots = checkpoints.committed(run.folder / "snapshots")
+    snapshots = CheckpointStore(run.folder / "snapshots").committed()
     assert [snapshot.step for snapshot in reversed(snapshots)] == list(range(2, 31, 2))
-    whole = checkpoints.newest_verified(run.checkpoints).checkpoint
+    whole = CheckpointStore(run.checkpoints).newest_verified().checkpoint
     assert snapshots[0].num_bytes < whole.num_bytes / 5  # 2 averages of 2 bytes beside 7 times 4
     assert {str(t.dtype) for group in snapshots[0].tensors().values() for t in group.values()} == {"torch.float16"}
 
 
 def test_a_damaged_snapshot_is_found(tmp_path):
     run = train(tmp_path, ema_widths=WIDTHS, ema_snapshot_every_steps=15)
-    path = checkpoints.committed(run.folder / "snapshots")[1].folder / "power-0.05.safetensors"
+    path = CheckpointStore(run.folder / "snapshots").committed()[1].folder / "power-0.05.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)

@@ -20,7 +20,7 @@ from pipeline.data.images import to_float
 from pipeline.data.shards import Dataset
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
-from pipeline.storage import checkpoint as checkpoints
+from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.training.averages import make_averages
 from pipeline.training.batches import training_batches
 from pipeline.training.device import Capabilities, Compute, decide, sampling_compute
@@ -124,7 +124,9 @@ def test_oracle_11_killed_on_a_gpu_and_resumed_ends_with_the_same_bytes(tmp_path
     to_the_end(struck)
     assert trainer.final_digests(struck) == trainer.final_digests(calm)
     assert trainer.logged_losses(struck) == trainer.logged_losses(calm)
-    ends = [checkpoints.newest_verified(run.checkpoints).checkpoint.state()["loss_scale"] for run in (calm, struck)]
+    ends = [
+        CheckpointStore(run.checkpoints).newest_verified().checkpoint.state()["loss_scale"] for run in (calm, struck)
+    ]
     assert ends[0] == ends[1]
 
 

@@ -1,8 +1,8 @@
-"""Checkpoints in an object store: under the names they have on disk, the manifest sent last by one request.
+"""The checkpoints of one folder: on disk alone, or in an object store with this machine's copies on disk.
 
-A checkpoint is saved on disk first (checkpoint.py), then sent. Until its manifest is there no reader sees it. Readers bring a
-checkpoint to their disk and verify every byte; one that misses a part, or differs, is marked as damaged and passed over for the one
-before it, by every later reader too.
+A checkpoint is saved on disk first (checkpoint.py), then sent to the store, if there is one, under the names that it has on disk, its
+manifest last, by one request. Until its manifest is there, no reader sees it. Readers bring a checkpoint to their disk and verify every
+byte. One that misses a part, or differs, is skipped for the one before it; in a store it is also marked as damaged, for later readers.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.storage import checkpoint as checkpoints
-from pipeline.storage.checkpoint import MANIFEST, STATE, Checkpoint, Found
+from pipeline.storage.checkpoint import MANIFEST, NAME, STATE, Checkpoint, Found, NewerFormatError
+from pipeline.storage.durable import storage_errors
+from pipeline.storage.local import LocalFolder
 from pipeline.storage.remote import RemoteFolder
 
 DAMAGED = "DAMAGED.json"
@@ -28,27 +29,42 @@ _AT_ONCE = 4
 _FORGOTTEN_S = 24 * 3600
 
 
-class RemoteCheckpoints:
-    """The checkpoints of a run in `folder`, whose copies on this machine are in `local`."""
+class CheckpointStore:
+    """The checkpoints in the folder `local`, which holds copies if `remote` is given: then they last there."""
 
-    def __init__(self, folder: RemoteFolder, local: Path) -> None:
-        self._folder, self._local = folder, local
+    def __init__(self, local: Path, remote: RemoteFolder | None = None) -> None:
+        self._local, self._remote = local, remote
+        self._folder: RemoteFolder | LocalFolder = remote or LocalFolder(local)
 
     def committed(self) -> list[Checkpoint]:
         """Return the committed checkpoints that are not known to be damaged, newest first; their files need not be here."""
         return [checkpoint for checkpoint, _ in self._committed(self._sizes())]
 
-    def uri_of(self, checkpoint: Checkpoint) -> str:
-        """Return the address of a checkpoint."""
-        return self._folder.child(checkpoint.folder.name).uri
+    def name_of(self, checkpoint: Checkpoint) -> str:
+        """Return the path or address of a checkpoint, as `checkpoint_at` takes it."""
+        there = self._folder.child(checkpoint.folder.name)
+        return there.uri if isinstance(there, RemoteFolder) else str(there)
 
-    def state_of(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """Return the JSON state of a checkpoint as it is in the store."""
-        content = self._folder.child(checkpoint.folder.name).read(STATE)
-        if content is None:
-            raise CheckpointError(f"checkpoint {checkpoint.folder.name}: {STATE} is missing in {self._folder}")
-        state: dict[str, Any] = json.loads(content)
-        return state
+    def newest_state(self) -> dict[str, Any]:
+        """Return the JSON state of the newest committed checkpoint, without reading its tensors; {} before the first."""
+        for checkpoint in self.committed()[:1]:
+            content = self._folder.read(f"{checkpoint.folder.name}/{STATE}")
+            try:
+                state: dict[str, Any] = json.loads(content or b"")
+            except ValueError:
+                raise CheckpointError(
+                    f"checkpoint {checkpoint.folder.name}: {STATE} is missing or damaged in {self._folder}"
+                ) from None
+            return state
+        return {}
+
+    def commit(self, checkpoint: Checkpoint, may_commit: Callable[[], bool], keep: int) -> None:
+        """Make a checkpoint that is committed on disk the newest one, and remove all but the newest `keep`."""
+        if self._remote is not None:
+            self.push(checkpoint, may_commit)
+        self.prune(keep)
+        if self._remote is not None:
+            CheckpointStore(self._local).prune(keep)
 
     def push(self, checkpoint: Checkpoint, may_commit: Callable[[], bool]) -> None:
         """Send a checkpoint that is committed on disk, and commit it in the store.
@@ -56,7 +72,8 @@ class RemoteCheckpoints:
         `may_commit` is asked right before and right after: a writer that a later attempt has replaced does not commit, or takes it
         back (CheckpointError). StorageError where the store refuses; what was there before is untouched.
         """
-        there = self._folder.child(checkpoint.folder.name)
+        assert self._remote is not None
+        there = self._remote.child(checkpoint.folder.name)
         manifest = checkpoint.manifest()
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             sums = pool.map(lambda name: (name, there.upload(name, checkpoint.folder / name)), manifest["files"])
@@ -75,30 +92,40 @@ class RemoteCheckpoints:
         )
 
     def newest_verified(self) -> Found:
-        """Bring the newest checkpoint that verifies to this machine; what is here and not in the store is removed."""
-        found, sizes = Found(None), self._sizes()
-        committed = self._committed(sizes)
+        """Bring the newest checkpoint that verifies to this machine, and remove copies of what is not in the store any more.
+
+        Raises:
+            NewerFormatError: a newer one is in a later format.
+        """
+        found = Found(None)
+        committed = self._committed(self._sizes())
         for checkpoint, files in committed:
             try:
-                found.checkpoint = self.fetch(checkpoint, files)
+                found.checkpoint = self.verified(checkpoint, files)
                 break
+            except NewerFormatError:
+                raise
             except CheckpointError as error:
-                if isinstance(error, checkpoints.NewerFormatError):
-                    raise
                 found.warnings.append(f"{error}; an older checkpoint is used")
-                self._mark_damaged(checkpoint, str(error))
-        kept = {checkpoint.folder for checkpoint, _ in committed}
-        for checkpoint in checkpoints.committed(self._local):
-            if checkpoint.folder not in kept:
-                shutil.rmtree(checkpoint.folder, ignore_errors=True)
+                if self._remote is not None:
+                    reason = json.dumps({"reason": str(error)}).encode()
+                    self._remote.write(f"{checkpoint.folder.name}/{DAMAGED}", reason)
+        if self._remote is not None:
+            kept = {checkpoint.folder for checkpoint, _ in committed}
+            for copy in CheckpointStore(self._local).committed():
+                if copy.folder not in kept:
+                    shutil.rmtree(copy.folder, ignore_errors=True)
         return found
 
-    def fetch(self, checkpoint: Checkpoint, files: dict[str, int] | None = None) -> Checkpoint:
-        """Bring a committed checkpoint to this machine, verified; CheckpointError where it is damaged in the store.
+    def verified(self, checkpoint: Checkpoint, files: dict[str, int] | None = None) -> Checkpoint:
+        """Bring one of `committed` to this machine, every byte verified; CheckpointError if it is damaged.
 
         A damaged copy is fetched once more before that is believed. `files` are the sizes in the store, where known.
         """
-        there = self._folder.child(checkpoint.folder.name)
+        if self._remote is None:
+            checkpoint.verify()
+            return checkpoint
+        there = self._remote.child(checkpoint.folder.name)
         committed = there.read(MANIFEST)
         if committed is None:
             raise CheckpointError(f"checkpoint {checkpoint.folder.name}: is not in {self._folder} any more")
@@ -124,19 +151,22 @@ class RemoteCheckpoints:
         raise AssertionError("the last try returns or raises")
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints, once the newest has all its parts; and what older attempts left unfinished."""
+        """Remove all but the newest `keep` checkpoints, once the newest is whole; and what older attempts left unfinished."""
         sizes = self._sizes()
         committed = self._committed(sizes)
         if not committed:
             return
         newest, files = committed[0]
         try:
-            self._require_all(newest, newest, files)
-        except (CheckpointError, OSError):  # or its copy is not here to compare with
+            if self._remote is None:
+                newest.verify()
+            else:  # sent from here, with the right bytes
+                self._require_all(newest, newest, files)
+        except CheckpointError:
             return
         kept = {checkpoint.folder.name for checkpoint, _ in committed[:keep]}
         for name, files in sizes.items():
-            match = checkpoints.NAME.fullmatch(name)
+            match = NAME.fullmatch(name)
             unfinished = MANIFEST not in files and match is not None and int(match[2]) >= newest.attempt
             if match is None or name in kept or unfinished:
                 continue
@@ -147,7 +177,7 @@ class RemoteCheckpoints:
 
     def _sizes(self) -> dict[str, dict[str, int]]:
         """Return the objects of every checkpoint with their sizes."""
-        sizes: dict[str, dict[str, int]] = {}
+        sizes: dict[str, dict[str, int]] = {} if self._remote else {name: {} for name in self._folder.folders()}
         for entry in self._folder.objects():
             name, _, file = entry.name.partition("/")
             sizes.setdefault(name, {})[file] = entry.num_bytes
@@ -156,13 +186,10 @@ class RemoteCheckpoints:
     def _committed(self, sizes: dict[str, dict[str, int]]) -> list[tuple[Checkpoint, dict[str, int]]]:
         found = []
         for name, files in sizes.items():
-            match = checkpoints.NAME.fullmatch(name)
+            match = NAME.fullmatch(name)
             if match and MANIFEST in files and DAMAGED not in files:
                 found.append((Checkpoint(self._local / name, int(match[1]), int(match[2])), files))
         return sorted(found, key=lambda item: (item[0].step, item[0].attempt), reverse=True)
-
-    def _mark_damaged(self, checkpoint: Checkpoint, reason: str) -> None:
-        self._folder.write(f"{checkpoint.folder.name}/{DAMAGED}", json.dumps({"reason": reason}).encode())
 
     def _is_here(self, checkpoint: Checkpoint, committed: bytes) -> bool:
         try:
@@ -195,11 +222,8 @@ class RemoteCheckpoints:
         outer = self._local / f".partial-{os.getpid()}-{threading.get_ident()}"
         folder = outer / checkpoint.folder.name
         try:
-            folder.mkdir(parents=True)
-            yield Checkpoint(folder, checkpoint.step, checkpoint.attempt)
-        except OSError as error:
-            raise StorageError(
-                f"{self._local}: cannot be written ({error.strerror}); free space or make it writable"
-            ) from None
+            with storage_errors(self._local):
+                folder.mkdir(parents=True)
+                yield Checkpoint(folder, checkpoint.step, checkpoint.attempt)
         finally:
             shutil.rmtree(outer, ignore_errors=True)
