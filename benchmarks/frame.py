@@ -75,7 +75,7 @@ def _worker(home: Path, dataset: Dataset) -> float:
         home,
         name=EXPERIMENT.name,
         experiment=EXPERIMENT.to_dict(),
-        config_hash=EXPERIMENT.hash(),
+        config_hash=EXPERIMENT.hash(""),
         dataset={"path": str(dataset.folder), "fingerprint": dataset.manifest.fingerprint, "name": "digits"},
         profile=Profile().to_dict(),
         command=["benchmark"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -65,8 +67,16 @@ for _command in COMMANDS:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with its exit code."""
-    words = sys.argv[1:] if arguments is None else list(arguments)
+    words = [in_home_folder(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     sys.exit(exit_code_of(lambda: invoke(words)))
+
+
+def in_home_folder(word: str) -> str:
+    """Expand `~/` where a shell does not: in `--data=~/x` and `-s data.source=~/x`."""
+    option, equals, value = word.partition("=")
+    if equals and value.startswith("~/") and re.fullmatch(r"[\w.-]+", option):
+        return f"{option}={os.path.expanduser(value)}"
+    return os.path.expanduser(word) if word.startswith("~/") else word
 
 
 def invoke(words: Sequence[str]) -> object:

@@ -137,13 +137,24 @@ def ui(port: int, context: Context) -> None:
 @click.command(
     epilog=example("""
 ddpm-pipe sync latest
+ddpm-pipe sync --moved
 """)
 )
-@click.argument("run")
+@click.argument("run", required=False)
+@click.option("--moved", is_flag=True, help="After the home was moved or copied: correct MLflow's paths.")
 @cluster_option
-def sync(run: str, context: Context) -> None:
+def sync(run: str | None, moved: bool, context: Context) -> None:
     """Deliver to the tracking store what RUN recorded while the store was away."""
+    from pipeline.errors import UsageError
     from pipeline.sweeps.commands import sync as deliver
+    from pipeline.tracking.moved import correct_places
 
+    if moved == (run is not None):
+        raise UsageError(
+            f"sync: got {'both RUN and --moved' if moved else 'neither RUN nor --moved'}, expected one of them"
+        )
+    if run is None:
+        click.echo(f"{context.home}: corrected {correct_places(context.home)} paths of artifacts in mlflow.db")
+        return
     done = deliver(context, run)
     click.echo(f"{done.what}: delivered {done.num_records} records to {done.uri}")

@@ -18,7 +18,7 @@ from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from pipeline.config import presets
 from pipeline.config.experiment import Precision
-from pipeline.config.yaml_files import Section, read_yaml_mapping, validate
+from pipeline.config.yaml_files import Place, Section, read_yaml_mapping, validate
 from pipeline.cpus import usable_cpus
 from pipeline.errors import UsageError
 from pipeline.gpus import usable_gpus
@@ -125,7 +125,7 @@ class Timeouts(Section):
 class Cache(Section):
     """Copies of remote shards on each node. Without a folder: one in the system's temporary folder."""
 
-    folder: str | None = None
+    folder: Place | None = None
     max_gb: Seconds = 50.0
 
 
@@ -160,7 +160,7 @@ class Profile(Section):
     precisions: tuple[Arithmetic, ...] = Field(default=(Precision.FP32, Precision.BF16, Precision.FP16), min_length=1)
     compile: bool = True
     cuda_graphs: bool = False
-    storage: str | None = None
+    storage: Place | None = None
     cache: Cache = Cache()
     mlflow: MLflowConfig = MLflowConfig()
     retries: Retries = Retries()

@@ -21,7 +21,7 @@ from pipeline.config.process import DiffusionConfig as DiffusionConfig
 from pipeline.config.process import Fraction, PositiveInt, settings_of, take_in_betas
 from pipeline.config.process import ModelConfig as ModelConfig
 from pipeline.config.process import SamplingConfig as SamplingConfig
-from pipeline.config.yaml_files import Section, flatten, parse_override, read_yaml_mapping, set_value, validate
+from pipeline.config.yaml_files import Place, Section, flatten, parse_override, read_yaml_mapping, set_value, validate
 from pipeline.errors import UsageError
 
 DEFAULT_PRESET = "digits"
@@ -62,7 +62,7 @@ class Precision(StrEnum):
 class DataConfig(Section):
     """The images, and the order in which training reads them."""
 
-    source: str = "digits"
+    source: Place = "digits"
     split: str | None = None
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
     mode: Literal["L", "RGB"] | None = None
@@ -216,9 +216,12 @@ class Experiment(Section):
             flat["diffusion.betas"] = f"sha256:{digest[:16]}"
         return flat
 
-    def hash(self) -> str:
-        """Return 16 hexadecimal digits that change with any setting that decides the weights."""
-        kept = {key: value for key, value in self.flat().items() if not key.startswith(FREE_TO_CHANGE)}
+    def hash(self, fingerprint: str) -> str:
+        """Return 16 hexadecimal digits that change with any setting that decides the weights, and with the images (`fingerprint`)."""
+        kept = {
+            key: value for key, value in self.flat().items() if not key.startswith((*FREE_TO_CHANGE, "data.source"))
+        }
+        kept["dataset"] = fingerprint
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -181,7 +181,7 @@ def take_in_betas(content: dict[str, Any], base: Path) -> None:
     diffusion = content.get("diffusion")
     if not isinstance(diffusion, dict) or diffusion.get("betas_file") is None or diffusion.get("betas") is not None:
         return  # a resolved experiment holds the numbers already
-    path = base / str(diffusion["betas_file"])
+    path = base / Path(str(diffusion["betas_file"])).expanduser()
     diffusion["betas"] = read_betas(path)
     diffusion["betas_file"] = path.name
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Hashable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from pipeline.errors import UsageError, nearest
 from pipeline.redaction import refuse_secrets
@@ -23,6 +24,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
 
+
+Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or an address; `~` is the user's home directory
 
 SectionT = TypeVar("SectionT", bound=Section)
 

@@ -38,7 +38,7 @@ Say = Callable[[str], None]
 class Availability:
     """State of a source: `state` is "ingested", "cached", "here", "download" or "missing"; `text` describes it.
 
-    `num_rows`, `shape` (C, H, W) and `num_classes` are those of the resulting dataset; None if unknown before ingest.
+    `num_rows`, `shape` (C, H, W), `num_classes` and `fingerprint` are those of the resulting dataset; None if unknown before ingest.
     """
 
     state: str
@@ -46,6 +46,7 @@ class Availability:
     num_rows: int | None = None
     shape: tuple[int, int, int] | None = None
     num_classes: int | None = None
+    fingerprint: str | None = None
 
 
 def ingest_options(data: DataConfig) -> IngestOptions:
@@ -178,7 +179,7 @@ def availability(source: str, options: IngestOptions, datasets: Path | str) -> A
 
 def _there(state: str, text: str, manifest: Manifest) -> Availability:
     classes = None if manifest.class_names is None else len(manifest.class_names)
-    return Availability(state, text, manifest.num_rows, manifest.shape, classes)
+    return Availability(state, text, manifest.num_rows, manifest.shape, classes, manifest.fingerprint)
 
 
 def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int] | None:

@@ -23,8 +23,8 @@ from pipeline.import_path import replacing
 from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
 from pipeline.redaction import HIDDEN, USERINFO, redact
+from pipeline.storage.folder import new_id
 from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
-from pipeline.storage.runs import new_id
 
 PREFIX = "ddpm-"
 ENTRY = ("python", "-P", "-m", "pipeline.cli_in_job")  # -P: do not import from the current folder

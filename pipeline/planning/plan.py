@@ -36,6 +36,7 @@ class Plan:
     num_parameters: int | None
     warnings: tuple[str, ...] = ()  # what may disappoint
     missing: tuple[str, ...] = ()  # without which it cannot start here
+    fingerprint: str | None = None  # of the dataset
 
     @property
     def place(self) -> str:
@@ -84,7 +85,7 @@ class Plan:
             "num_parameters": self.num_parameters,
             "steps_per_epoch": self.steps_per_epoch,
             "checkpoint_bytes": self.checkpoint_bytes,
-            "config_hash": self.experiment.hash(),
+            "config_hash": None if self.fingerprint is None else self.experiment.hash(self.fingerprint),
             "warnings": list(self.warnings),
             "missing": list(self.missing),
         }

@@ -39,7 +39,7 @@ def choose_scorer(
     return scorer_of(
         open_images(run, "to compare with"),
         asked,
-        run.folder.parent.parent,
+        run.home,
         split=own_split(experiment_of(run), split),
         against=None if split is None else open_split(run, split, console),
         download=download,
@@ -70,7 +70,7 @@ def open_split(run: Run, split: str, console: Console) -> Dataset:
     """Open another split of a run's source, ingested as its images were; UsageError or DataError where there is none."""
     profile, data = profile_of(run), experiment_of(run).data
     options = replace(ingest_options(data), split=split)
-    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.folder.parent.parent)
+    datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.home)
     return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)
 
 

@@ -19,8 +19,9 @@ from pipeline.exchange.saved_folder import is_saved, read_saved
 from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.bound import rows_to_measure
+from pipeline.storage.folder import RunStatus
 from pipeline.storage.run_checkpoints import Saver
-from pipeline.storage.runs import Run, RunStatus, normalise_name
+from pipeline.storage.runs import Run, normalise_name
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
 from pipeline.training.models import has_process
@@ -137,7 +138,7 @@ def _create(
         profile.home(),
         name=experiment.name,
         experiment=experiment.to_dict(),
-        config_hash=experiment.hash(),
+        config_hash=experiment.hash(about["fingerprint"]),
         dataset=about,
         profile=profile.to_dict(),
         command=list(command),
@@ -147,10 +148,11 @@ def _create(
 
 def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Dataset | None) -> None:
     """Write the weights as the checkpoint of step 0; the optimizer knows nothing yet."""
+    fingerprint = "" if dataset is None else dataset.manifest.fingerprint
     state = {
         "step": 0,
-        "config_hash": experiment.hash(),
-        "dataset_fingerprint": "" if dataset is None else dataset.manifest.fingerprint,
+        "config_hash": experiment.hash(fingerprint),
+        "dataset_fingerprint": fingerprint,
         "shape": list(foreign.shape),
         **foreign.class_names.to_state(),
         "elapsed_s": 0.0,

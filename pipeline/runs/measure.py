@@ -64,7 +64,7 @@ def measure_bound(
     task = BoundTask(likelihood, dataset, rows, seed)
     kept = {
         "format": _FORMAT,
-        "model": digest(trained.model, trained.experiment.hash()),
+        "model": digest(trained.model, trained.experiment.hash(run.record.dataset["fingerprint"])),
         "bound": identity.to_json(),
         **arithmetic_of(profile),
     }

@@ -18,8 +18,9 @@ from pipeline.runs.conclude import Outcome
 from pipeline.runs.record import origin_of
 from pipeline.runs.train import create_run
 from pipeline.runs.train_run import dataset_of, plan_of, train_run, with_dataset
+from pipeline.storage.folder import RunStatus
 from pipeline.storage.run_checkpoints import RunCheckpoints
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.runs import Run
 from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.trained import experiment_of, profile_of

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.yaml_files import parse_override, set_value
-from pipeline.storage.runs import GONE, Run
+from pipeline.storage.folder import GONE
+from pipeline.storage.runs import Run
 
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
 

@@ -161,7 +161,7 @@ def generate_from(run: Run, request: SampleRequest, profile: Profile, console: C
 
 def sample_cache_of(run: Run, trained: Trained, profile: Profile, console: Console) -> SampleCache:
     """Return what generates a run's images as a profile says."""
-    model = digest(trained.model, trained.experiment.hash())
+    model = digest(trained.model, trained.experiment.hash(run.record.dataset["fingerprint"]))
     return SampleCache(run.folder, model, trained.weights, profile, runner_of(profile), console)
 
 

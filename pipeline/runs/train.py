@@ -80,6 +80,7 @@ def plan_training(asked: TrainRequest) -> Plan:
         missing=missing,
     )
     few = _too_few_images(asked.experiment.evaluation, found.num_rows, found.shape)
+    plan = replace(plan, fingerprint=found.fingerprint)
     return replace(plan, warnings=(*plan.warnings, f"the images will not be scored: {few}")) if few else plan
 
 
@@ -117,7 +118,7 @@ def create_run(
         checked.profile.home(),
         name=checked.experiment.name,
         experiment=checked.experiment.to_dict(),
-        config_hash=checked.experiment.hash(),
+        config_hash=checked.experiment.hash(manifest.fingerprint),
         dataset=about,
         profile=checked.profile.to_dict(),
         command=list(command),

@@ -21,8 +21,9 @@ from pipeline.runs.conclude import Outcome, conclude
 from pipeline.runs.record import allowance_of
 from pipeline.runs.tracked import open_tracking
 from pipeline.signals import Terminated
+from pipeline.storage.folder import RunStatus
 from pipeline.storage.run_checkpoints import RunCheckpoints
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.combinations import check_labels
 from pipeline.training.models import build_diffusion, has_process
@@ -135,7 +136,8 @@ def with_dataset(plan: Plan, dataset: Dataset) -> Plan:
     experiment, manifest = plan.experiment, dataset.manifest
     class_names = class_names_of(dataset) if experiment.model.class_conditional else NO_CLASSES
     check_labels(experiment, experiment.sampling, class_names)
-    return plan.with_images(dataset.location, manifest.num_rows, manifest.shape, len(class_names))
+    fitted = plan.with_images(dataset.location, manifest.num_rows, manifest.shape, len(class_names))
+    return replace(fitted, fingerprint=manifest.fingerprint)
 
 
 def dataset_of(run: Run, profile: Profile) -> Dataset:

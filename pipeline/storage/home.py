@@ -6,7 +6,8 @@
     <home>/sweeps/<id>/  ledger and report of a sweep
     <home>/datasets/     ingested datasets
 
-Every path and address is absolute: Ray's workers run in another directory.
+Every path and address that a process works with is absolute: Ray's workers run in another directory. Records name what lies in the
+home relative to it (`home:datasets/x`), what lies elsewhere by its absolute path, and what is in a store by its address.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import os
 from pathlib import Path
 
 from pipeline.errors import StorageError
+
+IN_HOME = "home:"
 
 
 def home(storage: str | None = None) -> Path:
@@ -29,14 +32,27 @@ def home(storage: str | None = None) -> Path:
         raise StorageError(
             f"HOME: not set, and user {os.getuid()} has no passwd entry, expected a folder that can be written. Set HOME."
         ) from None
-    if storage is not None and "://" not in storage:
-        return Path(storage)
-    return Path(os.environ.get("DDPM_PIPE_HOME") or ".").expanduser().absolute()
+    named = storage is not None and "://" not in storage
+    found = Path(storage if named and storage else os.environ.get("DDPM_PIPE_HOME") or ".").expanduser().absolute()
+    if "?" in str(found):
+        raise StorageError(
+            f"{found}: '?' would end the address of MLflow's database, expected a path without it. Rename the folder, or set "
+            f"{'storage' if named else 'DDPM_PIPE_HOME'} to another."
+        )
+    return found
 
 
-def runs_dir(root: Path) -> Path:
-    """Return the folder of run folders."""
-    return root / "runs"
+def portable(place: str, root: Path) -> str:
+    """Return a place as records keep it: `home:datasets/x` for one in the home, so that a home can be moved; others as they are."""
+    path = Path(place)
+    return (
+        f"{IN_HOME}{path.relative_to(root).as_posix()}" if path.is_absolute() and path.is_relative_to(root) else place
+    )
+
+
+def located(place: str, root: Path) -> str:
+    """Return the path or address of a place in a record."""
+    return str(root / place.removeprefix(IN_HOME)) if place.startswith(IN_HOME) else place
 
 
 def datasets_dir(root: Path) -> Path:

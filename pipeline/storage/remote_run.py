@@ -17,7 +17,6 @@ import hashlib
 import json
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -49,54 +48,46 @@ _AT_ONCE = 4
 
 
 class RemoteRun:
-    """What a store has of one run, or of what is kept as a run is (pipeline/sweeps/folder.py)."""
+    """What a store has of one run or sweep (`kind`)."""
 
-    PLACE = "runs"
-    # the last says that there is one, and is sent last
-    RECORDS: tuple[str, ...] = ("attempt", "status.json", "run.json")
-    UNCHANGING: frozenset[str] = frozenset({"run.json"})
-    NOT_AT_FIRST: frozenset[str] = frozenset({"attempt"})
-
-    def __init__(self, folder: RemoteFolder) -> None:
+    def __init__(self, folder: RemoteFolder, kind: str = "run") -> None:
         self.folder = folder
         self.id = folder.prefix.rpartition("/")[2]
-        self.lease = Lease(folder.child("lease"), f"run {self.id}")
+        self.lease = Lease(folder.child("lease"), f"{kind} {self.id}")
+        self._record = f"{kind}.json"
+        self._records = ("attempt", "status.json", self._record)
         self._sent: dict[str, tuple[int, int, str]] = {}  # size, time of change and SHA-256 of the files sent from here
 
     @classmethod
-    def of(cls, storage: str | None, run_id: str) -> Self | None:
-        """Return the run of that id in a profile's storage; None where that is no object store."""
-        return cls(cls.all_in(storage).child(run_id)) if storage is not None and is_remote(storage) else None
+    def of(cls, storage: str | None, kind: str, run_id: str) -> Self | None:
+        """Return the one of that id in a profile's storage; None if that is no object store."""
+        if storage is None or not is_remote(storage):
+            return None
+        return cls(RemoteFolder(storage).child(f"{kind}s/{run_id}"), kind)
 
     @classmethod
-    def all_in(cls, storage: str) -> RemoteFolder:
-        """Return the folder of all of them in an object store."""
-        return RemoteFolder(storage).child(cls.PLACE)
-
-    @classmethod
-    def fetch_all_records(cls, storage: str, here: Path) -> None:
-        """Bring the records of all of them in a storage that is an object store into a folder."""
+    def fetch_all_records(cls, storage: str, kind: str, here: Path) -> None:
+        """Bring the records of all of a kind into a folder, if the storage is an object store."""
         if not is_remote(storage):
             return
-        remote = cls.all_in(storage)
-        names = remote.folders()
+        remote = RemoteFolder(storage).child(f"{kind}s")
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda name: cls(remote.child(name)).fetch_records(here / name), names))
+            list(pool.map(lambda name: cls(remote.child(name), kind).fetch_records(here / name), remote.folders()))
 
     # -- records
 
     def fetch_records(self, local: Path) -> bool:
-        """Bring the small files that say what the run is into a folder; False where there is no such run."""
-        if not (local / self.RECORDS[-1]).is_file() and self.folder.stat(self.RECORDS[-1]) is None:
+        """Bring the small files that describe it into a folder; False if there is no such run or sweep."""
+        if not (local / self._record).is_file() and self.folder.stat(self._record) is None:
             return False
         local.mkdir(parents=True, exist_ok=True)
-        for name in self.RECORDS:
-            if name in self.UNCHANGING and (local / name).is_file():
-                continue
+        for name in self._records:
+            if name == "run.json" and (local / name).is_file():
+                continue  # it never changes; a sweep's record does, when points are added
             content = self.folder.read(name)
             if content is not None:
                 _replace(local / name, content)
-            elif name not in self.NOT_AT_FIRST:
+            elif name != "attempt":  # there is none at first
                 return False
         if not (local / _MLFLOW_RUN).is_file():  # it knows MLflow's name of the run
             content = self.folder.read(_MLFLOW_RUN)
@@ -106,18 +97,10 @@ class RemoteRun:
         return True
 
     def send_records(self, local: Path, *names: str) -> None:
-        """Send the small files, or those named; the record last, without which there is no run."""
-        for name in names or self.RECORDS:
+        """Send the small files, or those named; the record last, without which there is no run or sweep."""
+        for name in names or self._records:
             if (local / name).is_file():
                 self.folder.write(name, (local / name).read_bytes())
-
-    def announce(self, local: Path) -> None:
-        """Send the first records of a folder just made, which is removed where the store does not take them (StorageError)."""
-        try:
-            self.send_records(local)
-        except StorageError:
-            shutil.rmtree(local, ignore_errors=True)
-            raise
 
     # -- files
 

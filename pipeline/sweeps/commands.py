@@ -19,7 +19,8 @@ from pipeline.redaction import public_uri
 from pipeline.runs.choose_scorer import progress_on
 from pipeline.runs.record import origin_of, trial_of
 from pipeline.runs.train import TrainRequest
-from pipeline.storage.runs import Run, RunStatus, normalise_name
+from pipeline.storage.folder import RunStatus
+from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
 from pipeline.sweeps.entry import JudgedBy
@@ -135,7 +136,7 @@ def _with_more_values(key: str, known: dict[str, Any], more: dict[str, Any]) -> 
 def request_of_winner(context: Context, reference: str, overrides: Sequence[str]) -> TrainRequest:
     """Return the request to train a sweep's best point at its base's full length; `other` is a conflicting argument."""
     folder = SweepFolder.find(context.home, reference, context.store)
-    folder.fetch()
+    folder.fetch_files()
     best = _result(folder).best
     if best is None:
         raise UsageError(f"sweep {folder.id} has no trial with a value yet; ddpm-pipe resume {folder.id}")

@@ -172,7 +172,7 @@ def _trial_run(
         asked.profile.home(),
         name=normalise_name(trial.name.replace(" = ", "").replace(", ", "-").replace(" ", "")),
         experiment=experiment.to_dict(),
-        config_hash=experiment.hash(),
+        config_hash=experiment.hash(folder.record.dataset["fingerprint"]),
         dataset=folder.record.dataset,
         profile=profile.to_dict(),
         command=words,

@@ -16,8 +16,9 @@ from pipeline.data.labels import ClassNames
 from pipeline.metrics.metric_identity import Generation, recorded_split
 from pipeline.runs.record import trial_of
 from pipeline.sampling.generation import usual_generation
+from pipeline.storage.folder import RunStatus
 from pipeline.storage.run_checkpoints import RunCheckpoints
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.runs import Run
 from pipeline.sweeps.ledger import LedgerEntry, Status
 from pipeline.training.trained import experiment_of
 

@@ -143,9 +143,8 @@ def key_of(sweep: Sweep, experiment: Experiment, fingerprint: str, judged_by: Ma
     """
     evaluation = experiment.evaluation.model_dump(mode="json", exclude={"metrics", "enabled"})
     parts = {
-        "experiment": experiment.hash(),
+        "experiment": experiment.hash(fingerprint),
         "budget": sweep.budget.model_dump(),
-        "dataset": fingerprint,
         "metric": sweep.metric,
         "sampling": experiment.sampling.model_dump(mode="json"),
         "evaluation": evaluation,

@@ -22,7 +22,8 @@ from pipeline.import_path import allow_modules_in
 from pipeline.runs.evaluate import ScoreRequest, evaluate_run
 from pipeline.runs.train_run import train_trial
 from pipeline.storage.durable import write_json
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.folder import RunStatus
+from pipeline.storage.runs import Run
 from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import has_process
@@ -65,7 +66,7 @@ def run_trial(config: dict[str, Any], setup: ForTrials) -> None:
 
     run = Run(Path(config["run"]))
     os.environ.update(setup.secrets)
-    os.environ["DDPM_PIPE_HOME"] = str(run.folder.parent.parent)
+    os.environ["DDPM_PIPE_HOME"] = str(run.home)
     # a cluster's processes stand elsewhere, and those of the training look where this one stands
     os.chdir(setup.code_folder)
     allow_modules_in(setup.code_folder)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.errors import TrackingError, UsageError
 from pipeline.redaction import one_line, public_uri, redact, redact_value
 from pipeline.storage.home import artifacts_dir, default_tracking_uri
+from pipeline.tracking.moved import require_unmoved
 from pipeline.tracking.run import require_schema
 from pipeline.tracking.spool import Event, Spool
 from pipeline.tracking.writer import Writer
@@ -65,6 +66,7 @@ class TrackingSettings:
         chosen = (environment or uri) if opened else (uri or environment)
         address = _absolute(chosen) if chosen else default_tracking_uri(home)
         require_schema(address)
+        require_unmoved(address, home)
         local = address.startswith("sqlite:")
         name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or DEFAULT_EXPERIMENT
         return cls(address, name, artifacts_dir(home).absolute() if local else None, strict, opened)

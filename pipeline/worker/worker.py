@@ -279,9 +279,7 @@ class Worker:
         self.rungs = self.rungs[len(reached) :]
         self._copy_weights()
         images, generation = self.preview.images(self.job.allowance.rung_images, self.compute)
-        found = early_kid(
-            self.experiment, self.dataset, self.run.folder.parent.parent, images.numpy(), generation, self.compute
-        )
+        found = early_kid(self.experiment, self.dataset, self.run.home, images.numpy(), generation, self.compute)
         judgement = {"rung": reached[-1], "step": self.train_state.step, **found.to_json()}
         self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
         self.tracker.metrics(self.train_state.step, found.flat(), family="result")
@@ -314,7 +312,7 @@ class Worker:
             self._take_weights(self.job.initial_weights)
             return f"the weights of {self.job.initial_weights}"
         state, tensors = load_everywhere(checkpoint, self.team, shared=self.job.run_address is None)
-        if state["config_hash"] != self.experiment.hash():
+        if state["config_hash"] != self.experiment.hash(self.dataset.manifest.fingerprint):
             raise CheckpointError(
                 f"{checkpoint.folder}: was written with other settings than this run's; remove it or start a new run"
             )
@@ -393,7 +391,7 @@ class Worker:
         state = {
             "step": self.train_state.step,
             "attempt": self.job.attempt,
-            "config_hash": self.experiment.hash(),
+            "config_hash": self.experiment.hash(self.dataset.manifest.fingerprint),
             "dataset_fingerprint": self.dataset.manifest.fingerprint,
             "shape": list(self.dataset.manifest.shape),
             **self.class_names.to_state(),

@@ -54,7 +54,7 @@ def make_run(home: Path, initial_weights: str | None = None, profile: Profile | 
         home,
         name=experiment.name,
         experiment=experiment.to_dict(),
-        config_hash=experiment.hash(),
+        config_hash=experiment.hash(""),
         dataset={"path": str(dataset.folder), "fingerprint": dataset.manifest.fingerprint, "name": "digits"},
         profile=(profile or Profile(threads_per_worker=1)).to_dict(),
         command=["test"],

@@ -142,13 +142,18 @@ def test_unknown_presets_and_files_name_what_there_is(tmp_path):
 
 def test_hash_changes_with_what_decides_the_weights_only():
     base = Experiment()
-    assert (
-        with_overrides(base, ["training.steps=5", "checkpoint.keep=9", "logging.every_steps=7"]).hash() == base.hash()
-    )
-    for assignment in ("seed=1", "diffusion.num_timesteps=500", "training.batch_size=64", "data.source=mnist"):
+    assert with_overrides(base, ["training.steps=5", "checkpoint.keep=9", "logging.every_steps=7"]).hash(
+        "images"
+    ) == base.hash("images")
+    for assignment in ("seed=1", "diffusion.num_timesteps=500", "training.batch_size=64"):
         changed = with_overrides(base, [assignment])
-        assert changed.hash() != base.hash()
+        assert changed.hash("images") != base.hash("images")
         assert len(differences(base, changed)) == 1
+
+
+def test_the_images_are_known_by_their_fingerprint_and_not_by_their_place():
+    base = Experiment()
+    assert with_overrides(base, ["data.source=/elsewhere"]).hash("a") == base.hash("a") != base.hash("b")
 
 
 def test_every_setting_that_decides_the_weights_changes_the_hash():
@@ -157,10 +162,10 @@ def test_every_setting_that_decides_the_weights_changes_the_hash():
         "diffusion": {"zero_terminal_snr": True, "betas": [0.1, 0.2]},
         "training": {"objective": "vlb", "timestep_sampling": "loss_aware", "label_dropout": 0.2, "weight_decay": 0.1},
     }
-    hashes = {Experiment().hash()}
+    hashes = {Experiment().hash("images")}
     for section, settings in used.items():
         for name, value in settings.items():
-            hashes.add(experiment_from({section: {name: value}}).hash())
+            hashes.add(experiment_from({section: {name: value}}).hash("images"))
     assert len(hashes) == 11
 
 
@@ -176,10 +181,10 @@ def test_a_table_of_betas_travels_with_the_experiment(tmp_path, monkeypatch):
     (tmp_path / "folder" / "other.json").write_text("[0.1, 0.2, 0.3]")
     monkeypatch.chdir(tmp_path / "folder")
     overridden = with_overrides(Experiment(name="e"), ["diffusion.betas_file=other.json"])
-    assert overridden.hash() == experiment.hash()
+    assert overridden.hash("images") == experiment.hash("images")
     (tmp_path / "folder" / "other.json").write_text("[0.1, 0.2, 0.4]")
     other = with_overrides(experiment, ["diffusion.betas_file=other.json"])
-    assert other.hash() != experiment.hash()
+    assert other.hash("images") != experiment.hash("images")
     # nothing reads the file again, and a named schedule takes the table's place
     (tmp_path / "my.txt").unlink()
     assert experiment_from(experiment.to_dict()) == experiment

@@ -18,7 +18,8 @@ from pipeline.errors import CheckpointError
 from pipeline.exchange import export_onnx
 from pipeline.exchange.diffusers_folder import write_pipeline
 from pipeline.runs.import_run import read_folder
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.folder import RunStatus
+from pipeline.storage.runs import Run
 from pipeline.training.trained import Trained, experiment_of
 from tests.kit.commands import Typed
 from tests.pipeline.exchange.models import IDDPM, made

@@ -135,7 +135,7 @@ def test_another_sampler_does_not_take_the_steps_of_the_runs_own(
     for told in ([f"sampling.sampler={other}", "sampling.steps=7"], [f"sampling={{sampler: {other}, steps: 7}}"]):
         assert with_overrides(run, told).sampling.steps == 7
     assert with_overrides(run, [f"sampling.sampler={run.sampling.sampler}"]) == run
-    assert with_overrides(run, [f"sampling.sampler={other}"]).hash() == run.hash()
+    assert with_overrides(run, [f"sampling.sampler={other}"]).hash("") == run.hash("")
 
 
 # A setting that nothing reads

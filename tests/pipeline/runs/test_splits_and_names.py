@@ -55,7 +55,7 @@ def split_run(home: Path) -> Run:
         home,
         name="split",
         experiment=experiment.to_dict(),
-        config_hash=experiment.hash(),
+        config_hash=experiment.hash(""),
         dataset={"path": str(dataset.folder), "fingerprint": dataset.manifest.fingerprint, "name": "digits"},
         profile=Profile(threads_per_worker=1).to_dict(),
         command=["test"],

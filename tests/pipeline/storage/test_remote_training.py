@@ -16,9 +16,10 @@ import pytest
 from pipeline.config.cluster_profile import Profile
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.storage.checkpoint import MANIFEST
+from pipeline.storage.folder import RunStatus
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.run_checkpoints import RunCheckpoints
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.runs import Run
 from tests.kit import trainer
 from tests.kit.experiments import TINY
 from tests.kit.forks import PROCESSES

@@ -16,7 +16,8 @@ import pytest
 from pipeline.errors import RunLockedError, StorageError, UsageError
 from pipeline.redaction import DECLARED_SECRETS
 from pipeline.storage.durable import write_atomically
-from pipeline.storage.runs import Run, RunStatus, new_id, normalise_name
+from pipeline.storage.folder import RunStatus, new_id
+from pipeline.storage.runs import Run, normalise_name
 from tests.kit.commands import python
 from tests.kit.small_disk import small_disk
 

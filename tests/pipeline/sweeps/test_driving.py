@@ -25,7 +25,8 @@ from pipeline.metrics.fid import kid
 from pipeline.metrics.scoring import scorer_of
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.folder import RunStatus
+from pipeline.storage.runs import Run
 from pipeline.sweeps.config import plain_base, sweep_from, trial_experiment
 from pipeline.sweeps.driver import Room, trials_left
 from pipeline.sweeps.folder import SECONDS, SweepFolder
@@ -68,7 +69,7 @@ def begun(folder: SweepFolder, following: Next, dataset: dict[str, Any] | None =
         folder.folder.parent.parent,
         name=key,
         experiment=experiment.to_dict(),
-        config_hash=experiment.hash(),
+        config_hash=experiment.hash(""),
         dataset=dataset or folder.record.dataset,
         profile={},
         command=["ddpm-pipe", "train"],

@@ -9,7 +9,8 @@ import pytest
 from pipeline.config.cluster_profile import Profile
 from pipeline.errors import RunLockedError, StorageError, UsageError
 from pipeline.runs.record import Trial
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.folder import RunStatus
+from pipeline.storage.runs import Run
 from pipeline.sweeps.config import plain_base, sweep_from
 from pipeline.sweeps.folder import SweepFolder
 from tests.kit.object_store import ObjectStore, objects
@@ -32,7 +33,7 @@ def trial_run(sweep: SweepFolder) -> Run:
     trial = Trial(sweep.id, "linear-0", POINT, "linear", 0)
     profile, dataset = sweep.record.profile, sweep.record.dataset
     return Run.create(
-        home, name="linear", experiment=base.to_dict(), config_hash=base.hash(), dataset=dataset, profile=profile,
+        home, name="linear", experiment=base.to_dict(), config_hash=base.hash(""), dataset=dataset, profile=profile,
         command=["ddpm-pipe", "train"], trial=trial.to_json(),
     )  # fmt: skip
 
@@ -78,7 +79,7 @@ def test_ledger_report_trials_and_time_are_found_elsewhere(bucket: str, tmp_path
     again = SweepFolder.of(here, sweep.id, bucket)  # whose copy of the record was made before
     assert again is not None
     assert again.sweep == more
-    again.fetch()
+    again.fetch_files()
     assert again.ledger.entries() == found.ledger.entries()
     assert len(again.ledger.entries()) == 2
 

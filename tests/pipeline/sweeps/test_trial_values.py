@@ -16,7 +16,8 @@ from pipeline.ingest.ingest import IngestOptions, ensure_ingested
 from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
-from pipeline.storage.runs import Run, RunStatus
+from pipeline.storage.folder import RunStatus
+from pipeline.storage.runs import Run
 from pipeline.sweeps.config import base_experiment, plain_base, sweep_from, trial_experiment
 from pipeline.sweeps.driver import _trial_run
 from pipeline.sweeps.entry import calls_scored, entry_of, has_value
@@ -39,7 +40,7 @@ def trial(tmp_path: Path) -> Run:
         tmp_path,
         name="cosine",
         experiment=experiment.to_dict(),
-        config_hash=experiment.hash(),
+        config_hash=experiment.hash(""),
         dataset={"path": "", "fingerprint": "images", "name": "digits"},
         profile={},
         command=["ddpm-pipe", "train"],

@@ -1,0 +1,405 @@
+"""What the folders of runs and sweeps have in common: a record, a status, a lock, a log, and a copy in an object store.
+
+<home>/<kind>s/<id>/<kind>.json  what was asked for (kind: run or sweep); a folder without it is none
+<home>/<kind>s/<id>/status.json  progress and status; replaced as a whole at each change
+<home>/<kind>s/<id>/lock         held (flock) by the process that works on it; the kernel frees it when that process dies
+<home>/<kind>s/<id>/log.txt, spool/ ...
+
+If the profile's storage is an object store, all of it lasts there (pipeline/storage/remote_run.py) and the folder is this machine's
+copy: fetched when it is found and when its lock is taken, sent when something changes and when the lock is released.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import random
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+
+from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
+from pipeline.redaction import redact
+from pipeline.storage.durable import storage_errors, write_json
+from pipeline.storage.home import located, make_folder, portable
+from pipeline.storage.remote_run import RemoteRun
+
+T = TypeVar("T")
+GONE = "its process is gone"  # killed or crashed, or its machine was
+STATUS = "status.json"
+log = logging.getLogger(__name__)
+
+ID_LENGTH = 8
+LETTERS = "abcdefghjkmnpqrstuvwxyz"  # no i, l, o: they look like 1 and 0
+DIGITS = "23456789"
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RunStatus(StrEnum):
+    """What became of a run."""
+
+    CREATED = "CREATED"
+    RUNNING = "RUNNING"
+    FINISHED = "FINISHED"
+    FAILED = "FAILED"
+    KILLED = "KILLED"
+    INTERRUPTED = "INTERRUPTED"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Progress and status: `summary` holds the final figures by name, `reason` why it ended as it did.
+
+    `overrides` are the `key=value` settings that resumes have changed since the record was written.
+    """
+
+    status: RunStatus = RunStatus.CREATED
+    step: int = 0
+    attempt: int = 0
+    reason: str = ""
+    summary: dict[str, float] = field(default_factory=dict)
+    overrides: list[str] = field(default_factory=list)
+    updated: str = ""
+
+
+class Record(Protocol):
+    """What the records of runs and sweeps have in common; `created` is UTC, ISO 8601."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def created(self) -> str: ...
+    @property
+    def profile(self) -> dict[str, Any]: ...
+
+
+class Folder:
+    """One folder of a run or a sweep."""
+
+    KIND: ClassVar[str]
+    PLACES: ClassVar[tuple[tuple[str, ...], ...]]  # keys of the record that hold paths or addresses
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.id = folder.name
+
+    # -- create and find
+
+    @classmethod
+    def all_in(cls, home: Path) -> Path:
+        """Return the folder that holds those of a home."""
+        return home / f"{cls.KIND}s"
+
+    @classmethod
+    def new(cls, home: Path) -> Self:
+        """Make an empty folder with a new id; StorageError if it cannot be written."""
+        root = make_folder(cls.all_in(home))
+        while True:
+            made = cls(root / new_id())
+            with suppress(FileExistsError), storage_errors(root):
+                made.folder.mkdir()
+                return made
+
+    def write_first(self, record: Record) -> None:
+        """Write status and record into a new folder, and send them to its object store; nothing is left if that fails."""
+        try:
+            write_json(self.folder / STATUS, asdict(RunState(updated=record.created)))
+            self._write_record(record)
+            if self.remote is not None:
+                self.remote.send_records(self.folder)
+        except StorageError:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+
+    def _write_record(self, record: Record) -> None:
+        content = asdict(record)  # type: ignore[call-overload]
+        self._change_places(content, portable)
+        write_json(self.folder / f"{self.KIND}.json", content)
+
+    def _change_places(self, content: Any, change: Callable[[str, Path], str]) -> None:
+        for *outer, last in self.PLACES:
+            inner = content
+            for key in outer:
+                inner = inner.get(key) if isinstance(inner, dict) else None
+            if isinstance(inner, dict) and isinstance(inner.get(last), str):
+                inner[last] = change(inner[last], self.home)
+
+    @classmethod
+    def all(cls, home: Path, storage: str | None = None) -> list[Self]:
+        """Return all of them, oldest first, with those of an object store (a profile's `storage`).
+
+        Links are not followed. A folder without a record is none; one whose record is damaged is reported and left out.
+        """
+        root = cls.all_in(home)
+        if storage is not None:
+            RemoteRun.fetch_all_records(storage, cls.KIND, root)
+        if not root.is_dir():
+            return []
+        folders = [entry for entry in root.iterdir() if NAME.fullmatch(entry.name) and not entry.is_symlink()]
+        found = [cls(folder) for folder in folders if (folder / f"{cls.KIND}.json").is_file()]
+        return sorted((f for f in found if f._is_readable()), key=lambda f: (f.record.created, f.id))
+
+    def _is_readable(self) -> bool:
+        try:
+            self.state()
+            return bool(self.record.id)
+        except StorageError as error:  # one damaged folder must not hide the others
+            log.warning("%s", error)
+            return False
+
+    @classmethod
+    def find(cls, home: Path, reference: str, storage: str | None = None) -> Self:
+        """Return the one meant by our id, MLflow's id, a unique prefix of either, or `latest`; UsageError otherwise.
+
+        `storage` as for `all`. One of an object store is brought up to date, whichever way it was found.
+        """
+        kind = cls.KIND
+        if not NAME.fullmatch(reference):
+            raise UsageError(
+                f"{kind} {reference!r}: expected a {kind} id, a prefix of one, or 'latest'; `ddpm-pipe {kind}s` lists them"
+            )
+        there = cls.all(home, storage)
+        if not there:
+            begin = {"run": "train", "sweep": "sweep"}[kind]
+            raise UsageError(
+                f"{kind} {reference!r}: there are no {kind}s in {home}; run `ddpm-pipe {begin}`, or set DDPM_PIPE_HOME"
+            )
+        if reference == "latest":
+            return there[-1]._refreshed()
+        found = [each for each in there if reference in {each.id, each.mlflow_run_id}]
+        found = found or [each for each in there if each.is_called(reference)]
+        if len(found) == 1:
+            return found[0]._refreshed()
+        if found:
+            raise UsageError(f"{kind} {reference!r} is ambiguous: it fits {_listing(found)}; give more characters")
+        hint = nearest(reference, [each.id for each in there])
+        raise UsageError(f"{kind} {reference!r}: no such {kind} in {home}{hint}; there are {_listing(there[::-1])}")
+
+    def is_called(self, reference: str) -> bool:
+        """Whether a reference is a prefix of our id or of MLflow's."""
+        return self.id.startswith(reference) or (self.mlflow_run_id or "").startswith(reference)
+
+    def _refreshed(self) -> Self:
+        if self.remote is not None and not self.remote.fetch_records(self.folder):
+            raise UsageError(
+                f"{self.KIND} {self.id}: is not in {self.remote.folder} any more; its copy here is {self.folder}"
+            )
+        return self
+
+    # -- what is known
+
+    @property
+    def home(self) -> Path:
+        """The home that this folder is in."""
+        return self.folder.parent.parent
+
+    @cached_property
+    def remote(self) -> RemoteRun | None:
+        """The same in its object store; None if this folder is all there is."""
+        return RemoteRun.of(self.record.profile.get("storage"), self.KIND, self.id)
+
+    @property
+    def record(self) -> Record:
+        """What was asked for."""
+        raise NotImplementedError
+
+    def state(self) -> RunState:
+        """Return progress and status; one left RUNNING by a process that is gone is INTERRUPTED."""
+        state = self._written_state()
+        if state.status is RunStatus.RUNNING and not self.is_locked():
+            return replace(state, status=RunStatus.INTERRUPTED, reason=state.reason or GONE)
+        return state
+
+    def update(self, **changes: Any) -> RunState:
+        """Change fields of the state (see RunState), replacing the file as a whole; StorageError if it cannot be."""
+        with self._folder_lock():
+            if self.remote is not None:  # a worker elsewhere may have gone on since
+                self.remote.fetch_records(self.folder)
+            state = replace(self._written_state(), **{**changes, "updated": now()})
+            state = replace(state, status=RunStatus(state.status), reason=redact(state.reason))
+            write_json(self.folder / STATUS, asdict(state))
+            if self.remote is not None:
+                self.remote.send_records(self.folder, STATUS)
+        return state
+
+    def _written_state(self) -> RunState:
+        return self._read(STATUS, RunState)
+
+    def _read(self, name: str, kind: type[T]) -> T:
+        """Read one of the JSON files as a dataclass; StorageError if it is not what this program writes."""
+        from pydantic import ValidationError
+
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_bytes())
+            self._change_places(content, located)
+            found: T = _reader(cast("Hashable", kind)).validate_python(content)
+            return found
+        except OSError as error:
+            wrong = error.strerror or str(error)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            wrong = f"{place}: {first['msg']}" if place else first["msg"]
+        except (ValueError, RecursionError) as error:
+            wrong = f"no JSON: {error}"
+        raise StorageError(f"{path}: cannot be read ({wrong}); restore it from a backup, or remove the folder")
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """MLflow's id for this run, once the tracking server has made one."""
+        try:
+            delivered = json.loads((self.folder / "spool" / "mlflow.json").read_text())
+        except (OSError, ValueError):
+            return None
+        found = delivered.get("mlflow_run_id") if isinstance(delivered, dict) else None
+        return found if isinstance(found, str) else None
+
+    @property
+    def log_path(self) -> Path:
+        """File of the log lines."""
+        return self.folder / "log.txt"
+
+    def log(self, line: str) -> None:
+        """Append one line with the time to the log, secrets removed. A disk that is full costs the line, not the training."""
+        with suppress(OSError), self.log_path.open("a", encoding="utf-8") as file:
+            file.write(f"{now()} {redact(line)}\n")
+
+    # -- who works on it
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold it for this process; RunLockedError (naming the holder) at once if another process holds it."""
+        path = self.folder / "lock"
+        with storage_errors(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            if not _try_lock(descriptor):
+                raise RunLockedError(
+                    f"{self.KIND} {self.id} is being worked on by {_holder(path)}; wait for it, or stop that process first"
+                )
+            about = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now()})
+            with suppress(OSError):  # a full disk costs the note on who holds it, not the lock
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, about.encode())
+            try:
+                with self._lock_in_store():
+                    yield
+            finally:
+                with suppress(OSError):
+                    os.ftruncate(descriptor, 0)
+        finally:
+            os.close(descriptor)  # frees the lock
+
+    @contextmanager
+    def _lock_in_store(self) -> Iterator[None]:
+        """Hold it in its object store too, with the files as they are there; and send them back in the end."""
+        if self.remote is None:
+            yield
+            return
+        with self.remote.lease.hold():
+            self.fetch_files()
+            try:
+                yield
+            finally:
+                self.remote.lease.require()  # what was taken over is the other one's to write
+                self.send_files()
+
+    def fetch_files(self, below: str = "") -> None:
+        """Bring log, spool and pictures, or one folder of these, from the object store, where another machine wrote them last."""
+        if self.remote is not None:
+            self.remote.fetch_records(self.folder)
+            self.remote.pull(self.folder, below)
+
+    def send_files(self) -> None:
+        """Send log, spool and pictures to the object store."""
+        if self.remote is not None:
+            self.remote.push(self.folder)
+
+    def is_locked(self) -> bool:
+        """Whether a live process holds it, here or elsewhere; if a store does not answer, it counts as held."""
+        if self._is_locked_here() or self.remote is None:
+            return self._is_locked_here()
+        try:
+            return self.remote.lease.holder() is not None
+        except StorageError as error:
+            log.warning("%s", error)
+            return True
+
+    def _is_locked_here(self) -> bool:
+        try:
+            file = (self.folder / "lock").open(encoding="utf-8")
+        except FileNotFoundError:
+            return False
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+    @contextmanager
+    def _folder_lock(self) -> Iterator[None]:
+        """Serialise read-modify-write of the small files between processes; held for milliseconds."""
+        with storage_errors(self.folder):
+            descriptor = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+@lru_cache(maxsize=4)
+def _reader(kind: Hashable) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cast("type[Any]", kind))
+
+
+def new_id() -> str:
+    """Return a fresh run id: 8 characters, a letter first, none that is mistaken for another."""
+    source = random.SystemRandom()
+    return source.choice(LETTERS) + "".join(source.choice(LETTERS + DIGITS) for _ in range(ID_LENGTH - 1))
+
+
+def now() -> str:
+    """Return the time, as records have it."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _try_lock(descriptor: int) -> bool:
+    # a few tries, because `is_locked` in another process holds a shared lock for an instant
+    for _ in range(5):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.05)
+    return False
+
+
+def _holder(path: Path) -> str:
+    try:
+        holder = json.loads(path.read_text())
+        return f"process {holder['pid']} on {holder['host']} since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _listing(found: list[Any], limit: int = 5) -> str:
+    shown = ", ".join(f"{each.id} ({each.record.name})" for each in found[:limit])
+    return shown + (f" and {len(found) - limit} more" if len(found) > limit else "")
