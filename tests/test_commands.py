@@ -221,6 +221,23 @@ def test_dry_runs_of_sample_and_evaluate_compute_nothing(typed, trained):
     assert sorted(path for path in trained.folder.rglob("*")) == before
 
 
+def test_the_latest_run_that_has_a_model_is_sampled_and_scored(typed, trained, new_run):
+    newer = new_run()
+    said = f"latest: run {trained.id} ({trained.record.name}); newer ones that were skipped: {newer.id} (no checkpoint yet)"
+    for words in (["sample"], ["sample", "--format", "strip"], ["evaluate"], ["evaluate", "--grid", "steps=2,3"]):
+        code, out, err = typed(words[0], "latest", *words[1:], "--dry-run", "--json")
+        assert (code, json.loads(out)["run"], err.splitlines()[0]) == (0, trained.id, said)
+    imported = new_run(dataset={"path": "", "fingerprint": "", "name": "none"}, imported_from="/x")
+    imported.update(status="FINISHED")
+    skipped = f"{imported.id} (imported), {newer.id} (finished)"
+    newer.update(status="FINISHED", step=100)
+    trained.update(status="INTERRUPTED")
+    _, _, err = typed("resume", "latest")
+    assert err.splitlines()[0].endswith(
+        f"run {trained.id} ({trained.record.name}); newer ones that were skipped: {skipped}"
+    )
+
+
 def test_sync_delivers_to_the_store_of_the_runs_own_profile(typed, home):
     from pipeline.config.cluster_profile import Profile
 

@@ -19,9 +19,13 @@ from pipeline.commands.options import (
     sampling_options,
 )
 from pipeline.commands.submit import runs_on_cluster
+from pipeline.console import plural
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
+    from pipeline.runs.sample_run import SampleResult
+
+SCREENFUL = 20  # runs
 
 
 @click.command(
@@ -84,35 +88,52 @@ def sample(
         print_result(plan, as_json, lambda: named_lines(plan.to_json()))
     else:
         result = sample_run(context, run, request, target)
-        print_result(result, as_json, lambda: named_lines({**result.to_json(), "written": _shortened(result.written)}))
+        print_result(result, as_json, lambda: _sample_lines(result))
 
 
-def _shortened(written: list[str]) -> list[str]:
-    """Return the paths, or the first of many images, with their number."""
-    return written if len(written) <= 3 else [f"{written[0]} ... ({len(written) - 1} images)"]
+def _sample_lines(result: SampleResult) -> list[str]:
+    """Return where the images are, and in a line what they are; the whole of it is in the last file."""
+    first, *others, about = result.written
+    more = f" ... ({len(others) + 1} images)" if others else ""
+    made = result.identity
+    settings = [f"{name} {made[name]}" for name in ("sampler", "steps", "seed", "weights") if name in made]
+    return [
+        f"{first}{more}",
+        f"{plural(made['num_images'], 'image')} of run {result.run}, step {made['checkpoint_step']}: {', '.join(settings)}",
+        f"all settings: {about}",
+    ]
 
 
 @click.command(
     epilog=example("""
 ddpm-pipe runs
+ddpm-pipe runs --limit 100
 ddpm-pipe runs --json
 """)
 )
+@click.option(
+    "--limit", type=click.IntRange(min=1), metavar="N", help=f"At most N. Default: {SCREENFUL}; with --json all."
+)
 @cluster_option
 @json_option
-def runs(context: Context, as_json: bool) -> None:
-    """List the runs: id, name, dataset, schedule, T, steps, score, status.
+def runs(limit: int | None, context: Context, as_json: bool) -> None:
+    """List the runs, newest first: id, name, dataset, schedule, T, steps, score, status.
 
     Below them, those whose process was killed or crashed, with the line that resumes each.
     """
     from pipeline.runs.runs_table import COLUMNS, died, runs_table
 
-    rows = runs_table(context.home, context.store)
+    rows = runs_table(context.home, context.store)[::-1]
+    shown = rows[: limit if as_json else limit or SCREENFUL]
     if as_json:
-        print_json(rows)
+        print_json(shown)
     elif rows:
-        print_table(rows, COLUMNS)
-        for line in died(rows):
+        print_table(shown, COLUMNS)
+        if hidden := len(rows) - len(shown):
+            click.echo(
+                f"{plural(hidden, 'older run')} not shown; list all with: {context.typed(f'runs --limit {len(rows)}')}"
+            )
+        for line in died(shown):
             click.echo(line)
     else:
         click.echo(f"no runs in {context.home} yet; start one with: ddpm-pipe train")

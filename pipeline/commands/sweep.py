@@ -113,13 +113,13 @@ def sweep(
             print_result(forecast, as_json, lambda: [forecast.to_text()])
             return
         result = sweep_commands.start_sweep(context, request)
-    show(result, as_json=as_json)
+    show(context, result, as_json=as_json)
 
 
-def show(result: Result, *, as_json: bool) -> None:
+def show(context: Context, result: Result, *, as_json: bool) -> None:
     """Print a sweep's result; FailedTrialsError afterwards where trials failed, for the exit code."""
     from pipeline.sweeps import commands as sweep_commands
-    from pipeline.sweeps.text import rows, to_text
+    from pipeline.sweeps.text import next_commands, rows, to_text
 
     if as_json:
         print_json(result.to_json())
@@ -127,7 +127,7 @@ def show(result: Result, *, as_json: bool) -> None:
         table = rows(result)
         if table:
             print_table(table, list(table[0]))
-        click.echo("\n".join(to_text(result)))
+        click.echo("\n".join([*to_text(result), *context.next_lines(next_commands(result))]))
     sweep_commands.require_all_finished(result)
 
 
@@ -153,5 +153,6 @@ def serve(run: str, port: int, host: str, context: Context) -> None:
     """
     from pipeline.runs.serve import serve_model
     from pipeline.storage.runs import Run
+    from pipeline.training.trained import not_trained
 
-    serve_model(Run.find(context.home, run, context.store), host, port, click.echo)
+    serve_model(Run.find(context.home, run, context.store, not_trained), host, port, click.echo)

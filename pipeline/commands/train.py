@@ -81,7 +81,7 @@ def train(
     from pipeline.runs.train import start_training
 
     outcome = start_training(context, request)
-    print_result(outcome, as_json, lambda: summary(outcome))
+    print_result(outcome, as_json, lambda: summary(context, outcome))
 
 
 @click.command(
@@ -125,15 +125,15 @@ def resume(
             raise UsageError(
                 f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
             )
-        show(resume_sweep(context, folder, max_concurrent), as_json=as_json)
+        show(context, resume_sweep(context, folder, max_concurrent), as_json=as_json)
         return
     if max_concurrent is not None:
         raise UsageError(f"--max-concurrent: got {max_concurrent}, but {run} is no sweep; leave it out")
     outcome = resume_training(context, run, ResumeRequest(overrides, fork, data, isolated))
-    print_result(outcome, as_json, lambda: summary(outcome))
+    print_result(outcome, as_json, lambda: summary(context, outcome))
 
 
-def summary(outcome: Outcome) -> Iterator[str]:
+def summary(context: Context, outcome: Outcome) -> Iterator[str]:
     """Yield the lines that end a training: scores beside their yardsticks, pictures, and what to type next."""
     from pipeline.console import duration
     from pipeline.runs.evaluation import evaluation_lines
@@ -149,9 +149,12 @@ def summary(outcome: Outcome) -> Iterator[str]:
         yield f"{name + ':':<9}{path}"
     yield from outcome.notes
     yield ""
-    yield "next:"
-    yield "  ddpm-pipe ui                              browse this run in MLflow's pages"
-    yield f"  ddpm-pipe sample {outcome.run_id} -n 16          more images"
-    if "strip" in outcome.pictures:
-        yield f"  ddpm-pipe evaluate {outcome.run_id} --steps 100  another sampler setting, scored"
-    yield f"  ddpm-pipe resume {outcome.run_id} -s training.steps={2 * outcome.step}"
+    scored = {f"evaluate {outcome.run_id} --steps 100": "another sampler setting, scored"}
+    yield from context.next_lines(
+        {
+            "ui": "browse this run in MLflow's pages",
+            f"sample {outcome.run_id} -n 16": "more images",
+            **(scored if "strip" in outcome.pictures else {}),
+            f"resume {outcome.run_id} -s training.steps={2 * outcome.step}": "train longer",
+        }
+    )

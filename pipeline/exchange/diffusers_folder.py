@@ -44,6 +44,7 @@ class ForeignModel:
     ema: dict[str, Tensor]
     about: str  # origin, in one line
     class_names: ClassNames = NO_CLASSES
+    step: int | None = None  # of its training, if the folder says
 
 
 def write_pipeline(trained: Trained, folder: Path) -> None:

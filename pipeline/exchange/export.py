@@ -15,7 +15,7 @@ from pipeline.exchange.diffusers_folder import write_pipeline
 from pipeline.exchange.export_onnx import FILE as ONNX_FILE
 from pipeline.exchange.export_onnx import require_onnx, write_onnx
 from pipeline.storage.runs import Run
-from pipeline.training.trained import EXPERIMENT_FILE, Trained
+from pipeline.training.trained import EXPERIMENT_FILE, Trained, not_trained
 
 Format = Literal["diffusers", "safetensors", "onnx"]
 
@@ -58,7 +58,7 @@ def export_run(context: Context, reference: str, request: ExportRequest) -> Expo
 
     UsageError if the folder is not empty, or the model has no equivalent in the format.
     """
-    run, folder, form = Run.find(context.home, reference, context.store), request.folder, request.form
+    run, folder, form = Run.find(context.home, reference, context.store, not_trained), request.folder, request.form
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder}: exists and is not an empty folder; give another one")
     if form == "onnx":

@@ -57,8 +57,10 @@ def read_saved(folder: Path) -> ForeignModel:
         raise ValueError(str(error)) from None
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     tensors = read_tensors(folder / WEIGHTS_FILE, expected)
-    where = f"ddpm-pipe, weights {about.get('weights')!r} of step {about.get('step')!r}"
-    return ForeignModel(experiment, shape, tensors, tensors, where, ClassNames(names, untrained))
+    step = about.get("step")
+    where = f"ddpm-pipe, weights {about.get('weights')!r} of step {step!r}"
+    known = step if type(step) is int and step >= 0 else None
+    return ForeignModel(experiment, shape, tensors, tensors, where, ClassNames(names, untrained), known)
 
 
 def _shape(value: Any) -> Shape | None:

@@ -18,7 +18,12 @@ from pipeline.storage.home import datasets_dir
 from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
 from pipeline.training.device import sampling_compute, workers_device
-from pipeline.training.trained import experiment_of, profile_of
+from pipeline.training.trained import experiment_of, not_trained, profile_of
+
+
+def not_scorable(run: Run) -> str:
+    """Return why a run cannot be scored, "" if it can."""
+    return not_trained(run) or ("" if run.record.dataset["path"] else "imported without images")
 
 
 def choose_scorer(

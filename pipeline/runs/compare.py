@@ -68,13 +68,17 @@ def compare_runs(
     context: Context, references: Sequence[str], metric: str | None, across: Collection[str]
 ) -> Comparison:
     """Rank runs by a metric; without references all that have been evaluated."""
-    named = [Run.find(context.home, reference, context.store) for reference in references]
+    named = [Run.find(context.home, reference, context.store, _not_evaluated) for reference in references]
     runs = list({run.id: run for run in named}.values()) or [
         run for run in Run.all(context.home, context.store) if entries_of(run)
     ]
     if not runs:
         raise UsageError(f"no run in {context.home} has been evaluated; ddpm-pipe evaluate RUN")
     return Comparison(compare(runs, metric, across))
+
+
+def _not_evaluated(run: Run) -> str:
+    return "" if entries_of(run) else "not evaluated"
 
 
 def compare(runs: Sequence[Run], metric: str | None = None, across: Collection[str] = ()) -> list[Ranking]:

@@ -26,7 +26,7 @@ from pipeline.metrics.neighbours import find_neighbours
 from pipeline.metrics.registry import METRICS, MetricSettings, require_enough
 from pipeline.metrics.scores import over_seeds
 from pipeline.metrics.scoring import Scorer, score
-from pipeline.runs.choose_scorer import choose_scorer, own_split
+from pipeline.runs.choose_scorer import choose_scorer, not_scorable, own_split
 from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_evaluation
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.runs.measure import measure_bound
@@ -120,7 +120,7 @@ def plan_evaluation(context: Context, reference: str, request: ScoreRequest) -> 
 
 def check_request(context: Context, reference: str, request: ScoreRequest) -> tuple[Run, Experiment]:
     """Return a run and its experiment, with warnings; UsageError where the request does not fit."""
-    run = Run.find(context.home, reference, context.store)
+    run = Run.find(context.home, reference, context.store, not_scorable)
     experiment = experiment_of(run)
     request.settings(experiment)
     if sample_metrics(request.evaluation(experiment)):

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
 from pipeline.console import Console
-from pipeline.runs.choose_scorer import choose_scorer
+from pipeline.runs.choose_scorer import choose_scorer, not_scorable
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics, tracked
 from pipeline.runs.evaluation import write_evaluation
 from pipeline.runs.grid import TABLE_FILE, Grid, Point, parse_grid, write_grid
@@ -63,7 +63,7 @@ def _check(
     context: Context, reference: str, request: ScoreRequest, text: str
 ) -> tuple[Run, list[str], list[ScoreRequest]]:
     """Return run, keys and points, with warnings; UsageError where one point does not fit."""
-    run = Run.find(context.home, reference, context.store)
+    run = Run.find(context.home, reference, context.store, not_scorable)
     experiment = experiment_of(run)
     keys, points = parse_grid(text, request)
     for point in points:

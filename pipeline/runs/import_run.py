@@ -52,7 +52,7 @@ class ImportResult:
 
 
 def import_folder(context: Context, folder: Path, data: str | None, name: str | None) -> ImportResult:
-    """Make a finished run, at step 0, of the model in a folder.
+    """Make a finished run of the model in a folder. Its checkpoint is of step 0; its status has the steps that the folder reports.
 
     `data` is what it is scored against and fine-tuned on; without it the run can be sampled alone. CheckpointError where the folder is
     damaged or holds what this package does not have, DataError where the images are of another shape than the model's, UsageError where a
@@ -66,7 +66,7 @@ def import_folder(context: Context, folder: Path, data: str | None, name: str | 
     with run.lock():
         _save(run, experiment, foreign, dataset)
         _track(run, experiment, dataset, profile)
-        run.update(status=RunStatus.FINISHED, reason=f"imported from {folder.name}")
+        run.update(status=RunStatus.FINISHED, step=foreign.step or 0, reason=f"imported from {folder.name}")
     return ImportResult(run, foreign, experiment, None if dataset is None else dataset.manifest.name)
 
 
@@ -179,9 +179,13 @@ def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: P
     if dataset is not None:
         tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, dataset.location)
     tracker.start(
-        settings.experiment, run.record.name, tags=tags, params=experiment.flat(), description=describe(run, {}),
+        settings.experiment,
+        f"{run.record.name} {run.id}",
+        tags=tags,
+        params=experiment.flat(),
+        description=describe(run, {}),
         dataset=tracked,
-    )  # fmt: skip
+    )
     tracker.model(trained.save(run.folder / "model"), 0)
     tracker.finish("FINISHED")
     tracker.close(timeout=60.0)

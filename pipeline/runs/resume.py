@@ -23,7 +23,7 @@ from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackingSettings
-from pipeline.training.trained import experiment_of, profile_of
+from pipeline.training.trained import experiment_of, not_trained, profile_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ResumeRequest:
 
 def resume_training(context: Context, reference: str, asked: ResumeRequest) -> Outcome:
     """Continue a run from its newest checkpoint that verifies, or fork it."""
-    run = Run.find(context.home, reference, context.store)
+    run = Run.find(context.home, reference, context.store, lambda run: _cannot_go_on(run, asked))
     if not asked.fork and asked.data is not None:
         raise UsageError(f"--data: run {run.id} goes on with its own images; train on others as a new run with --fork")
     if not asked.fork and run.record.imported_from:
@@ -81,6 +81,17 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
             f"or see: ddpm-pipe evaluate {run.id}"
         )
     return train_run(run, plan, dataset, context.console, asked.overrides, tracking=tracking)
+
+
+def _cannot_go_on(run: Run, asked: ResumeRequest) -> str:
+    """Return why `latest` is not this run, "" if it may be."""
+    if asked.fork:
+        return not_trained(run)
+    if run.record.imported_from:
+        return "imported"
+    if run.is_locked():
+        return "running"
+    return "finished" if run.state().status is RunStatus.FINISHED and not asked.overrides else ""
 
 
 def _fork(context: Context, run: Run, plan: Plan, dataset: Dataset, tracking: TrackingSettings) -> Outcome:

@@ -17,9 +17,9 @@ COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "
 def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
     """Return a row for each run, oldest first; those of an object store (a profile's `storage`) too.
 
-    `steps` reads "done/total", or "done" where a clock ends the training; `fid` is the value of the newest FID and `metric` its
-    full name, both None before the first evaluation; `created` is UTC. `step`, `total_steps`, `reason` (why it stands where it stands) and
-    `mlflow_run_id` come along for programs.
+    `steps` reads "done/total"; "done" for a trial that a clock ends and for an imported run, where it is None if the folder did not say.
+    `fid` is the value of the newest FID and `metric` its full name, both None before the first evaluation; `created` is UTC. `step`,
+    `total_steps`, `reason` (why it stands where it stands) and `mlflow_run_id` come along for programs.
     """
     return [_row(run) for run in Run.all(home, storage)]
 
@@ -36,8 +36,10 @@ def died(rows: Sequence[dict[str, Any]]) -> list[str]:
 def _row(run: Run) -> dict[str, Any]:
     record, state = run.record, run.state()
     settings = record.experiment
-    timed = record.seconds_allowed is not None  # the clock says how many steps
-    total = None if timed else _total_steps(settings, state.overrides)
+    # a clock ends some trainings, and what is imported was trained elsewhere: no setting says how many steps these make
+    open_end = record.seconds_allowed is not None or bool(record.imported_from)
+    total = None if open_end else _total_steps(settings, state.overrides)
+    known = state.step > 0 or not record.imported_from
     metric = headline(state.summary)
     is_vae = _setting(settings, "model", "type") == "vae"
     return {
@@ -46,7 +48,7 @@ def _row(run: Run) -> dict[str, Any]:
         "dataset": record.dataset.get("name") or Path(str(record.dataset.get("path", ""))).name,
         "schedule": None if is_vae else _setting(settings, "diffusion", "schedule"),
         "T": None if is_vae else _setting(settings, "diffusion", "num_timesteps"),
-        "steps": f"{state.step}" if timed else f"{state.step}/{total}",
+        "steps": (f"{state.step}" if open_end else f"{state.step}/{total}") if known else None,
         "step": state.step,
         "total_steps": total,
         "fid": None if metric is None else state.summary[metric],

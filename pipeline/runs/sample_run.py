@@ -19,7 +19,8 @@ from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import Opened
 from pipeline.tracking.tracker import TrackingSettings
-from pipeline.training.trained import experiment_of
+from pipeline.training.models import has_process
+from pipeline.training.trained import experiment_of, not_trained
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def _check(context: Context, reference: str, request: SampleRequest, target: Sam
             f"--out {str(target.out).replace(':/', '://', 1)}: images are written into a folder, not to an address; give a folder (a job "
             "whose storage is an object store leaves them there by itself, without --out)"
         )
-    run = Run.find(context.home, reference, context.store)
+    moving = target.between is not None or target.form in ("strip", "gif")
+    run = Run.find(context.home, reference, context.store, _draws_no_way if moving else not_trained)
     if target.between is not None:
         request = passage_request(run, request)
     elif target.form in ("strip", "gif"):
@@ -107,6 +109,10 @@ def _check(context: Context, reference: str, request: SampleRequest, target: Sam
     folder = target.out or _fresh(run.folder / "samples", () if store is None else store.samples())
     settings = {**sampling.model_dump(), "seed": seed, "num_images": request.num_images}
     return _Checked(run, request, settings, folder.absolute(), store)
+
+
+def _draws_no_way(run: Run) -> str:
+    return not_trained(run) or ("" if has_process(experiment_of(run)) else "no diffusion model")
 
 
 def _fresh(folder: Path, taken: Collection[str]) -> Path:

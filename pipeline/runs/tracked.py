@@ -32,7 +32,7 @@ def open_tracking(
     trial = trial_of(run.record)
     tracker.start(
         settings.experiment,
-        run.record.name if trial is None else trial.name,
+        f"{run.record.name} {run.id}" if trial is None else trial.name,
         tags={
             **({} if trial is None else trial.tags),
             **_origin_tags(run),

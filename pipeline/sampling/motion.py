@@ -43,10 +43,14 @@ def trajectory(
     denoiser: Denoiser, num_images: int, num_frames: int, progress: Progress | None = None
 ) -> tuple[list[Tensor], list[str]]:
     """Return about `num_frames` uint8 frames [n, C, H, W] from noise to image, equally spaced over the steps, and their labels."""
-    last = len(denoiser.timesteps) - 1
+    kept = denoiser.timesteps
+    last = len(kept) - 1
     picks = {round(i * last / (num_frames - 1)) for i in range(num_frames)}
     states = enumerate(_told(denoiser.denoise(range(num_images)), progress))
-    drawn = [(to_uint8(x).cpu(), f"t = {t}") for i, (t, x) in states if i in picks]
+    # the step from t leads to the next timestep, and the last one to the image
+    drawn = [
+        (to_uint8(x).cpu(), f"t = {kept[last - i - 1]}" if i < last else "image") for i, (_, x) in states if i in picks
+    ]
     return [frame for frame, _ in drawn], [label for _, label in drawn]
 
 

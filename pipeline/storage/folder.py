@@ -20,7 +20,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,6 +29,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
 
+from pipeline.console import Console
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.redaction import redact
 from pipeline.storage.durable import storage_errors, write_json
@@ -38,6 +39,7 @@ from pipeline.storage.remote_run import RemoteRun
 T = TypeVar("T")
 GONE = "its process is gone"  # killed or crashed, or its machine was
 STATUS = "status.json"
+MOST_NAMED = 5  # in a message
 log = logging.getLogger(__name__)
 
 ID_LENGTH = 8
@@ -161,10 +163,17 @@ class Folder:
             return False
 
     @classmethod
-    def find(cls, home: Path, reference: str, storage: str | None = None) -> Self:
+    def find(
+        cls,
+        home: Path,
+        reference: str,
+        storage: str | None = None,
+        why_not: Callable[[Self], str] = lambda _: "",
+    ) -> Self:
         """Return the one meant by our id, MLflow's id, a unique prefix of either, or `latest`; UsageError otherwise.
 
-        `storage` as for `all`. One of an object store is brought up to date, whichever way it was found.
+        `storage` as for `all`. One of an object store is brought up to date, whichever way it was found. `latest` is the newest one for
+        which `why_not` returns "", the newest of all if there is none; a line on stderr names it and the newer ones that were skipped.
         """
         kind = cls.KIND
         if not NAME.fullmatch(reference):
@@ -178,7 +187,7 @@ class Folder:
                 f"{kind} {reference!r}: there are no {kind}s in {home}; run `ddpm-pipe {begin}`, or set DDPM_PIPE_HOME"
             )
         if reference == "latest":
-            return there[-1]._refreshed()
+            return cls._latest(there, why_not)._refreshed()
         found = [each for each in there if reference in {each.id, each.mlflow_run_id}]
         found = found or [each for each in there if each.is_called(reference)]
         if len(found) == 1:
@@ -187,6 +196,22 @@ class Folder:
             raise UsageError(f"{kind} {reference!r} is ambiguous: it fits {_listing(found)}; give more characters")
         hint = nearest(reference, [each.id for each in there])
         raise UsageError(f"{kind} {reference!r}: no such {kind} in {home}{hint}; there are {_listing(there[::-1])}")
+
+    @classmethod
+    def _latest(cls, oldest_first: Sequence[Self], why_not: Callable[[Self], str]) -> Self:
+        chosen, skipped = oldest_first[-1], list[str]()
+        for each in reversed(oldest_first):
+            reason = why_not(each)
+            if not reason:
+                chosen = each
+                break
+            skipped.append(f"{each.id} ({reason})")
+        else:
+            skipped = []
+        more = f", and {len(skipped) - MOST_NAMED} more" if len(skipped) > MOST_NAMED else ""
+        newer = f"; newer ones that were skipped: {', '.join(skipped[:MOST_NAMED])}{more}" if skipped else ""
+        Console().say(f"latest: {cls.KIND} {chosen.id} ({chosen.record.name}){newer}")
+        return chosen
 
     def is_called(self, reference: str) -> bool:
         """Whether a reference is a prefix of our id or of MLflow's."""
@@ -400,6 +425,6 @@ def _holder(path: Path) -> str:
         return "another process"
 
 
-def _listing(found: list[Any], limit: int = 5) -> str:
-    shown = ", ".join(f"{each.id} ({each.record.name})" for each in found[:limit])
-    return shown + (f" and {len(found) - limit} more" if len(found) > limit else "")
+def _listing(found: list[Any]) -> str:
+    shown = ", ".join(f"{each.id} ({each.record.name})" for each in found[:MOST_NAMED])
+    return shown + (f" and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else "")

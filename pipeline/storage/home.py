@@ -42,6 +42,12 @@ def home(storage: str | None = None) -> Path:
     return found
 
 
+def absolute_store(uri: str) -> str:
+    """Return the address of a tracking store, of a SQLite file with its absolute path."""
+    path = uri.removeprefix("sqlite:///")
+    return uri if path == uri else f"sqlite:///{Path(path).absolute().as_posix()}"
+
+
 def portable(place: str, root: Path) -> str:
     """Return a place as records keep it: `home:datasets/x` for one in the home, so that a home can be moved; others as they are."""
     path = Path(place)

@@ -280,7 +280,7 @@ def sync(context: Context, reference: str) -> SyncResult:
         settings = TrackingSettings.of_profile(context.home, sweep.profile(context.named))
         with sweep.lock():
             return SyncResult(f"sweep {sweep.id}", deliver(sweep.folder, settings), public_uri(settings.uri))
-    run = Run.find(context.home, reference, context.store)
+    run = Run.find(context.home, reference, context.store, lambda run: "running" if run.is_locked() else "")
     settings = TrackingSettings.of_profile(context.home, profile_of(run, context.named))
     with run.lock():
         return SyncResult(f"run {run.id}", deliver(run.folder, settings), public_uri(settings.uri))

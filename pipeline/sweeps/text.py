@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shlex
 
+from pipeline.config.context import cluster_in
 from pipeline.sweeps.config import Sweep
 from pipeline.sweeps.folder import SweepRecord
 from pipeline.sweeps.points import title
 from pipeline.sweeps.result import Result, failed_seeds, statement, with_error, within_noise
+from pipeline.tracking.text import markdown_table
 
 SWEEP_FILE = "sweep.yaml"  # beside the report
 
@@ -37,23 +39,24 @@ def rows(result: Result) -> list[dict[str, object]]:
 
 
 def to_text(result: Result) -> list[str]:
-    """Return the lines that end a sweep: the statement, what was refused or failed, the report, and the next commands."""
-    seeds = max((len(point.entries) for point in result.points), default=1)
+    """Return the lines that end a sweep: the statement, what was refused or failed, and the report."""
     lines = ["", statement(result), ""]
     lines += [f"skipped:  {title(item.point)}: {item.reason}" for item in result.refused]
     lines += [f"warning:  {name}: {text}" for name, text in result.warnings.items()]
     lines += [
         f"failed:   {entry.title}, seed {entry.seed} (run {entry.run}): {entry.reason}" for entry in result.failed
     ]
-    lines += [
-        f"report:   {result.report}",
-        "",
-        "next:",
-        f"  ddpm-pipe train --from {result.sweep_id}               the best point at full length",
-        f"  ddpm-pipe sweep --extend {result.sweep_id} --seeds {_more_than(seeds)}   more seeds; what is done is not done again",
-        "  ddpm-pipe ui                                trials under their sweep, in MLflow's pages",
-    ]
-    return lines
+    return [*lines, f"report:   {result.report}", ""]
+
+
+def next_commands(result: Result) -> dict[str, str]:
+    """Return what can be typed after a sweep, and what for."""
+    seeds = max((len(point.entries) for point in result.points), default=1)
+    return {
+        f"train --from {result.sweep_id}": "the best point at full length",
+        f"sweep --extend {result.sweep_id} --seeds {_more_than(seeds)}": "more seeds; what is done is not done again",
+        "ui": "trials under their sweep, in MLflow's pages",
+    }
 
 
 def again(record: SweepRecord) -> str:
@@ -61,8 +64,8 @@ def again(record: SweepRecord) -> str:
     if not record.extensions:
         return shlex.join(record.command)
     words = ["ddpm-pipe", "sweep", f"sweeps/{record.id}/report/{SWEEP_FILE}"]
-    if "--cluster" in record.command[:-1]:
-        words += ["--cluster", record.command[record.command.index("--cluster") + 1]]
+    if cluster := cluster_in(record.command):
+        words += ["--cluster", cluster]
     return shlex.join(words)
 
 
@@ -91,6 +94,5 @@ def _table(table: list[dict[str, object]]) -> str:
     if not table:
         return ""
     columns = list(table[0])
-    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
-    shown = [["" if row.get(c) is None else str(row.get(c)).replace("|", "/") for c in columns] for row in table]
-    return "\n".join(lines + [f"| {' | '.join(cells)} |" for cells in shown])
+    cells = [["" if row.get(column) is None else str(row[column]) for column in columns] for row in table]
+    return markdown_table([columns, *cells])

@@ -11,6 +11,7 @@ from pipeline.config.experiment import experiment_from, with_overrides
 from pipeline.storage.runs import Run, RunRecord
 
 YARDSTICK = "yardstick_"
+_SPACE = "&nbsp;" * 4
 
 
 def describe(run: Run, summary: Mapping[str, Any], steps: int = 0) -> str:
@@ -92,7 +93,7 @@ def _settings(record: RunRecord) -> str:
         rows = {
             name: text for name, text in rows.items() if name not in ("schedule", "predicts", "minimises", "sampling")
         }
-    return _table(("setting", "value"), rows)
+    return markdown_table([("setting", "value"), *rows.items()])
 
 
 def _is_vae(record: RunRecord) -> bool:
@@ -115,8 +116,7 @@ def _results(summary: Mapping[str, Any]) -> str:
         ]
         for name in figures
     ]
-    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
-    return "\n".join(lines) + "\n\nYardsticks are the same measurement of images that were not generated."
+    return f"{markdown_table([head, *rows])}\n\nYardsticks are the same measurement of images that were not generated."
 
 
 def _kind(name: str, figures: list[str]) -> str:
@@ -150,6 +150,7 @@ def _figure(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
-    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {value.replace('|', '/')} |" for name, value in rows.items()])
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table, the first row its head. Spaces end its cells, because MLflow's page draws them without any distance."""
+    cells = [[f"{text.replace('|', '/')}{_SPACE}" for text in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [cells[0], ["---"] * len(cells[0]), *cells[1:]])

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline.errors import TrackingError, UsageError
 from pipeline.redaction import one_line, public_uri, redact, redact_value
-from pipeline.storage.home import artifacts_dir, default_tracking_uri
+from pipeline.storage.home import absolute_store, artifacts_dir, default_tracking_uri
 from pipeline.tracking.moved import require_unmoved
 from pipeline.tracking.run import require_schema
 from pipeline.tracking.spool import Event, Spool
@@ -260,7 +260,7 @@ def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> i
 def _absolute(uri: str) -> str:
     """Return the address with an absolute path for SQLite; UsageError for file stores, which MLflow refuses."""
     if uri.startswith("sqlite:///"):
-        return f"sqlite:///{Path(uri.removeprefix('sqlite:///')).absolute().as_posix()}"
+        return absolute_store(uri)
     if re.match(r"^[a-z][a-z0-9+.-]*://", uri) and not uri.startswith("file:"):
         return uri
     raise UsageError(

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from pipeline.console import answer
 from pipeline.errors import TrackingError, UsageError
 from pipeline.storage.home import artifacts_dir, make_folder
+from pipeline.tracking.run import RUN_ID_TAG
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -174,7 +175,7 @@ def choose_columns(client: MlflowClient, experiment_id: str) -> str:
     ordered = sorted(scores, key=lambda name: (("fid", "kid", "bit").index(name[:3]), name))[:MAX_SCORES]
     columns = [f"params.`{name}`" for name in PARAMETERS] + [f"metrics.`{name}`" for name in ordered]
     view = {
-        "selectedColumns": [*columns, "metrics.`sweep_rank`"],
+        "selectedColumns": [f"tags.`{RUN_ID_TAG}`", *columns, "metrics.`sweep_rank`"],
         "runsExpanded": {run.info.run_id: True for run in runs if run.data.tags.get("kind") == "sweep"},
     }
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))

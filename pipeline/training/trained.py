@@ -80,8 +80,9 @@ class Trained:
         )
 
     @classmethod
-    def load(cls, folder: Path) -> Trained:
+    def load(cls, folder: Path | str) -> Trained:
         """Load what `save` wrote."""
+        folder = Path(folder)
         try:
             about = json.loads((folder / EXPERIMENT_FILE).read_text())
             tensors = parse_safetensors((folder / WEIGHTS_FILE).read_bytes())
@@ -124,6 +125,11 @@ class Trained:
 def experiment_of(run: Run) -> Experiment:
     """Return a run's experiment, with what a resume has changed since (settings that do not decide the weights)."""
     return with_overrides(experiment_from(run.record.experiment, f"run {run.id}"), run.state().overrides)
+
+
+def not_trained(run: Run) -> str:
+    """Return why a run's model cannot be used yet, "" if it can."""
+    return "" if RunCheckpoints(run).committed() else "no checkpoint yet"
 
 
 def profile_of(run: Run, named: Profile | None = None) -> Profile:

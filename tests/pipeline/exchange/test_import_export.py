@@ -237,7 +237,12 @@ def test_of_its_images_an_imported_run_says_what_was_given_here(typed: Typed, ho
     theirs = own.experiment.model_copy(update={"data": data, "evaluation": evaluation})
     replace(own, experiment=theirs).save(home / "own")
     assert typed("import", "own", "--data", "digits")[0] == 0
-    experiment = experiment_of(Run.find(home, "latest"))
+    run = Run.find(home, "latest")
+    assert run.state().step == Trained.load(str(home / "own")).step > 0
+    assert run.mlflow_run_id is not None
+    tracked = MlflowClient(f"sqlite:///{home}/mlflow.db").get_run(run.mlflow_run_id)
+    assert tracked.info.run_name == f"{run.record.name} {run.id}"
+    experiment = experiment_of(run)
     assert experiment.data == DataConfig(source="digits")
     assert (experiment.evaluation.inception_weights, experiment.evaluation.num_images) == (None, 77)
     assert experiment.model == own.experiment.model

@@ -22,6 +22,7 @@ from pipeline.tracking.monitor import SystemMonitor
 from pipeline.tracking.text import describe
 from pipeline.worker.job import Allowance
 from tests.hermetic import REPOSITORY
+from tests.kit.commands import Typed
 
 
 def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Run], home: Path) -> None:
@@ -48,6 +49,27 @@ def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Ru
     }
     assert (rows[1]["steps"], rows[1]["status"], rows[1]["fid"]) == ("40/250", "INTERRUPTED", None)
     json.dumps(rows)
+
+
+def test_the_list_is_a_screenful_newest_first_and_says_how_many_are_not_shown(
+    new_run: Callable[..., Run], typed: Typed
+) -> None:
+    ids = [new_run().id for _ in range(22)]
+    *table, last = typed("runs").stdout.splitlines()[1:]
+    assert [line.split()[0] for line in table] == ids[:1:-1]
+    assert last == "2 older runs not shown; list all with: ddpm-pipe runs --limit 22"
+    assert [line.split()[0] for line in typed("runs", "--limit", "22").stdout.splitlines()[1:]] == ids[::-1]
+    assert [row["id"] for row in json.loads(typed("runs", "--json").stdout)] == ids[::-1]
+    assert [row["id"] for row in json.loads(typed("runs", "--json", "--limit", "1").stdout)] == ids[-1:]
+
+
+def test_an_imported_run_has_the_steps_of_its_training_where_they_are_known(
+    new_run: Callable[..., Run], home: Path
+) -> None:
+    known, unknown = new_run(imported_from="/a"), new_run(imported_from="/b")
+    known.update(status="FINISHED", step=40)
+    unknown.update(status="FINISHED")
+    assert [(row["steps"], row["total_steps"]) for row in runs_table(home)] == [("40", None), (None, None)]
 
 
 @pytest.mark.parametrize(("typed", "steps"), [("1e4", 10_000), ("1_000", 1000), ("' 250'", 250), ("250.0", 250)])
@@ -95,11 +117,16 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
         "yardstick_noise_fid_classifier_n500": 300.0,
         "yardstick_noise_kid_classifier_n500": 4.0,
     }
-    text = describe(run, summary)
+    described = describe(run, summary)
+    cells = [cell for line in described.splitlines() if line.startswith("| ") for cell in line.split("|")[1:-1]]
+    assert all(
+        cell.strip() == "---" or cell.endswith("&nbsp; ") for cell in cells
+    )  # MLflow's page puts no distance between cells
+    text = described.replace("&nbsp;", "").replace("  ", " ")
     for part in (
         "`digits`", "linear, T = 1,000", "800,000 steps", "batch of 128", "128 channels x (1, 2, 2, 2)", "ddim, 50 steps",
         "| figure | this model | real half | noise |",
-        "| `fid_classifier_n500` | 12.35 | 1 | 300 |", "| `kid_classifier_n500` | 0.25 |  | 4 |", "abababab",
+        "| `fid_classifier_n500` | 12.35 | 1 | 300 |", "| `kid_classifier_n500` | 0.25 | | 4 |", "abababab",
         "ddpm-pipe train --data '/my data' -s training.steps=5", f"ddpm-pipe resume {run.id}", run.record.code_version,
     ):  # fmt: skip
         assert part in text, part

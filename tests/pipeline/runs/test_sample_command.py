@@ -67,6 +67,20 @@ def test_every_option_is_part_of_what_the_images_are(sample, tmp_path):
     assert (found["weights"], found["eta"]) == ("ema:0.5", 0.0)
 
 
+def test_three_lines_say_where_the_images_are_and_what_they_are(sample, labelled, tmp_path):
+    for form, first in (("grid", "grid.png"), ("png", "000000.png ... (2 images)"), ("parquet", "samples.parquet")):
+        code, out, _ = sample(*FEW, "-n", "2", "--seed", "4", "--format", form, "--out", str(tmp_path / form))
+        folder = tmp_path / form
+        assert (code, out.splitlines()) == (
+            0,
+            [
+                f"{folder}/{first}",
+                f"2 images of run {labelled.id}, step 6: sampler ddim, steps 3, seed 4, weights ema",
+                f"all settings: {folder}/samples.json",
+            ],
+        )
+
+
 def test_strips_animations_and_passages_are_drawn(sample, labelled, tmp_path):
     for kind, count in (("png", 3), ("strip", 2), ("gif", 3)):
         assert sample(*FEW, "--format", kind, "-n", str(count), "--out", str(tmp_path / kind))[0] == 0

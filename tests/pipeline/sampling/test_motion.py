@@ -88,12 +88,12 @@ def test_the_middle_of_the_way_belongs_to_both_ends(digits):
 
 
 @pytest.mark.parametrize(("steps", "spacing"), [(50, "trailing"), (7, "trailing"), (3, "leading"), (20, "quad")])
-def test_a_strip_begins_with_the_first_step_and_ends_with_the_image(steps, spacing):
+def test_a_strip_is_labelled_by_the_times_of_its_columns_and_ends_with_the_image(steps, spacing):
     chosen = denoiser(steps, spacing=spacing)
     frames, labels = trajectory(chosen, 3, 10)
     kept = chosen.timesteps
     assert len(frames) == len(labels) == min(10, len(kept))
-    assert (labels[0], labels[-1]) == (f"t = {kept[-1]}", f"t = {kept[0]}")
+    assert (labels[0], labels[-1]) == (f"t = {kept[-2]}", "image")  # the first step leads from kept[-1] to kept[-2]
     assert torch.equal(frames[-1], chosen.images(range(3)))
 
 

@@ -88,6 +88,19 @@ def test_a_run_is_found_by_id_prefix_mlflow_id_and_latest(new_run: Callable[...,
     assert [run.id for run in Run.all(home)] == [first.id, second.id]
 
 
+def test_the_latest_is_the_newest_that_can_do_it_and_a_line_names_those_that_were_skipped(
+    new_run: Callable[..., Run], home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [new_run().id for _ in range(9)]
+    assert Run.find(home, "latest", why_not=lambda run: "" if run.id in ids[:2] else "no checkpoint yet").id == ids[1]
+    skipped = ", ".join(f"{name} (no checkpoint yet)" for name in ids[:3:-1])
+    said = f"latest: run {ids[1]} (test); newer ones that were skipped: {skipped}, and 2 more\n"
+    assert capsys.readouterr().err == said
+    assert Run.find(home, "latest").id == ids[-1]
+    assert Run.find(home, "latest", why_not=lambda _: "no").id == ids[-1]  # whose own error says what is missing
+    assert capsys.readouterr().err == f"latest: run {ids[-1]} (test)\n" * 2
+
+
 def test_an_unknown_or_ambiguous_reference_lists_the_candidates(new_run: Callable[..., Run], home: Path) -> None:
     with pytest.raises(UsageError, match="there are no runs"):
         Run.find(home, "latest")

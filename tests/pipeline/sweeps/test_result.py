@@ -14,7 +14,7 @@ from scipy.stats import ttest_rel, tukey_hsd
 from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.pictures import pareto
 from pipeline.sweeps.result import Result, differ, result_of, statement, within_noise
-from pipeline.sweeps.text import rows, to_text
+from pipeline.sweeps.text import next_commands, rows
 from tests.pipeline.sweeps.swept_entries import entry
 
 
@@ -172,8 +172,7 @@ def test_a_single_seed_shows_the_deviation_of_its_value_as_what_it_is() -> None:
 
 
 def test_more_seeds_are_proposed_than_there_are() -> None:
-    text = "\n".join(to_text(found([[1.0, 2.0, 3.0, 4.0]])))
-    assert "--seeds 8" in text
+    assert "sweep --extend s --seeds 8" in next_commands(found([[1.0, 2.0, 3.0, 4.0]]))
 
 
 def test_the_table_is_best_first_and_what_has_no_value_comes_last() -> None:

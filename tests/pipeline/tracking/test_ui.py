@@ -172,11 +172,12 @@ def test_the_list_of_runs_opens_with_settings_and_final_scores(store: TrackingSe
     key = choose_columns(client, experiment).removeprefix("&viewStateShareKey=")
     view = json.loads(client.get_experiment(experiment).tags[f"mlflow.sharedViewState.{key}"])
     assert view["runsExpanded"] == {sweep: True}
-    assert view["selectedColumns"][:4] == [
+    assert view["selectedColumns"][:5] == [
+        "tags.`ddpm_pipe.run_id`",
         *("params.`diffusion.schedule`", "params.`diffusion.num_timesteps`", "params.`training.steps`"),
         "metrics.`fid_classifier_n9`",
     ]
-    assert view["selectedColumns"][4:] == ["metrics.`kid_classifier_n9`", "metrics.`sweep_rank`"]
+    assert view["selectedColumns"][5:] == ["metrics.`kid_classifier_n9`", "metrics.`sweep_rank`"]
 
 
 def test_the_server_gets_its_store_by_environment_and_does_no_jobs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
