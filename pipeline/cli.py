@@ -19,11 +19,12 @@ from pipeline.commands.results import runs, sample, sync, ui
 from pipeline.commands.schedule import schedule
 from pipeline.commands.submit import jobs
 from pipeline.commands.sweep import serve, sweep
-from pipeline.commands.train import resume, train
+from pipeline.commands.train import init, resume, train
 from pipeline.redaction import refuse_secrets
 
 COMMANDS = (
     train,
+    init,
     resume,
     sweep,
     sample,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from pipeline.commands import completion
 from pipeline.commands.options import example, json_option, print_json
 from pipeline.commands.submit import runs_on_cluster
 
@@ -39,7 +40,12 @@ ddpm-pipe doctor --preset ddpm-cifar10 --json
 )
 @runs_on_cluster(files=["data"], first=_require_access)
 @click.option("--data", metavar="DATA", help="An ingested dataset that every node should read: a folder, or s3://...")
-@click.option("--preset", metavar="NAME", help="The experiment whose training step is timed. Default: digits.")
+@click.option(
+    "--preset",
+    metavar="NAME",
+    shell_complete=completion.shipped("experiments"),
+    help="The experiment whose training step is timed. Default: digits.",
+)
 @json_option
 def doctor(context: Context, data: str | None, preset: str | None, as_json: bool) -> None:
     """Look in under a minute whether a cluster is ready for what its profile asks.

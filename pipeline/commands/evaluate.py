@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.commands import completion
 from pipeline.commands.options import (
     cluster_option,
     dry_run_option,
@@ -15,6 +16,7 @@ from pipeline.commands.options import (
     json_option,
     named_lines,
     print_result,
+    run_argument,
     sampling_options,
 )
 from pipeline.commands.submit import runs_on_cluster
@@ -48,7 +50,7 @@ ddpm-pipe evaluate k7m2 --grid "sampler=ancestral,ddim steps=10,50,1000"
 ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
 """)
 )
-@click.argument("run")
+@run_argument
 @click.option(
     "--metrics",
     metavar="LIST",
@@ -164,7 +166,7 @@ ddpm-pipe compare k7m2 p3xw --metric fid
 ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
 """)
 )
-@click.argument("runs", metavar="[RUN]...", nargs=-1)
+@click.argument("runs", metavar="[RUN]...", nargs=-1, shell_complete=completion.folders("runs"))
 @click.option(
     "--metric", metavar="NAME", help="Such as fid, kid, bits_per_dim, precision. Default: one that most have."
 )

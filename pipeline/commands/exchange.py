@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pipeline.commands.options import cluster_option, example, json_option, named_lines, print_result
+from pipeline.commands.options import cluster_option, example, json_option, named_lines, print_result, run_argument
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
@@ -20,7 +20,7 @@ ddpm-pipe export k7m2 model/ --format safetensors --weights raw --checkpoint 200
 ddpm-pipe export k7m2 graph/ --format onnx
 """)
 )
-@click.argument("run")
+@run_argument
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
     "--format",

@@ -12,6 +12,8 @@ from typing import Any, Protocol, TypeVar
 
 import click
 
+from pipeline.commands import completion
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -27,6 +29,9 @@ def example(text: str) -> str:
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in text.strip().splitlines())
 
 
+run_argument = click.argument("run", shell_complete=completion.folders("runs"))
+
+
 def cluster_option(command: F) -> F:
     """Add `--cluster`, and pass the command its Context."""
 
@@ -39,6 +44,7 @@ def cluster_option(command: F) -> F:
     return click.option(
         "--cluster",
         metavar="PROFILE",
+        shell_complete=completion.shipped("cluster"),
         help="Where to run: a profile's name or YAML file. Default: local (this machine).",
     )(with_context)  # type: ignore[return-value]
 
@@ -51,6 +57,7 @@ def set_option(command: F) -> F:
         "overrides",
         metavar="KEY=VALUE",
         multiple=True,
+        shell_complete=completion.keys,
         help="Override one setting, such as training.steps=1000.",
     )(command)
 

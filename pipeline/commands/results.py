@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from pipeline.commands import completion
 from pipeline.commands.options import (
     cluster_option,
     dry_run_option,
@@ -16,6 +17,7 @@ from pipeline.commands.options import (
     print_json,
     print_result,
     print_table,
+    run_argument,
     sampling_options,
 )
 from pipeline.commands.submit import runs_on_cluster
@@ -38,7 +40,7 @@ ddpm-pipe sample k7m2 --format gif -n 25
 ddpm-pipe sample k7m2 --interpolate 12 ~/seven.png
 """)
 )
-@click.argument("run")
+@run_argument
 @click.option(
     "-n",
     "--num-images",
@@ -161,7 +163,7 @@ ddpm-pipe sync latest
 ddpm-pipe sync --moved
 """)
 )
-@click.argument("run", required=False)
+@click.argument("run", required=False, shell_complete=completion.folders("runs"))
 @click.option("--moved", is_flag=True, help="After the home was moved or copied: correct MLflow's paths.")
 @cluster_option
 def sync(run: str | None, moved: bool, context: Context) -> None:

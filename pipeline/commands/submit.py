@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from pipeline.commands import completion
 from pipeline.commands.options import cluster_option, example, json_option, print_json, print_table
 
 if TYPE_CHECKING:
@@ -165,7 +166,11 @@ def _jobs_of(cluster: str) -> Jobs:
 
 
 where = click.option(
-    "--cluster", metavar="PROFILE", required=True, help="The profile whose cluster is asked: of kind job."
+    "--cluster",
+    metavar="PROFILE",
+    required=True,
+    shell_complete=completion.shipped("cluster"),
+    help="The profile whose cluster is asked: of kind job.",
 )
 
 

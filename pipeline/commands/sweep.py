@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from pipeline.commands import completion
 from pipeline.commands.options import (
     cluster_option,
     dry_run_option,
@@ -15,6 +16,7 @@ from pipeline.commands.options import (
     print_json,
     print_result,
     print_table,
+    run_argument,
     set_option,
 )
 from pipeline.commands.submit import runs_on_cluster
@@ -35,15 +37,21 @@ ddpm-pipe sweep --over 'training.learning_rate={log: [1e-4, 1e-2]}' --search ran
 ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
 """)
 )
-@click.argument("sweep", required=False, metavar="[SWEEP.yaml]")
+@click.argument("sweep", required=False, metavar="[SWEEP.yaml]", shell_complete=completion.shipped("sweeps"))
 @click.option(
     "--over",
     multiple=True,
     metavar="KEY=A,B,C",
+    shell_complete=completion.keys,
     help="Vary a setting over these values, or, as a file has it, over 'KEY={log: [1e-4, 1e-2]}', {uniform: [0, 0.3]} or "
     "{integer: [16, 64], step: 16}, and with 'when' only where other settings have given values; without SWEEP.yaml alone.",
 )
-@click.option("--base", metavar="EXPERIMENT", help="What trials vary: a preset or an experiment file.")
+@click.option(
+    "--base",
+    metavar="EXPERIMENT",
+    shell_complete=completion.shipped("experiments"),
+    help="What trials vary: a preset or an experiment file.",
+)
 @click.option(
     "--metric", metavar="[kid|fid|bpd]", help="Rank by this, lower being better. Default: as the file says, else fid."
 )
@@ -61,7 +69,10 @@ ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
 @click.option("--seeds", type=click.IntRange(min=1), help="Repetitions of each point, for its error bar.")
 @click.option("--early-stopping", is_flag=True, help="Stop hopeless trials by ASHA, on the KID of few images.")
 @click.option(
-    "--extend", metavar="SWEEP", help="Add values, seeds or points to this sweep; what is done is not done again."
+    "--extend",
+    metavar="SWEEP",
+    shell_complete=completion.folders("sweeps"),
+    help="Add values, seeds or points to this sweep; what is done is not done again.",
 )
 @max_concurrent_option
 @runs_on_cluster(files=["sweep", "base"])
@@ -137,7 +148,7 @@ ddpm-pipe serve latest
 ddpm-pipe serve k7m2 --port 8001
 """)
 )
-@click.argument("run")
+@run_argument
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 is any free one.")
 @click.option(
     "--host",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from pipeline.commands import completion
 from pipeline.commands.options import (
     dry_run_option,
     example,
@@ -15,14 +17,27 @@ from pipeline.commands.options import (
     json_option,
     max_concurrent_option,
     print_result,
+    print_table,
     set_option,
 )
 from pipeline.commands.submit import runs_on_cluster
+from pipeline.config import presets
 from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
     from pipeline.runs.conclude import Outcome
+
+
+def _list_presets(context: click.Context, option: click.Parameter, wanted: bool) -> None:
+    """Print the name of each shipped experiment, and what it is."""
+    if not wanted:
+        return
+    names = presets.names("experiments")
+    print_table(
+        [{"preset": name, "what it is": presets.about("experiments", name)} for name in names], ["preset", "what it is"]
+    )
+    context.exit()
 
 
 @click.command(
@@ -34,10 +49,33 @@ ddpm-pipe train --preset mnist --data ~/images/mnist --dry-run
 ddpm-pipe train --from k7m2
 """)
 )
-@click.argument("experiment", required=False, metavar="[EXPERIMENT.yaml]")
-@click.option("--preset", metavar="NAME", help="A shipped experiment: digits (the default), mnist, ddpm-cifar10, ...")
-@click.option("--from", "origin", metavar="SWEEP", help="The best point of a sweep, at the full length of its base.")
-@click.option("--data", metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.")
+@click.argument(
+    "experiment", required=False, metavar="[EXPERIMENT.yaml]", shell_complete=completion.shipped("experiments")
+)
+@click.option(
+    "--preset",
+    metavar="NAME",
+    shell_complete=completion.shipped("experiments"),
+    help="A shipped experiment: digits (the default), mnist, ddpm-cifar10, ...",
+)
+@click.option(
+    "--list-presets",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_list_presets,
+    help="List the shipped experiments, and stop.",
+)
+@click.option(
+    "--from",
+    "origin",
+    metavar="SWEEP",
+    shell_complete=completion.folders("sweeps"),
+    help="The best point of a sweep, at the full length of its base.",
+)
+@click.option(
+    "--data", type=click.Path(), metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes."
+)
 @runs_on_cluster(files=["experiment", "data"], plans_here=True)
 @set_option
 @isolated_option
@@ -86,13 +124,33 @@ def train(
 
 @click.command(
     epilog=example("""
+ddpm-pipe init
+ddpm-pipe init mnist
+""")
+)
+@click.argument("preset", required=False, shell_complete=completion.shipped("experiments"))
+def init(preset: str | None) -> None:
+    """Write a preset's experiment file here, every setting explained.
+
+    The file gets the preset's name; one that is there is left alone.
+    """
+    from pipeline.config.experiment import DEFAULT_PRESET
+    from pipeline.config.settings_page import write_experiment
+
+    path = write_experiment(preset or DEFAULT_PRESET, Path.cwd())
+    click.echo(path)
+    click.echo(f"next: ddpm-pipe train {path.name} --dry-run")
+
+
+@click.command(
+    epilog=example("""
 ddpm-pipe resume latest
 ddpm-pipe resume k7m2 -s training.steps=20000
 ddpm-pipe resume k7m2 --fork -s training.learning_rate=1e-4
 ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 """)
 )
-@click.argument("run")
+@click.argument("run", shell_complete=completion.folders("runs", "sweeps"))
 @runs_on_cluster(files=["data"])
 @set_option
 @isolated_option

@@ -40,14 +40,14 @@ S3_PREFIX = re.compile(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](?:/[^\s?#]*)?(?:\
 
 
 class Workers(Section):
-    """Least and most workers of elastic training: each attempt takes as many as the cluster holds.
-
-    Where more could be had for `grow_after_s` seconds, and training is to last longer than that, the workers save and start anew.
-    """
+    """Elastic training: each attempt takes as many workers as the cluster holds."""
 
     min: PositiveInt
+    """Least number: with fewer nothing starts."""
     max: PositiveInt
+    """Largest number."""
     grow_after_s: Seconds = 60.0
+    """Seconds for which room for more must have stood before the workers save and start anew."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Workers:
@@ -70,13 +70,12 @@ NumWorkers = Annotated[
 
 
 class Resources(Section):
-    """What one worker gets.
-
-    For kind `local` null is: of the CPUs an equal share, of the GPUs a whole one where the profile's `gpu` lets it have one.
-    """
+    """What one worker gets. Null is for kind `local` alone."""
 
     CPU: Annotated[float, Field(gt=0)] | None = None
+    """CPUs of a worker, or a share of one; null shares this machine's CPUs equally."""
     GPU: NonNegative | None = None
+    """GPUs of a worker, or a share of one; null is a whole one where the profile's `gpu` lets it have one."""
 
     @field_validator("GPU")
     @classmethod
@@ -87,80 +86,102 @@ class Resources(Section):
 
 
 class MLflowConfig(Section):
-    """Where runs are recorded.
-
-    Without a URI: MLFLOW_TRACKING_URI, else the SQLite store of the home folder. Without an experiment: MLFLOW_EXPERIMENT_NAME, else
-    "ddpm".
-    """
+    """Where runs are recorded."""
 
     tracking_uri: str | None = None
+    """Address of the tracking store; null is MLFLOW_TRACKING_URI, else the SQLite store of the home folder."""
     experiment: Annotated[str | None, Field(min_length=1)] = None
+    """MLflow's experiment; null is MLFLOW_EXPERIMENT_NAME, else "ddpm"."""
     strict: bool = False
+    """Refuse to train while the store is away, instead of delivering later."""
 
 
 class Retries(Section):
     """How often a run is started again after a failure that is not the experiment's fault."""
 
     max_attempts: PositiveInt = 3
+    """How often a training is started, the first time included."""
 
 
 class Preemption(Section):
-    """Whether workers save and go on elsewhere when Ray announces that a node will be taken away; looked for every `poll_s` seconds."""
+    """What happens when Ray announces that a node will be taken away."""
 
     watch: bool = True
+    """Whether workers save and continue elsewhere."""
     poll_s: Seconds = 2.0
+    """Seconds between two looks at the nodes."""
 
 
 class Timeouts(Section):
-    """Seconds. A worker that hangs longer than `collective_s` inside an all-reduce fails the attempt.
-
-    `stop_s` is how long a stop that somebody asks for waits for saving, `start_s` how long workers have to come up on nodes that are there.
-    """
+    """How long to wait, in seconds."""
 
     collective_s: Seconds = 600.0
+    """How long a worker may hang in an all-reduce before the attempt fails."""
     stop_s: Seconds = 30.0
+    """How long a stop that somebody asks for waits for saving."""
     start_s: Seconds = 60.0
+    """How long workers have to come up on nodes that are there."""
 
 
 class Cache(Section):
-    """Copies of remote shards on each node. Without a folder: one in the system's temporary folder."""
+    """Copies of remote shards on each node."""
 
     folder: Place | None = None
+    """Absolute folder on each node; null is one in the system's temporary folder."""
     max_gb: Seconds = 50.0
+    """Gigabytes of copies on a node; those that were used longest ago make room."""
 
 
 class Price(Section):
-    """The cost model: what one worker costs an hour, with its share of the machine."""
+    """The cost model."""
 
     per_worker_hour: NonNegative = 0.0
+    """Cost of one worker for an hour, with its share of the machine."""
     currency: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] = "USD"
+    """Three capital letters."""
 
 
 class RuntimeEnv(Section):
-    """What is sent with a job: the current folder (without data, caches and secrets), and modules of one's own besides it."""
+    """What is sent with a job."""
 
     working_dir: bool = True
+    """Whether to send the current folder, without data, caches and secrets."""
     py_modules: tuple[str, ...] = ()
+    """Folders of your own modules that are sent besides."""
     excludes: tuple[str, ...] = ()
+    """Patterns of what is not sent."""
     max_mb: Annotated[float, Field(gt=0, le=500)] = 100.0
+    """Megabytes above which sending is refused."""
 
 
 class Profile(Section):
     """Where a run takes place."""
 
     name: Name = DEFAULT_PROFILE
+    """Name of the profile. Default: the file's name."""
     kind: Literal["local", "connect", "job"] = "local"
+    """`local`: this machine. `connect`: a Ray cluster, from one of its nodes. `job`: a Ray cluster, as a submitted job."""
     address: str | None = None
-    workers: NumWorkers = 1  # all: one for each GPU of this machine
-    gpu: Literal["auto", "never", "required"] = "auto"  # of kind local: auto takes a usable GPU where there is one
-    isolated: bool = False  # whether a single worker, too, is a process of Ray's, which is started again if it dies
+    """Of the cluster: `auto` or HOST:PORT for `connect`, the dashboard's http(s) address for `job`."""
+    workers: NumWorkers = 1
+    """Number of workers, least and most of them, or `all`: one for each GPU of this machine."""
+    gpu: Literal["auto", "never", "required"] = "auto"
+    """For kind local: take a usable GPU where there is one, never, or refuse to start without one."""
+    isolated: bool = False
+    """For kind local: whether a single worker, too, is a process of Ray's, which is started again if it dies."""
     resources_per_worker: Resources = Resources()
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
+    """Whether workers share nodes (Ray's PACK, SPREAD and STRICT_SPREAD)."""
     threads_per_worker: PositiveInt | None = None
+    """Torch's threads of a worker; null is its CPUs. Results are bit-exact for an equal number only."""
     precisions: tuple[Arithmetic, ...] = Field(default=(Precision.FP32, Precision.BF16, Precision.FP16), min_length=1)
+    """Arithmetic that these machines may use; `mixed` chooses among these."""
     compile: bool = True
+    """Whether `training.compile` is allowed on these machines."""
     cuda_graphs: bool = False
+    """With `training.compile`: replay recorded kernels; not with micro-batches."""
     storage: Place | None = None
+    """Absolute folder that every node sees, or s3://BUCKET/PREFIX; null is the home folder."""
     cache: Cache = Cache()
     mlflow: MLflowConfig = MLflowConfig()
     retries: Retries = Retries()
@@ -168,10 +189,14 @@ class Profile(Section):
     price: Price = Price()
     runtime_env: RuntimeEnv = RuntimeEnv()
     env: dict[VariableName, str] = Field(default_factory=dict)
+    """Environment variables of the workers; no secrets."""
     forward_env: tuple[VariableName, ...] = ()
+    """Names of variables whose values are secret: they are taken from your environment and recorded nowhere."""
     timeouts: Timeouts = Timeouts()
     wait_for_resources_s: NonNegative = 0.0
+    """How long to wait for a cluster that has not enough room."""
     insecure: bool = False
+    """Accept a cluster that asks for no token: whoever reaches it may run code on it."""
 
     @property
     def use_gpu(self) -> bool:

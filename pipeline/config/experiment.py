@@ -63,15 +63,25 @@ class DataConfig(Section):
     """The images, and the order in which training reads them."""
 
     source: Place = "digits"
+    """An ingested dataset, or a source that `ddpm-pipe ingest` takes: `digits`, `mnist`, a folder, Parquet, `.npz`."""
     split: str | None = None
+    """Split of the source, such as `test`; null takes `train` where there are splits."""
     image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    """Height and width, or one number for both: the largest centred part of that shape is resized; null keeps the size."""
     mode: Literal["L", "RGB"] | None = None
+    """Convert to grayscale (`L`) or colour (`RGB`); null keeps the mode."""
     image_column: str | None = None
+    """Column of the images in Parquet or `.npz`; null finds it by type."""
     label_column: str | None = None
+    """Column of the labels, or `none`; null finds it by type."""
     layout: Literal["flat", "classes", "splits"] | None = None
+    """How to read the sub-folders of an image folder; null recognises it."""
     skip_damaged: Annotated[int, Field(ge=0)] = 0
+    """Number of damaged images that may be left out before the source is refused."""
     horizontal_flip: bool = False
+    """Mirror half of the images, at random."""
     shuffle_window: PositiveInt = 65_536
+    """Least number of rows among which rows are permuted; groups of rows are permuted anyway."""
 
 
 def _decays(value: object) -> float | tuple[float, ...]:
@@ -88,39 +98,58 @@ def _plain(value: object) -> object:
 
 
 class TrainingConfig(Section):
-    """The optimisation. `batch_size` is global: it does not change with the number of workers.
-
-    `precision: mixed`, and None for `micro_batch_size` (images of a worker at once) and `channels_last`, leave the choice to the device;
-    what it came to is recorded and kept by `resume`.
-
-    `ema_decay` may be several decays, all averaged at once: the first is the one that is sampled unless another is asked for.
-    `ema_widths` are power-function averages (Karras et al. 2024), given by their relative widths sigma_rel and stored every
-    `ema_snapshot_every_steps` steps; from two of them an average of any length is made after training (`--weights posthoc:0.1`).
-    """
+    """The optimisation. What is left to the device is recorded, and kept by `resume`."""
 
     steps: PositiveInt = 800_000
+    """Optimizer steps."""
     batch_size: PositiveInt = 128
+    """Images of a step, of all workers together: it does not change with their number."""
     num_streams: PositiveInt | None = None
+    """Slices of an epoch, which workers share equally; null is the largest power of two up to 16 that divides the batch."""
     micro_batch_size: PositiveInt | None = None
+    """Images that a worker computes at once; null leaves it to the device."""
     objective: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
+    """Loss: the paper's, the variational bound, both (with `variance: learned_range`), or Min-SNR weights."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    """Gamma of `objective: min_snr`."""
     timestep_sampling: Literal["uniform", "loss_aware"] = "uniform"
+    """How timesteps are drawn; `loss_aware` prefers those of large loss."""
     label_dropout: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of labels dropped in training, for classifier-free guidance; with `class_conditional` only."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Adam's learning rate after the warm-up."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay; 0 is Adam."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Adam's decay rates of the first and second moment."""
     adam_eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's epsilon."""
     warmup_steps: Annotated[int, Field(ge=0)] = 5000
+    """Steps in which the learning rate grows linearly from 0."""
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
-    ema_decay: Annotated[float | tuple[float, ...], PlainValidator(_decays), PlainSerializer(_plain)] = 0.9999
+    """Largest norm of the gradient; null does not clip."""
+    ema_decay: Annotated[
+        float | tuple[float, ...],
+        PlainValidator(_decays, json_schema_input_type=float | tuple[float, ...]),
+        PlainSerializer(_plain),
+    ] = 0.9999
+    """Decay of the averaged weights; of several, averaged at once, the first is sampled by default."""
     ema_ramp_up: bool = True
+    """Let the decay grow from 0.1 in the first steps."""
     ema_widths: tuple[Annotated[float, Field(gt=0, le=0.2886)], ...] = ()
+    """Relative widths sigma_rel of power-function averages (Karras et al. 2024), chosen after training by `--weights posthoc:0.1`."""
     ema_snapshot_every_steps: PositiveInt | None = None
+    """Steps between stored snapshots of the power-function averages."""
     precision: Precision = Precision.FP32
+    """Arithmetic of the network; weights, optimizer and averages are float32. `mixed` is the fastest that the device computes itself."""
     compile: bool = False
+    """Compile the network with torch.compile."""
     channels_last: bool | None = None
+    """Memory layout of the network; null leaves it to the device."""
     tf32: bool = False
+    """Let GPUs round the factors of float32 products to 10 bits."""
     deterministic: bool = True
+    """Use GPU kernels that repeat bit for bit."""
 
     @model_validator(mode="after")
     def _streams_divide_the_batch(self) -> TrainingConfig:
@@ -153,38 +182,50 @@ class CheckpointConfig(Section):
     """When to save, and how many checkpoints to keep. The last step is always saved."""
 
     every_steps: PositiveInt | None = None
+    """Save every so many steps; null does not."""
     every_minutes: Annotated[float, Field(gt=0)] | None = 10.0
+    """Save every so many minutes; null does not."""
     keep: Annotated[int, Field(ge=2)] = 2
+    """Number of newest checkpoints that are kept."""
 
 
 class LoggingConfig(Section):
     """What to record while training."""
 
     every_steps: PositiveInt = 50
+    """Steps between two recorded losses."""
     grid_every_steps: PositiveInt | None = 5000
+    """Steps between two pictures of samples; null draws none while training."""
     grid_images: PositiveInt = 64
+    """Images in a picture of samples."""
 
 
 class EvaluationConfig(Section):
-    """The scores at the end of training. `extractor: auto` is the classifier for small labelled gray images, else Inception.
-
-    `kid_subset_size` is 1000 where nothing is said, or half of fewer images; `inception_score_splits: 1` is as Ho et al. take it.
-    """
+    """The scores at the end of training."""
 
     enabled: bool = True
+    """Score the model at the end of training."""
     extractor: Literal["auto", "classifier", "inception"] = "auto"
+    """Features of the scores; `auto` is the classifier for small labelled gray images, else Inception."""
     num_images: PositiveInt = 10_000
+    """Generated images that are scored."""
     metrics: tuple[Literal["fid", "kid", "is", "prdc", "bpd"], ...] = Field(default=("fid", "kid"), min_length=1)
+    """Scores: FID, KID, Inception Score, precision and recall with density and coverage, bits/dim."""
     inception_weights: str | None = None
+    """Path or URL of Inception's weights; null looks where docs/metrics.md says."""
     kid_subset_size: Annotated[int, Field(ge=2)] | None = None
+    """Images of each of KID's subsets; null is 1000, or half of fewer images."""
     inception_score_splits: PositiveInt = 10
+    """Parts over which the Inception Score is averaged; 1 is as Ho et al. take it."""
 
 
 class Experiment(Section):
     """Everything that decides the result of a run."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] = "ddpm"
+    """Name of the runs: letters, digits, `.`, `_` and `-`. Default: the file's name."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seed of every random number: weights, order of the images, timesteps, noise, samples."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -311,6 +352,15 @@ def _override(content: dict[str, Any], settings: Sequence[tuple[str, Any]], fold
         diffusion.update(betas=None, betas_file=None)
 
 
+def read_by(kind: str) -> dict[str, set[str]]:
+    """Return the settings that a type of network reads, for each section of which it does not read all."""
+    read = {"model": settings_of(kind)}
+    if kind == "vae":
+        read |= {"diffusion": set(), "sampling": {"batch_size"}}
+        read["training"] = set(TrainingConfig.model_fields) - OF_PROCESS
+    return read
+
+
 def _replace_network(content: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> None:
     """Where the settings name another type of network, leave out what only the former one, or its diffusion process, reads."""
     model, given, usual = content.get("model"), dict(settings), ModelConfig().type
@@ -319,13 +369,9 @@ def _replace_network(content: dict[str, Any], settings: Sequence[tuple[str, Any]
     kind = given.get("model.type", whole.get("type", usual) if isinstance(whole, dict) else before)
     if kind == before or not isinstance(kind, str):
         return
-    if isinstance(model, dict):
-        content["model"] = {key: value for key, value in model.items() if key in settings_of(kind)}
-    if kind == "vae":
-        content.pop("diffusion", None)
-        for name, read in (("sampling", {"batch_size"}), ("training", set(TrainingConfig.model_fields) - OF_PROCESS)):
-            if isinstance(section := content.get(name), dict):
-                content[name] = {key: value for key, value in section.items() if key in read}
+    for name, read in read_by(kind).items():
+        if isinstance(section := content.get(name), dict):
+            content[name] = {key: value for key, value in section.items() if key in read}
 
 
 def _sampler(content: dict[str, Any]) -> Any:

@@ -26,6 +26,12 @@ def names(kind: str) -> list[str]:
     return found if kind == "cluster" else [name for name in found if name.startswith("sweep-") == (kind == "sweeps")]
 
 
+def about(kind: str, name: str) -> str:
+    """Return what a shipped file is, in one line: its first."""
+    with (folder_of(kind) / f"{name}.yaml").open(encoding="utf-8") as file:
+        return file.readline().lstrip("# ").strip()
+
+
 def find(kind: str, reference: str) -> Path:
     """Return the file that a path or a shipped name refers to.
 

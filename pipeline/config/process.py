@@ -43,27 +43,43 @@ def settings_of(kind: str) -> set[str]:
 class ModelConfig(Section):
     """The network: the paper's U-Net, `package.module:Class` called with `arguments`, or `vae`, the model to compare with.
 
-    The defaults are the U-Net of Ho et al. That of Nichol & Dhariwal has num_heads 4, scale_shift_norm, norm_eps 1e-5, flip_sin_to_cos,
-    freq_shift 0 and downsample_padding 1. `head_channels`, where given, decides the number of heads instead of `num_heads`.
+    The defaults are the U-Net of Ho et al.; a type's settings are refused with another type.
     """
 
     type: str = "unet"
+    """Network: `unet`, `vae`, or your own as `package.module:Class`."""
     channels: PositiveInt = 128
+    """Channels of the first level."""
     channel_multipliers: tuple[PositiveInt, ...] = Field(default=(1, 2, 2, 2), min_length=1)
+    """Channels of each level, as multiples of `channels`; each level halves the size."""
     num_res_blocks: PositiveInt = 2
+    """Residual blocks of each level."""
     attention_resolutions: tuple[PositiveInt, ...] = (16,)
+    """Sizes in pixels (the longer side) of the levels that have self-attention."""
     num_heads: PositiveInt = 1
+    """Heads of the attention, unless `head_channels` is given; Nichol & Dhariwal: 4."""
     head_channels: PositiveInt | None = None
+    """Channels of one head, instead of `num_heads`."""
     dropout: Fraction = 0.1
+    """Dropout in residual blocks."""
     norm_groups: PositiveInt = 32
+    """Groups of the group norms."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-6
+    """Epsilon of the group norms; Nichol & Dhariwal: 1e-5."""
     scale_shift_norm: bool = False
+    """Whether the time embedding scales and shifts the norms; Nichol & Dhariwal: true."""
     flip_sin_to_cos: bool = False
+    """Whether the time embedding begins with its cosines; Nichol & Dhariwal: true."""
     freq_shift: Literal[0, 1] = 1
+    """Shift in the frequencies of the time embedding; Nichol & Dhariwal: 0."""
     downsample_padding: Literal[0, 1] = 0
+    """Padding where the size is halved: 0 pads right and bottom, 1 all sides; Nichol & Dhariwal: 1."""
     class_conditional: bool = False
+    """Whether the network is given the class of an image."""
     latent_dim: PositiveInt = 16
+    """Numbers that the VAE's code consists of."""
     arguments: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of a network of your own."""
 
     @model_validator(mode="after")
     def _one_kind(self) -> ModelConfig:
@@ -97,18 +113,26 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion process, in the names of the `ddpm` package.
 
-    A schedule is one of ddpm.SCHEDULES, or a table of betas: from `betas_file`, whose numbers are taken into `betas` when the
-    experiment is read, so that a run carries them wherever it goes. Then schedule is 'table', and num_timesteps its length.
+    A schedule is one of ddpm.SCHEDULES, or a table of betas. The numbers of `betas_file` are taken into `betas` when the experiment is
+    read, so that a run carries them wherever it goes.
     """
 
     schedule: str = "linear"
+    """Noise schedule, such as linear, cosine or sigmoid: `ddpm-pipe schedule` compares them; `table` with a table of betas."""
     num_timesteps: Annotated[int, Field(ge=2)] = 1000
+    """Number of timesteps T; with a table its length."""
     zero_terminal_snr: bool = False
+    """Rescale the schedule so that no signal is left at T (Lin et al. 2023)."""
     betas_file: str | None = None
+    """Text file of numbers, one beta a step, instead of a schedule; relative to the experiment's file."""
     betas: tuple[float, ...] | None = None
+    """The same as a list; filled in from `betas_file`."""
     prediction: Literal["eps", "x0", "v", "x_prev"] = "eps"
+    """What the network predicts."""
     variance: Literal["fixed_small", "fixed_large", "learned_range"] = "fixed_large"
+    """Variance of a reverse step; `learned_range` doubles the network's channels."""
     clip_x0: bool = True
+    """Clip the predicted image to [-1, 1] while sampling."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,24 +168,26 @@ def _as_text(value: object) -> str:
 
 
 class SamplingConfig(Section):
-    """How images are generated. `batch_size` is the canonical chunk: files are byte-equal only for an equal one.
-
-    `steps` is 50 where nothing is said, and all T with the ancestral sampler; null is all T with any. `eta` is ddim's alone.
-    `guidance_scale` is s = 1 + w of classifier-free guidance: 1 is none. `labels` says of which class image i is, where the model
-    knows classes: "#balanced" (the classes in turn), "#none", or one class by name, or by number as "#3".
-    `precision` is the network's arithmetic, weights included; x_t and the sampler's own are float32. `mixed` is bf16 on GPUs from Ampere on
-    and on CPUs with instructions for it, else fp32.
-    """
+    """How images are generated."""
 
     sampler: Literal["ddim", "ancestral", "dpm_solver"] = "ddim"
+    """Sampler: DDIM, Algorithm 2 of Ho et al., or DPM-Solver++."""
     steps: PositiveInt | None = 50
+    """Timesteps along one image; null is all T, which `ancestral` takes if nothing is given."""
     spacing: Literal["trailing", "linspace", "leading", "quad"] = "trailing"
+    """How these timesteps are spaced."""
     eta: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """DDIM's noise: 0 is none, 1 is as much as `ancestral` adds."""
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    """Classifier-free guidance s = 1 + w: 1 is none."""
     labels: Annotated[str, BeforeValidator(_as_text)] = "#balanced"
+    """Class of each image where the model knows classes: "#balanced" (in turn), "#none", a name, or a number as "#3"."""
     batch_size: PositiveInt = 32
+    """Images computed at once; files are byte-equal only for an equal one."""
     precision: Literal["mixed", "bf16", "fp32"] = "mixed"
+    """Arithmetic of the network, weights included. `mixed` is bf16 where the hardware computes it, else fp32."""
     compile: bool = False
+    """Compile the network with torch.compile."""
 
     @model_validator(mode="before")
     @classmethod

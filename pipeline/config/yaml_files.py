@@ -20,9 +20,14 @@ TEXT = ".sampling.labels"  # class names: YAML would read 010 as 8, and no as fa
 
 
 class Section(BaseModel):
-    """A frozen group of settings in which unknown keys and numbers that are not finite are refused."""
+    """A frozen group of settings in which unknown keys and numbers that are not finite are refused.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    The string below a field describes it in one line (settings_page.py).
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or an address; `~` is the user's home directory
