@@ -91,7 +91,6 @@ def test_connect_takes_the_heads_address(address):
         (JOB | {"address": "http://head:http"}, "needs the dashboard's http(s) address"),
         (JOB | {"storage": None}, "every node must see the runs"),
         ({"storage": "runs"}, "it must be absolute"),
-        ({"storage": "~/runs"}, "it must be absolute"),
         (JOB | {"storage": "gs://bucket/x"}, "expected an address such as s3://bucket/folder"),
         (JOB | {"storage": "s3://Bucket"}, "expected an absolute folder or s3://BUCKET/PREFIX"),
         ({"cache": {"folder": "cache"}}, "cache.folder: got 'cache'"),
