@@ -10,6 +10,11 @@ from click.shell_completion import CompletionItem
 Completer = Callable[[click.Context, click.Parameter, str], list[CompletionItem]]
 
 
+def files(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Complete files."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def shipped(kind: str) -> Completer:
     """Complete the names of shipped files ("experiments", "sweeps", "cluster"), or files where none begins so."""
 
@@ -17,7 +22,7 @@ def shipped(kind: str) -> Completer:
         from pipeline.config import presets
 
         named = [CompletionItem(name, help=presets.about(kind, name)) for name in presets.names(kind)]
-        return _beginning(named, incomplete) or [CompletionItem(incomplete, type="file")]  # bash shows one or the other
+        return _beginning(named, incomplete) or files(ctx, param, incomplete)  # bash shows one or the other
 
     return complete
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from pipeline.commands import completion
 from pipeline.commands.options import example, json_option, print_json, unused
 
 
@@ -29,8 +30,8 @@ ddpm-pipe ingest 's3://bucket/cifar10/*.parquet' data/cifar10 --image-column img
 ddpm-pipe ingest ~/photos s3://bucket/data/photos --image-size 64
 """)
 )
-@click.argument("source", type=click.Path())
-@click.argument("dest", type=click.Path())
+@click.argument("source", shell_complete=completion.files)
+@click.argument("dest", shell_complete=completion.files)
 @click.option(
     "--image-size", callback=_size, metavar="N|HxW", help="Centre-crop and resize, antialiased. Default: as they are."
 )
@@ -108,7 +109,7 @@ ddpm-pipe inspect data/digits
 ddpm-pipe inspect data/digits --verify --picture digits.png
 """)
 )
-@click.argument("data", type=click.Path())
+@click.argument("data", shell_complete=completion.files)
 @click.option("--verify", is_flag=True, help="Read every row and compare it with its checksum.")
 @click.option(
     "--picture",

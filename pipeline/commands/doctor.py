@@ -39,7 +39,12 @@ ddpm-pipe doctor --preset ddpm-cifar10 --json
 """)
 )
 @runs_on_cluster(files=["data"], first=_require_access)
-@click.option("--data", metavar="DATA", help="An ingested dataset that every node should read: a folder, or s3://...")
+@click.option(
+    "--data",
+    metavar="DATA",
+    shell_complete=completion.files,
+    help="An ingested dataset that every node should read: a folder, or s3://...",
+)
 @click.option(
     "--preset",
     metavar="NAME",

@@ -74,7 +74,10 @@ ddpm-pipe train --from k7m2
     help="The best point of a sweep, at the full length of its base.",
 )
 @click.option(
-    "--data", type=click.Path(), metavar="DATA", help="An ingested dataset, or a source that `ddpm-pipe ingest` takes."
+    "--data",
+    metavar="DATA",
+    shell_complete=completion.files,
+    help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.",
 )
 @runs_on_cluster(files=["experiment", "data"], plans_here=True)
 @set_option
@@ -155,7 +158,12 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 @set_option
 @isolated_option
 @click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
-@click.option("--data", metavar="DATA", help="With --fork: other images, an ingested dataset or a source.")
+@click.option(
+    "--data",
+    metavar="DATA",
+    shell_complete=completion.files,
+    help="With --fork: other images, an ingested dataset or a source.",
+)
 @max_concurrent_option
 @json_option
 def resume(

@@ -40,7 +40,15 @@ def test_sweeps_profiles_and_files_are_completed() -> None:
     assert completed("sweep", "sw") == ["sweep-schedules"]
     assert completed("train", "--cluster", "g") == ["gpu"]
     assert completed("jobs", "list", "--cluster", "kube") == ["kuberay"]
-    assert completed("train", "--data", "x") == completed("ingest", "x") == completed("inspect", "x") == [":file"]
+    for words in (
+        ("train", "--data"),
+        ("resume", "r", "--data"),
+        ("doctor", "--data"),
+        ("ingest",),
+        ("ingest", "x"),
+        ("inspect",),
+    ):
+        assert completed(*words, "x") == [":file"]
 
 
 def test_runs_are_completed_newest_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
