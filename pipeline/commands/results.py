@@ -135,7 +135,7 @@ def runs(limit: int | None, context: Context, as_json: bool) -> None:
             click.echo(
                 f"{plural(hidden, 'older run')} not shown; list all with: {context.typed(f'runs --limit {len(rows)}')}"
             )
-        for line in died(shown):
+        for line in died(shown, context.typed):
             click.echo(line)
     else:
         click.echo(f"no runs in {context.home} yet; start one with: ddpm-pipe train")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,14 @@ def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
     return [_row(run) for run in Run.all(home, storage)]
 
 
-def died(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return one line for each run whose process was killed or crashed: how far it came, and how to resume it."""
+def died(rows: Sequence[dict[str, Any]], typed: Callable[[str], str]) -> list[str]:
+    """Return one line for each run whose process was killed or crashed: how far it came, and how to resume it.
+
+    `typed` makes a whole command of `resume ID`.
+    """
     return [
-        f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: ddpm-pipe resume {row['id']}"
+        f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: "
+        f"{typed('resume ' + row['id'])}"
         for row in rows
         if row["reason"] == GONE
     ]

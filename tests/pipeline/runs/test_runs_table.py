@@ -52,7 +52,7 @@ def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Ru
 
 
 def test_the_list_is_a_screenful_newest_first_and_says_how_many_are_not_shown(
-    new_run: Callable[..., Run], typed: Typed
+    new_run: Callable[..., Run], typed: Typed, home: Path
 ) -> None:
     ids = [new_run().id for _ in range(22)]
     *table, last = typed("runs").stdout.splitlines()[1:]
@@ -60,6 +60,10 @@ def test_the_list_is_a_screenful_newest_first_and_says_how_many_are_not_shown(
     assert last == "2 older runs not shown; list all with: ddpm-pipe runs --limit 22"
     assert [line.split()[0] for line in typed("runs", "--limit", "22").stdout.splitlines()[1:]] == ids[::-1]
     assert [row["id"] for row in json.loads(typed("runs", "--json").stdout)] == ids[::-1]
+    Run(home / "runs" / ids[-1]).update(status="RUNNING", step=4)  # by nobody
+    (home / "profile.yaml").write_text("{}")
+    line = typed("runs", "--cluster", "profile.yaml").stdout.splitlines()[-1]
+    assert line.endswith(f"ddpm-pipe resume {ids[-1]} --cluster profile.yaml")
     assert [row["id"] for row in json.loads(typed("runs", "--json", "--limit", "1").stdout)] == ids[-1:]
 
 
