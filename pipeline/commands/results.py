@@ -98,7 +98,8 @@ def _sample_lines(result: SampleResult) -> list[str]:
     first, *others, about = result.written
     more = f" ... ({len(others) + 1} images)" if others else ""
     made = result.identity
-    settings = [f"{name} {made[name]}" for name in ("sampler", "steps", "seed", "weights") if name in made]
+    shown = ("sampler", "steps", "seed", "weights", "error_of_the_ends")
+    settings = [f"{name} {made[name]}" for name in shown if name in made]
     return [
         f"{first}{more}",
         f"{plural(made['num_images'], 'image')} of run {result.run}, step {made['checkpoint_step']}: {', '.join(settings)}",
