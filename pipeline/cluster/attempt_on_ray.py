@@ -27,6 +27,7 @@ from pipeline.worker.job import Job
 
 END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
 PEERS_S = 5.0  # for Ray Train to end the peers of a worker that failed; one that hangs it would wait for half a minute
+SILENCE_HERE_S = 5.0
 SILENCE_S = 30.0  # for a head that restarts; after a minute Ray ends the driver's process without a word
 # why the driver itself asks the workers to save and stop, in order to start them anew
 DRAINED = "a node is about to be taken away"
@@ -74,7 +75,7 @@ class AttemptOnRay(Attempt):
         seen = self._watch(ended, observe)
         self.members = seen.get("members") or self.members
         if self._head_is_gone():
-            return Ended(None, f"{CLUSTER_GONE} for {SILENCE_S:g} s")
+            return Ended(None, CLUSTER_GONE)
         if thread.is_alive():  # a stop that took too long, or a second signal
             self._end_at_once(thread)
             return Ended(None, "stopped at once")
@@ -90,8 +91,10 @@ class AttemptOnRay(Attempt):
         return self._head_is_gone()
 
     def _head_is_gone(self) -> bool:
-        """Whether the cluster has been silent for long, and its head takes no connection."""
-        return time.monotonic() - self.heard_at > SILENCE_S and not cluster_nodes.head_answers()
+        """Whether the cluster's head has taken no connection for long; the one of this machine does not come back."""
+        if cluster_nodes.head_answers():
+            self.heard_at = time.monotonic()
+        return time.monotonic() - self.heard_at > (SILENCE_HERE_S if self.profile.kind == "local" else SILENCE_S)
 
     def _end_peers(self, seen: dict[str, Any]) -> None:
         """End the other workers where one failed some seconds ago: one of them may hang."""
@@ -137,7 +140,6 @@ class AttemptOnRay(Attempt):
             seen: dict[str, Any] = ray.get(self.control.read.remote(), timeout=5)
         except ray.exceptions.RayError:
             return {}
-        self.heard_at = time.monotonic()
         return seen
 
     def _end_at_once(self, thread: threading.Thread) -> None:
@@ -152,7 +154,7 @@ class AttemptOnRay(Attempt):
         """Return why the attempt failed, having looked at the machines that its workers were on, and free what it held."""
         while not cluster_nodes.head_answers():
             if self._head_is_gone():
-                return Ended(None, f"{CLUSTER_GONE} for {SILENCE_S:g} s")
+                return Ended(None, CLUSTER_GONE)
             time.sleep(1.0)
         mine = {member.node for member in self.members.values()}
         try:

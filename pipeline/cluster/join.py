@@ -52,8 +52,14 @@ def joined_ray(profile: Profile) -> Iterator[None]:
     try:
         yield
     finally:
-        import ray
+        shut_down()
 
+
+def shut_down() -> None:
+    """Leave Ray, which resets SIGTERM to what ends this process without a word: the handler that was there is kept."""
+    import ray
+
+    with keeping_sigterm():
         ray.shutdown()
 
 

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cluster.join import SETTINGS, joined_ray, require_room
+from pipeline.cluster.join import SETTINGS, joined_ray, require_room, shut_down
 from pipeline.config.cluster_profile import Profile
 from pipeline.console import plural
 from pipeline.cpus import usable_cpus
@@ -89,10 +89,8 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
             _start(profile, num_workers, folder, watchdog)
             yield
         finally:
-            import ray
-
             processes = watchdog.started()
-            ray.shutdown()
+            shut_down()
             end_all(processes)  # a worker that hangs as it ends is one that Ray has forgotten
             shutil.rmtree(folder, ignore_errors=True)
             watchdog.dismiss()
@@ -178,7 +176,7 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
             return
         except Exception as error:  # Ray raises bare ones
             reason = " ".join(str(error).split())[:300]
-            ray.shutdown()
+            shut_down()
             watchdog.sweep_out()
             if "AF_UNIX" in reason:
                 raise ClusterError(

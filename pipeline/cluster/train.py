@@ -75,10 +75,11 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
             if ended.outcome == "stopped" and ended.planned and signals.first is None:
                 run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
                 continue
-            if ended.cause.startswith(CLUSTER_GONE) and profile.kind != "local":
+            if ended.cause.startswith(CLUSTER_GONE):
                 run.log(f"attempt {attempt} failed: {ended.cause}")
+                once = "" if profile.kind == "local" else " once the cluster is back"
                 raise ClusterError(
-                    f"run {run.id}: {ended.cause}; the newest checkpoint is of step {max(step, 0)}, go on once the cluster is back "
+                    f"run {run.id}: {ended.cause}; the newest checkpoint is of step {max(step, 0)}, resume{once} "
                     f"with: ddpm-pipe resume {run.id}"
                 )
             if signals.first is not None or ended.outcome == "stopped":
@@ -113,7 +114,7 @@ def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> Inter
         if saved
         else f"the newest checkpoint is of step {step}"
         if step >= 0
-        else "nothing was saved yet"
+        else "nothing was saved yet, step 0 comes again"
     )
-    code = 130 if signals.first == signal.SIGINT else 75 if saved else 143  # another process may have asked, too
+    code = 130 if signals.first == signal.SIGINT else 75 if step >= 0 else 143  # another process may have asked, too
     return InterruptedRunError(f"stopped, {where}; resume with: ddpm-pipe resume {run.id}", code)

@@ -53,6 +53,32 @@ def test_the_shared_ray_listens_on_loopback_alone(ray_session: Any) -> None:
     assert {node["NodeManagerAddress"] for node in ray_session.nodes()} == {"127.0.0.1"}
 
 
+@pytest.mark.fault(20)
+@pytest.mark.ray
+def test_sigterm_is_read_after_ray_has_gone(user_environment: dict[str, str]) -> None:
+    """Scoring follows a training whose Ray was shut down: a stop there is a stop like any other."""
+    terminated = """
+import os, signal, time
+from pipeline.signals import Terminated, raising
+with raising():
+    with local_ray(load_profile("local"), num_workers=1):
+        pass
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    except Terminated:
+        print("read")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD_RAY.partition("with local_ray")[0] + terminated],
+        env=user_environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stdout) == (0, "read\n"), done.stderr
+
+
 @pytest.mark.fault(2)
 @pytest.mark.ray
 def test_ray_of_the_local_profile_listens_on_loopback_alone_and_a_worker_that_hangs_does_not_outlive_its_driver(

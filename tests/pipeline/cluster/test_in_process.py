@@ -168,8 +168,8 @@ def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undi
 @pytest.mark.parametrize("when", [pytest.param("_7", marks=pytest.mark.slow), "save_5"])
 def test_a_second_signal_ends_it_at_once_and_what_was_saved_stays(acting, home, undisturbed, number, code, when):
     ended = train(acting, **{when: [int(number), int(number)]})
-    assert ended.code == code, ended.stderr
     at = 5 if when == "_7" else -1
+    assert ended.code == (75 if code == 143 and at == 5 else code), ended.stderr
     assert (steps_made(home), newest_step(home)) == (7 if when == "_7" else 5, at)
     assert "Traceback" not in ended.stderr
     resumed(acting, home, max(at, 0), undisturbed)
@@ -188,7 +188,7 @@ def test_a_signal_during_a_save_lets_it_end(acting, home, undisturbed):
 def test_a_stop_that_takes_too_long_is_given_up(acting, home, undisturbed):
     (home / "one.yaml").write_text(ONE.format(0.5))
     ended = train(acting, _7=[int(signal.SIGTERM), "time.sleep(600)"])
-    assert ended.code == 143, ended.stderr
+    assert ended.code == 75, ended.stderr
     assert (steps_made(home), newest_step(home)) == (7, 5)
     resumed(acting, home, 5, undisturbed)
 

@@ -10,6 +10,7 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -264,3 +265,71 @@ def test_the_log_and_reasons_hide_secrets(new_run: Callable[..., Run], monkeypat
         assert secret not in written
     assert b"tokens=16" in written
     assert b"/home/task-ddpm-experiments-2024" in written
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("run.json", b""),
+        ("run.json", b"[]"),
+        ("run.json", b"[" * 100_000),
+        ("run.json", b"\xff\xfe"),
+        ("run.json", {"created": 3}),
+        ("run.json", {"created": "yesterday"}),
+        ("run.json", {"experiment": []}),
+        ("run.json", {"dataset": "digits"}),
+        ("run.json", {"command": {"a": 1}}),
+        ("status.json", {"status": "DONE"}),
+        ("status.json", {"step": "many"}),
+        ("status.json", {"summary": [1.0]}),
+        ("status.json", {"overrides": 7}),
+    ],
+)
+def test_a_damaged_record_is_one_line_and_hides_no_other_run(
+    new_run: Callable[..., Run],
+    home: Path,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    content: bytes | dict[str, Any],
+) -> None:
+    damaged, sound = new_run(), new_run()
+    path = damaged.folder / name
+    path.write_bytes(
+        content if isinstance(content, bytes) else json.dumps({**json.loads(path.read_text()), **content}).encode()
+    )
+    assert [run.id for run in Run.all(home)] == [sound.id]
+    (line,) = caplog.messages
+    assert line.startswith(f"{path}: cannot be read")
+    assert line.endswith("restore it from a backup, or remove the folder")
+    assert Run.find(home, "latest").id == sound.id
+
+
+@pytest.mark.parametrize("content", [b"x", b"1.5", b"\xff", b"1 2"])
+def test_a_damaged_number_of_attempts_is_one_line(new_run: Callable[..., Run], content: bytes) -> None:
+    run = new_run()
+    (run.folder / "attempt").write_bytes(content)
+    with pytest.raises(StorageError, match="attempt: cannot be read"):
+        run.next_attempt()
+
+
+@pytest.mark.fault(6, 7)
+def test_the_lock_on_a_full_or_read_only_disk(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    place = tmp_path / "disk" / "runs"
+    place.mkdir(parents=True)
+    run = new_run()
+    with small_disk(place.parent, "size=256k") as disk:
+        there = disk.inside / "runs" / run.id
+        shutil.copytree(run.folder, there)
+        disk.fill()
+        with Run(there).lock():  # the note on who holds it is lost, not the lock
+            assert Run(there).is_locked()
+            with pytest.raises(RunLockedError, match="is being worked on by another process"), Run(there).lock():
+                pass
+            Run(there).log("a line that is lost")
+        assert not Run(there).is_locked()
+        with pytest.raises(StorageError, match="cannot be written"):
+            Run(there).update(status="RUNNING")
+        (there / "lock").unlink()
+        disk.mount("remount,ro")
+        with pytest.raises(StorageError, match=r"lock: cannot be written \(Read-only file system\)"), Run(there).lock():
+            pass

@@ -67,3 +67,13 @@ def test_a_whole_id_decides_against_a_sweep_of_that_name(home: Path) -> None:
     sweep(home, "m2dddddd", "k7aaaaaa")
     run(home, "m2dddddd")
     assert sweep_meant(HERE, "m2dddddd") is None
+
+
+def test_a_damaged_record_of_a_sweep_hides_neither_sweeps_nor_runs(home: Path) -> None:
+    damaged = sweep(home, "damaged", "k7aaaaaa")
+    sweep(home, "sound", "k7bbbbbb")
+    run(home, "m2dddddd")
+    for content in (b"", b"{}", b'{"created": 1}'):
+        (damaged.folder / "sweep.json").write_bytes(content)
+        assert [found.id for found in SweepFolder.all(home)] == ["k7bbbbbb"]
+        assert sweep_meant(HERE, "m2dddddd") is None
