@@ -31,10 +31,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 Shape = tuple[int, int, int]
 
-BF16_FROM = (
-    8,
-    0,
-)  # Ampere; torch emulates bf16 on older GPUs, slowly, as on CPUs without instructions for it: up to 30 times slower than fp32
+# Ampere; torch emulates bf16 on older GPUs, as on CPUs without instructions for it: up to 30 times slower than fp32
+BF16_FROM = (8, 0)
 COMPILER_FROM = (7, 0)  # Triton, which torch.compile writes GPU code with
 LossScaler = torch.amp.GradScaler
 CACHED_ELEMENTS = 2**22
