@@ -180,7 +180,8 @@ class CheckpointStore:
         sizes: dict[str, dict[str, int]] = {} if self._remote else {name: {} for name in self._folder.folders()}
         for entry in self._folder.objects():
             name, _, file = entry.name.partition("/")
-            sizes.setdefault(name, {})[file] = entry.num_bytes
+            if file:
+                sizes.setdefault(name, {})[file] = entry.num_bytes
         return sizes
 
     def _committed(self, sizes: dict[str, dict[str, int]]) -> list[tuple[Checkpoint, dict[str, int]]]:
