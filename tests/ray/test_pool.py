@@ -85,7 +85,7 @@ def test_a_lost_node_that_answers_again_is_taken_back_where_nothing_else_fits(ra
     far = Profile(kind="connect", address="auto", storage="/shared", resources_per_worker=Resources(CPU=1))
     here, said = ray_session.get_runtime_context().get_node_id(), io.StringIO()
     assert gather([1], far, Console(said), Signals([]), {here}, lambda need, count: None, "the same command") == 1
-    assert "waiting for 1 workers" in said.getvalue()
+    assert "waiting for 1 worker " in said.getvalue()
 
 
 def test_files_are_the_same_from_one_two_and_four_workers(
