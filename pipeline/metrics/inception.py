@@ -18,7 +18,6 @@ from torch import nn
 from pipeline.data.image_set import Images
 from pipeline.errors import DataError, RefusedError, StorageError
 from pipeline.metrics.features import Extracted, check_images, extract_batches, in_batches
-from pipeline.metrics.inception_network import InceptionV3
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.foreign_tensors import load_torch
 
@@ -57,6 +56,8 @@ class Inception:
         device: torch.device | None = None,
     ) -> Inception:
         """Load the weights that `read_weights` finds; DataError if there are none or they do not fit this network."""
+        from pipeline.metrics.inception_network import InceptionV3  # torchvision's import takes a second
+
         data = read_weights(source, sha256=sha256, cache_dir=cache_dir, download=download)
         network = InceptionV3()
         try:

@@ -52,9 +52,9 @@ class Listening(nn.Module):
         super().__init__()
         self.network, self.labels = network, []
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, **keys: Tensor) -> Tensor:
         self.labels.append(y)
-        out: Tensor = self.network(x, t) if y is None else self.network(x, t, y)
+        out: Tensor = self.network(x, t, y, **keys)
         return out
 
 
