@@ -137,7 +137,7 @@ def test_scores_that_do_not_say_their_precision_are_of_fp32_not_compiled(new_run
     assert len(compare([one, two])[0].ranks) == 2
     scored(three := new_run(), 0.3, replace(IDENTITY, generation=Generation("ddim", 50, precision="bf16")))
     with pytest.raises(RefusedError, match=r"generation\.precision: fp32, bf16"):
-        compare([one, three])
+        compare([one, three], "fid")
     (ranking,) = compare([one, three], across=["precision"])
     assert [row["generation.precision"] for row in ranking.to_json()["ranking"]] == ["bf16", "fp32"]
 
