@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class Bar:
         self._drawn: tqdm[Any] | None = None
         self._begin = time.monotonic()
         self._quiet_until = self._begin + quiet_s
-        self._timer = threading.Timer(quiet_s, self.refresh)
+        # a bar that an error leaves behind shows nothing any more: the timer does not keep it alive
+        left = weakref.ref(self)
+        self._timer = threading.Timer(quiet_s, lambda: bar.refresh() if (bar := left()) is not None else None)
         self._timer.daemon = True
         self._timer.start()
 

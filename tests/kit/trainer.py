@@ -46,10 +46,16 @@ class Alone:
         return self.stop_after is not None and self.steps >= self.stop_after
 
 
-def make_run(home: Path, initial_weights: str | None = None, profile: Profile | None = None, **changes: Any) -> Run:
+def make_run(
+    home: Path,
+    initial_weights: str | None = None,
+    profile: Profile | None = None,
+    datasets: Path | None = None,
+    **changes: Any,
+) -> Run:
     """Make a run of the tiny experiment; `changes` replace its sections. Forked where `initial_weights` says; one thread by default."""
     experiment = experiment_from(TINY | changes)
-    dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
+    dataset = ensure_ingested("digits", IngestOptions(), datasets or home / "datasets")
     return Run.create(
         home,
         name=experiment.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import time
 
@@ -67,3 +68,17 @@ def test_the_rate_is_reckoned_from_where_a_resumed_training_began() -> None:
     assert "1001/1001" in log.getvalue()
     (rate,) = [float(word.split("steps")[0]) for word in log.getvalue().split(", ") if "steps/s" in word]
     assert rate < 60  # one step in 0.02 s or more, not a thousand
+
+
+def test_a_bar_that_an_error_leaves_behind_shows_nothing_any_more() -> None:
+    log = io.StringIO()
+
+    def work() -> None:
+        bar = Bar(Console(log), "sampling", 4, quiet_s=0.05)
+        bar(1)
+        raise ValueError
+
+    with contextlib.suppress(ValueError):
+        work()
+    time.sleep(0.2)
+    assert log.getvalue() == ""

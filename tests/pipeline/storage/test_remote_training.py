@@ -44,7 +44,7 @@ class Site:
         self.root, self.storage, self.store = root, storage, store
         (root / "first").mkdir()
         profile = Profile(threads_per_worker=1, storage=storage)
-        self.run = trainer.make_run(root / "first", profile=profile)
+        self.run = trainer.make_run(root / "first", profile=profile, datasets=root / "datasets")
 
     def start(
         self,

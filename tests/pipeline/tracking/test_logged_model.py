@@ -118,11 +118,11 @@ def test_it_loads_without_pickle_and_gives_the_runs_images(
 def test_a_network_of_the_users_own_goes_with_it_and_once(
     run: Run, store: TrackingSettings, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "my_network.py").write_text(OWN_NETWORK)
+    (tmp_path / "kept_network.py").write_text(OWN_NETWORK)
     monkeypatch.syspath_prepend(tmp_path)
-    model = made_model(Experiment(model=ModelConfig(type="my_network:Own", arguments={"gain": 0.5})))
+    model = made_model(Experiment(model=ModelConfig(type="kept_network:Own", arguments={"gain": 0.5})))
     log(run, store, model)
-    (found,) = (home / "mlartifacts").rglob("my_network.py")
+    (found,) = (home / "mlartifacts").rglob("kept_network.py")
     assert found.read_text() == OWN_NETWORK
     forget_receipts(run.folder)  # as if killed before these were written
     again = Tracker(run.folder, store)

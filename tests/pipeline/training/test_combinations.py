@@ -226,17 +226,20 @@ def test_fixed_large_over_few_steps_warns() -> None:
     assert "over 10 of 1000 steps" in warning
 
 
-def test_guidance_follows_its_formula() -> None:
+@pytest.mark.parametrize("step", [3, 900])
+def test_guidance_follows_its_formula(step: int) -> None:
     """What the sampler is given is u + s (c - u) of the network with and without the label."""
     model: dict[str, Any] = {"channels": 8, "channel_multipliers": [1], "norm_groups": 4, "class_conditional": True}
     model |= {"attention_resolutions": [], "num_res_blocks": 1, "dropout": 0.0}
-    experiment = experiment_from({"model": model, "sampling": {"guidance_scale": 2.5, "labels": "one"}})
+    experiment = experiment_from(
+        {"model": model, "sampling": {"guidance_scale": 2.5, "labels": "one", "precision": "fp32"}}
+    )
     network = build_model(experiment, SHAPE, num_classes=3).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(parameter.numel()))
     denoiser = Denoiser(build_diffusion(experiment), network, SHAPE, experiment.sampling, 0, CPU, NAMES)
-    x_t, t = normal_noise((2, *SHAPE), torch.Generator().manual_seed(0)), torch.tensor([3, 900])
+    x_t, t = normal_noise((2, *SHAPE), torch.Generator().manual_seed(0)), torch.full((2,), step)
     with torch.no_grad():
         c, u = (network(x_t, t, torch.full((2,), y)) for y in (1, 3))
         assert not torch.allclose(c, u, atol=1e-3)
