@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 import tempfile
 import warnings
@@ -58,6 +59,7 @@ def _save(target: Path, folder: Path, run_id: str, model: LoggedModel) -> None:
     import mlflow.pyfunc
     from mlflow.models import Model
 
+    logging.getLogger("mlflow.pyfunc").setLevel(logging.WARNING)  # a user has no use for "Validating input example"
     mlflow.pyfunc.save_model(
         str(target),
         python_model=str(LOGGED_MODEL_FILE),
