@@ -104,16 +104,21 @@ def _dealt(chunks: Mapping[int, range], workers: list[Any]) -> Iterator[tuple[in
     waiting, to_come = list(chunks.items())[::-1], len(chunks)
     # a worker gets work once it is up: one for which the cluster has no room holds nobody up
     running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}
-    while to_come:
-        ended, _ = ray.wait(list(running), num_returns=1)
-        number, worker = running.pop(ended[0])
-        result = _result(ended[0])
-        if waiting:
-            following, indices = waiting.pop()
-            running[worker.compute.remote(indices)] = (following, worker)
-        if number is not None:
-            to_come -= 1
-            yield number, result
+    try:
+        while to_come:
+            ended, _ = ray.wait(list(running), num_returns=1)
+            number, worker = running.pop(ended[0])
+            result = _result(ended[0])
+            if waiting:
+                following, indices = waiting.pop()
+                running[worker.compute.remote(indices)] = (following, worker)
+            if number is not None:
+                to_come -= 1
+                yield number, result
+    finally:
+        # else Ray prints to stdout that it will try again what a worker was doing as it was ended
+        for reference in running:
+            ray.cancel(reference)
 
 
 def _result(reference: Any) -> Arrays:
