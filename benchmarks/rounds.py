@@ -56,9 +56,11 @@ def run(case: Case, quick: bool) -> dict[str, Any]:
             order = names[number % len(names) :] + names[: number % len(names)]  # nobody always goes first
             values = {name: contestants[name]() for name in order}
             measured.append({name: values[name] for name in names})
-            told = "  ".join(f"{name} {value:.3g}" for name, value in measured[-1].items())
+            values_of_round = "  ".join(f"{name} {value:.3g}" for name, value in measured[-1].items())
             print(
-                f"{case.title} [{case.unit}], round {number + 1} of {num_rounds}: {told}", file=sys.stderr, flush=True
+                f"{case.title} [{case.unit}], round {number + 1} of {num_rounds}: {values_of_round}",
+                file=sys.stderr,
+                flush=True,
             )
     return {
         "unit": case.unit,

@@ -66,7 +66,7 @@ def _recorded_settings(experiment: Experiment, trial: Trial | None) -> dict[str,
 
 
 def _origin_tags(run: Run) -> dict[str, str]:
-    """Return what links a run to the one it comes from, in MLflow's search; nothing where it comes from none."""
+    """Return the tags that link a run to the run or sweep it comes from; {} if it comes from none."""
     origin = run.record.origin
     if origin is None:
         return {}
@@ -75,7 +75,7 @@ def _origin_tags(run: Run) -> dict[str, str]:
 
 
 def _process_tags(experiment: Experiment) -> dict[str, str]:
-    """Return what a search for runs may ask of their process; nothing where there is none."""
+    """Return the tags of the diffusion process; {} for a model without one."""
     if not has_process(experiment):
         return {}
     settings = experiment.diffusion

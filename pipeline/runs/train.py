@@ -54,7 +54,8 @@ def train_request(
 def plan_training(asked: TrainRequest) -> Plan:
     """Work out and check a training without downloading, ingesting or writing anything.
 
-    Away from a profile's cluster neither it nor its storage is asked, which may answer to its nodes alone: the source tells of the images.
+    Where the command is sent to a cluster, neither the cluster nor its storage is asked, since only its nodes may reach them: what is known
+    of the images comes from the source alone.
     """
     num_workers = choose_workers(asked.experiment, asked.profile)
     away = asked.profile.kind == "job" and JOB_VARIABLE not in os.environ
@@ -128,7 +129,7 @@ def create_run(
 
 
 def _cannot_be_scored(experiment: Experiment, dataset: Dataset) -> str:
-    """Return why the classifier that an experiment asks for cannot judge these images, "" if it can: to be told before the training."""
+    """Return why the scores that an experiment asks for cannot be computed on these images, "" if they can."""
     asked = experiment.evaluation
     if asked.enabled and asked.extractor == "classifier":
         try:

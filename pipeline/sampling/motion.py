@@ -24,7 +24,7 @@ MOST_ERROR = 10.0  # of the ends of a passage, in grey levels
 T = TypeVar("T")
 
 
-Progress = Callable[[int], None]  # is told the steps done
+Progress = Callable[[int], None]  # called with the number of steps done
 
 
 def draw_strip(denoiser: Denoiser, path: Path, num_images: int = 8, progress: Progress | None = None) -> None:

@@ -18,8 +18,6 @@ from pipeline.config.experiment import SamplingConfig
 from pipeline.sampling.memory import require_memory
 from pipeline.training.device import Compute
 
-WIDE = 64  # channels of a network's first level from which convolutions gain more by channels_last than its norms lose on a CPU
-
 
 class SamplingNetwork:
     """A trained network, called as (x_t [B,C,H,W], t [B], y [B] or None) -> float32 prediction; the t of a batch are all equal.
@@ -29,8 +27,8 @@ class SamplingNetwork:
 
     def __init__(self, model: nn.Module, num_timesteps: int, sampling: SamplingConfig, compute: Compute) -> None:
         self._model, self._num_timesteps = model, num_timesteps
-        wide = isinstance(model, UNet) and model.conv_in.out_channels >= WIDE
-        self._compute = compute.for_sampling(sampling.precision, compiled=sampling.compile, wide=wide)
+        channels = model.conv_in.out_channels if isinstance(model, UNet) else 0
+        self._compute = compute.for_sampling(sampling.precision, compiled=sampling.compile, channels=channels)
         self._dtype = self._compute.autocast_dtype or torch.float32
         self._prepared: tuple[Callable[..., Tensor], nn.Module] | None = None
         self._same_rows: dict[tuple[int, int], bool] = {}

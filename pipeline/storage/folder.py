@@ -177,9 +177,8 @@ class Folder:
         """
         kind = cls.KIND
         if not NAME.fullmatch(reference):
-            raise UsageError(
-                f"{kind} {reference!r}: expected a {kind} id, a prefix of one, or 'latest'; `ddpm-pipe {kind}s` lists them"
-            )
+            lists = "; `ddpm-pipe runs` lists them" if kind == "run" else ""
+            raise UsageError(f"{kind} {reference!r}: expected a {kind} id, a prefix of one, or 'latest'{lists}")
         there = cls.all(home, storage)
         if not there:
             begin = {"run": "train", "sweep": "sweep"}[kind]

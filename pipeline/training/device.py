@@ -40,8 +40,9 @@ CACHED_ELEMENTS = 2**22
 
 Larger ones run out of the cache: the paper's network trained 16.9 images/s in micro-batches of 32, 15.3 in those of 16 or 64, 11.6 in
 one of 128."""
-WIDE = 128
-"""Channels from which on channels_last pays on a CPU: in narrower networks torch's GroupNorm loses there what convolutions gain."""
+# channels of the first level from which channels_last pays in bf16 on a CPU: in narrower networks torch's GroupNorm loses what
+# convolutions gain
+WIDE_IN_TRAINING, WIDE_IN_SAMPLING = 128, 64
 AUTOCAST = {Precision.FP32: None, Precision.BF16: torch.bfloat16, Precision.FP16: torch.float16}
 
 
@@ -134,15 +135,15 @@ class Compute:
         memory_format = torch.channels_last if self.channels_last else torch.contiguous_format
         return model.to(self.device, memory_format=memory_format)  # type: ignore[call-overload, no-any-return]
 
-    def for_sampling(self, precision: str, *, compiled: bool, wide: bool) -> Compute:
-        """Return how a network is called to generate images; `wide` ones gain by channels_last in bf16 on a CPU, too.
+    def for_sampling(self, precision: str, *, compiled: bool, channels: int) -> Compute:
+        """Return how a network is called to generate images; `channels` are those of a U-Net's first level, 0 for other networks.
 
         UsageError for bf16 on a GPU that does not compute it.
         """
         half = precision == Precision.BF16
         if half and self.on_gpu:
             _precision(Capabilities.of_this_machine(), Precision.BF16, Profile(), on_gpu=True, section="sampling")
-        layout = half and (self.on_gpu or wide)
+        layout = half and (self.on_gpu or channels >= WIDE_IN_SAMPLING)
         chosen = self.keeping({"precision": precision, "compile": compiled, "channels_last": layout})
         return replace(chosen, cuda_graphs=False)
 
@@ -268,7 +269,7 @@ def decide(
 
 def _likes_channels_last(experiment: Experiment, *, on_gpu: bool) -> bool:
     """Whether a network is faster in channels_last memory in half precision; one of the user's own may expect its memory in order."""
-    return experiment.model.type == "unet" and (on_gpu or experiment.model.channels >= WIDE)
+    return experiment.model.type == "unet" and (on_gpu or experiment.model.channels >= WIDE_IN_TRAINING)
 
 
 def _micro_batch_size(experiment: Experiment, shape: Shape | None, *, on_gpu: bool) -> int | None:
@@ -311,7 +312,7 @@ def kept_arithmetic(
 
 
 def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, here: bool = True) -> Compute:
-    """Decide for generating images: full float32, so that files repeat.
+    """Decide for generating images: float32 throughout; `Compute.for_sampling` then says how the network is called.
 
     In one of `num_workers` workers; with `here=False` for a process that prepares and sums up, whose machine may be without a GPU.
     """

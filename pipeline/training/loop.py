@@ -158,7 +158,7 @@ def fit(
 
     `network` is `train_state.model` as it is to be called: itself, compiled, or wrapped for data parallelism. A gradient that is not
     finite raises DivergedError; it is looked at one step late, so that a GPU never waits, and `StepResult.require_finite` looks at once.
-    With a `null_class` the network is told the labels, some of them dropped. `all_gather` returns the rows of all workers from the rows
+    With a `null_class` the network gets the labels, some of them dropped. `all_gather` returns the rows of all workers from the rows
     of this one, in one order for all: loss-aware timesteps remember the losses of them all.
     """
     result: StepResult | None = None

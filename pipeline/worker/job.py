@@ -1,4 +1,4 @@
-"""What the workers of one attempt are told."""
+"""What the workers of one attempt get."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Allowance:
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers of one attempt are told: plain data, the same for all of them.
+    """What the workers of one attempt get: plain data, the same for all of them.
 
     `run_folder` is the driver's; `run_address` is where the run lasts if that is an object store.
     """

@@ -77,3 +77,10 @@ def test_a_damaged_record_of_a_sweep_hides_neither_sweeps_nor_runs(home: Path) -
         (damaged.folder / "sweep.json").write_bytes(content)
         assert [found.id for found in SweepFolder.all(home)] == ["k7bbbbbb"]
         assert sweep_meant(HERE, "m2dddddd") is None
+
+
+def test_a_reference_that_is_no_id_names_no_command_that_does_not_exist(home: Path) -> None:
+    with pytest.raises(UsageError, match=r"^sweep 'a/b': expected a sweep id, a prefix of one, or 'latest'$"):
+        SweepFolder.find(home, "a/b")
+    with pytest.raises(UsageError, match=r"`ddpm-pipe runs` lists them$"):
+        Run.find(home, "a/b")
