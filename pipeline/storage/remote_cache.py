@@ -101,8 +101,9 @@ class NodeCache:
                         )
                     with self._locked():  # whoever counts meanwhile might see it under neither name
                         part.rename(path)
-                finally:
-                    part.unlink(missing_ok=True)
+                except BaseException:
+                    part.unlink(missing_ok=True)  # still this one's: after the rename the name may be another's
+                    raise
         except OSError as error:
             raise self._unusable(error) from None
 
@@ -157,7 +158,8 @@ def _remove_unused(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+            if _is_at(file, path):  # not another's new file of that name
+                path.unlink()
     except BlockingIOError:
         return False
     except FileNotFoundError:

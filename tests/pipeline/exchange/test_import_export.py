@@ -269,7 +269,7 @@ def test_the_onnx_graph_computes_what_the_network_does(typed: Typed, home: Path)
     trained.save(home / "labelled")
     assert typed("import", "labelled")[0] == 0
     code, out, err = typed("export", "latest", "graph", "--format", "onnx", "--json")
-    assert (code, err) == (0, "")
+    assert (code, err.count("\n"), err[:11]) == (0, 1, "latest: run")
     assert json.loads(out)["files"] == ["denoiser.onnx", "experiment.json"]
     session = onnxruntime.InferenceSession(str(home / "graph" / "denoiser.onnx"), providers=["CPUExecutionProvider"])
     x = torch.randn(5, 3, 8, 4, generator=torch.Generator().manual_seed(1))

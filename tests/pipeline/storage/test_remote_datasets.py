@@ -276,6 +276,22 @@ def test_a_file_is_fetched_once_by_all_who_ask_at_once(tmp_path):
     assert len(fetched) == 1
 
 
+def test_who_has_fetched_a_file_removes_nothing_of_the_next_one_that_begins(tmp_path, monkeypatch):
+    rename, others = Path.rename, []
+
+    def rename_and_let_another_begin(part: Path, path: Path) -> Path:
+        renamed = rename(part, path)
+        others.append(part)
+        part.touch()
+        return renamed
+
+    monkeypatch.setattr(Path, "rename", rename_and_let_another_begin)
+    with put(NodeCache(tmp_path, 10**6), b"x" * 1000):
+        pass
+    (other,) = others
+    assert other.exists()
+
+
 # -- ingest
 
 
