@@ -1,12 +1,12 @@
 """The maths of denoising diffusion probabilistic models, on torch alone."""
 
 from ddpm.betas import SCHEDULES
-from ddpm.diffusion import Denoised, Gaussian, GaussianDiffusion, Model, Prediction, ReverseStep, Variance
+from ddpm.diffusion import GaussianDiffusion, Model, Prediction, ReverseStep, Variance
 from ddpm.ema import ExponentialMovingAverage, WeightAverage
-from ddpm.guidance import ConditionalModel, conditioned, drop_labels, guided
+from ddpm.guidance import conditioned, drop_labels, guided
 from ddpm.likelihood import BitsPerDim, bits_per_dim
-from ddpm.noise import Generators, normal_noise
-from ddpm.objective import Objective, ObjectiveKind, l_simple
+from ddpm.noise import normal_noise
+from ddpm.objective import Objective, ObjectiveKind
 from ddpm.posthoc_ema import EMAProfile, PowerFunctionEMA, posthoc_error, posthoc_weights, reconstruct
 from ddpm.respacing import TIMESTEP_SPACINGS, late_start_warning, timestep_subset
 from ddpm.sampler import Step, ancestral, ddim, ddim_invert, dpm_solver, few_steps_warning, slerp
@@ -19,14 +19,10 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "BetaSchedule",
     "BitsPerDim",
-    "ConditionalModel",
-    "Denoised",
     "Draw",
     "EMAProfile",
     "ExponentialMovingAverage",
-    "Gaussian",
     "GaussianDiffusion",
-    "Generators",
     "LossAwareTimesteps",
     "Model",
     "Objective",
@@ -49,7 +45,6 @@ __all__ = [
     "drop_labels",
     "few_steps_warning",
     "guided",
-    "l_simple",
     "late_start_warning",
     "normal_noise",
     "posthoc_error",

@@ -23,8 +23,7 @@ class BitsPerDim:
     """The bound for each image, in bits per dimension, taken apart: total = prior + terms.sum(1).
 
     `terms[:, 0]` is the decoder, `terms[:, i]` the divergence at `timesteps[i]`; `x0_mse[:, i]` the squared error of
-    the x0 predicted there, in [-1, 1] units. Tensors [B] and [B, steps]; results of several batches are joined by
-    `cat`.
+    the x0 predicted there, in [-1, 1] units. Tensors [B] and [B, steps].
     """
 
     prior: Tensor
@@ -49,18 +48,6 @@ class BitsPerDim:
         on the scale of 0 .. 255 (Ho et al. 2020, section 4.3).
         """
         return rate_distortion(self.prior.mean(0), self.terms.mean(0), self.x0_mse.mean(0))
-
-    @staticmethod
-    def cat(results: Sequence[BitsPerDim]) -> BitsPerDim:
-        """The results of several batches as one, in order."""
-        if len({r.timesteps for r in results}) != 1:
-            raise ValueError(
-                "results over different timesteps cannot be joined; evaluate every batch over the same steps"
-            )
-        prior, terms, x0_mse = (
-            torch.cat(column) for column in zip(*((r.prior, r.terms, r.x0_mse) for r in results), strict=True)
-        )
-        return BitsPerDim(prior, terms, x0_mse, results[0].timesteps)
 
 
 def rate_distortion(prior: Tensor, terms: Tensor, x0_mse: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,11 +74,6 @@ class Objective:
         return self.diffusion.num_timesteps * vlb_term(self._unclipped, x0, x_t, t, p).to(x_t.dtype)
 
 
-def l_simple(diffusion: GaussianDiffusion, model: Model, x0: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-    """Ho et al. 2020, eq. 14, per example [B]: `Objective(diffusion, "simple")` called once."""
-    return Objective(diffusion)(model, x0, t, eps)
-
-
 def _check(diffusion: GaussianDiffusion, kind: ObjectiveKind, gamma: float) -> None:
     learned = diffusion.variance is Variance.LEARNED_RANGE
     if kind is ObjectiveKind.HYBRID and not learned:

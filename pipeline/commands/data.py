@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
-from pipeline.commands import completion
-from pipeline.commands.options import example, json_option, print_json, unused
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_json, unused
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> int | tuple[int, int] | None:
@@ -23,7 +24,7 @@ def _size(ctx: click.Context, parameter: click.Parameter, value: str | None) -> 
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe ingest digits data/digits
 ddpm-pipe ingest ~/photos data/photos --image-size 64 --mode RGB
 ddpm-pipe ingest 's3://bucket/cifar10/*.parquet' data/cifar10 --image-column img
@@ -51,21 +52,14 @@ ddpm-pipe ingest ~/photos s3://bucket/data/photos --image-size 64
     metavar="N",
     help="Leave out up to N damaged images, and list them. Default: refuse.",
 )
-@click.option("--workers", type=click.IntRange(min=1), help="Processes that decode. Default: the machine's cores.")
-@json_option
-def ingest(
-    source: str,
-    dest: str,
-    image_size: int | tuple[int, int] | None,
-    mode: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    split: str | None,
-    layout: str | None,
-    skip_damaged: int,
-    workers: int | None,
-    as_json: bool,
-) -> None:
+@click.option(
+    "--workers",
+    "num_workers",
+    type=click.IntRange(min=1),
+    help="Processes that decode. Default: the machine's cores.",
+)
+@options.json
+def ingest(source: str, dest: str, as_json: bool, **asked: Any) -> None:
     """Turn SOURCE into a dataset of verified shards in the new folder DEST, here or in an object store (s3://bucket/folder).
 
     SOURCE is digits, mnist, fashion-mnist or cifar10, a folder of images (sub-folders are classes), Parquet files (a file, folder,
@@ -84,27 +78,13 @@ def ingest(
                 rate.append(Bar(console, "ingesting", total))
             rate[0](done)
 
-    manifest = ingest_source(
-        source,
-        dest,
-        image_size=image_size,
-        mode=mode,
-        image_column=image_column,
-        label_column=label_column,
-        split=split,
-        layout=layout,
-        skip_damaged=skip_damaged,
-        num_workers=workers,
-        progress=progress,
-        say=console.say,
-        summary=console.say,
-    )
+    manifest = ingest_source(source, dest, **asked, progress=progress, say=console.say, summary=console.say)
     card = dataset_card(manifest)
     print_json(card) if as_json else click.echo("\n".join(card_lines(card)))
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe inspect data/digits
 ddpm-pipe inspect data/digits --verify --picture digits.png
 """)
@@ -116,7 +96,7 @@ ddpm-pipe inspect data/digits --verify --picture digits.png
     type=click.Path(path_type=Path),
     help="Where to write the grid. Default: DATA's name with .png (-2.png where that is taken), here; none for a store's.",
 )
-@json_option
+@options.json
 def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> None:
     """Show what an ingested dataset is: a card, and a grid picture of its first images."""
     from pipeline.console import Bar, Console

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from pipeline.commands import completion
-from pipeline.commands.options import example, json_option, print_json
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_json
 from pipeline.commands.submit import runs_on_cluster
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def _require_access(context: Context, given: dict[str, Any]) -> None:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe doctor
 ddpm-pipe doctor --cluster multi-node-gpu.yaml --data /mnt/ddpm/datasets/photos
 ddpm-pipe doctor --preset ddpm-cifar10 --json
@@ -51,7 +52,7 @@ ddpm-pipe doctor --preset ddpm-cifar10 --json
     shell_complete=completion.shipped("experiments"),
     help="The experiment whose training step is timed. Default: digits.",
 )
-@json_option
+@options.json
 def doctor(context: Context, data: str | None, preset: str | None, as_json: bool) -> None:
     """Look in under a minute whether a cluster is ready for what its profile asks.
 
@@ -70,7 +71,7 @@ def doctor(context: Context, data: str | None, preset: str | None, as_json: bool
 
 def _print_all(profile: str, findings: Sequence[Finding], as_json: bool) -> None:
     if as_json:
-        print_json({"profile": profile, "checks": [finding.to_dict() for finding in findings]})
+        print_json({"profile": profile, "checks": [asdict(finding) for finding in findings]})
     else:
         for finding in findings:
             _print(finding)

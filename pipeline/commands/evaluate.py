@@ -8,17 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands import completion
-from pipeline.commands.options import (
-    cluster_option,
-    dry_run_option,
-    example,
-    json_option,
-    named_lines,
-    print_result,
-    run_argument,
-    sampling_options,
-)
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_result
 from pipeline.commands.submit import runs_on_cluster
 
 if TYPE_CHECKING:
@@ -41,7 +32,7 @@ def _metrics(context: click.Context, option: click.Parameter, value: str | None)
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe evaluate latest
 ddpm-pipe evaluate k7m2 --sampler ddim --steps 100 --num-images 600
 ddpm-pipe evaluate k7m2 --metrics fid,kid,is,prdc --seeds 3
@@ -50,7 +41,7 @@ ddpm-pipe evaluate k7m2 --grid "sampler=ancestral,ddim steps=10,50,1000"
 ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-inception-2015-12-05.pth
 """)
 )
-@run_argument
+@options.run
 @click.option(
     "--metrics",
     metavar="LIST",
@@ -86,25 +77,11 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
     metavar="POINTS",
     help='Score every combination of settings, such as "sampler=ancestral,ddim steps=10,50": a table and a picture.',
 )
-@sampling_options
+@options.sampling
 @runs_on_cluster(files=["inception_weights"])
-@dry_run_option
-@json_option
-def evaluate(
-    run: str,
-    metrics: tuple[str, ...] | None,
-    num_seeds: int,
-    extractor: str | None,
-    num_images: int | None,
-    split: str | None,
-    neighbours: bool,
-    grid: str | None,
-    inception_weights: str | None,
-    context: Context,
-    dry_run: bool,
-    as_json: bool,
-    **how: Any,
-) -> None:
+@options.dry_run
+@options.json
+def evaluate(run: str, grid: str | None, context: Context, dry_run: bool, as_json: bool, **asked: Any) -> None:
     """Score RUN, beside what real images and noise get by the same code.
 
     \b
@@ -116,23 +93,14 @@ def evaluate(
     """
     from pipeline.runs.evaluate import ScoreRequest
 
-    request = ScoreRequest(
-        metrics=metrics,
-        num_seeds=num_seeds,
-        extractor=extractor,
-        num_images=num_images,
-        split=split,
-        neighbours=neighbours,
-        inception_weights=inception_weights,
-        **how,
-    )
+    request = ScoreRequest(**asked)
     if grid is not None:
         _evaluate_grid(context, run, request, grid, dry_run=dry_run, as_json=as_json)
     elif dry_run:
         from pipeline.runs.evaluate import plan_evaluation
 
         plan = plan_evaluation(context, run, request)
-        print_result(plan, as_json, lambda: named_lines(plan.to_json()))
+        print_result(plan, as_json)
     else:
         from pipeline.runs.evaluate import evaluate as evaluate_run
         from pipeline.runs.evaluation import evaluation_lines
@@ -148,7 +116,7 @@ def _evaluate_grid(
 
     if dry_run:
         plan = plan_grid(context, run, request, grid)
-        print_result(plan, as_json, lambda: named_lines(plan.to_json()))
+        print_result(plan, as_json)
     else:
         result = evaluate_grid(context, run, request, grid)
         print_result(result, as_json, lambda: _page(result.run, result.grid.lines(), result.written))
@@ -160,7 +128,7 @@ def _page(run: str, table: Sequence[str], written: Sequence[Path]) -> list[str]:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe compare
 ddpm-pipe compare k7m2 p3xw --metric fid
 ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
@@ -176,8 +144,8 @@ ddpm-pipe compare k7m2 p3xw --metric kid --across sampler,steps
     default="",
     help="Fields of the values' identities that may differ, with commas between, such as sampler,steps.",
 )
-@cluster_option
-@json_option
+@options.cluster
+@options.json
 def compare(runs: tuple[str, ...], metric: str | None, across: str, context: Context, as_json: bool) -> None:
     """Rank evaluated runs, like with like; other settings below.
 

@@ -7,20 +7,21 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pipeline.commands.options import cluster_option, example, json_option, named_lines, print_result, run_argument
+from pipeline.commands import options
+from pipeline.commands.output import print_result
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe export latest pipeline/ --format diffusers
 ddpm-pipe export k7m2 model/ --format safetensors --weights raw --checkpoint 2000
 ddpm-pipe export k7m2 graph/ --format onnx
 """)
 )
-@run_argument
+@options.run
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option(
     "--format",
@@ -32,8 +33,8 @@ ddpm-pipe export k7m2 graph/ --format onnx
 )
 @click.option("--weights", metavar="WHICH", default="ema", show_default=True, help="As in `ddpm-pipe sample`.")
 @click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest.")
-@cluster_option
-@json_option
+@options.cluster
+@options.json
 def export(
     run: str,
     folder: Path,
@@ -50,12 +51,12 @@ def export(
     from pipeline.exchange.export import ExportRequest, export_run
 
     result = export_run(context, run, ExportRequest(folder, form, checkpoint, weights))
-    print_result(result, as_json, lambda: named_lines(result.to_json()))
+    print_result(result, as_json)
 
 
 @click.command(
     "import",
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe import ddpm-cifar10-32 --data cifar10
 ddpm-pipe import model/ --name borrowed
 """),
@@ -63,8 +64,8 @@ ddpm-pipe import model/ --name borrowed
 @click.argument("folder", type=click.Path(path_type=Path), metavar="DIR")
 @click.option("--data", metavar="DATA", help="Images to score it against and fine-tune it on: a dataset or a source.")
 @click.option("--name", help="Of the run. Default: DIR's name.")
-@cluster_option
-@json_option
+@options.cluster
+@options.json
 def import_(folder: Path, data: str | None, name: str | None, context: Context, as_json: bool) -> None:
     """Make a run of the model in DIR, ready to sample, score and fine-tune.
 
@@ -74,4 +75,4 @@ def import_(folder: Path, data: str | None, name: str | None, context: Context, 
     from pipeline.runs.import_run import import_folder
 
     result = import_folder(context, folder, data, name)
-    print_result(result, as_json, lambda: named_lines(result.to_json()))
+    print_result(result, as_json)

@@ -7,19 +7,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pipeline.commands import completion
-from pipeline.commands.options import (
-    cluster_option,
-    dry_run_option,
-    example,
-    json_option,
-    named_lines,
-    print_json,
-    print_result,
-    print_table,
-    run_argument,
-    sampling_options,
-)
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_json, print_result, print_table
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.console import plural
 
@@ -31,7 +20,7 @@ SCREENFUL = 20  # runs
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe sample latest
 ddpm-pipe sample k7m2 -n 1000 --format png --out digits/
 ddpm-pipe sample k7m2 --sampler ancestral --seed 7 --format parquet
@@ -40,7 +29,7 @@ ddpm-pipe sample k7m2 --format gif -n 25
 ddpm-pipe sample k7m2 --interpolate 12 ~/seven.png
 """)
 )
-@run_argument
+@options.run
 @click.option(
     "-n",
     "--num-images",
@@ -63,10 +52,10 @@ ddpm-pipe sample k7m2 --interpolate 12 ~/seven.png
     metavar="A B",
     help="Draw the way from one image to another: each the number of a training image, or a file.",
 )
-@sampling_options
+@options.sampling
 @runs_on_cluster(files=["between"], outputs=["out"])
-@dry_run_option
-@json_option
+@options.dry_run
+@options.json
 def sample(
     run: str,
     num_images: int | None,
@@ -87,7 +76,7 @@ def sample(
     target = SampleTarget(out, form, between)
     if dry_run:
         plan = plan_samples(context, run, request, target)
-        print_result(plan, as_json, lambda: named_lines(plan.to_json()))
+        print_result(plan, as_json)
     else:
         result = sample_run(context, run, request, target)
         print_result(result, as_json, lambda: _sample_lines(result))
@@ -108,7 +97,7 @@ def _sample_lines(result: SampleResult) -> list[str]:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe runs
 ddpm-pipe runs --limit 100
 ddpm-pipe runs --json
@@ -117,8 +106,8 @@ ddpm-pipe runs --json
 @click.option(
     "--limit", type=click.IntRange(min=1), metavar="N", help=f"At most N. Default: {SCREENFUL}; with --json all."
 )
-@cluster_option
-@json_option
+@options.cluster
+@options.json
 def runs(limit: int | None, context: Context, as_json: bool) -> None:
     """List the runs, newest first: id, name, dataset, schedule, T, steps, score, status.
 
@@ -143,13 +132,13 @@ def runs(limit: int | None, context: Context, as_json: bool) -> None:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe ui
 ddpm-pipe ui --port 5001
 """)
 )
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
-@cluster_option
+@options.cluster
 def ui(port: int, context: Context) -> None:
     """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
     from pipeline.tracking.ui import serve_ui
@@ -159,14 +148,14 @@ def ui(port: int, context: Context) -> None:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe sync latest
 ddpm-pipe sync --moved
 """)
 )
 @click.argument("run", required=False, shell_complete=completion.folders("runs"))
 @click.option("--moved", is_flag=True, help="After the home was moved or copied: correct MLflow's paths.")
-@cluster_option
+@options.cluster
 def sync(run: str | None, moved: bool, context: Context) -> None:
     """Deliver to the tracking store what RUN recorded while the store was away."""
     from pipeline.errors import UsageError

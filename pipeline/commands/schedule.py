@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands.options import example, json_option, print_json, print_table, unused
+from pipeline.commands import options
+from pipeline.commands.output import print_json, print_table, unused
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe schedule
 ddpm-pipe schedule linear cosine -T 1000 -T 100 -o linear-cosine.png
 ddpm-pipe schedule linear --zero-terminal-snr --json
@@ -40,7 +41,7 @@ ddpm-pipe schedule --betas my-betas.txt
     type=click.Path(path_type=Path),
     help="Where to draw. Default: schedule.png here, or schedule-2.png and so on where that is taken.",
 )
-@json_option
+@options.json
 def schedule(
     names: tuple[str, ...],
     num_timesteps: tuple[int, ...],

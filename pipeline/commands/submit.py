@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from pipeline.commands import completion
-from pipeline.commands.options import cluster_option, example, json_option, print_json, print_table
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_json, print_table
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
@@ -60,7 +60,7 @@ def runs_on_cluster(
         detach = click.option(
             "--detach", is_flag=True, help="With a profile of kind job: send it, and don't wait for its end."
         )
-        return cluster_option(detach(here_or_there))  # type: ignore[return-value]
+        return options.cluster(detach(here_or_there))  # type: ignore[return-value]
 
     return decorate
 
@@ -175,7 +175,7 @@ where = click.option(
 
 
 @click.group(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe jobs list --cluster kuberay
 ddpm-pipe jobs follow k7m2 --cluster kuberay
 ddpm-pipe jobs stop k7m2 --cluster kuberay
@@ -187,13 +187,13 @@ def jobs() -> None:
 
 @jobs.command(
     "list",
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe jobs list --cluster kuberay
 ddpm-pipe jobs list --cluster kuberay --json
 """),
 )
 @where
-@json_option
+@options.json
 def list_jobs(cluster: str, as_json: bool) -> None:
     """List the jobs that were sent to a cluster, newest first."""
     rows = _jobs_of(cluster).listed()
@@ -207,7 +207,7 @@ def list_jobs(cluster: str, as_json: bool) -> None:
 
 @jobs.command(
     "follow",
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe jobs follow latest --cluster kuberay
 """),
 )
@@ -221,7 +221,7 @@ def follow_job(job: str, cluster: str) -> None:
 
 @jobs.command(
     "stop",
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe jobs stop k7m2 --cluster kuberay
 """),
 )

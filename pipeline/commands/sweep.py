@@ -6,19 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands import completion
-from pipeline.commands.options import (
-    cluster_option,
-    dry_run_option,
-    example,
-    json_option,
-    max_concurrent_option,
-    print_json,
-    print_result,
-    print_table,
-    run_argument,
-    set_option,
-)
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_json, print_result, print_table
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.errors import UsageError
 
@@ -28,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe sweep
 ddpm-pipe sweep experiments/sweep-schedules.yaml --metric kid --dry-run
 ddpm-pipe sweep --over diffusion.schedule=linear,cosine,sigmoid --over diffusion.num_timesteps=100,250,1000 --steps 300
@@ -74,12 +63,12 @@ ddpm-pipe sweep --extend k7m2 --over diffusion.num_timesteps=500 --seeds 4
     shell_complete=completion.folders("sweeps"),
     help="Add values, seeds or points to this sweep; what is done is not done again.",
 )
-@max_concurrent_option
+@options.max_concurrent
 @runs_on_cluster(files=["sweep", "base"])
-@set_option
-@dry_run_option
+@options.overrides
+@options.dry_run
 @click.option("--probe/--no-probe", default=True, help="With --dry-run: measure a few steps of one trial, or none.")
-@json_option
+@options.json
 def sweep(
     sweep: str | None,
     over: tuple[str, ...],
@@ -94,7 +83,7 @@ def sweep(
     dry_run: bool,
     probe: bool,
     as_json: bool,
-    **options: Any,
+    **asked: Any,
 ) -> None:
     """Compare settings: train each point of a space alike, and end with a ranking, its noise, and a report.
 
@@ -105,18 +94,18 @@ def sweep(
 
     budget = {"steps": steps, "images": images, "minutes": minutes}
     given = {name: value for name, value in budget.items() if value is not None}
-    options |= {"budget": given or None, "early_stopping": {} if early_stopping else None}
+    asked |= {"budget": given or None, "early_stopping": {} if early_stopping else None}
     if extend is not None:
         fixed = [
-            name for name in ("base", "metric", "budget", "search", "early_stopping") if options.get(name) is not None
+            name for name in ("base", "metric", "budget", "search", "early_stopping") if asked.get(name) is not None
         ]
         if sweep is not None or overrides or dry_run or fixed:
             raise UsageError(
                 "--extend takes --over, --seeds and --num-points; it keeps the sweep's own base, metric, budget and settings"
             )
-        result = sweep_commands.extend(context, extend, over, options, max_concurrent)
+        result = sweep_commands.extend(context, extend, over, asked, max_concurrent)
     else:
-        request = sweep_commands.sweep_request(context, sweep, over, options, overrides, max_concurrent)
+        request = sweep_commands.sweep_request(context, sweep, over, asked, overrides, max_concurrent)
         if dry_run:
             from pipeline.sweeps.forecast import forecast_sweep
 
@@ -143,12 +132,12 @@ def show(context: Context, result: Result, *, as_json: bool) -> None:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe serve latest
 ddpm-pipe serve k7m2 --port 8001
 """)
 )
-@run_argument
+@options.run
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Port; 0 is any free one.")
 @click.option(
     "--host",
@@ -156,7 +145,7 @@ ddpm-pipe serve k7m2 --port 8001
     show_default=True,
     help="Address to listen on; anything else can be reached from outside.",
 )
-@cluster_option
+@options.cluster
 def serve(run: str, port: int, host: str, context: Context) -> None:
     """Answer requests for images of RUN with PNGs, until Ctrl-C.
 

@@ -9,17 +9,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands import completion
-from pipeline.commands.options import (
-    dry_run_option,
-    example,
-    isolated_option,
-    json_option,
-    max_concurrent_option,
-    print_result,
-    print_table,
-    set_option,
-)
+from pipeline.commands import completion, options
+from pipeline.commands.output import print_result, print_table
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.config import presets
 from pipeline.errors import UsageError
@@ -41,7 +32,7 @@ def _list_presets(context: click.Context, option: click.Parameter, wanted: bool)
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe train
 ddpm-pipe train --preset mnist
 ddpm-pipe train experiments/ddpm-cifar10.yaml --cluster gpu -s training.steps=200000
@@ -80,11 +71,11 @@ ddpm-pipe train --from k7m2
     help="An ingested dataset, or a source that `ddpm-pipe ingest` takes.",
 )
 @runs_on_cluster(files=["experiment", "data"], plans_here=True)
-@set_option
-@isolated_option
-@dry_run_option
+@options.overrides
+@options.isolated
+@options.dry_run
 @click.option("--probe/--no-probe", default=True, help="With --dry-run: whether to time a few training steps.")
-@json_option
+@options.json
 def train(
     experiment: str | None,
     preset: str | None,
@@ -126,7 +117,7 @@ def train(
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe init
 ddpm-pipe init mnist
 """)
@@ -146,7 +137,7 @@ def init(preset: str | None) -> None:
 
 
 @click.command(
-    epilog=example("""
+    epilog=options.example("""
 ddpm-pipe resume latest
 ddpm-pipe resume k7m2 -s training.steps=20000
 ddpm-pipe resume k7m2 --fork -s training.learning_rate=1e-4
@@ -155,8 +146,8 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
 )
 @click.argument("run", shell_complete=completion.folders("runs", "sweeps"))
 @runs_on_cluster(files=["data"])
-@set_option
-@isolated_option
+@options.overrides
+@options.isolated
 @click.option("--fork", is_flag=True, help="Start a new run from this run's averaged weights, with changed settings.")
 @click.option(
     "--data",
@@ -164,8 +155,8 @@ ddpm-pipe resume k7m2 --fork --data data/other-images -s training.steps=5000
     shell_complete=completion.files,
     help="With --fork: other images, an ingested dataset or a source.",
 )
-@max_concurrent_option
-@json_option
+@options.max_concurrent
+@options.json
 def resume(
     run: str,
     context: Context,

@@ -17,6 +17,7 @@ from pipeline.cluster.probe_workers import on_workers
 from pipeline.cluster.session import require_resources
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment
+from pipeline.console import plural
 from pipeline.doctor import node_checks, verdicts
 from pipeline.doctor.verdicts import Finding, NodeFacts, Verdict, green, red, skipped
 from pipeline.errors import ClusterError, PipelineError
@@ -288,7 +289,7 @@ def step(examination: Examination) -> Finding:
     batch = seen.batch * count
     return green(
         "step",
-        f"{examination.experiment.name}: {seen.step_s:.2g} s for {batch} images on {count} worker{'s' * (count > 1)} "
+        f"{examination.experiment.name}: {seen.step_s:.2g} s for {batch} images on {plural(count, 'worker')} "
         f"({batch / seen.step_s:,.3g} images/s; {seen.device})",
         **seen.to_dict(),
     )

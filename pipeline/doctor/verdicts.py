@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.console import size
+from pipeline.console import plural, size
 from pipeline.planning.capacity import Node, needs, room, shortage
 
 SAME_EVERYWHERE = ("ddpm-pipe", "python", "ray", "torch")  # the others may differ, with a warning: results may, too
@@ -37,9 +37,6 @@ class Finding:
     says: str
     remedy: str = ""
     figures: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"figures": dict(self.figures)}
 
 
 def green(check: str, says: str, **figures: Any) -> Finding:
@@ -78,18 +75,12 @@ def judge_versions(here: Mapping[str, str], nodes: Sequence[NodeFacts]) -> Findi
                 differing.setdefault(package, f"{package} {there} on {node.name}, {ours} here")
     serious = [differing[package] for package in SAME_EVERYWHERE if package in differing]
     versions = ", ".join(f"{package} {_short(here[package])}" for package in SAME_EVERYWHERE if package in here)
-    if serious:
-        return red(
-            "versions", "; ".join(serious), "install the same lock file (or image) on every node", here=dict(here)
-        )
     if differing:
-        return yellow(
-            "versions",
-            "; ".join(differing.values()),
-            "install the same lock file (or image) on every node",
-            here=dict(here),
+        verdict, shown = (red, serious) if serious else (yellow, list(differing.values()))
+        return verdict(
+            "versions", "; ".join(shown), "install the same lock file (or image) on every node", here=dict(here)
         )
-    return green("versions", f"{versions}, the same on {_count(nodes, 'node')}", here=dict(here))
+    return green("versions", f"{versions}, the same on {plural(len(nodes), 'node')}", here=dict(here))
 
 
 def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[NodeFacts]) -> Finding:
@@ -97,13 +88,13 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
     least, most = profile.least_workers, profile.most_workers
     need = needs(profile, most)
     free, all_in_all = room(nodes, need, profile.placement), room(nodes, need, profile.placement, of_all=True)
-    each = ", ".join(f"{amount:g} {name}{'s' * (amount != 1)}" for name, amount in need.items())
+    each = ", ".join(plural(amount, name) for name, amount in need.items())
     figures = {"workers_that_fit": all_in_all, "workers_that_fit_now": free, "wanted": most}
     if all_in_all < least and profile.wait_for_resources_s:
         says = f"{shortage(least, nodes, profile)}; its profile waits {profile.wait_for_resources_s:g} s for a cluster that grows"
         remedy = "if it does not grow: add nodes, or ask less"
         if not all_in_all:  # scaled to zero: what trains has not been looked at
-            says += f"; no machine that trains is up: the lines here are about {_count(nodes, 'other node')} alone"
+            says += f"; no machine that trains is up: the lines here are about {plural(len(nodes), 'other node')} alone"
             remedy = (
                 "have some started by `ddpm-pipe train --dry-run` with this profile, and ask again before they are idle for long; "
                 + remedy
@@ -144,7 +135,8 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
     now = "" if free >= most else f", {free} of them now"
     return green(
         "resources",
-        f"{_count(nodes, 'node')} {'hold' if len(nodes) > 1 else 'holds'} {min(all_in_all, most)} of {most} workers with {each} each{now}",
+        f"{plural(len(nodes), 'node')} {'hold' if len(nodes) > 1 else 'holds'} {min(all_in_all, most)} of {most} workers with "
+        f"{each} each{now}",
         **figures,
     )
 
@@ -194,7 +186,7 @@ def judge_storage(
         )
     return green(
         "storage",
-        f"{place}: written and read back on {num_nodes} node{'s' * (num_nodes != 1)}, {size(write_rate)}/s and {size(read_rate)}/s",
+        f"{place}: written and read back on {plural(num_nodes, 'node')}, {size(write_rate)}/s and {size(read_rate)}/s",
         write_bytes_per_s=write_rate,
         read_bytes_per_s=read_rate,
     )
@@ -253,7 +245,3 @@ def judge_all_reduce(num_workers: int, num_bytes: int, seconds: float, *, right:
 def _short(version: str) -> str:
     name, plus, commit = version.partition("+")
     return f"{name}{plus}{commit[:7]}{'-dirty' if version.endswith('-dirty') else ''}" if len(commit) > 12 else version
-
-
-def _count(things: Sequence[object], noun: str) -> str:
-    return f"{len(things)} {noun}{'s' * (len(things) != 1)}"

@@ -21,7 +21,6 @@ from torch import Tensor
 from ddpm import UNet
 from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.labels import NO_CLASSES, ClassNames
-from pipeline.errors import UsageError
 from pipeline.exchange import diffusers_scheduler, diffusers_unet, diffusers_weights
 from pipeline.storage.foreign_tensors import Shapes, read_json, read_tensors
 from pipeline.training.models import Shape, build_model
@@ -75,7 +74,7 @@ def is_pipeline(folder: Path) -> bool:
 
 
 def read_pipeline(folder: Path, name: str) -> ForeignModel:
-    """Read a folder in the layout of a DDPMPipeline; ValueError if it is damaged, or has no equivalent here."""
+    """Read a folder in the layout of a DDPMPipeline; ValueError or UsageError if it is damaged, or has no equivalent here."""
     at = folder / "unet" if (folder / "unet").is_dir() else folder
     config, scheduler = read_json(_found(at, "config.json")), read_json(_scheduler_file(folder))
     kind = config.get("_class_name", diffusers_unet.CLASS)
@@ -92,7 +91,8 @@ def read_pipeline(folder: Path, name: str) -> ForeignModel:
         raise ValueError(
             f"out_channels is {out_channels} for images of {shape[0]} channels, but variance_type is {scheduler.get('variance_type')!r}"
         )
-    experiment = _experiment({"name": name, "model": settings, "diffusion": diffusion})
+    sampling = {"sampler": "ancestral", "steps": None}  # as the pipeline samples: all T steps
+    experiment = experiment_from({"name": name, "model": settings, "diffusion": diffusion, "sampling": sampling})
     model = _read_unet(at, config, experiment, shape)
     averaged, ema = folder / "unet_ema", model
     if averaged.is_dir():
@@ -105,20 +105,9 @@ def read_pipeline(folder: Path, name: str) -> ForeignModel:
     )
 
 
-def _experiment(content: dict[str, Any]) -> Experiment:
-    """Return the experiment, with the pipeline's sampling: ancestral, all T steps."""
-    try:
-        return experiment_from({**content, "sampling": {"sampler": "ancestral", "steps": None}})
-    except UsageError as error:  # the settings come from the folder, not from the user
-        raise ValueError(str(error)) from None
-
-
 def _read_unet(folder: Path, config: dict[str, Any], experiment: Experiment, shape: Shape) -> dict[str, Tensor]:
     blocks, T = experiment.model.num_res_blocks, experiment.diffusion.num_timesteps
-    try:
-        model = build_model(experiment, shape, device="meta")
-    except UsageError as error:
-        raise ValueError(str(error)) from None
+    model = build_model(experiment, shape, device="meta")
     assert isinstance(model, UNet)
     learned = config.get("time_embedding_type") == diffusers_unet.LEARNED
     expected = diffusers_weights.expected_shapes(model, blocks, T, learned=learned)
@@ -129,9 +118,7 @@ def _read_unet(folder: Path, config: dict[str, Any], experiment: Experiment, sha
 def _read_weights(folder: Path, expected: Shapes) -> dict[str, Tensor]:
     """Read the one file of weights, or the shards that an index names: safetensors before .bin, the full precision before a variant."""
     names = [path.name for path in folder.iterdir() if path.is_file()]
-    weights = sorted(filter(WHOLE.fullmatch, names), key=_preference) + sorted(
-        filter(INDEX.fullmatch, names), key=_preference
-    )
+    weights = sorted((name for name in names if WHOLE.fullmatch(name) or INDEX.fullmatch(name)), key=_preference)
     if not weights:
         raise ValueError(
             f"{folder.name}/ has no weights: got {', '.join(sorted(names))}; expected {STEM}.safetensors or .bin, a variant such as "
@@ -164,8 +151,8 @@ def _shards(folder: Path, index: str, expected: Shapes) -> dict[str, Shapes]:
     }
 
 
-def _preference(name: str) -> tuple[bool, int, str]:
-    return ".safetensors" not in name, name.count("."), name
+def _preference(name: str) -> tuple[bool, bool, int, str]:
+    return INDEX.fullmatch(name) is not None, ".safetensors" not in name, name.count("."), name
 
 
 def _scheduler_file(folder: Path) -> Path:

@@ -7,42 +7,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from ddpm import SCHEDULES, BetaSchedule, GaussianDiffusion
 from ddpm.betas import BETA_FIRST, BETA_LAST, named_betas
+from pipeline.config.yaml_files import Section, validate
 
 CLASS = "DDPMScheduler"
 MAX_TIMESTEPS = 100_000
 _READABLE = (CLASS, "DDIMScheduler")  # with betas and prediction under the same keys
 
 _PREDICTIONS = {"eps": "epsilon", "x0": "sample", "v": "v_prediction"}
-_VARIANCES = {  # theirs -> ours; fixed_small_log is another form of fixed_small
-    "fixed_small": "fixed_small",
-    "fixed_small_log": "fixed_small",
-    "fixed_large": "fixed_large",
-    "learned_range": "learned_range",
-}
 # their names of our schedules; the ends of these are scaled for T
 _BY_ENDS = {"linear": "linear", "quadratic": "scaled_linear"}
 _COSINE = "squaredcos_cap_v2"
 
-_THEIR_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "variance_type": "fixed_small",
-    "clip_sample": True,
-    "clip_sample_range": 1.0,
-    "prediction_type": "epsilon",
-    "thresholding": False,
-    "rescale_betas_zero_snr": False,
-}
+
+class SchedulerConfig(Section):
+    """The scheduler_config.json of a DDPMScheduler, with its defaults; the types allow what this package has."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    num_train_timesteps: Annotated[int, Field(ge=2, le=MAX_TIMESTEPS)] = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: str = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    variance_type: Literal["fixed_small", "fixed_small_log", "fixed_large", "learned_range"] = "fixed_small"
+    clip_sample: bool = True
+    clip_sample_range: float = 1.0
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    thresholding: Literal[False] = False
+    rescale_betas_zero_snr: bool = False
 
 
 def to_their_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
@@ -69,30 +69,22 @@ def to_their_config(diffusion: GaussianDiffusion) -> dict[str, Any]:
     }
 
 
-def from_their_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return our `diffusion` settings; ValueError if there is no equivalent."""
-    kind = config.get("_class_name", CLASS)
+def from_their_config(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our `diffusion` settings; ValueError, or UsageError for a value of another type, if there is no equivalent."""
+    kind = content.get("_class_name", CLASS)
     if kind not in _READABLE:
         raise ValueError(f"the scheduler is a {kind!r}; this package reads {' and '.join(_READABLE)}")
-    theirs = _THEIR_DEFAULTS | {key: value for key, value in config.items() if key in _THEIR_DEFAULTS}
-    if theirs["thresholding"]:
-        raise ValueError("thresholding is on; this package clips x0 to [-1, 1] or not at all")
-    if theirs["clip_sample"] and theirs["clip_sample_range"] != 1:
-        raise ValueError(f"clip_sample_range is {theirs['clip_sample_range']!r}; this package clips to [-1, 1]")
-    variance, prediction = theirs["variance_type"], theirs["prediction_type"]
-    if "prediction_type" not in config and config.get("predict_epsilon") is False:  # diffusers before 0.8
-        prediction = "sample"
-    if not isinstance(variance, str) or variance not in _VARIANCES:
-        raise ValueError(f"variance_type is {variance!r}; this package has only {', '.join(_VARIANCES)}")
+    old = {"prediction_type": "sample"} if content.get("predict_epsilon") is False else {}  # diffusers before 0.8
+    theirs = validate(SchedulerConfig, {**old, **content}, "scheduler_config.json")
+    if theirs.clip_sample and theirs.clip_sample_range != 1:
+        raise ValueError(f"clip_sample_range is {theirs.clip_sample_range!r}; this package clips to [-1, 1]")
     ours = {name: our for our, name in _PREDICTIONS.items()}
-    if not isinstance(prediction, str) or prediction not in ours:
-        raise ValueError(f"prediction_type is {prediction!r}; this package has only {', '.join(ours)}")
     return {
         **_our_schedule(theirs),
-        "zero_terminal_snr": bool(theirs["rescale_betas_zero_snr"]),
-        "prediction": ours[prediction],
-        "variance": _VARIANCES[variance],
-        "clip_x0": bool(theirs["clip_sample"]),
+        "zero_terminal_snr": theirs.rescale_betas_zero_snr,
+        "prediction": ours[theirs.prediction_type],
+        "variance": theirs.variance_type.removesuffix("_log"),  # fixed_small_log is another form of fixed_small
+        "clip_x0": theirs.clip_sample,
     }
 
 
@@ -114,19 +106,14 @@ def _their_betas(schedule: BetaSchedule) -> dict[str, Any]:
     }
 
 
-def _our_schedule(theirs: Mapping[str, Any]) -> dict[str, Any]:
+def _our_schedule(theirs: SchedulerConfig) -> dict[str, Any]:
     """Return schedule and T: the name of our schedule with these betas, else a table."""
-    T, table = theirs["num_train_timesteps"], theirs["trained_betas"]
-    if type(T) is not int or not 2 <= T <= MAX_TIMESTEPS:
-        raise ValueError(f"num_train_timesteps is {T!r}; expected an integer from 2 to {MAX_TIMESTEPS}")
+    T, table = theirs.num_train_timesteps, theirs.trained_betas
     if table is not None:
-        numbers = [_number(beta) for beta in table] if isinstance(table, list) else []
-        if len(numbers) != T or None in numbers:
-            raise ValueError(f"trained_betas: expected a list of {T} numbers")
-        return _named(torch.tensor(numbers, dtype=torch.float64))
-    name, first, last = theirs["beta_schedule"], _number(theirs["beta_start"]), _number(theirs["beta_end"])
-    if first is None or last is None:
-        raise ValueError(f"beta_start {theirs['beta_start']!r} and beta_end {theirs['beta_end']!r} are not numbers")
+        if len(table) != T:
+            raise ValueError(f"trained_betas: got {len(table)} numbers, expected {T}")
+        return _named(torch.tensor(table, dtype=torch.float64))
+    name, first, last = theirs.beta_schedule, theirs.beta_start, theirs.beta_end
     if name == "linear":
         return _named(torch.linspace(first, last, T, dtype=torch.float64))
     if name == "scaled_linear":
@@ -151,14 +138,3 @@ def _named(betas: Tensor) -> dict[str, Any]:
         if torch.allclose(ours, betas, rtol=1e-6, atol=0):
             return {"schedule": name, "num_timesteps": T}
     return {"schedule": "table", "num_timesteps": T, "betas": betas.tolist()}
-
-
-def _number(value: object) -> float | None:
-    """Return a finite number as float, None for anything else, such as integers that overflow a float."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None

@@ -78,14 +78,10 @@ def _inputs(trained: Trained, count: int) -> tuple[Tensor, Tensor, Tensor]:
 @contextmanager
 def _quietly() -> Iterator[None]:
     """Silence the exporter's logs and warnings."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(logging.NOTSET)

@@ -11,7 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,6 @@ def probe_training(
     num_workers: int,
     *,
     team: Team | None = None,
-    local_rank: int = 0,
     budget_s: float = PROBE_S,
     folder: Path | None = None,
     clock: Clock = time.perf_counter,
@@ -76,28 +75,25 @@ def probe_training(
     team call this together. Compiled trainings are measured without compilation, which alone would take longer. `clock` returns the
     seconds that time the steps.
     """
+    team = team or Team()
+    compute = training_compute(experiment, profile, num_workers, shape)
+    with _threads_kept():
+        compute.start()
+        steps = _Steps(experiment, shape, compute, team, clock)
+        return _probe(steps, experiment.training.batch_size // num_workers, budget_s, profile, folder)
+
+
+@contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Restore torch's number of threads: the caller's process goes on."""
     threads = torch.get_num_threads()
     try:
-        return _probe(experiment, shape, profile, num_workers, team or Team(), local_rank, budget_s, folder, clock)
+        yield
     finally:
-        torch.set_num_threads(threads)  # the caller's process goes on
+        torch.set_num_threads(threads)
 
 
-def _probe(
-    experiment: Experiment,
-    shape: Shape,
-    profile: Profile,
-    num_workers: int,
-    team: Team,
-    local_rank: int,
-    budget_s: float,
-    folder: Path | None,
-    clock: Clock,
-) -> Probe:
-    compute = training_compute(experiment, profile, num_workers, shape, local_rank)
-    compute.start()
-    steps = _Steps(experiment, shape, compute, team, clock)
-    batch = experiment.training.batch_size // num_workers
+def _probe(steps: _Steps, batch: int, budget_s: float, profile: Profile, folder: Path | None) -> Probe:
     first_s = steps.time(1, 1)[0]  # kernels are chosen and memory is taken here
     large, alone_s, full_s = 1, first_s, first_s
     if first_s < budget_s:
@@ -107,20 +103,20 @@ def _probe(
             full_s = steps.time(large, 1)[0]
         full_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
     shared_s = full_s
-    if team.size > 1:
+    if steps.team.size > 1:
         steps.share_gradients()
         shared_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
     image_s, fixed_s = _line(alone_s, large, full_s)
     step_s = shared_s + (batch - large) * image_s
-    saving_s = _checkpoint_s(steps.train_state, team, profile, folder)
-    return Probe(image_s, fixed_s, step_s, large, batch, saving_s, compute.name)
+    saving_s = _checkpoint_s(steps.train_state, steps.team, profile, folder)
+    return Probe(image_s, fixed_s, step_s, large, batch, saving_s, steps.compute.name)
 
 
 class _Steps:
     """Training steps of any batch size, one after another on the same network."""
 
     def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team, clock: Clock) -> None:
-        self._experiment, self._shape, self._compute, self._team = experiment, shape, compute, team
+        self._experiment, self._shape, self.compute, self.team = experiment, shape, compute, team
         self._clock = clock
         self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
         model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
@@ -130,7 +126,7 @@ class _Steps:
 
     def share_gradients(self) -> None:
         """Average gradients over the workers from now on."""
-        self._network = self._team.share_gradients(self.train_state.model, self._compute)
+        self._network = self.team.share_gradients(self.train_state.model, self.compute)
 
     def time(self, batch: int, num_steps: int, within_s: float | None = None) -> list[float]:
         """Return the times of up to `num_steps` steps, fewer if rank 0's time is over; rank 0's times, on every worker.
@@ -143,9 +139,9 @@ class _Steps:
             self._objective,
             self._batches(batch),
             self._experiment.training,
-            self._compute,
+            self.compute,
             seed=self._experiment.seed,
-            rank=self._team.rank,
+            rank=self.team.rank,
             horizontal_flip=self._experiment.data.horizontal_flip,
             null_class=self._num_classes,
         )
@@ -154,17 +150,17 @@ class _Steps:
         while len(times) < num_steps:
             before = self._clock()
             next(steps)
-            self._compute.wait()
+            self.compute.wait()
             times.append(self._clock() - before)
-            if within_s is not None and self._team.decide(self._clock() - begin > within_s)[0]:
+            if within_s is not None and self.team.decide(self._clock() - begin > within_s)[0]:
                 break
-        taken: list[float] = self._team.broadcast(times)
+        taken: list[float] = self.team.broadcast(times)
         return taken[1:] or taken
 
     def _batches(self, size: int) -> Iterator[Batch]:
         images = torch.randint(0, 256, (size, *self._shape), dtype=torch.uint8)
         labels = torch.randint(0, NUM_CLASSES, (size,))
-        draws = training_draws(self._experiment.seed, 0, self._team.rank, size, self._shape)
+        draws = training_draws(self._experiment.seed, 0, self.team.rank, size, self._shape)
         while True:
             yield Batch(self.train_state.step, images, labels, torch.arange(size), draws)
 
@@ -179,39 +175,27 @@ def _line(one_s: float, large: int, large_s: float) -> tuple[float, float]:
 
 
 def _checkpoint_s(train_state: TrainState, team: Team, profile: Profile, folder: Path | None) -> float | None:
-    """Write a checkpoint as training does, or a part of it; return how long a whole one takes, on every worker."""
+    """Write random bytes as training writes a checkpoint; return how long a whole one takes, on every worker."""
     taken: float | None = None
     if team.is_main and folder is not None:
         with suppress(OSError, StorageError):  # the steps are worth telling all the same
             in_store = profile.is_remote and is_remote(profile.storage)
-            taken = _save_s(train_state.tensors(), own_folder("runs") if in_store else folder)
+            taken = _save_s(checkpoints.num_bytes(train_state.tensors()), own_folder("runs") if in_store else folder)
     shared: float | None = team.broadcast(taken)
     return shared
 
 
-def _save_s(tensors: checkpoints.Tensors, folder: Path) -> float:
-    part = _part_of(tensors, TRIED_BYTES)
+def _save_s(num_bytes: int, folder: Path) -> float:
+    """Return how long a checkpoint of so many bytes takes; of a large one a part is written."""
+    part = torch.randint(0, 256, (min(num_bytes, TRIED_BYTES),), dtype=torch.uint8)
     there = next(place for place in (folder, *folder.parents) if place.is_dir())
     temporary = Path(tempfile.mkdtemp(prefix=".ddpm-probe-", dir=there))
     try:
         begin = time.perf_counter()
-        checkpoints.save(temporary, 0, 1, part, {}, may_commit=lambda: True)
-        scale = checkpoints.num_bytes(tensors) / max(1, checkpoints.num_bytes(part))
-        return (time.perf_counter() - begin) * max(1.0, scale)
+        checkpoints.save(temporary, 0, 1, {"model": {"part": part}}, {}, may_commit=lambda: True)
+        return (time.perf_counter() - begin) * num_bytes / len(part)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _part_of(tensors: checkpoints.Tensors, limit_bytes: int) -> checkpoints.Tensors:
-    """Return tensors of each group, in order, as long as all together stay within the limit."""
-    part: checkpoints.Tensors = {group: {} for group in tensors}
-    left = limit_bytes
-    for group, named in tensors.items():
-        for name, tensor in named.items():
-            left -= tensor.numel() * tensor.element_size()
-            if left >= 0:
-                part[group][name] = tensor
-    return part
 
 
 @dataclass(frozen=True)
@@ -223,9 +207,9 @@ class AllReduce:
     right: bool
 
 
-def probe_all_reduce(profile: Profile, team: Team, gpu: int = 0) -> AllReduce:
+def probe_all_reduce(profile: Profile, team: Team) -> AllReduce:
     """All-reduce one of DDP's buckets over all workers, several times; all of them call this together."""
-    compute = sampling_compute(profile, team.size, gpu=gpu)
+    compute = sampling_compute(profile, team.size)
     compute.start()
     numbers = torch.empty(BUCKET_BYTES // 4, device=compute.device)
     times = []

@@ -91,7 +91,7 @@ def read_folder(folder: Path, name: str) -> ForeignModel:
             return read_saved(folder)
         if is_pipeline(folder):
             return read_pipeline(folder, name)
-    except ValueError as error:
+    except (ValueError, UsageError) as error:  # the settings come from the folder, not from the user
         raise CheckpointError(f"{folder}: not taken: {error}") from None
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be read ({error.strerror})") from None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm import BetaSchedule, GaussianDiffusion, Objective, bits_per_dim, l_simple, normal_noise
+from ddpm import BetaSchedule, GaussianDiffusion, Objective, bits_per_dim, normal_noise
 from ddpm.gaussian import discretized_log_likelihood
 from tests.kit.closed_forms import as_output, ignorant, images, normal_data, randn, seeded
 
@@ -19,7 +19,7 @@ def test_l_simple_is_the_squared_error_on_the_target(prediction: str) -> None:
     diffusion = GaussianDiffusion(BetaSchedule.named("linear", 100), prediction)
     x0, eps, t = randn(6, 2, 4, 4), randn(6, 2, 4, 4, seed=1), torch.tensor([0, 1, 20, 50, 98, 99])
     model = ignorant(2)
-    loss = l_simple(diffusion, model, x0, t, eps)
+    loss = Objective(diffusion)(model, x0, t, eps)
     abar = diffusion.schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     x_t = abar.sqrt() * x0 + (1 - abar).sqrt() * eps
     error = model(x_t, t) - as_output(diffusion, x0, eps, x_t, t)
@@ -32,7 +32,7 @@ def test_l_simple_of_the_optimal_network_on_normal_data_is_abar() -> None:
     diffusion = GaussianDiffusion(BetaSchedule.named("cosine", 50))
     t = torch.arange(50)
     x0, eps = randn(50, 1, 200, 200), randn(50, 1, 200, 200, seed=1)
-    loss = l_simple(diffusion, normal_data(diffusion), x0, t, eps)
+    loss = Objective(diffusion)(normal_data(diffusion), x0, t, eps)
     # the mean of 40,000 squares has standard deviation abar sqrt(2 / 40,000) = 0.7 % of abar
     torch.testing.assert_close(loss, diffusion.schedule.alphas_cumprod, rtol=0.035, atol=1e-9)
 

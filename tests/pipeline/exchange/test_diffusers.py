@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ddpm import SCHEDULES, BetaSchedule, GaussianDiffusion, ancestral, normal_noise
+from pipeline.errors import UsageError
 from pipeline.exchange import diffusers_scheduler, diffusers_weights
 from pipeline.exchange.diffusers_folder import read_pipeline, write_pipeline
 from pipeline.training.models import build_diffusion, build_model
@@ -305,7 +306,7 @@ def test_averaged_weights_beside_the_others_are_the_averaged_weights(tmp_path: P
         (SCHEDULER, {"trained_betas": [0.1]}, "trained_betas"),
         (SCHEDULER, {"variance_type": []}, "variance_type"),
         (SCHEDULER, {"prediction_type": ["epsilon"]}, "prediction_type"),
-        (SCHEDULER, {"beta_end": 10**400}, "not numbers"),
+        (SCHEDULER, {"beta_end": 10**400}, "beta_end"),
         (SCHEDULER, {"beta_end": 10**25}, "betas"),
         (SCHEDULER, {"trained_betas": [10**400] * 1000}, "trained_betas"),
         (SCHEDULER, {"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler"),
@@ -318,7 +319,7 @@ def test_what_has_no_equal_here_is_refused_with_the_reason(
     write_pipeline(made(), tmp_path)
     path = tmp_path / file
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    with pytest.raises(ValueError, match=reason) as told:
+    with pytest.raises((ValueError, UsageError), match=reason) as told:
         read_pipeline(tmp_path, "odd")
     assert "\n" not in str(told.value)
 

@@ -73,7 +73,8 @@ def test_a_bound_is_the_cores_whatever_the_chunks(prediction: str, variance: str
         )
         for i in range(7)
     ]
-    expected = BitsPerDim.cat(each)
+    prior, terms, x0_mse = (torch.cat([getattr(e, name) for e in each]) for name in ("prior", "terms", "x0_mse"))
+    expected = BitsPerDim(prior, terms, x0_mse, each[0].timesteps)
     measure = likelihood(diffusion, model)
     whole = measure.bound(data, rows, 5)
     cut = join(measure.bound(data, rows[i : i + 3], 5) for i in (0, 3, 6))
