@@ -118,6 +118,12 @@ class TrainingConfig(Section):
     """Share of labels dropped in training, for classifier-free guidance; with `class_conditional` only."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Adam's learning rate after the warm-up."""
+    learning_rate_schedule: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    """The learning rate from the end of the warm-up to `decay_steps`; the value it has there is kept."""
+    decay_steps: PositiveInt | None = None
+    """Step at which the schedule of the learning rate ends; of `inverse_sqrt` null is never."""
+    final_learning_rate: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of `linear` and `cosine`."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """AdamW's weight decay; 0 is Adam."""
     adam_betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -157,6 +163,29 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"num_streams: got {self.num_streams}, which does not divide batch_size {self.batch_size}; "
                 "leave it out or choose a divisor"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_has_a_length(self) -> TrainingConfig:
+        schedule, length = self.learning_rate_schedule, self.decay_steps
+        if schedule == "constant":
+            if length is not None or self.final_learning_rate:
+                raise ValueError(
+                    "decay_steps and final_learning_rate: got a value with learning_rate_schedule constant, which reads neither; "
+                    "leave them out, or choose linear or cosine"
+                )
+        elif length is None and schedule != "inverse_sqrt":
+            raise ValueError(
+                f"decay_steps: got none; learning_rate_schedule {schedule} needs the step at which it ends, such as {self.steps}"
+            )
+        elif length is not None and length <= self.warmup_steps:
+            raise ValueError(
+                f"decay_steps: got {length}, expected more than warmup_steps, {self.warmup_steps}; choose more, or warm up for less"
+            )
+        elif schedule == "inverse_sqrt" and self.final_learning_rate:
+            raise ValueError(
+                "final_learning_rate: got a value with learning_rate_schedule inverse_sqrt, which does not read it; leave it out"
             )
         return self
 

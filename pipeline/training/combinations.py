@@ -5,20 +5,23 @@ from __future__ import annotations
 from ddpm import GaussianDiffusion, few_steps_warning, late_start_warning, timestep_subset
 from pipeline.config.experiment import OF_PROCESS, Experiment, ModelConfig, SamplingConfig, TrainingConfig
 from pipeline.config.yaml_files import Section
+from pipeline.console import plural
 from pipeline.data.labels import BALANCED, NONE, ClassNames, class_name, own_word
 from pipeline.errors import UsageError
+from pipeline.training.learning_rate import learning_rate_at
 from pipeline.training.models import build_diffusion, build_objective, has_process
 
 
 def check_training(experiment: Experiment) -> tuple[str, ...]:
     """Refuse what cannot be trained or sampled as asked (UsageError); return warnings of what may disappoint."""
     build_objective(experiment)
+    idle = _steps_without_learning(experiment.training)
     if not has_process(experiment):
         _check_no_process(experiment)
-        return ()
+        return idle
     diffusion = build_diffusion(experiment)
     _check_unread_settings(experiment.training, experiment.model)
-    return (*diffusion.schedule.warnings, *check_sampling(experiment, experiment.sampling))
+    return (*idle, *diffusion.schedule.warnings, *check_sampling(experiment, experiment.sampling))
 
 
 def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[str, ...]:
@@ -38,6 +41,17 @@ def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[st
     _check_last_step(diffusion, sampling, timesteps)
     few = few_steps_warning(diffusion, len(timesteps)) if sampling.sampler == "ancestral" else None
     return tuple(warning for warning in (few, late_start_warning(diffusion.schedule, timesteps)) if warning)
+
+
+def _steps_without_learning(training: TrainingConfig) -> tuple[str, ...]:
+    """Return a warning if the learning rate reaches 0 before the last step."""
+    idle = training.steps - (training.decay_steps or training.steps)
+    if idle <= 0 or learning_rate_at(training.steps, training) > 0:
+        return ()
+    return (
+        f"the learning rate is 0 from step {training.decay_steps} on, so the last {plural(idle, 'step')} will not change the weights; "
+        "set training.decay_steps to the number of steps, or training.final_learning_rate above 0",
+    )
 
 
 def _check_no_process(experiment: Experiment) -> None:

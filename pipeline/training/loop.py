@@ -23,6 +23,7 @@ from pipeline.errors import DivergedError
 from pipeline.training.averages import make_averages
 from pipeline.training.batches import Batch, PlacedBatch
 from pipeline.training.device import Compute, LossScaler
+from pipeline.training.learning_rate import learning_rate_at
 from pipeline.training.models import Loss, load_weights, weights_of
 from pipeline.training.randomness import seed_dropout
 
@@ -131,13 +132,6 @@ class StepResult:
                 f"training diverged at step {self.step}: the gradient overflows fp16 even with its loss scale down to {scale:.3g}; "
                 "lower training.learning_rate, or use -s training.precision=bf16 or fp32"
             )
-
-
-def learning_rate_at(step: int, settings: TrainingConfig) -> float:
-    """Return the rate of the step after `step` finished ones: linear warm-up from 0, then constant (Ho et al.'s code)."""
-    if settings.warmup_steps == 0:
-        return settings.learning_rate
-    return settings.learning_rate * min(step / settings.warmup_steps, 1.0)
 
 
 def fit(

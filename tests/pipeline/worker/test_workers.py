@@ -89,13 +89,6 @@ def test_micro_batches_add_up_to_the_batch(dataset, alone):
         torch.testing.assert_close(average, alone[2].ema.shadow[name], rtol=1e-3, atol=1e-5)
 
 
-def test_warm_up_begins_at_zero_and_ends_at_the_rate(dataset):
-    from pipeline.training.loop import learning_rate_at
-
-    settings = experiment(learning_rate=0.1, warmup_steps=4).training
-    assert [learning_rate_at(step, settings) for step in range(6)] == [0.0, 0.025, 0.05, pytest.approx(0.075), 0.1, 0.1]
-
-
 def test_the_gradient_is_clipped_to_its_norm(dataset):
     """With plain gradient descent's direction kept, a clip to c scales Adam's first moment after one step by c / norm."""
     free = train_one(dataset, experiment(grad_clip=None))
