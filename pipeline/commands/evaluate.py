@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands import completion, options
-from pipeline.commands.output import print_result
+from pipeline.commands.output import print_result, table_lines
 from pipeline.commands.submit import runs_on_cluster
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _evaluate_grid(
         print_result(plan, as_json)
     else:
         result = evaluate_grid(context, run, request, grid)
-        print_result(result, as_json, lambda: _page(result.run, result.grid.lines(), result.written))
+        print_result(result, as_json, lambda: _page(result.run, table_lines(result.grid.shown()), result.written))
 
 
 def _page(run: str, table: Sequence[str], written: Sequence[Path]) -> list[str]:

@@ -47,12 +47,19 @@ def named_lines(fields: Mapping[str, object]) -> list[str]:
     return lines
 
 
-def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-    """Print rows as an aligned table; a missing value is a dash."""
-    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
-    widths = [max(len(text) for text in column) for column in zip(list(columns), *cells, strict=True)]
-    for line in [list(columns), *cells]:
-        click.echo("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+def print_table(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> None:
+    """Print rows as `table_lines` aligns them."""
+    for line in table_lines(rows, columns):
+        click.echo(line)
+
+
+def table_lines(rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> list[str]:
+    """Return rows as the lines of an aligned table, by default of all their keys; a missing value is a dash."""
+    if columns is None:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(text) for text in column) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
 
 
 def _cell(value: object) -> str:

@@ -124,9 +124,7 @@ def show(context: Context, result: Result, *, as_json: bool) -> None:
     if as_json:
         print_json(result.to_json())
     else:
-        table = rows(result)
-        if table:
-            print_table(table, list(table[0]))
+        print_table(rows(result))
         click.echo("\n".join([*to_text(result), *context.next_lines(next_commands(result))]))
     sweep_commands.require_all_finished(result)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,16 @@ STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, QUIET = "#222222", "#DDDDDD"
 _DPI = 130
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Values of one setting by network calls for each image, and how its line looks: its name is the style's `label`."""
+
+    calls: Sequence[int]
+    values: Sequence[float]
+    style: Mapping[str, Any]
+    errors: Sequence[float] | None = None
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -53,14 +64,22 @@ def log_scale(axes: Any, values: Sequence[float], which: str) -> None:
         getattr(axes, f"set_{which}scale")("log")
 
 
-def calls_axis(axes: Any, calls: Sequence[int]) -> None:
-    """Make the x axis that of network calls: logarithmic if they span much, with a tick at each number if they are few."""
-    there = sorted(set(calls))
-    if there[0] > 0 and there[-1] > 3 * there[0]:
+def draw_over_calls(axes: Any, curves: Sequence[Curve], title: str, ylabel: str) -> None:
+    """Draw quality against network calls, a line for each setting that was scored.
+
+    The x axis is logarithmic if the calls span much, with a tick at each number if they are few.
+    """
+    for curve in curves:
+        axes.errorbar(curve.calls, curve.values, curve.errors, ms=4.5, capsize=2.5, **curve.style)
+    calls = sorted({calls for curve in curves for calls in curve.calls})
+    if calls[0] > 0 and calls[-1] > 3 * calls[0]:
         axes.set_xscale("log")
-    if len(there) <= 8:
-        axes.set_xticks(there, [str(n) for n in there])
+    if len(calls) <= 8:
+        axes.set_xticks(calls, [str(n) for n in calls])
         axes.set_xticks([], minor=True)
+    log_scale(axes, [value for curve in curves for value in curve.values], "y")
+    dress(axes, title, ylabel, "network calls per image")
+    axes.margins(x=0.05)
 
 
 def save_figure(figure: Any, path: Path) -> None:

@@ -10,16 +10,15 @@ import csv
 import io
 import itertools
 import json
-import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pipeline.errors import UsageError, nearest
-from pipeline.metrics.score_table import aligned, with_spread
+from pipeline.metrics.score_table import with_spread
 from pipeline.metrics.scores import Spread
-from pipeline.pictures.charts import MARKERS, calls_axis, dress, line_style, log_scale, new_figure, save_figure
+from pipeline.pictures.charts import MARKERS, Curve, draw_over_calls, line_style, new_figure, save_figure
 from pipeline.runs.evaluate import ScoreRequest
 from pipeline.runs.evaluation import Evaluation
 from pipeline.runs.sample import SampleRequest
@@ -63,19 +62,13 @@ def parse_grid(text: str, base: ScoreRequest) -> tuple[list[str], list[ScoreRequ
 def _value(key: str, text: str) -> Any:
     """Return a value as the type that the request's field asks for."""
     hint = get_type_hints(SampleRequest)[key]
-    kinds = get_args(hint) if get_origin(hint) in (types.UnionType, Literal) else (hint,)
-    if get_origin(hint) is Literal:
-        if text not in kinds:
-            raise UsageError(f"--grid: {key}={text!r}, expected one of {', '.join(kinds)}")
-        return text
-    for kind in (int, float):
-        if kind in kinds:
-            try:
-                return kind(text)
-            except ValueError:
-                if str not in kinds:
-                    raise UsageError(f"--grid: {key}={text!r}, expected a number") from None
-    return text
+    kind = (get_args(hint) or (hint,))[0]  # of `int | None`, int
+    convert = {"true": True, "false": False}.__getitem__ if kind is bool else kind
+    try:
+        return convert(text)
+    except (ValueError, KeyError):
+        expected = "true or false" if kind is bool else "a number"
+        raise UsageError(f"--grid: {key}={text!r}, expected {expected}") from None
 
 
 @dataclass(frozen=True)
@@ -130,38 +123,29 @@ class Grid:
             rows.append(row)
         return rows
 
-    def lines(self) -> list[str]:
-        """Return the table for people."""
-        head = [*self.keys, CALLS.replace("_", " "), *self.metrics]
-        rows = [
-            [
-                *(str(point.setting[key]) for key in self.keys),
-                str(point.nfe),
-                *(
-                    with_spread(point.values[m], point.spreads.get(m)) if m in point.values else "-"
-                    for m in self.metrics
-                ),
-            ]
+    def shown(self) -> list[dict[str, object]]:
+        """Return the rows for people: values with their spreads, and the yardsticks below them."""
+        found: list[dict[str, object]] = [
+            {**point.setting, "network calls": point.nfe}
+            | {name: with_spread(value, point.spreads.get(name)) for name, value in point.values.items()}
             for point in self.points
         ]
         for name, values in self.yardsticks.items():
-            beside = [f"{values[m]:.4g}" if m in values else "-" for m in self.metrics]
-            rows.append([name.replace("_", " "), *[""] * len(self.keys), *beside])
-        return aligned([head, *rows])
-
-    def csv(self) -> str:
-        """Return the rows as CSV."""
-        rows, text = self.rows(), io.StringIO()
-        writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), restval="")
-        writer.writeheader()
-        writer.writerows(rows)
-        return text.getvalue()
+            beside = {metric: values[metric] for metric in self.metrics if metric in values}
+            found.append({self.keys[0]: name.replace("_", " "), **beside})
+        return found
 
     def table(self) -> dict[str, Any]:
         """Return the rows in the form of MLflow's tables."""
         rows = self.rows()
         columns = list(dict.fromkeys(key for row in rows for key in row))
         return {"columns": columns, "data": [[row.get(column) for column in columns] for row in rows]}
+
+    def csv(self) -> str:
+        """Return the rows as CSV."""
+        table, text = self.table(), io.StringIO()
+        csv.writer(text).writerows([table["columns"], *table["data"]])
+        return text.getvalue()
 
 
 def write_grid(grid: Grid, folder: Path) -> list[Path]:
@@ -184,42 +168,39 @@ def grid_figure(grid: Grid) -> Any:
     for panel in panels[len(names) :]:
         panel.set_visible(False)
     for panel, name in zip(panels, names, strict=False):
-        for i, (label, points) in enumerate(_lines(grid, name)):
-            calls, values = [p.nfe for p in points], [p.values[name] for p in points]
-            over_seeds = all(p.spreads[name].parts for p in points if name in p.spreads) and name in points[0].spreads
-            errors = [p.spreads[name].value for p in points] if over_seeds else None
-            panel.errorbar(
-                calls,
-                values,
-                errors,
-                label=label,
-                marker=MARKERS[i % len(MARKERS)],
-                ms=4.5,
-                capsize=2.5,
-                **line_style(i),
-            )
+        draw_over_calls(panel, _curves(grid, name), name.replace("_", " "), name)
         real = grid.yardsticks.get("real_half", {}).get(name)
         if real is not None:
             panel.axhline(real, color="#999999", lw=1.2, ls="--", label="real half against real half")
-        calls_axis(panel, [p.nfe for p in grid.points])
-        log_scale(panel, [p.values[name] for p in grid.points if name in p.values], "y")
-        dress(panel, name.replace("_", " "), name, "network calls per image")
-        panel.margins(x=0.05)
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4), frameon=False, fontsize=9)
     return figure
 
 
-def _lines(grid: Grid, metric: str) -> Iterator[tuple[str, list[Point]]]:
-    """Yield (label, points by network calls) for each combination of the settings other than the steps."""
+def _curves(grid: Grid, metric: str) -> list[Curve]:
+    """Return a line for each combination of the settings other than the steps; errors are drawn if they are over seeds."""
     others = [key for key in grid.keys if key != "steps"]
-    groups: dict[tuple[Any, ...], list[Point]] = {}
+    groups: dict[str, list[Point]] = {}
     for point in grid.points:
         if metric in point.values:
-            groups.setdefault(tuple(point.setting[key] for key in others), []).append(point)
-    for values, points in groups.items():
-        named = [
-            str(v) if k in ("sampler", "weights", "spacing") else f"{k} {v}"
-            for k, v in zip(others, values, strict=True)
-        ]
-        yield ", ".join(named) or "this model", sorted(points, key=lambda point: point.nfe)
+            groups.setdefault(_label(point, others), []).append(point)
+    curves = []
+    for i, (label, group) in enumerate(groups.items()):
+        points = sorted(group, key=lambda point: point.nfe)
+        spreads = [point.spreads.get(metric) for point in points]
+        errors = [spread.value for spread in spreads if spread is not None and spread.parts]
+        curves.append(
+            Curve(
+                [point.nfe for point in points],
+                [point.values[metric] for point in points],
+                {**line_style(i), "marker": MARKERS[i % len(MARKERS)], "label": label},
+                errors if len(errors) == len(points) else None,
+            )
+        )
+    return curves
+
+
+def _label(point: Point, keys: Sequence[str]) -> str:
+    alone = ("sampler", "weights", "spacing")  # their values need no name
+    words = [str(point.setting[key]) if key in alone else f"{key} {point.setting[key]}" for key in keys]
+    return ", ".join(words) or "this model"

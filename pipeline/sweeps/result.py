@@ -53,6 +53,11 @@ class PointResult:
         return [entry for entry in self.entries if entry.status == "failed"]
 
     @property
+    def name(self) -> str:
+        """The title, with "(seed 1 failed)" if a seed failed."""
+        return f"{self.title} ({failed_seeds(self)})" if self.failed else self.title
+
+    @property
     def is_complete(self) -> bool:
         """Whether there is a value, and no seed failed."""
         return bool(self.values) and not self.failed
@@ -264,7 +269,7 @@ def statement(result: Result) -> str:
     if best is None:
         return "No trial gave a value."
     sentences = [f"Best: {best.title}, {result.metric_name} {with_error(best)}.", *_compared(result, best)]
-    partial = [f"{point.title} ({failed_seeds(point)})" for point in result.ranked if point.failed]
+    partial = [point.name for point in result.ranked if point.failed]
     if partial:
         where = "ranked below the complete points" if result.complete else "no point is complete"
         sentences.append(f"Not compared, {where}: {_some(partial)}.")

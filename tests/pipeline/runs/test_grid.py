@@ -10,6 +10,7 @@ import mlflow
 import numpy as np
 import pytest
 
+from pipeline.commands.output import table_lines
 from pipeline.errors import UsageError
 from pipeline.metrics.scores import Spread
 from pipeline.runs.evaluate import ScoreRequest
@@ -28,6 +29,7 @@ def test_points_are_every_combination_the_last_key_fastest():
         *(("ddim", 5, 0.5, 2), ("ddim", 10, 0.5, 2)),
         *(("ancestral", 5, 0.5, 2), ("ancestral", 10, 0.5, 2)),
     ]
+    assert [p.compile for p in parse_grid("compile=true,false", ScoreRequest())[1]] == [True, False]
     assert len(parse_grid("steps=5,5,5", ScoreRequest())[1]) == 1
 
 
@@ -40,6 +42,7 @@ def test_points_are_every_combination_the_last_key_fastest():
         ("steps=", "expected key=value"),
         ("steps=,", "expected key=value"),
         ("steps=five", "expected a number"),
+        ("compile=yes", "expected true or false"),
         ("steps=5 steps=6", "appears twice"),
         ("seed=1,2", "its own option"),
         ("  ", "nothing to vary"),
@@ -74,9 +77,10 @@ def test_the_table_is_the_same_for_people_and_programs():
     table = grid.table()
     assert table["columns"] == list(rows[0])
     assert [dict(zip(table["columns"], row, strict=True)) for row in table["data"]] == grid.rows()
-    lines = grid.lines()
+    lines = table_lines(grid.shown())
     assert lines[0].split() == ["sampler", "steps", "network", "calls", "fid", "kid"]
-    assert lines[-1].split() == ["real", "half", "0.3", "0"]
+    assert lines[-2].split() == ["ancestral", "100", "100", "1.09", "-0.01", "±", "0.1"]
+    assert lines[-1].split() == ["real", "half", "-", "-", "0.3", "0"]
 
 
 def test_the_picture_shows_every_value_over_its_network_calls(tmp_path: Path):
