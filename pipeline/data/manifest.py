@@ -8,29 +8,32 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pipeline.errors import DataError
+from pydantic import Field, TypeAdapter, ValidationError
+
+from pipeline.errors import DataError, StorageError
+from pipeline.storage.local import LocalFolder
+from pipeline.storage.remote import RemoteFolder
 
 FORMAT = 1
 MANIFEST_FILE = "manifest.json"
 RAW_LIMIT = 64  # images up to 64 x 64 are stored as raw pixels, larger ones as PNG
-_SHARD_FILE = re.compile(r"shard-\d{5,}\.parquet")
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
 class Shard:
     """One Parquet file: name, rows, rows per row group, size and sha256."""
 
-    file: str
-    num_rows: int
-    row_group_rows: tuple[int, ...]
+    file: Annotated[str, Field(pattern=r"^shard-[0-9]{5,}\.parquet$")]
+    num_rows: Count
+    row_group_rows: tuple[Count, ...]
     num_bytes: int
-    sha256: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,8 @@ class Manifest:
     format: int
     name: str
     source: str
-    shape: tuple[int, int, int]
-    encoding: str
+    shape: tuple[Count, Count, Count]
+    encoding: Literal["raw", "png"]
     num_rows: int
     shards: tuple[Shard, ...]
     class_names: tuple[str, ...] | None
@@ -86,24 +89,17 @@ class Manifest:
         (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
+    def load(cls, folder: Path | RemoteFolder) -> Manifest:
         """Read and check `manifest.json` of `folder`.
 
         Raises:
-            DataError: it is missing or damaged, or a newer release wrote it.
+            DataError: it is missing or damaged, a newer release wrote it, or the store does not answer.
         """
-        path = folder / MANIFEST_FILE
+        path = f"{folder}/{MANIFEST_FILE}"
         try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            return cls.parse(None, str(path), str(folder))
-        except OSError as error:
-            raise DataError(f"{path} cannot be read ({error}): ingest the dataset again") from None
-        return cls.parse(content, str(path), str(folder))
-
-    @classmethod
-    def parse(cls, data: bytes | None, path: str, folder: str) -> Manifest:
-        """Parse the content of `path` in the dataset `folder` (None if the file is missing); DataError as in `load`."""
+            data = (LocalFolder(folder) if isinstance(folder, Path) else folder).read(MANIFEST_FILE)
+        except StorageError as error:
+            raise DataError(str(error)) from None
         if data is None:
             raise DataError(
                 f"{folder} is not an ingested dataset (no {MANIFEST_FILE}): make one with `ddpm-pipe ingest SOURCE DEST`"
@@ -121,9 +117,17 @@ class Manifest:
         if content.pop("checksum", None) != _checksum(content):
             raise DataError(f"{path} was changed after it was written (its checksum differs): ingest the dataset again")
         try:
-            return _parse(content)
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{path} is not a dataset manifest ({error}): ingest the dataset again") from None
+            manifest: Manifest = _reader().validate_python(content)
+        except ValidationError as error:
+            place = ".".join(map(str, error.errors()[0]["loc"]))
+            raise DataError(f"{path} is not a dataset manifest ({place} is wrong): ingest the dataset again") from None
+        shards = manifest.shards
+        if (
+            any(sum(s.row_group_rows) != s.num_rows for s in shards)
+            or not 0 < sum(manifest.row_groups) == manifest.num_rows
+        ):
+            raise DataError(f"{path} is not a dataset manifest (the rows do not add up): ingest the dataset again")
+        return manifest
 
 
 class ContentHash:
@@ -161,25 +165,6 @@ def _checksum(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _parse(content: dict[str, Any]) -> Manifest:
-    for key in ("shape", "mean", "std", "skipped"):
-        content[key] = tuple(content[key])
-    if content["class_names"] is not None:
-        content["class_names"] = tuple(content["class_names"])
-    content["shards"] = tuple(Shard(**{**s, "row_group_rows": tuple(s["row_group_rows"])}) for s in content["shards"])
-    manifest = Manifest(**content)
-    _check(manifest)
-    return manifest
-
-
-def _check(manifest: Manifest) -> None:
-    """Raise ValueError for values that this release cannot have written, such as a file name outside the folder."""
-    shards = manifest.shards
-    if len(manifest.shape) != 3 or min(manifest.shape) < 1 or manifest.encoding not in ("raw", "png"):
-        raise ValueError(f"shape {manifest.shape} and encoding {manifest.encoding!r} do not go together")
-    if any(not _SHARD_FILE.fullmatch(s.file) or not _SHA256.fullmatch(s.sha256) for s in shards):
-        raise ValueError("a shard's file name or sha256 is malformed")
-    if any(sum(s.row_group_rows) != s.num_rows or min(s.row_group_rows, default=0) < 1 for s in shards):
-        raise ValueError("a shard's rows do not add up")
-    if not shards or sum(s.num_rows for s in shards) != manifest.num_rows:
-        raise ValueError("the rows do not add up")
+@cache
+def _reader() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)

@@ -19,7 +19,7 @@ from pipeline.data.manifest import Manifest as Manifest
 from pipeline.data.manifest import Shard as Shard
 from pipeline.data.shard_batches import RawBatch as RawBatch
 from pipeline.data.shard_batches import read_batches as read_batches
-from pipeline.data.shards_files import LocalShards, RemoteShards, ShardFiles
+from pipeline.data.shards_files import LocalShards, RemoteShards
 from pipeline.data.shards_format import Stored, read_row_group, reason_of, refuse_unsafe_environment
 from pipeline.errors import DataError
 from pipeline.storage.remote import RemoteFolder, is_remote
@@ -33,7 +33,7 @@ _READ_AHEAD_SHARDS = 3
 class Dataset:
     """An ingested dataset. Images are read from memory after `hold_in_memory`, else from the row groups needed."""
 
-    def __init__(self, files: ShardFiles) -> None:
+    def __init__(self, files: LocalShards | RemoteShards) -> None:
         self._files = files
         self.manifest = manifest = files.manifest
         self._groups = [(s, g) for s, shard in enumerate(manifest.shards) for g in range(len(shard.row_group_rows))]

@@ -1,4 +1,4 @@
-"""The files of a dataset: in a folder, or in an object store with copies on this machine."""
+"""The files of a dataset: in a folder (LocalShards), or in an object store with copies on this machine (RemoteShards)."""
 
 from __future__ import annotations
 
@@ -6,32 +6,15 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.config.cluster_profile import Cache
-from pipeline.data.manifest import MANIFEST_FILE, Manifest
+from pipeline.data.manifest import Manifest
 from pipeline.data.shards_format import read_footer
 from pipeline.errors import DataError, PipelineError, StorageError
 from pipeline.storage.remote import RemoteFolder, is_remote
 from pipeline.storage.remote_cache import NodeCache
 from pipeline.storage.remote_run import own_folder
-
-
-class ShardFiles(Protocol):
-    """The files of a dataset; `location` is the path or address of their folder, `cache` says where copies of remote files are kept."""
-
-    location: str
-    cache: Cache | None
-    manifest: Manifest
-
-    def opened(self, shard: int) -> Any:
-        """Open a shard in a `with` block as (path, parsed footer); DataError if it is damaged."""
-
-    def expect(self, shards: Iterable[int]) -> None:
-        """Start to download shards that will be read soon; does not wait."""
-
-    def discard(self, shard: int) -> bool:
-        """Discard a damaged local copy; return whether opening the shard again may help."""
 
 
 class LocalShards:
@@ -45,11 +28,14 @@ class LocalShards:
 
     @contextmanager
     def opened(self, shard: int) -> Iterator[tuple[Path, Any]]:
+        """Yield the path of a shard and its parsed footer."""
         yield self._folder / self.manifest.shards[shard].file, self._footers[shard]
 
-    def expect(self, shards: Iterable[int]) -> None: ...
+    def expect(self, shards: Iterable[int]) -> None:
+        """Do nothing: the shards are here."""
 
     def discard(self, shard: int) -> bool:
+        """Return False: there is no other copy to read."""
         return False
 
 
@@ -59,7 +45,7 @@ class RemoteShards:
     def __init__(self, folder: RemoteFolder, cache: Cache) -> None:
         self._remote, self.location = folder, folder.uri
         self.cache: Cache | None = cache
-        self.manifest = read_manifest(folder)
+        self.manifest = Manifest.load(folder)
         self._require_all()
         own = own_folder("shards") if cache.folder is None else Path(cache.folder)
         self._copies = NodeCache(own, int(cache.max_gb * 1e9))
@@ -69,7 +55,7 @@ class RemoteShards:
 
     @contextmanager
     def opened(self, shard: int) -> Iterator[tuple[Path, Any]]:
-        """Open this machine's copy, which is not evicted meanwhile."""
+        """Yield the path of this machine's copy, which is not evicted meanwhile, and its parsed footer; DataError if it is damaged."""
         about = self.manifest.shards[shard]
         where = f"{self._remote}/{about.file}"
         with self._copies.use(about.sha256, about.num_bytes, where, lambda path: self._fetch(about.file, path)) as path:
@@ -78,6 +64,7 @@ class RemoteShards:
             yield path, self._footers[shard]
 
     def expect(self, shards: Iterable[int]) -> None:
+        """Start to download shards that will be read soon; does not wait."""
         self._coming = {shard: future for shard, future in self._coming.items() if not future.done()}
         for shard in shards:
             if shard not in self._coming and not self._copies.has(self.manifest.shards[shard].sha256):
@@ -111,15 +98,6 @@ class RemoteShards:
 
 def manifest_of(location: str | Path) -> Manifest:
     """Read the manifest of a dataset, local or in an object store; DataError as in `Manifest.load`."""
-    if isinstance(location, str) and is_remote(location):
-        return read_manifest(RemoteFolder(location))
-    return Manifest.load(Path(location))
-
-
-def read_manifest(folder: RemoteFolder) -> Manifest:
-    """Read the manifest of a dataset in an object store; DataError if it is missing or the store does not answer."""
-    try:
-        content = folder.read(MANIFEST_FILE)
-    except StorageError as error:
-        raise DataError(str(error)) from None
-    return Manifest.parse(content, f"{folder}/{MANIFEST_FILE}", str(folder))
+    return Manifest.load(
+        RemoteFolder(location) if isinstance(location, str) and is_remote(location) else Path(location)
+    )

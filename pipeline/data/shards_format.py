@@ -46,8 +46,9 @@ def read_footer(path: Path, shard: Shard, manifest: Manifest) -> Any:
         footer = pq.read_metadata(path)
         _check_footer(footer, shard, manifest)
     except (pa.ArrowException, OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
-        raise DataError(f"{path} is missing or damaged ({reason}): restore it or ingest the dataset again") from None
+        raise DataError(
+            f"{path} is missing or damaged ({reason_of(error)}): restore it or ingest the dataset again"
+        ) from None
     return footer
 
 

@@ -247,7 +247,7 @@ MORE: dict[str, tuple[bytes, str]] = {
     "12 bits": (twelve_bits(), r"a JPEG that Pillow cannot read \(cannot handle 12-bit layers\)"),
     "HEIC": (b"\0\0\0\x18ftypheic" + bytes(16), "a HEIC file, expected a PNG or JPEG"),
     "AVIF": (b"\0\0\0\x18ftypavif" + bytes(16), "a AVIF file, expected a PNG or JPEG"),
-    "WebP": (saved("RGB", "WEBP"), "a WebP file, expected a PNG or JPEG"),
+    "WebP": (saved("RGB", "WEBP"), "a WEBP file, expected a PNG or JPEG"),
     "TIFF": (saved("RGB", "TIFF"), "a TIFF file, expected"),
     "BMP": (saved("RGB", "BMP"), "a BMP file, expected"),
     "PDF": (saved("RGB", "PDF"), "a PDF file, expected"),
