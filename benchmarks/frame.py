@@ -15,10 +15,10 @@ from typing import Any
 
 from benchmarks.rounds import Case, Measure
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import experiment_from
+from pipeline.config.experiment import DataConfig, experiment_from
 from pipeline.data.order import Order
 from pipeline.data.shards import Dataset
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.batches import Prefetch, training_batches
@@ -66,7 +66,7 @@ class Steps:
 
 def _contestants(stack: ExitStack) -> dict[str, Measure]:
     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="frame-")))
-    dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
+    dataset = ensure_ingested(DataConfig(), home / "datasets")
     return {"worker": lambda: _worker(home, dataset), "bare loop": lambda: _bare_loop(dataset)}
 
 

@@ -29,11 +29,11 @@ import torch
 from ddpm import bits_per_dim
 from pipeline.config import presets
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment, load_experiment, with_overrides
+from pipeline.config.experiment import DataConfig, Experiment, load_experiment, with_overrides
 from pipeline.data.images import to_float
 from pipeline.data.order import Order, default_num_streams
 from pipeline.data.shards import Dataset
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics import scoring
 from pipeline.sampling.generation import Denoiser
 from pipeline.training.batches import training_batches
@@ -132,13 +132,13 @@ def measured(cell: Cell, steps: int, num_timesteps: int, home: Path) -> dict[str
     """Train and measure one cell, in a process of its own where there are several."""
     experiment = cell.experiment(steps, num_timesteps)
     check_training(experiment)
-    figures = measure(experiment, ensure_ingested("digits", IngestOptions(), home), home / "features")
+    figures = measure(experiment, ensure_ingested(DataConfig(), home), home / "features")
     return {"cell": asdict(cell), "steps": steps, "T": num_timesteps, **figures}
 
 
 def run(path: Path, steps: int, num_timesteps: int, home: Path, at_most: int | None, jobs: int) -> None:
     """Measure every cell that the file does not hold yet, or so many of them, and add a line for each."""
-    ensure_ingested("digits", IngestOptions(), home)
+    ensure_ingested(DataConfig(), home)
     done = [json.loads(line)["cell"] for line in path.read_text().splitlines()] if path.exists() else []
     missing = [cell for cell in cells() if asdict(cell) not in done]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as processes:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from benchmarks.rounds import Case, Measure, rate, ratio
 from benchmarks.training import SHAPES, experiment_of, peer_network
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.config.experiment import DataConfig, Experiment
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.features import Extracted, concatenate
 from pipeline.metrics.scoring import choose_extractor, prepare_reference, score
 from pipeline.sampling.generated import GenerateTask
@@ -98,7 +98,7 @@ def _scoring(stack: ExitStack) -> dict[str, Measure]:
     experiment, compute = experiment_of("digits", 64), sampling_compute(Profile())
     compute.start()
     home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="scoring-")))
-    dataset = ensure_ingested("digits", IngestOptions(), home)
+    dataset = ensure_ingested(DataConfig(), home)
     extractor = choose_extractor(dataset, home)
     reference = prepare_reference(dataset, extractor, SCORED, home)
     denoiser = _denoiser(experiment, SHAPES["digits"], 50, compute)

@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.config import presets
 from pipeline.config.process import DiffusionConfig as DiffusionConfig
@@ -59,6 +59,9 @@ class Precision(StrEnum):
     MIXED = "mixed"
 
 
+Side = Annotated[int, Field(ge=1, le=8192)]  # of an image, in pixels
+
+
 class DataConfig(Section):
     """The images, and the order in which training reads them."""
 
@@ -66,7 +69,7 @@ class DataConfig(Section):
     """An ingested dataset, or a source that `ddpm-pipe ingest` takes: `digits`, `mnist`, a folder, Parquet, `.npz`."""
     split: str | None = None
     """Split of the source, such as `test`; null takes `train` where there are splits."""
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    image_size: Side | tuple[Side, Side] | None = None
     """Height and width, or one number for both: the largest centred part of that shape is resized; null keeps the size."""
     mode: Literal["L", "RGB"] | None = None
     """Convert to grayscale (`L`) or colour (`RGB`); null keeps the mode."""
@@ -83,18 +86,10 @@ class DataConfig(Section):
     shuffle_window: PositiveInt = 65_536
     """Least number of rows among which rows are permuted; groups of rows are permuted anyway."""
 
-
-def _decays(value: object) -> float | tuple[float, ...]:
-    """Check one decay or several."""
-    values = value if isinstance(value, list | tuple) else [value]
-    numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v < 1]
-    if not values or len(numbers) < len(values):
-        raise ValueError(f"got {value!r}; expected a number from 0 to below 1, or a list of such")
-    return tuple(float(n) for n in numbers) if isinstance(value, list | tuple) else float(numbers[0])
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(height, width), or None."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
 
 class TrainingConfig(Section):
@@ -134,11 +129,7 @@ class TrainingConfig(Section):
     """Steps in which the learning rate grows linearly from 0."""
     grad_clip: Annotated[float, Field(gt=0)] | None = 1.0
     """Largest norm of the gradient; null does not clip."""
-    ema_decay: Annotated[
-        float | tuple[float, ...],
-        PlainValidator(_decays, json_schema_input_type=float | tuple[float, ...]),
-        PlainSerializer(_plain),
-    ] = 0.9999
+    ema_decay: Fraction | Annotated[tuple[Fraction, ...], Field(min_length=1)] = 0.9999
     """Decay of the averaged weights; of several, averaged at once, the first is sampled by default."""
     ema_ramp_up: bool = True
     """Let the decay grow from 0.1 in the first steps."""

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Hashable, Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -181,10 +182,13 @@ def validate(schema: type[SectionT], content: dict[str, Any], where: str) -> Sec
 def _explain(schema: type[Section], error: ValidationError) -> str:
     """Return one line for the first fault, unknown keys before others (a misspelt key often causes the rest)."""
     faults = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
-    fault = faults[0]
-    # a member of a union carries the union's tag in its location: only names that are settings are shown
-    field = ".".join(str(part) for part in fault["loc"] if not str(part).endswith((")", "]")))
-    rest = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    setting = tuple(takewhile(_is_named, faults[0]["loc"]))
+    of_setting = [fault for fault in faults if fault["loc"][: len(setting)] == setting]
+    # each member of a union has a fault of its own: the one that got furthest is of the form that was written
+    fault = max(of_setting, key=lambda fault: len(fault["loc"]))
+    field = ".".join(str(part) for part in fault["loc"] if _is_named(part))
+    others = len(faults) - len(of_setting)
+    rest = f" (and {others} more)" if others else ""
     if fault["type"] == "extra_forbidden":
         parent = _section_at(schema, fault["loc"][:-1])
         known = list(parent.model_fields) if parent else []
@@ -197,6 +201,11 @@ def _explain(schema: type[Section], error: ValidationError) -> str:
         return f"{field + ': ' if field else ''}{fault['msg'].removeprefix('Value error, ')}{rest}"
     shown = "a number that is not finite" if isinstance(got, float) and not math.isfinite(got) else repr(got)
     return f"{field}: got {shown}, expected {_expected(fault['type'], fault.get('ctx', {}))}{rest}"
+
+
+def _is_named(part: int | str) -> bool:
+    """Whether a part of a fault's location is the name or place of a setting, not a tag that pydantic gives to the member of a union."""
+    return isinstance(part, int) or not re.fullmatch(r"(constrained-)?(int|float|str)|.*[)\]]", part)
 
 
 def _expected(kind: str, context: dict[str, Any]) -> str:

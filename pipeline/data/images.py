@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
-MODES = ("L", "RGB")  # accepted without conversion; `mode` converts to one of them
+CHANNELS = {"L": 1, "RGB": 3}  # by mode: accepted without conversion; `mode` converts to one of them
 MAX_PIXELS = 2**26  # 8192 x 8192
-PILLOW_MAX_PIXELS = 89_478_485  # Pillow warns above it
 MAX_BYTES = 2**27  # of one encoded image
 _ORIENTATION = 0x0112
 
@@ -112,7 +111,7 @@ def convert_array(pixels: Pixels, mode: str | None, where: str = "image") -> Pix
     """Convert pixels [H, W, C] to the channels of `mode`, as `decode_image` does."""
     from PIL import Image
 
-    if mode is None or pixels.shape[2] == {"L": 1, "RGB": 3}[mode]:
+    if mode is None or pixels.shape[2] == CHANNELS[mode]:
         return pixels
     if pixels.shape[2] not in (1, 3):
         raise DataError(f"{where}: {pixels.shape[2]} channels, --mode {mode} converts from 1 or 3: leave out --mode")
@@ -155,7 +154,7 @@ def _obstacle(image: ImageFile) -> str | None:
         return "has 16 bits per channel"
     if _has_transparency(image):
         return "has transparency"
-    if image.mode not in MODES:
+    if image.mode not in CHANNELS:
         return {"1": "is black and white (1 bit)", "P": "has a palette"}.get(image.mode, f"is {image.mode}")
     if _orientation(image) != 1:
         return f"is to be shown turned (EXIF orientation {_orientation(image)})"
@@ -186,7 +185,7 @@ def _converted(image: ImageFile, mode: str | None, obstacle: str | None) -> Imag
         upright = Image.fromarray((np.asarray(upright).astype(np.int64) >> 8).astype(np.uint8))
     elif _has_transparency(image):
         upright = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright.convert("RGBA"))
-    return (upright if upright.mode in MODES else upright.convert("RGB")).convert(mode)
+    return (upright if upright.mode in CHANNELS else upright.convert("RGB")).convert(mode)
 
 
 def _orientation(image: Image) -> int:

@@ -25,7 +25,7 @@ from pipeline.doctor import checks
 from pipeline.doctor.checks import Examination
 from pipeline.doctor.verdicts import Finding, Verdict, green, red, skipped, yellow
 from pipeline.errors import DataError, PipelineError, RefusedError, UsageError
-from pipeline.ingest.ingest import IngestOptions, availability
+from pipeline.ingest.ingest import availability
 from pipeline.limits import in_thread
 from pipeline.planning.capacity import held_here
 from pipeline.storage.home import datasets_dir
@@ -56,7 +56,7 @@ def examination_of(profile: Profile, data: str | None, preset: str | None) -> Ex
     begun = time.monotonic()
     experiment = load_experiment(presets.find("experiments", preset or DEFAULT_PRESET))
     datasets = datasets_dir(profile.home())
-    shape = _look(lambda: availability(experiment.data.source, IngestOptions(), datasets).shape)
+    shape = _look(lambda: availability(experiment.data, datasets).shape)
     if data is not None and not is_remote(data):
         folder = Path(data).absolute()
         if _look(lambda: os.path.isdir(folder)) is False:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import urllib.error
 import urllib.request
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
-from typing import Any
 
-from pipeline.errors import DataError, StorageError
+from pipeline.errors import DataError
+from pipeline.storage.durable import storage_errors, write_atomically
 
 _TIMEOUT_S = 30
 
@@ -31,7 +30,8 @@ def fetch(archive: Archive, downloads: Path, offline: bool, say: Callable[[str],
     """Return the path of the file; download and check it if it is missing.
 
     Raises:
-        DataError: it is missing and `offline`, the server cannot be reached, or the sha256 differs.
+        DataError: it is missing and `offline`, the server cannot be reached or does not answer, or the sha256 differs.
+        StorageError: the downloads folder cannot be written.
     """
     here = find(archive, downloads)
     if here is not None:
@@ -41,56 +41,19 @@ def fetch(archive: Archive, downloads: Path, offline: bool, say: Callable[[str],
     if offline:
         raise DataError(f"{archive.file} is not in {downloads} and downloads are off: allow them, or {by_hand}")
     say(f"downloading {archive.url} ({archive.num_bytes / 1e6:.1f} MB)")
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    made = [folder for folder in path.parents if not folder.exists()]
     try:
+        with urllib.request.urlopen(archive.url, timeout=_TIMEOUT_S) as response:
+            data: bytes = response.read(archive.num_bytes + 1)
+    except (OSError, HTTPException) as error:
+        cause = error.reason if isinstance(error, urllib.error.URLError) else error
+        reason = getattr(cause, "strerror", None) or cause
+        raise DataError(f"{archive.url} cannot be downloaded ({reason}): check the network, or {by_hand}") from None
+    if hashlib.sha256(data).hexdigest() != archive.sha256:
+        raise DataError(f"{archive.url} sent another file than was published (sha256 differs): try again, or {by_hand}")
+    with storage_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("wb") as file:
-            found = _download(archive, file)
-        if found != archive.sha256:
-            raise DataError(
-                f"{archive.url} sent another file than was published (sha256 differs): try again, or {by_hand}"
-            )
-        partial.replace(path)
-    except urllib.error.URLError as error:
-        raise DataError(
-            f"{archive.url} cannot be downloaded ({_said(error)}): check the network, or {by_hand}"
-        ) from None
-    except TimeoutError:
-        raise DataError(
-            f"{archive.url} does not answer within {_TIMEOUT_S} s: check the network, or {by_hand}"
-        ) from None
-    except OSError as error:
-        raise StorageError(f"{path} cannot be written ({error.strerror}): free space or make it writable") from None
-    finally:
-        partial.unlink(missing_ok=True)
-        for folder in made if not path.exists() else []:
-            with suppress(OSError):
-                folder.rmdir()
+    write_atomically(path, data)
     return path
-
-
-def _said(error: urllib.error.URLError) -> str:
-    return getattr(error.reason, "strerror", None) or str(error.reason)
-
-
-def _download(archive: Archive, file: Any) -> str:
-    """Download to `file`, at most one byte more than published; return the sha256."""
-    total, left = hashlib.sha256(), archive.num_bytes + 1
-    with urllib.request.urlopen(archive.url, timeout=_TIMEOUT_S) as response:
-        while left > 0 and (part := _receive(response, min(2**20, left), archive.url)):
-            file.write(part)
-            total.update(part)
-            left -= len(part)
-    return total.hexdigest()
-
-
-def _receive(response: Any, count: int, url: str) -> bytes:
-    try:
-        part: bytes = response.read(count)
-    except (OSError, ValueError) as error:  # of the network, not of the disk
-        raise urllib.error.URLError(str(error)) from None
-    return part
 
 
 def find(archive: Archive, downloads: Path) -> Path | None:

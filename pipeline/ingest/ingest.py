@@ -9,10 +9,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.cluster_profile import Cache
 from pipeline.config.experiment import DataConfig
-from pipeline.data.images import MAX_PIXELS
+from pipeline.config.yaml_files import validate
+from pipeline.data.images import CHANNELS
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.shards_files import manifest_of
@@ -20,7 +22,6 @@ from pipeline.errors import DataError, UsageError
 from pipeline.ingest.pool import all_rows, default_num_workers
 from pipeline.ingest.remote import has_dataset, is_empty, new_remote_folder, sole_remote_writer
 from pipeline.ingest.resolve import BUILT_IN, TO_FETCH, how_to_fetch, is_dataset, resolve_source
-from pipeline.ingest.resolve import IngestOptions as IngestOptions
 from pipeline.ingest.rows import Treatment, make_rows
 from pipeline.ingest.sources import Source
 from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
@@ -49,31 +50,10 @@ class Availability:
     fingerprint: str | None = None
 
 
-def ingest_options(data: DataConfig) -> IngestOptions:
-    """Return the ingest options of an experiment."""
-    return IngestOptions(
-        image_size=data.image_size,
-        mode=data.mode,
-        image_column=data.image_column,
-        label_column=data.label_column,
-        split=data.split,
-        layout=data.layout,
-        skip_damaged=data.skip_damaged,
-    )
-
-
 def ingest(
     source: str,
     dest: Path | str,
     *,
-    image_size: int | tuple[int, int] | None = None,
-    mode: str | None = None,
-    image_column: str | None = None,
-    label_column: str | None = None,
-    split: str | None = None,
-    layout: str | None = None,
-    skip_damaged: int = 0,
-    max_pixels: int = MAX_PIXELS,
     num_workers: int | None = None,
     rows_per_shard: int | None = None,
     downloads: Path | None = None,
@@ -81,8 +61,9 @@ def ingest(
     progress: Progress | None = None,
     say: Say = lambda _: None,
     summary: Say = lambda _: None,
+    **settings: Any,
 ) -> Manifest:
-    """Write `source` as a dataset into the new folder `dest`, local or in an object store (s3://...); see `IngestOptions`.
+    """Write `source` as a dataset into the new folder `dest`, local or in an object store (s3://...).
 
     Args:
         num_workers: number of decoding processes; default: one for small sources, else one per core.
@@ -92,23 +73,23 @@ def ingest(
         progress: called with the number of images done.
         say: called with notes on automatic choices, such as a split.
         summary: called at the end with lines on the interpretation of the source: splits, classes, skipped and damaged files.
+        settings: further fields of `DataConfig`, such as image_size and split.
 
     Raises:
         UsageError, DataError, StorageError: nothing is left behind.
     """
-    options = IngestOptions(image_size, mode, image_column, label_column, split, layout, skip_damaged, max_pixels)
+    data = validate(DataConfig, {"source": source, **settings}, "ingest")
     place = RemoteFolder(dest) if isinstance(dest, str) and is_remote(dest) else Path(dest)
-    _check_dest(source, place)
-    found = resolve_source(source, options, downloads=downloads, offline=offline, say=say)
+    _check_dest(data.source, place)
+    found = resolve_source(data, downloads=downloads, offline=offline, say=say)
     if found.note:
         say(found.note)
     with sole_remote_writer(place) if isinstance(place, RemoteFolder) else sole_writer(place):
-        return _write(found, place, options, num_workers, rows_per_shard, progress, summary)
+        return _write(found, place, data, num_workers, rows_per_shard, progress, summary)
 
 
 def ensure_ingested(
-    source: str,
-    options: IngestOptions,
+    data: DataConfig,
     datasets: Path | str,
     say: Say = lambda _: None,
     *,
@@ -117,7 +98,7 @@ def ensure_ingested(
     progress: Progress | None = None,
     cache: Cache | None = None,
 ) -> Dataset:
-    """Open `source` if it is a dataset, else its cached dataset under `datasets`, which is created if missing.
+    """Open the source of `data` if it is a dataset, else its cached dataset under `datasets`, which is created if missing.
 
     Args:
         datasets: a folder, or the address of one in an object store.
@@ -126,14 +107,15 @@ def ensure_ingested(
     Raises:
         UsageError, DataError, StorageError: as in `ingest` and `Dataset.open`.
     """
+    source = data.source
     if is_dataset(source):
         dataset = Dataset.open(source, cache)
-        _refuse_options(source, options, dataset.manifest)
+        _refuse_settings(data, dataset.manifest)
         return dataset
-    found = resolve_source(source, options, downloads=_downloads(datasets), offline=offline, say=say)
+    found = resolve_source(data, downloads=_downloads(datasets), offline=offline, say=say)
     if found.note:
         say(found.note)
-    dest = dataset_folder(found, options, datasets)
+    dest = dataset_folder(found, data, datasets)
     ready = _open_cached(dest, say, cache)
     if ready is not None:
         return ready
@@ -148,33 +130,34 @@ def ensure_ingested(
         if isinstance(dest, Path):
             shutil.rmtree(dest, ignore_errors=True)
         say(f"ingesting {source} into {dest}, once")
-        _write(found, dest, options, num_workers, None, progress, say)
+        _write(found, dest, data, num_workers, None, progress, say)
     return Dataset.open(_place(dest), cache)
 
 
-def availability(source: str, options: IngestOptions, datasets: Path | str) -> Availability:
-    """Return whether `source` is ready, needs ingest or needs a download, without doing either.
+def availability(data: DataConfig, datasets: Path | str) -> Availability:
+    """Return whether the source of `data` is ready, needs ingest or needs a download, without doing either.
 
     Raises:
         UsageError, DataError: it is not a built-in name and does not exist.
     """
+    source = data.source
     if is_dataset(source):
         manifest = manifest_of(source)
-        _refuse_options(source, options, manifest)
+        _refuse_settings(data, manifest)
         return _there("ingested", f"{source} is ingested", manifest)
     if source in TO_FETCH and not Path(source).exists():
-        shape = ({"L": 1, "RGB": 3}[options.mode], *options.size) if options.mode and options.size else None
-        return Availability("missing", f"{source} is not here: {how_to_fetch(source, options)}", shape=shape)
-    found = resolve_source(source, options, downloads=_downloads(datasets), offline=True)
-    dest = dataset_folder(found, options, datasets)
+        shape = (CHANNELS[data.mode], *data.size) if data.mode and data.size else None
+        return Availability("missing", f"{source} is not here: {how_to_fetch(data)}", shape=shape)
+    found = resolve_source(data, downloads=_downloads(datasets), offline=True)
+    dest = dataset_folder(found, data, datasets)
     if is_dataset(_place(dest)):
         manifest = manifest_of(_place(dest))
         return _there("cached", f"{source} is ingested in {dest}", manifest)
     if found.download:
         text = f"{source} is not here: it will be downloaded ({found.download}) and ingested"
-        return Availability("download", text, found.num_rows, _shape_to_be(found, options))
+        return Availability("download", text, found.num_rows, _shape_to_be(found, data))
     text = f"{source} will be ingested into {dest}"
-    return Availability("here", text, found.num_rows, _shape_to_be(found, options))
+    return Availability("here", text, found.num_rows, _shape_to_be(found, data))
 
 
 def _there(state: str, text: str, manifest: Manifest) -> Availability:
@@ -182,21 +165,20 @@ def _there(state: str, text: str, manifest: Manifest) -> Availability:
     return Availability(state, text, manifest.num_rows, manifest.shape, classes, manifest.fingerprint)
 
 
-def _shape_to_be(source: Source, options: IngestOptions) -> tuple[int, int, int] | None:
+def _shape_to_be(source: Source, data: DataConfig) -> tuple[int, int, int] | None:
     """Return the shape of the images after ingest, from the first image if the source does not declare it; None before a download."""
     if source.shape is None and source.download:
         return None
     if source.shape is None:
-        treatment = Treatment(options.mode, options.size, options.max_pixels)
-        shapes = (make_rows([item], treatment, None).shape for item in source.items())
+        shapes = (make_rows([item], Treatment(data.mode, data.size), None).shape for item in source.items())
         return next((shape for shape in shapes if shape is not None), None)
-    channels = {"L": 1, "RGB": 3}.get(options.mode or "", source.shape[0])
-    return (channels, *(options.size or source.shape[1:]))
+    channels = CHANNELS[data.mode] if data.mode else source.shape[0]
+    return (channels, *(data.size or source.shape[1:]))
 
 
-def dataset_folder(source: Source, options: IngestOptions, datasets: Path | str) -> Path | RemoteFolder:
+def dataset_folder(source: Source, data: DataConfig, datasets: Path | str) -> Path | RemoteFolder:
     """Return the folder of the cached dataset of `source`; reads the source to compute its key."""
-    name = f"{source.name}-{_key(source, options)[:12]}"
+    name = f"{source.name}-{_key(source, data)[:12]}"
     return datasets / name if isinstance(datasets, Path) else RemoteFolder(datasets).child(name)
 
 
@@ -208,8 +190,8 @@ def _place(folder: Path | RemoteFolder) -> Path | str:
     return folder.uri if isinstance(folder, RemoteFolder) else folder
 
 
-def _key(source: Source, options: IngestOptions) -> str:
-    return hashlib.sha256(repr(("ingest 2", source.key(), options.size, options.mode)).encode()).hexdigest()
+def _key(source: Source, data: DataConfig) -> str:
+    return hashlib.sha256(repr(("ingest 2", source.key(), data.size, data.mode)).encode()).hexdigest()
 
 
 def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
@@ -224,15 +206,15 @@ def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
         raise UsageError(f"{dest} lies inside the source {source}: give a folder elsewhere")
 
 
-def _refuse_options(source: str, options: IngestOptions, manifest: Manifest) -> None:
-    """Raise UsageError for options that differ from those of an ingested dataset."""
-    channels = {None: manifest.shape[0], "L": 1, "RGB": 3}[options.mode]
-    if (channels, options.size or manifest.shape[1:]) != (manifest.shape[0], manifest.shape[1:]):
+def _refuse_settings(data: DataConfig, manifest: Manifest) -> None:
+    """Raise UsageError for settings that differ from those of an ingested dataset."""
+    source, (channels, *size) = data.source, manifest.shape
+    if (data.mode and CHANNELS[data.mode] != channels) or (data.size and data.size != tuple(size)):
         raise UsageError(
-            f"{source} is an ingested dataset of {manifest.shape[1]}x{manifest.shape[2]} with {manifest.shape[0]} channels, "
+            f"{source} is an ingested dataset of {size[0]}x{size[1]} with {channels} channels, "
             "got another image size or mode: ingest its source again, or leave them out"
         )
-    given = [name for name in ("image_column", "label_column", "split", "layout") if getattr(options, name) is not None]
+    given = [name for name in ("image_column", "label_column", "split", "layout") if getattr(data, name) is not None]
     if given:
         raise UsageError(f"{source} is an ingested dataset, {', '.join(given)} can no longer be chosen: leave it out")
 
@@ -250,13 +232,13 @@ def _open_cached(dest: Path | RemoteFolder, say: Say, cache: Cache | None) -> Da
 def _write(
     source: Source,
     dest: Path | RemoteFolder,
-    options: IngestOptions,
+    data: DataConfig,
     num_workers: int | None,
     rows_per_shard: int | None,
     progress: Progress | None,
     summary: Say,
 ) -> Manifest:
-    treatment = Treatment(options.mode, options.size, options.max_pixels)
+    treatment = Treatment(data.mode, data.size)
     workers = default_num_workers(source.num_bytes) if num_workers is None else num_workers
     done, damaged, counts = 0, list[str](), Counter[int]()
     with (
@@ -265,14 +247,14 @@ def _write(
     ):
         for rows in all_rows(source.items(), treatment, workers):
             damaged += rows.damaged
-            if len(damaged) <= options.skip_damaged:
+            if len(damaged) <= data.skip_damaged:
                 writer.add(rows)
                 counts.update(rows.labels.tolist())
             done += len(rows.images) + len(rows.damaged)
             if progress:
                 progress(done, source.num_rows)
-        if len(damaged) > options.skip_damaged:
-            raise DataError(_too_damaged(damaged, done, options.skip_damaged))
+        if len(damaged) > data.skip_damaged:
+            raise DataError(_too_damaged(damaged, done, data.skip_damaged))
         manifest = writer.finish(source.name, source.origin, source.class_names, tuple(map(_short, damaged)))
     for line in (*source.lines, *_class_lines(manifest, counts), *_skipped_lines(damaged)):
         summary(line)

@@ -34,38 +34,32 @@ class Classes:
 
     Attributes:
         names: one name per class; None for labels 0 .. K - 1 without names.
-        values: the value of each class, in the order of `names`; None if the values are the class numbers.
+        by_name: whether the labels are the names; if not, they are the numbers of the classes.
     """
 
     names: tuple[str, ...] | None
-    values: npt.NDArray[Any] | None = None
+    by_name: bool = False
 
     def numbers(self, values: npt.NDArray[Any], where: str, first_row: int = 0) -> npt.NDArray[np.int64]:
         """Return class numbers, int64 [n], of integers, text or one-hot rows [n, K]; DataError names the first row without a class."""
         if values.ndim == 2 and values.shape[1] > 1:
             one_hot: npt.NDArray[np.int64] = values.argmax(axis=1)
             return one_hot
-        if values.dtype.kind in "OUT":
-            return self._of_text(values, where, first_row)
-        numbers = values.reshape(len(values)).astype(np.int64)
-        end = len(self.names) if self.values is None and self.names else np.inf
-        wrong = np.flatnonzero((numbers < 0) | (numbers >= end))
-        if len(wrong):
-            expected = "0 or more" if end == np.inf else f"0..{end - 1}"
+        labels = values.reshape(len(values))
+        if self.by_name and self.names is not None:
+            number_of = {name: number for number, name in enumerate(self.names)}
+            numbers = np.array([number_of.get(str(label), -1) for label in labels.tolist()], dtype=np.int64)
+            wrong, expected = numbers < 0, f"one of its {len(number_of)} classes"
+        else:
+            numbers = labels.astype(np.int64)
+            wrong, expected = numbers < 0, "0 or more"
+            if self.names is not None:
+                wrong, expected = wrong | (numbers >= len(self.names)), f"0..{len(self.names) - 1}"
+        if wrong.any():
+            row = int(wrong.argmax())
             raise DataError(
-                f"{where}, row {first_row + int(wrong[0])}: label {numbers[wrong[0]]}, expected {expected}: "
-                f"correct it, or give --label-column {NO_LABELS}"
-            )
-        return numbers if self.values is None else np.searchsorted(self.values, numbers).astype(np.int64)
-
-    def _of_text(self, values: npt.NDArray[Any], where: str, first_row: int) -> npt.NDArray[np.int64]:
-        index = {name: number for number, name in enumerate(self.names or ())}
-        numbers = np.array([index.get(str(name), -1) for name in values.tolist()], dtype=np.int64)
-        if (numbers < 0).any():
-            row = int(np.flatnonzero(numbers < 0)[0])
-            raise DataError(
-                f"{where}, row {first_row + row}: label {str(values[row])!r}, expected one of its {len(index)} classes: correct it, or "
-                f"give --label-column {NO_LABELS}"
+                f"{where}, row {first_row + row}: "
+                f"label {labels.tolist()[row]!r}, expected {expected}: correct it, or give --label-column {NO_LABELS}"
             )
         return numbers
 
@@ -75,12 +69,11 @@ def classes_of(distinct: Iterable[Any]) -> Classes:
     values = np.unique(np.asarray(list(distinct)))
     if values.dtype.kind == "b":
         return Classes(BOOLEANS)
-    if values.dtype.kind not in "iu":
-        return Classes(tuple(str(value) for value in values))
-    values = values[values >= 0].astype(np.int64)  # negative labels are refused later, with their row
-    if np.array_equal(values, np.arange(len(values))):
-        return Classes(None)
-    return Classes(tuple(str(value) for value in values), values)
+    if values.dtype.kind in "iu":
+        values = values[values >= 0]  # negative labels are refused later, with their row
+        if np.array_equal(values, np.arange(len(values))):
+            return Classes(None)
+    return Classes(tuple(map(str, values)), by_name=True)
 
 
 def is_one_hot(rows: npt.NDArray[Any]) -> bool:

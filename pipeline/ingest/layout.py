@@ -11,14 +11,11 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
 from urllib.parse import unquote
 
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.choice import ALL_SPLITS, choose_split, split_of
 
-Layout = Literal["flat", "classes", "splits"]
-LAYOUTS: tuple[str, ...] = get_args(Layout)
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 # besides names that begin with a dot: files of operating systems, NAS devices and this program
@@ -44,46 +41,13 @@ _LITTER = {
     "samples.json",
 }
 # suffixes of files that describe images: a folder with only these is not a class
-_ANNOTATIONS = {
-    ".json",
-    ".jsonl",
-    ".xml",
-    ".txt",
-    ".csv",
-    ".tsv",
-    ".md",
-    ".yaml",
-    ".yml",
-    ".mat",
-    ".pdf",
-    ".html",
-    ".py",
-    ".sh",
-}
+_ANNOTATIONS = re.compile(r"\.(jsonl?|xml|txt|csv|tsv|md|ya?ml|mat|pdf|html|py|sh)", re.IGNORECASE)
 SPLIT_KEYS = ("split", "subset", "partition", "set")  # Hive keys with splits as values
 _KEY = re.compile(r"([A-Za-z_][\w-]*)=(.*)")
 # words that may accompany a split in a folder name: training_set, seg_train, val_images_256
-_FILLER = {
-    "images",
-    "image",
-    "imgs",
-    "img",
-    "data",
-    "set",
-    "dataset",
-    "pictures",
-    "photos",
-    "files",
-    "split",
-    "seg",
-    "the",
-    "raw",
-    "jpg",
-    "jpeg",
-    "png",
-    "cropped",
-    "resized",
-}
+_FILLER = re.compile(
+    r"images?|imgs?|pictures|photos|files|data|set|dataset|split|seg|the|raw|jpe?g|png|cropped|resized"
+)
 
 
 def is_litter(name: str) -> bool:
@@ -125,7 +89,7 @@ class Folder:
     def is_annotations(self) -> bool:
         """Whether it has files that describe images, and no images."""
         others = list(self.all_others())
-        return not self.num_images and bool(others) and all(o.suffix.lower() in _ANNOTATIONS for o in others)
+        return not self.num_images and bool(others) and all(_ANNOTATIONS.fullmatch(o.suffix) for o in others)
 
     def files(self) -> list[Path]:
         """Return the images in the folder and below, sorted by path; DataError names any other file."""
@@ -154,7 +118,6 @@ class Taken:
         files: the images, in order.
         class_names: names of the classes; None without classes.
         labels: class number of each image.
-        split: the chosen split, or None.
         note: an automatic choice, printed before the work; "" without one.
         lines: description of the layout, for the summary.
     """
@@ -163,7 +126,6 @@ class Taken:
     files: list[Path]
     class_names: tuple[str, ...] | None
     labels: list[int]
-    split: str | None
     note: str
     lines: tuple[str, ...]
 
@@ -177,8 +139,6 @@ def read_layout(root: Path, split: str | None = None, layout: str | None = None)
     """
     ignored: Counter[str] = Counter()
     tree = _read(root, ignored)
-    if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     search = _Search(tree, split, layout, ignored)
     search.go()
     node, classes = search.node, search.classes
@@ -196,7 +156,6 @@ def read_layout(root: Path, split: str | None = None, layout: str | None = None)
         files=files,
         class_names=tuple(_class_names(classes)) or None,
         labels=labels or [0] * len(files),
-        split=search.taken,
         note=search.note,
         lines=tuple(lines),
     )
@@ -210,7 +169,7 @@ def _of_classes(node: Folder, classes: list[Folder], ignored: Counter[str]) -> t
             "all without classes"
         )
     for other in node.others:
-        if other.suffix.lower() not in _ANNOTATIONS:
+        if not _ANNOTATIONS.fullmatch(other.suffix):
             raise _not_an_image(other)
         ignored[other.name] += 1
     files: list[Path] = []
@@ -372,7 +331,7 @@ def _split_and_rest(name: str) -> tuple[str | None, str]:
         return None, name
     words = [w for w in re.split(r"[\W_]+|\d+", re.sub(r"(set|images|data)$", r"_\1", word.lower())) if w]
     splits = [w for w in words if split_of(w) is not None]
-    rest = "_".join(w for w in words if w not in splits and w not in _FILLER)
+    rest = "_".join(w for w in words if w not in splits and not _FILLER.fullmatch(w))
     return (split_of(splits[0]) if len(splits) == 1 else None), rest
 
 

@@ -363,8 +363,7 @@ def _labels(batch: Any, columns: _Columns, keys: dict[str, str], path: str, firs
         value = keys[columns.label]
         if value == _NO_PARTITION:
             raise DataError(f"{path} has no label in its path: add it, or give --label-column {NO_LABELS}")
-        is_text = columns.classes.names is not None and columns.classes.values is None
-        values = np.array([value if is_text else int(value)])
+        values = np.array([value if columns.classes.by_name else int(value)])
         return np.repeat(columns.classes.numbers(values, path, first_row), batch.num_rows)
     column = batch.column(columns.label)
     if column.null_count:

@@ -1,12 +1,11 @@
-"""Resolve SOURCE, and the options of an ingest."""
+"""Resolve the source of a dataset."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.data.images import MAX_PIXELS, MODES, PILLOW_MAX_PIXELS
+from pipeline.config.experiment import DataConfig
 from pipeline.data.manifest import MANIFEST_FILE
 from pipeline.errors import DataError, UsageError, nearest
 from pipeline.ingest.files import without_credentials
@@ -27,62 +26,17 @@ TO_FETCH = {
 }
 
 
-@dataclass(frozen=True)
-class IngestOptions:
-    """The options that decide the content of a dataset; by default nothing is resized, recoloured or left out.
-
-    Attributes:
-        image_size: (height, width), or one number for both: a centred crop of that aspect, resized with antialiasing.
-        mode: "L" or "RGB": convert images to grey or colour, including those that are refused otherwise.
-        image_column, label_column: of Parquet or .npz; label column "none" ingests without labels.
-        split: "train", "validation", "test" or "all", for sources with splits.
-        layout: "flat", "classes" or "splits": the meaning of the sub-folders of an image folder, regardless of their names.
-        skip_damaged: maximum number of damaged images to leave out; with more, the ingest is refused.
-        max_pixels: of one image; larger ones are refused before decoding.
-
-    Raises:
-        UsageError: a value is out of range.
-    """
-
-    image_size: int | tuple[int, int] | None = None
-    mode: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    split: str | None = None
-    layout: str | None = None
-    skip_damaged: int = 0
-    max_pixels: int = MAX_PIXELS
-
-    def __post_init__(self) -> None:
-        if self.mode is not None and self.mode not in MODES:
-            raise UsageError(
-                f"mode {self.mode!r} is unknown: give {' or '.join(MODES)}{nearest(self.mode, list(MODES))}"
-            )
-        if self.skip_damaged < 0:
-            raise UsageError(f"skip_damaged: got {self.skip_damaged}, expected 0 or more")
-        if not 1 <= self.max_pixels <= PILLOW_MAX_PIXELS:
-            raise UsageError(f"max_pixels = {self.max_pixels} is outside 1..{PILLOW_MAX_PIXELS}")
-        size = self.size
-        if size is not None and not (min(size) >= 1 and size[0] * size[1] <= self.max_pixels):
-            raise UsageError(f"image size {size[0]}x{size[1]} is outside 1x1 to {self.max_pixels} pixels")
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """(height, width), or None."""
-        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
-
-
 def absolute_source(source: str) -> str:
     """Return a source typed in this folder as another folder can use it: a file or folder here by its absolute path."""
     path = Path(source).expanduser()
     return str(path.absolute()) if source not in BUILT_IN and path.exists() else source
 
 
-def how_to_fetch(source: str, options: IngestOptions) -> str:
+def how_to_fetch(data: DataConfig) -> str:
     """Return how to come by the images of one of `TO_FETCH`."""
-    size = "" if options.size is None else f" --image-size {options.size[0]}"
-    mode = "" if options.mode is None else f" --mode {options.mode}"
-    return f"{TO_FETCH[source]}; then: ddpm-pipe ingest FOLDER {source}{size}{mode}, or give the folder with --data"
+    size = "" if data.size is None else f" --image-size {data.size[0]}"
+    mode = "" if data.mode is None else f" --mode {data.mode}"
+    return f"{TO_FETCH[data.source]}; then: ddpm-pipe ingest FOLDER {data.source}{size}{mode}, or give the folder with --data"
 
 
 def is_dataset(folder: str | Path) -> bool:
@@ -95,14 +49,13 @@ def is_dataset(folder: str | Path) -> bool:
 
 
 def resolve_source(
-    source: str,
-    options: IngestOptions,
+    data: DataConfig,
     *,
     downloads: Path | None = None,
     offline: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Source:
-    """Resolve `source`: a built-in set, a URI or glob of Parquet files, or a local file or folder.
+    """Resolve the source of `data`: a built-in set, a URI or glob of Parquet files, or a local file or folder.
 
     A built-in name is that set; `./mnist` is a folder of that name.
 
@@ -110,26 +63,27 @@ def resolve_source(
         DataError: it does not exist, or has nothing that can be ingested.
         UsageError: an option does not apply to it.
     """
+    source = data.source
     is_folder = "://" not in source and source not in BUILT_IN and Path(source).is_dir()
-    if options.layout is not None and not is_folder:
+    if data.layout is not None and not is_folder:
         raise UsageError(f"--layout is for folders of image files, got {without_credentials(source)}: leave it out")
     if source == "digits":
-        return digits(options.split)
+        return digits(data.split)
     if source in SETS:
-        return torchvision_set(source, options.split, downloads or datasets_dir(home()) / "downloads", offline, say)
+        return torchvision_set(source, data.split, downloads or datasets_dir(home()) / "downloads", offline, say)
     path = Path(source)
-    columns = (options.image_column, options.label_column, options.split)
+    columns = (data.image_column, data.label_column, data.split)
     if "://" in source or path.suffix == ".parquet" or (not path.exists() and any(c in source for c in "*[")):
         return parquet(source, *columns)
     if not path.exists() and source in TO_FETCH:
-        raise DataError(f"{source} is not here: {how_to_fetch(source, options)}")
+        raise DataError(f"{source} is not here: {how_to_fetch(data)}")
     if not path.exists():
         raise DataError(
             f"{source} does not exist: give a file, a folder, a URI, or one of {', '.join(BUILT_IN)}"
             f"{nearest(source, list(BUILT_IN))}"
         )
     if path.is_dir():
-        return _folder(path, *columns, options.layout)
+        return _folder(path, *columns, data.layout)
     if path.suffix == ".npz":
         return npz(path, *columns)
     raise DataError(

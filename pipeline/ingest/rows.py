@@ -16,7 +16,6 @@ from PIL import Image
 
 from pipeline.data.images import (
     MAX_BYTES,
-    MAX_PIXELS,
     DamagedImageError,
     convert_array,
     crop_and_resize,
@@ -46,7 +45,6 @@ class Treatment:
 
     mode: str | None = None
     image_size: tuple[int, int] | None = None  # H, W
-    max_pixels: int = MAX_PIXELS
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ def _pixels(item: Item, treatment: Treatment) -> Pixels:
         pixels = convert_array(item.image, treatment.mode, item.where)
         return pixels if size is None else crop_and_resize(pixels, size)
     data = item.image if isinstance(item.image, bytes) else _read(item.image, item.where)
-    return decode_image(data, max_pixels=treatment.max_pixels, mode=treatment.mode, size=size, where=item.where)
+    return decode_image(data, mode=treatment.mode, size=size, where=item.where)
 
 
 def _read(path: Path, where: str) -> bytes:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import EvaluationConfig, Experiment
@@ -11,7 +9,7 @@ from pipeline.console import Bar, Console
 from pipeline.data.image_set import Progress
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError
-from pipeline.ingest.ingest import ensure_ingested, ingest_options
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.metric_identity import recorded_split
 from pipeline.metrics.scoring import Scorer, scorer_of
 from pipeline.storage.home import datasets_dir
@@ -74,9 +72,8 @@ def own_split(experiment: Experiment, asked: str | None = None) -> str:
 def open_split(run: Run, split: str, console: Console) -> Dataset:
     """Open another split of a run's source, ingested as its images were; UsageError or DataError where there is none."""
     profile, data = profile_of(run), experiment_of(run).data
-    options = replace(ingest_options(data), split=split)
     datasets = profile.datasets() if is_remote(profile.storage) else datasets_dir(run.home)
-    return ensure_ingested(data.source, options, datasets, console.say, cache=profile.cache)
+    return ensure_ingested(data.model_copy(update={"split": split}), datasets, console.say, cache=profile.cache)
 
 
 def progress_on(console: Console) -> Progress:

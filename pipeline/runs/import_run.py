@@ -16,7 +16,7 @@ from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, UsageError
 from pipeline.exchange.diffusers_folder import ForeignModel, is_pipeline, read_pipeline
 from pipeline.exchange.saved_folder import is_saved, read_saved
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.bound import rows_to_measure
 from pipeline.storage.folder import RunStatus
@@ -114,7 +114,7 @@ def _named(experiment: Experiment, name: str | None, data: str | None) -> Experi
 
 def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Console) -> Dataset:
     source = absolute_source(data)
-    dataset = ensure_ingested(source, IngestOptions(), profile.datasets(), console.say, cache=profile.cache)
+    dataset = ensure_ingested(DataConfig(source=source), profile.datasets(), console.say, cache=profile.cache)
     if tuple(dataset.manifest.shape) != foreign.shape:
         got, wanted = ("x".join(map(str, shape)) for shape in (dataset.manifest.shape, foreign.shape))
         mode = {1: " --mode L", 3: " --mode RGB"}.get(foreign.shape[0], "")

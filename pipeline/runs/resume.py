@@ -11,7 +11,7 @@ from pipeline.config.experiment import differences, with_overrides
 from pipeline.data.labels import ClassNames, class_names_of
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, UsageError
-from pipeline.ingest.ingest import ensure_ingested, ingest_options
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.planning.plan import Plan
 from pipeline.runs.conclude import Outcome
@@ -61,9 +61,7 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
     else:
         source = absolute_source(asked.data)
         new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
-        dataset = ensure_ingested(
-            source, ingest_options(new.data), profile.datasets(), context.console.say, cache=profile.cache
-        )
+        dataset = ensure_ingested(new.data, profile.datasets(), context.console.say, cache=profile.cache)
     plan = with_dataset(plan_of(new, profile), dataset)
     ours = None if asked.fork else run.id
     tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), ours, context.console.say)

@@ -15,7 +15,7 @@ from pipeline.config.experiment import DEFAULT_PRESET, EvaluationConfig, Experim
 from pipeline.console import plural
 from pipeline.data.shards import Dataset
 from pipeline.errors import ClusterError, RefusedError, UsageError
-from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
+from pipeline.ingest.ingest import availability, ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.classifier_store import Recipe
 from pipeline.metrics.inception import Inception
@@ -65,9 +65,9 @@ def plan_training(asked: TrainRequest) -> Plan:
             require_resources(asked.profile, num_workers)
         except ClusterError as error:
             missing.append(str(error))
-    source, options = asked.experiment.data.source, ingest_options(asked.experiment.data)
+    source = asked.experiment.data.source
     datasets = datasets_dir(asked.profile.home()) if away else asked.profile.datasets()
-    found = availability(source, options, datasets)
+    found = availability(asked.experiment.data, datasets)
     if found.state == "missing" and not away:
         missing.append("the images")
     plan = make_plan(
@@ -91,13 +91,7 @@ def start_training(context: Context, asked: TrainRequest) -> Outcome:
     # what can be refused without the images is refused before they are fetched
     plan = plan_of(asked.experiment, profile)
     tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None, console.say)
-    dataset = ensure_ingested(
-        asked.experiment.data.source,
-        ingest_options(asked.experiment.data),
-        profile.datasets(),
-        console.say,
-        cache=profile.cache,
-    )
+    dataset = ensure_ingested(asked.experiment.data, profile.datasets(), console.say, cache=profile.cache)
     plan = with_dataset(plan, dataset)
     if unscored := _cannot_be_scored(asked.experiment, dataset):
         console.say(f"warning: the images will not be scored: {unscored}")

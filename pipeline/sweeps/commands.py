@@ -13,7 +13,7 @@ from pipeline.config.experiment import with_overrides
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import FailedTrialsError, PipelineError, UsageError
-from pipeline.ingest.ingest import availability, ensure_ingested, ingest_options
+from pipeline.ingest.ingest import availability, ensure_ingested
 from pipeline.metrics.scoring import scorer_of
 from pipeline.redaction import public_uri
 from pipeline.runs.choose_scorer import progress_on
@@ -51,8 +51,7 @@ def sweep_request(
 
 def plan_sweep(asked: SweepRequest) -> SweepPlan:
     """Plan and check a sweep without downloading, ingesting or writing anything."""
-    data = asked.base.data
-    found = availability(data.source, ingest_options(data), asked.profile.datasets())
+    found = availability(asked.base.data, asked.profile.datasets())
     return make_sweep_plan(asked, found.text, found.num_rows, found.shape, found.num_classes)
 
 
@@ -163,10 +162,7 @@ def require_all_finished(result: Result) -> None:
 
 
 def _ingested(asked: SweepRequest, console: Console) -> Dataset:
-    data = asked.base.data
-    return ensure_ingested(
-        data.source, ingest_options(data), asked.profile.datasets(), console.say, cache=asked.profile.cache
-    )
+    return ensure_ingested(asked.base.data, asked.profile.datasets(), console.say, cache=asked.profile.cache)
 
 
 def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:

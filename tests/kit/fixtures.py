@@ -90,9 +90,10 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """The digits, ingested; to be read only."""
-    from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+    from pipeline.config.experiment import DataConfig
+    from pipeline.ingest.ingest import ensure_ingested
 
-    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
+    return ensure_ingested(DataConfig(), tmp_path_factory.mktemp("datasets"))
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import experiment_from
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.config.experiment import DataConfig, experiment_from
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.storage import remote
 from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.run_checkpoints import RunCheckpoints
@@ -55,7 +55,7 @@ def make_run(
 ) -> Run:
     """Make a run of the tiny experiment; `changes` replace its sections. Forked where `initial_weights` says; one thread by default."""
     experiment = experiment_from(TINY | changes)
-    dataset = ensure_ingested("digits", IngestOptions(), datasets or home / "datasets")
+    dataset = ensure_ingested(DataConfig(), datasets or home / "datasets")
     return Run.create(
         home,
         name=experiment.name,

@@ -12,7 +12,8 @@ import torch
 
 from ddpm import BetaSchedule, GaussianDiffusion
 from ddpm.likelihood import prior_bits
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.config.experiment import DataConfig
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.pictures.schedule_picture import example_digit, example_of, schedules_figure
 from pipeline.pictures.schedule_report import curves, facts, most_prior_bits
 from tests.kit.commands import Typed
@@ -149,7 +150,7 @@ def test_the_picture_shows_the_curves_and_one_image_under_the_same_noise(lengths
 def test_a_dataset_of_colour_is_drawn_with_its_own_variance(home: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (50, 12, 16, 3), dtype=np.uint8)
     np.savez(home / "images.npz", images=pixels)
-    dataset = ensure_ingested(str(home / "images.npz"), IngestOptions(), home / "datasets")
+    dataset = ensure_ingested(DataConfig(source=str(home / "images.npz")), home / "datasets")
     image, variance = example_of(dataset)
     assert image.shape == (3, 12, 16)
     assert variance == pytest.approx((pixels / 127.5 - 1).var(), rel=1e-6)
@@ -169,7 +170,7 @@ def test_a_picture_of_the_users_is_not_written_over(typed: Typed, home: Path) ->
     code, stdout, _ = typed("schedule", "cosine", "-T", "20")
     assert code == 0
     assert f"picture: {home}/schedule-2.png" in stdout
-    ensure_ingested("digits", IngestOptions(), home / "datasets")
+    ensure_ingested(DataConfig(), home / "datasets")
     (data,) = home.glob("datasets/digits-*")
     for number in ("", "-2", "-3"):
         code, stdout, _ = typed("inspect", f"datasets/{data.name}")

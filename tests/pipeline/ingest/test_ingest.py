@@ -7,15 +7,17 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_sample_images
 
+from pipeline.config.experiment import DataConfig
 from pipeline.data.images import decode_image
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.ingest.ingest import IngestOptions, availability, dataset_folder, ensure_ingested, ingest
+from pipeline.ingest.ingest import availability, dataset_folder, ensure_ingested, ingest
 from pipeline.ingest.resolve import resolve_source
 from pipeline.ingest.rows import encode_png
 from tests.kit.data import (
@@ -32,7 +34,6 @@ from tests.kit.waiting import wait_for
 
 NAMES = ("ant", "bee", "cat")
 LABELS = [0] * 4 + [1] * 5 + [2] * 3
-DEFAULTS = IngestOptions()
 
 
 def everything_below(folder: Path) -> set[str]:
@@ -297,10 +298,11 @@ def test_a_first_row_of_another_shape_is_named_by_the_pool_too(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "RGBA"}, r"mode 'RGBA' is unknown: give L or RGB \(did you mean 'RGB'\?\)"),
-        ({"max_pixels": 0}, r"max_pixels = 0 is outside 1\.\.89478485"),
-        ({"image_size": 0}, "image size 0x0 is outside 1x1 to"),
-        ({"image_size": (20_000, 20_000)}, "image size 20000x20000 is outside"),
+        ({"mode": "RGBA"}, r"mode: got 'RGBA', expected 'L' or 'RGB'"),
+        ({"image_size": 0}, "image_size: got 0, expected at least 1"),
+        ({"image_size": (20_000, 20_000)}, "image_size.*: got 20000, expected at most 8192"),
+        ({"skip_damaged": -1}, "skip_damaged: got -1, expected at least 0"),
+        ({"imagesize": 8}, r"unknown key 'imagesize' \(did you mean 'image_size'\?\)"),
         ({"split": "holdout"}, "digits has no split 'holdout': leave out --split"),
     ],
 )
@@ -353,15 +355,15 @@ def test_a_dataset_is_not_ingested_again(tmp_path: Path) -> None:
 def test_a_source_is_ingested_once_and_again_when_it_changes(tmp_path: Path) -> None:
     images, said = some_images(12), list[str]()
     source = write_folder(tmp_path / "pets", images, LABELS, NAMES)
-    before = availability(str(source), IngestOptions(), tmp_path / "cache")
-    first = ensure_ingested(str(source), IngestOptions(), tmp_path / "cache", said.append)
+    before = availability(DataConfig(source=str(source)), tmp_path / "cache")
+    first = ensure_ingested(DataConfig(source=str(source)), tmp_path / "cache", said.append)
     assert (before.state, before.shape) == ("here", first.manifest.shape)
-    again = ensure_ingested(str(source), IngestOptions(), tmp_path / "cache", said.append)
+    again = ensure_ingested(DataConfig(source=str(source)), tmp_path / "cache", said.append)
     assert said == [f"ingesting {source} into {first.folder}, once", "classes: 3 (ant 4, bee 5, cat 3)"]
     assert again.folder == first.folder
     assert first.folder.parent == tmp_path / "cache"
     assert first.folder.name.startswith("pets-")
-    state = availability(str(source), IngestOptions(), tmp_path / "cache")
+    state = availability(DataConfig(source=str(source)), tmp_path / "cache")
     assert (state.state, state.num_rows, state.shape) == ("cached", len(images), first.manifest.shape)
 
     moved = source.rename(tmp_path / "moved")  # the key is of the content, not of the place
@@ -372,76 +374,77 @@ def test_a_source_is_ingested_once_and_again_when_it_changes(tmp_path: Path) -> 
     (moved / "ant" / "00000.png").write_bytes(png_of(changed))
     os.utime(moved / "ant" / "00000.png", ns=(stat.st_atime_ns, stat.st_mtime_ns))  # times tell nothing
     assert first.folder.name != f"pets-{key_of(str(moved))}"
-    other = ensure_ingested(str(moved), IngestOptions(), tmp_path / "cache", said.append)
+    other = ensure_ingested(DataConfig(source=str(moved)), tmp_path / "cache", said.append)
     assert other.manifest.fingerprint != first.manifest.fingerprint
 
 
-def key_of(source: str, options: IngestOptions = DEFAULTS) -> str:
+def key_of(source: str, **settings: Any) -> str:
     """The key that ends the name of a source's cached dataset."""
-    folder = dataset_folder(resolve_source(source, options), options, Path("cache"))
+    data = DataConfig(source=source, **settings)
+    folder = dataset_folder(resolve_source(data), data, Path("cache"))
     return str(folder).rpartition("-")[2]
 
 
 def test_options_are_part_of_the_key(tmp_path: Path) -> None:
     source = str(write_npz(tmp_path / "x.npz", x=some_images(5), y=np.arange(5)))
-    options = [
-        IngestOptions(),
-        IngestOptions(mode="L"),
-        IngestOptions(image_size=4),
-        IngestOptions(image_size=(4, 5)),
-        IngestOptions(label_column="none"),
+    settings: list[dict[str, Any]] = [
+        {},
+        {"mode": "L"},
+        {"image_size": 4},
+        {"image_size": (4, 5)},
+        {"label_column": "none"},
     ]
-    assert len({key_of(source, o) for o in options}) == 5
-    assert key_of(source, IngestOptions(image_size=4)) == key_of(source, IngestOptions(image_size=(4, 4)))
-    shapes = [ensure_ingested(source, o, tmp_path / "cache").manifest.shape for o in options]
+    assert len({key_of(source, **each) for each in settings}) == 5
+    assert key_of(source, image_size=4) == key_of(source, image_size=(4, 4))
+    every = [DataConfig(source=source, **each) for each in settings]
+    shapes = [ensure_ingested(data, tmp_path / "cache").manifest.shape for data in every]
     assert shapes == [(3, 6, 5), (1, 6, 5), (3, 4, 4), (3, 4, 5), (3, 6, 5)]
 
 
 def test_a_dataset_is_used_as_it_is(tmp_path: Path) -> None:
     manifest = ingest("digits", tmp_path / "d")
-    assert ensure_ingested(str(tmp_path / "d"), IngestOptions(), tmp_path / "cache").manifest == manifest
+    assert ensure_ingested(DataConfig(source=str(tmp_path / "d")), tmp_path / "cache").manifest == manifest
     assert not (tmp_path / "cache").exists()
-    state = availability(str(tmp_path / "d"), IngestOptions(), tmp_path / "cache")
+    state = availability(DataConfig(source=str(tmp_path / "d")), tmp_path / "cache")
     assert (state.state, state.num_rows, state.shape) == ("ingested", manifest.num_rows, manifest.shape)
-    ensure_ingested(str(tmp_path / "d"), IngestOptions(image_size=8, mode="L"), tmp_path / "cache")  # as it is
-    for options, message in (
-        (
-            IngestOptions(image_size=4),
-            "ingested dataset of 8x8 with 1 channels, got another image size or mode",
-        ),
-        (IngestOptions(mode="RGB"), "got another image size or mode"),
-        (IngestOptions(split="test"), "split can no longer be chosen"),
-    ):
+    ensure_ingested(DataConfig(source=str(tmp_path / "d"), image_size=8, mode="L"), tmp_path / "cache")  # as it is
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"image_size": 4}, "ingested dataset of 8x8 with 1 channels, got another image size or mode"),
+        ({"mode": "RGB"}, "got another image size or mode"),
+        ({"split": "test"}, "split can no longer be chosen"),
+    ]
+    for settings, message in wrong:
         for ask in (ensure_ingested, availability):
             with pytest.raises(UsageError, match=message):
-                ask(str(tmp_path / "d"), options, tmp_path / "cache")
+                ask(DataConfig(source=str(tmp_path / "d"), **settings), tmp_path / "cache")
 
 
 def test_a_damaged_cache_is_made_again(tmp_path: Path) -> None:
     source, said = str(write_npz(tmp_path / "x.npz", x=some_images(5))), list[str]()
-    folder = ensure_ingested(source, IngestOptions(), tmp_path / "cache").folder
+    folder = ensure_ingested(DataConfig(source=source), tmp_path / "cache").folder
     shard = folder / "shard-00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-1])
-    ensure_ingested(source, IngestOptions(), tmp_path / "cache", said.append).verify()
+    ensure_ingested(DataConfig(source=source), tmp_path / "cache", said.append).verify()
     assert "shard-00000.parquet is missing or damaged" in said[0]
     assert said[-1].startswith("ingesting")
 
 
 def test_a_missing_source_is_an_error_and_a_set_that_is_not_here_is_not(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
-        availability(str(tmp_path / "nowhere"), IngestOptions(), tmp_path / "cache")
-    state = availability("cifar10", IngestOptions(), tmp_path / "cache")
+        availability(DataConfig(source=str(tmp_path / "nowhere")), tmp_path / "cache")
+    state = availability(DataConfig(source="cifar10"), tmp_path / "cache")
     assert state.state == "download"
     assert "it will be downloaded (170 MB from https://www.cs.toronto.edu/~kriz)" in state.text
-    assert availability("digits", IngestOptions(), tmp_path / "cache").state == "here"
+    assert availability(DataConfig(), tmp_path / "cache").state == "here"
     assert everything_below(tmp_path) == set()
 
 
 ENSURE = """
 import sys
 from pathlib import Path
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
-print(ensure_ingested(sys.argv[1], IngestOptions(), Path(sys.argv[2]), lambda text: print(text, flush=True)).folder)
+from pipeline.config.experiment import DataConfig
+from pipeline.ingest.ingest import ensure_ingested
+print(ensure_ingested(DataConfig(source=sys.argv[1]), Path(sys.argv[2]), lambda text: print(text, flush=True)).folder)
 """
 
 

@@ -25,13 +25,14 @@ import pytest
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
+from pipeline.config.experiment import DataConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, PipelineError, UsageError
 from pipeline.ingest.download import Archive, fetch
 from pipeline.ingest.files import find_files, without_credentials
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest
-from pipeline.ingest.resolve import IngestOptions, absolute_source
+from pipeline.ingest.resolve import absolute_source
 from pipeline.ingest.sets import SETS
 from pipeline.runs.train import train_request
 from tests.kit.data import (
@@ -606,10 +607,9 @@ def test_a_folder_called_like_a_built_in_set_does_not_take_its_place(
         ingest("images", Path("digits"))
     else:
         shutil.move("images", "digits")
-    options = IngestOptions()
-    assert ensure_ingested("digits", options, tmp_path / "datasets").manifest.num_rows == 1797
-    assert availability("digits", options, tmp_path / "datasets").num_rows == 1797
-    assert ensure_ingested("./digits", options, tmp_path / "datasets").manifest.num_rows == 4
+    assert ensure_ingested(DataConfig(), tmp_path / "datasets").manifest.num_rows == 1797
+    assert availability(DataConfig(), tmp_path / "datasets").num_rows == 1797
+    assert ensure_ingested(DataConfig(source="./digits"), tmp_path / "datasets").manifest.num_rows == 4
     assert absolute_source("digits") == "digits"
     assert absolute_source("./digits") == str(tmp_path / "digits")
     asked = train_request(Context(Profile()), None, "digits", "digits", ())

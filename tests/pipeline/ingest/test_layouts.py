@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline.config.experiment import DataConfig
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested, ingest
+from pipeline.ingest.ingest import ensure_ingested, ingest
 from tests.kit.data import png_of, some_images
 
 IMAGES = some_images(60, (6, 6, 1))
@@ -163,7 +164,7 @@ def test_layout_says_otherwise(tmp_path: Path) -> None:
     odd = lay_out(tmp_path / "odd", "holdout/0.png", "train/1.png", "train/2.png")
     assert taken(odd)[0].class_names == ("holdout", "train")
     assert taken(odd, "holdout", "splits")[0].num_rows == 1
-    for layout, message in (("deep", "expected one of flat, classes, splits"), ("flat", "leave one out")):
+    for layout, message in (("deep", "expected .flat., .classes. or .splits."), ("flat", "leave one out")):
         with pytest.raises(UsageError, match=message):
             taken(root, "train", layout)
     with pytest.raises(UsageError, match="--layout is for folders of image files, got digits"):
@@ -172,7 +173,9 @@ def test_layout_says_otherwise(tmp_path: Path) -> None:
 
 def test_other_readings_of_a_folder_are_other_datasets_in_the_cache(tmp_path: Path) -> None:
     root, cache = str(lay_out(tmp_path / "in", *FOUR)), tmp_path / "cache"
-    found = [ensure_ingested(root, IngestOptions(layout=layout), cache) for layout in (None, "flat", "classes", None)]
+    found = [
+        ensure_ingested(DataConfig(source=root, layout=layout), cache) for layout in (None, "flat", "classes", None)
+    ]
     assert [dataset.manifest.has_labels for dataset in found] == [True, False, True, True]
     assert found[0].location == found[3].location
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from pipeline.config import presets
-from pipeline.config.experiment import experiment_from, load_experiment, with_overrides
+from pipeline.config.experiment import DataConfig, experiment_from, load_experiment, with_overrides
 from pipeline.data.labels import ClassNames, class_name, class_names_of, labels_of
 from pipeline.data.order import Order
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics import scoring
 from pipeline.runs.evaluate import ScoreRequest
 from pipeline.runs.grid import parse_grid
@@ -155,7 +155,7 @@ def test_a_true_that_was_read_is_no_class():
 
 def test_images_without_labels_cannot_train_classes(tmp_path):
     np.savez(tmp_path / "images.npz", images=np.zeros((8, 8, 8), np.uint8))
-    unlabelled = ensure_ingested(str(tmp_path / "images.npz"), IngestOptions(), tmp_path / "datasets")
+    unlabelled = ensure_ingested(DataConfig(source=str(tmp_path / "images.npz")), tmp_path / "datasets")
     with pytest.raises(UsageError, match="have no labels"):
         class_names_of(unlabelled)
 

@@ -12,9 +12,9 @@ import pytest
 from sklearn.datasets import load_digits
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import experiment_from
+from pipeline.config.experiment import DataConfig, experiment_from
 from pipeline.console import Console
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.fid import Moments, frechet_distance
 from pipeline.metrics.metric_identity import recorded_split
 from pipeline.metrics.scores import MOMENTS_FILE
@@ -50,7 +50,7 @@ def split_run(home: Path) -> Run:
             "training": {"steps": 2, "batch_size": 16, "ema_decay": [0.9, 0.5]},
         }
     )
-    dataset = ensure_ingested(str(source), IngestOptions(split="train"), home / "datasets")
+    dataset = ensure_ingested(DataConfig(source=str(source), split="train"), home / "datasets")
     run = Run.create(
         home,
         name="split",
@@ -80,7 +80,9 @@ def test_figures_are_of_the_split_that_is_asked_for_and_have_names_of_their_own(
     assert own["identities"][fid]["split"] == own["identities"][bits]["split"] == "train"
 
     other = evaluate("--metrics", "fid,bpd", "--split", "Test")  # which is taken for what it is recorded as
-    of_test = ensure_ingested(str(home / "source"), IngestOptions(split="test"), home / "datasets").manifest.fingerprint
+    of_test = ensure_ingested(
+        DataConfig(source=str(home / "source"), split="test"), home / "datasets"
+    ).manifest.fingerprint
     for key in (fid, "bits_per_dim_test_n130"):
         identity = other["identities"][key]
         assert (identity["split"], identity["dataset"]) == ("test", of_test)

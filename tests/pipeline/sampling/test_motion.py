@@ -11,10 +11,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ddpm import BetaSchedule, GaussianDiffusion
-from pipeline.config.experiment import SamplingConfig
+from pipeline.config.experiment import DataConfig, SamplingConfig
 from pipeline.data.shards import Dataset
 from pipeline.errors import DataError, UsageError
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.sampling import motion
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_animation, draw_passage, draw_strip, interpolate, read_end, trajectory
@@ -42,7 +42,7 @@ def denoiser(steps: int = 50, **sampling: object) -> Denoiser:
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    return ensure_ingested("digits", IngestOptions(), tmp_path_factory.mktemp("datasets"))
+    return ensure_ingested(DataConfig(), tmp_path_factory.mktemp("datasets"))
 
 
 def test_there_and_back_again_gives_the_same_images_in_the_limit_of_many_steps(digits):

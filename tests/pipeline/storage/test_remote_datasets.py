@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 
 from pipeline.config.cluster_profile import Cache
+from pipeline.config.experiment import DataConfig
 from pipeline.data.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.order import Order
 from pipeline.data.shards import Dataset, read_batches
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.ingest.ingest import IngestOptions, availability, ensure_ingested, ingest
+from pipeline.ingest.ingest import availability, ensure_ingested, ingest
 from pipeline.pictures.pictures import inspect_picture
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.remote_cache import NodeCache
@@ -321,18 +322,16 @@ def test_an_ingest_that_fails_leaves_nothing(source, bucket, object_store, scrat
 
 def test_a_source_is_ingested_into_the_store_once_and_known_there_by_every_machine(bucket, tmp_path, cache, home):
     datasets, said = f"{bucket}/ddpm/datasets", []
-    assert availability("digits", IngestOptions(), datasets).state == "here"
-    made = ensure_ingested("digits", IngestOptions(), datasets, said.append, cache=cache)
-    again = ensure_ingested("digits", IngestOptions(), datasets, said.append, cache=cache)
+    assert availability(DataConfig(), datasets).state == "here"
+    made = ensure_ingested(DataConfig(), datasets, said.append, cache=cache)
+    again = ensure_ingested(DataConfig(), datasets, said.append, cache=cache)
     assert made.location == again.location
     assert made.location.startswith(f"{datasets}/digits-")
     assert len([text for text in said if text.startswith("ingesting")]) == 1
-    assert availability("digits", IngestOptions(), datasets).state == "cached"
-    found = availability(made.location, IngestOptions(), tmp_path)
+    assert availability(DataConfig(), datasets).state == "cached"
+    found = availability(DataConfig(source=made.location), tmp_path)
     assert (found.state, found.num_rows, found.shape) == ("ingested", 1797, (1, 8, 8))
-    assert np.array_equal(
-        made.read([3, 2]), Dataset.open(ensure_ingested("digits", IngestOptions(), tmp_path).folder).read([3, 2])
-    )
+    assert np.array_equal(made.read([3, 2]), Dataset.open(ensure_ingested(DataConfig(), tmp_path).folder).read([3, 2]))
 
 
 @pytest.mark.slow

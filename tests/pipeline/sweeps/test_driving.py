@@ -15,11 +15,11 @@ import pytest
 from pipeline.cluster.nodes import resource_of_this_node
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile, Resources
-from pipeline.config.experiment import load_experiment
+from pipeline.config.experiment import DataConfig, load_experiment
 from pipeline.config.presets import find
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.fid import kid
 from pipeline.metrics.scoring import scorer_of
@@ -106,7 +106,7 @@ def test_no_folder_is_made_for_a_finished_trial_whose_own_is_gone(folder: SweepF
 def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_started_with(
     folder: SweepFolder, tmp_path: Path
 ) -> None:
-    location = ensure_ingested("digits", IngestOptions(), tmp_path / "datasets").location
+    location = ensure_ingested(DataConfig(), tmp_path / "datasets").location
     about = {"path": location, "fingerprint": Dataset.open(location).manifest.fingerprint, "name": "digits"}
     run = begun(folder, Next(POINTS[0], 0), about)
     told: list[dict[str, Any]] = []
@@ -233,7 +233,7 @@ def test_judgements_on_the_way_survive_a_kill(tmp_path: Path) -> None:
 
 def test_an_early_kid_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) -> None:
     experiment = load_experiment(find("experiments", "digits"))
-    location = ensure_ingested("digits", IngestOptions(), tmp_path / "datasets").location
+    location = ensure_ingested(DataConfig(), tmp_path / "datasets").location
     dataset, compute = Dataset.open(location), sampling_compute(Profile(threads_per_worker=1))
     images = np.random.RandomState(0).randint(0, 256, (64, 1, 8, 8), dtype=np.uint8)
     generation = usual_generation(experiment)

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment, SamplingConfig, load_experiment
+from pipeline.config.experiment import DataConfig, Experiment, SamplingConfig, load_experiment
 from pipeline.config.presets import find
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
@@ -65,7 +65,7 @@ def test_the_command_of_a_trial_does_again_what_it_did(home: Path, metric: str) 
     about = {"path": "", "fingerprint": "images", "name": "digits"}
     folder = SweepFolder.create(home, sweep, base, plain_base(sweep), about, Profile().to_dict(), ["ddpm-pipe"])
     experiment = trial_experiment(sweep, base, point, 0)
-    dataset = ensure_ingested("digits", IngestOptions(), home / "datasets")
+    dataset = ensure_ingested(DataConfig(), home / "datasets")
     asked = SweepRequest(sweep, base, Profile())
     run = _trial_run(folder, asked, Next(point, 0), experiment, "key", Profile(), dataset, None)
     program, verb, _, preset, *words = run.record.command

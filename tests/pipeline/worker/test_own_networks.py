@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.experiment import Experiment, experiment_from
+from pipeline.config.experiment import DataConfig, Experiment, experiment_from
 from pipeline.data.shards import Dataset
 from pipeline.errors import UsageError
-from pipeline.ingest.ingest import IngestOptions, ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested
 from pipeline.training.models import build_model, load_weights, weights_of
 from pipeline.training.team import Team
 from pipeline.training.trained import Trained
@@ -129,7 +129,7 @@ def learn_with_unused_parameters(rank: int, folder: str, data: str) -> None:
 
 
 def test_unused_parameters_do_not_stop_two_workers(own: Path):
-    dataset = ensure_ingested("digits", IngestOptions(), own / "datasets")
+    dataset = ensure_ingested(DataConfig(), own / "datasets")
     run_team(learn_with_unused_parameters, (str(own), str(dataset.folder)), 2)
     alone, _, _ = train(dataset, own_experiment("Unused"), Team())
     parts = [torch.load(own / f"{rank}.pt", weights_only=True) for rank in range(2)]
