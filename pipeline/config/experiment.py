@@ -409,13 +409,3 @@ def _refuse_unread_eta(content: dict[str, Any]) -> None:
             f"sampling.eta: got {sampling['eta']}, which is ddim's; the sampler is {sampling['sampler']!r}: leave eta out, or "
             "use sampler ddim"
         )
-
-
-def require_divisible(experiment: Experiment, num_workers: int, num_streams: int) -> None:
-    """Refuse a worker count that does not divide the number of streams (UsageError)."""
-    if num_streams % num_workers:
-        fits = [n for n in range(1, num_streams + 1) if num_streams % n == 0]
-        raise UsageError(
-            f"workers: got {num_workers}, which does not divide training.num_streams {num_streams} "
-            f"(batch_size {experiment.training.batch_size}); choose one of {fits}"
-        )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from pipeline.errors import UsageError, nearest
 from pipeline.redaction import refuse_secrets
@@ -29,6 +29,15 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, content: Any) -> Any:
+        known = list(cls.model_fields)
+        for key in content if isinstance(content, dict) else ():
+            if key not in known:
+                raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}; known here: {', '.join(known)}")
+        return content
 
 
 Place = Annotated[str, AfterValidator(os.path.expanduser)]  # a path or an address; `~` is the user's home directory
@@ -176,12 +185,12 @@ def validate(schema: type[SectionT], content: dict[str, Any], where: str) -> Sec
     try:
         return schema.model_validate(content)
     except ValidationError as error:
-        raise UsageError(f"{where}: {_explain(schema, error)}") from None
+        raise UsageError(f"{where}: {_explain(error)}") from None
 
 
-def _explain(schema: type[Section], error: ValidationError) -> str:
+def _explain(error: ValidationError) -> str:
     """Return one line for the first fault, unknown keys before others (a misspelt key often causes the rest)."""
-    faults = sorted(error.errors(include_url=False), key=lambda e: e["type"] != "extra_forbidden")
+    faults = sorted(error.errors(include_url=False), key=lambda e: "unknown key" not in e["msg"])
     setting = tuple(takewhile(_is_named, faults[0]["loc"]))
     of_setting = [fault for fault in faults if fault["loc"][: len(setting)] == setting]
     # each member of a union has a fault of its own: the one that got furthest is of the form that was written
@@ -189,11 +198,6 @@ def _explain(schema: type[Section], error: ValidationError) -> str:
     field = ".".join(str(part) for part in fault["loc"] if _is_named(part))
     others = len(faults) - len(of_setting)
     rest = f" (and {others} more)" if others else ""
-    if fault["type"] == "extra_forbidden":
-        parent = _section_at(schema, fault["loc"][:-1])
-        known = list(parent.model_fields) if parent else []
-        name = str(fault["loc"][-1])
-        return f"unknown key {field!r}{nearest(name, known)}; known here: {', '.join(known)}{rest}"
     if fault["type"] == "missing":
         return f"{field} is missing; it has no default{rest}"
     got = fault.get("input")
@@ -223,27 +227,6 @@ def _expected(kind: str, context: dict[str, Any]) -> str:
     words = {"int": "a whole number", "float": "a number", "finite": "a finite number", "bool": "true or false"}
     words |= {"string": "text", "tuple": "a list, such as [1, 2]", "list": "a list, such as [1, 2]"}
     return words.get(kind.partition("_")[0], "a group of settings")
-
-
-def _section_at(schema: type[Section], location: tuple[int | str, ...]) -> type[Section] | None:
-    """Return the nested section that a pydantic error location points at."""
-    section: Any = schema
-    for part in location:
-        field = section.model_fields.get(part)
-        if field is None:
-            continue
-        section = next(_sections_in(field.annotation), None)
-        if section is None:
-            return None
-    return section  # type: ignore[no-any-return]
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    """Yield the sections that a type names, in unions and annotated types too."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for part in getattr(annotation, "__args__", ()):
-        yield from _sections_in(part)
 
 
 def flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:

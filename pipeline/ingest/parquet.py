@@ -29,6 +29,7 @@ from pipeline.ingest.rows import Item
 from pipeline.ingest.sources import Source, content_key, short_name
 
 _BATCH_ROWS = 64
+_LABELS_AT_ONCE = 4096
 _NO_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 # Extension types that run, or in old versions ran, Python code from the file (CVE-2026-41486, CVE-2023-47248).
 _CODE_TYPES = re.compile(rb"ray\.data\.|arrow\.py_extension_type")
@@ -214,37 +215,29 @@ def _classes(
     kind = _kind(types[name])
     if kind is None or (kind in ("text", "fractions") and not named) or (is_pandas_index(name) and not named):
         return None
-    if kind == "one-hot":
-        return _one_hot_classes(files, name)
-    distinct: set[Any] = set()
+    distinct, widths = set[Any](), set[int]()
     for file in files:
         with _opened(file) as opened:
-            if name not in opened.schema_arrow.names and not named:
-                return None
             if name not in opened.schema_arrow.names:
-                raise _no_column(file, name)
-            for group in range(opened.num_row_groups):
-                values = _plain(opened.read_row_group(group, columns=[name]).column(name)).drop_null().unique()
+                if named:
+                    raise _no_column(file, name)
+                return None
+            for batch in opened.iter_batches(batch_size=_LABELS_AT_ONCE, columns=[name]):
+                if kind == "one-hot":
+                    rows = _one_hot(batch.column(name))
+                    if rows is None:
+                        return None
+                    widths.add(rows.shape[1])
+                    continue
+                values = _plain(batch.column(name)).drop_null().unique()
                 if kind == "fractions" and not pc.all(pc.equal(values, pc.round(values)), min_count=0).as_py():
                     return None
                 distinct.update(values.to_pylist())
+    if kind == "one-hot":
+        return Classes(tuple(map(str, range(widths.pop())))) if len(widths) == 1 else None
     if not named and kind != "truths" and names_rows(name, len(distinct), num_rows):
         return None
     return classes_of(map(int, distinct)) if kind == "fractions" else classes_of(distinct)
-
-
-def _one_hot_classes(files: list[StoredFile], name: str) -> Classes | None:
-    width = 0
-    for file in files:
-        with _opened(file) as opened:
-            if name not in opened.schema_arrow.names:
-                return None
-            for batch in opened.iter_batches(batch_size=_BATCH_ROWS, columns=[name]):
-                rows = _one_hot(batch.column(name))
-                if rows is None or (width and rows.shape[1] != width):
-                    return None
-                width = rows.shape[1]
-    return Classes(tuple(map(str, range(width)))) if width else None
 
 
 def _one_hot(column: Any) -> npt.NDArray[Any] | None:
@@ -282,9 +275,6 @@ def _plain_type(kind: Any) -> Any:
 
 def _plain(column: Any) -> Any:
     """Convert a column to its plain type, and any text layout to `string`."""
-    if isinstance(column.type, pa.BaseExtensionType):
-        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
-        column = pa.chunked_array([chunk.storage for chunk in chunks], column.type.storage_type)
     kind = _plain_type(column.type)
     kind = pa.string() if _kind(kind) == "text" else kind
     return column if column.type == kind else column.cast(kind)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment, require_divisible
+from pipeline.config.experiment import Experiment
 from pipeline.config.yaml_files import to_yaml
 from pipeline.console import duration, plural, size
-from pipeline.data.order import default_num_streams
+from pipeline.data.order import default_num_streams, streams_of_worker
 from pipeline.errors import UsageError
 from pipeline.gpus import usable_gpus
 from pipeline.planning.capacity import fitting_counts, whole_gpus
@@ -135,7 +135,7 @@ def make_plan(
     Unknown facts of the dataset are None; `num_classes` matters to class-conditional models only.
     """
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
-    require_divisible(experiment, num_workers, streams)
+    streams_of_worker(0, num_workers, streams)  # refuses a number that does not divide the streams
     warnings = check_training(experiment)
     if profile.kind == "local" and not missing:
         training_compute(experiment, profile, num_workers, shape)

@@ -113,7 +113,7 @@ def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_started_with(
     carry_out(run, for_trials(Profile(workers=5)), told.append)  # of a record that has one worker
     (end,) = told
     assert end["status"] == "failed"
-    assert "workers: got 5, which does not divide" in end["reason"]
+    assert "5 workers cannot share num_streams" in end["reason"]
 
 
 def test_a_trial_that_was_stopped_early_is_not_resumed_by_the_next_driver(folder: SweepFolder) -> None:
