@@ -45,31 +45,30 @@ def choose_split(names: Iterable[str], asked: str | None, where: str) -> tuple[s
     return taken, f"taking split {taken!r} of {where} (also there: {others})" if others else ""
 
 
-def pick_column(what: str, named: str | None, candidates: list[str], there: list[str], where: str) -> str:
+def pick_column(what: str, named: str | None, candidates: list[str], there: dict[str, str], where: str) -> str:
     """Return the column (or array) of `what`, "image" or "label": the named one, else the only candidate.
+
+    `there` is the type of every column, in words.
 
     Raises:
         UsageError: several candidates and none is named, or the named one is not a candidate.
         DataError: there is no candidate.
     """
     listing = ", ".join(candidates) or "none"
-    kinds = dict(text.partition(" (")[::2] for text in there)  # "x (double)": each column with its type
     if named is not None and named not in candidates:
-        kind = f" ({kinds[named]}" if kinds.get(named) else ""
-        problem = f"has no {what}s{kind}" if named in kinds else "does not exist"
+        problem = f"has no {what}s ({there[named]})" if named in there else "does not exist"
         raise UsageError(f"{where}: column {named!r} {problem}: columns of {what}s are {listing}")
     if named is not None:
         return named
     if not candidates:
-        raise DataError(
-            f"{where} has no column of {what}s, its columns are {', '.join(there) or 'none'}: check the source"
-        )
+        columns = ", ".join(f"{name} ({kind})" for name, kind in there.items()) or "none"
+        raise DataError(f"{where} has no column of {what}s, its columns are {columns}: check the source")
     if len(candidates) > 1:
         raise UsageError(f"{where} has several columns of {what}s ({listing}): name one with --{what}-column")
     return candidates[0]
 
 
-def pick_label(named: str | None, candidates: list[str], there: list[str], where: str) -> str | None:
+def pick_label(named: str | None, candidates: list[str], there: dict[str, str], where: str) -> str | None:
     """Return the label column as in `pick_column`, preferring a typical name; None without labels, or if they are not wanted."""
     if named == NO_LABELS or (named is None and not candidates):
         return None

@@ -96,13 +96,8 @@ def _filesystem(source: str) -> tuple[Any, str]:
     scheme = urlsplit(source).scheme if "://" in source else ""
     if not scheme:
         return fs.LocalFileSystem(), str(Path(source).absolute())
-    if scheme in _PYARROW_SCHEMES:
-        filesystem, path = fs.FileSystem.from_uri(source)
-        return filesystem, path.rstrip("/")
-    from fsspec.core import url_to_fs  # type: ignore[import-untyped, unused-ignore]
-
-    other, path = url_to_fs(source)
-    return fs.PyFileSystem(fs.FSSpecHandler(other)), path.rstrip("/")
+    filesystem, path = fs.FileSystem.from_uri(source if scheme in _PYARROW_SCHEMES else f"fsspec+{source}")
+    return filesystem, path.rstrip("/")
 
 
 def _list(filesystem: Any, root: str, recursive: bool) -> list[Any] | None:

@@ -44,7 +44,8 @@ def npz(
     elif split not in (None, ALL_SPLITS):
         raise UsageError(f"{path} has no split {split!r}: its arrays are {', '.join(arrays)}")
     images = [n for n, a in arrays.items() if a.dtype == np.uint8 and len(a.shape) in (3, 4)]
-    image = pick_column("image", image_column, images, list(arrays), str(path))
+    there = {name: str(array.dtype) for name, array in arrays.items()}
+    image = pick_column("image", image_column, images, there, str(path))
     num_rows = arrays[image].shape[0]
     label, classes = _choose_labels(path, arrays, num_rows, label_column)
     to_hwc = _layout(arrays[image].shape, f"{path}: array {image!r}")
@@ -86,7 +87,7 @@ def _choose_labels(
                 found[name] = classes_of(np.unique(archive[name]))
             elif len(shape) == 2 and shape[0] == num_rows and dtype.kind in "iubf" and is_one_hot(archive[name]):
                 found[name] = Classes(tuple(map(str, range(shape[1]))))
-    there = [f"{name} ({array.dtype})" for name, array in arrays.items()]
+    there = {name: str(array.dtype) for name, array in arrays.items()}
     label = pick_label(named, list(found), there, str(path))
     return label, Classes(None) if label is None else found[label]
 

@@ -155,7 +155,7 @@ def _columns(
         schema = opened.schema_arrow
     where, features, keys = files[0].path, _features(schema), _hive_keys(files[0])
     types = {name: schema.field(name).type for name in schema.names}
-    there = [f"{name} ({schema.field(name).type})" for name in schema.names]
+    there = {name: str(kind) for name, kind in types.items()}
     shape = _raw_shape(schema)
     images = [name for name, kind in types.items() if _is_image(kind) or (shape and _is_raw(kind, shape))]
     declared = [name for name in images if features.get(name, {}).get("_type") == "Image"]
@@ -176,7 +176,7 @@ def _columns(
         found = {name: _classes(files, name, types, keys, num_rows, named=False) for name in usual}
         passed_over = [name for name, classes in found.items() if classes is None and _kind(types[name])]
     candidates = [name for name, classes in found.items() if classes is not None or name in declared]
-    there += [f"{key} (of the path)" for key in keys]
+    there |= dict.fromkeys(keys, "of the path")
     label = pick_label(label_column, candidates, there, where)
     if label is None:
         columns = _Columns(image, raw, None, Classes(None))

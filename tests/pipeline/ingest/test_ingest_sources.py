@@ -165,7 +165,7 @@ def test_arrays_are_chosen_by_split_and_by_name(tmp_path: Path) -> None:
         ingest(str(two), tmp_path / "c")
     with pytest.raises(UsageError, match=r"several columns of labels \(y, z\): name one with --label-column"):
         ingest(str(two), tmp_path / "c", image_column="b")
-    with pytest.raises(UsageError, match=r"column 'y' has no images: columns of images are a, b"):
+    with pytest.raises(UsageError, match=r"column 'y' has no images \(int64\): columns of images are a, b"):
         ingest(str(two), tmp_path / "c", image_column="y")
     ingest(str(two), tmp_path / "c", image_column="b", label_column="z")
     assert_holds(tmp_path / "c", images[::-1], range(9))
