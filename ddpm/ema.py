@@ -37,7 +37,7 @@ class WeightAverage(ABC):
     def copy_to(self, model: nn.Module) -> None:
         """Write the average into the parameters of `model`, cast to their dtype; its buffers stay.
 
-        Copy into another instance than the one in training: training must not go on from averaged weights.
+        Copy into another instance than the one in training: training must not continue from averaged weights.
         """
         parameters = dict(bare(model).named_parameters())
         _check_like(parameters, self.shadow, "the model")

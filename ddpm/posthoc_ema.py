@@ -44,7 +44,7 @@ class PowerFunctionEMA(WeightAverage):
     """An average whose weight at step s of t is proportional to s^gamma, so that it grows with training.
 
     Update t = 1, 2, ... has decay (1 - 1/t)^(gamma+1): the initial weights get none. Store snapshots of two of them,
-    say sigma_rel 0.05 and 0.10, for `posthoc_weights`.
+    say sigma_rel 0.05 and 0.10, each with its `EMAProfile`, for `posthoc_weights`.
     """
 
     def __init__(self, model: nn.Module, sigma_rel: float) -> None:
@@ -54,11 +54,6 @@ class PowerFunctionEMA(WeightAverage):
     def next_decay(self) -> float:
         """The decay that the next update will use."""
         return float((1 - 1 / (self.num_updates + 1)) ** (self.gamma + 1))
-
-    @property
-    def profile(self) -> EMAProfile:
-        """What to store beside a snapshot of `shadow`."""
-        return EMAProfile(self.sigma_rel, self.num_updates)
 
 
 def posthoc_weights(snapshots: Sequence[EMAProfile], target: EMAProfile) -> list[float]:

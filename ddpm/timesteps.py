@@ -20,7 +20,7 @@ class Draw(NamedTuple):
 
 
 class TimestepSampler(Protocol):
-    """What the training loop needs: draw, tell the losses, save and load."""
+    """What the training loop needs: draw timesteps, take in their losses, save and load."""
 
     def draw(self, u: Tensor) -> Draw:
         """A step for each of `u` [B], uniform numbers in [0, 1): a function of them and of this sampler's state alone."""

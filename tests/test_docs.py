@@ -81,6 +81,8 @@ def test_every_command_says_what_it_does_and_shows_an_example(path: tuple[str, .
     text = help_of(path)
     first_line = (COMMANDS[path].help or "").strip().split("\n")[0]
     assert first_line.endswith("."), f"{path}: the help's first line is a sentence, got {first_line!r}"
+    summary = COMMANDS[path].get_short_help_str(60)
+    assert not summary.endswith("..."), f"{path}: `ddpm-pipe --help` cuts the summary: {summary!r}"
     examples = [words for words in command_lines(text.partition("Example")[2]) if tuple(words[: len(path)]) == path]
     assert examples, f"`ddpm-pipe {' '.join(path)} --help` shows no example of itself"
 

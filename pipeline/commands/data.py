@@ -60,10 +60,10 @@ ddpm-pipe ingest ~/photos s3://bucket/data/photos --image-size 64
 )
 @options.json
 def ingest(source: str, dest: str, as_json: bool, **asked: Any) -> None:
-    """Turn SOURCE into a dataset of verified shards in the new folder DEST, here or in an object store (s3://bucket/folder).
+    """Turn SOURCE into a dataset of verified shards in DEST.
 
-    SOURCE is digits, mnist, fashion-mnist or cifar10, a folder of images (sub-folders are classes), Parquet files (a file, folder,
-    glob, or s3:// or gs:// address), or an .npz file.
+    DEST is a new folder, here or in an object store (s3://bucket/folder). SOURCE is digits, mnist, fashion-mnist or cifar10, a folder of
+    images (sub-folders are classes), Parquet files (a file, folder, glob, or s3:// or gs:// address), or an .npz file.
     """
     from pipeline.console import Bar, Console
     from pipeline.ingest.ingest import ingest as ingest_source
@@ -98,7 +98,10 @@ ddpm-pipe inspect data/digits --verify --picture digits.png
 )
 @options.json
 def inspect(data: str, verify: bool, picture: Path | None, as_json: bool) -> None:
-    """Show what an ingested dataset is: a card, and a grid picture of its first images."""
+    """Show an ingested dataset: a card, and a grid picture.
+
+    The grid has its first images.
+    """
     from pipeline.console import Bar, Console
     from pipeline.data.shards import Dataset
     from pipeline.pictures.pictures import card_lines, dataset_card, inspect_picture

@@ -23,7 +23,7 @@ INDENT = " " * 20
 
 
 def _require_access(context: Context, given: dict[str, Any]) -> None:
-    """Probe the authentication of a cluster that the doctor is sent to: what keeps us out is a finding like any other."""
+    """Probe the authentication of the cluster that the doctor is sent to; a refusal is a finding like any other."""
     from pipeline.doctor.doctor import auth_findings, require_healthy
 
     findings = auth_findings(context.profile)
@@ -54,10 +54,10 @@ ddpm-pipe doctor --preset ddpm-cifar10 --json
 )
 @options.json
 def doctor(context: Context, data: str | None, preset: str | None, as_json: bool) -> None:
-    """Look in under a minute whether a cluster is ready for what its profile asks.
+    """Check whether a cluster is ready for its profile.
 
-    One line for each check: green, yellow (works, with a drawback), red (training would fail or mislead) or skipped, with what to do
-    about it. Exit code 10 if something is red.
+    It takes under a minute. One line for each check: green, yellow (works, with a drawback), red (training would fail or mislead) or
+    skipped, with what to do about it. Exit code 10 if something is red.
     """
     from pipeline.doctor.doctor import examination_of, examine, require_healthy
 

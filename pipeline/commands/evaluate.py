@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands import completion, options
-from pipeline.commands.output import print_result, table_lines
+from pipeline.commands.output import Result, print_result, table_lines
 from pipeline.commands.submit import runs_on_cluster
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
-    from pipeline.runs.evaluate import ScoreRequest
 
 METRICS = ("fid", "kid", "is", "prdc", "bpd")
 
@@ -82,7 +81,7 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
 @options.dry_run
 @options.json
 def evaluate(run: str, grid: str | None, context: Context, dry_run: bool, as_json: bool, **asked: Any) -> None:
-    """Score RUN, beside what real images and noise get by the same code.
+    """Score RUN beside the scores of real images and of noise.
 
     \b
     fid   Frechet distance of the extractor's features
@@ -94,32 +93,25 @@ def evaluate(run: str, grid: str | None, context: Context, dry_run: bool, as_jso
     from pipeline.runs.evaluate import ScoreRequest
 
     request = ScoreRequest(**asked)
-    if grid is not None:
-        _evaluate_grid(context, run, request, grid, dry_run=dry_run, as_json=as_json)
-    elif dry_run:
+    if dry_run:
         from pipeline.runs.evaluate import plan_evaluation
+        from pipeline.runs.evaluate_grid import plan_grid
 
-        plan = plan_evaluation(context, run, request)
+        plan: Result = (
+            plan_evaluation(context, run, request) if grid is None else plan_grid(context, run, request, grid)
+        )
         print_result(plan, as_json)
-    else:
+    elif grid is None:
         from pipeline.runs.evaluate import evaluate as evaluate_run
         from pipeline.runs.evaluation import evaluation_lines
 
         result = evaluate_run(context, run, request)
         print_result(result, as_json, lambda: _page(result.found.run, evaluation_lines(result.found), result.written))
-
-
-def _evaluate_grid(
-    context: Context, run: str, request: ScoreRequest, grid: str, *, dry_run: bool, as_json: bool
-) -> None:
-    from pipeline.runs.evaluate_grid import evaluate_grid, plan_grid
-
-    if dry_run:
-        plan = plan_grid(context, run, request, grid)
-        print_result(plan, as_json)
     else:
-        result = evaluate_grid(context, run, request, grid)
-        print_result(result, as_json, lambda: _page(result.run, table_lines(result.grid.shown()), result.written))
+        from pipeline.runs.evaluate_grid import evaluate_grid
+
+        scored = evaluate_grid(context, run, request, grid)
+        print_result(scored, as_json, lambda: _page(scored.run, table_lines(scored.grid.shown()), scored.written))
 
 
 def _page(run: str, table: Sequence[str], written: Sequence[Path]) -> list[str]:

@@ -44,9 +44,9 @@ def export(
     context: Context,
     as_json: bool,
 ) -> None:
-    """Write the model of RUN into the new folder DIR, for other programs. No format holds code or pickles.
+    """Write the model of RUN for other programs.
 
-    What has no equal in a format is refused with the reason.
+    DIR is a new folder. No format holds code or pickles. What has no equal in a format is refused with the reason.
     """
     from pipeline.exchange.export import ExportRequest, export_run
 
@@ -67,10 +67,10 @@ ddpm-pipe import model/ --name borrowed
 @options.cluster
 @options.json
 def import_(folder: Path, data: str | None, name: str | None, context: Context, as_json: bool) -> None:
-    """Make a run of the model in DIR, ready to sample, score and fine-tune.
+    """Make a run of the model in DIR.
 
-    DIR has the layout of a diffusers DDPMPipeline (safetensors or .bin), or is what `ddpm-pipe export --format safetensors` wrote. It is
-    read as a stranger's: nothing in it is run.
+    The run is ready to sample, score and fine-tune. DIR has the layout of a diffusers DDPMPipeline (safetensors or .bin), or is what
+    `ddpm-pipe export --format safetensors` wrote. It is read as a stranger's: nothing in it is run.
     """
     from pipeline.runs.import_run import import_folder
 

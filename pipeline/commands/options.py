@@ -29,7 +29,7 @@ def cluster(command: F) -> F:
     def with_context(*, cluster: str | None, **given: Any) -> Any:
         from pipeline.config.context import Context
 
-        return command(context=Context.load(cluster, command_line()), **given)
+        return command(context=Context.load(cluster, ["ddpm-pipe", *sys.argv[1:]]), **given)
 
     return click.option(
         "--cluster",
@@ -59,7 +59,7 @@ max_concurrent = click.option(
 
 
 def sampling(command: F) -> F:
-    """Add the options that change how images are generated; what is not given is as the run's experiment says."""
+    """Add the options that change how images are generated; the run's experiment decides what is not given."""
     options = (
         click.option(
             "--sampler",
@@ -113,8 +113,3 @@ def sampling(command: F) -> F:
     for option in reversed(options):
         command = option(command)
     return command
-
-
-def command_line() -> list[str]:
-    """Return the command as typed, by its name rather than its path."""
-    return ["ddpm-pipe", *sys.argv[1:]]

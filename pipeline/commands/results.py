@@ -109,7 +109,7 @@ ddpm-pipe runs --json
 @options.cluster
 @options.json
 def runs(limit: int | None, context: Context, as_json: bool) -> None:
-    """List the runs, newest first: id, name, dataset, schedule, T, steps, score, status.
+    """List the runs, newest first, with score and status.
 
     Below them, those whose process was killed or crashed, with the line that resumes each.
     """
@@ -140,7 +140,10 @@ ddpm-pipe ui --port 5001
 @click.option("--port", type=click.IntRange(1, 65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
 @options.cluster
 def ui(port: int, context: Context) -> None:
-    """Serve MLflow's pages about the runs, on this machine alone, until Ctrl-C."""
+    """Serve MLflow's pages about the runs, until Ctrl-C.
+
+    Only this machine can open them.
+    """
     from pipeline.tracking.ui import serve_ui
 
     mlflow = context.profile.mlflow
@@ -157,7 +160,10 @@ ddpm-pipe sync --moved
 @click.option("--moved", is_flag=True, help="After the home was moved or copied: correct MLflow's paths.")
 @options.cluster
 def sync(run: str | None, moved: bool, context: Context) -> None:
-    """Deliver to the tracking store what RUN recorded while the store was away."""
+    """Deliver RUN's records that the tracking store lacks.
+
+    They were recorded while the store was away.
+    """
     from pipeline.errors import UsageError
     from pipeline.sweeps.commands import sync as deliver
     from pipeline.tracking.moved import correct_places

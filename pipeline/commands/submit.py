@@ -214,7 +214,10 @@ ddpm-pipe jobs follow latest --cluster kuberay
 @click.argument("job")
 @where
 def follow_job(job: str, cluster: str) -> None:
-    """Show JOB's log from its beginning until it ends, and exit with its exit code. Ctrl-C leaves the job alone."""
+    """Show JOB's log until it ends, and exit with its exit code.
+
+    The log is shown from its beginning. Ctrl-C leaves the job alone.
+    """
     found = _jobs_of(cluster)
     click.get_current_context().exit(_follow(found, found.find(job)))
 

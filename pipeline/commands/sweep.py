@@ -85,10 +85,11 @@ def sweep(
     as_json: bool,
     **asked: Any,
 ) -> None:
-    """Compare settings: train each point of a space alike, and end with a ranking, its noise, and a report.
+    """Compare settings: train each point alike, and rank them.
 
-    With no arguments, three noise schedules by three T on the embedded digits. Ranked by a metric of the images at equal count, sampler
-    and network calls; the training loss, which does not compare, is refused. `ddpm-pipe resume SWEEP` goes on with one that was stopped.
+    It ends with a ranking, its noise, and a report. With no arguments, three noise schedules by three T on the embedded digits. Ranked by
+    a metric of the images at equal count, sampler and network calls; the training loss, which does not compare, is refused. `ddpm-pipe
+    resume SWEEP` continues one that was stopped.
     """
     from pipeline.sweeps import commands as sweep_commands
 

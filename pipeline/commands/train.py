@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train a model, and end with samples and scores.
 
-    Results do not depend on the number of workers. Ctrl-C saves and stops; `ddpm-pipe resume` goes on from there.
+    Results do not depend on the number of workers. Ctrl-C saves and stops; `ddpm-pipe resume` continues.
     """
     if origin is None:
         from pipeline.runs.train import train_request
@@ -124,9 +124,9 @@ ddpm-pipe init mnist
 )
 @click.argument("preset", required=False, shell_complete=completion.shipped("experiments"))
 def init(preset: str | None) -> None:
-    """Write a preset's experiment file here, every setting explained.
+    """Write a preset's experiment file, every setting explained.
 
-    The file gets the preset's name; one that is there is left alone.
+    The file gets the preset's name, in this folder; an existing file is left alone.
     """
     from pipeline.config.experiment import DEFAULT_PRESET
     from pipeline.config.settings_page import write_experiment
@@ -167,10 +167,10 @@ def resume(
     max_concurrent: int | None,
     as_json: bool,
 ) -> None:
-    """Go on with RUN from its newest checkpoint that verifies, bit for bit, or with what is left of a sweep.
+    """Resume RUN from its newest checkpoint, bit for bit.
 
-    RUN is a run id, MLflow's, a unique prefix of either, or `latest`; or a sweep's. Settings that decide the weights cannot change,
-    unless the run is forked.
+    Checkpoints that do not verify are skipped. RUN is a run id, MLflow's, a unique prefix of either, or `latest`; or a sweep's id, whose
+    remaining trials are then run. Settings that decide the weights cannot change, unless the run is forked.
     """
     from pipeline.commands.sweep import show
     from pipeline.runs.resume import ResumeRequest, resume_training
@@ -180,7 +180,7 @@ def resume(
     if folder is not None:
         if overrides or fork or data or isolated:
             raise UsageError(
-                f"{run} is a sweep: it goes on as it was asked for; change it with: ddpm-pipe sweep --extend {run}"
+                f"{run} is a sweep: it is resumed with its own settings; change it with: ddpm-pipe sweep --extend {run}"
             )
         show(context, resume_sweep(context, folder, max_concurrent), as_json=as_json)
         return

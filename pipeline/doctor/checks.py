@@ -7,7 +7,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -291,5 +291,5 @@ def step(examination: Examination) -> Finding:
         "step",
         f"{examination.experiment.name}: {seen.step_s:.2g} s for {batch} images on {plural(count, 'worker')} "
         f"({batch / seen.step_s:,.3g} images/s; {seen.device})",
-        **seen.to_dict(),
+        **asdict(seen),
     )

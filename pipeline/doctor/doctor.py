@@ -1,7 +1,7 @@
 """`ddpm-pipe doctor`: is this cluster ready for what a profile asks? Checks in under a minute, each with a limit of its own.
 
 A check is a function that returns a `Finding` (`checks`). It gathers facts on every node (`node_checks`), and functions of the facts alone
-judge them (`verdicts`). Each runs in a daemon thread: what hangs or fails is red, and the others go on.
+judge them (`verdicts`). Each runs in a daemon thread: a check that hangs or fails is red, and does not stop the others.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _join(examination: Examination, stack: ExitStack) -> Finding:
 
 
 def auth_findings(profile: Profile) -> list[Finding]:
-    """Return [] if a cluster that jobs are sent to lets us in, else all findings: what is wrong there, and the rest skipped."""
+    """Return [] if the cluster of a job profile admits us, else all findings: the error, and the other checks as skipped."""
     address = str(profile.address)
     try:
         admission(profile, address, probe_dashboard(address))

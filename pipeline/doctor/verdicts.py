@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
@@ -90,6 +91,7 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
     free, all_in_all = room(nodes, need, profile.placement), room(nodes, need, profile.placement, of_all=True)
     each = ", ".join(plural(amount, name) for name, amount in need.items())
     figures = {"workers_that_fit": all_in_all, "workers_that_fit_now": free, "wanted": most}
+    finding = partial(Finding, "resources", figures=figures)
     if all_in_all < least and profile.wait_for_resources_s:
         says = f"{shortage(least, nodes, profile)}; its profile waits {profile.wait_for_resources_s:g} s for a cluster that grows"
         remedy = "if it does not grow: add nodes, or ask less"
@@ -99,45 +101,35 @@ def judge_resources(profile: Profile, nodes: Sequence[Node], facts: Sequence[Nod
                 "have some started by `ddpm-pipe train --dry-run` with this profile, and ask again before they are idle for long; "
                 + remedy
             )
-        return yellow("resources", says, remedy, **figures)
+        return finding(Verdict.YELLOW, says, remedy)
     if all_in_all < least:
-        return red(
-            "resources",
-            shortage(least, nodes, profile),
-            f"add nodes, or set workers to {all_in_all}"
-            if all_in_all
-            else "add nodes, or ask less of each (resources_per_worker)",
-            **figures,
-        )
+        fewer = f"set workers to {all_in_all}" if all_in_all else "ask less of each (resources_per_worker)"
+        return finding(Verdict.RED, shortage(least, nodes, profile), f"add nodes, or {fewer}")
     if free < least:
-        return yellow(
-            "resources",
+        return finding(
+            Verdict.YELLOW,
             f"{shortage(least, nodes, profile)} at the moment: others use the rest",
             "wait for them (`ray status` shows who), or set wait_for_resources_s in the profile",
-            **figures,
         )
-    short = [f for f in facts if f.free_memory_bytes < WORKER_BYTES * max(1, most // max(1, len(facts)))]
-    if short:
-        return yellow(
-            "resources",
-            f"{short[0].name} has {size(short[0].free_memory_bytes)} of memory free; a worker takes {size(WORKER_BYTES)} and its network",
-            "run fewer workers on a node, or free some memory",
-            **figures,
-        )
-    busy = [f for f in facts if f.load_per_cpu > BUSY]
-    if busy:
-        return yellow(
-            "resources",
-            f"{busy[0].name} is busy: {busy[0].load_per_cpu:.1f} processes want each of its CPUs",
-            "wait for them, or expect less speed than the machine has",
-            **figures,
-        )
+    for node in facts:
+        if node.free_memory_bytes < WORKER_BYTES * max(1, most // max(1, len(facts))):
+            return finding(
+                Verdict.YELLOW,
+                f"{node.name} has {size(node.free_memory_bytes)} of memory free; a worker takes {size(WORKER_BYTES)} and its network",
+                "run fewer workers on a node, or free some memory",
+            )
+    for node in facts:
+        if node.load_per_cpu > BUSY:
+            return finding(
+                Verdict.YELLOW,
+                f"{node.name} is busy: {node.load_per_cpu:.1f} processes want each of its CPUs",
+                "wait for them, or expect less speed than the machine has",
+            )
     now = "" if free >= most else f", {free} of them now"
-    return green(
-        "resources",
+    return finding(
+        Verdict.GREEN,
         f"{plural(len(nodes), 'node')} {'hold' if len(nodes) > 1 else 'holds'} {min(all_in_all, most)} of {most} workers with "
         f"{each} each{now}",
-        **figures,
     )
 
 

@@ -32,11 +32,6 @@ class LogLines:
         for line in lines:
             self._print(line)
 
-    def write_from(self, whole: str) -> None:
-        """Print the lines of the whole log that have not been printed."""
-        self.rewind()
-        self.write(whole)
-
     def close(self) -> None:
         """Print a last line without a newline."""
         if self._rest:

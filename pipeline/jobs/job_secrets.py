@@ -2,7 +2,7 @@
 
 Ray shows a job's environment in plain text to everybody who may list jobs, as long as the cluster remembers the job. So the values are sent
 in two halves, each random without the other (a one-time pad): one in the environment, the other in the cluster's store, from which the job
-removes it at its start. Afterwards the cluster keeps only one half. Whoever has the cluster's token can still run code beside the job and
+removes it at its start. Afterwards the cluster keeps only one half. A holder of the cluster's token can still run code beside the job and
 read its memory: the token gives access to everything on the cluster.
 """
 
@@ -50,7 +50,7 @@ def receive() -> None:
     other = store.internal_kv_get(key, None)
     if other is None:
         raise ClusterError(
-            "the secret variables of this job are gone, since they can be read once: send the command again"
+            "the secret variables of this job were read before, and can be read only once; send the command again"
         )
     store.internal_kv_del(key, False, None)
     os.environ.update(joined(pad, other))

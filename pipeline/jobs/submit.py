@@ -107,7 +107,7 @@ class Jobs:
                 file = Path(folder) / "job.zip"  # uploaded by Ray, unless the cluster has one of the same content
                 file.write_bytes(archive)
                 self._ask(
-                    "take the job",
+                    "accept the job",
                     self._client.submit_job,
                     entrypoint=shlex.join([*ENTRY, call]),
                     submission_id=job,
@@ -174,7 +174,8 @@ class Jobs:
     def follow(self, job: str, out: Callable[[str], None], log: Callable[[str], None]) -> int:
         """Print a job's log from its beginning until it ends, results to `out` and the rest to `log`; return its exit code.
 
-        A lost connection is reported and restored. ClusterError if the job is gone, was killed, or ended without running its command.
+        A lost connection is reported and restored. Raises ClusterError if the cluster no longer knows the job, a
+        signal killed it, or it ended without running its command.
         """
         lines = LogLines(out, log)
         lost: float | None = None
@@ -190,7 +191,8 @@ class Jobs:
                 asyncio.run(self._tail(job, lines, back))
                 info = self._client.get_job_info(job)
                 if info.status.is_terminal():
-                    lines.write_from(self._client.get_job_logs(job))
+                    lines.rewind()
+                    lines.write(self._client.get_job_logs(job))
                     lines.close()
                     return self._exit_code(job, info, lines.saved)
                 back()
@@ -206,11 +208,12 @@ class Jobs:
                 if lost is None:
                     lost = now
                     self._console.say(
-                        f"lost the connection to {job} ({_reason(error)}); trying again for {duration(RECONNECT_S)}. The job may well go on"
+                        f"lost the connection to {job} ({_reason(error)}); trying again for {duration(RECONNECT_S)}; the "
+                        "job may still be running"
                     )
                 if now - lost > RECONNECT_S:
                     raise ClusterError(
-                        f"lost the connection to {job} ({_reason(error)}); it may well go on: {self._how_to_follow(job)}"
+                        f"lost the connection to {job} ({_reason(error)}); it may still be running: {self._how_to_follow(job)}"
                     ) from None
             time.sleep(1.0)
 
@@ -255,7 +258,7 @@ class Jobs:
         )
 
     def detach_hint(self, job: str) -> str:
-        """Return what to say to somebody who stops following."""
+        """Return the lines for a user who stops following the job."""
         stop = f"ddpm-pipe jobs stop {job}{self._at()}"
         return f"no longer following: {job} goes on\nfollow again: {self._how_to_follow(job)}\nstop it:      {stop}"
 
@@ -305,7 +308,7 @@ class Jobs:
         return f"{job}: {said[-1].removeprefix('ddpm-pipe: ') if said else str(info.status).lower()}"
 
     def _info(self, job: str) -> Any:
-        return self._ask("tell of the job", self._client.get_job_info, job)
+        return self._ask("report the job's state", self._client.get_job_info, job)
 
 
 def _client(address: str, token: str | None) -> Any:

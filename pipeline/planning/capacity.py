@@ -1,4 +1,4 @@
-"""How many workers fit on a cluster, and what is missing for more: arithmetic on its nodes, which `cluster/nodes` lists."""
+"""How many workers fit on a cluster, and what more of them would need: arithmetic on its nodes, which `cluster/nodes` lists."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
         )
     if profile.is_remote:
         return fitting
-    return held_here(fitting, profile) or fitting[-1:]  # what is missing for that one is said where Ray is started
+    return held_here(fitting, profile) or fitting[-1:]  # the session reports what that one lacks
 
 
 def held_here(counts: Sequence[int], profile: Profile) -> list[int]:
@@ -100,7 +100,7 @@ def _room_on(resources: dict[str, float], need: dict[str, float]) -> int:
 def _times(name: str, amount: float, each: float) -> int:
     if name != "GPU" or each >= 1:
         return int(amount / each)
-    whole = int(amount)  # a share is never put together from what is left of several
+    whole = int(amount)  # one worker's share comes from one GPU
     return whole * int((1 + EPSILON) / each) + int((amount - whole) / each)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pipeline.console import duration, rate, size
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan, advice_to_isolate
@@ -42,9 +42,6 @@ class Forecast:
     checkpoints: Checkpoints | None
     more_nodes_help: bool
     warnings: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def forecast(plan: Plan, probe: Probe) -> Forecast:

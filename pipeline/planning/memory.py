@@ -1,4 +1,4 @@
-"""Whether the system killed processes of this machine because memory ran out: a driver only sees that such a worker is gone."""
+"""Whether the system killed processes of this machine because memory ran out: a driver only sees that such a worker has died."""
 
 from __future__ import annotations
 

@@ -12,9 +12,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,9 +53,6 @@ class Probe:
     checkpoint_s: float | None  # None: not tried, or it could not be written
     device: str
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def probe_training(
     experiment: Experiment,
@@ -85,7 +81,7 @@ def probe_training(
 
 @contextmanager
 def _threads_kept() -> Iterator[None]:
-    """Restore torch's number of threads: the caller's process goes on."""
+    """Restore torch's number of threads, which the caller's process still needs."""
     threads = torch.get_num_threads()
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,8 +40,8 @@ class DryRun:
     def to_json(self) -> dict[str, Any]:
         """Return plain data, for `--json`."""
         return self.plan.to_dict() | {
-            "probe": None if self.probe is None else self.probe.to_dict(),
-            "forecast": None if self.forecast is None else self.forecast.to_dict(),
+            "probe": None if self.probe is None else asdict(self.probe),
+            "forecast": None if self.forecast is None else asdict(self.forecast),
             "unmeasured": self.unmeasured,
             "warnings": list(self.warnings),
         }

@@ -55,7 +55,7 @@ def test_an_update_weighs_steps_by_their_power() -> None:
     )
     exact = (1 - (1 - 1 / s) ** (ema.gamma + 1)) * kept
     torch.testing.assert_close(weights, exact, rtol=1e-5, atol=1e-12)
-    assert ema.profile == EMAProfile(0.1, steps)
+    assert (ema.sigma_rel, ema.num_updates) == (0.1, steps)
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_an_average_that_was_tracked_is_rebuilt_from_two_others(sigma_rel: float
         for ema in (tracked, *stored):
             ema.update()
         if step % every == 0:
-            snapshots += [ema.profile for ema in stored]
+            snapshots += [EMAProfile(ema.sigma_rel, ema.num_updates) for ema in stored]
             shadows += [{"weight": ema.shadow["weight"].clone()} for ema in stored]
-    weights = posthoc_weights(snapshots, tracked.profile)
+    weights = posthoc_weights(snapshots, EMAProfile(tracked.sigma_rel, tracked.num_updates))
     rebuilt, truth = reconstruct(iter(shadows), weights)["weight"], tracked.shadow["weight"]
     error = float((rebuilt - truth).norm())
     nearest = min(float((shadow["weight"] - truth).norm()) for shadow in shadows[-2:])

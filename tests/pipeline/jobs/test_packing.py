@@ -339,7 +339,8 @@ def test_each_line_of_a_log_is_shown_once_however_it_comes():
         lines.write(piece)
     lines.rewind()  # the connection was lost
     lines.write(whole[:80])
-    lines.write_from(whole)
+    lines.rewind()
+    lines.write(whole)
     lines.close()
     assert out == ["result"]
     assert log == ["first", "ddpm-pipe: stopped, saved at step 3; go on", "last"]
