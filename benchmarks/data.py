@@ -38,8 +38,8 @@ def main() -> None:
         folder = options.data or make_dataset(Path(temporary) / "data", options.images)
         print(describe(folder))
         loaders: dict[str, Callable[[Path], Iterator[Any]]] = {
-            "ours, from memory, one core": from_memory,
-            "ours, from disk, one core": from_disk,
+            "ours, from memory, one core": lambda f: ours(f, 2**60),
+            "ours, from disk, one core": lambda f: ours(f, 0),
             "DataLoader on an array in memory, one core": lambda f: data_loader(f, 0),
             "DataLoader on an array in memory, 2 workers": lambda f: data_loader(f, 2),
         }
@@ -108,14 +108,6 @@ def ours(folder: Path, memory_budget_bytes: int) -> Iterator[Any]:
     order = Order(dataset.manifest.row_groups, 0, NUM_STREAMS, BATCH_SIZE, WINDOW)
     batches = read_batches(dataset, order, range(NUM_STREAMS), memory_budget_bytes=memory_budget_bytes)
     yield from on_one_core(batch.images for batch in batches)
-
-
-def from_memory(folder: Path) -> Iterator[Any]:
-    return ours(folder, 2**60)
-
-
-def from_disk(folder: Path) -> Iterator[Any]:
-    return ours(folder, 0)
 
 
 def data_loader(folder: Path, num_workers: int) -> Iterator[Any]:

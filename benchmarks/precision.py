@@ -13,15 +13,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-from scipy.special import stdtrit
+import numpy as np
 
 from pipeline.config.cluster_profile import load_profile
 from pipeline.console import Console
+from pipeline.metrics.statistics import of_paired, t_quantile
 from pipeline.runs.evaluate import ScoreRequest, score_run
 from pipeline.storage.runs import Run
 from pipeline.training.trained import experiment_of
@@ -83,10 +83,10 @@ def paired(run: Run, way: str, num_images: int, num_seeds: int) -> list[dict[str
 
 def row_of(name: str, num_images: int, metric: str, exact: list[float], cheap: list[float]) -> dict[str, Any]:
     """Return what is known of one metric from values of the same seeds in both precisions."""
-    apart = [b - a for a, b in zip(exact, cheap, strict=True)]
-    n = len(apart)
+    apart = np.subtract(cheap, exact)
+    error, freedom = of_paired(apart)
     value, between = statistics.mean(exact), statistics.stdev(exact)
-    mean, half = statistics.mean(apart), float(stdtrit(n - 1, 0.975)) * statistics.stdev(apart) / math.sqrt(n)
+    mean, half = float(apart.mean()), t_quantile(freedom) * error
     bound = max(between / 4, 0.02 * abs(value))
     shown = abs(mean) + half < bound
     return {

@@ -73,16 +73,15 @@ class BetaSchedule:
         )  # without the tables, which may lie on an accelerator
 
     @classmethod
-    def named(cls, name: str, num_timesteps: int = 1000, *, zero_terminal_snr: bool = False) -> BetaSchedule:
-        """One of `SCHEDULES`, rescaled to end at SNR 0 on request (Lin et al. 2023).
+    def named(cls, name: str, num_timesteps: int = 1000) -> BetaSchedule:
+        """One of `SCHEDULES`.
 
         `linear`, `quadratic`, `constant`, `warmup10` and `warmup50` multiply their end values by 1000 / T, so that the
         chain reaches the prior whatever T is; their `_raw` forms keep them as in the code of Ho et al.
         """
         if isinstance(num_timesteps, bool) or not isinstance(num_timesteps, int) or num_timesteps < 2:
             raise ValueError(f"num_timesteps={num_timesteps!r}, expected an integer of at least 2")
-        schedule = cls(named_betas(name, num_timesteps), name)
-        return schedule.with_zero_terminal_snr() if zero_terminal_snr else schedule
+        return cls(named_betas(name, num_timesteps), name)
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], name: str = "custom") -> BetaSchedule:

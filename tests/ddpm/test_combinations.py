@@ -113,7 +113,9 @@ def sample(choice: Choice, diffusion: GaussianDiffusion, model: Model) -> list[T
 
 def train_sample_and_score(choice: Choice) -> list[Tensor]:
     """Everything that came out, in order."""
-    schedule = BetaSchedule.named(choice.schedule, choice.T, zero_terminal_snr=choice.zero_terminal_snr)
+    schedule = BetaSchedule.named(choice.schedule, choice.T)
+    if choice.zero_terminal_snr:
+        schedule = schedule.with_zero_terminal_snr()
     diffusion = GaussianDiffusion(schedule, choice.prediction, choice.variance, choice.clip)
     objective = Objective(diffusion, choice.objective)
     torch.manual_seed(choice.seed)

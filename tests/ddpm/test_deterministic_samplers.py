@@ -89,7 +89,7 @@ def test_dpm_solver_takes_its_first_step_as_ddim_does() -> None:
 
 
 def test_dpm_solver_from_no_signal_at_all_is_finite() -> None:
-    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 100, zero_terminal_snr=True), "v")
+    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 100).with_zero_terminal_snr(), "v")
     for steps in (1, 2, 3, 20):
         *_, (_, x) = dpm_solver(diffusion, ignorant(), randn(2, 1, 4, 4), timesteps=timestep_subset(100, steps))
         assert bool(torch.isfinite(x).all())

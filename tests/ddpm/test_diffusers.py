@@ -128,7 +128,7 @@ def test_zero_terminal_snr_equals_the_peers(prediction: str, clip: bool, monkeyp
     from diffusers.schedulers import scheduling_ddpm
 
     T, steps = 1000, 20
-    schedule = BetaSchedule.named("linear", T, zero_terminal_snr=True)
+    schedule = BetaSchedule.named("linear", T).with_zero_terminal_snr()
     diffusion = GaussianDiffusion(schedule, prediction, "fixed_small", clip)
     x_T, model, kept = randn(2, 2, 4, 4), ignorant(2), timestep_subset(T, steps)
     arguments = {"prediction_type": NAMES[prediction], "clip_sample": clip, "timestep_spacing": "trailing"}

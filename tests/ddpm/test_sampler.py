@@ -173,7 +173,7 @@ def test_subsets_that_do_not_exist(S: int, spacing: str, says: str) -> None:
 
 
 def test_zero_terminal_snr_starts_at_the_last_step() -> None:
-    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 100, zero_terminal_snr=True), "v", "fixed_small")
+    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 100).with_zero_terminal_snr(), "v", "fixed_small")
     x, model = randn(1, 1, 4, 4), ignorant()
     for start in (ancestral, ddim):
         with pytest.raises(ValueError, match="timesteps end at 80, expected 99"):

@@ -191,7 +191,7 @@ def test_beyond_half_precision_is_a_note_not_a_warning() -> None:
 
 @pytest.mark.parametrize("prediction", ["eps", "x_prev"])
 @pytest.mark.parametrize(
-    "schedule", [BetaSchedule.named("jsd", 30), BetaSchedule.named("linear", 30, zero_terminal_snr=True)]
+    "schedule", [BetaSchedule.named("jsd", 30), BetaSchedule.named("linear", 30).with_zero_terminal_snr()]
 )
 def test_no_signal_at_the_end_needs_v_or_x0(schedule: BetaSchedule, prediction: str) -> None:
     with pytest.raises(ValueError, match="use prediction 'v' or 'x0'"):
@@ -202,7 +202,7 @@ def test_no_signal_at_the_end_needs_v_or_x0(schedule: BetaSchedule, prediction: 
 
 @pytest.mark.parametrize("name", [n for n in SCHEDULES if n != "jsd"])
 def test_zero_terminal_snr_keeps_the_first_step_and_loses_the_last(name: str) -> None:
-    plain, zero = BetaSchedule.named(name, 100), BetaSchedule.named(name, 100, zero_terminal_snr=True)
+    plain, zero = BetaSchedule.named(name, 100), BetaSchedule.named(name, 100).with_zero_terminal_snr()
     assert zero.alphas_cumprod[-1] == 0
     torch.testing.assert_close(zero.alphas_cumprod[0], plain.alphas_cumprod[0], rtol=1e-12, atol=0)
     # an affine map of sqrt(abar): three points on a line
@@ -216,7 +216,7 @@ def test_zero_terminal_snr_equals_a_peers() -> None:
     from diffusers import DDIMScheduler
 
     peer = DDIMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, rescale_betas_zero_snr=True)
-    ours = BetaSchedule.named("linear", 1000, zero_terminal_snr=True)
+    ours = BetaSchedule.named("linear", 1000).with_zero_terminal_snr()
     torch.testing.assert_close(ours.alphas_cumprod.float(), peer.alphas_cumprod, rtol=1e-4, atol=1e-6)
 
 
