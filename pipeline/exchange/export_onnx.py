@@ -34,7 +34,6 @@ def write_onnx(trained: Trained, folder: Path) -> float:
     Inputs x_t float32 [B,C,H,W] and t int64 [B], and y int64 [B] for a class-conditional network; any B. Output "prediction". ValueError
     if the network cannot be exported, or the graph computes something else.
     """
-    require_onnx()
     model = trained.model.cpu().eval()
     names = ["x_t", "t", "y"] if trained.experiment.model.class_conditional else ["x_t", "t"]
     inputs = _inputs(trained, 2)[: len(names)]
