@@ -34,7 +34,8 @@ class Section(BaseModel):
     @classmethod
     def _refuse_unknown_keys(cls, content: Any) -> Any:
         known = list(cls.model_fields)
-        for key in content if isinstance(content, dict) else ():
+        forbidden = cls.model_config["extra"] == "forbid"  # other programs' files may hold more
+        for key in content if forbidden and isinstance(content, dict) else ():
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}; known here: {', '.join(known)}")
         return content
