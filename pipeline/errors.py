@@ -19,6 +19,8 @@ exit code. Instances travel between processes, so each is built from its message
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class PipelineError(Exception):
     """Base of every error this package raises on purpose; `str(error)` is the line for the user."""
@@ -97,6 +99,12 @@ class InterruptedRunError(PipelineError):
 
     def __reduce__(self) -> tuple[type[InterruptedRunError], tuple[str, int]]:
         return type(self), (str(self), self.exit_code)
+
+
+def listing(names: Iterable[str]) -> str:
+    """Return names separated by commas, at most 20 of them."""
+    listed = list(names)
+    return ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")
 
 
 def nearest(name: str, known: list[str]) -> str:

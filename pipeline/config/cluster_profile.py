@@ -1,6 +1,6 @@
 """The cluster profile: where an experiment runs. It never changes a result, only its place, speed and price.
 
-Every rule that a profile can break says in its message what was got and why that cannot work.
+The message of an error names the value and says why it cannot work.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
@@ -43,11 +44,11 @@ class Workers(Section):
     """Elastic training: each attempt takes as many workers as the cluster holds."""
 
     min: PositiveInt
-    """Least number: with fewer nothing starts."""
+    """Smallest number; with fewer workers nothing starts."""
     max: PositiveInt
     """Largest number."""
     grow_after_s: Seconds = 60.0
-    """Seconds for which room for more must have stood before the workers save and start anew."""
+    """Seconds that room for more workers must last before the workers save and restart."""
 
     @model_validator(mode="after")
     def _in_order(self) -> Workers:
@@ -60,7 +61,7 @@ def _form_of_workers(value: object) -> str:
     return "(range)" if isinstance(value, dict | Workers) else "(all)" if isinstance(value, str) else "(number)"
 
 
-# told apart by form, so that a fault is told of the form that was written (tags in brackets are not shown)
+# by form, so that an error is about the form that was written (tags in brackets are not shown)
 NumWorkers = Annotated[
     Annotated[PositiveInt, Tag("(number)")]
     | Annotated[Workers, Tag("(range)")]
@@ -100,7 +101,7 @@ class Retries(Section):
     """How often a run is started again after a failure that is not the experiment's fault."""
 
     max_attempts: PositiveInt = 3
-    """How often a training is started, the first time included."""
+    """Largest number of starts of a training, including the first."""
 
 
 class Preemption(Section):
@@ -109,7 +110,7 @@ class Preemption(Section):
     watch: bool = True
     """Whether workers save and continue elsewhere."""
     poll_s: Seconds = 2.0
-    """Seconds between two looks at the nodes."""
+    """Seconds between two checks of the nodes."""
 
 
 class Timeouts(Section):
@@ -118,9 +119,9 @@ class Timeouts(Section):
     collective_s: Seconds = 600.0
     """How long a worker may hang in an all-reduce before the attempt fails."""
     stop_s: Seconds = 30.0
-    """How long a stop that somebody asks for waits for saving."""
+    """How long a requested stop waits for the checkpoint to be saved."""
     start_s: Seconds = 60.0
-    """How long workers have to come up on nodes that are there."""
+    """How long workers may take to start on nodes that are ready."""
 
 
 class Cache(Section):
@@ -129,7 +130,7 @@ class Cache(Section):
     folder: Place | None = None
     """Absolute folder on each node; null is one in the system's temporary folder."""
     max_gb: Seconds = 50.0
-    """Gigabytes of copies on a node; those that were used longest ago make room."""
+    """Gigabytes of copies on a node; the least recently used are removed first."""
 
 
 class Price(Section):
@@ -147,9 +148,9 @@ class RuntimeEnv(Section):
     working_dir: bool = True
     """Whether to send the current folder, without data, caches and secrets."""
     py_modules: tuple[str, ...] = ()
-    """Folders of your own modules that are sent besides."""
+    """Further folders of your own modules to send."""
     excludes: tuple[str, ...] = ()
-    """Patterns of what is not sent."""
+    """Patterns of files that are not sent."""
     max_mb: Annotated[float, Field(gt=0, le=500)] = 100.0
     """Megabytes above which sending is refused."""
 
@@ -164,11 +165,11 @@ class Profile(Section):
     address: str | None = None
     """Of the cluster: `auto` or HOST:PORT for `connect`, the dashboard's http(s) address for `job`."""
     workers: NumWorkers = 1
-    """Number of workers, least and most of them, or `all`: one for each GPU of this machine."""
+    """Number of workers, a range (`min` and `max`), or `all`: one for each GPU of this machine."""
     gpu: Literal["auto", "never", "required"] = "auto"
     """For kind local: take a usable GPU where there is one, never, or refuse to start without one."""
     isolated: bool = False
-    """For kind local: whether a single worker, too, is a process of Ray's, which is started again if it dies."""
+    """For kind local: run even a single worker in a process of Ray, which is restarted if it dies."""
     resources_per_worker: Resources = Resources()
     placement: Literal["pack", "spread", "strict_spread"] = "pack"
     """Whether workers share nodes (Ray's PACK, SPREAD and STRICT_SPREAD)."""
@@ -194,9 +195,9 @@ class Profile(Section):
     """Names of variables whose values are secret: they are taken from your environment and recorded nowhere."""
     timeouts: Timeouts = Timeouts()
     wait_for_resources_s: NonNegative = 0.0
-    """How long to wait for a cluster that has not enough room."""
+    """How long to wait for a cluster without enough free resources."""
     insecure: bool = False
-    """Accept a cluster that asks for no token: whoever reaches it may run code on it."""
+    """Accept a cluster without a token; anyone who reaches it can run code on it."""
 
     @property
     def use_gpu(self) -> bool:
@@ -210,12 +211,12 @@ class Profile(Section):
 
     @property
     def least_workers(self) -> int:
-        """Workers without which nothing starts."""
+        """Smallest number of workers with which work starts."""
         return self.workers.min if isinstance(self.workers, Workers) else 1 if self.workers == "all" else self.workers
 
     @property
     def most_workers(self) -> int:
-        """Workers that share out work which comes out the same for any number of them."""
+        """Workers for work whose result does not depend on their number, such as sampling."""
         return self.workers.max if isinstance(self.workers, Workers) else self.least_workers
 
     @property
@@ -224,7 +225,7 @@ class Profile(Section):
         return self.kind != "local"
 
     def trains_here(self, num_workers: int) -> bool:
-        """Whether so many workers train in the command's own process: one on this machine, unless it is to be isolated."""
+        """Whether training runs in the command's own process: with one worker on this machine that is not isolated."""
         return not self.is_remote and num_workers == 1 and not self.isolated
 
     def isolating(self) -> Profile:
@@ -232,7 +233,7 @@ class Profile(Section):
         return self if self.is_remote else self.model_copy(update={"isolated": True})
 
     def home(self) -> Path:
-        """Return the absolute folder that holds all state: the profile's storage where that is a folder, else as `home.home`."""
+        """Return the absolute folder that holds all state: the profile's storage if that is a folder, else as `home.home`."""
         return home(self.storage)
 
     def datasets(self) -> Path | str:
@@ -256,95 +257,71 @@ class Profile(Section):
         return self.model_dump(mode="json")
 
     @model_validator(mode="after")
-    def _address_of_its_kind(self) -> Profile:
-        got = f"address: got {self.address!r}"
-        if self.address is not None and self.address.startswith("ray://"):
-            raise ValueError(
-                f"{got}: Ray Client (ray://) cannot run Ray Train; use kind: job with http://HEAD:8265, or kind: connect on a node"
-            )
-        if self.kind == "local" and self.address is not None:
-            raise ValueError(f"{got}: kind local starts its own Ray; leave address out, or use kind: connect or job")
-        if self.kind == "connect" and not _is_cluster(self.address):
-            raise ValueError(
-                f"{got}: kind connect needs auto (this node's cluster) or the head's HOST:PORT, such as 10.0.0.4:6379"
-            )
-        if self.kind == "job" and not _is_http(self.address):
-            raise ValueError(f"{got}: kind job needs the dashboard's http(s) address, such as http://127.0.0.1:8265")
+    def _settings_fit_together(self) -> Profile:
+        for fault in chain(_address_faults(self), _place_faults(self), _kind_faults(self), _env_faults(self)):
+            raise ValueError(fault)
         return self
 
-    @model_validator(mode="after")
-    def _storage_that_every_node_sees(self) -> Profile:
-        got = f"storage: got {self.storage!r}"
-        if self.storage is None:
-            if self.is_remote:
-                raise ValueError(
-                    f"storage is missing: with kind {self.kind} every node must see the runs; give a shared folder or s3://BUCKET/PREFIX"
-                )
-        elif "://" in self.storage:
-            try:
-                RemoteFolder(self.storage)
-            except UsageError as error:  # without what the address may hold of credentials
-                raise ValueError(f"storage: {error}") from None
-            if not S3_PREFIX.fullmatch(self.storage):
-                raise ValueError(f"{got}; expected an absolute folder or s3://BUCKET/PREFIX")
-        elif not Path(self.storage).is_absolute():
-            raise ValueError(
-                f"{got}: workers run in other folders, so it must be absolute, such as /mnt/ddpm, or s3://BUCKET/PREFIX"
-            )
-        if self.cache.folder is not None and not Path(self.cache.folder).is_absolute():
-            raise ValueError(
-                f"cache.folder: got {self.cache.folder!r}: workers run in other folders, so it must be absolute"
-            )
-        return self
 
-    @model_validator(mode="after")
-    def _tracking_that_every_node_reaches(self) -> Profile:
-        uri = self.mlflow.tracking_uri
-        if self.is_remote and uri is not None and not _is_http(uri):
-            raise ValueError(
-                f"mlflow.tracking_uri: got {uri!r}: with kind {self.kind} other machines write to it; give a server's http(s) address"
-            )
-        return self
+def _address_faults(profile: Profile) -> Iterator[str]:
+    kind, address = profile.kind, profile.address
+    if address is not None and address.startswith("ray://"):
+        yield (
+            f"address: got {address!r}: Ray Client (ray://) cannot run Ray Train; use kind: job with http://HEAD:8265, or kind: connect "
+            "on a node"
+        )
+    if kind == "local" and address is not None:
+        yield f"address: got {address!r}: kind local starts its own Ray; leave address out, or use kind: connect or job"
+    if kind == "connect" and not _is_cluster(address):
+        yield f"address: got {address!r}: kind connect needs auto (this node's cluster) or the head's HOST:PORT, such as 10.0.0.4:6379"
+    if kind == "job" and not _is_http(address):
+        yield f"address: got {address!r}: kind job needs the dashboard's http(s) address, such as http://127.0.0.1:8265"
 
-    @model_validator(mode="after")
-    def _what_only_some_kinds_can(self) -> Profile:
-        if self.is_remote and self.resources_per_worker.CPU is None:
-            raise ValueError(
-                f"resources_per_worker.CPU is missing: with kind {self.kind} there is no machine to share equally; give a number"
-            )
-        if self.is_remote and (self.workers == "all" or self.gpu != "auto"):
-            raise ValueError(
-                "workers: all and gpu are for kind local alone: give a number of workers, and what each takes in resources_per_worker.GPU"
-            )
-        each = self.resources_per_worker.GPU
-        if (self.gpu == "never" and each) or (self.gpu == "required" and each == 0):
-            raise ValueError(f"gpu: got {self.gpu}, but resources_per_worker.GPU is {each:g}; leave one of them out")
-        if self.is_remote and self.isolated:
-            raise ValueError(
-                f"isolated is for kind local alone: with kind {self.kind} every worker is a process of its own; leave it out"
-            )
-        if self.kind == "local" and self.placement == "strict_spread" and self.workers != 1:
-            raise ValueError(
-                "placement: strict_spread puts each worker on another node, and kind local has one; use pack"
-            )
-        if self.kind != "job" and self.runtime_env != RuntimeEnv():
-            raise ValueError(f"runtime_env is for kind job alone: with kind {self.kind} the code is run where it lies")
-        return self
 
-    @model_validator(mode="after")
-    def _no_secret_in_the_open(self) -> Profile:
-        for name, value in self.env.items():
-            if announces_secret(name, value):
-                raise ValueError(
-                    f"env.{name} looks like a secret: profiles are recorded and shared; name it in forward_env instead"
-                )
-            if name in self.forward_env:
-                raise ValueError(f"env.{name}: also in forward_env; keep one")
-        return self
+def _place_faults(profile: Profile) -> Iterator[str]:
+    kind, storage, uri = profile.kind, profile.storage, profile.mlflow.tracking_uri
+    if storage is None and profile.is_remote:
+        yield f"storage is missing: with kind {kind} every node must see the runs; give a shared folder or s3://BUCKET/PREFIX"
+    if storage is not None and "://" in storage:
+        try:
+            RemoteFolder(storage)
+        except UsageError as error:  # without credentials that the address may hold
+            yield f"storage: {error}"
+        if not S3_PREFIX.fullmatch(storage):
+            yield f"storage: got {storage!r}; expected an absolute folder or s3://BUCKET/PREFIX"
+    for name, place in (("storage", storage), ("cache.folder", profile.cache.folder)):
+        if place is not None and "://" not in place and not Path(place).is_absolute():
+            yield f"{name}: got {place!r}: workers run in other folders, so it must be absolute, such as /mnt/ddpm"
+    if profile.is_remote and uri is not None and not _is_http(uri):
+        yield f"mlflow.tracking_uri: got {uri!r}: with kind {kind} other machines write to it; give a server's http(s) address"
+
+
+def _kind_faults(profile: Profile) -> Iterator[str]:
+    kind, each = profile.kind, profile.resources_per_worker.GPU
+    if profile.is_remote and profile.resources_per_worker.CPU is None:
+        yield f"resources_per_worker.CPU is missing: with kind {kind} there is no machine to share equally; give a number"
+    if profile.is_remote and (profile.workers == "all" or profile.gpu != "auto"):
+        yield "workers: all and gpu are for kind local alone: give a number of workers, and what each takes in resources_per_worker.GPU"
+    if (profile.gpu == "never" and each) or (profile.gpu == "required" and each == 0):
+        yield f"gpu: got {profile.gpu}, but resources_per_worker.GPU is {each:g}; leave one of them out"
+    if profile.is_remote and profile.isolated:
+        yield f"isolated is for kind local alone: with kind {kind} every worker is a process of its own; leave it out"
+    if kind == "local" and profile.placement == "strict_spread" and profile.workers != 1:
+        yield "placement: strict_spread puts each worker on another node, and kind local has one; use pack"
+    if kind != "job" and profile.runtime_env != RuntimeEnv():
+        yield f"runtime_env is for kind job alone: with kind {kind} the code is run where it lies"
+
+
+def _env_faults(profile: Profile) -> Iterator[str]:
+    for name, value in profile.env.items():
+        if announces_secret(name, value):
+            yield f"env.{name} looks like a secret: profiles are recorded and shared; name it in forward_env instead"
+        if name in profile.forward_env:
+            yield f"env.{name}: also in forward_env; keep one"
 
 
 def load_profile(reference: str | None) -> Profile:
-    """Read a profile by path or shipped name, for this process to work by; None is the embedded default (`local`)."""
+    """Read a profile by path or shipped name and set its variables in this process; None is the default (`local`)."""
     path: Path = presets.find("cluster", reference or DEFAULT_PROFILE)
     content = read_yaml_mapping(path)
     content.setdefault("name", path.stem)
@@ -353,13 +330,13 @@ def load_profile(reference: str | None) -> Profile:
     use_variables(profile)
     if profile.forward_env:
         os.environ[DECLARED_SECRETS] = ",".join(profile.forward_env)
-        refuse_secrets(sys.argv[1:], "the command line")  # which was looked at before these were known as secrets
+        refuse_secrets(sys.argv[1:], "the command line")  # again, now that these are known as secrets
         refuse_secrets(profile.to_dict(), f"profile {profile.name!r}")
     return settled(profile)
 
 
 def settled(profile: Profile, count_gpus: Callable[[], int] = usable_gpus) -> Profile:
-    """Return the profile with what `gpu`, `workers: all` and a missing `resources_per_worker.GPU` mean on this machine.
+    """Return the profile with `gpu`, `workers: all` and a missing `resources_per_worker.GPU` resolved for this machine.
 
     A profile of a cluster stays as it is. Fewer GPUs than workers are shared equally.
     """
@@ -380,7 +357,7 @@ def settled(profile: Profile, count_gpus: Callable[[], int] = usable_gpus) -> Pr
 
 
 def use_variables(profile: Profile, *, over_others: bool = True) -> None:
-    """Set a profile's `env` here too, where its work is driven: storage and tracking are reached from here as from its workers.
+    """Set a profile's `env` in this process too, which reaches storage and tracking as the workers do.
 
     Without `over_others` variables that are set already, such as by another profile, stay.
     """
@@ -389,7 +366,7 @@ def use_variables(profile: Profile, *, over_others: bool = True) -> None:
 
 
 def forwarded(profile: Profile) -> dict[str, str]:
-    """Return the variables whose values are secret, from this environment; UsageError where one is not set."""
+    """Return the secret variables of `forward_env` from this environment; UsageError if one is not set."""
     missing = [name for name in profile.forward_env if name not in os.environ]
     if missing:
         raise UsageError(
@@ -400,7 +377,7 @@ def forwarded(profile: Profile) -> dict[str, str]:
 
 
 def require_tracking(profile: Profile) -> None:
-    """Refuse a cluster whose runs would be recorded nowhere that its nodes can write to (UsageError)."""
+    """Raise UsageError for a cluster without a tracking server that its nodes can write to."""
     if not profile.is_remote or profile.mlflow.tracking_uri is not None:
         return
     uri = profile.env.get("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI"))

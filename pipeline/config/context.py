@@ -1,4 +1,4 @@
-"""What a command starts with: its profile, read once, and the console that it reports to."""
+"""The context of a command: its profile, read once, and its console."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.storage.provenance import JOB_VARIABLE
 
 @dataclass(frozen=True)
 class Context:
-    """Where a command works.
+    """Profile, home and console of a command.
 
     Attributes:
         profile: the one that `--cluster` names, by default `local`.

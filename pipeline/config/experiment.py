@@ -258,7 +258,7 @@ class Experiment(Section):
     @model_validator(mode="after")
     def _sampler_steps_fit(self) -> Experiment:
         steps, total = self.sampling.steps, self.diffusion.num_timesteps
-        # the default stands for "50 of them, or all": it is no wish, and a recorded experiment names it like any other
+        # the default means 50 steps, or all if there are fewer; a recorded experiment contains it, so it is not a request
         if steps is not None and steps > total and steps != SamplingConfig().steps:
             raise ValueError(
                 f"sampling.steps: got {steps}, more than diffusion.num_timesteps {total}; choose at most {total}"
@@ -294,14 +294,14 @@ def experiment_from(content: dict[str, Any], where: str = "experiment") -> Exper
 def load_experiment(path: Path, overrides: Sequence[str] = (), data: str | None = None) -> Experiment:
     """Read an experiment file and apply `key=value` overrides and a data source given on the command line.
 
-    A file's `base` is a preset, or another file, whose settings hold where it names none.
+    A file's `base` is a preset, or another file, whose settings apply where the file names none.
     """
     content = _read(path)
     plain = deepcopy(content)
     given = [parse_override(assignment) for assignment in overrides]
     _override(content, given)
     if any(key == "sampling.eta" for key, _ in given):
-        _refuse_unread_eta(content)  # a file's own eta waits for ddim while the command line tries another sampler
+        _refuse_unread_eta(content)  # an eta of the file itself is kept for ddim
     if data is not None:
         set_value(content, "data.source", data)
     try:
@@ -314,7 +314,7 @@ def load_experiment(path: Path, overrides: Sequence[str] = (), data: str | None 
 
 
 def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Return the content of an experiment file, put over that of its base."""
+    """Return the content of an experiment file merged over that of its base."""
     if path in above:
         raise UsageError(f"{path}: base: is based on itself; name a preset, or another file")
     content = read_yaml_mapping(path)
@@ -357,12 +357,12 @@ def _override(content: dict[str, Any], settings: Sequence[tuple[str, Any]], fold
     for key, value in settings:
         set_value(content, key, value)
     if "sampling.sampler" in keys and not keys & {"sampling", "sampling.steps"} and _sampler(content) != own_sampler:
-        content["sampling"].pop("steps", None)  # those that were there are meant for the sampler that was
+        content["sampling"].pop("steps", None)  # they were meant for the former sampler
     diffusion = content.get("diffusion")
     if not isinstance(diffusion, dict):
         return
     if "diffusion.betas_file" in keys:
-        diffusion["betas"] = None  # the file's take their place
+        diffusion["betas"] = None  # replaced by the numbers of the file
         for key in {"schedule", "num_timesteps"} - {key.removeprefix("diffusion.") for key in keys}:
             diffusion.pop(key, None)
         take_in_betas(content, folder or Path.cwd())
@@ -382,7 +382,7 @@ def read_by(kind: str) -> dict[str, set[str]]:
 
 
 def _replace_network(content: dict[str, Any], settings: Sequence[tuple[str, Any]]) -> None:
-    """Where the settings name another type of network, leave out what only the former one, or its diffusion process, reads."""
+    """If the settings name another type of network, remove what only the former type, or its diffusion process, reads."""
     model, given, usual = content.get("model"), dict(settings), ModelConfig().type
     before = model.get("type", usual) if isinstance(model, dict) else usual
     whole = given.get("model")
@@ -395,7 +395,7 @@ def _replace_network(content: dict[str, Any], settings: Sequence[tuple[str, Any]
 
 
 def _sampler(content: dict[str, Any]) -> Any:
-    """Return the sampler that unchecked settings name, or the one that stands where they name none."""
+    """Return the sampler that unchecked settings name, or the default."""
     sampling = content.get("sampling")
     usual = SamplingConfig().sampler
     return sampling.get("sampler", usual) if isinstance(sampling, dict) else usual

@@ -27,7 +27,7 @@ def names(kind: str) -> list[str]:
 
 
 def about(kind: str, name: str) -> str:
-    """Return what a shipped file is, in one line: its first."""
+    """Return the description of a shipped file: its first line."""
     with (folder_of(kind) / f"{name}.yaml").open(encoding="utf-8") as file:
         return file.readline().lstrip("# ").strip()
 
@@ -35,8 +35,7 @@ def about(kind: str, name: str) -> str:
 def find(kind: str, reference: str) -> Path:
     """Return the file that a path or a shipped name refers to.
 
-    A name that is both a shipped one and an existing file is the file; `cluster/gpu.yaml` is the shipped one where there is no such file.
-    UsageError where it is neither.
+    An existing file goes before a shipped name; without such a file, `cluster/gpu.yaml` is the shipped one. UsageError if it is neither.
     """
     path = Path(reference)
     if path.is_file():

@@ -1,4 +1,4 @@
-"""The sections of an experiment that say what is learned and how images come of it: network, diffusion process, sampling."""
+"""Sections of an experiment: network, diffusion process and sampling."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ModelConfig(Section):
     class_conditional: bool = False
     """Whether the network is given the class of an image."""
     latent_dim: PositiveInt = 16
-    """Numbers that the VAE's code consists of."""
+    """Size of the VAE's latent code."""
     arguments: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of a network of your own."""
 
@@ -113,8 +113,8 @@ class ModelConfig(Section):
 class DiffusionConfig(Section):
     """The diffusion process, in the names of the `ddpm` package.
 
-    A schedule is one of ddpm.SCHEDULES, or a table of betas. The numbers of `betas_file` are taken into `betas` when the experiment is
-    read, so that a run carries them wherever it goes.
+    A schedule is one of ddpm.SCHEDULES, or a table of betas. The numbers of `betas_file` are read into `betas` with the experiment,
+    so that a run contains them.
     """
 
     schedule: str = "linear"
@@ -158,7 +158,7 @@ class DiffusionConfig(Section):
 
 
 def _as_text(value: object) -> str:
-    """Class names are text: a number is one by its digits, but what was read as true or null has lost its spelling."""
+    """Convert a class name to text: a number by its digits. The spelling of true and null is lost, so these are refused."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text:
         raise ValueError(
@@ -192,13 +192,13 @@ class SamplingConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _ancestral_takes_all_steps(cls, content: Any) -> Any:
-        """Algorithm 2 goes over all T steps unless told otherwise, in a file as on the command line."""
+        """Algorithm 2 uses all T steps by default, in a file as on the command line."""
         if isinstance(content, dict) and content.get("sampler") == "ancestral":
             return {"steps": None} | content
         return content
 
     def num_steps(self, num_timesteps: int) -> int:
-        """Return the timesteps asked for along one image: `steps`, or all T of them."""
+        """Return the number of timesteps along one image: `steps`, or all T."""
         return min(self.steps or num_timesteps, num_timesteps)
 
 

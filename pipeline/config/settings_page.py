@@ -26,7 +26,7 @@ PROFILE_SCHEMA = "profile.schema.json"
 BASE = {
     "type": "string",
     "default": None,
-    "description": "A preset or a file whose settings hold where this one names none.",
+    "description": "A preset or a file whose settings apply where this one names none.",
 }
 HEAD = f"""\
 # Settings
@@ -65,7 +65,7 @@ def schema_of(settings: type[Section]) -> dict[str, Any]:
 def write_experiment(preset: str, folder: Path) -> Path:
     """Write a preset's experiment with every setting, commented, into a folder, and return the file's path.
 
-    UsageError where there is such a file, or no such preset.
+    UsageError if the file exists, or there is no such preset.
     """
     found = presets.find("experiments", preset)
     path = folder / f"{found.stem}.yaml"

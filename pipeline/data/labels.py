@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pipeline.data.image_set import ImageSet, Rows
-from pipeline.errors import DataError, UsageError, nearest
+from pipeline.errors import DataError, UsageError, listing, nearest
 
 MARK = "#"
 BALANCED, NONE = "#balanced", "#none"
@@ -111,7 +111,7 @@ def model_labels(dataset: ImageSet, rows: Rows, names: Iterable[str]) -> npt.NDA
     if unknown := sorted(there - set(learned)):
         raise UsageError(
             f"the images of {name} are of class {unknown[0]!r}{nearest(unknown[0], learned)}, which this model does not know; give "
-            f"images of its {len(learned)} classes: {_shown(learned)}"
+            f"images of its {len(learned)} classes: {listing(learned)}"
         )
     number = {name: i for i, name in enumerate(known)}
     return np.array([number.get(name, -1) for name in theirs], np.int64)[labels]
@@ -161,13 +161,13 @@ def _number(label: str, names: ClassNames) -> int:
     if number in names.untrained:
         raise UsageError(
             f"labels: class {names[number]!r} has no training images. Give one of: "
-            f"{_shown([names[n] for n in names.trained])}"
+            f"{listing([names[n] for n in names.trained])}"
         )
     if 0 <= number < len(names):
         return number
     raise UsageError(
         f"labels: no class {label!r}{nearest(label, [*names, BALANCED, NONE])}; give {BALANCED!r}, {NONE!r}, or one of the {len(names)} "
-        f"classes by name or number, such as '{MARK}0': {_shown(names)}"
+        f"classes by name or number, such as '{MARK}0': {listing(names)}"
     )
 
 
@@ -179,8 +179,3 @@ def _labels(dataset: ImageSet) -> npt.NDArray[np.int64]:
 
 def _as_names(names: Iterable[str]) -> ClassNames:
     return names if isinstance(names, ClassNames) else ClassNames(names)
-
-
-def _shown(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:20]) + (", ..." if len(listed) > 20 else "")

@@ -18,9 +18,9 @@ from pipeline.data.images import CHANNELS
 from pipeline.data.manifest import Manifest
 from pipeline.data.shards import Dataset
 from pipeline.data.shards_files import manifest_of
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, listing
 from pipeline.ingest.pool import all_rows, default_num_workers
-from pipeline.ingest.remote import has_dataset, is_empty, new_remote_folder, sole_remote_writer
+from pipeline.ingest.remote import contents, has_dataset, new_remote_folder, sole_remote_writer
 from pipeline.ingest.resolve import BUILT_IN, TO_FETCH, how_to_fetch, is_dataset, resolve_source
 from pipeline.ingest.rows import Treatment, make_rows
 from pipeline.ingest.sources import Source
@@ -28,7 +28,7 @@ from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 
-MAX_LISTED = 20  # classes, or damaged images, in one message
+MAX_LISTED = 20  # damaged images in one message
 _LAST_CLAUSE = re.compile(r"(, expected a PNG or JPEG image)?: [^:]*$")  # the remedy for a single damaged image
 
 Progress = Callable[[int, int | None], None]  # (images done, total or None)
@@ -196,7 +196,7 @@ def _key(source: Source, data: DataConfig) -> str:
 
 def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
     if isinstance(dest, RemoteFolder):
-        if has_dataset(dest) or not is_empty(dest):
+        if has_dataset(dest) or contents(dest):
             raise UsageError(f"{dest} is not empty: give a new folder, or empty it first")
         return
     if dest.exists() or dest.is_symlink():
@@ -285,11 +285,8 @@ def _class_lines(manifest: Manifest, counts: Counter[int]) -> list[str]:
     names = manifest.class_names or tuple(map(str, range(max(counts) + 1)))
     each = [f"{name} {counts[number]:,}" for number, name in enumerate(names) if counts[number]]
     absent = [name for number, name in enumerate(names) if not counts[number]]
-    lines = [f"classes: {len(each)} ({', '.join(each[:MAX_LISTED])}{', ...' if len(each) > MAX_LISTED else ''})"]
-    if absent:
-        listed = ", ".join(absent[:MAX_LISTED]) + (", ..." if len(absent) > MAX_LISTED else "")
-        lines.append(f"classes without images: {len(absent)} ({listed})")
-    return lines
+    without = [f"classes without images: {len(absent)} ({listing(absent)})"] if absent else []
+    return [f"classes: {len(each)} ({listing(each)})", *without]
 
 
 def _skipped_lines(damaged: list[str]) -> list[str]:

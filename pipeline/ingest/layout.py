@@ -1,4 +1,4 @@
-"""The layout of a folder of image files: splits, classes, or one set of images; and the files in it that are skipped.
+"""Folders of image files, and their layout: splits, classes, or one set of images; and the files in it that are skipped.
 
 docs/data.md has the rules. `--layout flat`, `classes` or `splits` overrides what the folder names suggest.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from urllib.parse import unquote
 
-from pipeline.errors import DataError, UsageError
+from pipeline.errors import DataError, UsageError, listing
 from pipeline.ingest.choice import ALL_SPLITS, choose_split, split_of
+from pipeline.ingest.rows import Item
+from pipeline.ingest.sources import Source, content_key, short_name
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
@@ -109,53 +112,42 @@ def _not_an_image(file: Path) -> DataError:
     return DataError(f"{file} has another suffix than PNG and JPEG images ({', '.join(IMAGE_SUFFIXES)}): move it away")
 
 
-@dataclass(frozen=True)
-class Taken:
-    """The images of a folder that are ingested.
-
-    Attributes:
-        root: the folder that contains them.
-        files: the images, in order.
-        class_names: names of the classes; None without classes.
-        labels: class number of each image.
-        note: an automatic choice, printed before the work; "" without one.
-        lines: description of the layout, for the summary.
-    """
-
-    root: Path
-    files: list[Path]
-    class_names: tuple[str, ...] | None
-    labels: list[int]
-    note: str
-    lines: tuple[str, ...]
-
-
-def read_layout(root: Path, split: str | None = None, layout: str | None = None) -> Taken:
-    """Determine the layout of a folder of images: splits, of which one is chosen, classes, or images alone.
+def image_folder(root: Path, split: str | None = None, layout: str | None = None) -> Source:
+    """Return the PNG and JPEG files below `root` after determining its layout: splits, of which one is chosen, classes, or images alone.
 
     Raises:
         DataError: no images, other files among them, or images both beside and inside class folders.
         UsageError: the requested split does not exist, or splits and classes cannot be distinguished.
+        OSError: a file or folder cannot be read.
     """
     ignored: Counter[str] = Counter()
-    tree = _read(root, ignored)
-    search = _Search(tree, split, layout, ignored)
+    search = _Search(_read(root, ignored), split, layout, ignored)
     search.go()
     node, classes = search.node, search.classes
     files, labels = _of_classes(node, classes, ignored) if classes else (node.files(), [])
     if not files:
         raise DataError(f"{node.path} has no images ({', '.join(IMAGE_SUFFIXES)}): give a folder that has")
+    class_names = tuple(_class_names(classes)) or None
     lines = list(search.lines)
     if not classes:
         lines.append("classes: none" + ("" if node.folders else " (no sub-folders)"))
     if ignored:
         listed = [f"{name} ({count} file{'s' if count != 1 else ''})" for name, count in sorted(ignored.items())]
-        lines.append(f"ignored: {', '.join(listed[:20])}{', ...' if len(listed) > 20 else ''}")
-    return Taken(
-        root=node.path,
-        files=files,
-        class_names=tuple(_class_names(classes)) or None,
-        labels=labels or [0] * len(files),
+        lines.append(f"ignored: {listing(listed)}")
+
+    def key() -> str:
+        content = content_key((file.relative_to(node.path).as_posix(), file) for file in files)
+        return f"{content} {layout} {class_names}"
+
+    return Source(
+        name=short_name(root),
+        origin=str(node.path.absolute()),
+        items=lambda: (Item(str(file), file, label) for file, label in zip(files, labels or repeat(0), strict=False)),
+        key=key,
+        class_names=class_names,
+        has_labels=class_names is not None,
+        num_rows=len(files),
+        num_bytes=sum(file.stat().st_size for file in files),
         note=search.note,
         lines=tuple(lines),
     )
@@ -259,10 +251,7 @@ class _Search:
                 raise UsageError(f"{where} has several folders of split {name!r} ({folders}): name one with --split")
             chosen = several[0]
         self.taken = name
-        others = ", ".join(f"{sub.name} {sub.num_images:,}" for sub in subs if sub is not chosen)
-        self.lines.append(
-            f"splits: {chosen.name} taken ({chosen.num_images:,} images)" + (f"; not taken: {others}" if others else "")
-        )
+        self._describe_split("splits", chosen.name, {sub.name: sub.num_images for sub in subs})
         self._skip(self.node.others)
         self.node = chosen
 
@@ -279,12 +268,13 @@ class _Search:
             for part in sub.folders:
                 counts[split_of(_word(part.name)) or part.name] += part.num_images
             self.classes.append(Folder(sub.path, folders=parts))
-        others = ", ".join(f"{split} {count:,}" for split, count in counts.items() if split != name)
         self.taken = name
-        self.lines.append(
-            f"splits, inside each class: {name} taken ({counts[name or '']:,} images)"
-            + (f"; not taken: {others}" if others else "")
-        )
+        self._describe_split("splits, inside each class", name or "", counts)
+
+    def _describe_split(self, what: str, taken: str, num_images: Mapping[str, int]) -> None:
+        others = ", ".join(f"{name} {count:,}" for name, count in num_images.items() if name != taken)
+        not_taken = f"; not taken: {others}" if others else ""
+        self.lines.append(f"{what}: {taken} taken ({num_images[taken]:,} images){not_taken}")
 
 
 def _splits(folders: list[Folder]) -> dict[str, str] | None:

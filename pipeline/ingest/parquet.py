@@ -164,32 +164,23 @@ def _columns(
     declared = [
         name for name, kind in types.items() if features.get(name, {}).get("_type") == "ClassLabel" and _kind(kind)
     ]
-    passed_over: list[str] = []
     if label_column == NO_LABELS:
-        found: dict[str, Classes | None] = {}
-    elif label_column is not None and label_column in (*types, *keys):
-        found = {label_column: _classes(files, label_column, types, keys, num_rows, named=True)}
-    elif declared:
-        found = dict.fromkeys(declared)
+        wanted = []
+    elif label_column in (*types, *keys):
+        wanted = [label_column]
     else:
-        usual = [name for name in (*types, *keys) if name not in (image, *images)]
-        found = {name: _classes(files, name, types, keys, num_rows, named=False) for name in usual}
-        passed_over = [name for name, classes in found.items() if classes is None and _kind(types[name])]
-    candidates = [name for name, classes in found.items() if classes is not None or name in declared]
-    there |= dict.fromkeys(keys, "of the path")
-    label = pick_label(label_column, candidates, there, where)
-    if label is None:
-        columns = _Columns(image, raw, None, Classes(None))
-    else:
-        names = features.get(label, {}).get("names") if label in declared else None
-        known = (
-            Classes(tuple(map(str, names)))
-            if names
-            else found[label] or _classes(files, label, types, keys, num_rows, named=True)
+        wanted = declared or [name for name in (*types, *keys) if name not in (image, *images)]
+    found: dict[str, Classes | None] = {}
+    for name in wanted:
+        names = features[name].get("names") if name in declared else None
+        named = name == label_column or name in declared
+        found[name] = (
+            Classes(tuple(map(str, names))) if names else _classes(files, name, types, keys, num_rows, named=named)
         )
-        assert known is not None
-        columns = _Columns(image, raw, label, known)
-    unseen = [f"{name} ({types[name]})" for name in passed_over]
+    candidates = [name for name, classes in found.items() if classes is not None]
+    label = pick_label(label_column, candidates, there | dict.fromkeys(keys, "of the path"), where)
+    columns = _Columns(image, raw, label, (found[label] if label else None) or Classes(None))
+    unseen = [f"{name} ({types[name]})" for name, classes in found.items() if classes is None and _kind(types[name])]
     return columns, _described(columns, [name for name in candidates if name != label], unseen)
 
 

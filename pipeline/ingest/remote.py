@@ -27,9 +27,9 @@ def has_dataset(folder: RemoteFolder) -> bool:
         raise DataError(str(error)) from None
 
 
-def is_empty(folder: RemoteFolder) -> bool:
-    """Whether a folder of a store is empty, except for a lease."""
-    return all(entry.name.startswith(f"{_LEASE}/") for entry in folder.objects())
+def contents(folder: RemoteFolder) -> list[str]:
+    """Return the names of the objects in a folder of a store, except for its lease."""
+    return [entry.name for entry in folder.objects() if not entry.name.startswith(f"{_LEASE}/")]
 
 
 @contextmanager
@@ -68,15 +68,13 @@ def new_remote_folder(dest: RemoteFolder) -> Iterator[tuple[Path, Callable[[Path
         shard.unlink()
 
     try:
-        for entry in dest.objects():  # left by a killed process
-            if not entry.name.startswith(f"{_LEASE}/"):
-                dest.delete(entry.name)
+        for name in contents(dest):  # left by a killed process
+            dest.delete(name)
         yield folder, send
         dest.write(MANIFEST_FILE, (folder / MANIFEST_FILE).read_bytes())
     except BaseException:
-        for entry in dest.objects():
-            if not entry.name.startswith(f"{_LEASE}/"):
-                dest.delete(entry.name)
+        for name in contents(dest):
+            dest.delete(name)
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,12 +9,12 @@ from pipeline.config.experiment import DataConfig
 from pipeline.data.manifest import MANIFEST_FILE
 from pipeline.errors import DataError, UsageError, nearest
 from pipeline.ingest.files import without_credentials
-from pipeline.ingest.layout import IMAGE_SUFFIXES, is_litter
+from pipeline.ingest.layout import IMAGE_SUFFIXES, image_folder, is_litter
 from pipeline.ingest.npz import npz
 from pipeline.ingest.parquet import parquet
 from pipeline.ingest.remote import has_dataset
 from pipeline.ingest.sets import SETS, torchvision_set
-from pipeline.ingest.sources import Source, digits, image_folder
+from pipeline.ingest.sources import Source, digits
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 

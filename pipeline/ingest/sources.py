@@ -1,6 +1,6 @@
 """Sources of images: items in a fixed order, and a key of the content.
 
-This file has the built-in digits and image folders; npz, parquet and sets have the other sources.
+This file has the built-in digits; layout, npz, parquet and sets have the other sources.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.choice import ALL_SPLITS
-from pipeline.ingest.layout import read_layout
 from pipeline.ingest.rows import Item
 
 FloatArray = NDArray[np.float64]
@@ -86,43 +85,6 @@ def _digits_table() -> FloatArray:
     file = Path(package.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
     with gzip.open(file, "rt") as lines:
         return np.loadtxt(lines, delimiter=",")
-
-
-def image_folder(root: Path, split: str | None = None, layout: str | None = None) -> Source:
-    """Return the PNG and JPEG files below `root`, with splits and classes as in `read_layout`.
-
-    Raises:
-        DataError, UsageError: as in `read_layout`, or a file cannot be read.
-    """
-    taken = read_layout(root, split, layout)
-
-    def items() -> Iterator[Item]:
-        for file, label in zip(taken.files, taken.labels, strict=True):
-            yield Item(str(file), file, label)
-
-    def key() -> str:
-        content = content_key((file.relative_to(taken.root).as_posix(), file) for file in taken.files)
-        return f"{content} {layout} {taken.class_names}"
-
-    return Source(
-        name=short_name(root),
-        origin=str(taken.root.absolute()),
-        items=items,
-        key=key,
-        class_names=taken.class_names,
-        has_labels=taken.class_names is not None,
-        num_rows=len(taken.files),
-        num_bytes=sum(map(_size, taken.files)),
-        note=taken.note,
-        lines=taken.lines,
-    )
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError as error:
-        raise DataError(f"{file} cannot be read ({error.strerror}): replace it, or make it readable") from None
 
 
 def content_key(files: Iterable[tuple[str, Path]]) -> str:
