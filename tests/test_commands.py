@@ -115,7 +115,7 @@ def test_workers_that_do_not_divide_the_streams_are_refused_with_those_that_do(t
     (home / "three.yaml").write_text("workers: 3")
     code, _, err = typed("train", "--cluster", "three.yaml")
     assert code == 2
-    assert "choose one of [1, 2, 4, 8, 16]" in err
+    assert "use 1, 2, 4, 8 or 16 workers" in err
 
 
 @pytest.mark.parametrize(
