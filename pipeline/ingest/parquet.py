@@ -165,8 +165,8 @@ def _columns(
         name for name, kind in types.items() if features.get(name, {}).get("_type") == "ClassLabel" and _kind(kind)
     ]
     if label_column == NO_LABELS:
-        wanted = []
-    elif label_column in (*types, *keys):
+        wanted = list[str]()
+    elif label_column is not None and label_column in (*types, *keys):
         wanted = [label_column]
     else:
         wanted = declared or [name for name in (*types, *keys) if name not in (image, *images)]
