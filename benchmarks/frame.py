@@ -89,9 +89,9 @@ def _worker(home: Path, dataset: Dataset) -> float:
         num_streams=STREAMS,
         attempt=run.next_attempt(),
         code_folder=str(home),
-        tracking=TrackingSettings.resolve(home),
+        tracking=TrackingSettings.resolve(home, experiment="benchmarks"),
     )
-    Tracker(run.folder, job.tracking, later=True).start("benchmarks", run.id, {}, {}, "")
+    Tracker(run.folder, job.tracking, later=True).start(run.id, {}, {}, "")
     steps = Steps()
     Worker(job, Team(), steps).work()
     return steps.rate()

@@ -49,14 +49,14 @@ class Signals:
 
 
 @contextmanager
-def listening() -> Iterator[Signals]:
-    """Collect SIGINT and SIGTERM instead of dying of them. They reach a process's main thread; another thread hears of none."""
+def listening(*others: int) -> Iterator[Signals]:
+    """Collect SIGINT, SIGTERM and others instead of ending by them. They reach a process's main thread; another thread gets none."""
     signals = Signals([])
     if threading.current_thread() is not threading.main_thread():
         yield signals
         return
 
-    before = {number: signal.signal(number, signals.note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, signals.note) for number in (signal.SIGINT, signal.SIGTERM, *others)}
     try:
         yield signals
     finally:

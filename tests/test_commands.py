@@ -245,7 +245,7 @@ def test_sync_delivers_to_the_store_of_the_runs_own_profile(typed, home):
     profile = Profile.model_validate({"mlflow": {"tracking_uri": f"sqlite:///{elsewhere}", "experiment": "mine"}})
     made = trainer.make_run(home, profile=profile)
     tracker = Tracker(made.folder, TrackingSettings("http://127.0.0.1:9", "mine"))  # nobody listens there
-    tracker.start("mine", "tiny", {}, {}, "", None)
+    tracker.start("tiny", {}, {}, "", None)
     tracker.metrics(1, {"loss": 0.5})
     assert not tracker.close()
     code, out, err = typed("sync", made.id)

@@ -113,7 +113,8 @@ def runs(limit: int | None, context: Context, as_json: bool) -> None:
 
     Below them, those whose process was killed or crashed, with the line that resumes each.
     """
-    from pipeline.runs.runs_table import COLUMNS, died, runs_table
+    from pipeline.runs.runs_table import COLUMNS, runs_table
+    from pipeline.storage.folder import GONE
 
     rows = runs_table(context.home, context.store)[::-1]
     shown = rows[: limit if as_json else limit or SCREENFUL]
@@ -125,8 +126,12 @@ def runs(limit: int | None, context: Context, as_json: bool) -> None:
             click.echo(
                 f"{plural(hidden, 'older run')} not shown; list all with: {context.typed(f'runs --limit {len(rows)}')}"
             )
-        for line in died(shown, context.typed):
-            click.echo(line)
+        for row in shown:
+            if row["reason"] == GONE:
+                resume = context.typed(f"resume {row['id']}")
+                click.echo(
+                    f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: {resume}"
+                )
     else:
         click.echo(f"no runs in {context.home} yet; start one with: ddpm-pipe train")
 

@@ -105,10 +105,11 @@ def train(
     if isolated:
         request = replace(request, profile=request.profile.isolating())
     if dry_run:
+        from pipeline.commands.plan_text import dry_run_lines
         from pipeline.runs.dry_run import dry_run as rehearse
 
         found = rehearse(request, measure=probe)
-        print_result(found, as_json, lambda: [found.to_text()])
+        print_result(found, as_json, lambda: dry_run_lines(found))
         return
     from pipeline.runs.train import start_training
 

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pipeline.console import duration, rate, size
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan, advice_to_isolate
 from pipeline.sampling.generation import usual_generation
 from pipeline.training.models import build_objective
@@ -110,33 +109,3 @@ def scoring_calls(plan: Plan) -> int:
 def calls_s(calls: int, plan: Plan, probe: Probe) -> float:
     """Return about how long so many network calls take, each for one image and forwards only, shared by the workers."""
     return calls * probe.image_s / STEP_CALLS / plan.num_workers
-
-
-def describe(plan: Plan, probe: Probe, seen: Forecast) -> dict[str, str]:
-    """Return the lines for people, by name."""
-    part = f", timed with {probe.measured_batch} at once" if probe.measured_batch < probe.batch else ""
-    images = f"{probe.batch} images a step and worker{part}" if plan.num_workers > 1 else f"{probe.batch} a step{part}"
-    price = plan.profile.price
-    lines = {
-        "measured": f"{rate(seen.images_per_s)} images/s, {_short(seen.step_s)} a step ({images}; {probe.device})",
-        "time": f"{duration(seen.total_s)}"
-        + (f", {duration(seen.scoring_s)} of it for the scores" if seen.scoring_s >= 1 else ""),
-        "cost": f"{seen.cost:,.2f} {seen.currency} ({plan.num_workers} x {price.per_worker_hour:g} {seen.currency} an hour)"
-        if price.per_worker_hour
-        else "unknown: the profile's price.per_worker_hour is 0",
-    }
-    if (saving := seen.checkpoints) is not None:
-        lines["checkpoints"] = (
-            f"{saving.count:,} in all, one every {duration(saving.interval_s)}: {size(saving.written_bytes)} written, "
-            f"{size(saving.kept_bytes)} kept; each stops training for {_short(saving.stops_for_s)}"
-        )
-    if not seen.more_nodes_help:
-        lines["more nodes"] = (
-            f"will not help a batch of {plan.experiment.training.batch_size}: exchanging gradients would take longer than it "
-            "saves; use more nodes for sweeps and sampling"
-        )
-    return lines
-
-
-def _short(seconds: float) -> str:
-    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"

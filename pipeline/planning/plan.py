@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment
-from pipeline.config.yaml_files import to_yaml
-from pipeline.console import duration, plural, size
+from pipeline.console import duration, plural
 from pipeline.data.order import default_num_streams, streams_of_worker
 from pipeline.errors import UsageError
 from pipeline.gpus import usable_gpus
@@ -90,41 +89,15 @@ class Plan:
             "missing": list(self.missing),
         }
 
-    def to_text(self) -> str:
-        """Return what `--dry-run` prints: the resolved experiment, then what follows from it."""
-        unknown = "unknown until the data is here"
-        epoch, checkpoint, parameters = self.steps_per_epoch, self.checkpoint_bytes, self.num_parameters
-        channels_first = "x".join(map(str, self.shape)) if self.shape else unknown
-        known = {
-            "data": self.data,
-            "images": f"{self.num_rows:,} of {channels_first}" if self.num_rows else channels_first,
-            "parameters": f"{parameters:,}" if parameters is not None else unknown,
-            "steps per epoch": f"{epoch:.1f}" if epoch is not None else unknown,
-            "epochs": f"{self.experiment.training.steps / epoch:.1f}" if epoch is not None else unknown,
-            "checkpoint": f"{size(checkpoint)}, {self.experiment.checkpoint.keep} kept"
-            if checkpoint is not None
-            else unknown,
-            "workers": f"{self.num_workers} ({self.profile.name}), {self.num_streams} streams, "
-            f"{self.experiment.training.batch_size // self.num_workers} images each",
-            "runs": self.place,
-            **({"missing": "; ".join(self.missing)} if self.missing else {}),
-        }
-        resolved = to_yaml(self.experiment.to_dict())
-        return resolved + "\n" + lines(known)
-
-
-def lines(named: Mapping[str, str]) -> str:
-    return "\n".join(f"{name + ':':<17}{value}" for name, value in named.items())
-
 
 def make_plan(
     experiment: Experiment,
     profile: Profile,
     num_workers: int,
     *,
-    data: str,
-    num_rows: int | None,
-    shape: Shape | None,
+    data: str = "",
+    num_rows: int | None = None,
+    shape: Shape | None = None,
     num_classes: int | None = None,
     missing: Sequence[str] = (),
 ) -> Plan:

@@ -14,15 +14,13 @@ from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics
 from pipeline.runs.evaluation import Evaluation, record, write_evaluation
 from pipeline.runs.runs_table import with_newest
-from pipeline.runs.sample import load_trained, run_sampler, sample_cache_of
+from pipeline.runs.sample import LoadedRun
 from pipeline.sampling.generated import PREVIEW_IMAGES
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_strip
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from pipeline.training.device import Compute
-from pipeline.training.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -54,14 +52,14 @@ class Outcome:
 def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Console) -> Outcome:
     """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
     request = ScoreRequest()
-    trained, compute = load_trained(run, request, profile)
-    generator = run_sampler(trained, request, compute, profile)
-    found, skipped = _evaluate(run, trained, compute, request, profile, console)
+    loaded = LoadedRun.load(run, request, profile, console)
+    trained, generator = loaded.trained, loaded.sampler(request)
+    found, skipped = _evaluate(loaded, request)
     folder = run.folder / "pictures"
     folder.mkdir(exist_ok=True)
     pictures = {"samples": folder / "samples.png"}
     if found is None or found.scored is None:
-        images, _ = sample_cache_of(run, trained, profile, console).images(generator, PREVIEW_IMAGES)
+        images, _ = loaded.cache().images(generator, PREVIEW_IMAGES)
     else:
         images = found.scored.preview
     save_grid(images, pictures["samples"])
@@ -82,25 +80,23 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, found, skipped, notes)
 
 
-def _evaluate(
-    run: Run, trained: Trained, compute: Compute, request: ScoreRequest, profile: Profile, console: Console
-) -> tuple[Evaluation | None, str]:
+def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | None, str]:
     """Evaluate as the experiment says; return what was found, and one line on what was left out, why, and how to add it."""
-    asked = trained.experiment.evaluation
+    run, asked = loaded.run, loaded.trained.experiment.evaluation
     if not asked.enabled:
         return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
     scorer, skipped = None, ""
     if sample_metrics(asked):
         try:
-            scorer = choose_scorer(run, asked, profile, console, download=False)
+            scorer = choose_scorer(run, asked, loaded.profile, loaded.console, download=False)
         except (DataError, RefusedError) as error:
             skipped = (
                 f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
                 f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
             )
     try:
-        found = evaluate_model(run, trained, compute, scorer, request, profile, console)
+        found = evaluate_model(loaded, scorer, request)
     except RefusedError as error:
         skipped = f"no images were scored: {error}; by other metrics: ddpm-pipe evaluate {run.id} --metrics fid"
-        found = evaluate_model(run, trained, compute, None, request, profile, console)  # bits/dim, if asked for
+        found = evaluate_model(loaded, None, request)  # bits/dim, if asked for
     return (None if found.scored is None and found.measured is None else found), skipped

@@ -14,8 +14,8 @@ from pipeline.cluster.session import Session
 from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
 from pipeline.planning.capacity import fitting_counts
-from pipeline.planning.forecast import Forecast, describe, forecast
-from pipeline.planning.plan import Plan, lines
+from pipeline.planning.forecast import Forecast, forecast
+from pipeline.planning.plan import Plan
 from pipeline.planning.probe import PROBE_S, Probe, probe_training
 from pipeline.runs.train import TrainRequest, plan_training
 from pipeline.signals import listening
@@ -45,15 +45,6 @@ class DryRun:
             "unmeasured": self.unmeasured,
             "warnings": list(self.warnings),
         }
-
-    def to_text(self) -> str:
-        """Return the resolved experiment, the plan, and the forecast, a line each."""
-        if self.probe is None or self.forecast is None:
-            more = {"measured": f"no: {self.unmeasured}"}
-        else:
-            more = describe(self.plan, self.probe, self.forecast)
-        warnings = "".join(f"\nwarning: {warning}" for warning in self.warnings)
-        return self.plan.to_text() + "\n" + lines(more) + warnings
 
 
 def dry_run(asked: TrainRequest, *, measure: bool = True) -> DryRun:

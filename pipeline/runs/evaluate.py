@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from pipeline.config.yaml_files import validate
 from pipeline.console import Bar, Console
 from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import RunLockedError, UsageError
-from pipeline.metrics.metric_identity import BoundIdentity, MetricIdentity
+from pipeline.metrics.metric_identity import MetricIdentity
 from pipeline.metrics.neighbours import find_neighbours
 from pipeline.metrics.registry import METRICS, MetricSettings, require_enough
 from pipeline.metrics.scores import over_seeds
@@ -31,14 +31,14 @@ from pipeline.runs.evaluation import Evaluation, Scored, Sheet, record, write_ev
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.runs.measure import measure_bound
 from pipeline.runs.runs_table import with_newest
-from pipeline.runs.sample import RequestPlan, SampleRequest, load_trained, run_sampler, sample_cache_of
+from pipeline.runs.sample import LoadedRun, RequestPlan, SampleRequest
 from pipeline.sampling.generated import SampleCache
 from pipeline.sampling.generation import settled, usual_generation
 from pipeline.storage.runs import Run
-from pipeline.tracking.opened import Opened
+from pipeline.tracking.opened import copy_to_opened
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
-from pipeline.training.device import Compute, arithmetic_of, workers_device
+from pipeline.training.device import arithmetic_of, workers_device
 from pipeline.training.trained import Trained, experiment_of, profile_of
 
 BOUND = "bpd"  # the metric that judges the model by real images, none being generated
@@ -87,19 +87,17 @@ class EvaluationResult:
 
 def evaluate(context: Context, reference: str, request: ScoreRequest) -> EvaluationResult:
     """Score a run as asked, and record what was found."""
-    run, _ = check_request(context, reference, request)
+    run, _ = check_requests(context, reference, {"": request})
     settings = TrackingSettings.of_profile(context.home, profile_of(run, context.named))
-    opened = Opened.of(settings)
     with kept_when_stopped():
-        found, written = evaluate_run(run, request, context.profile, settings, context.console)
-    result = EvaluationResult(found, written)
-    Opened.copy(opened, run, found.to_json()["values"], written, context.console)
+        result = evaluate_run(run, request, context.profile, settings, context.console)
+    copy_to_opened(settings, run, result.found.to_json()["values"], result.written, context.console)
     return result
 
 
 def plan_evaluation(context: Context, reference: str, request: ScoreRequest) -> RequestPlan:
     """Check a request without generating or scoring anything."""
-    run, experiment = check_request(context, reference, request)
+    run, experiment = check_requests(context, reference, {"": request})
     sampling, seed = request.settings(experiment)
     asked = request.evaluation(experiment)
     real = "the images trained on" if request.split is None else f"split {request.split!r}"
@@ -118,67 +116,57 @@ def plan_evaluation(context: Context, reference: str, request: ScoreRequest) -> 
     )
 
 
-def check_request(context: Context, reference: str, request: ScoreRequest) -> tuple[Run, Experiment]:
-    """Return a run and its experiment, with warnings; UsageError where the request does not fit."""
+def check_requests(context: Context, reference: str, requests: Mapping[str, ScoreRequest]) -> tuple[Run, Experiment]:
+    """Return a run and its experiment, and print warnings after each request's name; UsageError if a request does not fit."""
     run = Run.find(context.home, reference, context.store, not_scorable)
     experiment = experiment_of(run)
-    request.settings(experiment)
-    if sample_metrics(request.evaluation(experiment)):
-        for warning in request.warnings(experiment):
-            context.console.say(f"warning: {warning}")
+    warnings = []
+    for name, request in requests.items():
+        found = request.warnings(experiment)
+        if sample_metrics(request.evaluation(experiment)):
+            warnings += [f"warning: {name}{warning}" for warning in found]
+    for warning in warnings:
+        context.console.say(warning)
     return run, experiment
 
 
 def score_run(run: Run, request: ScoreRequest, profile: Profile, console: Console) -> Evaluation:
     """Evaluate a run as asked, and record nothing but the chunks that were computed."""
-    trained, compute = load_trained(run, request, profile)
-    asked = request.evaluation(trained.experiment)
+    loaded = LoadedRun.load(run, request, profile, console)
+    asked = request.evaluation(loaded.trained.experiment)
     scorer = None
     if sample_metrics(asked):
         scorer = choose_scorer(run, asked, profile, console, download=True, split=request.split)
-    return evaluate_model(run, trained, compute, scorer, request, profile, console)
+    return evaluate_model(loaded, scorer, request)
 
 
-def evaluate_model(
-    run: Run,
-    trained: Trained,
-    compute: Compute,
-    scorer: Scorer | None,
-    request: ScoreRequest,
-    profile: Profile,
-    console: Console,
-) -> Evaluation:
-    """Evaluate a model that is loaded; its samples only where there is a scorer."""
-    asked = request.evaluation(trained.experiment)
+def evaluate_model(loaded: LoadedRun, scorer: Scorer | None, request: ScoreRequest) -> Evaluation:
+    """Evaluate a loaded model; its samples only if there is a scorer."""
+    run, experiment = loaded.run, loaded.trained.experiment
     scored, measured, neighbours = None, None, None
     if scorer is not None:
-        cache = sample_cache_of(run, trained, profile, console)
-        scored = score_samples(cache, trained, compute, scorer, request)
+        cache = loaded.cache()
+        scored = _score_samples(loaded, cache, scorer, request)
         if request.neighbours:
-            rate = Bar(console, "closest training images", scorer.dataset.manifest.num_rows)
+            rate = Bar(loaded.console, "closest training images", scorer.dataset.manifest.num_rows)
             sheet = find_neighbours(
                 scored.preview,
                 scorer.dataset,
                 scorer.extractor,
                 run.folder / "neighbours",
-                computed_on=workers_device(profile),
+                computed_on=workers_device(loaded.profile),
                 runner=cache.runner,
                 progress=rate,
             )
             neighbours = Sheet(sheet, scorer.dataset)
-    if BOUND in asked.metrics:
-        _, seed = request.settings(trained.experiment)
-        bound = measure_bound(
-            run, trained, compute, profile, console, seed=seed, split=request.split, num_images=request.num_images
-        )
-        measured = replace(bound, label=_label_of_bound(bound.identity, trained))
-    return Evaluation(run.id, trained.step, scored, measured, neighbours, arithmetic_of(profile))
+    if BOUND in request.evaluation(experiment).metrics:
+        _, seed = request.settings(experiment)
+        measured = measure_bound(loaded, seed=seed, split=request.split, num_images=request.num_images)
+    return Evaluation(run.id, loaded.trained.step, scored, measured, neighbours, arithmetic_of(loaded.profile))
 
 
-def score_samples(
-    cache: SampleCache, trained: Trained, compute: Compute, scorer: Scorer, request: ScoreRequest
-) -> Scored:
-    """Score the samples of a model that is loaded by a scorer that is there."""
+def _score_samples(loaded: LoadedRun, cache: SampleCache, scorer: Scorer, request: ScoreRequest) -> Scored:
+    trained = loaded.trained
     asked = request.evaluation(trained.experiment)
     metrics = sample_metrics(asked)
     settings = MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
@@ -187,7 +175,7 @@ def score_samples(
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
-        generator = run_sampler(trained, replace(request, seed=seed), compute, cache.profile)
+        generator = loaded.sampler(replace(request, seed=seed))
         made = cache.features(generator, scorer.extractor, num_images)
         identity = generator.identity(trained.weights)
         each.append(
@@ -204,7 +192,7 @@ def score_samples(
         previews.append(made.preview)
     scores = over_seeds(each)
     first_of_all = next(iter(scores.identities.values()))
-    usual = settled(trained.experiment.sampling, cache.profile)
+    usual = settled(trained.experiment.sampling, loaded.profile)
     return Scored(scores, previews[0], _label(first_of_all, trained, usual.precision))
 
 
@@ -215,8 +203,8 @@ def sample_metrics(asked: EvaluationConfig) -> list[str]:
 
 def evaluate_run(
     run: Run, request: ScoreRequest, profile: Profile, settings: TrackingSettings, console: Console
-) -> tuple[Evaluation, list[Path]]:
-    """Evaluate a run as asked, and record what came out; return it and the paths of what was written."""
+) -> EvaluationResult:
+    """Evaluate a run as asked, write what was found, and track it."""
     found = score_run(run, request, profile, console)
     written = write_evaluation(found, run.folder / "evaluations")
     with tracked(run, settings, console, written[0].parent) as tracker:
@@ -226,7 +214,7 @@ def evaluate_run(
             if request.checkpoint is None or found.step >= state.step:  # not of a model that was left behind
                 run.update(summary=with_newest(state.summary, figures))
             tracker.describe(describe(run, run.state().summary, run.state().step))
-    return found, written
+    return EvaluationResult(found, written)
 
 
 @contextmanager
@@ -272,11 +260,3 @@ def _trackable(name: str) -> str:
     """Return a class's name as a part of a tracked name: of letters and digits alone, and two names never alike."""
     plain = re.sub(r"[^A-Za-z0-9]", "_", name)
     return plain if plain == name else f"{plain}_{hashlib.sha256(name.encode()).hexdigest()[:6]}"
-
-
-def _label_of_bound(identity: BoundIdentity, trained: Trained) -> str:
-    """Return the same for bits/dim, whose names tell split and count already."""
-    usual = usual_generation(trained.experiment, trained.class_names)
-    if (identity.weights, identity.seed) == (usual.weights, usual.seed):
-        return ""
-    return f"{identity.weights}_seed{identity.seed}"

@@ -12,16 +12,15 @@ from typing import Any
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.context import Context
 from pipeline.console import Console
-from pipeline.runs.choose_scorer import choose_scorer, not_scorable
-from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics, tracked
+from pipeline.runs.choose_scorer import choose_scorer
+from pipeline.runs.evaluate import ScoreRequest, check_requests, evaluate_model, sample_metrics, tracked
 from pipeline.runs.evaluation import write_evaluation
 from pipeline.runs.grid import TABLE_FILE, Grid, Point, parse_grid, write_grid
 from pipeline.runs.interruption import kept_when_stopped
-from pipeline.runs.sample import RequestPlan, load_trained
+from pipeline.runs.sample import LoadedRun, RequestPlan
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import TrackingSettings
-from pipeline.training.device import Compute
-from pipeline.training.trained import Trained, experiment_of, profile_of
+from pipeline.training.trained import experiment_of, profile_of
 
 MLFLOW_TABLES_TAG = "mlflow.loggedArtifacts"  # by which MLflow's pages and `load_table` know tables among the artifacts
 
@@ -63,16 +62,8 @@ def _check(
     context: Context, reference: str, request: ScoreRequest, text: str
 ) -> tuple[Run, list[str], list[ScoreRequest]]:
     """Return run, keys and points, with warnings; UsageError where one point does not fit."""
-    run = Run.find(context.home, reference, context.store, not_scorable)
-    experiment = experiment_of(run)
     keys, points = parse_grid(text, request)
-    for point in points:
-        point.settings(experiment)
-        point.evaluation(experiment)
-    if sample_metrics(request.evaluation(experiment)):
-        for point in points:
-            for warning in point.warnings(experiment):
-                context.console.say(f"warning: {_name(point, keys)}: {warning}")
+    run, _ = check_requests(context, reference, {f"{_name(point, keys)}: ": point for point in points})
     return run, keys, points
 
 
@@ -88,18 +79,16 @@ def _evaluate_points(
     settings: TrackingSettings,
     console: Console,
 ) -> tuple[Grid, list[Path]]:
-    models: dict[tuple[int | None, str], tuple[Trained, Compute]] = {}
+    loaded, which = None, None
     scorer, points, yardsticks = None, [], {}
     for number, request in enumerate(requests, 1):
         console.say(f"point {number} of {len(requests)}: {_name(request, keys)}")
-        which = request.checkpoint, request.weights
-        if which not in models:
-            models = {which: load_trained(run, request, profile)}  # one at a time in memory
-        trained, compute = models[which]
-        asked = request.evaluation(trained.experiment)
+        if loaded is None or which != (request.checkpoint, request.weights):
+            loaded, which = LoadedRun.load(run, request, profile, console), (request.checkpoint, request.weights)
+        asked = request.evaluation(loaded.trained.experiment)
         if scorer is None and sample_metrics(asked):
             scorer = choose_scorer(run, asked, profile, console, download=True, split=request.split)
-        found = evaluate_model(run, trained, compute, scorer, request, profile, console)
+        found = evaluate_model(loaded, scorer, request)
         write_evaluation(found, run.folder / "evaluations")
         points.append(Point.of(request, keys, found))
         if found.scored is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,12 @@ from pipeline.exchange.saved_folder import is_saved, read_saved
 from pipeline.ingest.ingest import ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.bound import rows_to_measure
+from pipeline.runs.record import create_run
+from pipeline.runs.tracked import start_tracking
 from pipeline.storage.folder import RunStatus
 from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run, normalise_name
-from pipeline.tracking.text import describe
-from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
+from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.models import has_process
 from pipeline.training.trained import Trained
 
@@ -62,7 +62,7 @@ def import_folder(context: Context, folder: Path, data: str | None, name: str | 
     experiment = _named(foreign.experiment, name, data)
     profile = context.profile
     dataset = None if data is None else _dataset(data, foreign, profile, context.console)
-    run = _create(experiment, dataset, profile, context.command, folder)
+    run = create_run(experiment, dataset, profile, context.command, imported_from=str(folder.absolute()))
     with run.lock():
         _save(run, experiment, foreign, dataset)
         _track(run, experiment, dataset, profile)
@@ -127,25 +127,6 @@ def _dataset(data: str, foreign: ForeignModel, profile: Profile, console: Consol
     return dataset
 
 
-def _create(
-    experiment: Experiment, dataset: Dataset | None, profile: Profile, command: Sequence[str], folder: Path
-) -> Run:
-    about: dict[str, Any] = {"path": "", "fingerprint": "", "name": "none"}
-    if dataset is not None:
-        manifest = dataset.manifest
-        about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
-    return Run.create(
-        profile.home(),
-        name=experiment.name,
-        experiment=experiment.to_dict(),
-        config_hash=experiment.hash(about["fingerprint"]),
-        dataset=about,
-        profile=profile.to_dict(),
-        command=list(command),
-        imported_from=str(folder.absolute()),
-    )
-
-
 def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Dataset | None) -> None:
     """Write the weights as the checkpoint of step 0; the optimizer knows nothing yet."""
     fingerprint = "" if dataset is None else dataset.manifest.fingerprint
@@ -163,29 +144,8 @@ def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Data
 
 def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: Profile) -> None:
     """Record the run where the others are, with its model."""
-    settings = TrackingSettings.of_profile(profile.home(), profile)
-    trained = Trained.from_run(run)
-    tracker = Tracker(run.folder, settings)
-    diffusion = experiment.diffusion
-    process = {"schedule": diffusion.schedule, "num_timesteps": str(diffusion.num_timesteps)}
-    tags = {
-        "dataset": run.record.dataset["name"],
-        **(process if has_process(experiment) else {}),
-        "imported_from": run.record.imported_from,
-        "code_version": run.record.code_version,
-        "checkpoints": str(run.checkpoints),
-    }
-    tracked = None
-    if dataset is not None:
-        tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, dataset.location)
-    tracker.start(
-        settings.experiment,
-        f"{run.record.name} {run.id}",
-        tags=tags,
-        params=experiment.flat(),
-        description=describe(run, {}),
-        dataset=tracked,
-    )
-    tracker.model(trained.save(run.folder / "model"), 0)
+    tracker = Tracker(run.folder, TrackingSettings.of_profile(profile.home(), profile))
+    start_tracking(tracker, run, experiment, dataset, {"imported_from": run.record.imported_from}, {})
+    tracker.model(Trained.from_run(run).save(run.folder / "model"), 0)
     tracker.finish("FINISHED")
-    tracker.close(timeout=60.0)
+    tracker.close()

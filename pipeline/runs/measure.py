@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from pipeline.cluster.pool import runner_of
-from pipeline.config.cluster_profile import Profile
-from pipeline.console import Bar, Console
+from pipeline.console import Bar
 from pipeline.data.labels import model_labels
 from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
 from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.runs.choose_scorer import open_images, open_split, own_split, progress_on
-from pipeline.sampling.generated import digest
-from pipeline.storage.runs import Run
+from pipeline.runs.sample import LoadedRun
+from pipeline.sampling.generation import usual_generation
 from pipeline.training.chunks import ChunkStore, compute
-from pipeline.training.device import Compute, arithmetic_of
+from pipeline.training.device import arithmetic_of
 from pipeline.training.trained import Trained
 from pipeline.training.vae import Vae
 
@@ -22,23 +21,14 @@ METRIC = "bits_per_dim"
 _FORMAT = 1
 
 
-def measure_bound(
-    run: Run,
-    trained: Trained,
-    here: Compute,
-    profile: Profile,
-    console: Console,
-    *,
-    seed: int,
-    split: str | None = None,
-    num_images: int | None = None,
-) -> Measured:
+def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images: int | None) -> Measured:
     """Return the bound over a split of the run's source (its own images by default), or over `num_images` of them.
 
     Raises:
         UsageError, DataError: the source has no such split, or is not there any more; images without the labels that the
             model wants to be told.
     """
+    run, trained, profile, console = loaded.run, loaded.trained, loaded.profile, loaded.console
     dataset = open_images(run, "to measure") if split is None else open_split(run, split, console)
     rows = rows_to_measure(dataset, num_images, progress_on(console))
     if trained.class_names:
@@ -58,21 +48,28 @@ def measure_bound(
     )
     likelihood: Likelihood | VaeLikelihood
     if isinstance(trained.model, Vae):
-        likelihood = VaeLikelihood(trained.model, here)
+        likelihood = VaeLikelihood(trained.model, loaded.compute)
     else:
-        likelihood = Likelihood(trained.diffusion, trained.model, trained.class_names, here)
+        likelihood = Likelihood(trained.diffusion, trained.model, trained.class_names, loaded.compute)
     task = BoundTask(likelihood, dataset, rows, seed)
     kept = {
         "format": _FORMAT,
-        "model": digest(trained.model, trained.experiment.hash(run.record.dataset["fingerprint"])),
+        "model": loaded.digest,
         "bound": identity.to_json(),
         **arithmetic_of(profile),
     }
     store = ChunkStore(run.folder / "bound", kept)
     rate = Bar(console, "bits/dim", len(rows))
-    return Measured(
-        join(map(Bound.from_arrays, compute(task, len(rows), chunk, store, runner_of(profile), rate))), identity
-    )
+    chunks = compute(task, len(rows), chunk, store, runner_of(profile), rate)
+    return Measured(join(map(Bound.from_arrays, chunks)), identity, _label(identity, trained))
+
+
+def _label(identity: BoundIdentity, trained: Trained) -> str:
+    """Return how the figure's name in MLflow ends where it is not by the run's own weights and seed; the name has split and count."""
+    usual = usual_generation(trained.experiment, trained.class_names)
+    if (identity.weights, identity.seed) == (usual.weights, usual.seed):
+        return ""
+    return f"{identity.weights}_seed{identity.seed}"
 
 
 def _process(trained: Trained) -> str:

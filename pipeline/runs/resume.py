@@ -15,8 +15,7 @@ from pipeline.ingest.ingest import ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.planning.plan import Plan
 from pipeline.runs.conclude import Outcome
-from pipeline.runs.record import origin_of
-from pipeline.runs.train import create_run
+from pipeline.runs.record import create_run, origin_of
 from pipeline.runs.train_run import dataset_of, plan_of, train_run, with_dataset
 from pipeline.storage.folder import RunStatus
 from pipeline.storage.run_checkpoints import RunCheckpoints
@@ -78,7 +77,7 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
             f"run {run.id} is finished at step {state.step}; train longer with -s training.steps={2 * state.step}, "
             f"or see: ddpm-pipe evaluate {run.id}"
         )
-    return train_run(run, plan, dataset, context.console, asked.overrides, tracking=tracking)
+    return train_run(run, plan, dataset, tracking, context.console, asked.overrides)
 
 
 def _cannot_go_on(run: Run, asked: ResumeRequest) -> str:
@@ -102,9 +101,16 @@ def _fork(context: Context, run: Run, plan: Plan, dataset: Dataset, tracking: Tr
         _require_same_classes(run, ClassNames.from_state(checkpoint.state()), dataset)
     words = f"from the averaged weights of step {checkpoint.step} of"
     origin = origin_of(f"run {run.id}", words, run.mlflow_run_id)
-    forked = create_run(plan, dataset, context.command, initial_weights=saved.name_of(checkpoint), origin=origin)
+    forked = create_run(
+        plan.experiment,
+        dataset,
+        plan.profile,
+        context.command,
+        initial_weights=saved.name_of(checkpoint),
+        origin=origin,
+    )
     context.console.say(f"run {forked.id} starts from the averaged weights of run {run.id} at step {checkpoint.step}")
-    return train_run(forked, plan, dataset, context.console, tracking=tracking)
+    return train_run(forked, plan, dataset, tracking, context.console)
 
 
 def _require_same_classes(run: Run, known: ClassNames, dataset: Dataset) -> None:

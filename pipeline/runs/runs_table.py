@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.yaml_files import parse_override, set_value
-from pipeline.storage.folder import GONE
+from pipeline.config.experiment import experiment_from, with_overrides
 from pipeline.storage.runs import Run
 
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
@@ -24,25 +21,14 @@ def runs_table(home: Path, storage: str | None = None) -> list[dict[str, Any]]:
     return [_row(run) for run in Run.all(home, storage)]
 
 
-def died(rows: Sequence[dict[str, Any]], typed: Callable[[str], str]) -> list[str]:
-    """Return one line for each run whose process was killed or crashed: how far it came, and how to resume it.
-
-    `typed` makes a whole command of `resume ID`.
-    """
-    return [
-        f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: "
-        f"{typed('resume ' + row['id'])}"
-        for row in rows
-        if row["reason"] == GONE
-    ]
-
-
 def _row(run: Run) -> dict[str, Any]:
     record, state = run.record, run.state()
     settings = record.experiment
     # a clock ends some trainings, and what is imported was trained elsewhere: no setting says how many steps these make
     open_end = record.seconds_allowed is not None or bool(record.imported_from)
-    total = None if open_end else _total_steps(settings, state.overrides)
+    total = None if open_end else _setting(settings, "training", "steps")
+    if total is not None and state.overrides:
+        total = with_overrides(experiment_from(settings), state.overrides).training.steps
     known = state.step > 0 or not record.imported_from
     metric = headline(state.summary)
     is_vae = _setting(settings, "model", "type") == "vae"
@@ -62,15 +48,6 @@ def _row(run: Run) -> dict[str, Any]:
         "created": record.created[:16].replace("T", " "),
         "mlflow_run_id": run.mlflow_run_id,
     }
-
-
-def _total_steps(settings: dict[str, Any], overrides: Sequence[str]) -> int | None:
-    """Return how many steps a run is to make, read as its settings are: `training.steps=1e4` is 10000."""
-    content = deepcopy(settings)
-    for override in overrides:
-        set_value(content, *parse_override(override))
-    total = _setting(content, "training", "steps")
-    return None if total is None else int(float(total))
 
 
 def headline(summary: dict[str, float]) -> str | None:

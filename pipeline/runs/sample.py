@@ -17,20 +17,21 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment, SamplingConfig
 from pipeline.config.yaml_files import validate
 from pipeline.console import Console
-from pipeline.data.labels import labels_of
+from pipeline.data.labels import ClassNames, labels_of
 from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import picture_of, save_grid
+from pipeline.runs.interruption import kept_when_stopped
 from pipeline.sampling.generated import SampleCache, digest
 from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler, settled
 from pipeline.storage.runs import Run
 from pipeline.training import averages
-from pipeline.training.chunks import ChunkStore
 from pipeline.training.combinations import check_labels, check_sampling
 from pipeline.training.device import Compute, arithmetic_of, sampling_compute
 from pipeline.training.models import Shape
 from pipeline.training.trained import Trained
 
 Format = Literal["grid", "png", "parquet"]
+Written = tuple[dict[str, Any], list[Path]]  # identity of the images, and the files
 MOST_IN_A_GRID = 400
 
 
@@ -91,87 +92,92 @@ class RequestPlan:
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Generated images and how they came about."""
+class LoadedRun:
+    """A run's model in this process, which prepares and sums up; the workers of `profile` generate with it."""
 
-    images: Tensor  # uint8 [n, C, H, W]
+    run: Run
     trained: Trained
-    generator: Denoiser | VaeSampler
-    store: ChunkStore
+    compute: Compute
     profile: Profile
+    console: Console
 
-    def identity(self) -> dict[str, Any]:
-        """Return what makes these images these: equal identities give equal bytes on equal machines."""
-        return identity_of(self.trained, self.generator, len(self.images), self.profile)
+    @classmethod
+    def load(cls, run: Run, request: SampleRequest, profile: Profile, console: Console) -> LoadedRun:
+        """Load the checkpoint and the weights that are asked for."""
+        compute = sampling_compute(profile, profile.most_workers, here=False)
+        compute.start()
+        trained = Trained.from_run(run, request.checkpoint, request.weights)
+        compute.place(trained.model)
+        return cls(run, trained, compute, profile, console)
 
+    def sampler(self, request: SampleRequest) -> Denoiser | VaeSampler:
+        """Return what generates images as asked."""
+        return run_sampler(self.trained, request, self.compute, self.profile)
 
-def identity_of(
-    trained: Trained, generator: Denoiser | VaeSampler, num_images: int, profile: Profile
-) -> dict[str, Any]:
-    """Return what makes so many images of a model, generated as a profile says, these, as plain data."""
-    return {
-        "checkpoint_step": trained.step,
-        **asdict(generator.identity(trained.weights)),
-        "num_images": num_images,
-        "arithmetic": arithmetic_of(profile),
-    }
+    def denoiser(self, request: SampleRequest) -> Denoiser:
+        """Return the same of a diffusion model; UsageError for a model that draws an image in one call."""
+        sampler = self.sampler(request)
+        if not isinstance(sampler, Denoiser):
+            kind = self.trained.experiment.model.type
+            raise UsageError(
+                f"run {self.run.id} is a {kind}: it draws an image in one call, with no way from noise to image"
+            )
+        return sampler
 
+    @property
+    def digest(self) -> str:
+        """Hash of the weights and of what trained them."""
+        fingerprint = self.run.record.dataset["fingerprint"]
+        return digest(self.trained.model, self.trained.experiment.hash(fingerprint))
 
-def load(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser | VaeSampler]:
-    """Load a run's model into this process, ready to generate as asked."""
-    trained, compute = load_trained(run, request, profile)
-    return trained, run_sampler(trained, request, compute, profile)
+    def cache(self) -> SampleCache:
+        """Return what generates the run's images over the profile's workers, and keeps the chunks."""
+        runner = runner_of(self.profile)
+        return SampleCache(self.run.folder, self.digest, self.trained.weights, self.profile, runner, self.console)
 
-
-def load_denoiser(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Denoiser]:
-    """Load a run's diffusion model; UsageError for a model that draws an image in one call, which leaves no way to look at."""
-    trained, generator = load(run, request, profile)
-    if not isinstance(generator, Denoiser):
-        raise UsageError(
-            f"run {run.id} is a {trained.experiment.model.type}: it draws an image in one call, with no way from noise to image"
-        )
-    return trained, generator
-
-
-def load_trained(run: Run, request: SampleRequest, profile: Profile) -> tuple[Trained, Compute]:
-    """Load the checkpoint and the weights that are asked for into this process, whose part is to prepare and to sum up."""
-    compute = sampling_compute(profile, profile.most_workers, here=False)
-    compute.start()
-    trained = Trained.from_run(run, request.checkpoint, request.weights)
-    compute.place(trained.model)
-    return trained, compute
+    def identity(self, sampler: Denoiser | VaeSampler, num_images: int) -> dict[str, Any]:
+        """Return what decides the images, as plain data: equal identities give equal bytes on equal machines."""
+        return {
+            "checkpoint_step": self.trained.step,
+            **asdict(sampler.identity(self.trained.weights)),
+            "num_images": num_images,
+            "arithmetic": arithmetic_of(self.profile),
+        }
 
 
 def run_sampler(
     trained: Trained, request: SampleRequest, compute: Compute, where: Compute | Profile
 ) -> Denoiser | VaeSampler:
-    """Return what generates images as asked from a model that is loaded, where it is to be generated."""
+    """Return what generates images as asked from a loaded model; `where` says which machine generates."""
     sampling, seed = request.settings(trained.experiment)
     sampling = settled(sampling, where)
     check_labels(trained.experiment, sampling, trained.class_names)
     return make_sampler(trained.experiment, trained.model, trained.shape, sampling, seed, compute, trained.class_names)
 
 
-def generate_from(run: Run, request: SampleRequest, profile: Profile, console: Console) -> Samples:
-    """Generate images from a run's checkpoint over the profile's workers, with progress."""
-    trained, generator = load(run, request, profile)
-    images, store = sample_cache_of(run, trained, profile, console).images(generator, request.num_images)
-    return Samples(torch.from_numpy(images), trained, generator, store, profile)
-
-
-def sample_cache_of(run: Run, trained: Trained, profile: Profile, console: Console) -> SampleCache:
-    """Return what generates a run's images as a profile says."""
-    model = digest(trained.model, trained.experiment.hash(run.record.dataset["fingerprint"]))
-    return SampleCache(run.folder, model, trained.weights, profile, runner_of(profile), console)
-
-
-def write_samples(samples: Samples, out: Path, form: Format) -> list[Path]:
-    """Write images into a folder that does not hold others yet, with a JSON file of their identity; return the paths."""
+def write_samples(
+    run: Run, request: SampleRequest, profile: Profile, console: Console, form: Format, out: Path
+) -> Written:
+    """Generate images and write them into a new folder, with a JSON file of their identity; return identity and paths."""
+    with kept_when_stopped():
+        loaded = LoadedRun.load(run, request, profile, console)
+        sampler = loaded.sampler(request)
+        found, store = loaded.cache().images(sampler, request.num_images)
+    images, identity = torch.from_numpy(found), loaded.identity(sampler, request.num_images)
     with new_folder(out):
-        paths = _WRITERS[form](samples, out)
-        paths.append(write_about(samples.identity(), out))
-        samples.store.clear()
-    return paths
+        if form == "grid":
+            paths = [out / "grid.png"]
+            save_grid(images[:MOST_IN_A_GRID], paths[0])
+        elif form == "png":
+            paths = [out / f"{index:06d}.png" for index in range(len(images))]
+            for path, image in zip(paths, images, strict=True):
+                picture_of(image).save(path)
+        else:
+            paths = [out / "samples.parquet"]
+            _write_parquet(images, sampler.sampling.labels, loaded.trained.class_names, paths[0])
+        paths.append(write_about(identity, out))
+    store.clear()
+    return identity, paths
 
 
 @contextmanager
@@ -193,22 +199,7 @@ def write_about(identity: dict[str, Any], out: Path) -> Path:
     return about
 
 
-def _write_grid(samples: Samples, out: Path) -> list[Path]:
-    path = out / "grid.png"
-    save_grid(samples.images[:MOST_IN_A_GRID], path)
-    return [path]
-
-
-def _write_png(samples: Samples, out: Path) -> list[Path]:
-    paths = []
-    for index, image in enumerate(samples.images):
-        path = out / f"{index:06d}.png"
-        picture_of(image).save(path)
-        paths.append(path)
-    return paths
-
-
-def _write_parquet(samples: Samples, out: Path) -> list[Path]:
+def _write_parquet(images: Tensor, asked: str | int, names: ClassNames, path: Path) -> None:
     """Write one Parquet file of raw rows, with page checksums, in the shards' own layout, and of each image the class it was asked for.
 
     The schema's metadata has the images' shape and, as Hugging Face's, the names of the classes: `ddpm-pipe ingest` reads both.
@@ -216,7 +207,6 @@ def _write_parquet(samples: Samples, out: Path) -> list[Path]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    images, names = samples.images, samples.trained.class_names
     shape: Shape = tuple(images.shape[1:])  # type: ignore[assignment]
     width = shape[0] * shape[1] * shape[2]
     column = pa.FixedSizeBinaryArray.from_buffers(
@@ -224,7 +214,7 @@ def _write_parquet(samples: Samples, out: Path) -> list[Path]:
     )
     columns, metadata = {"image": column}, {"shape": "x".join(map(str, shape))}
     if names:
-        labels = labels_of(range(len(images)), samples.generator.sampling.labels, names).numpy()
+        labels = labels_of(range(len(images)), asked, names).numpy()
         if labels.max() < len(names):  # the null class is no label
             columns["label"] = pa.array(labels)
             features = {
@@ -233,9 +223,4 @@ def _write_parquet(samples: Samples, out: Path) -> list[Path]:
             }
             metadata["huggingface"] = json.dumps({"info": {"features": features}})
     table = pa.table(columns).replace_schema_metadata(metadata)
-    path = out / "samples.parquet"
     pq.write_table(table, path, write_page_checksum=True, compression="zstd")
-    return [path]
-
-
-_WRITERS = {"grid": _write_grid, "png": _write_png, "parquet": _write_parquet}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from pipeline.console import Bar, Console
 from pipeline.data.labels import BALANCED, NONE, ClassNames, own_word
 from pipeline.data.shards import Dataset
 from pipeline.errors import RefusedError, UsageError
-from pipeline.runs.sample import SampleRequest, identity_of, load_denoiser, new_folder, write_about
+from pipeline.runs.sample import LoadedRun, SampleRequest, Written, new_folder, write_about
 from pipeline.sampling.motion import MOST_ERROR, draw_animation, draw_passage, draw_strip, interpolate, read_end
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
@@ -21,7 +21,6 @@ from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
 
 Picture = Literal["strip", "gif"]
-Written = tuple[dict[str, Any], list[Path]]
 MOST_IMAGES = 64  # all of them are held, and drawn, at every step
 
 
@@ -31,14 +30,17 @@ def check_picture(request: SampleRequest) -> None:
         raise UsageError(f"--num-images: got {request.num_images}; a strip or an animation holds at most {MOST_IMAGES}")
 
 
-def picture_from(run: Run, request: SampleRequest, profile: Profile, form: Picture, out: Path) -> Written:
+def picture_from(
+    run: Run, request: SampleRequest, profile: Profile, console: Console, form: Picture, out: Path
+) -> Written:
     """Draw how a run's images come out of noise; return their identity and the paths written."""
-    trained, denoiser = load_denoiser(run, request, profile)
+    loaded = LoadedRun.load(run, request, profile, console)
+    denoiser = loaded.denoiser(request)
     with new_folder(out):
         path = out / f"denoising.{'png' if form == 'strip' else 'gif'}"
         draw = draw_strip if form == "strip" else draw_animation
-        draw(denoiser, path, request.num_images, Bar(Console(), "denoising", len(denoiser.timesteps), "steps"))
-        identity = identity_of(trained, denoiser, request.num_images, profile)
+        draw(denoiser, path, request.num_images, Bar(console, "denoising", len(denoiser.timesteps), "steps"))
+        identity = loaded.identity(denoiser, request.num_images)
         return identity, [path, write_about(identity, out)]
 
 
@@ -77,13 +79,16 @@ def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
     return replace(request, sampler="ddim", eta=0.0, spacing="linspace", guidance_scale=1.0, labels=labels or None)
 
 
-def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tuple[str, str], out: Path) -> Written:
+def passage_between(
+    run: Run, request: SampleRequest, profile: Profile, console: Console, ends: tuple[str, str], out: Path
+) -> Written:
     """Draw the way between two images, rows of the run's dataset or files; return what it is and the paths written."""
-    trained, denoiser = load_denoiser(run, request, profile)
+    loaded = LoadedRun.load(run, request, profile, console)
+    denoiser = loaded.denoiser(request)
     images = run.record.dataset["path"]
     dataset = Dataset.open(images, profile.cache) if images else None
-    given = torch.stack([read_end(end, trained.shape, dataset) for end in ends])
-    bar = Bar(Console(), "interpolating", 2 * denoiser.sampling.num_steps(denoiser.diffusion.num_timesteps), "steps")
+    given = torch.stack([read_end(end, loaded.trained.shape, dataset) for end in ends])
+    bar = Bar(console, "interpolating", 2 * denoiser.sampling.num_steps(denoiser.diffusion.num_timesteps), "steps")
     passage = interpolate(denoiser, given, request.num_images, bar)
     bar.close()
     if passage.error > MOST_ERROR:
@@ -94,7 +99,7 @@ def passage_between(run: Run, request: SampleRequest, profile: Profile, ends: tu
     with new_folder(out):
         path = out / "interpolation.png"
         draw_passage(passage, path)
-        identity = identity_of(trained, denoiser, request.num_images, profile)
+        identity = loaded.identity(denoiser, request.num_images)
         del identity["seed"]  # the noise is that behind the images
         about = identity | {
             "between": list(ends),

@@ -11,13 +11,12 @@ from typing import Any
 
 from pipeline.config.context import Context
 from pipeline.errors import UsageError
-from pipeline.runs.interruption import kept_when_stopped
-from pipeline.runs.sample import Format, RequestPlan, SampleRequest, generate_from, write_samples
+from pipeline.runs.sample import Format, RequestPlan, SampleRequest, write_samples
 from pipeline.runs.sample_pictures import Picture, check_picture, passage_between, passage_request, picture_from
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.runs import Run
-from pipeline.tracking.opened import Opened
+from pipeline.tracking.opened import copy_to_opened
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of, not_trained
@@ -73,17 +72,15 @@ def sample_run(context: Context, reference: str, request: SampleRequest, target:
     Without `target.out` they are in the run's folder; in its object store where a job made them, whose own folder is removed with it.
     """
     checked = _check(context, reference, request, target)
-    run, folder, profile = checked.run, checked.folder, context.profile
-    opened = Opened.of(TrackingSettings.of_profile(context.home, profile))
+    run, folder, profile, console = checked.run, checked.folder, context.profile, context.console
+    settings = TrackingSettings.of_profile(context.home, profile)
     if target.between is not None:
-        identity, paths = passage_between(run, checked.request, profile, target.between, folder)
+        identity, paths = passage_between(run, checked.request, profile, console, target.between, folder)
     elif target.form == "strip" or target.form == "gif":
-        identity, paths = picture_from(run, checked.request, profile, target.form, folder)
+        identity, paths = picture_from(run, checked.request, profile, console, target.form, folder)
     else:
-        with kept_when_stopped():
-            samples = generate_from(run, checked.request, profile, context.console)
-        identity, paths = samples.identity(), write_samples(samples, folder, target.form)
-    Opened.copy(opened, run, {}, [folder], context.console)
+        identity, paths = write_samples(run, checked.request, profile, console, target.form, folder)
+    copy_to_opened(settings, run, {}, [folder], console)
     if checked.store is not None:
         checked.store.send_samples(folder)
     return SampleResult(run.id, identity, [f"{checked.place}/{path.name}" for path in paths])

@@ -1,62 +1,47 @@
-"""A training as MLflow shows it: its tags, parameters, description and dataset."""
+"""A run as MLflow shows it: its tags, parameters, description and dataset."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.config.experiment import Experiment
 from pipeline.data.shards import Dataset
-from pipeline.planning.plan import Plan
 from pipeline.runs.record import Trial, trial_of
-from pipeline.storage.provenance import of_submission
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
-from pipeline.tracking.tracker import TrackedDataset, Tracker, TrackingSettings
+from pipeline.tracking.tracker import TrackedDataset, Tracker
 from pipeline.training.models import build_diffusion, has_process
 
 
-@contextmanager
-def open_tracking(
-    run: Run, checked: Plan, dataset: Dataset, settings: TrackingSettings, overrides: Sequence[str]
-) -> Iterator[Tracker]:
-    """Record the overrides and open the MLflow run, or leave that in the spool until the store answers; nothing waits for it.
-
-    Where this process trains, the worker begins the delivery, after its first step.
-    """
-    if overrides:
-        run.update(overrides=[*run.state().overrides, *overrides])
-    experiment, manifest = checked.experiment, dataset.manifest
-    tracker = Tracker(run.folder, settings, later=checked.profile.trains_here(checked.num_workers))
-    trial = trial_of(run.record)
+def start_tracking(
+    tracker: Tracker,
+    run: Run,
+    experiment: Experiment,
+    dataset: Dataset | None,
+    tags: Mapping[str, str],
+    params: Mapping[str, Any],
+) -> None:
+    """Open the MLflow run, or leave that in the spool until the store answers; `tags` and `params` are further ones."""
+    trial, tracked = trial_of(run.record), None
+    if dataset is not None:
+        tracked = TrackedDataset(dataset.manifest.name, dataset.manifest.fingerprint, dataset.location)
     tracker.start(
-        settings.experiment,
         f"{run.record.name} {run.id}" if trial is None else trial.name,
         tags={
             **({} if trial is None else trial.tags),
             **_origin_tags(run),
-            "dataset": manifest.name,
+            "dataset": run.record.dataset["name"],
             "model": experiment.model.type,
             **_process_tags(experiment),
-            "profile": checked.profile.name,
-            "num_workers": str(checked.num_workers),
             "code_version": run.record.code_version,
-            **of_submission(),
             "checkpoints": str(run.checkpoints if run.remote is None else run.remote.folder.child("checkpoints")),
+            **tags,
         },
-        params={
-            **_recorded_settings(experiment, trial),
-            "num_parameters": checked.num_parameters,
-            "num_streams": checked.num_streams,
-        },
+        params={**_recorded_settings(experiment, trial), **params},
         description=describe(run, {}),
-        dataset=TrackedDataset(manifest.name, manifest.fingerprint, dataset.location),
+        dataset=tracked,
     )
-    try:
-        yield tracker
-    finally:
-        tracker.close(timeout=10.0)
 
 
 def _recorded_settings(experiment: Experiment, trial: Trial | None) -> dict[str, Any]:

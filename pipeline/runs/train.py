@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pipeline.cluster.session import require_resources
 from pipeline.config import presets
@@ -21,10 +20,10 @@ from pipeline.metrics.classifier_store import Recipe
 from pipeline.metrics.inception import Inception
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.runs.conclude import Outcome
+from pipeline.runs.record import create_run
 from pipeline.runs.train_run import plan_of, train_run, with_dataset
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.provenance import JOB_VARIABLE
-from pipeline.storage.runs import Run
 from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import Shape
@@ -95,31 +94,8 @@ def start_training(context: Context, asked: TrainRequest) -> Outcome:
     plan = with_dataset(plan, dataset)
     if unscored := _cannot_be_scored(asked.experiment, dataset):
         console.say(f"warning: the images will not be scored: {unscored}")
-    run = create_run(plan, dataset, context.command, origin=asked.origin)
-    return train_run(run, plan, dataset, console, tracking=tracking)
-
-
-def create_run(
-    checked: Plan,
-    dataset: Dataset,
-    command: Sequence[str],
-    initial_weights: str | None = None,
-    origin: dict[str, str] | None = None,
-) -> Run:
-    """Make the run folder of a planned training. `initial_weights` are those of a run that it is a fork of."""
-    manifest = dataset.manifest
-    about: dict[str, Any] = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
-    return Run.create(
-        checked.profile.home(),
-        name=checked.experiment.name,
-        experiment=checked.experiment.to_dict(),
-        config_hash=checked.experiment.hash(manifest.fingerprint),
-        dataset=about,
-        profile=checked.profile.to_dict(),
-        command=list(command),
-        initial_weights=initial_weights,
-        origin=origin,
-    )
+    run = create_run(asked.experiment, dataset, profile, context.command, origin=asked.origin)
+    return train_run(run, plan, dataset, tracking, console)
 
 
 def _cannot_be_scored(experiment: Experiment, dataset: Dataset) -> str:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,89 +19,99 @@ from pipeline.errors import CheckpointError, DataError, InterruptedRunError, Sto
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.runs.conclude import Outcome, conclude
 from pipeline.runs.record import allowance_of
-from pipeline.runs.tracked import open_tracking
+from pipeline.runs.tracked import start_tracking
 from pipeline.signals import Terminated
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.provenance import of_submission
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.combinations import check_labels
 from pipeline.training.models import build_diffusion, has_process
-from pipeline.training.trained import experiment_of, profile_of
+from pipeline.training.trained import experiment_of
 from pipeline.worker.job import Job
 
 Observer = Callable[[dict[str, Any]], None]
 
 
-def train_trial(
-    run: Run,
-    console: Console,
-    observe: Observer | None = None,
-    tracking: TrackingSettings | None = None,
-    profile: Profile | None = None,
-) -> Outcome:
-    """Train a sweep's trial as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`.
-
-    `tracking` is where the sweep is recorded. `profile` replaces the one that the trial was started with.
-    """
-    experiment, profile = experiment_of(run), profile or profile_of(run)
+def train_trial(run: Run, profile: Profile, tracking: TrackingSettings, console: Console, observe: Observer) -> Outcome:
+    """Train a sweep's trial as its record says, from its newest checkpoint that verifies; `observe` as for `run_attempts`."""
+    experiment = experiment_of(run)
     use_variables(profile)
     dataset = dataset_of(run, profile)
-    plan = make_plan(experiment, profile, choose_workers(experiment, profile), data="", num_rows=None, shape=None)
-    checked = with_dataset(plan, dataset)
-    return train_run(run, checked, dataset, console, observe=observe, tracking=tracking)
+    plan = make_plan(experiment, profile, choose_workers(experiment, profile))
+    return train_run(run, with_dataset(plan, dataset), dataset, tracking, console, observe=observe)
 
 
 def train_run(
     run: Run,
-    checked: Plan,
+    plan: Plan,
     dataset: Dataset,
+    tracking: TrackingSettings,
     console: Console,
     overrides: Sequence[str] = (),
     observe: Observer | None = None,
-    tracking: TrackingSettings | None = None,
 ) -> Outcome:
     """Train and evaluate under the run's lock; the run's status says how it ended, also after an error."""
-    profile = checked.profile
-    settings = tracking or TrackingSettings.of_profile(profile.home(), profile)
+    profile = plan.profile
     job = Job(
         run_folder=str(run.folder),
         dataset_folder=dataset.location,
-        experiment=checked.experiment.to_dict(),
+        experiment=plan.experiment.to_dict(),
         profile=profile.to_dict(),
-        num_workers=checked.num_workers,
-        num_streams=checked.num_streams,
+        num_workers=plan.num_workers,
+        num_streams=plan.num_streams,
         attempt=0,
         code_folder=os.getcwd(),
-        tracking=replace(settings, mlflow_run_id=None),
+        tracking=replace(tracking, mlflow_run_id=None),
         initial_weights=run.record.initial_weights,
         allowance=allowance_of(run),
         run_address=None if run.remote is None else run.remote.folder.uri,
     )
-    with run.lock(), open_tracking(run, checked, dataset, settings, overrides) as tracker:
-        for warning in checked.warnings:
+    with run.lock(), _open_tracking(run, plan, dataset, tracking, overrides) as tracker:
+        for warning in plan.warnings:
             console.say(f"warning: {warning}")
             run.log(f"warning: {warning}")
         console.say(
-            f"run {run.id}: {run.record.name}, {checked.experiment.training.steps} steps {checked.place}, in {run.folder}"
+            f"run {run.id}: {run.record.name}, {plan.experiment.training.steps} steps {plan.place}, in {run.folder}"
         )
         try:
             run_attempts(run, job, profile, console, observe)
-            _draw_schedule(run, checked.experiment, dataset, tracker)
-            outcome = conclude(run, profile, settings, console)
+            _draw_schedule(run, plan.experiment, dataset, tracker)
+            outcome = conclude(run, profile, tracking, console)
         except InterruptedRunError as error:
-            _close(run, settings, RunStatus.INTERRUPTED, str(error))
+            _close(run, tracking, RunStatus.INTERRUPTED, str(error))
             raise
         except (KeyboardInterrupt, Terminated) as stop:
             by_user = isinstance(stop, KeyboardInterrupt)
-            _close(run, settings, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
+            _close(run, tracking, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
             code = 130 if by_user else 75 if RunCheckpoints(run).committed() else 143
             raise InterruptedRunError(f"stopped; resume with: ddpm-pipe resume {run.id}", code) from None
         except Exception as error:
-            _close(run, settings, RunStatus.FAILED, str(error))
+            _close(run, tracking, RunStatus.FAILED, str(error))
             raise
         run.update(status=RunStatus.FINISHED, reason="", step=outcome.step)
     return outcome
+
+
+@contextmanager
+def _open_tracking(
+    run: Run, plan: Plan, dataset: Dataset, tracking: TrackingSettings, overrides: Sequence[str]
+) -> Iterator[Tracker]:
+    """Record the overrides, and open the MLflow run; nothing waits for it.
+
+    Where this process trains, the worker begins the delivery, after its first step.
+    """
+    if overrides:
+        run.update(overrides=[*run.state().overrides, *overrides])
+    tracker = Tracker(run.folder, tracking, later=plan.profile.trains_here(plan.num_workers))
+    tags = {"profile": plan.profile.name, "num_workers": str(plan.num_workers), **of_submission()}
+    params = {"num_parameters": plan.num_parameters, "num_streams": plan.num_streams}
+    start_tracking(tracker, run, plan.experiment, dataset, tags, params)
+    try:
+        yield tracker
+    finally:
+        tracker.close(timeout=10.0)
 
 
 def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: Tracker) -> None:
@@ -128,7 +138,7 @@ def plan_of(experiment: Experiment, profile: Profile) -> Plan:
     """Plan a training whose images are not here yet; UsageError or ClusterError where it cannot work."""
     num_workers = choose_workers(experiment, profile)
     require_resources(profile, num_workers)
-    return make_plan(experiment, profile, num_workers, data="", num_rows=None, shape=None)
+    return make_plan(experiment, profile, num_workers)
 
 
 def with_dataset(plan: Plan, dataset: Dataset) -> Plan:

@@ -55,7 +55,6 @@ class SweepTracking:
             for key, axis in sweep.space.items()
         }
         self.tracker.start(
-            self.settings.experiment,
             f"sweep {record.id}" if record.name == "sweep" else f"sweep {record.name} {record.id}",
             tags={SWEEP_TAG: record.id, "kind": "sweep", "dataset": manifest.name, "code_version": record.code_version},
             params={

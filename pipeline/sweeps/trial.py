@@ -100,7 +100,7 @@ def carry_out(run: Run, setup: ForTrials, report: Report) -> None:
             if (run.folder / VERDICT_FILE).exists():  # of an earlier driver
                 _stop(run, report)
                 return
-            train_trial(run, _silent(), observe, setup.tracking, setup.profile)
+            train_trial(run, setup.profile, setup.tracking, _silent(), observe)
         _score(run, setup)
         report({"status": "finished"})
     except InterruptedRunError as error:

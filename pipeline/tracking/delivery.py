@@ -23,6 +23,8 @@ from pipeline.tracking.writer import FILE_KINDS, MAX_METRICS_PER_CALL
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
+    from pipeline.tracking.tracker import TrackingSettings
+
 MAX_PARAMS_PER_CALL = 100
 MAX_DIGEST_LENGTH = 36
 CURRENT = "current."
@@ -43,27 +45,24 @@ class DeferredError(Exception):
 class Delivery:
     """A connection to one MLflow store for one run. Every method may raise what MLflow raises."""
 
-    def __init__(self, uri: str, run_dir: Path, artifacts: Path | None) -> None:
+    def __init__(self, settings: TrackingSettings, run_dir: Path) -> None:
         from mlflow import MlflowClient
 
         self._run_dir = run_dir
-        self._artifacts = artifacts
-        with prepare_store(uri):
-            self.client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+        self._artifacts = settings.artifacts
+        with prepare_store(settings.uri):
+            self.client = MlflowClient(tracking_uri=settings.uri, registry_uri=settings.uri)
         self.run_id = ""
         self.experiment_id = ""
-        self._forget()
-
-    def _forget(self) -> None:
-        """Clear cached knowledge of the store, which another process may have changed."""
-        self._last_steps: dict[str, int] = {}
-        self._images: set[str] | None = None
-        self._is_new = False
 
     def attach(self, known: str | None, start: Event | None, our_id: str) -> None:
-        """Use the run's entry in the store, created now if needed (see `find_or_make`)."""
-        self._forget()
-        run, self._is_new = find_or_make(self.client, self._artifacts, known, start, our_id)
+        """Use the run's entry in the store, created now if needed (see `find_or_make`).
+
+        Clears what is known of the store, which another process may have changed.
+        """
+        self._last_steps: dict[str, int] = {}
+        self._images: set[str] | None = None
+        run = find_or_make(self.client, self._artifacts, known, start, our_id)
         self.run_id, self.experiment_id = run.info.run_id, run.info.experiment_id
 
     def deliver(self, events: Sequence[Event]) -> None:
@@ -119,8 +118,7 @@ class Delivery:
 
     def _last_step(self, key: str) -> int:
         if key not in self._last_steps:
-            history = [] if self._is_new else self._history(key)
-            self._last_steps[key] = max((metric.step for metric in history), default=-1)
+            self._last_steps[key] = max((metric.step for metric in self._history(key)), default=-1)
         return self._last_steps[key]
 
     def _history(self, key: str) -> list[Metric]:
@@ -155,7 +153,7 @@ class Delivery:
 
         source = LocalArtifactDatasetSource(dataset["source"])
         meta = MetaDataset(source, name=dataset["name"], digest=dataset["fingerprint"][:MAX_DIGEST_LENGTH])
-        tags = [InputTag("mlflow.data.context", dataset["context"])]
+        tags = [InputTag("mlflow.data.context", "training")]
         self.client.log_inputs(self.run_id, [DatasetInput(Dataset.from_dictionary(meta.to_dict()), tags)])
 
     def _set_tags(self, tags: dict[str, str]) -> None:
@@ -172,9 +170,7 @@ class Delivery:
 
         event = events[0]
         if self._images is None:
-            self._images = (
-                set() if self._is_new else {item.path for item in self.client.list_artifacts(self.run_id, "images")}
-            )
+            self._images = {item.path for item in self.client.list_artifacts(self.run_id, "images")}
         # MLflow's naming: key with ~ for /, step, time; the small picture for the slider is stored last
         prefix = f"images/{event['key'].replace('/', '~')}+step+{event['step']}+"
         if any(path.startswith(prefix) and "+compressed" in path for path in self._images):
@@ -212,9 +208,7 @@ class Delivery:
         from pipeline.tracking.model import log_model
 
         event = events[0]
-        log_model(
-            self.client, self.run_id, self.experiment_id, self._local(event["folder"]), event["name"], event["step"]
-        )
+        log_model(self.client, self.run_id, self.experiment_id, self._local(event["folder"]), event["step"])
 
     def _deliver_finish(self, events: Sequence[Event]) -> None:
         self.client.set_terminated(self.run_id, events[0]["status"], events[0]["time"])

@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
 
 LOGGED_MODEL_FILE = Path(__file__).with_name("logged_model.py")
+NAME = "ddpm"
 STEP_TAG = "ddpm_pipe.step"
 REQUIREMENTS = ("torch", "safetensors", "numpy", "pillow", "pydantic", "pyyaml", "mlflow")
 
 
-def log_model(client: MlflowClient, run_id: str, experiment_id: str, folder: Path, name: str, step: int) -> None:
+def log_model(client: MlflowClient, run_id: str, experiment_id: str, folder: Path, step: int) -> None:
     """Log a folder for `pipeline.training.trained.Trained.load` as an MLflow model of the run; repeated calls log it once.
 
     The code of both packages and of a user-defined network is included, so `mlflow models serve` needs no checkout.
     """
     from mlflow.entities import LoggedModelOutput
 
-    model = _entry(client, run_id, experiment_id, name, step)
+    model = _entry(client, run_id, experiment_id, step)
     if model.status != "READY":
         with tempfile.TemporaryDirectory() as temporary:
             target = Path(temporary) / "model"
@@ -42,14 +43,14 @@ def log_model(client: MlflowClient, run_id: str, experiment_id: str, folder: Pat
         )  # a second row violates a constraint of MLflow's database
 
 
-def _entry(client: MlflowClient, run_id: str, experiment_id: str, name: str, step: int) -> LoggedModel:
+def _entry(client: MlflowClient, run_id: str, experiment_id: str, step: int) -> LoggedModel:
     """Return the model's entry in the store, created if it is missing."""
-    known = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}' AND name = '{name}'")
+    known = client.search_logged_models([experiment_id], f"source_run_id = '{run_id}' AND name = '{NAME}'")
     for model in known:
         if model.tags.get(STEP_TAG) == str(step):
             return model
     return client.create_logged_model(
-        experiment_id, name, source_run_id=run_id, model_type="ddpm", tags={STEP_TAG: str(step)}
+        experiment_id, NAME, source_run_id=run_id, model_type="ddpm", tags={STEP_TAG: str(step)}
     )
 
 

@@ -4,40 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import ClassVar
 
 import psutil
 
 MIB = 2**20
 
 
-class SystemMonitor:
-    """Load of this machine and process, with the names of MLflow's "System metrics" tab (`system/...`)."""
+def sample_system() -> dict[str, float]:
+    """Return CPU, memory and, if this process uses one, GPU utilisation, with the names of MLflow's "System metrics" tab.
 
-    _before: ClassVar[tuple[float, float] | None] = None  # busy and idle CPU seconds of the machine at the last call
-
-    @classmethod
-    def sample(cls) -> dict[str, float]:
-        """Return CPU, memory and, if this process uses one, GPU utilisation.
-
-        `cpu_percent` is the mean since the last call; the first call omits it.
-        """
-        figures = {
-            "system/memory_percent": psutil.virtual_memory().percent,
-            "system/process_memory_mib": psutil.Process().memory_info().rss / MIB,
-        }
-        before, now = cls._before, _cpu_seconds()
-        cls._before = now
-        if before is not None and sum(now) > sum(before):
-            figures["system/cpu_percent"] = 100.0 * (now[0] - before[0]) / (sum(now) - sum(before))
-        return figures | _gpu()
-
-
-def _cpu_seconds() -> tuple[float, float]:
-    times = psutil.cpu_times()
-    idle = times.idle + getattr(times, "iowait", 0.0)
-    # guest time is counted in user time already
-    return sum(times) - idle - getattr(times, "guest", 0.0) - getattr(times, "guest_nice", 0.0), idle
+    `cpu_percent` is the mean since this thread's last call.
+    """
+    figures = {
+        "system/memory_percent": psutil.virtual_memory().percent,
+        "system/process_memory_mib": psutil.Process().memory_info().rss / MIB,
+    }
+    # 0 where psutil has no earlier call to compare with
+    if (cpu_percent := psutil.cpu_percent()) > 0:
+        figures["system/cpu_percent"] = cpu_percent
+    return figures | _gpu()
 
 
 def _gpu() -> dict[str, float]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline.console import Console
 from pipeline.errors import UsageError
-from pipeline.redaction import public_uri
+from pipeline.redaction import one_line, public_uri
 from pipeline.storage.runs import Run
 from pipeline.tracking.run import RUN_ID_TAG, get_run, prepare_store
 from pipeline.tracking.tracker import TrackingSettings
@@ -58,53 +58,33 @@ def checked_run(settings: TrackingSettings, ours: str | None, say: Callable[[str
     return settings
 
 
-@dataclass(frozen=True)
-class Opened:
-    """The id of an open MLflow run, and the address of its store."""
+def copy_to_opened(
+    settings: TrackingSettings, of: Run, figures: Mapping[str, float], files: Sequence[Path], console: Console
+) -> None:
+    """Record figures, files and the id of the trained run in the run that `mlflow run` opened, if it did.
 
-    run_id: str
-    uri: str
+    A store that fails is a warning, not an error.
+    """
+    from mlflow import MlflowClient
 
-    @classmethod
-    def of(cls, settings: TrackingSettings) -> Opened | None:
-        """Return the run in MLFLOW_RUN_ID, if there is one."""
-        return cls(settings.mlflow_run_id, settings.uri) if settings.mlflow_run_id else None
-
-    @staticmethod
-    def copy(
-        opened: Opened | None, of: Run, figures: Mapping[str, float], files: Sequence[Path], console: Console
-    ) -> None:
-        """Record in the run that `mlflow run` opened, if it did; a store that fails is a warning."""
-        trouble = None if opened is None else opened.record(of, figures, files)
-        if trouble is not None:
-            console.say(f"warning: {trouble}")
-
-    def record(self, of: Run, figures: Mapping[str, float], files: Sequence[Path]) -> str | None:
-        """Record figures, files and the id of the trained run; return a line with the reason if that failed, else None."""
-        from mlflow import MlflowClient
-
-        try:
-            client = MlflowClient(self.uri)
-            found = get_run(client, self.run_id)
-            if found is None:
-                return (
-                    f"MLflow has no run {self.run_id} (MLFLOW_RUN_ID); the results are recorded only in the trained run"
-                )
-            owner = found.data.tags.get(RUN_ID_TAG)
-            if owner not in (None, of.id):
-                return (
-                    f"MLFLOW_RUN_ID: run {self.run_id} belongs to {owner}; the results are recorded only in run {of.id}"
-                )
-            tags = {"ddpm_pipe.of_run": of.id} | (
-                {"ddpm_pipe.of_mlflow_run": of.mlflow_run_id} if of.mlflow_run_id else {}
-            )
-            for tag, text in tags.items():
-                client.set_tag(self.run_id, tag, text)
-            for name, value in figures.items():
-                client.log_metric(self.run_id, name, value)
-            for path in files:
-                log = client.log_artifacts if path.is_dir() else client.log_artifact
-                log(self.run_id, str(path))
-        except Exception as error:  # a failing store must not fail the command
-            return f"the results were not copied to the run that MLflow opened: {' '.join(str(error).split())[:200]}"
-        return None
+    opened = settings.mlflow_run_id
+    if opened is None:
+        return
+    try:
+        client = MlflowClient(settings.uri)
+        found = get_run(client, opened)
+        owner = None if found is None else found.data.tags.get(RUN_ID_TAG)
+        if found is None or owner not in (None, of.id):
+            why = f"MLflow has no run {opened}" if found is None else f"run {opened} belongs to {owner}"
+            console.say(f"warning: MLFLOW_RUN_ID: {why}; the results are recorded only in run {of.id}")
+            return
+        client.set_tag(opened, "ddpm_pipe.of_run", of.id)
+        if of.mlflow_run_id:
+            client.set_tag(opened, "ddpm_pipe.of_mlflow_run", of.mlflow_run_id)
+        for name, value in figures.items():
+            client.log_metric(opened, name, value)
+        for path in files:
+            log = client.log_artifacts if path.is_dir() else client.log_artifact
+            log(opened, str(path))
+    except Exception as error:
+        console.say(f"warning: the results were not copied to the run that MLflow opened: {one_line(error)[:200]}")

@@ -30,23 +30,23 @@ class NoRunError(Exception):
 
 def find_or_make(
     client: MlflowClient, artifacts: Path | None, known: str | None, start: Event | None, our_id: str
-) -> tuple[Run, bool]:
-    """Return the MLflow run and whether it is new: the `known` one, the one tagged with our id, else one created from the start event.
+) -> Run:
+    """Return the MLflow run: the `known` one, the one tagged with our id, else one created from the start event.
 
     Raises NoRunError if it was deleted, or if there is no start event to create it from.
     """
-    run, is_new = get_run(client, known), False
+    run = get_run(client, known)
     if run is None:
         if start is None:
             raise NoRunError("the spool has no start event; run sync on the machine where the training was started")
         experiment_id = make_experiment(client, artifacts, start["experiment"])
         run = get_run(client, start.get("mlflow_run_id")) or _tagged(client, experiment_id, our_id)
         if run is None:
-            run, is_new = client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"]), True
+            run = client.create_run(experiment_id, start["time"], {RUN_ID_TAG: our_id}, start["run_name"])
     if run.info.lifecycle_stage == "deleted":
         restore = f"mlflow runs restore --run-id {run.info.run_id}"
         raise NoRunError(f"MLflow run {run.info.run_id} was deleted; `{restore}` brings it back")
-    return run, is_new
+    return run
 
 
 def get_run(client: MlflowClient, run_id: str | None) -> Run | None:

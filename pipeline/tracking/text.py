@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
-from pipeline.config.experiment import experiment_from, with_overrides
+from pipeline.config.experiment import Experiment, experiment_from, with_overrides
 from pipeline.storage.runs import Run, RunRecord
 
 YARDSTICK = "yardstick_"
@@ -19,85 +18,70 @@ def describe(run: Run, summary: Mapping[str, Any], steps: int = 0) -> str:
 
     `steps` is the number of training steps taken, 0 if unknown; for a trial with a time limit the settings do not say.
     """
-    record, changed = run.record, _changed(run.state().overrides)
-    if changed:
-        experiment = with_overrides(experiment_from(record.experiment), run.state().overrides)
-        record = replace(record, experiment=experiment.to_dict(), command=[*record.command, *changed])
+    record, overrides = run.record, run.state().overrides
+    experiment = with_overrides(experiment_from(record.experiment), overrides)
+    # of each key the last value
+    changed = list({assignment.partition("=")[0]: assignment for assignment in overrides}.values())
     parts = [
-        _opening(record, steps),
-        _settings(record),
+        _opening(record, experiment, steps),
+        _settings(record, experiment),
         *([_changes(changed)] if changed else []),
         "### Results",
         _results(summary),
         "### Repeat it",
-        _again(record),
+        _again(record, changed),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _changed(overrides: Sequence[str]) -> list[str]:
-    """Return `-s key=value` words for what resumes have changed, the last value of each key."""
-    last = {assignment.partition("=")[0]: assignment for assignment in overrides}
-    return [word for assignment in last.values() for word in ("-s", assignment)]
-
-
 def _changes(changed: Sequence[str]) -> str:
-    settings = ", ".join(f"`{assignment}`" for assignment in changed[1::2])
+    settings = ", ".join(f"`{assignment}`" for assignment in changed)
     return (
         f"Changed by `resume`: {settings}. The table shows the current settings. MLflow cannot change parameters: they show the settings "
         "at the start, and the tags `current.*` those that have changed."
     )
 
 
-def _opening(record: RunRecord, steps: int) -> str:
-    kind = "variational autoencoder" if _is_vae(record) else "denoising diffusion model"
+def _opening(record: RunRecord, experiment: Experiment, steps: int) -> str:
+    kind = "variational autoencoder" if experiment.model.type == "vae" else "denoising diffusion model"
     if record.imported_from:
         return f"**{record.name}**: a {kind} that was trained elsewhere, imported from `{record.imported_from}`."
-    training = record.experiment.get("training", {})
-    origin = record.origin
-    comes_from = f", {origin['words']} {origin['what']}" if origin else ""
+    training, seconds = experiment.training, record.seconds_allowed
+    length = f"{training.steps:,} steps"
+    if seconds is not None:
+        length = f"{seconds / 60:g} minutes of training" + (f" ({steps:,} steps)" if steps else "")
+    comes_from = f", {record.origin['words']} {record.origin['what']}" if record.origin else ""
     return (
-        f"**{record.name}**: a {kind} of the images of `{_dataset(record)}`, "
-        f"{_length(record, steps)} at a batch of {_get(training, 'batch_size')}{comes_from}."
+        f"**{record.name}**: a {kind} of the images of `{record.dataset['name']}`, "
+        f"{length} at a batch of {training.batch_size:,}{comes_from}."
     )
 
 
-def _length(record: RunRecord, steps: int) -> str:
-    seconds = record.seconds_allowed
-    if seconds is None:
-        return f"{_get(record.experiment.get('training', {}), 'steps')} steps"
-    return f"{seconds / 60:g} minutes of training" + (f" ({steps:,} steps)" if steps else "")
-
-
-def _settings(record: RunRecord) -> str:
+def _settings(record: RunRecord, experiment: Experiment) -> str:
     model, diffusion, training, sampling = (
-        record.experiment.get(section, {}) for section in ("model", "diffusion", "training", "sampling")
+        experiment.model,
+        experiment.diffusion,
+        experiment.training,
+        experiment.sampling,
     )
-    network = _get(model, "type")
-    if network == "unet":
-        multipliers = ", ".join(str(m) for m in model.get("channel_multipliers", []))
-        network = f"U-Net, {_get(model, 'channels')} channels x ({multipliers}), dropout {_get(model, 'dropout')}"
-    if _is_vae(record):
-        network = f"VAE, {_get(model, 'channels')} channels, a code of {_get(model, 'latent_dim')} numbers"
-    rows = {
-        "dataset": f"`{_dataset(record)}`, fingerprint `{str(record.dataset.get('fingerprint', ''))[:16]}`",
-        "network": network,
-        "schedule": f"{_get(diffusion, 'schedule')}, T = {_get(diffusion, 'num_timesteps')}",
-        "predicts": f"{_get(diffusion, 'prediction')}; variance {_get(diffusion, 'variance')}",
-        "minimises": f"{training.get('objective', 'simple')}, timesteps {training.get('timestep_sampling', 'uniform')}",
-        "training": f"learning rate {_get(training, 'learning_rate')}, EMA {_get(training, 'ema_decay')}, "
-        f"{_get(training, 'precision')}, seed {_get(record.experiment, 'seed')}",
-        "sampling": f"{_get(sampling, 'sampler')}, {_get(sampling, 'steps')} steps",
-    }
-    if _is_vae(record):
-        rows = {
-            name: text for name, text in rows.items() if name not in ("schedule", "predicts", "minimises", "sampling")
+    averages = ", ".join(map(str, training.ema_decays))
+    fitted = f"learning rate {training.learning_rate}, EMA {averages}, {training.precision}, seed {experiment.seed:,}"
+    rows = {"dataset": f"`{record.dataset['name']}`, fingerprint `{record.dataset['fingerprint'][:16]}`"}
+    if model.type == "vae":
+        network = f"VAE, {model.channels:,} channels, a code of {model.latent_dim:,} numbers"
+        rows |= {"network": network, "training": fitted}
+    else:
+        multipliers = ", ".join(map(str, model.channel_multipliers))
+        unet = f"U-Net, {model.channels:,} channels x ({multipliers}), dropout {model.dropout}"
+        rows |= {
+            "network": unet if model.type == "unet" else model.type,
+            "schedule": f"{diffusion.schedule}, T = {diffusion.num_timesteps:,}",
+            "predicts": f"{diffusion.prediction}; variance {diffusion.variance}",
+            "minimises": f"{training.objective}, timesteps {training.timestep_sampling}",
+            "training": fitted,
+            "sampling": f"{sampling.sampler}, {'all' if sampling.steps is None else f'{sampling.steps:,}'} steps",
         }
     return markdown_table([("setting", "value"), *rows.items()])
-
-
-def _is_vae(record: RunRecord) -> bool:
-    return _get(record.experiment.get("model", {}), "type") == "vae"
 
 
 def _results(summary: Mapping[str, Any]) -> str:
@@ -125,8 +109,8 @@ def _kind(name: str, figures: list[str]) -> str:
     return name.removeprefix(YARDSTICK).removesuffix(f"_{max(fits, key=len)}") if fits else ""
 
 
-def _again(record: RunRecord) -> str:
-    words = list(record.command)
+def _again(record: RunRecord, changed: Sequence[str]) -> str:
+    words = [*record.command, *(word for assignment in changed for word in ("-s", assignment))]
     if words and not words[0].endswith("ddpm-pipe"):
         words.insert(0, "ddpm-pipe")
     libraries = ", ".join(f"{name} {record.libraries[name]}" for name in ("torch", "ray") if name in record.libraries)
@@ -135,15 +119,6 @@ def _again(record: RunRecord) -> str:
         f"Code {record.code_version}; {libraries}; settings `{record.config_hash}`. "
         f"More: `ddpm-pipe sample {record.id}`, `ddpm-pipe evaluate {record.id}`, `ddpm-pipe resume {record.id}`."
     )
-
-
-def _dataset(record: RunRecord) -> str:
-    return str(record.dataset.get("name") or record.dataset.get("path", "?"))
-
-
-def _get(section: Any, key: str) -> str:
-    value = section.get(key) if isinstance(section, Mapping) else None
-    return "all" if key == "steps" and value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 def _figure(value: Any) -> str:

@@ -84,7 +84,6 @@ class TrackedDataset:
     name: str
     fingerprint: str
     source: str
-    context: str = "training"
 
 
 class Tracker:
@@ -101,15 +100,12 @@ class Tracker:
         self._later = later
         self._token = secrets.token_hex(4)
         self._count = 0
-        self._writer = Writer(
-            run_dir, settings.uri, settings.artifacts, self._spool, self._token, settings.batch_interval_s
-        )
+        self._writer = Writer(run_dir, settings, self._spool, self._token)
 
     # recording
 
     def start(
         self,
-        experiment_name: str,
         run_name: str,
         tags: Mapping[str, str],
         params: Mapping[str, Any],
@@ -120,7 +116,7 @@ class Tracker:
         self._append(
             "start",
             our_id=self._run_dir.name,
-            experiment=experiment_name,
+            experiment=self._settings.experiment,
             run_name=run_name,
             tags={**_source_tags(tags.get("code_version", "")), **_clean_tags(tags)},
             params={_clean_name(name): _clean_param(name, value) for name, value in params.items()},
@@ -162,9 +158,9 @@ class Tracker:
         """Replace the run's description (Markdown)."""
         self._append("tags", tags={"mlflow.note.content": redact(description)})
 
-    def model(self, folder: Path, step: int, name: str = "ddpm") -> None:
+    def model(self, folder: Path, step: int) -> None:
         """Record a model folder (as `pipeline.training.trained.Trained.load` reads) as an MLflow model without pickle."""
-        self._append("model", folder=self._path(folder), step=int(step), name=name)
+        self._append("model", folder=self._path(folder), step=int(step))
 
     def finish(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None:
         """Close the MLflow run; `start` opens it again."""
@@ -247,7 +243,7 @@ class Tracker:
 def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> int:
     """Deliver the pending events of a run's spool and return their number; TrackingError if the store does not answer."""
     spool = Spool(run_dir / "spool")
-    writer = Writer(run_dir, settings.uri, settings.artifacts, spool, secrets.token_hex(4))
+    writer = Writer(run_dir, settings, spool, secrets.token_hex(4))
     try:
         return writer.deliver_all(timeout)
     except Exception as error:

@@ -13,14 +13,15 @@ import tempfile
 import time
 import urllib.request
 import webbrowser
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from pipeline.console import answer
 from pipeline.errors import TrackingError, UsageError
+from pipeline.signals import Signals, listening
 from pipeline.storage.home import artifacts_dir, make_folder
 from pipeline.tracking.run import RUN_ID_TAG
 
@@ -61,7 +62,7 @@ def serve_ui(
         return
     make_folder(home)
     require_free(port)
-    with tempfile.TemporaryFile() as messages, _stop_signals() as signals:
+    with tempfile.TemporaryFile() as messages, listening(signal.SIGHUP) as signals:
         server = _start(home, store, port, messages)
         try:
             if _wait_until_ready(server, port, signals):
@@ -69,9 +70,9 @@ def serve_ui(
                 say(f"serving {home} at {address}\nCtrl-C stops it")
                 if open_browser:
                     webbrowser.open(address)
-            while not signals and server.poll() is None:
+            while signals.first is None and server.poll() is None:
                 time.sleep(0.1)
-            if not signals:
+            if signals.first is None:
                 raise TrackingError(f"the MLflow server exited with code {server.returncode}")
             say("stopped")
         except TrackingError as error:
@@ -131,10 +132,10 @@ def _start(home: Path, store: str, port: int, messages: IO[bytes]) -> subprocess
     )
 
 
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int, signals: list[int]) -> bool:
+def _wait_until_ready(server: subprocess.Popen[bytes], port: int, signals: Signals) -> bool:
     """Return whether the server answers; False if it ended, or a signal arrived, before."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not signals and server.poll() is None:
+    while signals.first is None and server.poll() is None:
         if time.monotonic() > deadline:
             raise TrackingError(f"the MLflow server did not answer on port {port} within {START_TIMEOUT_S:.0f} s")
         with suppress(OSError), urllib.request.urlopen(f"http://{HOST}:{port}/health", timeout=10):
@@ -195,16 +196,3 @@ def stop_group(server: subprocess.Popen[bytes]) -> None:
             except ProcessLookupError:
                 return
             time.sleep(0.05)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT, SIGTERM and SIGHUP; an exception in the wrong place would leave the server behind."""
-    received: list[int] = []
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, lambda signum, _: received.append(signum)) for number in numbers}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

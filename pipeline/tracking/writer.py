@@ -16,6 +16,7 @@ from pipeline.tracking.spool import Event, Spool
 
 if TYPE_CHECKING:
     from pipeline.tracking.delivery import Delivery
+    from pipeline.tracking.tracker import TrackingSettings
 
 log = logging.getLogger(__name__)
 
@@ -31,16 +32,12 @@ class Writer:
 
     _silent: ClassVar[set[str]] = set()  # stores that did not answer
 
-    def __init__(
-        self, run_dir: Path, uri: str, artifacts: Path | None, spool: Spool, token: str, interval_s: float = 1.0
-    ) -> None:
+    def __init__(self, run_dir: Path, settings: TrackingSettings, spool: Spool, token: str) -> None:
         self._run_dir = run_dir
-        self._uri = uri
-        self._public_uri = public_uri(uri)
-        self._artifacts = artifacts
+        self._settings = settings
+        self._public_uri = public_uri(settings.uri)
         self._spool = spool
         self._token = token
-        self._interval_s = interval_s
         self._wake = threading.Event()
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -50,7 +47,7 @@ class Writer:
         self._failed_attempt = -1.0  # ... when it last started and failed
         self._failed_files = -1.0  # ... or failed to store a file
         self._retry_files_at = 0.0
-        self._answers = uri.startswith("sqlite:")
+        self._answers = settings.uri.startswith("sqlite:")
         self._asked_at = math.inf  # when the store was first asked; the import of MLflow does not count
         self.problem: str | None = None
         spool.use_run(spool.known_run(self._public_uri), self._public_uri)
@@ -73,7 +70,7 @@ class Writer:
 
     def _run(self) -> None:
         while not self._stopping:
-            self._wake.wait(min(self._interval_s * 2 ** min(self._failures, 10), MAX_BACKOFF_S))
+            self._wake.wait(min(self._settings.batch_interval_s * 2 ** min(self._failures, 10), MAX_BACKOFF_S))
             self._wake.clear()
             self._attempt = time.monotonic()
             try:
@@ -155,7 +152,7 @@ class Writer:
 
         if self._delivery is None:
             prepare_environment()
-            self._delivery = Delivery(self._uri, self._run_dir, self._artifacts)
+            self._delivery = Delivery(self._settings, self._run_dir)
             self._asked_at = min(self._asked_at, time.monotonic())
         elif self._spool.last_sender == self._token and self._spool.run == self._delivery.run_id:
             return self._delivery

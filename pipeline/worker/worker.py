@@ -29,7 +29,7 @@ from pipeline.storage.durable import fault_of_storage, storage_errors
 from pipeline.storage.remote_run import folder_here
 from pipeline.storage.run_checkpoints import RunCheckpoints, Saver, checkpoint_at
 from pipeline.storage.runs import Run
-from pipeline.tracking.monitor import SystemMonitor
+from pipeline.tracking.monitor import sample_system
 from pipeline.tracking.tracker import Tracker
 from pipeline.training.averages import save_snapshot
 from pipeline.training.batches import Batch, Prefetch, training_batches
@@ -224,7 +224,7 @@ class Worker:
         if result.scaler.is_enabled():
             metrics["loss_scale"] = result.scaler.get_scale()
         metrics |= pace.report(result.step, self.experiment.training.batch_size)
-        metrics |= SystemMonitor.sample()
+        metrics |= sample_system()
         self.tracker.metrics(result.step, metrics)
         self.run.log(
             f"step {result.step}/{self.experiment.training.steps}  loss {metrics['loss']:.5f}  "

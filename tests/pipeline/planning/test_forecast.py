@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.commands.plan_text import describe_forecast, dry_run_lines
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import experiment_from
 from pipeline.config.yaml_files import validate
-from pipeline.planning.forecast import describe, forecast
+from pipeline.planning.forecast import forecast
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import Probe, _line, probe_all_reduce, probe_training
 from pipeline.runs.dry_run import DryRun, _large_window
@@ -71,7 +72,7 @@ def test_time_cost_and_checkpoints_follow_from_the_step():
     assert saving.kept_bytes == 2 * 16 * CIFAR_PARAMETERS
     assert seen.total_s == pytest.approx(3200 + 6 * 2)
     assert (seen.cost, seen.currency) == (pytest.approx(4 * 2.5 * seen.total_s / 3600), "EUR")
-    assert f"{seen.cost:,.2f} EUR" in describe(asked, probe(), seen)["cost"]
+    assert f"{seen.cost:,.2f} EUR" in describe_forecast(asked, probe(), seen)["cost"]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def test_a_training_of_more_than_an_hour_in_the_commands_process_is_better_isola
     asked = plan(profile, num_workers=num_workers, training={"steps": 1000, "batch_size": 100})
     seen = forecast(asked, probe(image_s=step_s / 100, batch=100))
     assert any("--isolated" in warning for warning in seen.warnings) is advised
-    assert ("this process" in asked.to_text()) is (num_workers == 1 and profile == {})
+    assert ("this process" in asked.place) is (num_workers == 1 and profile == {})
 
 
 def test_the_sooner_of_steps_and_minutes_saves():
@@ -141,7 +142,7 @@ def test_the_forecast_says_where_more_nodes_will_not_help(workers, batch, image_
     measured = probe(image_s, batch=batch // workers)
     seen = forecast(asked, measured)
     assert seen.more_nodes_help is helps
-    assert ("more nodes" in describe(asked, measured, seen)) is not helps
+    assert ("more nodes" in describe_forecast(asked, measured, seen)) is not helps
 
 
 @pytest.mark.parametrize(
@@ -241,8 +242,7 @@ def test_the_probe_writes_its_checkpoint_where_the_node_can(tmp_path, monkeypatc
 
 def test_a_dry_run_without_a_probe_says_so():
     told = DryRun(plan(), None, None, "--no-probe was given", ("careful",))
-    assert "measured:        no: --no-probe was given" in told.to_text()
-    assert told.to_text().endswith("warning: careful")
+    assert list(dry_run_lines(told))[-2:] == ["measured:        no: --no-probe was given", "warning: careful"]
     assert told.to_json()["forecast"] is None
 
 

@@ -133,7 +133,7 @@ def test_a_grid_is_one_table_and_continues_where_it_was_stopped(coarse, home, mo
     monkeypatch.chdir(home)
     store = TrackingSettings.resolve(home)
     tracker = Tracker(coarse.folder, store)
-    tracker.start("ddpm", "tiny", {}, {}, "")
+    tracker.start("tiny", {}, {}, "")
     assert tracker.close()
     command = [
         "evaluate",

@@ -18,7 +18,7 @@ from pipeline.runs.record import Trial
 from pipeline.runs.runs_table import COLUMNS, headline, runs_table
 from pipeline.runs.tracked import _recorded_settings
 from pipeline.storage.runs import Run
-from pipeline.tracking.monitor import SystemMonitor
+from pipeline.tracking.monitor import sample_system
 from pipeline.tracking.text import describe
 from pipeline.worker.job import Allowance
 from tests.hermetic import REPOSITORY
@@ -188,7 +188,7 @@ def test_the_machine_is_sampled_in_the_kernels_figures(tmp_path: Path, monkeypat
     # user, nice, system, idle, iowait, irq, softirq, steal, guest (which user has), guest_nice; in hundredths of a second
     for spent in ((1000, 0, 500, 8000, 400, 0, 0, 0, 100, 0), (6000, 500, 2000, 9500, 1400, 0, 500, 0, 3100, 0)):
         (tmp_path / "stat").write_text(f"cpu {' '.join(map(str, spent))}\n")
-        found.append(SystemMonitor.sample())
+        found.append(sample_system())
     assert found[1] == {
         "system/cpu_percent": pytest.approx(75),
         "system/memory_percent": pytest.approx(60),

@@ -40,7 +40,7 @@ def test_the_lines_of_progress_are_of_what_is_ranked_alone(home: Path, migrated_
 
     settings = replace(TrackingSettings.resolve(home), batch_interval_s=0.01)
     tracker = Tracker(folder.folder, settings)
-    tracker.start(settings.experiment, "sweep", {}, {}, "")
+    tracker.start("sweep", {}, {}, "")
     result = _result(folder)
     _chart_of_progress(folder, result, tracker)
     assert tracker.close()

@@ -68,7 +68,7 @@ def made_model(experiment: Experiment) -> Trained:
 
 def log(run: Run, store: TrackingSettings, model: Trained) -> str:
     tracker = Tracker(run.folder, store)
-    tracker.start(store.experiment, "model", {}, {}, "")
+    tracker.start("model", {}, {}, "")
     tracker.model(model.save(run.folder / "model"), step=100)
     assert tracker.close(), tracker.problem
     client = client_of(store)

@@ -44,7 +44,7 @@ def enter(new_run: Callable[..., Run], store: TrackingSettings) -> Callable[...,
     def run_with_model() -> str:
         run = new_run()
         tracker = Tracker(run.folder, store)
-        tracker.start(store.experiment, "model", {}, {}, "")
+        tracker.start("model", {}, {}, "")
         assert tracker.close()
         client = client_of(store)
         found = client.get_run(run.mlflow_run_id)

@@ -29,7 +29,7 @@ folder, uri, artifacts, begin, end = sys.argv[1:]
 settings = TrackingSettings(uri, "ddpm", Path(artifacts), batch_interval_s=0.003)
 tracker = Tracker(Path(folder), settings)
 if begin == "0":
-    tracker.start("ddpm", "killed", {}, {"training.steps": 300}, "killed now and then")
+    tracker.start("killed", {}, {"training.steps": 300}, "killed now and then")
     tracker.flush(60)
 for step in range(int(begin) + 1, int(end) + 1):
     values = {"loss": 1 / step, "learning_rate": step * 1e-6}
@@ -56,7 +56,7 @@ WAITS = {f"socket.{call}" for call in ("connect", "connect_ex", "send", "sendall
 
 def start(run: Run, settings: TrackingSettings) -> Tracker:
     tracker = Tracker(run.folder, settings)
-    tracker.start(settings.experiment, "faulty", {}, {"training.steps": 100}, "")
+    tracker.start("faulty", {}, {"training.steps": 100}, "")
     return tracker
 
 
@@ -251,7 +251,7 @@ def test_pictures_files_and_models_go_through_a_server(run: Run, remote: Trackin
 def test_strict_stops_at_the_start_and_at_the_end(run: Run, remote: TrackingSettings, gate: Gate) -> None:
     strict = replace(remote, strict=True, start_timeout_s=2.0)
     with pytest.raises(TrackingError, match=r"does not accept the run.*ddpm-pipe sync") as caught:
-        Tracker(run.folder, strict).start("x", "y", {}, {}, "")
+        Tracker(run.folder, strict).start("y", {}, {}, "")
     assert caught.value.exit_code == 7
     gate.set("open")
     tracker = start(run, replace(strict, start_timeout_s=60.0))  # a busy machine may take its time

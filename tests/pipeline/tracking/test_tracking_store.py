@@ -38,7 +38,7 @@ def started(run: Run, settings: TrackingSettings, **changes: object) -> Tracker:
         "description": "# what it was",
         "dataset": TrackedDataset("digits", FINGERPRINT, "/data/digits"),
     }
-    tracker.start(settings.experiment, "first try", **{**content, **changes})  # type: ignore[arg-type]
+    tracker.start("first try", **{**content, **changes})  # type: ignore[arg-type]
     return tracker
 
 
@@ -463,7 +463,7 @@ def test_what_a_sweep_recorded_while_its_store_was_away_is_delivered_as_the_mess
     about = {"path": "", "fingerprint": FINGERPRINT, "name": "digits"}
     folder = SweepFolder.create(home, sweep, base, base, about, Profile().to_dict(), ["ddpm-pipe", "sweep"])
     away = Tracker(folder.folder, replace(store, uri="http://127.0.0.1:9"))
-    away.start(store.experiment, "sweep of dropout", {"kind": "sweep"}, {}, "")
+    away.start("sweep of dropout", {"kind": "sweep"}, {}, "")
     away.finish("FINISHED")
     assert not away.close(timeout=1)
     (remedy,) = re.findall(r"`ddpm-pipe (sync \S+)`", caplog.text)

@@ -39,7 +39,7 @@ except PipelineError as error:
 @pytest.fixture
 def serving(run: Run, store: TrackingSettings, home: Path) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
     tracker = Tracker(run.folder, store)
-    tracker.start(store.experiment, "seen", {}, {}, "")
+    tracker.start("seen", {}, {}, "")
     (run.folder / "fid.json").write_text('{"fid": 1.5}')
     tracker.artifact(run.folder / "fid.json", "fid")
     assert tracker.close()

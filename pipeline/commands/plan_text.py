@@ -1,0 +1,73 @@
+"""What `train --dry-run` prints: the resolved experiment, the plan, and the forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline.commands.output import named_lines
+from pipeline.config.yaml_files import to_yaml
+from pipeline.console import duration, rate, size
+from pipeline.planning.forecast import Forecast
+from pipeline.planning.plan import Plan
+from pipeline.planning.probe import Probe
+from pipeline.runs.dry_run import DryRun
+
+
+def dry_run_lines(found: DryRun) -> Iterator[str]:
+    """Yield the resolved experiment, the plan, and what was measured or why nothing was, a line each."""
+    yield to_yaml(found.plan.experiment.to_dict())
+    measured = {"measured": f"no: {found.unmeasured}"}
+    if found.probe is not None and found.forecast is not None:
+        measured = describe_forecast(found.plan, found.probe, found.forecast)
+    yield from named_lines(_describe_plan(found.plan) | measured)
+    for warning in found.warnings:
+        yield f"warning: {warning}"
+
+
+def _describe_plan(plan: Plan) -> dict[str, str]:
+    unknown = "unknown until the data is here"
+    epoch, checkpoint, parameters = plan.steps_per_epoch, plan.checkpoint_bytes, plan.num_parameters
+    training = plan.experiment.training
+    shape = "x".join(map(str, plan.shape)) if plan.shape else unknown
+    kept = plan.experiment.checkpoint.keep
+    return {
+        "data": plan.data,
+        "images": f"{plan.num_rows:,} of {shape}" if plan.num_rows else shape,
+        "parameters": f"{parameters:,}" if parameters is not None else unknown,
+        "steps per epoch": f"{epoch:.1f}" if epoch is not None else unknown,
+        "epochs": f"{training.steps / epoch:.1f}" if epoch is not None else unknown,
+        "checkpoint": f"{size(checkpoint)}, {kept} kept" if checkpoint is not None else unknown,
+        "workers": f"{plan.num_workers} ({plan.profile.name}), {plan.num_streams} streams, "
+        f"{training.batch_size // plan.num_workers} images each",
+        "runs": plan.place,
+        **({"missing": "; ".join(plan.missing)} if plan.missing else {}),
+    }
+
+
+def describe_forecast(plan: Plan, probe: Probe, seen: Forecast) -> dict[str, str]:
+    part = f", timed with {probe.measured_batch} at once" if probe.measured_batch < probe.batch else ""
+    images = f"{probe.batch} images a step and worker{part}" if plan.num_workers > 1 else f"{probe.batch} a step{part}"
+    price = plan.profile.price
+    lines = {
+        "measured": f"{rate(seen.images_per_s)} images/s, {_short(seen.step_s)} a step ({images}; {probe.device})",
+        "time": f"{duration(seen.total_s)}"
+        + (f", {duration(seen.scoring_s)} of it for the scores" if seen.scoring_s >= 1 else ""),
+        "cost": f"{seen.cost:,.2f} {seen.currency} ({plan.num_workers} x {price.per_worker_hour:g} {seen.currency} an hour)"
+        if price.per_worker_hour
+        else "unknown: the profile's price.per_worker_hour is 0",
+    }
+    if (saving := seen.checkpoints) is not None:
+        lines["checkpoints"] = (
+            f"{saving.count:,} in all, one every {duration(saving.interval_s)}: {size(saving.written_bytes)} written, "
+            f"{size(saving.kept_bytes)} kept; each stops training for {_short(saving.stops_for_s)}"
+        )
+    if not seen.more_nodes_help:
+        lines["more nodes"] = (
+            f"will not help a batch of {plan.experiment.training.batch_size}: exchanging gradients would take longer than it "
+            "saves; use more nodes for sweeps and sampling"
+        )
+    return lines
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
