@@ -10,7 +10,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +30,6 @@ from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import Shape, build_model, build_objective
 from pipeline.training.randomness import training_draws
 from pipeline.training.team import Team
-
-Clock = Callable[[], float]
 
 PROBE_S = 6.0
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
@@ -63,19 +61,17 @@ def probe_training(
     team: Team | None = None,
     budget_s: float = PROBE_S,
     folder: Path | None = None,
-    clock: Clock = time.perf_counter,
 ) -> Probe:
     """Time this worker's steps within about `budget_s`, and one checkpoint in a temporary folder below `folder`.
 
     On a cluster with object storage the checkpoint is written where training writes it first: in the node's own folder. All workers of a
-    team call this together. Compiled trainings are measured without compilation, which alone would take longer. `clock` returns the
-    seconds that time the steps.
+    team call this together. Compiled trainings are measured without compilation, which alone would take longer.
     """
     team = team or Team()
     compute = training_compute(experiment, profile, num_workers, shape)
     with _threads_kept():
         compute.start()
-        steps = _Steps(experiment, shape, compute, team, clock)
+        steps = _Steps(experiment, shape, compute, team)
         return _probe(steps, experiment.training.batch_size // num_workers, budget_s, profile, folder)
 
 
@@ -111,9 +107,8 @@ def _probe(steps: _Steps, batch: int, budget_s: float, profile: Profile, folder:
 class _Steps:
     """Training steps of any batch size, one after another on the same network."""
 
-    def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team, clock: Clock) -> None:
+    def __init__(self, experiment: Experiment, shape: Shape, compute: Compute, team: Team) -> None:
         self._experiment, self._shape, self.compute, self.team = experiment, shape, compute, team
-        self._clock = clock
         self._num_classes = NUM_CLASSES if experiment.model.class_conditional else None
         model = compute.place(build_model(experiment, shape, num_classes=self._num_classes))
         self._objective = build_objective(experiment)
@@ -142,13 +137,13 @@ class _Steps:
             null_class=self._num_classes,
         )
         times: list[float] = []
-        begin = self._clock()
+        begin = time.perf_counter()
         while len(times) < num_steps:
-            before = self._clock()
+            before = time.perf_counter()
             next(steps)
             self.compute.wait()
-            times.append(self._clock() - before)
-            if within_s is not None and self.team.decide(self._clock() - begin > within_s)[0]:
+            times.append(time.perf_counter() - before)
+            if within_s is not None and self.team.decide(time.perf_counter() - begin > within_s)[0]:
                 break
         taken: list[float] = self.team.broadcast(times)
         return taken[1:] or taken

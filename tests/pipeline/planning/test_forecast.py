@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from pipeline.commands.plan_text import describe_forecast, dry_run_lines
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import experiment_from
 from pipeline.config.yaml_files import validate
+from pipeline.planning import probe as probes
 from pipeline.planning.forecast import forecast
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import Probe, _line, probe_all_reduce, probe_training
@@ -210,9 +213,10 @@ def test_the_probe_times_real_steps_and_leaves_nothing(tmp_path, monkeypatch):
     threads = torch.get_num_threads()
     network = importlib.import_module("timed_network")
     there = storage / "not" / "there"
-    seen = probe_training(
-        experiment, (1, 4, 4), Profile(), 1, budget_s=2.4, folder=there, clock=lambda: float(network.now)
-    )
+    ticks = itertools.count()
+    clock = SimpleNamespace(perf_counter=lambda: network.now + 1e-9 * next(ticks))
+    monkeypatch.setattr(probes, "time", clock)
+    seen = probe_training(experiment, (1, 4, 4), Profile(), 1, budget_s=2.4, folder=there)
     # 16 images take more than a sixth of the time, so that no larger batch is tried
     assert (seen.batch, seen.measured_batch) == (64, 16)
     assert (seen.image_s, seen.fixed_s, seen.step_s) == pytest.approx((0.02, 0.1, 0.1 + 64 * 0.02))
