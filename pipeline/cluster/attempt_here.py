@@ -15,6 +15,7 @@ from pipeline.cluster.control_actor import ControlActor
 from pipeline.errors import PipelineError
 from pipeline.planning.plan import advice_to_isolate
 from pipeline.signals import Signals, StoppedAtOnce
+from pipeline.storage.next_command import typeable
 from pipeline.training.device import release_memory
 from pipeline.training.stacks import Stacks, path_of
 from pipeline.training.team import Team
@@ -74,7 +75,7 @@ class AttemptHere(Attempt):
         self._advised = True
         run = Path(self.job.run_folder).name
         if advice := advice_to_isolate(self.profile, self.job.num_workers, time_left(progress, begin) or 0.0):
-            self.console.say(f"{advice}: Ctrl-C, then ddpm-pipe resume {run} --isolated")
+            self.console.say(f"{advice}: Ctrl-C, then {typeable(f'resume {run} --isolated')}")
 
 
 class _Link:

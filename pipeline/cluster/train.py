@@ -29,6 +29,7 @@ from pipeline.console import Console
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.planning.capacity import fitting_counts
 from pipeline.signals import Signals, listening
+from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.worker.job import Job
@@ -46,6 +47,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
         InterruptedRunError: the user or the system asked to stop.
     """
     counts = fitting_counts(experiment_from(job.experiment), profile)
+    again = typeable(f"resume {run.id}")
     causes: list[tuple[int, str]] = []
     lost: Collection[str] = ()
     in_process = profile.trains_here(job.num_workers)
@@ -56,7 +58,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
             if session is not None:
                 session.ensure()
             with listening() as signals:
-                num_workers = gather(counts, profile, console, signals, lost, want, f"ddpm-pipe resume {run.id}")
+                num_workers = gather(counts, profile, console, signals, lost, want, again)
                 attempt = run.next_attempt()
                 run.update(status="RUNNING", reason="")
                 here = replace(job, attempt=attempt, num_workers=num_workers)
@@ -80,7 +82,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 once = "" if profile.kind == "local" else " once the cluster is back"
                 raise ClusterError(
                     f"run {run.id}: {ended.cause}; the newest checkpoint is of step {max(step, 0)}, resume{once} "
-                    f"with: ddpm-pipe resume {run.id}"
+                    f"with: {again}"
                 )
             if signals.first is not None or ended.outcome == "stopped":
                 raise _interrupted(run, signals, step, saved=ended.outcome is not None)
@@ -88,18 +90,18 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
             if in_process:
                 raise ClusterError(
                     f"run {run.id} failed after step {max(step, 0)}: {ended.cause}; its traceback is in {run.log_path}, "
-                    f"mend it, then: ddpm-pipe resume {run.id}"
+                    f"mend it, then: {again}"
                 )
             if causes and causes[-1][0] == step:
                 raise ClusterError(
                     f"run {run.id} died twice after step {max(step, 0)} without a new checkpoint: {ended.cause}; "
-                    f"see {run.log_path}, then: ddpm-pipe resume {run.id}"
+                    f"see {run.log_path}, then: {again}"
                 )
             causes.append((step, ended.cause))
             console.say(f"attempt {attempt} failed ({ended.cause}); going on from step {max(step, 0)}")
     raise ClusterError(
         f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
-        f"go on from step {max(causes[-1][0], 0)} with: ddpm-pipe resume {run.id}"
+        f"go on from step {max(causes[-1][0], 0)} with: {again}"
     )
 
 
@@ -117,4 +119,4 @@ def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> Inter
         else "nothing was saved yet, step 0 comes again"
     )
     code = 130 if signals.first == signal.SIGINT else 75 if step >= 0 else 143  # another process may have asked, too
-    return InterruptedRunError(f"stopped, {where}; resume with: ddpm-pipe resume {run.id}", code)
+    return InterruptedRunError(f"stopped, {where}; resume with: {typeable(f'resume {run.id}')}", code)

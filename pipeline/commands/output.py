@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import click
 
+from pipeline.storage.next_command import typeable
+
 
 class Result(Protocol):
     """What a command found or made."""
@@ -22,6 +24,13 @@ def unused(path: Path) -> Path:
     """Return the path, or where something stands there already, the first of NAME-2, NAME-3, ... that is free."""
     names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2))
     return next(name for name in itertools.chain([path], names) if not name.exists())
+
+
+def next_lines(commands: Mapping[str, str]) -> list[str]:
+    """Return the lines that propose what to type next: `commands` without program and profile, and what each is for."""
+    lines = {typeable(words): purpose for words, purpose in commands.items()}
+    width = max(len(line) for line in lines)
+    return ["next:", *(f"  {line:<{width}}  # {purpose}" for line, purpose in lines.items())]
 
 
 def print_json(value: object) -> None:

@@ -11,6 +11,7 @@ from pipeline.commands import completion, options
 from pipeline.commands.output import print_json, print_result, print_table
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.console import plural
+from pipeline.storage.next_command import typeable
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
@@ -124,16 +125,16 @@ def runs(limit: int | None, context: Context, as_json: bool) -> None:
         print_table(shown, COLUMNS)
         if hidden := len(rows) - len(shown):
             click.echo(
-                f"{plural(hidden, 'older run')} not shown; list all with: {context.typed(f'runs --limit {len(rows)}')}"
+                f"{plural(hidden, 'older run')} not shown; list all with: {typeable(f'runs --limit {len(rows)}')}"
             )
         for row in shown:
             if row["reason"] == GONE:
-                resume = context.typed(f"resume {row['id']}")
+                resume = typeable(f"resume {row['id']}")
                 click.echo(
                     f"{row['id']} died after step {row['step']} (its process was killed or crashed); resume it with: {resume}"
                 )
     else:
-        click.echo(f"no runs in {context.home} yet; start one with: ddpm-pipe train")
+        click.echo(f"no runs in {context.home} yet; start one with: {typeable('train')}")
 
 
 @click.command(

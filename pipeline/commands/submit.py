@@ -13,6 +13,7 @@ from click.core import ParameterSource
 
 from pipeline.commands import completion, options
 from pipeline.commands.output import print_json, print_table
+from pipeline.storage.next_command import typeable
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
@@ -74,7 +75,7 @@ def _send(context: Context, files: Sequence[str], outputs: Sequence[str], *, det
     for name in outputs:
         _require_shared(name, asked.params.get(name), context)
     sources = [path for value in given.values() for path in map(_path, _words(value)) if path.is_file()]
-    jobs = Jobs(context.profile, str(asked.params["cluster"]), context.console)
+    jobs = Jobs(context.profile, context.console)
 
     def parameters_of(names: Mapping[Path, str]) -> dict[str, Any]:
         """Return the values that were typed; files are named as they are in the job."""
@@ -162,7 +163,7 @@ def _jobs_of(cluster: str) -> Jobs:
         raise UsageError(
             f"profile {context.profile.name!r} is of kind {context.profile.kind}: it has no jobs; name one of kind job"
         )
-    return Jobs(context.profile, cluster, context.console)
+    return Jobs(context.profile, context.console)
 
 
 where = click.option(
@@ -202,7 +203,7 @@ def list_jobs(cluster: str, as_json: bool) -> None:
     elif rows:
         print_table(rows, ["job", "status", "exit", "started", "took", "command"])
     else:
-        click.echo("no jobs there yet; send one with: ddpm-pipe train --cluster " + cluster)
+        click.echo(f"no jobs there yet; send one with: {typeable('train')}")
 
 
 @jobs.command(

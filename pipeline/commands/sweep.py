@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pipeline.commands import completion, options
-from pipeline.commands.output import print_json, print_result, print_table
+from pipeline.commands.output import next_lines, print_json, print_result, print_table
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.errors import UsageError
 
@@ -114,10 +114,10 @@ def sweep(
             print_result(forecast, as_json, lambda: [forecast.to_text()])
             return
         result = sweep_commands.start_sweep(context, request)
-    show(context, result, as_json=as_json)
+    show(result, as_json=as_json)
 
 
-def show(context: Context, result: Result, *, as_json: bool) -> None:
+def show(result: Result, *, as_json: bool) -> None:
     """Print a sweep's result; FailedTrialsError afterwards where trials failed, for the exit code."""
     from pipeline.sweeps import commands as sweep_commands
     from pipeline.sweeps.text import next_commands, rows, to_text
@@ -126,7 +126,7 @@ def show(context: Context, result: Result, *, as_json: bool) -> None:
         print_json(result.to_json())
     else:
         print_table(rows(result))
-        click.echo("\n".join([*to_text(result), *context.next_lines(next_commands(result))]))
+        click.echo("\n".join([*to_text(result), *next_lines(next_commands(result))]))
     sweep_commands.require_all_finished(result)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.commands import completion, options
-from pipeline.commands.output import print_result, print_table
+from pipeline.commands.output import next_lines, print_result, print_table
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.config import presets
 from pipeline.errors import UsageError
+from pipeline.storage.next_command import typeable
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
@@ -114,7 +116,7 @@ def train(
     from pipeline.runs.train import start_training
 
     outcome = start_training(context, request)
-    print_result(outcome, as_json, lambda: summary(context, outcome))
+    print_result(outcome, as_json, lambda: summary(outcome))
 
 
 @click.command(
@@ -134,7 +136,7 @@ def init(preset: str | None) -> None:
 
     path = write_experiment(preset or DEFAULT_PRESET, Path.cwd())
     click.echo(path)
-    click.echo(f"next: ddpm-pipe train {path.name} --dry-run")
+    click.echo(f"next: {typeable(f'train {shlex.quote(path.name)} --dry-run')}")
 
 
 @click.command(
@@ -181,17 +183,17 @@ def resume(
     if folder is not None:
         if overrides or fork or data or isolated:
             raise UsageError(
-                f"{run} is a sweep: it is resumed with its own settings; change it with: ddpm-pipe sweep --extend {run}"
+                f"{run} is a sweep: it is resumed with its own settings; change it with: {typeable(f'sweep --extend {run}')}"
             )
-        show(context, resume_sweep(context, folder, max_concurrent), as_json=as_json)
+        show(resume_sweep(context, folder, max_concurrent), as_json=as_json)
         return
     if max_concurrent is not None:
         raise UsageError(f"--max-concurrent: got {max_concurrent}, but {run} is no sweep; leave it out")
     outcome = resume_training(context, run, ResumeRequest(overrides, fork, data, isolated))
-    print_result(outcome, as_json, lambda: summary(context, outcome))
+    print_result(outcome, as_json, lambda: summary(outcome))
 
 
-def summary(context: Context, outcome: Outcome) -> Iterator[str]:
+def summary(outcome: Outcome) -> Iterator[str]:
     """Yield the lines that end a training: scores beside their yardsticks, pictures, and what to type next."""
     from pipeline.console import duration
     from pipeline.runs.evaluation import evaluation_lines
@@ -208,7 +210,7 @@ def summary(context: Context, outcome: Outcome) -> Iterator[str]:
     yield from outcome.notes
     yield ""
     scored = {f"evaluate {outcome.run_id} --steps 100": "another sampler setting, scored"}
-    yield from context.next_lines(
+    yield from next_lines(
         {
             "ui": "browse this run in MLflow's pages",
             f"sample {outcome.run_id} -n 16": "more images",

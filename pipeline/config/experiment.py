@@ -224,7 +224,7 @@ class EvaluationConfig(Section):
     """The scores at the end of training."""
 
     enabled: bool = True
-    """Score the model at the end of training."""
+    """Score the model and draw samples at the end of training."""
     extractor: Literal["auto", "classifier", "inception"] = "auto"
     """Features of the scores; `auto` is the classifier for small labelled gray images, else Inception."""
     num_images: PositiveInt = 10_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from pathlib import Path
 from textwrap import indent
 from typing import Any
@@ -19,6 +20,7 @@ from pipeline.config.experiment import Experiment, load_experiment, read_by
 from pipeline.config.yaml_files import Section, to_yaml
 from pipeline.errors import UsageError
 from pipeline.storage.durable import write_atomically
+from pipeline.storage.next_command import typeable
 
 DOCS = presets.PACKAGE.parent / "docs"  # of a checkout
 EXPERIMENT_SCHEMA = "experiment.schema.json"
@@ -70,8 +72,9 @@ def write_experiment(preset: str, folder: Path) -> Path:
     found = presets.find("experiments", preset)
     path = folder / f"{found.stem}.yaml"
     if os.path.lexists(path):
+        train = typeable(f"train {shlex.quote(path.name)}")
         raise UsageError(
-            f"{path}: got a name that is taken, expected a new file. Train with it (ddpm-pipe train {path.name}), or rename it"
+            f"{path}: got a name that is taken, expected a new file. Train with it ({train}), or rename it"
         )
     head = f"# {found.stem}: every setting, with what it means, which values it takes, and its default if a file does not name it.\n"
     schema = DOCS / EXPERIMENT_SCHEMA

@@ -24,6 +24,7 @@ from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
 from pipeline.redaction import HIDDEN, USERINFO, redact
 from pipeline.storage.folder import new_id
+from pipeline.storage.next_command import typeable
 from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
 
 PREFIX = "ddpm-"
@@ -41,15 +42,15 @@ T = TypeVar("T")
 class Jobs:
     """The jobs of a profile's cluster."""
 
-    def __init__(self, profile: Profile, reference: str, console: Console) -> None:
-        """Connect; `reference` is the profile as the user named it. UsageError or ClusterError as in `admission`."""
+    def __init__(self, profile: Profile, console: Console) -> None:
+        """Connect. UsageError or ClusterError as in `admission`."""
         address = str(profile.address).rstrip("/")
         token = admission(profile, address, probe_dashboard(address))
         if token and travels_readable(address):
             console.say(
                 f"warning: {address} is plain http to another machine: the token can be intercepted; use https or a tunnel"
             )
-        self._profile, self._reference, self._console = profile, reference, console
+        self._profile, self._console = profile, console
         self._client = _client(address, token)
 
     # -- sending
@@ -116,7 +117,7 @@ class Jobs:
                 )
         except KeyboardInterrupt:
             raise InterruptedRunError(
-                f"stopped while {job} was being sent; see: ddpm-pipe jobs list{self._at()}", 130
+                f"stopped while {job} was being sent; see: {typeable('jobs list')}", 130
             ) from None
         return job
 
@@ -166,7 +167,7 @@ class Jobs:
         except (RuntimeError, OSError, ValueError, RayError) as error:
             raise ClusterError(
                 f"profile {self._profile.name!r}: the cluster did not {what}: {_reason(error)}; try again, or look: "
-                f"ddpm-pipe doctor{self._at()}"
+                f"{typeable('doctor')}"
             ) from None
 
     # -- watching
@@ -203,7 +204,7 @@ class Jobs:
                 if self._is_gone(job):
                     raise ClusterError(
                         f"{self._profile.address} knows no job {job} any more: the cluster was started anew, or forgot it; what the job "
-                        f"saved is in the profile's storage: ddpm-pipe runs{self._at()}"
+                        f"saved is in the profile's storage: {typeable('runs')}"
                     ) from None
                 if lost is None:
                     lost = now
@@ -254,19 +255,16 @@ class Jobs:
         cause = ", as a machine without free memory does" if number == signal.SIGKILL else ""
         raise ClusterError(
             f"the driver of job {job} was killed on the cluster by {known.get(number, f'signal {number}')}{cause}; what it saved is kept: "
-            f"ddpm-pipe runs{self._at()}, then ddpm-pipe resume RUN{self._at()}"
+            f"{typeable('runs')}, then {typeable('resume RUN')}"
         )
 
     def detach_hint(self, job: str) -> str:
         """Return the lines for a user who stops following the job."""
-        stop = f"ddpm-pipe jobs stop {job}{self._at()}"
+        stop = typeable(f"jobs stop {job}")
         return f"no longer following: {job} goes on\nfollow again: {self._how_to_follow(job)}\nstop it:      {stop}"
 
     def _how_to_follow(self, job: str) -> str:
-        return f"ddpm-pipe jobs follow {job}{self._at()}"
-
-    def _at(self) -> str:
-        return f" --cluster {shlex.quote(self._reference)}"
+        return typeable(f"jobs follow {job}")
 
     # -- knowing and stopping
 

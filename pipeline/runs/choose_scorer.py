@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import EvaluationConfig, Experiment
@@ -13,6 +15,7 @@ from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.metric_identity import recorded_split
 from pipeline.metrics.scoring import Scorer, scorer_of
 from pipeline.storage.home import datasets_dir
+from pipeline.storage.next_command import typeable
 from pipeline.storage.remote import is_remote
 from pipeline.storage.runs import Run
 from pipeline.training.device import sampling_compute, workers_device
@@ -59,7 +62,7 @@ def open_images(run: Run, purpose: str) -> Dataset:
     if not path:
         raise DataError(
             f"run {run.id} was imported without images {purpose}; import it again with: "
-            f"ddpm-pipe import {run.record.imported_from} --data SOURCE"
+            f"{typeable(f'import {shlex.quote(run.record.imported_from)} --data SOURCE')}"
         )
     return Dataset.open(path, profile_of(run).cache)
 

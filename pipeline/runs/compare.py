@@ -18,6 +18,7 @@ from pipeline.errors import RefusedError, UsageError, nearest
 from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, differing, flat_identity
 from pipeline.metrics.ranking import MetricValue, Ranking, rank
 from pipeline.metrics.scores import SCORES_FILE, Spread
+from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run
 
 _GO_WITH = {
@@ -73,7 +74,7 @@ def compare_runs(
         run for run in Run.all(context.home, context.store) if entries_of(run)
     ]
     if not runs:
-        raise UsageError(f"no run in {context.home} has been evaluated; ddpm-pipe evaluate RUN")
+        raise UsageError(f"no run in {context.home} has been evaluated; {typeable('evaluate RUN')}")
     return Comparison(compare(runs, metric, across))
 
 
@@ -98,7 +99,7 @@ def compare(runs: Sequence[Run], metric: str | None = None, across: Collection[s
     entries = {run.id: entries_of(run) for run in runs}
     for run, found in entries.items():
         if not found:
-            raise UsageError(f"run {run} has not been evaluated; ddpm-pipe evaluate {run}")
+            raise UsageError(f"run {run} has not been evaluated; {typeable(f'evaluate {run}')}")
     wanted = metric or _preferred(entries)
     chosen = {run: [e for e in found if wanted in (e.metric, e.key)] for run, found in entries.items()}
     for run, found in chosen.items():

@@ -18,6 +18,7 @@ from pipeline.runs.sample import LoadedRun
 from pipeline.sampling.generated import PREVIEW_IMAGES
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import draw_strip
+from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
@@ -50,22 +51,25 @@ class Outcome:
 
 
 def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Console) -> Outcome:
-    """End a training: score its averaged weights, draw pictures, log the model, and close the tracked run."""
+    """End a training: score its averaged weights and draw pictures, unless that is turned off; log the model, close the tracked run."""
     request = ScoreRequest()
     loaded = LoadedRun.load(run, request, profile, console)
     trained, generator = loaded.trained, loaded.sampler(request)
     found, skipped = _evaluate(loaded, request)
-    folder = run.folder / "pictures"
-    folder.mkdir(exist_ok=True)
-    pictures = {"samples": folder / "samples.png"}
-    if found is None or found.scored is None:
-        images, _ = loaded.cache().images(generator, PREVIEW_IMAGES)
-    else:
-        images = found.scored.preview
-    save_grid(images, pictures["samples"])
-    if isinstance(generator, Denoiser):  # others draw an image in one step, which leaves no way to look at
-        pictures["strip"] = folder / "denoising.png"
-        draw_strip(generator, pictures["strip"], progress=Bar(console, "denoising", len(generator.timesteps), "steps"))
+    pictures = {}
+    if trained.experiment.evaluation.enabled:
+        folder = run.folder / "pictures"
+        folder.mkdir(exist_ok=True)
+        pictures["samples"] = folder / "samples.png"
+        if found is None or found.scored is None:
+            images, _ = loaded.cache().images(generator, PREVIEW_IMAGES)
+        else:
+            images = found.scored.preview
+        save_grid(images, pictures["samples"])
+        if isinstance(generator, Denoiser):  # others draw an image in one step, which leaves no way to look at
+            pictures["strip"] = folder / "denoising.png"
+            bar = Bar(console, "denoising", len(generator.timesteps), "steps")
+            draw_strip(generator, pictures["strip"], progress=bar)
     tracker = Tracker(run.folder, settings)
     summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
     run.update(summary=with_newest(run.state().summary, summary))
@@ -76,7 +80,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     tracker.describe(describe(run, summary, trained.step))
     tracker.finish("FINISHED")
     delivered = tracker.close()
-    notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: ddpm-pipe sync {run.id}"]
+    notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: {typeable(f'sync {run.id}')}"]
     return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, found, skipped, notes)
 
 
@@ -84,7 +88,10 @@ def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | No
     """Evaluate as the experiment says; return what was found, and one line on what was left out, why, and how to add it."""
     run, asked = loaded.run, loaded.trained.experiment.evaluation
     if not asked.enabled:
-        return None, f"not scored (evaluation.enabled is false); score it with: ddpm-pipe evaluate {run.id}"
+        return (
+            None,
+            f"not scored, nothing drawn (evaluation.enabled is false); score it with: {typeable(f'evaluate {run.id}')}",
+        )
     scorer, skipped = None, ""
     if sample_metrics(asked):
         try:
@@ -92,11 +99,11 @@ def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | No
         except (DataError, RefusedError) as error:
             skipped = (
                 f"the evaluation with extractor {asked.extractor!r} was skipped: {error}; add it with: "
-                f"ddpm-pipe evaluate {run.id} --extractor inception --inception-weights PATH"
+                f"{typeable(f'evaluate {run.id} --extractor inception --inception-weights PATH')}"
             )
     try:
         found = evaluate_model(loaded, scorer, request)
     except RefusedError as error:
-        skipped = f"no images were scored: {error}; by other metrics: ddpm-pipe evaluate {run.id} --metrics fid"
+        skipped = f"no images were scored: {error}; by other metrics: {typeable(f'evaluate {run.id} --metrics fid')}"
         found = evaluate_model(loaded, None, request)  # bits/dim, if asked for
     return (None if found.scored is None and found.measured is None else found), skipped

@@ -18,6 +18,7 @@ from pipeline.runs.conclude import Outcome
 from pipeline.runs.record import create_run, origin_of
 from pipeline.runs.train_run import dataset_of, plan_of, train_run, with_dataset
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import checked_run
@@ -75,7 +76,7 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
     if state.status is RunStatus.FINISHED and state.step >= new.training.steps:
         raise UsageError(
             f"run {run.id} is finished at step {state.step}; train longer with -s training.steps={2 * state.step}, "
-            f"or see: ddpm-pipe evaluate {run.id}"
+            f"or see: {typeable(f'evaluate {run.id}')}"
         )
     return train_run(run, plan, dataset, tracking, context.console, asked.overrides)
 
@@ -96,7 +97,7 @@ def _fork(context: Context, run: Run, plan: Plan, dataset: Dataset, tracking: Tr
     saved = RunCheckpoints(run)
     checkpoint = saved.newest_verified().checkpoint
     if checkpoint is None:
-        raise CheckpointError(f"run {run.id} has no checkpoint to fork from; ddpm-pipe resume {run.id} first")
+        raise CheckpointError(f"run {run.id} has no checkpoint to fork from; {typeable(f'resume {run.id}')} first")
     if plan.experiment.model.class_conditional:
         _require_same_classes(run, ClassNames.from_state(checkpoint.state()), dataset)
     words = f"from the averaged weights of step {checkpoint.step} of"

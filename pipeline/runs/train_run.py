@@ -22,6 +22,7 @@ from pipeline.runs.record import allowance_of
 from pipeline.runs.tracked import start_tracking
 from pipeline.signals import Terminated
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.next_command import typeable
 from pipeline.storage.provenance import of_submission
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
@@ -86,7 +87,7 @@ def train_run(
             by_user = isinstance(stop, KeyboardInterrupt)
             _close(run, tracking, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
             code = 130 if by_user else 75 if RunCheckpoints(run).committed() else 143
-            raise InterruptedRunError(f"stopped; resume with: ddpm-pipe resume {run.id}", code) from None
+            raise InterruptedRunError(f"stopped; resume with: {typeable(f'resume {run.id}')}", code) from None
         except Exception as error:
             _close(run, tracking, RunStatus.FAILED, str(error))
             raise

@@ -34,6 +34,7 @@ from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.redaction import redact
 from pipeline.storage.durable import storage_errors, write_json
 from pipeline.storage.home import located, make_folder, portable
+from pipeline.storage.next_command import typeable
 from pipeline.storage.remote_run import RemoteRun
 
 T = TypeVar("T")
@@ -177,13 +178,13 @@ class Folder:
         """
         kind = cls.KIND
         if not NAME.fullmatch(reference):
-            lists = "; `ddpm-pipe runs` lists them" if kind == "run" else ""
+            lists = f"; `{typeable('runs')}` lists them" if kind == "run" else ""
             raise UsageError(f"{kind} {reference!r}: expected a {kind} id, a prefix of one, or 'latest'{lists}")
         there = cls.all(home, storage)
         if not there:
             begin = {"run": "train", "sweep": "sweep"}[kind]
             raise UsageError(
-                f"{kind} {reference!r}: there are no {kind}s in {home}; run `ddpm-pipe {begin}`, or set DDPM_PIPE_HOME"
+                f"{kind} {reference!r}: there are no {kind}s in {home}; run `{typeable(begin)}`, or set DDPM_PIPE_HOME"
             )
         if reference == "latest":
             return cls._latest(there, why_not)._refreshed()

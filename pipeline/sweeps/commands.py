@@ -20,6 +20,7 @@ from pipeline.runs.choose_scorer import progress_on
 from pipeline.runs.record import origin_of, trial_of
 from pipeline.runs.train import TrainRequest
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
 from pipeline.sweeps.driver import run_missing
@@ -138,7 +139,7 @@ def request_of_winner(context: Context, reference: str, overrides: Sequence[str]
     folder.fetch_files()
     best = _result(folder).best
     if best is None:
-        raise UsageError(f"sweep {folder.id} has no trial with a value yet; ddpm-pipe resume {folder.id}")
+        raise UsageError(f"sweep {folder.id} has no trial with a value yet; {typeable(f'resume {folder.id}')}")
     name = normalise_name(f"{folder.base.name}-{best.title}".replace(" = ", "").replace(", ", "-"))
     sweep = folder.sweep
     # a sweep's thrift in pictures and log lines is not the winner's
@@ -157,7 +158,7 @@ def require_all_finished(result: Result) -> None:
         lost = result.failed[0]
         raise FailedTrialsError(
             f"sweep {result.sweep_id}: {len(result.failed)} of its trials failed, the first ({lost.title}, seed {lost.seed}) with: "
-            f"{lost.reason}; try them again with: ddpm-pipe resume {result.sweep_id}"
+            f"{lost.reason}; try them again with: {typeable(f'resume {result.sweep_id}')}"
         )
 
 

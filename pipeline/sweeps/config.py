@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Mapping, Sequence
 from graphlib import CycleError, TopologicalSorter
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ from pipeline.config import presets
 from pipeline.config.experiment import Experiment, experiment_from, load_experiment
 from pipeline.config.yaml_files import Section, is_text, parse_setting, parse_yaml, read_yaml_mapping, validate
 from pipeline.errors import UsageError, nearest
+from pipeline.storage.next_command import typeable
 
 DEFAULT_SWEEP = "sweep-schedules"
 METRICS = ("kid", "fid", "bpd")
@@ -211,7 +213,9 @@ def load_sweep(
     path = presets.find("sweeps", reference or DEFAULT_SWEEP)
     content = read_yaml_mapping(path)
     if "space" not in content:
-        raise UsageError(f"{path.name}: has no 'space', so it is no sweep; train it with: ddpm-pipe train {path.name}")
+        raise UsageError(
+            f"{path.name}: has no 'space', so it is no sweep; train it with: {typeable(f'train {shlex.quote(str(path))}')}"
+        )
     content.setdefault("name", path.stem)
     if over and reference is None:
         content |= {"name": "sweep", "space": {}}

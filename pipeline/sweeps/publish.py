@@ -13,6 +13,7 @@ from pipeline.data.shards import Dataset
 from pipeline.runs.record import PARENT_TAG, trial_of
 from pipeline.storage.durable import write_json
 from pipeline.storage.home import make_folder
+from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.report import write_report
@@ -94,7 +95,7 @@ def publish(folder: SweepFolder, result: Result, tracking: SweepTracking, consol
     _tell_trials(folder, result, runs, tracking)
     if not delivered:
         console.say(
-            f"tracking: {tracker.problem}; the report is in {report}, MLflow gets it with: ddpm-pipe resume {folder.id}"
+            f"tracking: {tracker.problem}; the report is in {report}, MLflow gets it with: {typeable(f'resume {folder.id}')}"
         )
         return
     _register(folder, result, runs, tracking, console)
@@ -180,7 +181,7 @@ def _register(
     )
     if version is None:
         console.say(
-            f"the best model is run {run.id}; it could not be registered in MLflow, try: ddpm-pipe resume {folder.id}"
+            f"the best model is run {run.id}; it could not be registered in MLflow, try: {typeable(f'resume {folder.id}')}"
         )
     else:
         console.say(version)

@@ -18,6 +18,7 @@ from typing import Any
 
 from pipeline.metrics.metric_identity import LUCK, OF_THE_MODEL, Generation, differing
 from pipeline.metrics.statistics import AT, Noise, noise_of
+from pipeline.storage.next_command import typeable
 from pipeline.sweeps.ledger import LedgerEntry
 from pipeline.sweeps.points import Point, Refused, canonical
 
@@ -244,7 +245,7 @@ def _by_identity(entries: list[LedgerEntry], sweep_id: str) -> tuple[list[Ledger
         if lines:
             reason = (
                 f"seed {entry.seed} is not ranked: it was judged unlike the newest ({'; '.join(lines)}); what was judged before a change "
-                f"is taken again by: ddpm-pipe resume {sweep_id}"
+                f"is taken again by: {typeable(f'resume {sweep_id}')}"
             )
             unlike[id(entry)] = Refused(entry.point, reason)
     return [entry for entry in entries if id(entry) not in unlike], list(unlike.values())

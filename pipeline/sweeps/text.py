@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from pipeline.config.context import cluster_in
+from pipeline.storage.next_command import cluster_in
 from pipeline.sweeps.config import Sweep
 from pipeline.sweeps.folder import SweepRecord
 from pipeline.sweeps.points import title

@@ -20,6 +20,7 @@ from pipeline.cluster.placement import give_back
 from pipeline.console import Console, duration
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.signals import Signals, listening
+from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run
 from pipeline.sweeps.entry import entry_of
 from pipeline.sweeps.folder import SweepFolder
@@ -139,13 +140,13 @@ def run_trials(
     shutil.rmtree(work.folder.folder / "tune", ignore_errors=True)
     if signals.first is not None:
         raise InterruptedRunError(
-            f"stopped, {len(work.folder.ledger.entries())} trials are done; resume with: ddpm-pipe resume {work.folder.id}",
+            f"stopped, {len(work.folder.ledger.entries())} trials are done; resume with: {typeable(f'resume {work.folder.id}')}",
             130 if signals.first == 2 else 75,
         )
     if failure:
         raise ClusterError(
             f"sweep {work.folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept; resume with: "
-            f"ddpm-pipe resume {work.folder.id}"
+            f"{typeable(f'resume {work.folder.id}')}"
         )
 
 

@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 from pipeline.errors import StorageError
 from pipeline.storage.home import artifacts_dir, database_path, default_tracking_uri
+from pipeline.storage.next_command import typeable
 
 COLUMNS = (
     ("experiments", "artifact_location"),
@@ -26,7 +27,7 @@ def require_unmoved(uri: str, home: Path) -> None:
     if old is not None:
         raise StorageError(
             f"{home}: was moved or copied, and MLflow still looks for its artifacts in {old}. Correct that with: "
-            "ddpm-pipe sync --moved"
+            f"{typeable('sync --moved')}"
         )
 
 

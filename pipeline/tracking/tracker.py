@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pipeline.errors import TrackingError, UsageError
 from pipeline.redaction import one_line, public_uri, redact, redact_value
 from pipeline.storage.home import absolute_store, artifacts_dir, default_tracking_uri
+from pipeline.storage.next_command import typeable
 from pipeline.tracking.moved import require_unmoved
 from pipeline.tracking.run import require_schema
 from pipeline.tracking.spool import Event, Spool
@@ -225,7 +226,7 @@ class Tracker:
         reason = self.problem or "no answer yet"
         return (
             f"tracking: {public_uri(self._settings.uri)} {what} ({reason}); nothing is lost, "
-            f"deliver it later with `ddpm-pipe sync {self._run_dir.name}`"
+            f"deliver it later with `{typeable(f'sync {self._run_dir.name}')}`"
         )
 
     def _append(self, kind: str, **fields: Any) -> None:
@@ -249,7 +250,7 @@ def sync(run_dir: Path, settings: TrackingSettings, timeout: float = 600.0) -> i
     except Exception as error:
         raise TrackingError(
             f"tracking: {public_uri(settings.uri)} cannot be used ({one_line(error)}); "
-            f"check the address and run `ddpm-pipe sync {run_dir.name}` again"
+            f"check the address and run `{typeable(f'sync {run_dir.name}')}` again"
         ) from error
 
 

@@ -19,6 +19,7 @@ from pipeline.config.yaml_files import validate
 from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.storage.checkpoint import Checkpoint
+from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training import averages
@@ -147,7 +148,9 @@ def _choose(run: Run, step: int | None) -> Checkpoint:
         found = saved.newest_verified()
         if found.checkpoint is None:
             why = found.warnings[0] if found.warnings else f"there is none in {run.checkpoints}"
-            raise CheckpointError(f"run {run.id} has no checkpoint that verifies: {why}; ddpm-pipe resume {run.id}")
+            raise CheckpointError(
+                f"run {run.id} has no checkpoint that verifies: {why}; {typeable(f'resume {run.id}')}"
+            )
         return found.checkpoint
     committed = saved.committed()
     for checkpoint in committed:

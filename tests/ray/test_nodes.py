@@ -70,7 +70,7 @@ def test_a_lost_node_costs_an_attempt_and_after_a_lost_head_the_run_is_resumed_o
     assert team_sizes(home) == [2, 1]
     assert re.search(r"attempt 1 failed \(worker \d: its node \S+ was lost\)", training.stderr)
     assert "head did not answer" in told(training.stderr)
-    assert told(training.stderr).endswith(f"ddpm-pipe resume {only_run(home).id}")
+    assert told(training.stderr).endswith(f"ddpm-pipe resume {only_run(home).id} --cluster {far}")
     saved = newest_step(home)
     (home / "here.yaml").write_text("threads_per_worker: 1\n")
     code, _, stderr = typed("resume", "latest", "--cluster", "here.yaml")
@@ -160,7 +160,7 @@ def test_a_hang_ends_with_the_collective_timeout_and_a_lost_head_is_resumed_on_a
         assert training.end()[0] == 8, training.stderr
     last = told(training.stderr)
     assert "head did not answer" in last
-    assert last.endswith(f"ddpm-pipe resume {only_run(home).id}")
+    assert last.endswith(f"ddpm-pipe resume {only_run(home).id} --cluster {far}")
     with ray_cluster(num_cpus=2) as another:
         went_on = cli("resume", "latest", "--cluster", profile(home, another, 2), env=another.environment)
         assert went_on.code == 0, went_on.stderr

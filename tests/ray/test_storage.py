@@ -55,7 +55,7 @@ def test_a_run_in_a_store_is_started_here_and_resumed_elsewhere(bucket, cli, sta
     sampled = cli("sample", "latest", "-n", "4", "--cluster", profile, "--out", "images", cwd=elsewhere, env=third)
     assert sampled.code == 0, sampled
     names = objects(f"{bucket}/ddpm/runs/{row['id']}")
-    assert {"run.json", "status.json", "log.txt", "pictures/samples.png"} <= set(names)
+    assert {"run.json", "status.json", "log.txt", "pictures/schedule.png"} <= set(names)
     assert not any(name.startswith("lease/") for name in names)
 
 

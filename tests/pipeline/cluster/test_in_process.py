@@ -152,9 +152,8 @@ def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undi
     assert ended.code == code, ended.stderr
     assert "stopping after this step, and saving" in ended.stderr
     run = only_run(home)
-    assert (
-        ended.stderr.splitlines()[-1] == f"ddpm-pipe: stopped, saved at step 7; resume with: ddpm-pipe resume {run.id}"
-    )
+    again = f"ddpm-pipe resume {run.id} --cluster one.yaml"
+    assert ended.stderr.splitlines()[-1] == f"ddpm-pipe: stopped, saved at step 7; resume with: {again}"
     assert (steps_made(home), newest_step(home), run.state().step) == (7, 7, 7)
     assert (run.state().status, run.is_locked()) == ("INTERRUPTED", False)
     resumed(acting, home, 7, undisturbed)
@@ -230,7 +229,7 @@ def test_an_exception_of_an_own_network_is_one_line_and_its_traceback_is_in_the_
     run = only_run(home)
     (last,) = [line for line in ended.stderr.splitlines() if line.startswith("ddpm-pipe: ")]
     assert f"run {run.id} failed after step 5: ValueError: a fault in two lines (acting.py, line " in last
-    assert last.endswith(f"ddpm-pipe resume {run.id}")
+    assert last.endswith(f"ddpm-pipe resume {run.id} --cluster one.yaml")
     assert "Traceback" not in ended.stdout + ended.stderr
     log = run.log_path.read_text()
     assert "Traceback" in log

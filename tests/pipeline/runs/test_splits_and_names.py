@@ -141,3 +141,15 @@ def test_a_figure_that_is_measured_again_is_the_newest() -> None:
     assert summary == {"fid_a": 0.5, "fid_b": 2.0, "kid_b": 3.0}
     assert headline(summary) == "fid_a"
     assert headline(with_newest(summary, {"fid_c/ddim10_eta0_raw_seed0": 0.1, "fid_std_c_seeds3": 0.1})) == "fid_a"
+
+
+def test_a_training_that_is_not_scored_samples_nothing_at_its_end(home: Path) -> None:
+    run = trainer.make_run(
+        home, training={"steps": 2, "batch_size": 16}, diffusion={"num_timesteps": 5}, evaluation={"enabled": False}
+    )
+    trainer.train(str(run.folder))
+    ended = conclude(run, Profile(threads_per_worker=1), TrackingSettings.resolve(home), Console(io.StringIO()))
+    assert (ended.found, ended.pictures) == (None, {})
+    assert "nothing drawn (evaluation.enabled is false); score it with: " in ended.skipped
+    assert not list(run.folder.glob("pictures/*.png"))
+    assert (run.folder / "model").is_dir()

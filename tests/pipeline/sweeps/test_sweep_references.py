@@ -82,5 +82,5 @@ def test_a_damaged_record_of_a_sweep_hides_neither_sweeps_nor_runs(home: Path) -
 def test_a_reference_that_is_no_id_names_no_command_that_does_not_exist(home: Path) -> None:
     with pytest.raises(UsageError, match=r"^sweep 'a/b': expected a sweep id, a prefix of one, or 'latest'$"):
         SweepFolder.find(home, "a/b")
-    with pytest.raises(UsageError, match=r"`ddpm-pipe runs` lists them$"):
+    with pytest.raises(UsageError, match=r"ddpm-pipe runs` lists them$"):
         Run.find(home, "a/b")
