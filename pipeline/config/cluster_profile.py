@@ -29,9 +29,10 @@ from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote import RemoteFolder, is_remote
 
 DEFAULT_PROFILE = "local"
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegative = Annotated[float, Field(ge=0)]
-Seconds = Annotated[float, Field(gt=0)]
+# the upper bounds are far above what a machine or a cluster has, and below what a library fails on
+PositiveInt = Annotated[int, Field(ge=1, le=100_000)]
+NonNegative = Annotated[float, Field(ge=0, le=1e9)]
+Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
 Arithmetic = Literal[Precision.FP32, Precision.BF16, Precision.FP16]  # `mixed` chooses among these
@@ -73,7 +74,7 @@ NumWorkers = Annotated[
 class Resources(Section):
     """What one worker gets. Null is for kind `local` alone."""
 
-    CPU: Annotated[float, Field(gt=0)] | None = None
+    CPU: Annotated[float, Field(gt=0, le=100_000)] | None = None
     """CPUs of a worker, or a share of one; null shares this machine's CPUs equally."""
     GPU: NonNegative | None = None
     """GPUs of a worker, or a share of one; null is a whole one where the profile's `gpu` lets it have one."""
@@ -129,7 +130,7 @@ class Cache(Section):
 
     folder: Place | None = None
     """Absolute folder on each node; null is one in the system's temporary folder."""
-    max_gb: Seconds = 50.0
+    max_gb: Annotated[float, Field(gt=0, le=1e9)] = 50.0
     """Gigabytes of copies on a node; the least recently used are removed first."""
 
 

@@ -106,7 +106,7 @@ class Manifest:
             )
         try:
             content = json.loads(data)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} cannot be read ({error}): ingest the dataset again") from None
         if not isinstance(content, dict) or not isinstance(content.get("format"), int):
             raise DataError(f"{path} is not a dataset manifest: ingest the dataset again")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +18,8 @@ from pipeline.ingest.choice import ALL_SPLITS, choose_split, pick_column, pick_l
 from pipeline.ingest.label_values import NO_LABELS, Classes, classes_of, is_one_hot, names_rows
 from pipeline.ingest.rows import Item
 from pipeline.ingest.sources import Source, content_key, short_name
+
+HEADER_BYTES = 1 << 16  # a longer header names no array of images
 
 
 class _Array(NamedTuple):
@@ -92,12 +96,18 @@ def _choose_labels(
     return label, Classes(None) if label is None else found[label]
 
 
+DAMAGE = (
+    OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RecursionError, SyntaxError, TypeError,
+    UnicodeError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
     """Convert exceptions of numpy and zipfile for a damaged archive to DataError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
+    except DAMAGE as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataError(f"{path} is not a readable .npz file ({reason}): replace it") from None
 
@@ -108,11 +118,15 @@ def _headers(path: Path) -> dict[str, _Array]:
     with _damage(path), zipfile.ZipFile(path) as archive:
         for member in archive.namelist():
             if member.endswith(".npy"):
-                with archive.open(member) as file:
+                with archive.open(member) as content:
+                    file = io.BytesIO(content.read(HEADER_BYTES))
                     version = np.lib.format.read_magic(file)
                     formats = np.lib.format
                     read = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
                     shape, _, dtype = read(file)
+                    size = archive.getinfo(member).file_size - file.tell()
+                    if not dtype.hasobject and math.prod(shape) * dtype.itemsize != size:
+                        raise ValueError(f"array {member} of shape {shape} and type {dtype} has {size:,} bytes")
                 found[member.removesuffix(".npy")] = _Array(shape, dtype)
     return found
 

@@ -35,7 +35,7 @@ def fitting_counts(experiment: Experiment, profile: Profile) -> list[int]:
     if not isinstance(profile.workers, Workers):
         return [profile.least_workers]
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
-    fitting = [n for n in range(profile.workers.max, profile.workers.min - 1, -1) if streams % n == 0]
+    fitting = [n for n in range(min(profile.workers.max, streams), profile.workers.min - 1, -1) if streams % n == 0]
     if not fitting:
         raise UsageError(
             f"workers: none of {profile.workers.min} .. {profile.workers.max} divides training.num_streams {streams}; "

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,26 @@ FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that takes 
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file atomically; NaN is allowed, as figures may be."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def checked_line(content: dict[str, Any]) -> bytes:
+    """Return a line of JSON that ends with its own checksum, for files that grow line by line."""
+    return json.dumps({**content, "crc32": _crc(content)}).encode() + b"\n"
+
+
+def read_line(line: bytes) -> dict[str, Any]:
+    """Return what `checked_line` was given; ValueError if the line is damaged."""
+    try:
+        content = json.loads(line)
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    if not isinstance(content, dict) or content.pop("crc32", None) != _crc(content):
+        raise ValueError("its checksum differs")
+    return content
+
+
+def _crc(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,4 +1,4 @@
-"""The ledger of a sweep: one line for each trial that ended. A trial in the ledger is not run again.
+"""The ledger of a sweep: one line, with a checksum, for each trial that ended. A trial in the ledger is not run again.
 
 Resuming a sweep and extending it both rest on it: a trial is looked up here by its key before it runs. The key stands for everything that
 decides the trial's number (`pipeline.sweeps.points.key_of`).
@@ -6,7 +6,6 @@ decides the trial's number (`pipeline.sweeps.points.key_of`).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.errors import StorageError
+from pipeline.storage.durable import checked_line, read_line
 
 Status = Literal["finished", "stopped", "failed"]
 
@@ -75,7 +75,7 @@ class Ledger:
             return {}
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut short, or empty
             try:
-                entry = LedgerEntry.from_json(json.loads(line))
+                entry = LedgerEntry.from_json(read_line(line))
             except (ValueError, KeyError, TypeError) as error:
                 raise StorageError(
                     f"{self.path}, line {number}: cannot be read ({error}); remove the line, and its trial is run again"
@@ -85,7 +85,6 @@ class Ledger:
 
     def append(self, entry: LedgerEntry) -> None:
         """Write one line; it is on disk when this returns. StorageError if it cannot be written."""
-        text = json.dumps(asdict(entry)) + "\n"
         try:
             with self.path.open("ab+") as file:
                 if file.tell():
@@ -93,7 +92,7 @@ class Ledger:
                     if file.read(1) != b"\n":  # a line that a kill cut short stays alone, on a line of its own
                         cut = file.tell() - len(self.path.read_bytes().rpartition(b"\n")[2])
                         file.truncate(cut)
-                file.write(text.encode())
+                file.write(checked_line(asdict(entry)))
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:

@@ -1,6 +1,6 @@
 """The spool: an append-only log of what was recorded for MLflow, and of what MLflow has received.
 
-    spool/events.jsonl   one JSON object per line: an event, or a receipt for events
+    spool/events.jsonl   one JSON object per line, with a checksum: an event, or a receipt for events
     spool/mlflow.json    the MLflow run that receives the events, and the address of its store
     spool/delivery.lock  held while delivering, so that two processes never deliver at once
 
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StorageError
-from pipeline.storage.durable import write_json
+from pipeline.storage.durable import checked_line, read_line, write_json
 
 Event = dict[str, Any]
 
@@ -51,7 +51,7 @@ class Spool:
     def append(self, event: Event) -> None:
         """Add an event. If the disk refuses it, it stays in memory until the next one; never raises OSError."""
         with self._appending:
-            self._unwritten.append(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+            self._unwritten.append(checked_line(event))
         self.write_unwritten()
 
     def receive(self, events: Sequence[Event], sender: str, refused: str = "") -> None:
@@ -123,7 +123,8 @@ class Spool:
                     if not line.endswith(b"\n"):
                         break
                     self._offset += len(line)
-                    self._apply(_parse(line))
+                    with suppress(ValueError):  # damaged
+                        self._apply(read_line(line))
         except FileNotFoundError:
             self._forget()
 
@@ -175,16 +176,3 @@ class Spool:
                 yield False
                 return
             yield True
-
-
-def _parse(line: bytes) -> Event:
-    """Return the event or receipt of a line; {} if it is damaged."""
-    try:
-        content = json.loads(line)
-    except (ValueError, RecursionError):
-        return {}
-    if not isinstance(content, dict):
-        return {}
-    is_event = isinstance(content.get("id"), str | int) and isinstance(content.get("kind"), str)
-    is_receipt = isinstance(content.get("received"), list) and {"run", "sender"} <= content.keys()
-    return content if is_event or is_receipt else {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -402,6 +403,20 @@ def test_a_damaged_ledger_is_reported_with_its_line(tmp_path: Path) -> None:
     ledger.path.write_bytes(b"{}\n" + ledger.path.read_bytes())
     with pytest.raises(StorageError, match="line 1"):
         ledger.entries()
+
+
+def test_no_flipped_bit_of_a_ledger_is_believed(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(entry({"a": 1}, 0, 0.5, curve={10: 0.7}, rungs={0.1: 2.0}, identity={"metric": "fid"}))
+    whole, right = ledger.path.read_bytes(), ledger.entries()
+    for bit in range(8 * (len(whole) - 1)):  # without its newline, a line counts as cut short
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        ledger.path.write_bytes(flipped)
+        try:
+            assert ledger.entries() == right  # another way to write the same
+        except StorageError as error:
+            assert re.search(r"line \d: cannot be read \(.*\); remove the line", str(error))  # noqa: PT017
 
 
 def test_the_newest_line_of_a_trial_counts(tmp_path: Path) -> None:
