@@ -17,6 +17,7 @@ from pipeline.errors import UsageError, nearest
 from pipeline.redaction import refuse_secrets
 
 MAX_BYTES = 1 << 20
+MOST_SHOWN = 200  # characters of a wrong value in a message
 TEXT = ".sampling.labels"  # class names: YAML would read 010 as 8, and no as false
 
 
@@ -79,8 +80,9 @@ _Loader.add_implicit_resolver(
 
 def parse_yaml(text: str, where: str, key: str = "") -> Any:
     """Return the plain data of one YAML document, the value of the setting `key` if given; `where` names it in errors (UsageError)."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -92,7 +94,8 @@ def parse_yaml(text: str, where: str, key: str = "") -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 class _Dumper(yaml.SafeDumper):
@@ -205,6 +208,7 @@ def _explain(error: ValidationError) -> str:
     if fault["type"] == "value_error":
         return f"{field + ': ' if field else ''}{fault['msg'].removeprefix('Value error, ')}{rest}"
     shown = "a number that is not finite" if isinstance(got, float) and not math.isfinite(got) else repr(got)
+    shown = shown if len(shown) <= MOST_SHOWN else f"{shown[:MOST_SHOWN]}..."
     return f"{field}: got {shown}, expected {_expected(fault['type'], fault.get('ctx', {}))}{rest}"
 
 

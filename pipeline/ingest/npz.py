@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -96,9 +97,10 @@ def _choose_labels(
     return label, Classes(None) if label is None else found[label]
 
 
+# what numpy and zipfile raise for a damaged archive
 DAMAGE = (
-    OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError, RecursionError, SyntaxError, TypeError,
-    UnicodeError, zipfile.BadZipFile, zlib.error,
+    OSError, ValueError, KeyError, TypeError, EOFError, MemoryError, NotImplementedError, RecursionError, SyntaxError,
+    tokenize.TokenError, zipfile.BadZipFile, zlib.error,
 )  # fmt: skip
 
 
@@ -108,7 +110,7 @@ def _damage(path: Path) -> Iterator[None]:
     try:
         yield
     except DAMAGE as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise DataError(f"{path} is not a readable .npz file ({reason}): replace it") from None
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from pipeline.config.experiment import experiment_from, with_overrides
+from pipeline.errors import UsageError
 from pipeline.storage.runs import Run
 
 COLUMNS = ("id", "name", "dataset", "schedule", "T", "steps", "fid", "metric", "status", "created")
@@ -28,7 +30,8 @@ def _row(run: Run) -> dict[str, Any]:
     open_end = record.seconds_allowed is not None or bool(record.imported_from)
     total = None if open_end else _setting(settings, "training", "steps")
     if total is not None and state.overrides:
-        total = with_overrides(experiment_from(settings), state.overrides).training.steps
+        with suppress(UsageError):  # they are damaged: the run is still listed
+            total = with_overrides(experiment_from(settings), state.overrides).training.steps
     known = state.step > 0 or not record.imported_from
     metric = headline(state.summary)
     is_vae = _setting(settings, "model", "type") == "vae"

@@ -109,6 +109,7 @@ def test_overrides_win_over_the_file_and_data_over_both(written):
         ("a: [1", "line"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("a: !!python/object/apply:os.system [echo]", "python/object/apply"),
+        ("a: \0", "not valid YAML: unacceptable character #x0000"),
     ],
 )
 def test_each_mistake_is_reported_in_one_line(written, text, told):

@@ -114,6 +114,13 @@ def test_connect_takes_the_heads_address(address):
         ({"price": {"currency": "dollars"}}, "price.currency"),
         ({"name": "../x"}, "name: got '../x'"),
         ({"wait_for_resources_s": -1}, "wait_for_resources_s"),
+        ({"workers": {"min": 1, "max": 2e9}}, "workers.max: got 2000000000.0, expected at most 100000"),
+        (
+            {"threads_per_worker": 10**30},
+            "threads_per_worker: got 1000000000000000000000000000000, expected at most 100000",
+        ),
+        ({"name": "x" * 100_000}, "x..., expected"),
+        ({"timeouts": {"stop_s": 1e308}}, "timeouts.stop_s: got 1e+308, expected at most 100000000"),
     ],
 )
 def test_mistakes_are_reported_in_one_line(content, told):

@@ -13,6 +13,7 @@ import socket
 import struct
 import tarfile
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,26 @@ def test_arrays_that_are_no_images_are_refused(tmp_path: Path, arrays: dict[str,
     with pytest.raises(DataError, match=message):
         ingest(str(write_npz(tmp_path / "x.npz", **arrays)), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (1000000000000, 32, 32)}",  # more than the file holds
+        "{'descr': '|u1', 'fortran_order': False, 'shape': (-1, 8, 8)}",
+        "{'descr': '|u1', 'fortran_order': False, 'shape': " + "9" * 5000,
+        "(" * 3000,
+        "\0" * 50,
+        "",
+    ],
+)
+def test_a_damaged_header_of_an_array_is_one_line(tmp_path: Path, header: str) -> None:
+    content = b"\x93NUMPY\x02\x00" + (len(header) or 2**31 - 1).to_bytes(4, "little") + header.encode() + bytes(100)
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", content)
+    with pytest.raises(DataError, match=r"x\.npz is not a readable \.npz file .*: replace it$") as error:
+        ingest(str(tmp_path / "x.npz"), tmp_path / "out")
+    assert len(str(error.value)) < 500 + len(str(tmp_path))
 
 
 # -- Parquet --------------------------------------------------------------------------------------------------------------

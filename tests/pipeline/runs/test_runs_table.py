@@ -25,6 +25,17 @@ from tests.hermetic import REPOSITORY
 from tests.kit.commands import Typed
 
 
+@pytest.mark.parametrize("steps", ["x", "\0", [], {"a": 1}, 1e400])
+def test_damaged_settings_hide_no_run(new_run: Callable[..., Run], home: Path, steps: object) -> None:
+    run = new_run()
+    record = json.loads((run.folder / "run.json").read_text())
+    record["experiment"] |= {"training": {"steps": steps}}
+    (run.folder / "run.json").write_text(json.dumps(record))
+    for override in ("seed=1", "training.steps"):
+        run.update(overrides=[override])
+        assert [row["id"] for row in runs_table(home)] == [run.id]
+
+
 def test_a_row_says_what_a_run_was_and_how_far_it_came(new_run: Callable[..., Run], home: Path) -> None:
     assert runs_table(home) == []
     first, second = new_run(name="one"), new_run(name="two")

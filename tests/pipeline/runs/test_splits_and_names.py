@@ -145,7 +145,7 @@ def test_a_figure_that_is_measured_again_is_the_newest() -> None:
 
 def test_a_training_that_is_not_scored_samples_nothing_at_its_end(home: Path) -> None:
     run = trainer.make_run(
-        home, training={"steps": 2, "batch_size": 16}, diffusion={"num_timesteps": 5}, evaluation={"enabled": False}
+        home, training={"steps": 2, "batch_size": 16}, diffusion={"num_timesteps": 50}, evaluation={"enabled": False}
     )
     trainer.train(str(run.folder))
     ended = conclude(run, Profile(threads_per_worker=1), TrackingSettings.resolve(home), Console(io.StringIO()))
