@@ -44,7 +44,8 @@ ASSIGNMENT = re.compile(
 
 
 def redact(text: str) -> str:
-    """Return the text with secrets, by form, name or environment, replaced by `<redacted>`."""
+    """Return the text with secrets, by form, name or environment, replaced by `<redacted>`; names that are not UTF-8 are escaped."""
+    text = text.encode(errors="backslashreplace").decode()
     for value in environment_secrets().values():
         text = text.replace(value, HIDDEN)
     text = USERINFO.sub("", text)

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from collections.abc import Callable
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, UsageError
 from pipeline.signals import Terminated, raising
 from pipeline.storage.durable import fault_of_storage
+from pipeline.storage.home import is_text
 
 
 def exit_code_of(call: Callable[[], object]) -> int:
     """Call a command, print the error that ended it, and return the exit code (docs/reference.md)."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # names of files that are not UTF-8 are printed as they are
     try:
         with raising():
             code = call()
@@ -33,10 +38,25 @@ def exit_code_of(call: Callable[[], object]) -> int:
         # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as error:
-        if (fault := fault_of_storage(error)) is None:
+    except (OSError, UnicodeEncodeError) as error:
+        if (fault := _fault_of_name(error)) is None:
             raise
         return _fail(str(fault), fault.exit_code)
+
+
+def _fault_of_name(error: OSError | UnicodeEncodeError) -> PipelineError | None:
+    """Return what to tell a user of a name that cannot be used, or of a disk; None for any other error."""
+    if isinstance(error, UnicodeEncodeError):  # Arrow and others take UTF-8 only
+        name = error.object
+        return (
+            None
+            if is_text(name)
+            else UsageError(f"{name}: got a name that is not UTF-8, expected one that is. Rename it.")
+        )
+    if error.errno == errno.ENAMETOOLONG:
+        name = str(error.filename)
+        return UsageError(f"{name[:80]}...: got a name of {len(name)} characters, expected a shorter one.")
+    return fault_of_storage(error)
 
 
 def _fail(message: str, code: int) -> int:

@@ -27,6 +27,7 @@ from pipeline.redaction import DECLARED_SECRETS, announces_secret, refuse_secret
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.provenance import JOB_VARIABLE
 from pipeline.storage.remote import RemoteFolder, is_remote
+from pipeline.storage.runs import normalise_name
 
 DEFAULT_PROFILE = "local"
 # the upper bounds are far above what a machine or a cluster has, and below what a library fails on
@@ -325,7 +326,7 @@ def load_profile(reference: str | None) -> Profile:
     """Read a profile by path or shipped name and set its variables in this process; None is the default (`local`)."""
     path: Path = presets.find("cluster", reference or DEFAULT_PROFILE)
     content = read_yaml_mapping(path)
-    content.setdefault("name", path.stem)
+    content.setdefault("name", normalise_name(path.stem))
     profile = validate(Profile, content, str(path.name))
     require_tracking(profile)
     use_variables(profile)

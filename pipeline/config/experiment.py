@@ -23,6 +23,7 @@ from pipeline.config.process import ModelConfig as ModelConfig
 from pipeline.config.process import SamplingConfig as SamplingConfig
 from pipeline.config.yaml_files import Place, Section, flatten, parse_override, read_yaml_mapping, set_value, validate
 from pipeline.errors import UsageError
+from pipeline.storage.runs import normalise_name
 
 DEFAULT_PRESET = "digits"
 # settings that a resumed run may change: those that do not change the weights at any step, and those of the arithmetic, which change the
@@ -326,9 +327,9 @@ def _read(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         beside = path.parent / str(base)
         found = beside.resolve() if beside.is_file() else presets.find("experiments", str(base))
         own = [(key, value) for key, value in flatten(content).items() if value != {}]
-        content = _read(found, (*above, path)) | {"name": path.stem}
+        content = _read(found, (*above, path)) | {"name": normalise_name(path.stem)}
         _override(content, own, path.parent)
-    content.setdefault("name", path.stem)
+    content.setdefault("name", normalise_name(path.stem))
     return content
 
 

@@ -216,7 +216,7 @@ class _Sheet:
 
     def write(self, text: str, x: int, top: int) -> None:
         """Write in a column, cut to its width."""
-        width = self.cell[1] - _GAP
+        text, width = " ".join(text.split()), self.cell[1] - _GAP
         while len(text) > 1 and self._pen.textlength(text, self._font) > width:
             text = text[:-1]
         self._pen.text((x * self.cell[1] + _GAP, top), text, fill=_INK, font=self._font)

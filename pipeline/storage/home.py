@@ -34,12 +34,18 @@ def home(storage: str | None = None) -> Path:
         ) from None
     named = storage is not None and "://" not in storage
     found = Path(storage if named and storage else os.environ.get("DDPM_PIPE_HOME") or ".").expanduser().absolute()
-    if "?" in str(found):
+    wrong = "?" if "?" in str(found) else "a name that is not UTF-8" if not is_text(str(found)) else ""
+    if wrong:
         raise StorageError(
-            f"{found}: '?' would end the address of MLflow's database, expected a path without it. Rename the folder, or set "
-            f"{'storage' if named else 'DDPM_PIPE_HOME'} to another."
+            f"{found}: got {wrong}, which the address of MLflow's database cannot hold, expected a path without it. Rename the folder, "
+            f"or set {'storage' if named else 'DDPM_PIPE_HOME'} to another."
         )
     return found
+
+
+def is_text(name: str) -> bool:
+    """Whether a name from the file system or the command line is UTF-8."""
+    return name.encode(errors="replace").decode() == name
 
 
 def absolute_store(uri: str) -> str:

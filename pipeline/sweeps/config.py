@@ -24,6 +24,7 @@ from pipeline.config.experiment import Experiment, experiment_from, load_experim
 from pipeline.config.yaml_files import Section, is_text, parse_setting, parse_yaml, read_yaml_mapping, validate
 from pipeline.errors import UsageError, nearest
 from pipeline.storage.next_command import typeable
+from pipeline.storage.runs import normalise_name
 
 DEFAULT_SWEEP = "sweep-schedules"
 METRICS = ("kid", "fid", "bpd")
@@ -216,7 +217,7 @@ def load_sweep(
         raise UsageError(
             f"{path.name}: has no 'space', so it is no sweep; train it with: {typeable(f'train {shlex.quote(str(path))}')}"
         )
-    content.setdefault("name", path.stem)
+    content.setdefault("name", normalise_name(path.stem))
     if over and reference is None:
         content |= {"name": "sweep", "space": {}}
     for key in ("space", "overrides"):  # an empty one reads as null

@@ -140,7 +140,10 @@ class Shell:
         What it leaves in the environment, and modules of the folder (networks of a user's own), are forgotten afterwards.
         """
         words = [str(word) for word in arguments]
-        stdout, stderr = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        stdout, stderr = (
+            io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors=errors, write_through=True)
+            for errors in ("strict", "backslashreplace")  # as Python opens its own
+        )
         known, before = set(sys.modules), dict(os.environ)
         with (
             pytest.MonkeyPatch.context() as patch,
@@ -156,7 +159,7 @@ class Shell:
             finally:
                 restore_environment(before)
                 forget_modules(self.home, known)
-        out, err = (stream.buffer.getvalue().decode() for stream in (stdout, stderr))  # type: ignore[attr-defined]
+        out, err = (stream.buffer.getvalue().decode(errors="surrogateescape") for stream in (stdout, stderr))  # type: ignore[attr-defined]
         return Result(code, out, err)
 
     def process_environment(self) -> dict[str, str]:

@@ -60,9 +60,12 @@ def test_mlflow_follows_a_home_once_that_is_asked_for(tmp_path, migrated_databas
     assert shell.type("sync")[0] == shell.type("sync", "latest", "--moved")[0] == 2
 
 
-def test_a_home_whose_name_would_end_the_databases_address_is_refused(monkeypatch, tmp_path):
+def test_a_home_whose_name_no_address_of_a_database_can_hold_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("DDPM_PIPE_HOME", str(tmp_path / "what?"))
-    with pytest.raises(StorageError, match=r"what\?: '\?' would end the address.*DDPM_PIPE_HOME"):
+    with pytest.raises(StorageError, match=r"what\?: got \?, which the address.*DDPM_PIPE_HOME"):
+        home()
+    monkeypatch.setenv("DDPM_PIPE_HOME", str(tmp_path / "caf\udce9"))
+    with pytest.raises(StorageError, match=r"got a name that is not UTF-8, which"):
         home()
 
 
