@@ -124,6 +124,12 @@ class RemoteFolder:
         query = f"?{self._query}" if self._query else ""
         return RemoteFolder(f"{self}/{name}{query}")
 
+    @property
+    def parent(self) -> RemoteFolder:
+        """The folder that holds this one."""
+        query = f"?{self._query}" if self._query else ""
+        return RemoteFolder(f"{SCHEME}{self.bucket}/{self.prefix.rpartition('/')[0]}{query}")
+
     # -- list
 
     def objects(self, below: str = "") -> list[StoredObject]:

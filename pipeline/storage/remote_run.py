@@ -7,6 +7,9 @@
     <storage>/runs/<id>/log.txt, spool/, pictures/ ...     the files themselves
     <storage>/runs/<id>/samples/                           images that jobs made
 
+A record in the store names what lies in the same store relative to it (`store:datasets/x`), so that a store can be copied or moved; a
+machine's copy of the record has the addresses.
+
 Every machine that works on the run has a folder of its own for it. The files follow at each checkpoint and at the end. They go one
 way at a time, from the driver to rank 0 when an attempt begins and back when it ends, so that there is nothing to merge.
 """
@@ -18,17 +21,19 @@ import json
 import os
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UsageError
 from pipeline.storage.remote import RemoteFolder, is_remote
 from pipeline.storage.remote_lease import Lease
 
 INDEX = "files.json"
+IN_STORE = "store:"
+_TYPED = {"command", "extensions"}
 _NOT_FILES = {
     "attempt",
     "status.json",
@@ -53,6 +58,7 @@ class RemoteRun:
     def __init__(self, folder: RemoteFolder, kind: str = "run") -> None:
         self.folder = folder
         self.id = folder.prefix.rpartition("/")[2]
+        self.root = folder.parent.parent
         self.lease = Lease(folder.child("lease"), f"{kind} {self.id}")
         self._record = f"{kind}.json"
         self._records = ("attempt", "status.json", self._record)
@@ -82,10 +88,12 @@ class RemoteRun:
             return False
         local.mkdir(parents=True, exist_ok=True)
         for name in self._records:
-            if name == "run.json" and (local / name).is_file():
+            if name == "run.json" and self._is_record_of_this_store(local / name):
                 continue  # it never changes; a sweep's record does, when points are added
             content = self.folder.read(name)
             if content is not None:
+                if name == self._record:
+                    content = _change_places(content, lambda place: located_in_store(place, self.root))
                 _replace(local / name, content)
             elif name != "attempt":  # there is none at first
                 return False
@@ -100,7 +108,15 @@ class RemoteRun:
         """Send the small files, or those named; the record last, without which there is no run or sweep."""
         for name in names or self._records:
             if (local / name).is_file():
-                self.folder.write(name, (local / name).read_bytes())
+                content = (local / name).read_bytes()
+                if name == self._record:
+                    content = _change_places(content, lambda place: portable_in_store(place, self.root))
+                self.folder.write(name, content)
+
+    def _is_record_of_this_store(self, path: Path) -> bool:
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return portable_in_store(json.loads(path.read_bytes())["profile"]["storage"], self.root) == IN_STORE
+        return False
 
     # -- files
 
@@ -178,6 +194,40 @@ class RemoteRun:
         if not isinstance(names, dict) or not all(_is_inside(name) for name in names):
             return {}
         return dict(content)
+
+
+def portable_in_store(place: str, root: RemoteFolder) -> str:
+    """Return an address as records in a store keep it: `store:datasets/x` for one in the same store; any other text as it is."""
+    if not is_remote(place):
+        return place
+    try:
+        there = RemoteFolder(place)
+    except UsageError:
+        return place
+    inside = there.bucket == root.bucket and f"{there.prefix}/".startswith(f"{root.prefix}/".lstrip("/"))
+    return IN_STORE + there.prefix.removeprefix(root.prefix).lstrip("/") if inside else place
+
+
+def located_in_store(place: str, root: RemoteFolder) -> str:
+    """Return the address of a place in a record of a store."""
+    name = place.removeprefix(IN_STORE)
+    return place if name == place else root.child(name).uri if name else root.uri
+
+
+def _change_places(content: bytes, change: Callable[[str], str]) -> bytes:
+    """Change every text of a record, but for the commands as they were typed; a damaged record is left as it is."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: item if name in _TYPED else changed(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [changed(item) for item in value]
+        return change(value) if isinstance(value, str) else value
+
+    try:
+        return json.dumps(changed(json.loads(content)), indent=1).encode() + b"\n"
+    except (ValueError, RecursionError):
+        return content
 
 
 def folder_here(folder: Path, uri: str) -> Path:
