@@ -1,7 +1,7 @@
 """One checkpoint under many sampler settings: every point scored, in one table and one picture of quality against cost.
 
 --grid "sampler=ancestral,ddim steps=10,50,1000" names the points. What a point needs is kept as it comes: a point that
-was scored before costs nothing, and a grid that was stopped goes on.
+was scored before costs nothing, and a grid that was stopped resumes.
 """
 
 from __future__ import annotations

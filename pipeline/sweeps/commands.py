@@ -23,15 +23,16 @@ from pipeline.storage.folder import RunStatus
 from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
-from pipeline.sweeps.driver import run_missing
+from pipeline.sweeps.driver import SweepDriver
 from pipeline.sweeps.entry import JudgedBy
 from pipeline.sweeps.folder import SECONDS, SweepFolder
 from pipeline.sweeps.plan import SweepPlan, SweepRequest, make_sweep_plan, trial_profile
-from pipeline.sweeps.points import Checked, completed, title
+from pipeline.sweeps.points import Checker, completed, title
 from pipeline.sweeps.publish import SweepTracking, publish
 from pipeline.sweeps.report import REPORT_FILE
 from pipeline.sweeps.result import Result, result_of
 from pipeline.sweeps.trial import ForTrials
+from pipeline.sweeps.tune import run_missing
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.tracking.tracker import sync as deliver
 from pipeline.training.trained import profile_of
@@ -63,15 +64,8 @@ def start_sweep(context: Context, asked: SweepRequest) -> Result:
     manifest = dataset.manifest
     checked = make_sweep_plan(asked, dataset.location, manifest.num_rows, manifest.shape)
     about = {"path": dataset.location, "fingerprint": manifest.fingerprint, "name": manifest.name}
-    folder = SweepFolder.create(
-        asked.profile.home(),
-        asked.sweep,
-        asked.base,
-        plain_base(asked.sweep),
-        about,
-        asked.profile.to_dict(),
-        list(context.command),
-    )
+    home, profile, plain = asked.profile.home(), asked.profile.to_dict(), plain_base(asked.sweep)
+    folder = SweepFolder.create(home, asked.sweep, asked.base, plain, about, profile, list(context.command))
     with folder.lock():
         return _carry_out(folder, asked, checked, dataset, context.console)
 
@@ -177,26 +171,22 @@ def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, datase
     tracking = SweepTracking(folder, asked.profile, dataset)
     tracking.start()
     try:
-        for_trials = ForTrials(
-            asked.sweep.metric,
-            _judged_by(asked, dataset, profile, console),
-            asked.sweep.more_network_calls if asked.sweep.metric != "bpd" else (),
-            tracking.for_trials,
-            os.getcwd(),
-            forwarded(profile),
-            profile,
-        )
-        run_missing(folder, asked, plan, dataset, tracking.mlflow_run_id, for_trials, console)
+        judged_by = _judged_by(asked, dataset, profile, console)
+        more_calls = asked.sweep.more_network_calls if asked.sweep.metric != "bpd" else ()
+        store, secrets = tracking.for_trials, forwarded(profile)
+        for_trials = ForTrials(asked.sweep.metric, judged_by, more_calls, store, os.getcwd(), secrets, profile)
+        driver = SweepDriver(folder, asked, plan, for_trials, tracking.mlflow_run_id, console)
+        run_missing(driver, plan.trial.num_workers)
     except PipelineError as error:
         interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
         folder.tick()
         folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
         tracking.close("KILLED" if interrupted else "FAILED")
         raise
-    report = str(folder.report / REPORT_FILE)
-    result = replace(_result(folder, plan.checked), seconds=folder.seconds, report=report)
+    result = replace(_result(folder, plan.checked), seconds=folder.seconds, report=str(folder.report / REPORT_FILE))
     publish(folder, result, tracking, console)
-    folder.update(status=RunStatus.FINISHED, reason="", summary={**_summary(result), SECONDS: folder.seconds})
+    best = {} if result.best is None or result.best.mean is None else {f"best_{result.metric_name}": result.best.mean}
+    folder.update(status=RunStatus.FINISHED, reason="", summary={**best, SECONDS: folder.seconds})
     return result
 
 
@@ -216,20 +206,15 @@ def _judged_by(asked: SweepRequest, dataset: Dataset, profile: Profile, console:
     }
 
 
-def _result(folder: SweepFolder, checked: Checked | None = None) -> Result:
+def _result(folder: SweepFolder, checked: Checker | None = None) -> Result:
     sweep, base = folder.sweep, folder.base
     entries = []
     for entry in folder.ledger.entries().values():
         point = completed(sweep, base, entry.point)
         entries.append(replace(entry, point=point, title=title(point)))
-    refused, warnings = (checked.refused, checked.warnings) if checked is not None else ([], {})
+    refused, warnings = ([], {}) if checked is None else (checked.refused, checked.warnings)
     listed = {key: axis.values for key, axis in sweep.space.items() if axis.values is not None}
-    return result_of(folder.id, folder.record.name, sweep.metric, entries, refused, warnings, listed=listed)
-
-
-def _summary(result: Result) -> dict[str, float]:
-    best = result.best
-    return {} if best is None or best.mean is None else {f"best_{result.metric_name}": best.mean}
+    return result_of(folder.id, folder.record.name, sweep.metric, entries, refused, warnings, listed)
 
 
 def sweep_meant(context: Context, reference: str) -> SweepFolder | None:
@@ -237,28 +222,21 @@ def sweep_meant(context: Context, reference: str) -> SweepFolder | None:
 
     `latest` means the sweep of the latest run, if that run is a trial of a sweep that is not finished.
     """
-    home, storage = context.home, context.store
-    sweeps = SweepFolder.all(home, storage)
-    if reference != "latest":
-        found = [sweep for sweep in sweeps if sweep.is_called(reference)]
-        return _only(reference, found, Run.all(home, storage)) if found else None
-    runs = Run.all(home, storage)
-    trial = trial_of(runs[-1].record) if runs else None
-    of_latest = [sweep for sweep in sweeps if trial is not None and sweep.id == trial.sweep]
-    return of_latest[0] if of_latest and of_latest[0].state().status is not RunStatus.FINISHED else None
-
-
-def _only(reference: str, sweeps: Sequence[SweepFolder], runs: Sequence[Run]) -> SweepFolder | None:
-    """Return the one sweep that a reference means, or None if it means a run; a complete id decides."""
+    sweeps, runs = SweepFolder.all(context.home, context.store), Run.all(context.home, context.store)
+    if reference == "latest":
+        trial = trial_of(runs[-1].record) if runs else None
+        found = [sweep for sweep in sweeps if trial is not None and sweep.id == trial.sweep]
+        return found[0] if found and found[0].state().status is not RunStatus.FINISHED else None
     known: list[SweepFolder | Run] = [*sweeps, *runs]
-    whole = [each for each in known if reference in (each.id, each.mlflow_run_id)]
-    beginning = [run for run in runs if any(i.startswith(reference) for i in (run.id, run.mlflow_run_id or ""))]
-    found = whole or [*sweeps, *beginning]
-    if len(found) == 1:
-        return found[0] if isinstance(found[0], SweepFolder) else None
-    fits = [f"{'sweep' if isinstance(each, SweepFolder) else 'run'} {each.id} ({each.record.name})" for each in found]
-    listing = ", ".join(fits[:5]) + (f" and {len(fits) - 5} more" if len(fits) > 5 else "")
-    raise UsageError(f"{reference!r} is ambiguous: it fits {listing}; give more characters of the id")
+    called = [each for each in known if each.is_called(reference)]
+    fits = [each for each in called if reference in (each.id, each.mlflow_run_id)] or called  # a complete id decides
+    if not any(isinstance(each, SweepFolder) for each in fits):
+        return None
+    if len(fits) > 1:
+        named = [f"{each.KIND} {each.id} ({each.record.name})" for each in fits]
+        listing = ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+        raise UsageError(f"{reference!r} is ambiguous: it fits {listing}; give more characters of the id")
+    return fits[0] if isinstance(fits[0], SweepFolder) else None
 
 
 @dataclass(frozen=True)
@@ -272,12 +250,14 @@ class SyncResult:
 
 def sync(context: Context, reference: str) -> SyncResult:
     """Deliver the undelivered records of a run, or of a sweep, to the tracking store."""
+    folder: SweepFolder | Run
     sweep = None if reference == "latest" else SweepFolder.of(context.home, reference, context.store)
     if sweep is not None:
-        settings = TrackingSettings.of_profile(context.home, sweep.profile(context.named))
-        with sweep.lock():
-            return SyncResult(f"sweep {sweep.id}", deliver(sweep.folder, settings), public_uri(settings.uri))
-    run = Run.find(context.home, reference, context.store, lambda run: "running" if run.is_locked() else "")
-    settings = TrackingSettings.of_profile(context.home, profile_of(run, context.named))
-    with run.lock():
-        return SyncResult(f"run {run.id}", deliver(run.folder, settings), public_uri(settings.uri))
+        folder, profile = sweep, sweep.profile(context.named)
+    else:
+        folder = Run.find(context.home, reference, context.store, lambda run: "running" if run.is_locked() else "")
+        profile = profile_of(folder, context.named)
+    settings = TrackingSettings.of_profile(context.home, profile)
+    with folder.lock():
+        num_records = deliver(folder.folder, settings)
+    return SyncResult(f"{folder.KIND} {folder.id}", num_records, public_uri(settings.uri))

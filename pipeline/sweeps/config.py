@@ -21,13 +21,21 @@ from pydantic import Field, model_validator
 
 from pipeline.config import presets
 from pipeline.config.experiment import Experiment, experiment_from, load_experiment
-from pipeline.config.yaml_files import Section, is_text, parse_setting, parse_yaml, read_yaml_mapping, validate
+from pipeline.config.yaml_files import (
+    Section,
+    is_text,
+    parse_override,
+    parse_setting,
+    parse_yaml,
+    read_yaml_mapping,
+    set_value,
+    validate,
+)
 from pipeline.errors import UsageError, nearest
 from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import normalise_name
 
 DEFAULT_SWEEP = "sweep-schedules"
-METRICS = ("kid", "fid", "bpd")
 NOT_COMPARABLE = (
     "the training loss is not comparable across schedules, T or parameterisations: each weighs other noise levels, so that the lowest loss "
     "says nothing of the images; rank by kid or fid (equal images, sampler and network calls) or by bpd"
@@ -124,7 +132,7 @@ class Budget(Section):
 
 
 class EarlyStopping(Section):
-    """ASHA (Li et al. 2020): at each rung a trial goes on if its KID is among the best 1/reduction_factor seen there.
+    """ASHA (Li et al. 2020): at each rung a trial continues if its KID is among the best 1/reduction_factor seen there.
 
     Rung k of `rungs` stands at reduction_factor^-k of the budget, the lowest first.
     """
@@ -230,10 +238,8 @@ def load_sweep(
         content["space"][key] = axis
     content |= {key: value for key, value in options.items() if value is not None}
     for assignment in overrides:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise UsageError(f"-s {assignment!r}: expected key=value, such as -s training.batch_size=64")
-        content["overrides"][key.strip()] = parse_setting(key.strip(), text, f"-s {key}")
+        key, value = parse_override(assignment)
+        content["overrides"][key] = value
     return sweep_from(content, "sweep" if over and reference is None else path.name)
 
 
@@ -279,11 +285,7 @@ def with_settings(experiment: Experiment, settings: dict[str, Any], where: str) 
     """Return the experiment with settings by dotted names replaced; UsageError where they do not fit."""
     content = experiment.to_dict()
     for key, value in settings.items():
-        node = content
-        *parents, last = key.split(".")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
+        set_value(content, key, value)
     return experiment_from(content, where)
 
 

@@ -7,7 +7,8 @@ its experiment says, by the extractor and reference of the sweep.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -46,52 +47,41 @@ def entry_of(
         status=status,
         rungs=dict(rungs),
         steps=state.step,
-        training_s=_training_s(run),
+        training_s=float(RunCheckpoints(run).newest_state().get("elapsed_s", 0.0)),
         reason=reason or (state.reason if state.status is not RunStatus.FINISHED else ""),
     )
     if status != "finished":
         return entry
-    found = list(_comparable(run, metric, judged_by))
-    own = [(name, scores) for name, scores, calls in found if calls in (None, _usual(run).nfe)]
-    if not own:
+    found = scores_of(run, metric, judged_by)
+    if own_calls(run, metric) not in found:
         return replace(entry, status="failed", reason=f"it has no {metric}; see {run.log_path}")
-    name, scores = own[0]
-    spread = scores.get("spreads", {}).get(name)
-    curve = {calls: scores["values"][name] for name, scores, calls in found if calls is not None}
+    name, scores = found[own_calls(run, metric)]
+    value = scores["values"][name]
+    if not math.isfinite(value):
+        return replace(entry, status="failed", metric=name, reason=f"its {name} is {value}, not a finite number")
+    spread = scores.get("spreads", {}).get(name, {"value": None, "over": ""})
+    curve = {calls: of["values"][key] for calls, (key, of) in sorted(found.items()) if calls}
     return replace(
         entry,
-        value=scores["values"][name],
+        value=value,
         metric=name,
         identity=scores["identities"][name],
-        std=None if spread is None else spread["value"],
-        std_over="" if spread is None else spread["over"],
-        curve=dict(sorted(curve.items())),
+        std=spread["value"],
+        std_over=spread["over"],
+        curve={calls: value for calls, value in curve.items() if math.isfinite(value)},
     )
 
 
-def has_value(run: Run, metric: str, judged_by: JudgedBy) -> bool:
-    """Whether a trial has been scored by the sweep's metric."""
-    usual = _usual(run).nfe
-    return any(calls in (None, usual) for _, _, calls in _comparable(run, metric, judged_by))
+def own_calls(run: Run, metric: str) -> int:
+    """Return the network calls of each image that a trial is ranked by; 0 for bits/dim, which generate none."""
+    return 0 if metric == "bpd" else _usual(run).nfe
 
 
-def calls_scored(run: Run, metric: str, judged_by: JudgedBy) -> set[int]:
-    """Return the numbers of network calls at which a trial's images are scored."""
-    return {calls for _, _, calls in _comparable(run, metric, judged_by) if calls is not None}
-
-
-def _training_s(run: Run) -> float:
-    return float(RunCheckpoints(run).newest_state().get("elapsed_s", 0.0))
-
-
-def _usual(run: Run) -> Generation:
-    return usual_generation(experiment_of(run), ClassNames.from_state(RunCheckpoints(run).newest_state()))
-
-
-def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[str, dict[str, Any], int | None]]:
-    """Yield name, scores and network calls of each value that counts for the trial; None for calls if it has no generated images."""
+def scores_of(run: Run, metric: str, judged_by: JudgedBy) -> dict[int, tuple[str, dict[str, Any]]]:
+    """Return the values that count for the trial, by network calls of each image (see `own_calls`): its name, and the file's content."""
     recorded, step = RECORDED_AS.get(metric, metric), run.state().step
     experiment, usual = experiment_of(run), _usual(run)
+    found: dict[int, tuple[str, dict[str, Any]]] = {}
     for path in sorted((run.folder / "evaluations").glob("*/scores.json")):
         scores = json.loads(path.read_text())
         if scores["model"]["step"] != step:
@@ -99,16 +89,24 @@ def _comparable(run: Run, metric: str, judged_by: JudgedBy) -> Iterator[tuple[st
         for name, identity in scores["identities"].items():
             if identity["metric"] != recorded:
                 continue
-            if "generation" not in identity:
-                if _of_all_images(identity, experiment):
-                    yield name, scores, None
-                continue
-            generation = Generation(**identity["generation"])
-            if experiment.sampling.precision == "mixed":
-                usual = replace(usual, precision=generation.precision)
-            own_images = identity["dataset"] == run.record.dataset["fingerprint"]
-            if own_images and _but_steps(generation) == _but_steps(usual) and judged_by.items() <= identity.items():
-                yield name, scores, generation.nfe
+            calls = 0
+            if "generation" in identity:
+                generation = Generation(**identity["generation"])
+                calls = generation.nfe
+                if experiment.sampling.precision == "mixed":
+                    usual = replace(usual, precision=generation.precision)
+                own_images = identity["dataset"] == run.record.dataset["fingerprint"]
+                counts = own_images and _but_steps(generation) == _but_steps(usual)
+                counts = counts and judged_by.items() <= identity.items()
+            else:
+                counts = _of_all_images(identity, experiment)
+            if counts:
+                found.setdefault(calls, (name, scores))
+    return found
+
+
+def _usual(run: Run) -> Generation:
+    return usual_generation(experiment_of(run), ClassNames.from_state(RunCheckpoints(run).newest_state()))
 
 
 def _but_steps(generation: Generation) -> Generation:

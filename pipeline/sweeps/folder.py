@@ -11,7 +11,7 @@ If the profile's storage is an object store, all of it is kept there, as a run i
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class SweepRecord:
     command: list[str]
     code_version: str
     plain_base: dict[str, Any]
-    extensions: list[list[str]]
+    extensions: list[list[str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         datetime.fromisoformat(self.created)  # ValueError where a record is damaged
@@ -68,7 +68,7 @@ class SweepFolder(Folder):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
         self.ledger = Ledger(folder / "ledger.jsonl")
-        self._began: tuple[float, float] | None = None
+        self._began: float | None = None
 
     @classmethod
     def create(
@@ -84,23 +84,20 @@ class SweepFolder(Folder):
         """Make a sweep folder with its record. StorageError if it cannot be written."""
         from pipeline.storage.provenance import code_version
 
-        version = code_version()
         made = cls.new(home)
-        made.write_first(
-            SweepRecord(
-                id=made.id,
-                name=sweep.name,
-                created=now(),
-                sweep=sweep.to_dict(),
-                base=base.to_dict(),
-                dataset=dataset,
-                profile=profile,
-                command=list(command),
-                code_version=version,
-                plain_base=plain_base.to_dict(),
-                extensions=[],
-            )
+        record = SweepRecord(
+            made.id,
+            sweep.name,
+            now(),
+            sweep.to_dict(),
+            base.to_dict(),
+            dataset,
+            profile,
+            command,
+            code_version(),
+            plain_base.to_dict(),
         )
+        made.write_first(record)
         return made
 
     @classmethod
@@ -139,9 +136,8 @@ class SweepFolder(Folder):
 
     def extend(self, sweep: Sweep, command: list[str]) -> None:
         """Replace the sweep by one with more points or seeds. The caller holds the lock."""
-        record = self.record
-        extensions = [*record.extensions, list(command)]
-        self._write_record(replace(record, sweep=sweep.to_dict(), extensions=extensions))
+        extensions = [*self.record.extensions, command]
+        self._write_record(replace(self.record, sweep=sweep.to_dict(), extensions=extensions))
         if self.remote is not None:
             self.remote.send_records(self.folder, "sweep.json")
 
@@ -163,7 +159,7 @@ class SweepFolder(Folder):
 
     def begin(self) -> None:
         """Start this driver's clock, which continues that of earlier drivers."""
-        self._began = (self.seconds, time.monotonic())
+        self._began = time.monotonic() - self.seconds
 
     def tick(self) -> None:
         """Write the time spent so far; a kill loses only the time since."""
@@ -175,8 +171,7 @@ class SweepFolder(Folder):
         """Time that all drivers have spent on the sweep."""
         if self._began is None:
             return self.state().summary.get(SECONDS, 0.0)
-        before, began = self._began
-        return before + time.monotonic() - began
+        return time.monotonic() - self._began
 
     def trials(self) -> dict[str, Run]:
         """Return the runs of this sweep's trials that were begun, by key; with their files, where those last in an object store."""

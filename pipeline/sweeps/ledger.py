@@ -7,10 +7,11 @@ decides the trial's number (`pipeline.sweeps.points.key_of`).
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from pipeline.errors import StorageError
 from pipeline.storage.durable import checked_line, read_line
@@ -52,12 +53,8 @@ class LedgerEntry:
     training_s: float = 0.0
     reason: str = ""
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> LedgerEntry:
-        """Read what `asdict` and JSON made of an entry; JSON turns the keys of dictionaries into text."""
-        curve = {int(calls): value for calls, value in data["curve"].items()}
-        rungs = {float(share): value for share, value in data["rungs"].items()}
-        return cls(**{**data, "curve": curve, "rungs": rungs})
+
+_ENTRY = TypeAdapter(LedgerEntry)
 
 
 class Ledger:
@@ -75,10 +72,11 @@ class Ledger:
             return {}
         for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is cut short, or empty
             try:
-                entry = LedgerEntry.from_json(read_line(line))
-            except (ValueError, KeyError, TypeError) as error:
+                entry = _ENTRY.validate_python(read_line(line))
+            except ValueError as error:
+                wrong = " ".join(str(error).split())[:200]
                 raise StorageError(
-                    f"{self.path}, line {number}: cannot be read ({error}); remove the line, and its trial is run again"
+                    f"{self.path}, line {number}: cannot be read ({wrong}); remove the line, and its trial is run again"
                 ) from None
             found[entry.key] = entry
         return found

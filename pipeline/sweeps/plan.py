@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +12,14 @@ from pipeline.config.cluster_profile import Profile, Resources
 from pipeline.config.experiment import Experiment
 from pipeline.console import size
 from pipeline.cpus import usable_cpus
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import UsageError
 from pipeline.gpus import usable_gpus
 from pipeline.planning.capacity import fitting_counts
 from pipeline.planning.forecast import STEP_CALLS, scoring_calls
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.sampling.generation import usual_generation
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
-from pipeline.sweeps.points import Checked, Point, Refused, check, grid, title
+from pipeline.sweeps.points import Checker, Point, check_all, grid, title
 from pipeline.sweeps.search import TPE
 from pipeline.training.models import build_diffusion, has_process
 
@@ -44,7 +43,7 @@ class SweepPlan:
     """
 
     sweep: Sweep
-    checked: Checked
+    checked: Checker
     trial: Plan
     num_trials: int
     max_concurrent: int
@@ -115,55 +114,39 @@ def make_sweep_plan(
         )
         require_equal_calls(sweep, base, experiment)
         plans.append(one)
-        return _warnings(experiment)
+        return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
 
-    checked = Checked([], [], {}) if sweep.search == "tpe" else check(sweep, base, test)
-    if not checked.points and sweep.search != "tpe":
-        raise _all_refused(checked)
-    points, num_points = checked.points, len(checked.points)
+    checked = Checker(sweep, base, test)
     if sweep.search == "tpe":
-        points, num_points = _ends(sweep, base, test), most_points(sweep)
+        points, num_points = _ends(sweep, Checker(sweep, base, test)), most_points(sweep)
+        if not points:
+            test(trial_experiment(sweep, base, {}, 0))
+            points = [{}]
+    else:
+        check_all(sweep, base, checked)
+        points, num_points = checked.points, len(checked.points)
+        if not points:
+            raise _all_refused(checked)
     work = [_work(sweep, one) for one in plans]
     trial = plans[work.index(max(work))]
-    largest = points[plans.index(trial)] if len(set(work)) > 1 else None
-    met = Checked([], [], {})
-    if sweep.search == "tpe" and drawing(asked, trial, met).draw() is None:
-        raise _all_refused(met)
+    largest = points[work.index(max(work))] if len(set(work)) > 1 else None
+    if sweep.search == "tpe":
+        first = Checker(sweep, base, test)
+        if drawing(sweep, base, first).draw() is None:
+            raise _all_refused(first)
     num_trials = num_points * sweep.seeds
     at_once = max_concurrent(asked.profile, num_workers, num_trials, asked.max_concurrent)
     return SweepPlan(sweep, checked, trial, num_trials, at_once, largest)
 
 
-def _all_refused(checked: Checked) -> UsageError:
+def _all_refused(checked: Checker) -> UsageError:
     first = checked.refused[0]
     return UsageError(f"every point of the sweep is refused; the first, {title(first.point)}: {first.reason}")
 
 
-def _warnings(experiment: Experiment) -> Sequence[str]:
-    return build_diffusion(experiment).schedule.warnings if has_process(experiment) else ()
-
-
-def drawing(asked: SweepRequest, trial: Plan, met: Checked) -> TPE:
-    """Return the search that draws a sweep's points and checks each; refused points and warnings are added to `met`.
-
-    `trial` is the plan of any of its trials.
-    """
-    sweep, base = asked.sweep, asked.base
-
-    def refuses(point: Point) -> bool:
-        try:
-            experiment = trial_experiment(sweep, base, point, 0)
-            make_plan(experiment, asked.profile, trial.num_workers, data="", num_rows=None, shape=trial.shape)
-            require_equal_calls(sweep, base, experiment)
-            warnings = _warnings(experiment)
-        except PipelineError as error:
-            met.refused.append(Refused(point, str(error).removeprefix("point: ")))
-            return True
-        if warnings:
-            met.warnings[title(point)] = "; ".join(warnings)
-        return False
-
-    return TPE(sweep.space, most_points(sweep), base.seed, refuses)
+def drawing(sweep: Sweep, base: Experiment, checker: Checker) -> TPE:
+    """Return the search that draws a sweep's points, each checked by `checker`."""
+    return TPE(sweep.space, most_points(sweep), base.seed, checker.refuses)
 
 
 def most_points(sweep: Sweep) -> int:
@@ -174,20 +157,15 @@ def most_points(sweep: Sweep) -> int:
     return sum(1 for _ in itertools.islice(grid(sweep.space), sweep.num_points))
 
 
-def _ends(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> list[Point]:
-    """Return the points at the ends of the ranges that a search draws from, if they can be trained; at least the base."""
+def _ends(sweep: Sweep, checker: Checker) -> list[Point]:
+    """Return the points at the ends of the ranges that a search draws from, if they can be trained."""
     lists = {
         key: axis if axis.values is not None else Axis(grid=axis.bounds, when=axis.when)
         for key, axis in sweep.space.items()
     }
-    found: list[Point] = []
     for point in itertools.islice(grid(lists), MOST_ENDS):
-        with contextlib.suppress(PipelineError):
-            test(trial_experiment(sweep, base, point, 0))
-            found.append(point)
-    if not found:
-        test(trial_experiment(sweep, base, {}, 0))
-    return found or [{}]
+        checker.refuses(point)
+    return checker.points
 
 
 def _work(sweep: Sweep, plan: Plan) -> int:

@@ -25,13 +25,35 @@ class Refused:
     reason: str
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The points of a grid or of random search: those to try, those refused, and warnings about some of them, by title."""
+class Checker:
+    """Checks points before anything is spent: those that it keeps, those that it refuses, and warnings about some, by title.
 
-    points: list[Point]
-    refused: list[Refused]
-    warnings: dict[str, str]
+    `test` takes the experiment of a point and returns warnings; a PipelineError refuses the point.
+    """
+
+    def __init__(self, sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> None:
+        self.points: list[Point] = []
+        self.refused: list[Refused] = []
+        self.warnings: dict[str, str] = {}
+        self._sweep, self._base, self._test = sweep, base, test
+        self._seen: set[str] = set()
+
+    def refuses(self, point: Point) -> bool:
+        """Whether a point cannot be trained, or makes the same experiment as one that was kept."""
+        try:
+            experiment = trial_experiment(self._sweep, self._base, point, 0)
+            same = canonical(experiment.to_dict())
+            if same in self._seen:
+                return True
+            self._seen.add(same)
+            warnings = self._test(experiment)
+        except PipelineError as error:
+            self.refused.append(Refused(point, str(error).removeprefix("point: ")))
+            return True
+        self.points.append(point)
+        if warnings:
+            self.warnings[title(point)] = "; ".join(warnings)
+        return False
 
 
 def active(space: dict[str, Axis], values: Point) -> Point:
@@ -72,33 +94,19 @@ def _drawn_value(key: str, axis: Axis, seed: int, index: int) -> Any:
     return max(axis.values, key=lambda value: seed_of(f"sweep {key} {json.dumps(value)}", seed, index))
 
 
-def check(sweep: Sweep, base: Experiment, test: Callable[[Experiment], Sequence[str]]) -> Checked:
-    """Return the points of a grid or of random search, checked by `test`, which raises to refuse a point and returns warnings."""
+def check_all(sweep: Sweep, base: Experiment, checker: Checker) -> None:
+    """Check every point of a grid; those that random search draws until there are as many as it wants."""
     wanted = sweep.num_points
     source = (
         grid(sweep.space) if wanted is None else itertools.islice(drawn(sweep.space, base.seed), wanted * MAX_DRAWS)
     )
-    found = Checked([], [], {})
     seen = set()
     for point in source:
-        if wanted is not None and len(found.points) == wanted:
+        if wanted is not None and len(checker.points) == wanted:
             break
-        if canonical(point) in seen:
-            continue
-        seen.add(canonical(point))
-        try:
-            experiment = trial_experiment(sweep, base, point, 0)
-            if (same := canonical(experiment.to_dict())) in seen:  # a setting spelled out that the base has anyway
-                continue
-            seen.add(same)
-            warnings = test(experiment)
-        except PipelineError as error:
-            found.refused.append(Refused(point, str(error).removeprefix("point: ")))
-            continue
-        found.points.append(point)
-        if warnings:
-            found.warnings[title(point)] = "; ".join(warnings)
-    return found
+        if (word := canonical(point)) not in seen:
+            seen.add(word)
+            checker.refuses(point)
 
 
 def completed(sweep: Sweep, base: Experiment, point: Point) -> Point:

@@ -155,9 +155,7 @@ def _register(
     best = result.best
     entry = best.best_entry if best is not None else None
     run = runs.get(entry.run) if entry is not None else None
-    if best is None or entry is None or run is None or run.mlflow_run_id is None:
-        return
-    if best.mean is None or entry.value is None:
+    if best is None or best.mean is None or entry is None or run is None or run.mlflow_run_id is None:
         return
     name = f"ddpm-{folder.record.dataset['name']}"
     alias = alias_of(entry.identity)

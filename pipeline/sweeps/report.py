@@ -15,9 +15,8 @@ from pipeline.storage.durable import write_atomically
 from pipeline.storage.runs import Run
 from pipeline.sweeps.folder import SweepFolder
 from pipeline.sweeps.pictures import draw_all
-from pipeline.sweeps.points import title
 from pipeline.sweeps.result import Result, statement
-from pipeline.sweeps.text import SWEEP_FILE, again, rows
+from pipeline.sweeps.text import SWEEP_FILE, again, cells, troubles
 
 REPORT_FILE = "sweep-report.html"
 STYLE = """
@@ -60,7 +59,7 @@ def _page(folder: SweepFolder, result: Result, pictures: Mapping[str, Path]) -> 
     parts = [
         f"<h1>{_text(record.name)}</h1><p class=about>{_text(about)}</p>",
         f"<div class=answer>{_text(statement(result))}</div>",
-        f"<section><h2>Points, best first</h2><div class=scroll>{_table(rows(result))}</div></section>",
+        f"<section><h2>Points, best first</h2><div class=scroll>{_table(result)}</div></section>",
         *(_figure(name, path, result) for name, path in pictures.items()),
         _troubles(result),
         _again(folder, result),
@@ -71,15 +70,15 @@ def _page(folder: SweepFolder, result: Result, pictures: Mapping[str, Path]) -> 
     )
 
 
-def _table(table: list[dict[str, object]]) -> str:
+def _table(result: Result) -> str:
+    table = cells(result)
     if not table:
         return "<p>No trial has ended.</p>"
     head = "".join(f"<th>{_text(name)}</th>" for name in table[0])
     lines = []
-    for row in table:
-        kind = {"best": " class=best", "within the noise": " class=noise"}.get(str(row["note"]).partition(";")[0], "")
-        cells = "".join(f"<td>{_text('' if row.get(name) is None else row.get(name))}</td>" for name in table[0])
-        lines.append(f"<tr{kind}>{cells}</tr>")
+    for row in table[1:]:
+        kind = {"best": " class=best", "within the noise": " class=noise"}.get(row[-1].partition(";")[0], "")
+        lines.append(f"<tr{kind}>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>")
     return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
 
 
@@ -111,14 +110,7 @@ def _caption(name: str, result: Result) -> str:
 
 
 def _troubles(result: Result) -> str:
-    items = [f"skipped: {title(item.point)}: {item.reason}" for item in result.refused]
-    items += [f"warning: {name}: {text}" for name, text in result.warnings.items()]
-    for point in result.points:
-        items += [
-            f"{entry.status}: {point.title}, seed {entry.seed} (run {entry.run}): {entry.reason}"
-            for entry in point.entries
-            if entry.status != "finished"
-        ]
+    items = troubles(result, ("failed", "stopped"))
     if not items:
         return ""
     listed = "".join(f"<li>{_text(item)}</li>" for item in items)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -128,7 +128,7 @@ class PointResult:
             "network_calls": self.nfe,
             "training_s": round(self.training_s, 3),
             "curve": self.curve,
-            "early_kid": {entry.seed: entry.rungs for entry in self.entries if entry.rungs},
+            "early_kid": {entry.seed: _finite(entry.rungs) for entry in self.entries if entry.rungs},
             "runs": {entry.seed: entry.run for entry in self.entries},
             "reasons": sorted({entry.reason for entry in self.entries if entry.reason}),
         }
@@ -207,11 +207,10 @@ def result_of(
     entries: Iterable[LedgerEntry],
     refused: Iterable[Refused] = (),
     warnings: dict[str, str] | None = None,
-    seconds: float = 0.0,
     listed: Mapping[str, Sequence[Any]] | None = None,
 ) -> Result:
     """Gather entries by point and rank the points; a value that was judged unlike the newest one is refused, not ranked."""
-    newest = {(canonical(entry.point), entry.seed): _checked(entry) for entry in entries}
+    newest = {(canonical(entry.point), entry.seed): entry for entry in entries}
     alike, unlike = _by_identity(list(newest.values()), sweep_id)
     gathered: dict[str, list[LedgerEntry]] = {}
     for entry in alike:
@@ -221,19 +220,7 @@ def result_of(
         for group in gathered.values()
     ]
     points.sort(key=lambda point: (point.mean is None, bool(point.failed), point.mean or 0.0, point.title))
-    return Result(
-        sweep_id, name, metric, tuple(points), (*refused, *unlike), warnings or {}, seconds, listed=listed or {}
-    )
-
-
-def _checked(entry: LedgerEntry) -> LedgerEntry:
-    """Return an entry without values that are not finite; a trial whose own value is not finite failed."""
-    curve = {calls: value for calls, value in entry.curve.items() if math.isfinite(value)}
-    rungs = {rung: value for rung, value in entry.rungs.items() if math.isfinite(value)}
-    if entry.value is None or math.isfinite(entry.value):
-        return replace(entry, curve=curve, rungs=rungs)
-    reason = f"its {entry.metric} is {entry.value}, not a finite number"
-    return replace(entry, curve=curve, rungs=rungs, status="failed", value=None, reason=reason)
+    return Result(sweep_id, name, metric, tuple(points), (*refused, *unlike), warnings or {}, listed=listed or {})
 
 
 def _by_identity(entries: list[LedgerEntry], sweep_id: str) -> tuple[list[LedgerEntry], list[Refused]]:
@@ -249,6 +236,10 @@ def _by_identity(entries: list[LedgerEntry], sweep_id: str) -> tuple[list[Ledger
             )
             unlike[id(entry)] = Refused(entry.point, reason)
     return [entry for entry in entries if id(entry) not in unlike], list(unlike.values())
+
+
+def _finite(rungs: Mapping[float, float]) -> dict[float, float]:
+    return {rung: kid for rung, kid in rungs.items() if math.isfinite(kid)}
 
 
 def differ(result: Result, a: PointResult, b: PointResult) -> bool | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Container
 
 from pipeline.storage.next_command import cluster_in
 from pipeline.sweeps.config import Sweep
@@ -27,7 +28,6 @@ def rows(result: Result) -> list[dict[str, object]]:
             "seeds": f"{len(point.values)} of {len(point.entries)}" if point.failed else len(point.values),
             "calls": point.nfe,
             "training s": f"{point.training_s:.0f}",
-            "": row[""],
         }
         note = "best" if point is result.best else "within the noise" if point.title in alike else ""
         if point.mean is None:
@@ -40,13 +40,18 @@ def rows(result: Result) -> list[dict[str, object]]:
 
 def to_text(result: Result) -> list[str]:
     """Return the lines that end a sweep: the statement, what was refused or failed, and the report."""
-    lines = ["", statement(result), ""]
-    lines += [f"skipped:  {title(item.point)}: {item.reason}" for item in result.refused]
+    return ["", statement(result), "", *troubles(result, ("failed",)), f"report:   {result.report}", ""]
+
+
+def troubles(result: Result, statuses: Container[str]) -> list[str]:
+    """Return a line for each point that was skipped or has a warning, and for each trial that ended with one of the statuses."""
+    lines = [f"skipped:  {title(item.point)}: {item.reason}" for item in result.refused]
     lines += [f"warning:  {name}: {text}" for name, text in result.warnings.items()]
-    lines += [
-        f"failed:   {entry.title}, seed {entry.seed} (run {entry.run}): {entry.reason}" for entry in result.failed
+    entries = [entry for point in result.points for entry in point.entries if entry.status in statuses]
+    return lines + [
+        f"{entry.status + ':':<10}{entry.title}, seed {entry.seed} (run {entry.run}): {entry.reason}"
+        for entry in entries
     ]
-    return [*lines, f"report:   {result.report}", ""]
 
 
 def next_commands(result: Result) -> dict[str, str]:
@@ -76,7 +81,8 @@ def describe_sweep(record: SweepRecord, sweep: Sweep, result: Result | None) -> 
         f"`{record.dataset['name']}`; {sweep.budget.to_text()} for each trial, {sweep.seeds} seeds, ranked by {sweep.metric}.",
     ]
     if result is not None:
-        asked += ["### Results", statement(result), _table(rows(result))]
+        table = [markdown_table(cells(result))] if result.points else []
+        asked += ["### Results", statement(result), *table]
     asked += [
         "### Repeat it",
         f"```\n{again(record)}\n```",
@@ -90,9 +96,9 @@ def _more_than(seeds: int) -> int:
     return max(4, 2 * seeds)
 
 
-def _table(table: list[dict[str, object]]) -> str:
-    if not table:
-        return ""
-    columns = list(table[0])
-    cells = [["" if row.get(column) is None else str(row[column]) for column in columns] for row in table]
-    return markdown_table([columns, *cells])
+def cells(result: Result) -> list[list[str]]:
+    """Return the table as text, its head first; empty if no trial has ended."""
+    table = rows(result)
+    return [list(row) for row in table[:1]] + [
+        ["" if value is None else str(value) for value in row.values()] for row in table
+    ]

@@ -24,7 +24,7 @@ from pipeline.runs.train_run import train_trial
 from pipeline.storage.durable import write_json
 from pipeline.storage.folder import RunStatus
 from pipeline.storage.runs import Run
-from pipeline.sweeps.entry import JudgedBy, calls_scored, has_value
+from pipeline.sweeps.entry import JudgedBy, own_calls, scores_of
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import has_process
 from pipeline.training.trained import experiment_of
@@ -127,13 +127,18 @@ def _score(run: Run, setup: ForTrials) -> None:
     """
     experiment, profile = experiment_of(run), setup.profile
     use_variables(profile)
-    if not has_value(run, setup.metric, setup.judged_by):
+    done = scores_of(run, setup.metric, setup.judged_by)
+    if own_calls(run, setup.metric) not in done:
         evaluate_run(run, ScoreRequest(), profile, setup.tracking, _silent())
-    done = calls_scored(run, setup.metric, setup.judged_by)
     each_step = 1 if experiment.sampling.guidance_scale == 1 else 2
     for calls in setup.more_network_calls if has_process(experiment) else ():
         steps = calls // each_step
-        if calls not in done and calls % each_step == 0 and steps <= experiment.diffusion.num_timesteps:
+        if (
+            calls not in done
+            and calls != own_calls(run, setup.metric)
+            and calls % each_step == 0
+            and steps <= experiment.diffusion.num_timesteps
+        ):
             evaluate_run(run, ScoreRequest(steps=steps, metrics=("fid", "kid")), profile, setup.tracking, _silent())
 
 

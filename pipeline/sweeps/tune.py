@@ -6,29 +6,22 @@ state is deleted with its folder; a sweep that is resumed gets a new Tuner for t
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.control_actor import NAMESPACE
-from pipeline.cluster.placement import give_back
-from pipeline.console import Console, duration
+from pipeline.cluster.control_actor import NAMESPACE, actor_name
+from pipeline.cluster.session import Session
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.signals import Signals, listening
 from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run
-from pipeline.sweeps.entry import entry_of
-from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.halving import Halving
-from pipeline.sweeps.ledger import LedgerEntry
-from pipeline.sweeps.search import Next, Trials, _Done
-from pipeline.sweeps.trial import STOPPED_EARLY, ForTrials, run_trial, stop_early
-from pipeline.training.judgements import values_by_rung
+from pipeline.sweeps.driver import SweepDriver
+from pipeline.sweeps.trial import STOPPED_EARLY, run_trial, stop_early
 
 POLL_S = 0.5
 RESTARTS = 2  # of a trial whose process was killed
@@ -41,90 +34,22 @@ ENVIRONMENT = {
 }
 
 
-@dataclass
-class RunningSweep:
-    """The state of the driver while trials run."""
+def run_missing(driver: SweepDriver, num_workers: int) -> None:
+    """Start Ray and run the trials until none are left, unless the ledger has all of them.
 
-    folder: SweepFolder
-    for_trials: ForTrials
-    trials: Trials
-    key_of: Callable[[Next], str]
-    begin: Callable[[Next], Run]  # the run folder of a trial, made if there is none
-    console: Console
-    halving: Halving | None
-    total: int | None
-    room: Callable[[], int]  # how many trials fit now
-    running: dict[str, tuple[Next, str, Run]] = field(default_factory=dict)  # by Tune's id of the trial
-    ended: list[LedgerEntry] = field(default_factory=list)
-    interrupted: bool = False
-    begun_at: float = field(default_factory=time.monotonic)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return {}: Tune pickles this into its own state, which is not used; locks and connections belong to this process."""
-        return {}
-
-    def suggest(self, trial_id: str) -> Run | _Done | None:
-        """Return the run folder of the next trial that the ledger lacks; None to wait."""
-        if len(self.running) >= self.room():
-            return None
-        done = self.folder.ledger.entries()
-        while not self.interrupted:
-            following = self.trials.next()
-            if isinstance(following, _Done):
-                break
-            if following is None:
-                return None
-            key = self.key_of(following)
-            entry = done.get(key)
-            if entry is not None and entry.status != "failed":  # whether its run folder is still there or not
-                self.trials.ended(following, entry.status, entry.value, entry.rungs)
-                continue
-            run = self.begin(following)
-            self.running[trial_id] = (following, key, run)
-            return run
-        return _Done()
-
-    def end(self, trial_id: str, result: dict[str, Any], died: str | None) -> None:
-        """Write a trial that ended into the ledger, and print its line."""
-        following, key, run = self.running.pop(trial_id)
-        give_back(run.id)
-        status: Literal["finished", "stopped", "failed", "interrupted"]
-        status = "failed" if died is not None else result.get("status", "failed")
-        reason = died or str(result.get("reason", ""))
-        if status == "interrupted":
-            if self.interrupted:
-                return  # with the sweep; resuming it continues the trial
-            status, reason = "failed", f"stopped alone: {reason}"
-        rungs = {}
-        if self.halving is not None:
-            self.halving.take(values_by_rung(run.folder), key)  # a killed process may not have reported them
-            rungs = self.halving.rungs_of(key)
-        entry = entry_of(run, self.for_trials.metric, self.for_trials.judged_by, status, rungs, reason)
-        self.folder.enter(entry)
-        self.ended.append(entry)
-        self.trials.ended(following, entry.status, entry.value, entry.rungs)
-        self.console.say(self._line(entry))
-
-    def _line(self, entry: LedgerEntry) -> str:
-        count = f"{len(self.ended)}/{self.total}" if self.total is not None else str(len(self.ended))
-        what = f"{entry.metric} {entry.value:.4g}" if entry.value is not None else entry.reason or entry.status
-        left = ""
-        if self.total is not None and len(self.ended) < self.total:
-            each = (time.monotonic() - self.begun_at) / (
-                len(self.ended) + len(self.running) / 2
-            )  # half done, on average
-            left = f"  about {duration(each * (self.total - len(self.ended)))} left"
-        return f"trial {count}  {entry.title}, seed {entry.seed}: {what}{left}"
+    InterruptedRunError if the user or the system asked to stop.
+    """
+    if not driver.trials.has_next():
+        return
+    os.environ.update(ENVIRONMENT)  # before Ray starts: its processes read it
+    with Session(driver.for_trials.profile, num_workers * driver.max_concurrent) as session:
+        session.ensure()
+        with driver.room:
+            _run_trials(driver)
 
 
-def run_trials(
-    work: RunningSweep,
-    max_concurrent: int,
-    stop_s: float,
-) -> None:
-    """Run trials until none are left, in the running Ray. InterruptedRunError if the user or the system asked to stop."""
-    os.environ.update(ENVIRONMENT)
-    tuner = _tuner(work, max_concurrent)
+def _run_trials(driver: SweepDriver) -> None:
+    tuner, folder = _tuner(driver), driver.folder
     failure: list[BaseException] = []
 
     def fit() -> None:
@@ -136,32 +61,32 @@ def run_trials(
     thread = threading.Thread(target=fit, name="tune", daemon=True)
     with listening() as signals:
         thread.start()
-        _watch(thread, work, signals, stop_s)
-    shutil.rmtree(work.folder.folder / "tune", ignore_errors=True)
+        _watch(thread, driver, signals)
+    shutil.rmtree(folder.folder / "tune", ignore_errors=True)
     if signals.first is not None:
         raise InterruptedRunError(
-            f"stopped, {len(work.folder.ledger.entries())} trials are done; resume with: {typeable(f'resume {work.folder.id}')}",
+            f"stopped, {len(folder.ledger.entries())} trials are done; resume with: {typeable(f'resume {folder.id}')}",
             130 if signals.first == 2 else 75,
         )
     if failure:
         raise ClusterError(
-            f"sweep {work.folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept; resume with: "
-            f"{typeable(f'resume {work.folder.id}')}"
+            f"sweep {folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept; resume with: "
+            f"{typeable(f'resume {folder.id}')}"
         )
 
 
-def _watch(thread: threading.Thread, work: RunningSweep, signals: Signals, stop_s: float) -> None:
+def _watch(thread: threading.Thread, driver: SweepDriver, signals: Signals) -> None:
     """Wait for the trials. A first signal lets each of them save and stop; a second one leaves at once."""
-    asked_at: float | None = None
+    stop_s, asked_at = driver.for_trials.profile.timeouts.stop_s, math.inf
     while thread.is_alive():
         thread.join(POLL_S)
-        if len(signals.received) > 1 or (asked_at is not None and time.monotonic() - asked_at > stop_s):
+        if len(signals.received) > 1 or time.monotonic() - asked_at > stop_s:
             return
-        if signals.first is not None and asked_at is None:
+        if signals.first is not None and not driver.interrupted:
             asked_at = time.monotonic()
-            work.interrupted = True
-            work.console.say("stopping: trials that run save first; once more to stop at once")
-            for _, _, run in list(work.running.values()):
+            driver.interrupted = True
+            driver.console.say("stopping: trials that run save first; once more to stop at once")
+            for _, _, run in list(driver.running.values()):
                 stop_workers(run, "the sweep was asked to stop")
 
 
@@ -169,55 +94,53 @@ def stop_workers(run: Run, reason: str, control: str | None = None) -> None:
     """Ask a trial's workers, if it has any now, to save and stop."""
     import ray
 
-    from pipeline.cluster.control_actor import actor_name
-
     try:
         actor = ray.get_actor(control or actor_name(run.id, run.current_attempt()), namespace=NAMESPACE)
         actor.stop.remote(reason)
     except (ValueError, ray.exceptions.RayError):
-        return  # it is scoring, or gone
+        return  # it is scoring, or has ended
 
 
-def _tuner(work: RunningSweep, max_concurrent: int) -> Any:
+def _tuner(driver: SweepDriver) -> Any:
     from ray import tune
 
-    trainable = tune.with_parameters(run_trial, setup=work.for_trials)
+    trainable = tune.with_parameters(run_trial, setup=driver.for_trials)
     # no CPU: its workers need them; and on this node, where the run folders are
     needs = tune.PlacementGroupFactory([{"memory": 1, cluster_nodes.resource_of_this_node(): 0.001}])
     return tune.Tuner(
         tune.with_resources(trainable, needs),
         tune_config=tune.TuneConfig(
-            search_alg=_search(work),
-            scheduler=_scheduler(work),
+            search_alg=_search(driver),
+            scheduler=_scheduler(driver),
             num_samples=1_000_000,  # the search says when it is done
-            max_concurrent_trials=max_concurrent,
+            max_concurrent_trials=driver.max_concurrent,
             reuse_actors=True,
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(work.folder.folder),
+            storage_path=str(driver.folder.folder),
             verbose=0,
             failure_config=tune.FailureConfig(max_failures=RESTARTS),
         ),
     )
 
 
-def _search(work: RunningSweep) -> Any:
+def _search(driver: SweepDriver) -> Any:
     from ray.tune.search import Searcher
 
     class Suggestions(Searcher):  # type: ignore[misc]
         """Gives Tune the next trial, and records those that ended."""
 
         def suggest(self, trial_id: str) -> Any:
-            found = work.suggest(trial_id)
-            if isinstance(found, _Done):
-                return Searcher.FINISHED
-            return None if found is None else {"run": str(found.folder)}
+            run = driver.suggest(trial_id)
+            if run is not None:
+                return {"run": str(run.folder)}
+            return None if driver.waits() else Searcher.FINISHED
 
         def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-            if trial_id in work.running:
+            if trial_id in driver.running:
                 died = "its process was killed (SIGKILL or out of memory)" if error or not result else None
-                work.end(trial_id, result or {}, died)
+                driver.end(trial_id, result or {}, died)
 
         def save(self, checkpoint_path: str) -> None:
             """Do nothing: the ledger holds the state."""
@@ -231,16 +154,19 @@ def _search(work: RunningSweep) -> Any:
     return Suggestions()
 
 
-def _scheduler(work: RunningSweep) -> Any:
+def _scheduler(driver: SweepDriver) -> Any:
     from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
     class Halt(FIFOScheduler):  # type: ignore[misc]
-        """Stops hopeless trials at each rung by asking their workers to save: the trial then ends by itself and releases its resources."""
+        """Stops trials that are not worth their budget, at a rung, by asking their workers to save.
+
+        The trial then ends by itself and releases its resources.
+        """
 
         def on_trial_result(self, controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if work.halving is not None and "rung" in result and trial.trial_id in work.running:
-                _, key, run = work.running[trial.trial_id]
-                if not work.halving.goes_on(result["rung"], key, result["value"]):
+            if driver.halving is not None and "rung" in result and trial.trial_id in driver.running:
+                _, key, run = driver.running[trial.trial_id]
+                if not driver.halving.goes_on(result["rung"], key, result["value"]):
                     stop_early(run, result["rung"])
                     stop_workers(run, STOPPED_EARLY, result["control"])
             return str(TrialScheduler.CONTINUE)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,15 +26,14 @@ from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.folder import RunStatus
 from pipeline.storage.runs import Run
-from pipeline.sweeps.config import plain_base, sweep_from, trial_experiment
-from pipeline.sweeps.driver import Room, trials_left
+from pipeline.sweeps.config import EarlyStopping, plain_base, sweep_from, trial_experiment
+from pipeline.sweeps.driver import Room, SweepDriver
 from pipeline.sweeps.folder import SECONDS, SweepFolder
-from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.plan import SweepRequest, make_sweep_plan
 from pipeline.sweeps.points import title
-from pipeline.sweeps.search import Listed, Next, Trials
+from pipeline.sweeps.search import Next
 from pipeline.sweeps.trial import VERDICT_FILE, ForTrials, carry_out, stop_early
-from pipeline.sweeps.tune import RunningSweep, _scheduler
+from pipeline.sweeps.tune import _scheduler
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.device import sampling_compute
 from pipeline.training.judgements import FILE, note, values_by_rung
@@ -77,30 +75,33 @@ def begun(folder: SweepFolder, following: Next, dataset: dict[str, Any] | None =
     )
 
 
-def work_of(folder: SweepFolder, room: int, halving: Halving | None = None) -> tuple[RunningSweep, io.StringIO]:
-    said, trials = io.StringIO(), Trials(folder.sweep, Listed(POINTS))
-    begin = partial(begun, folder)
-    return RunningSweep(
-        folder, for_trials(Profile()), trials, key_of, begin, Console(said), halving, 3, lambda: room
-    ), said
+def driver_of(folder: SweepFolder, room: int, *, early_stopping: bool = False) -> tuple[SweepDriver, io.StringIO]:
+    sweep = folder.sweep.model_copy(update={"early_stopping": EarlyStopping() if early_stopping else None})
+    asked, said = SweepRequest(sweep, folder.base, Profile()), io.StringIO()
+    plan = make_sweep_plan(asked, "here", 1797, (1, 8, 8))
+    driver = SweepDriver(folder, asked, plan, for_trials(Profile()), None, Console(said))
+    driver.room = lambda: room  # type: ignore[assignment]
+    return driver, said
 
 
 def test_no_more_trials_are_started_than_there_is_room_for(folder: SweepFolder) -> None:
-    work, _ = work_of(folder, room=2)
-    assert isinstance(work.suggest("a"), Run)
-    assert isinstance(work.suggest("b"), Run)
-    assert work.suggest("c") is None  # wait
-    work.room = lambda: 3  # the cluster has grown
-    assert isinstance(work.suggest("c"), Run)
+    driver, _ = driver_of(folder, room=2)
+    assert isinstance(driver.suggest("a"), Run)
+    assert isinstance(driver.suggest("b"), Run)
+    assert driver.suggest("c") is None
+    assert driver.waits()
+    driver.room = lambda: 3  # type: ignore[assignment] # the cluster has grown
+    assert isinstance(driver.suggest("c"), Run)
 
 
 def test_no_folder_is_made_for_a_finished_trial_whose_own_is_gone(folder: SweepFolder) -> None:
-    work, _ = work_of(folder, room=3)
-    folder.ledger.append(replace(entry(POINTS[0], 0, 1.0), key="linear"))
-    folder.ledger.append(replace(entry(POINTS[1], 0, None), key="cosine"))
-    run = work.suggest("a")
+    driver, _ = driver_of(folder, room=3)
+    for point, value in zip(POINTS, (1.0, None), strict=False):
+        folder.ledger.append(replace(entry(point, 0, value), key=driver.key_of(Next(point, 0))))
+    driver, _ = driver_of(folder, room=3)
+    run = driver.suggest("a")
     assert isinstance(run, Run)
-    assert [found.record.name for found in Run.all(folder.folder.parent.parent)] == ["cosine"]  # it failed
+    assert [found.record.name for found in Run.all(folder.folder.parent.parent)] == ["cosine-seed0"]  # it failed
 
 
 def test_a_trial_takes_what_this_driver_gives_and_not_what_it_was_started_with(
@@ -130,11 +131,11 @@ def test_a_trial_that_was_stopped_early_is_not_resumed_by_the_next_driver(folder
 
 @pytest.mark.ray
 def test_a_verdict_is_kept_as_it_is_made(folder: SweepFolder, ray_session: Any) -> None:
-    work, _ = work_of(folder, room=3, halving=Halving(3))
-    good, bad = work.suggest("a"), work.suggest("b")
+    driver, _ = driver_of(folder, room=3, early_stopping=True)
+    good, bad = driver.suggest("a"), driver.suggest("b")
     assert isinstance(good, Run)
     assert isinstance(bad, Run)
-    scheduler = _scheduler(work)
+    scheduler = _scheduler(driver)
     for name, value in (("a", 1.0), ("b", 2.0)):
         shown = {"rung": 0.5, "value": value, "control": "nobody"}
         assert scheduler.on_trial_result(None, SimpleNamespace(trial_id=name), shown) == "CONTINUE"
@@ -154,7 +155,7 @@ def test_tpe_resumes_first_what_an_earlier_driver_left(tmp_path: Path) -> None:
     folder.ledger.append(entry(done, 0, 1.0))
     asked = SweepRequest(sweep, base, Profile())
     plan = make_sweep_plan(asked, "here", 1797, (1, 8, 8))
-    trials = trials_left(asked, plan, folder.ledger.entries(), folder.trials())
+    trials = SweepDriver(folder, asked, plan, for_trials(Profile()), None, Console(io.StringIO())).trials
     assert trials.has_next()
     found = []
     while isinstance(following := trials.next(), Next):
@@ -167,26 +168,26 @@ def test_tpe_resumes_first_what_an_earlier_driver_left(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_trial_that_is_stopped_alone_is_reported_as_failed(folder: SweepFolder, ray_session: Any) -> None:
-    work, said = work_of(folder, room=3)
+    driver, said = driver_of(folder, room=3)
     for name in "abc":
-        work.suggest(name)
-    work.end("a", {"status": "interrupted", "reason": "stopped, saved at step 30"}, None)
+        driver.suggest(name)
+    driver.end("a", {"status": "interrupted", "reason": "stopped, saved at step 30"}, None)
     (entry,) = folder.ledger.entries().values()
     assert (entry.status, entry.title) == ("failed", "linear")
     assert entry.reason == "stopped alone: stopped, saved at step 30"
     assert "linear, seed 0: stopped alone" in said.getvalue()
-    work.interrupted = True  # the sweep itself is asked to stop: it goes on with this trial later
-    work.end("b", {"status": "interrupted", "reason": "stopped, saved at step 30"}, None)
+    driver.interrupted = True  # the sweep itself is asked to stop: it goes on with this trial later
+    driver.end("b", {"status": "interrupted", "reason": "stopped, saved at step 30"}, None)
     assert len(folder.ledger.entries()) == 1
 
 
 @pytest.mark.ray
 def test_what_a_trial_showed_before_its_process_was_killed_counts(folder: SweepFolder, ray_session: Any) -> None:
-    work, _ = work_of(folder, room=3, halving=Halving(3))
-    run = work.suggest("a")
+    driver, _ = driver_of(folder, room=3, early_stopping=True)
+    run = driver.suggest("a")
     assert isinstance(run, Run)
     note(run.folder, {"rung": 0.5, "value": 0.25})
-    work.end("a", {}, "its process was killed")
+    driver.end("a", {}, "its process was killed")
     (entry,) = folder.ledger.entries().values()
     assert entry.rungs == {0.5: 0.25}
 

@@ -16,7 +16,7 @@ from pipeline.errors import RunLockedError, UsageError
 from pipeline.sweeps.commands import _result, extend, extended, request_of_winner
 from pipeline.sweeps.config import Axis, base_experiment, load_sweep, plain_base, sweep_from, trial_experiment
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.points import active, check, completed, drawn, key_of
+from pipeline.sweeps.points import Checker, active, check_all, completed, drawn, key_of
 from pipeline.sweeps.report import write_report
 from pipeline.sweeps.text import again
 from tests.pipeline.sweeps.swept_entries import entry
@@ -110,7 +110,9 @@ def test_completing_a_point_that_has_all_its_settings_leaves_it_alone(folder: Sw
             "budget": {"steps": 1},
         }
     )
-    for point in check(sweep, folder.base, lambda experiment: []).points:
+    checker = Checker(sweep, folder.base, lambda experiment: [])
+    check_all(sweep, folder.base, checker)
+    for point in checker.points:
         assert completed(sweep, folder.base, point) == point
         assert list(completed(sweep, folder.base, point)) == list(
             active(sweep.space, point | {"training.min_snr_gamma": 0})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,11 +25,11 @@ def test_the_lines_of_progress_are_of_what_is_ranked_alone(home: Path, migrated_
     dataset = {"path": "", "fingerprint": "images", "name": "digits"}
     folder = SweepFolder.create(home, sweep, base, base, dataset, Profile().to_dict(), ["ddpm-pipe", "sweep"])
 
-    def enter(seed: int, schedule: str, value: float, scorer: str = "new") -> None:
+    def enter(seed: int, schedule: str, value: float | None, scorer: str = "new") -> None:
         found = entry({"diffusion.schedule": schedule}, seed, value, identity={"metric": "fid", "extractor": scorer})
         folder.ledger.append(replace(found, key=f"{found.key}-{scorer}", metric=f"fid_{scorer}"))
 
-    enter(0, "linear", math.nan)  # the first to end: no number
+    enter(0, "linear", None)  # the first to end: it failed
     enter(0, "cosine", 0.1, "old")  # judged otherwise: as a minimum it would hide all that follows
     enter(0, "cosine", 3.0)
     enter(0, "sigmoid", 2.0)

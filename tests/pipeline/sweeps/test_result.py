@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -118,20 +117,6 @@ def test_a_point_of_which_a_seed_failed_is_below_the_complete_ones_and_named() -
     alone = result_of("s", "s", "fid", entries[:2])
     assert "no point is complete: a = 0 (seed 1 failed)" in statement(alone)
     assert rows(alone)[0]["note"] == "best; seed 1 failed"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_no_number_has_failed_and_is_never_the_best(value: float) -> None:
-    result = found([[value, 0.1], [0.5, 0.6], [value, value]], curve={10: math.nan, 50: 1.0}, rungs={0.1: math.nan})
-    assert result.best is at(result, 1)
-    assert at(result, 0).best_entry.value == 0.1
-    assert at(result, 2).best_entry is None
-    assert at(result, 1).curve == {50: 1.0}
-    assert [(e.point["a"], e.seed) for e in result.failed] == [(0, 0), (2, 0), (2, 1)]
-    assert (
-        "is nan, not a finite number" in result.failed[0].reason
-        or "inf, not a finite number" in result.failed[0].reason
-    )
 
 
 def judged(a: int, seed: int, value: float, **identity: Any) -> LedgerEntry:

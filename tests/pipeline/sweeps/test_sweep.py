@@ -23,8 +23,8 @@ from pipeline.sweeps.config import Axis, Sweep, base_experiment, load_sweep, swe
 from pipeline.sweeps.halving import Halving
 from pipeline.sweeps.ledger import Ledger
 from pipeline.sweeps.plan import max_concurrent
-from pipeline.sweeps.points import MAX_DRAWS, active, check, grid, key_of, title
-from pipeline.sweeps.search import DONE, TPE, Listed, Next, Trials
+from pipeline.sweeps.points import MAX_DRAWS, Checker, active, check_all, grid, key_of, title
+from pipeline.sweeps.search import TPE, Next, Trials
 from tests.pipeline.sweeps.swept_entries import entry
 
 JUDGE = {"extractor": "classifier", "extractor_sha256": "a", "num_images": 559}
@@ -128,7 +128,8 @@ def test_a_budget_is_the_same_for_every_trial() -> None:
 def test_refused_points_are_listed_and_the_others_kept() -> None:
     sweep = a_sweep(space={"diffusion.num_timesteps": [1, 100, 250], "sampling.steps": [50, 200]})
     base = base_experiment(sweep)
-    found = check(sweep, base, lambda experiment: [])
+    found = Checker(sweep, base, lambda experiment: [])
+    check_all(sweep, base, found)
     assert [title(point) for point in found.points] == [
         "T = 100, steps = 50",
         "T = 250, steps = 50",
@@ -183,20 +184,19 @@ def all_of(trials: Trials, value: Any) -> list[Next]:
     while isinstance(following := trials.next(), Next):
         found.append(following)
         trials.ended(following, "finished", value(following), {})
-    assert following is DONE
     return found
 
 
 def test_every_point_gets_its_first_seed_before_any_gets_its_second() -> None:
     points = list(grid(a_sweep().space))
-    found = all_of(Trials(a_sweep(seeds=3), Listed(points)), lambda following: 1.0)
+    found = all_of(Trials(a_sweep(seeds=3), points), lambda following: 1.0)
     assert [following.seed for following in found] == [0] * 4 + [1] * 4 + [2] * 4
     assert [following.point for following in found[:4]] == points
 
 
 def test_with_early_stopping_only_survivors_are_repeated() -> None:
     points = list(grid(a_sweep().space))
-    trials = Trials(a_sweep(seeds=2, early_stopping={}), Listed(points))
+    trials = Trials(a_sweep(seeds=2, early_stopping={}), points)
     first = [trials.next() for _ in points]
     assert trials.next() is None  # nothing is known yet: wait
     for i, following in enumerate(first):
@@ -206,7 +206,7 @@ def test_with_early_stopping_only_survivors_are_repeated() -> None:
     assert last == Next(points[0], 1)
     assert isinstance(last, Next)
     trials.ended(last, "finished", 1.0, {})
-    assert trials.next() is DONE
+    assert trials.next() is None
 
 
 def a_space() -> dict[str, Axis]:
@@ -224,7 +224,7 @@ def value_of(point: dict[str, Any]) -> float:
 def tpe(seeds: int = 1) -> tuple[TPE, Trials]:
     source = TPE(a_space(), 30, 0, lambda point: point["b"] > 0.05)
     sweep = a_sweep(search="tpe", num_points=30, seeds=seeds, space={"model.dropout": {"uniform": [0, 0.5]}})
-    return source, Trials(sweep, source)
+    return source, Trials(sweep, tpe=source)
 
 
 def test_tpe_finds_the_valley_repeats_itself_and_never_gives_a_refused_point() -> None:
@@ -312,7 +312,7 @@ def test_tpe_learns_from_what_was_stopped_early() -> None:
 def test_tpe_takes_up_what_was_stopped_early_and_what_was_rounded_at_an_end() -> None:
     space = {"b": Axis(log=(1.23456e-4, 9.87654e-2)), "k": Axis(integer=(2, 11), step=2)}
     source = TPE(space, 12, 0, lambda point: False)
-    trials = Trials(a_sweep(search="tpe", num_points=12, space={"model.dropout": {"uniform": [0, 0.5]}}), source)
+    trials = Trials(a_sweep(search="tpe", num_points=12, space={"model.dropout": {"uniform": [0, 0.5]}}), tpe=source)
     ends = [{"b": axis, "k": 2} for axis in (space["b"].rounded(1.23456e-4), space["b"].rounded(9.87654e-2))]
     known = [entry(ends[0], 0, None, status="stopped", rungs={1 / 9: 2.0, 1 / 3: 1.5}), entry(ends[1], 0, 0.3)]
     trials.known(known)

@@ -11,7 +11,7 @@ from pipeline.errors import UsageError
 from pipeline.sweeps.config import base_experiment, sweep_from
 from pipeline.sweeps.forecast import trial_calls
 from pipeline.sweeps.plan import SweepPlan, SweepRequest, drawing, make_sweep_plan
-from pipeline.sweeps.points import Checked, title
+from pipeline.sweeps.points import title
 
 SHAPE = (1, 8, 8)
 
@@ -81,9 +81,9 @@ def test_what_a_search_meets_that_is_refused_or_warned_of_is_listed() -> None:
     grid = {"base": "digits", "overrides": overrides, "space": space, "budget": {"steps": 9}}
     sweep = sweep_from(grid | {"search": "tpe", "num_points": 9})
     asked = SweepRequest(sweep, base_experiment(sweep), Profile())
-    found, met = make_sweep_plan(asked, "here", 1797, SHAPE, 10), Checked([], [], {})
-    assert found.checked == met  # drawn later
-    search, points = drawing(asked, found.trial, met), []
+    met = make_sweep_plan(asked, "here", 1797, SHAPE, 10).checked
+    assert met.points == met.refused == []  # drawn later
+    search, points = drawing(sweep, asked.base, met), []
     while (point := search.draw()) is not None:
         points.append(point)
     of_grid = plan(space, overrides=overrides).checked

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,20 +12,21 @@ from typing import Any
 import pytest
 
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import DataConfig, Experiment, SamplingConfig, load_experiment
+from pipeline.config.experiment import Experiment, SamplingConfig, load_experiment
 from pipeline.config.presets import find
-from pipeline.ingest.ingest import ensure_ingested
+from pipeline.console import Console
 from pipeline.metrics.metric_identity import BoundIdentity, Generation, MetricIdentity
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.folder import RunStatus
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import base_experiment, plain_base, sweep_from, trial_experiment
-from pipeline.sweeps.driver import _trial_run
-from pipeline.sweeps.entry import calls_scored, entry_of, has_value
+from pipeline.sweeps.driver import SweepDriver
+from pipeline.sweeps.entry import entry_of, scores_of
 from pipeline.sweeps.folder import SweepFolder
-from pipeline.sweeps.plan import SweepRequest
-from pipeline.sweeps.search import Next
+from pipeline.sweeps.plan import SweepRequest, make_sweep_plan
+from pipeline.sweeps.trial import ForTrials
+from pipeline.tracking.tracker import TrackingSettings
 
 JUDGED_BY = {"extractor": "classifier", "extractor_sha256": "ab12", "num_images": 128}
 SETTINGS = ["seed=7", "sampling.steps=50", "sampling.eta=0"]
@@ -65,9 +68,13 @@ def test_the_command_of_a_trial_does_again_what_it_did(home: Path, metric: str) 
     about = {"path": "", "fingerprint": "images", "name": "digits"}
     folder = SweepFolder.create(home, sweep, base, plain_base(sweep), about, Profile().to_dict(), ["ddpm-pipe"])
     experiment = trial_experiment(sweep, base, point, 0)
-    dataset = ensure_ingested(DataConfig(), home / "datasets")
     asked = SweepRequest(sweep, base, Profile())
-    run = _trial_run(folder, asked, Next(point, 0), experiment, "key", Profile(), dataset, None)
+    plan = make_sweep_plan(asked, "here", 1797, (1, 8, 8))
+    for_trials = ForTrials(metric, {}, (), TrackingSettings("sqlite:///nowhere.db"), ".", {}, Profile())
+    driver = SweepDriver(folder, asked, plan, for_trials, None, Console(io.StringIO()))
+    driver.room = lambda: 1  # type: ignore[assignment]
+    run = driver.suggest("a")
+    assert run is not None
     program, verb, _, preset, *words = run.record.command
     assert (program, verb, preset) == ("ddpm-pipe", "train", "digits")
     assert set(words[::2]) == {"-s"}
@@ -75,7 +82,8 @@ def test_the_command_of_a_trial_does_again_what_it_did(home: Path, metric: str) 
 
 
 def score(run: Run, identity: MetricIdentity | BoundIdentity, value: float, step: int = 200) -> None:
-    folder = run.folder / "evaluations" / f"{value:g}"
+    steps = identity.generation.steps if isinstance(identity, MetricIdentity) else 0
+    folder = run.folder / "evaluations" / f"{value:g}-{steps}"
     folder.mkdir(parents=True)
     content = {
         "model": {"run": run.id, "step": step},
@@ -114,8 +122,7 @@ def test_a_value_of_something_else_is_not_the_trials(trial: Run, other: str) -> 
     step = changes.pop("step", 200)
     generation = replace(usual(trial), **changes.pop("generation", {}))
     score(trial, replace(FID, generation=generation, **changes), 1.0, step)
-    assert not has_value(trial, "fid", JUDGED_BY)
-    assert calls_scored(trial, "fid", JUDGED_BY) == set()
+    assert scores_of(trial, "fid", JUDGED_BY) == {}
     assert entry_of(trial, "fid", JUDGED_BY, "finished", {}).status == "failed"
     score(trial, replace(FID, generation=usual(trial)), 2.0)
     entry = entry_of(trial, "fid", JUDGED_BY, "finished", {})
@@ -129,9 +136,21 @@ def usual(run: Run) -> Generation:
 def test_other_numbers_of_network_calls_make_the_curve(trial: Run) -> None:
     for steps, value in ((10, 3.0), (50, 2.0), (20, 2.5)):
         score(trial, replace(FID, generation=replace(usual(trial), steps=steps)), value)
-    assert calls_scored(trial, "fid", JUDGED_BY) == {10, 20, 50}
+    assert set(scores_of(trial, "fid", JUDGED_BY)) == {10, 20, 50}
     entry = entry_of(trial, "fid", JUDGED_BY, "finished", {})
     assert (entry.value, entry.curve) == (2.0, {10: 3.0, 20: 2.5, 50: 2.0})
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_no_number_is_a_failure_and_of_the_curve_it_is_left_out(trial: Run, value: float) -> None:
+    score(trial, replace(FID, generation=replace(usual(trial), steps=10)), value)
+    score(trial, replace(FID, generation=usual(trial)), 2.0)
+    assert entry_of(trial, "fid", JUDGED_BY, "finished", {}).curve == {50: 2.0}
+    score(trial, replace(FID, generation=usual(trial)), value)
+    (trial.folder / "evaluations" / "2-50" / "scores.json").unlink()
+    entry = entry_of(trial, "fid", JUDGED_BY, "finished", {})
+    assert (entry.status, entry.value) == ("failed", None)
+    assert entry.reason == f"its fid_classifier_n128 is {value}, not a finite number"
 
 
 def test_bits_per_dim_are_the_trials_where_they_are_of_all_its_images(trial: Run) -> None:
@@ -139,7 +158,7 @@ def test_bits_per_dim_are_the_trials_where_they_are_of_all_its_images(trial: Run
     score(trial, replace(whole, num_images=100), 1.0)
     score(trial, replace(whole, split="test"), 1.5)
     score(trial, replace(whole, weights="raw"), 1.75)
-    assert not has_value(trial, "bpd", {})
+    assert scores_of(trial, "bpd", {}) == {}
     score(trial, whole, 2.0)
     entry = entry_of(trial, "bpd", {}, "finished", {})
     assert (entry.value, entry.metric, entry.curve) == (2.0, "bits_per_dim_train_n1797", {})
