@@ -17,27 +17,14 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-# the settings that each kind of network of this package reads
-_SHARED = {"channels", "channel_multipliers", "norm_groups"}
-_READ_BY = {
-    "unet": _SHARED
-    | {
-        "num_res_blocks",
-        "attention_resolutions",
-        "num_heads",
-        "head_channels",
-        "dropout",
-        "norm_eps",
-        "scale_shift_norm",
-    }
-    | {"flip_sin_to_cos", "freq_shift", "downsample_padding", "class_conditional"},
-    "vae": _SHARED | {"latent_dim"},
-}
+OWN_TYPES = ("unet", "vae")  # networks of this package
 
 
 def settings_of(kind: str) -> set[str]:
-    """Return the settings that a type of network reads besides `type`."""
-    return _READ_BY.get(kind, {"class_conditional"})
+    """Return the settings that a type of network reads besides `type` and `arguments`."""
+    if kind == "unet":
+        return set(ModelConfig.model_fields) - {"type", "arguments", "latent_dim"}
+    return {"channels", "channel_multipliers", "norm_groups", "latent_dim"} if kind == "vae" else {"class_conditional"}
 
 
 class ModelConfig(Section):
@@ -85,7 +72,7 @@ class ModelConfig(Section):
     def _one_kind(self) -> ModelConfig:
         if self.head_channels is not None and self.num_heads != 1:
             raise ValueError("num_heads and head_channels both say how many heads there are; give one of them")
-        if self.type in _READ_BY:
+        if self.type in OWN_TYPES:
             if self.arguments:
                 raise ValueError(
                     f"'arguments' belong to a network of your own; with type {self.type!r} set its keys directly"
@@ -106,7 +93,7 @@ class ModelConfig(Section):
             k for k in fields.keys() - read - {"type", "arguments"} if getattr(self, k) != fields[k].default
         )
         if unread:
-            owner = next((kind for kind, keys in _READ_BY.items() if set(unread) <= keys), "unet")
+            owner = next((kind for kind in OWN_TYPES if settings_of(kind).issuperset(unread)), "unet")
             raise ValueError(f"{', '.join(unread)} belong to type {owner!r}; {what_to_do}")
 
 

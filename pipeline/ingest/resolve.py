@@ -83,7 +83,7 @@ def resolve_source(
             f"{nearest(source, list(BUILT_IN))}"
         )
     if path.is_dir():
-        return _folder(path, *columns, data.layout)
+        return _folder(path, data)
     if path.suffix == ".npz":
         return npz(path, *columns)
     raise DataError(
@@ -91,9 +91,7 @@ def resolve_source(
     )
 
 
-def _folder(
-    path: Path, image_column: str | None, label_column: str | None, split: str | None, layout: str | None
-) -> Source:
+def _folder(path: Path, data: DataConfig) -> Source:
     if is_dataset(path):
         raise UsageError(f"{path} is already an ingested dataset: use it directly")
     try:
@@ -101,15 +99,15 @@ def _folder(
         has_parquet = ".parquet" in suffixes
         if has_parquet and suffixes & set(IMAGE_SUFFIXES):
             raise DataError(f"{path} has both Parquet files and image files: give a folder, or a glob, of one kind")
-        if has_parquet and layout is not None:
+        if has_parquet and data.layout is not None:
             raise UsageError(f"--layout is for folders of image files, {path} has Parquet files: leave it out")
         if has_parquet:
-            return parquet(str(path), image_column, label_column, split)
-        if image_column is not None or label_column is not None:
+            return parquet(str(path), data.image_column, data.label_column, data.split)
+        if data.image_column is not None or data.label_column is not None:
             raise UsageError(
                 f"{path} is a folder of image files, which have no columns: leave out --image-column and --label-column"
             )
-        return image_folder(path, split, layout)
+        return image_folder(path, data.split, data.layout)
     except OSError as error:
         raise DataError(f"{error.filename or path} cannot be read ({error.strerror}): make it readable") from None
 
