@@ -6,7 +6,7 @@ prefetching thread, with random numbers that are a function of (seed, step, stre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -18,11 +18,11 @@ from torch import nn
 from benchmarks.rounds import Case, Measure, rate, ratio
 from pipeline.config import presets
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment, load_experiment
+from pipeline.config.experiment import Experiment, Precision, load_experiment
 from pipeline.data.images import to_float
 from pipeline.training.batches import Batch, Prefetch
 from pipeline.training.device import Compute, training_compute
-from pipeline.training.loop import TrainState, fit
+from pipeline.training.loop import StepResult, TrainState, fit
 from pipeline.training.models import build_model, build_objective, num_parameters
 from pipeline.training.randomness import training_draws
 
@@ -65,8 +65,8 @@ def _contestants(preset: str, batch_size: int, num_steps: int, micro: bool, stac
     experiment, shape = experiment_of(preset, batch_size), SHAPES[preset]
     compute = training_compute(experiment, Profile(), 1, shape)
     compute.start()
-    shipped = replace(compute, autocast_dtype=None, channels_last=False, compile=False)
-    tuned = replace(shipped, autocast_dtype=torch.bfloat16, channels_last=True)
+    shipped = replace(compute, precision=Precision.FP32, channels_last=False, compile=False)
+    tuned = replace(shipped, precision=Precision.BF16, channels_last=True)
     works = {
         "ddpm-pipe": our_training(experiment, shape, compute, stack),
         "diffusers": peer_training(experiment, shape, shipped),
@@ -77,8 +77,8 @@ def _contestants(preset: str, batch_size: int, num_steps: int, micro: bool, stac
     return {name: rate(partial(work, num_steps), batch_size * num_steps) for name, work in works.items()}
 
 
-def experiment_of(preset: str, batch_size: int) -> Experiment:
-    return load_experiment(presets.find("experiments", preset), [f"training.batch_size={batch_size}"])
+def experiment_of(preset: str, batch_size: int, settings: Sequence[str] = ()) -> Experiment:
+    return load_experiment(presets.find("experiments", preset), [f"training.batch_size={batch_size}", *settings])
 
 
 def random_batches(experiment: Experiment, shape: Shape) -> Iterator[Batch]:
@@ -90,20 +90,25 @@ def random_batches(experiment: Experiment, shape: Shape) -> Iterator[Batch]:
         yield Batch(step, pool[rows], None, rows, training_draws(experiment.seed, step, 0, size, shape))
 
 
-def our_training(experiment: Experiment, shape: Shape, compute: Compute, stack: ExitStack) -> Callable[[int], None]:
-    model = compute.place(build_model(experiment, shape))
+def our_steps(experiment: Experiment, shape: Shape, compute: Compute, batches: Iterator[Batch]) -> Iterator[StepResult]:
+    """Train a new network, a step at a time."""
+    model = compute.place(build_model(experiment, shape)).train()
     state = TrainState.create(model, experiment.training, experiment.diffusion.num_timesteps, compute)
-    steps = fit(
+    return fit(
         state,
         compute.compiled(model),
         build_objective(experiment),
-        stack.enter_context(Prefetch(random_batches(experiment, shape))),
+        map(Batch.pin, batches) if compute.pin_memory else batches,
         experiment.training,
         compute,
         seed=experiment.seed,
         horizontal_flip=experiment.data.horizontal_flip,
     )
-    model.train()
+
+
+def our_training(experiment: Experiment, shape: Shape, compute: Compute, stack: ExitStack) -> Callable[[int], None]:
+    batches: Iterator[Batch] = stack.enter_context(Prefetch(random_batches(experiment, shape)))
+    steps = our_steps(experiment, shape, compute, batches)
 
     def work(num_steps: int) -> None:
         for _ in range(num_steps):

@@ -140,8 +140,8 @@ class TrainingConfig(Section):
     """Steps between stored snapshots of the power-function averages."""
     precision: Precision = Precision.FP32
     """Arithmetic of the network; weights, optimizer and averages are float32. `mixed` is the fastest that the device computes itself."""
-    compile: bool = False
-    """Compile the network with torch.compile."""
+    compile: bool | None = False
+    """Compile the network with torch.compile; null does on GPUs, in trainings of 20,000 steps and more."""
     channels_last: bool | None = None
     """Memory layout of the network; null leaves it to the device."""
     tf32: bool = False

@@ -2,7 +2,7 @@
 
 What changes a result is the experiment's to say (`training.precision`, `micro_batch_size`, `tf32`, `channels_last`, `compile`,
 `deterministic`); what a machine permits is the profile's (`precisions`, `compile`, `cuda_graphs`); what it can do, torch is asked once
-(`Capabilities`). `decide` makes one `Compute` of the three, and is a pure function. The GPU's path has the shape of the CPU's: the same
+(`Capabilities`). `training_compute` makes one `Compute` of the three. The GPU's path has the shape of the CPU's: the same
 calls, other values. What an experiment leaves open is decided for the device, and kept by the run from then on (`Compute.arithmetic`).
 """
 
@@ -11,9 +11,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -24,7 +27,6 @@ from pipeline.config.experiment import Experiment, Precision
 from pipeline.cpus import free_memory_bytes, usable_cpus
 from pipeline.errors import ClusterError, UsageError
 from pipeline.gpus import usable_gpus
-from pipeline.training.optimizer import AdamW
 from pipeline.training.threads import THREADS, spread
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ Shape = tuple[int, int, int]
 # Ampere; torch emulates bf16 on older GPUs, as on CPUs without instructions for it: up to 30 times slower than fp32
 BF16_FROM = (8, 0)
 COMPILER_FROM = (7, 0)  # Triton, which torch.compile writes GPU code with
+# an estimate, not measured: compiling takes a minute or two, which is little beside so many steps
+WORTH_COMPILING_STEPS = 20_000
 LossScaler = torch.amp.GradScaler
 CACHED_ELEMENTS = 2**22
 """Elements of the first level's activations that a micro-batch has on a CPU: 32 images of 32x32 with 128 channels, 8 MiB in bf16.
@@ -54,6 +58,7 @@ class Capabilities:
     gpu_version: tuple[int, int] = (0, 0)  # of the least capable one; (9, 0) is an H100
     nccl: bool = False
     cpu_bf16: bool = False
+    c_compiler: bool = False  # with Python's headers: Triton builds with them what starts its kernels
 
     def fast_precisions(self, on_gpu: bool) -> list[Precision]:
         """Return the arithmetic that the GPU or the CPU has instructions for, the fastest first."""
@@ -67,7 +72,10 @@ class Capabilities:
         count = usable_gpus()
         versions = [torch.cuda.get_device_capability(index) for index in range(count)]
         cpu_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()  # AMX always has it
-        return cls(count, min(versions, default=(0, 0)), torch.distributed.is_nccl_available(), cpu_bf16)
+        headers = Path(sysconfig.get_path("include"), "Python.h").exists()
+        c_compiler = headers and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang")))
+        nccl = torch.distributed.is_nccl_available()
+        return cls(count, min(versions, default=(0, 0)), nccl, cpu_bf16, c_compiler)
 
 
 @dataclass(frozen=True)
@@ -76,10 +84,10 @@ class Compute:
 
     device: torch.device
     backend: str  # of torch.distributed
-    autocast_dtype: torch.dtype | None
-    compile: bool
-    channels_last: bool
     threads: int
+    precision: Precision = Precision.FP32
+    compile: bool = False
+    channels_last: bool = False
     tf32: bool = False
     deterministic: bool = False
     cuda_graphs: bool = False
@@ -91,22 +99,15 @@ class Compute:
         names = ("precision", "micro_batch_size", "threads", "channels_last", "compile")
         return {name: getattr(self, name) for name in names}
 
-    def keeping(self, arithmetic: Mapping[str, Any]) -> Compute:
-        """Return the same with other values of `arithmetic`, of some names or of all."""
-        changes = dict(arithmetic)
-        if "precision" in changes:
-            changes["autocast_dtype"] = AUTOCAST[Precision(changes.pop("precision"))]
-        return replace(self, **changes)
-
     @property
     def on_gpu(self) -> bool:
         """Whether the device is a CUDA GPU."""
         return self.device.type == "cuda"
 
     @property
-    def precision(self) -> Precision:
-        """The arithmetic of the network."""
-        return next(name for name, dtype in AUTOCAST.items() if dtype == self.autocast_dtype)
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The type that autocast computes in; None without autocast."""
+        return AUTOCAST[self.precision]
 
     def start(self) -> None:
         """Set what torch keeps per process: threads, what float32 means, and whether kernels must repeat.
@@ -142,10 +143,9 @@ class Compute:
         """
         half = precision == Precision.BF16
         if half and self.on_gpu:
-            _precision(Capabilities.of_this_machine(), Precision.BF16, Profile(), on_gpu=True, section="sampling")
+            _require_bf16(Capabilities.of_this_machine(), "sampling", instead=Precision.FP32)
         layout = half and (self.on_gpu or channels >= WIDE_IN_SAMPLING)
-        chosen = self.keeping({"precision": precision, "compile": compiled, "channels_last": layout})
-        return replace(chosen, cuda_graphs=False)
+        return replace(self, precision=Precision(precision), compile=compiled, channels_last=layout, cuda_graphs=False)
 
     def free_bytes(self) -> int:
         """Return the memory of the device that is free."""
@@ -179,25 +179,17 @@ class Compute:
         """`device_ids` of DistributedDataParallel."""
         return [self.device] if self.on_gpu else None
 
-    def optimizer(self, parameters: Any, **settings: Any) -> torch.optim.Optimizer:
-        """Return AdamW (with no weight decay it is Adam) with one fused kernel for all parameters, which both kinds of device have."""
-        return AdamW(parameters, fused=True, **settings)
-
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which the network is called."""
-        if self.autocast_dtype is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self.autocast_dtype)
+        return torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None)
 
     def no_autocast(self) -> contextlib.AbstractContextManager[object]:
         """Return the context in which gradients are computed, inside that of the network."""
-        return (
-            contextlib.nullcontext() if self.autocast_dtype is None else torch.autocast(self.device.type, enabled=False)
-        )
+        return torch.autocast(self.device.type, enabled=False)
 
     def loss_scaler(self) -> LossScaler:
         """Return what keeps small fp16 gradients from vanishing; it does nothing in other precisions."""
-        return LossScaler(self.device.type, enabled=self.autocast_dtype is torch.float16)
+        return LossScaler(self.device.type, enabled=self.precision is Precision.FP16)
 
     def compiled(self, network: nn.Module) -> nn.Module:
         """Return the network as it is to be called: compiled where asked, its kernels replayed as CUDA graphs where permitted."""
@@ -221,55 +213,74 @@ def require_permission(experiment: Experiment, profile: Profile) -> None:
             f"choose another profile or -s training.precision={profile.precisions[0]}"
         )
     if training.compile and not profile.compile:
-        raise UsageError(f"training.compile: profile {profile.name!r} does not allow it; use -s training.compile=false")
+        raise _compile_forbidden(profile)
 
 
-def decide(
-    capabilities: Capabilities,
+def training_compute(
     experiment: Experiment,
     profile: Profile,
     num_workers: int,
     shape: Shape | None,
     gpu: int = 0,
+    found: Capabilities | None = None,
 ) -> Compute:
     """Decide for one training worker of `num_workers`, which was given the GPU of that index if the profile gives it one.
 
-    `shape` (C, H, W) is that of an image, None if it is not known yet: then `micro_batch_size` is left undecided. Raises UsageError where
-    profile or hardware forbid what the experiment asks, ClusterError where a GPU is asked for and absent.
+    `shape` (C, H, W) is that of an image, None if it is not known yet: then `micro_batch_size` is left undecided. `found` is what the
+    machine can do; None asks torch. Raises UsageError where profile or hardware forbid what the experiment asks, ClusterError where a
+    GPU is asked for and absent.
     """
     require_permission(experiment, profile)
     training = experiment.training
-    device = _device(capabilities, profile, gpu)
+    found = found or Capabilities.of_this_machine()
+    device = _device(found, profile, gpu)
     on_gpu = device.type == "cuda"
-    precision = _precision(capabilities, training.precision, profile, on_gpu=on_gpu)
-    if training.compile and on_gpu and capabilities.gpu_version < COMPILER_FROM:
-        raise UsageError(
-            f"training.compile: this GPU has compute capability {_dotted(capabilities.gpu_version)}, the compiler needs "
-            f"{_dotted(COMPILER_FROM)}; use -s training.compile=false"
-        )
+    precision = _precision(found, training.precision, profile, on_gpu=on_gpu)
+    compiled = _compile(found, experiment, profile, on_gpu=on_gpu)
     micro_batch_size = training.micro_batch_size or _micro_batch_size(experiment, shape, on_gpu=on_gpu)
     whole = micro_batch_size is None or micro_batch_size * num_workers >= training.batch_size
     channels_last = training.channels_last
     if channels_last is None:
-        channels_last = precision is not Precision.FP32 and _likes_channels_last(experiment, on_gpu=on_gpu)
+        # a network of the user's own may expect its memory in order
+        likes_it = experiment.model.type == "unet" and (on_gpu or experiment.model.channels >= WIDE_IN_TRAINING)
+        channels_last = precision is not Precision.FP32 and likes_it
     return Compute(
         device=device,
-        backend=backend_of(profile) if capabilities.nccl else "gloo",
-        autocast_dtype=AUTOCAST[precision],
-        compile=training.compile,
-        channels_last=channels_last,
+        backend=backend_of(profile) if found.nccl else "gloo",
         threads=profile.threads(num_workers),
+        precision=precision,
+        compile=compiled,
+        channels_last=channels_last,
         tf32=on_gpu and training.tf32,
         deterministic=on_gpu and training.deterministic,
         # gradients of several micro-batches add up in memory that a replayed graph would write over
-        cuda_graphs=on_gpu and training.compile and profile.cuda_graphs and whole,
+        cuda_graphs=on_gpu and compiled and profile.cuda_graphs and whole,
         micro_batch_size=micro_batch_size,
     )
 
 
-def _likes_channels_last(experiment: Experiment, *, on_gpu: bool) -> bool:
-    """Whether a network is faster in channels_last memory in half precision; one of the user's own may expect its memory in order."""
-    return experiment.model.type == "unet" and (on_gpu or experiment.model.channels >= WIDE_IN_TRAINING)
+def _compile(found: Capabilities, experiment: Experiment, profile: Profile, *, on_gpu: bool) -> bool:
+    """Whether to compile the network; UsageError where device or profile forbid it.
+
+    Left open, a U-Net is compiled on a GPU, in trainings that are long enough to earn the minutes that it takes.
+    """
+    training, able = experiment.training, not on_gpu or found.gpu_version >= COMPILER_FROM
+    if training.compile and not able:
+        raise UsageError(
+            f"training.compile: this GPU has compute capability {_dotted(found.gpu_version)}, the compiler needs "
+            f"{_dotted(COMPILER_FROM)}; use -s training.compile=false"
+        )
+    if training.compile is not None:
+        return training.compile
+    long = experiment.model.type == "unet" and training.steps >= WORTH_COMPILING_STEPS
+    chosen = on_gpu and able and found.c_compiler and long
+    if chosen and not profile.compile:
+        raise _compile_forbidden(profile)
+    return chosen
+
+
+def _compile_forbidden(profile: Profile) -> UsageError:
+    return UsageError(f"training.compile: profile {profile.name!r} does not allow it; use -s training.compile=false")
 
 
 def _micro_batch_size(experiment: Experiment, shape: Shape | None, *, on_gpu: bool) -> int | None:
@@ -278,13 +289,6 @@ def _micro_batch_size(experiment: Experiment, shape: Shape | None, *, on_gpu: bo
         return None
     images = CACHED_ELEMENTS // (experiment.model.channels * shape[1] * shape[2])
     return max(1, images) if images < experiment.training.batch_size else None
-
-
-def training_compute(
-    experiment: Experiment, profile: Profile, num_workers: int, shape: Shape | None, gpu: int = 0
-) -> Compute:
-    """Decide for a training worker of this machine; see `decide`."""
-    return decide(Capabilities.of_this_machine(), experiment, profile, num_workers, shape, gpu)
 
 
 def kept_arithmetic(
@@ -299,7 +303,7 @@ def kept_arithmetic(
         "precision": training.precision is not Precision.MIXED,
         "micro_batch_size": training.micro_batch_size is not None,
         "channels_last": training.channels_last is not None,
-        "compile": True,
+        "compile": training.compile is not None,
     }
     kept = {name: value for name, value in before.items() if not own.get(name, name in named)}
     able = Capabilities.of_this_machine().fast_precisions(compute.on_gpu)
@@ -308,7 +312,9 @@ def kept_arithmetic(
             f"training.precision: got {kept['precision']} for mixed on {whose}, expected one that this machine computes itself "
             f"({', '.join(able)}). Train on machines of one kind, or name it: -s training.precision={Precision.FP32}."
         )
-    return compute.keeping(kept)
+    if "precision" in kept:
+        kept["precision"] = Precision(kept["precision"])
+    return replace(compute, **kept)
 
 
 def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, here: bool = True) -> Compute:
@@ -318,15 +324,7 @@ def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, he
     """
     found = Capabilities.of_this_machine()
     device = _device(found, profile, gpu) if here or found.num_gpus else torch.device("cpu")
-    return Compute(
-        device,
-        backend_of(profile),
-        None,
-        compile=False,
-        channels_last=False,
-        threads=profile.threads(num_workers),
-        deterministic=device.type == "cuda",
-    )
+    return Compute(device, backend_of(profile), profile.threads(num_workers), deterministic=device.type == "cuda")
 
 
 def sampling_precision(asked: str, where: Compute | Profile) -> str:
@@ -347,7 +345,7 @@ def serving_compute() -> Compute:
     In a process of somebody else's it is not started: torch's settings there are that process's own.
     """
     device = torch.device("cuda" if usable_gpus() else "cpu")
-    return Compute(device, "gloo", None, compile=False, channels_last=False, threads=usable_cpus())
+    return Compute(device, "gloo", usable_cpus())
 
 
 def arithmetic_of(profile: Profile) -> dict[str, Any]:
@@ -423,29 +421,27 @@ def _device(capabilities: Capabilities, profile: Profile, index: int) -> torch.d
     return torch.device("cuda", index)
 
 
-def _precision(
-    capabilities: Capabilities, asked: Precision, profile: Profile, *, on_gpu: bool, section: str = "training"
-) -> Precision:
-    """Return the arithmetic, of which `mixed` leaves the choice to the device; UsageError where the device has it not."""
-    if asked is Precision.MIXED:
-        return _mixed(capabilities, profile, on_gpu=on_gpu)
-    if asked is Precision.BF16 and on_gpu and capabilities.gpu_version < BF16_FROM:
-        raise UsageError(
-            f"{section}.precision: got bf16, which this GPU (compute capability {_dotted(capabilities.gpu_version)}) does not "
-            f"compute; use -s {section}.precision={'fp16' if section == 'training' else 'fp32'}, or mixed to leave the choice to the GPU"
-        )
-    return asked
-
-
-def _mixed(capabilities: Capabilities, profile: Profile, *, on_gpu: bool) -> Precision:
-    """Return the fastest arithmetic that the device computes itself; UsageError where the profile does not permit it."""
-    able = capabilities.fast_precisions(on_gpu)
-    if able[0] in profile.precisions:
-        return able[0]
+def _precision(capabilities: Capabilities, asked: Precision, profile: Profile, *, on_gpu: bool) -> Precision:
+    """Return the arithmetic of training, of which `mixed` leaves the choice; UsageError where device or profile do not have it."""
+    if asked is Precision.BF16 and on_gpu:
+        _require_bf16(capabilities, "training", instead=Precision.FP16)
+    if asked is not Precision.MIXED:
+        return asked
+    fastest = capabilities.fast_precisions(on_gpu)[0]
+    if fastest in profile.precisions:
+        return fastest
     raise UsageError(
-        f"training.precision: got mixed, which is {able[0]} on this machine, but profile {profile.name!r} allows "
+        f"training.precision: got mixed, which is {fastest} on this machine, but profile {profile.name!r} allows "
         f"{', '.join(profile.precisions)}; name one with -s training.precision={profile.precisions[0]}, or choose another profile"
     )
+
+
+def _require_bf16(capabilities: Capabilities, section: str, *, instead: Precision) -> None:
+    if capabilities.gpu_version < BF16_FROM:
+        raise UsageError(
+            f"{section}.precision: got bf16, which this GPU (compute capability {_dotted(capabilities.gpu_version)}) does not "
+            f"compute; use -s {section}.precision={instead}, or mixed to leave the choice to the GPU"
+        )
 
 
 def _dotted(version: tuple[int, int]) -> str:

@@ -25,6 +25,7 @@ from pipeline.training.batches import Batch, PlacedBatch
 from pipeline.training.device import Compute, LossScaler
 from pipeline.training.learning_rate import learning_rate_at
 from pipeline.training.models import Loss, load_weights, weights_of
+from pipeline.training.optimizer import AdamW
 from pipeline.training.randomness import seed_dropout
 
 LEAST_LOSS_SCALE = 1.0  # it begins at 65,536: below one, fp16 has nothing left to gain
@@ -48,8 +49,10 @@ class TrainState:
     @classmethod
     def create(cls, model: nn.Module, settings: TrainingConfig, num_timesteps: int, compute: Compute) -> TrainState:
         """Return a train_state at step 0 for a network that is on its device already."""
-        optimizer = compute.optimizer(
+        # with no weight decay it is Adam; both kinds of device have one fused kernel for all parameters
+        optimizer = AdamW(
             model.parameters(),
+            fused=True,
             lr=settings.learning_rate,
             betas=settings.adam_betas,
             eps=settings.adam_eps,

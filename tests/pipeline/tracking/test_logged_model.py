@@ -103,7 +103,7 @@ def test_it_loads_without_pickle_and_gives_the_runs_images(
     images = np.load(tmp_path / "images.npy")
     assert images.dtype == np.uint8
     sampling = experiment.sampling.model_copy(update={"steps": 3})
-    compute = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
+    compute = Compute(torch.device("cpu"), "gloo", threads=1)
     with torch.no_grad():
         parts = list(Denoiser(model.diffusion, model.model, model.shape, sampling, 5, compute).generate(3))
     expected = torch.cat(parts)[:, 0].numpy()

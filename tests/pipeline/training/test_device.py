@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline.config import presets
 from pipeline.config.cluster_profile import Profile
-from pipeline.config.experiment import Experiment, experiment_from
+from pipeline.config.experiment import Experiment, Precision, experiment_from, load_experiment
 from pipeline.config.yaml_files import validate
 from pipeline.errors import ClusterError, UsageError
 from pipeline.training import device
-from pipeline.training.device import Capabilities, Compute, decide
+from pipeline.training.device import Capabilities, Compute, training_compute
 
 CPU = Capabilities()
 CPU_WITH_BF16 = Capabilities(cpu_bf16=True)
@@ -34,7 +36,7 @@ def profile(**settings: Any) -> Profile:
 
 def compute(name: str, **settings: Any) -> Compute:
     """The plain decision on the CPU or GPU 0, changed in `settings`."""
-    plain: dict[str, Any] = {"autocast_dtype": None, "compile": False, "channels_last": False, "threads": 2}
+    plain: dict[str, Any] = {"threads": 2}
     gpu: dict[str, Any] = {"backend": "nccl", "deterministic": True} if name != "cpu" else {"backend": "gloo"}
     return Compute(torch.device(name), **plain | gpu | settings)
 
@@ -44,18 +46,18 @@ def compute(name: str, **settings: Any) -> Compute:
     ("hardware", "training", "settings", "gpu", "wanted"),
     [
         (CPU, {}, {}, 0, compute("cpu")),
-        (CPU, {"precision": "bf16"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True)),
+        (CPU, {"precision": "bf16"}, {}, 0, compute("cpu", precision=Precision.BF16, channels_last=True)),
         (CPU, {"precision": "mixed"}, {}, 0, compute("cpu")),  # bf16 would be emulated, and slow
-        (CPU_WITH_BF16, {"precision": "mixed"}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True)),
-        (CPU_WITH_BF16, {"precision": "mixed", "channels_last": False}, {}, 0, compute("cpu", autocast_dtype=torch.bfloat16)),
+        (CPU_WITH_BF16, {"precision": "mixed"}, {}, 0, compute("cpu", precision=Precision.BF16, channels_last=True)),
+        (CPU_WITH_BF16, {"precision": "mixed", "channels_last": False}, {}, 0, compute("cpu", precision=Precision.BF16)),
         (CPU, {"compile": True, "channels_last": True}, {"cuda_graphs": True}, 0,
          compute("cpu", compile=True, channels_last=True)),
         (CPU, {"tf32": True}, {}, 0, compute("cpu")),  # there is no such thing on a CPU, and float32 repeats anyway
         (A100S, {}, {}, 0, compute("cpu")),  # a GPU that the profile does not give stays unused
         (A100S, {}, ON_GPU, 0, compute("cuda:0")),
-        (A100S, {"precision": "mixed"}, ON_GPU, 3, compute("cuda:3", autocast_dtype=torch.bfloat16, channels_last=True)),
-        (A100S, {"precision": "fp16"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16, channels_last=True)),
-        (T4, {"precision": "mixed"}, ON_GPU, 0, compute("cuda:0", autocast_dtype=torch.float16, channels_last=True)),
+        (A100S, {"precision": "mixed"}, ON_GPU, 3, compute("cuda:3", precision=Precision.BF16, channels_last=True)),
+        (A100S, {"precision": "fp16"}, ON_GPU, 0, compute("cuda:0", precision=Precision.FP16, channels_last=True)),
+        (T4, {"precision": "mixed"}, ON_GPU, 0, compute("cuda:0", precision=Precision.FP16, channels_last=True)),
         (A100S, {"tf32": True, "deterministic": False}, ON_GPU, 0, compute("cuda:0", tf32=True, deterministic=False)),
         (A100S, {"compile": True}, ON_GPU, 0, compute("cuda:0", compile=True)),
         (A100S, {"compile": True}, ON_GPU | {"cuda_graphs": True}, 0, compute("cuda:0", compile=True, cuda_graphs=True)),
@@ -70,7 +72,7 @@ def compute(name: str, **settings: Any) -> Compute:
 def test_the_decision(
     hardware: Capabilities, training: dict[str, Any], settings: dict[str, Any], gpu: int, wanted: Compute
 ) -> None:
-    assert decide(hardware, experiment(**training), profile(**settings), 1, None, gpu) == wanted
+    assert training_compute(experiment(**training), profile(**settings), 1, None, gpu, hardware) == wanted
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(
     words: str,
 ) -> None:
     with pytest.raises(error, match=words):
-        decide(hardware, experiment(**training), profile(**settings), 1, None)
+        training_compute(experiment(**training), profile(**settings), 1, None, found=hardware)
 
 
 @pytest.mark.promise("P6")
@@ -132,35 +134,66 @@ def test_a_large_batch_is_cut_into_what_a_cpu_keeps_in_its_cache(
     model: dict[str, Any], shape: tuple[int, int, int] | None, training: dict[str, Any], wanted: int | None
 ) -> None:
     chosen = experiment_from({"model": model, "training": training})
-    assert decide(CPU, chosen, profile(), 1, shape).micro_batch_size == wanted
+    assert training_compute(chosen, profile(), 1, shape, found=CPU).micro_batch_size == wanted
     if not training:
-        assert decide(A100S, chosen, profile(**ON_GPU), 1, shape).micro_batch_size is None
+        assert training_compute(chosen, profile(**ON_GPU), 1, shape, found=A100S).micro_batch_size is None
+
+
+@pytest.mark.promise("P6")
+def test_compile_left_open_is_taken_by_long_trainings_on_gpus_that_can() -> None:
+    with_compiler = replace(A100S, c_compiler=True)
+
+    def compiles(hardware: Capabilities, steps: int, settings: dict[str, Any], **model: Any) -> bool:
+        chosen = experiment_from({"training": {"compile": None, "steps": steps}, "model": model})
+        return training_compute(chosen, profile(**settings), 1, None, found=hardware).compile
+
+    assert compiles(with_compiler, 20_000, ON_GPU)
+    assert not compiles(with_compiler, 19_999, ON_GPU)  # as in a sweep
+    assert not compiles(A100S, 20_000, ON_GPU)  # without a C compiler
+    assert not compiles(replace(P100, c_compiler=True), 20_000, ON_GPU)
+    assert not compiles(with_compiler, 20_000, {})  # on the CPU of that machine
+    assert not compiles(with_compiler, 20_000, ON_GPU, type="mine:Network", arguments={})
+    with pytest.raises(UsageError, match=r"'here' does not allow it; use -s training\.compile=false"):
+        compiles(with_compiler, 20_000, ON_GPU | {"compile": False})
+    assert not compiles(with_compiler, 19_999, ON_GPU | {"compile": False})
+
+
+@pytest.mark.parametrize(
+    "preset", ["ddpm-cifar10", "ddpm-lsun-256", "ddpm-celebahq-256", "iddpm-cifar10-hybrid", "iddpm-cifar10-vlb"]
+)
+def test_the_papers_presets_take_the_fast_path_of_a_gpu_and_repeat(preset: str) -> None:
+    chosen = load_experiment(presets.find("experiments", preset))
+    found = replace(A100S, c_compiler=True)
+    fast = {"precision": Precision.BF16, "channels_last": True, "compile": True}
+    assert training_compute(chosen, profile(**ON_GPU), 1, None, found=found) == compute("cuda:0", **fast)
 
 
 def test_narrow_networks_stay_in_order_on_a_cpu() -> None:
     narrow = experiment_from({"training": {"precision": "mixed"}, "model": {"channels": 64}})
-    assert not decide(CPU_WITH_BF16, narrow, profile(), 1, None).channels_last
-    assert decide(A100S, narrow, profile(**ON_GPU), 1, None).channels_last
+    assert not training_compute(narrow, profile(), 1, None, found=CPU_WITH_BF16).channels_last
+    assert training_compute(narrow, profile(**ON_GPU), 1, None, found=A100S).channels_last
 
 
 @pytest.mark.promise("P6")
 def test_what_was_decided_elsewhere_is_kept_unless_it_is_named_or_cannot_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = compute("cpu", autocast_dtype=torch.bfloat16, channels_last=True, micro_batch_size=8, threads=4).arithmetic
+    before = compute("cpu", precision=Precision.BF16, channels_last=True, micro_batch_size=8, threads=4).arithmetic
     assert before == {
         "precision": "bf16", "channels_last": True, "micro_batch_size": 8, "threads": 4, "compile": False
     }  # fmt: skip
     mixed = experiment(precision="mixed")
     able, unable = CPU_WITH_BF16, CPU
     monkeypatch.setattr(Capabilities, "of_this_machine", classmethod(lambda cls: able))
-    here = decide(able, mixed, profile(), 1, (3, 32, 32))
+    here = training_compute(mixed, profile(), 1, (3, 32, 32), found=able)
     assert device.kept_arithmetic(here, before, mixed, whose="another").arithmetic == before
     assert device.kept_arithmetic(here, before, mixed, named={"threads"}, whose="another").threads == 2
     named = experiment(precision="fp32", channels_last=False, micro_batch_size=16)
-    there = decide(able, named, profile(), 1, (3, 32, 32))
+    there = training_compute(named, profile(), 1, (3, 32, 32), found=able)
     assert device.kept_arithmetic(there, before, named, named={"threads"}, whose="another") == there
     monkeypatch.setattr(Capabilities, "of_this_machine", classmethod(lambda cls: unable))
     with pytest.raises(ClusterError, match=r"got bf16 for mixed on another, expected .*\(fp32\).*precision=fp32"):
-        device.kept_arithmetic(decide(unable, mixed, profile(), 1, None), before, mixed, whose="another")
+        device.kept_arithmetic(
+            training_compute(mixed, profile(), 1, None, found=unable), before, mixed, whose="another"
+        )
 
 
 def test_mixed_is_not_something_a_profile_permits() -> None:
@@ -169,9 +202,8 @@ def test_mixed_is_not_something_a_profile_permits() -> None:
 
 
 def test_the_loss_is_scaled_in_fp16_alone() -> None:
-    for precision, dtype in device.AUTOCAST.items():
-        chosen = compute("cpu", autocast_dtype=dtype)
-        assert chosen.precision is precision
+    for precision in device.AUTOCAST:
+        chosen = compute("cpu", precision=precision)
         assert chosen.loss_scaler().is_enabled() == (precision == "fp16")
 
 

@@ -23,7 +23,7 @@ from pipeline.sampling.generation import Denoiser
 from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.training.averages import make_averages
 from pipeline.training.batches import training_batches
-from pipeline.training.device import Capabilities, Compute, decide, sampling_compute
+from pipeline.training.device import Compute, sampling_compute, training_compute
 from pipeline.training.loop import TrainState
 from pipeline.training.models import build_diffusion, build_model
 from pipeline.training.randomness import image_generators
@@ -54,7 +54,7 @@ def profile(**changes: Any) -> Profile:
 
 def gpu(chosen: Experiment, **changes: Any) -> Compute:
     """What a worker on this machine's GPU would decide, started."""
-    compute = decide(Capabilities.of_this_machine(), chosen, profile(**changes), 1, None)
+    compute = training_compute(chosen, profile(**changes), 1, None)
     assert compute.on_gpu
     compute.start()
     return compute

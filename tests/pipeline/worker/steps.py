@@ -22,7 +22,7 @@ from tests.kit.experiments import TINY
 
 STEPS = 20
 STREAMS = 8
-CPU = Compute(torch.device("cpu"), "gloo", None, compile=False, channels_last=False, threads=1)
+CPU = Compute(torch.device("cpu"), "gloo", threads=1)
 
 
 def experiment(**training: Any) -> Experiment:

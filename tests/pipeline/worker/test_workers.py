@@ -11,10 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from pipeline.config.experiment import Experiment
+from pipeline.config.experiment import Experiment, Precision
 from pipeline.data.shards import Dataset
 from pipeline.training.batches import training_batches
-from pipeline.training.device import AUTOCAST
 from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
@@ -112,7 +111,7 @@ def train_one(dataset: Dataset, chosen: Experiment) -> tuple[dict[str, torch.Ten
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, precision):
     chosen = experiment(precision=precision)
-    compute = replace(CPU, autocast_dtype=AUTOCAST[precision], channels_last=True)
+    compute = replace(CPU, precision=Precision(precision), channels_last=True)
     train_state = TrainState.create(
         compute.place(build_model(chosen, dataset.manifest.shape)),
         chosen.training,
@@ -134,7 +133,7 @@ def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, pr
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_half_precision_learns_what_fp32_learns(dataset, alone, precision):
     """Losses of 20 steps agree to rounding: in fp16 the scale is taken off the gradient again, and the clip sees the true norm."""
-    compute = replace(CPU, autocast_dtype=AUTOCAST[precision], micro_batch_size=16)
+    compute = replace(CPU, precision=Precision(precision), micro_batch_size=16)
     losses, _, _ = train(dataset, experiment(precision=precision), Team(), compute)
     for mine, theirs in zip(losses, alone[0], strict=True):
         torch.testing.assert_close(mine.mean(), theirs.mean(), rtol=2e-2, atol=0)
@@ -143,6 +142,6 @@ def test_half_precision_learns_what_fp32_learns(dataset, alone, precision):
 @pytest.mark.slow
 @pytest.mark.fault(16)
 def test_fp16_leaves_out_a_step_that_overflows_and_stops_when_the_scale_collapses(dataset):
-    train_state, others = overflow_until_it_stops(dataset, replace(CPU, autocast_dtype=torch.float16))
+    train_state, others = overflow_until_it_stops(dataset, replace(CPU, precision=Precision.FP16))
     for name, parameter in list(train_state.model.named_parameters())[1:]:
         assert torch.equal(parameter, others[name])
