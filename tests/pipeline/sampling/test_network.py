@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import pickle
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -15,10 +18,14 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import SamplingConfig
 from pipeline.errors import UsageError
 from pipeline.sampling import memory
+from pipeline.sampling.generated import GenerateTask
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import interpolate
+from pipeline.storage.tensor_file import Arrays
 from pipeline.training import device
+from pipeline.training.chunks import ChunkStore, Task, as_it_stands, chunks_of, compute
 from pipeline.training.device import Capabilities, sampling_precision
+from tests.kit.forks import run_team
 from tests.pipeline.worker.steps import CPU
 
 PRECISIONS = ("bf16", "fp32")
@@ -58,6 +65,65 @@ def test_an_image_has_the_same_bytes_whatever_is_asked_for_beside_it(precision, 
         assert torch.equal(torch.cat(list(made.generate(count))), chunks[:count])
     for index in (0, 5, 7, 14):
         assert torch.equal(made.images(range(index, index + 1)), chunks[index : index + 1])
+
+
+IMAGES, CHUNK = 22, 4  # the last chunk is not whole
+
+
+def images(made: Denoiser, store: ChunkStore, runner: Callable[..., Iterator[tuple[int, Arrays]]]) -> bytes:
+    parts = compute(GenerateTask(made, IMAGES, None), IMAGES, CHUNK, store, runner)
+    found = np.concatenate([part["images"] for part in parts])
+    assert len(found) == IMAGES
+    return found.tobytes()
+
+
+def be_a_sampling_worker(rank: int, num_workers: int, sent: bytes, folder: str) -> None:
+    """Compute this worker's chunks, the last one first, with a copy of the task."""
+    made = pickle.loads(sent)  # noqa: S301
+    task, store = GenerateTask(made, IMAGES, None), ChunkStore(Path(folder), {})
+    CPU.start()
+    task.start(CPU)
+    for number, indices in list(enumerate(chunks_of(IMAGES, CHUNK)))[rank::num_workers][::-1]:
+        store.put(number, len(indices), task(indices))
+
+
+def nothing_is_missing(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
+    assert not chunks
+    return iter(())
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_two_and_four_workers_make_the_same_images(tmp_path, precision):
+    made = denoiser(a_unet(), precision=precision, batch_size=CHUNK)
+    alone = images(made, ChunkStore(tmp_path / "alone", {}), as_it_stands)
+    assert len({alone[i : i + 64] for i in range(0, len(alone), 64)}) == IMAGES
+    for num_workers in (2, 4):
+        folder = tmp_path / str(num_workers)
+        run_team(be_a_sampling_worker, (num_workers, pickle.dumps(made), str(folder)), num_workers)
+        assert images(made, ChunkStore(folder, {}), nothing_is_missing) == alone
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_images_that_were_stopped_half_way_end_as_the_others(tmp_path, precision):
+    made = denoiser(a_unet(), precision=precision, batch_size=CHUNK)
+    alone = images(made, ChunkStore(tmp_path / "alone", {}), as_it_stands)
+    computed: list[int] = []
+
+    def stopped_after(most: int) -> Callable[..., Iterator[tuple[int, Arrays]]]:
+        def run(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
+            for number, arrays in as_it_stands(task, chunks):
+                if len(computed) == most:
+                    raise KeyboardInterrupt
+                computed.append(number)
+                yield number, arrays
+
+        return run
+
+    with pytest.raises(KeyboardInterrupt):
+        images(made, ChunkStore(tmp_path / "stopped", {}), stopped_after(3))
+    resumed = pickle.loads(pickle.dumps(made))  # noqa: S301 - as another process would load it
+    assert images(resumed, ChunkStore(tmp_path / "stopped", {}), stopped_after(6)) == alone
+    assert computed == [0, 1, 2, 3, 4, 5]
 
 
 class OfTheBatch(nn.Module):
