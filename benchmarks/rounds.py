@@ -64,12 +64,12 @@ def run(case: Case, quick: bool) -> dict[str, Any]:
             )
     return {
         "unit": case.unit,
-        "measured": {name: _summary([each[name] for each in measured]) for name in contestants},
-        "figures": {key: _summary([figure(each) for each in measured]) for key, figure in case.figures.items()},
+        "measured": {name: summary([each[name] for each in measured]) for name in contestants},
+        "figures": {key: summary([figure(each) for each in measured]) for key, figure in case.figures.items()},
     }
 
 
-def _summary(values: list[float]) -> dict[str, Any]:
+def summary(values: list[float]) -> dict[str, Any]:
     """The median, and the spread as [least, most]: None after a single round."""
     spread = [round(min(values), 4), round(max(values), 4)] if len(values) > 1 else None
     return {"median": round(statistics.median(values), 4), "spread": spread}

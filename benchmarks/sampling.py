@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.rounds import Case, Measure, rate, ratio
-from benchmarks.training import SHAPES, experiment_of, peer_network
+from benchmarks.training import SHAPES, Shape, experiment_of, peer_network
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import DataConfig, Experiment
 from pipeline.ingest.ingest import ensure_ingested
@@ -58,27 +58,41 @@ def _contestants(preset: str, num_steps: int, compiled: bool, stack: ExitStack) 
     experiment, shape = experiment_of(preset, 64), SHAPES[preset]
     compute = sampling_compute(Profile())
     compute.start()
-    ours = _denoiser(experiment, shape, num_steps, compute, compiled=compiled)
-    peer = peer_network(experiment, shape).eval()
-    tuned = peer_network(experiment, shape).eval().to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    noise = torch.randn(IMAGES, *shape)
-    works: dict[str, Callable[[], Any]] = {
-        "ddpm-pipe": lambda: list(ours.generate(IMAGES)),
-        "diffusers": partial(_denoise, experiment, peer, noise, num_steps),
-        "tuned": partial(_denoise, experiment, tuned, noise, num_steps),
+    works = {
+        "ddpm-pipe": our_sampling(changed(experiment, compile=compiled), shape, IMAGES, num_steps, compute),
+        "diffusers": peer_sampling(changed(experiment, precision="fp32"), shape, IMAGES, num_steps, compute),
+        "tuned": peer_sampling(changed(experiment, precision="bf16"), shape, IMAGES, num_steps, compute),
     }
     for work in works.values():  # kernels are chosen, compiled, and memory is taken here
         work()
     return {name: rate(work, IMAGES * num_steps) for name, work in works.items()}
 
 
-def _denoiser(
-    experiment: Experiment, shape: tuple[int, int, int], num_steps: int, compute: Compute, *, compiled: bool = False
-) -> Denoiser:
-    ddim = {"sampler": "ddim", "steps": num_steps, "eta": 0.0, "compile": compiled}
-    sampling = experiment.sampling.model_copy(update=ddim)
-    model = build_model(experiment, shape)
-    return Denoiser(build_diffusion(experiment), model, shape, sampling, experiment.seed, compute)
+def changed(experiment: Experiment, **sampling: Any) -> Experiment:
+    return experiment.model_copy(update={"sampling": experiment.sampling.model_copy(update=sampling)})
+
+
+def our_sampling(
+    experiment: Experiment, shape: Shape, num_images: int, num_steps: int, compute: Compute
+) -> Callable[[], Any]:
+    denoiser = _denoiser(experiment, shape, num_steps, compute)
+    return lambda: list(denoiser.generate(num_images))
+
+
+def _denoiser(experiment: Experiment, shape: Shape, num_steps: int, compute: Compute) -> Denoiser:
+    chosen = changed(experiment, sampler="ddim", steps=num_steps, eta=0.0)
+    model = compute.place(build_model(experiment, shape))
+    return Denoiser(build_diffusion(experiment), model, shape, chosen.sampling, experiment.seed, compute)
+
+
+def peer_sampling(
+    experiment: Experiment, shape: Shape, num_images: int, num_steps: int, compute: Compute
+) -> Callable[[], Any]:
+    """diffusers' sampler; in bf16 with weights of that type, in channels_last."""
+    model = compute.place(peer_network(experiment, shape).eval())
+    if experiment.sampling.precision == "bf16":
+        model = model.to(torch.bfloat16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return partial(_denoise, experiment, model, torch.randn(num_images, *shape, device=compute.device), num_steps)
 
 
 @torch.no_grad()

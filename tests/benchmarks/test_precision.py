@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.precision import line, row_of
+from benchmarks.precision import STEPS, line, line_of_losses, row_of, row_of_losses, trained_losses
+from pipeline.data.shards import Dataset
 
 
 def test_differences_are_paired_and_held_against_what_seeds_do() -> None:
@@ -36,3 +37,20 @@ def test_differences_are_paired_and_held_against_what_seeds_do() -> None:
         "digits ddim", 500, "fid_classifier_n500", [50.0, 50.0, 50.1], [50.5, 50.5, 50.6]
     )  # 1 % of the value
     assert alike["shown"]
+
+
+def test_losses_of_bf16_are_held_against_those_of_two_seeds() -> None:
+    exact = [[1.0] * STEPS, [1.2] * STEPS, [1.4] * STEPS]  # on average 0.267 from each other
+    near = row_of_losses("digits", exact, [[1.1, 0.9] * (STEPS // 2), [1.3] * STEPS, [1.5] * STEPS])
+    assert (near["between_seeds"], near["apart"]) == (pytest.approx(0.8 / 3), pytest.approx(0.1))
+    assert (near["shown"], near["last"]) == (True, pytest.approx(1.2))
+    assert line_of_losses(near) == "| digits | 3 | 1.2 | 0.1 | 0.267 | yes |"
+    assert not row_of_losses("digits", exact, [*exact[:2], [1.7] * STEPS])["shown"]
+
+
+def test_a_seed_gives_the_same_losses_again_and_another_precision_others(dataset: Dataset) -> None:
+    # the first steps are alike: the network's output begins at zero, and the learning rate too
+    first, again = (trained_losses("digits", "fp32", 1, dataset, num_steps=6) for _ in range(2))
+    assert first == again
+    cheap, other = (trained_losses("digits", p, s, dataset, num_steps=6) for p, s in (("bf16", 1), ("fp32", 2)))
+    assert 0 < abs(cheap[-1] - first[-1]) < abs(other[-1] - first[-1])
