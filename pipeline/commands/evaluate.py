@@ -14,6 +14,7 @@ from pipeline.commands.submit import runs_on_cluster
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
+    from pipeline.runs.evaluation import Evaluation
 
 METRICS = ("fid", "kid", "is", "prdc", "bpd")
 
@@ -103,7 +104,6 @@ def evaluate(run: str, grid: str | None, context: Context, dry_run: bool, as_jso
         print_result(plan, as_json)
     elif grid is None:
         from pipeline.runs.evaluate import evaluate as evaluate_run
-        from pipeline.runs.evaluation import evaluation_lines
 
         result = evaluate_run(context, run, request)
         print_result(result, as_json, lambda: _page(result.found.run, evaluation_lines(result.found), result.written))
@@ -112,6 +112,19 @@ def evaluate(run: str, grid: str | None, context: Context, dry_run: bool, as_jso
 
         scored = evaluate_grid(context, run, request, grid)
         print_result(scored, as_json, lambda: _page(scored.run, table_lines(scored.grid.shown()), scored.written))
+
+
+def evaluation_lines(found: Evaluation) -> list[str]:
+    """Return the tables of scores, closest training images and bits/dim, each where it was asked for."""
+    from pipeline.metrics.neighbours import neighbour_lines
+    from pipeline.metrics.score_table import score_lines
+
+    parts = [
+        [] if found.scored is None else score_lines(found.scored.scores),
+        [] if found.sheet is None else neighbour_lines(found.sheet.neighbours),
+        [] if found.measured is None else found.measured.lines(),
+    ]
+    return [line for part in parts if part for line in ["", *part]][1:]
 
 
 def _page(run: str, table: Sequence[str], written: Sequence[Path]) -> list[str]:

@@ -195,8 +195,8 @@ def resume(
 
 def summary(outcome: Outcome) -> Iterator[str]:
     """Yield the lines that end a training: scores beside their yardsticks, pictures, and what to type next."""
+    from pipeline.commands.evaluate import evaluation_lines
     from pipeline.console import duration
-    from pipeline.runs.evaluation import evaluation_lines
 
     yield f"run {outcome.run_id}  {outcome.name}  {outcome.step} steps, trained for {duration(outcome.training_s)}"
     yield ""

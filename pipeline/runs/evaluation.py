@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.data.image_set import Images, ImageSet
 from pipeline.metrics.bound_report import Measured, write_measured
-from pipeline.metrics.neighbours import Neighbours, neighbour_lines, write_neighbours
-from pipeline.metrics.score_table import score_lines
+from pipeline.metrics.neighbours import Neighbours, write_neighbours
 from pipeline.metrics.scores import Scores, write_scores
 from pipeline.pictures.pictures import save_grid
 from pipeline.tracking.tracker import Tracker
@@ -73,16 +72,6 @@ class Evaluation:
     def about(self) -> dict[str, Any]:
         """What the files say of all figures: the model, and how it was computed."""
         return {"model": self.model, "arithmetic": self.arithmetic}
-
-
-def evaluation_lines(found: Evaluation) -> list[str]:
-    """Return the tables for people."""
-    parts = [
-        [] if found.scored is None else score_lines(found.scored.scores),
-        [] if found.sheet is None else neighbour_lines(found.sheet.neighbours),
-        [] if found.measured is None else found.measured.lines(),
-    ]
-    return [line for part in parts if part for line in ["", *part]][1:]
 
 
 def write_evaluation(found: Evaluation, root: Path) -> list[Path]:

@@ -78,7 +78,10 @@ class Delivery:
         kind = events[0]["kind"]
         try:
             with _patience(FILE_TIMEOUT_S if kind in FILE_KINDS else None):
-                getattr(self, f"_deliver_{kind}")(events)
+                if kind == "metrics":
+                    self._deliver_metrics(events)
+                else:
+                    getattr(self, f"_deliver_{kind}")(events[0])
         except RejectedError:
             raise
         except Exception as error:
@@ -124,8 +127,7 @@ class Delivery:
     def _history(self, key: str) -> list[Metric]:
         return list(self.client.get_metric_history(self.run_id, key))
 
-    def _deliver_start(self, events: Sequence[Event]) -> None:
-        event = events[0]
+    def _deliver_start(self, event: Event) -> None:
         run = self.client.get_run(self.run_id)
         self.client.update_run(self.run_id, None if event.get("restored") else "RUNNING", event["run_name"])
         self._log_params({n: v for n, v in event["params"].items() if n not in run.data.params})
@@ -162,13 +164,12 @@ class Delivery:
         entities = [RunTag(name, value) for name, value in tags.items()]
         self.client.log_batch(self.run_id, tags=entities, synchronous=True)
 
-    def _deliver_tags(self, events: Sequence[Event]) -> None:
-        self._set_tags(events[0]["tags"])
+    def _deliver_tags(self, event: Event) -> None:
+        self._set_tags(event["tags"])
 
-    def _deliver_image(self, events: Sequence[Event]) -> None:
+    def _deliver_image(self, event: Event) -> None:
         from PIL import Image
 
-        event = events[0]
         if self._images is None:
             self._images = {item.path for item in self.client.list_artifacts(self.run_id, "images")}
         # MLflow's naming: key with ~ for /, step, time; the small picture for the slider is stored last
@@ -185,8 +186,8 @@ class Delivery:
             )
         self._images.add(f"{prefix}+compressed")
 
-    def _deliver_artifact(self, events: Sequence[Event]) -> None:
-        path, folder = self._local(events[0]["path"]), events[0]["folder"]
+    def _deliver_artifact(self, event: Event) -> None:
+        path, folder = self._local(event["path"]), event["folder"]
         if path.is_file():
             self._store_file(path, folder)
             return
@@ -204,14 +205,13 @@ class Delivery:
             copy.write_text(redact(path.read_text(encoding="utf-8", errors="replace")), encoding="utf-8")
             self.client.log_artifact(self.run_id, str(copy), target)
 
-    def _deliver_model(self, events: Sequence[Event]) -> None:
+    def _deliver_model(self, event: Event) -> None:
         from pipeline.tracking.model import log_model
 
-        event = events[0]
         log_model(self.client, self.run_id, self.experiment_id, self._local(event["folder"]), event["step"])
 
-    def _deliver_finish(self, events: Sequence[Event]) -> None:
-        self.client.set_terminated(self.run_id, events[0]["status"], events[0]["time"])
+    def _deliver_finish(self, event: Event) -> None:
+        self.client.set_terminated(self.run_id, event["status"], event["time"])
 
     def _local(self, path: str) -> Path:
         """Return the file of an event. Paths inside the run folder are relative, so that the folder can be moved."""
