@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import safetensors.torch
 from torch import Tensor
 
 from ddpm import UNet
 from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.exchange import diffusers_scheduler, diffusers_unet, diffusers_weights
+from pipeline.storage.durable import write_atomically
 from pipeline.storage.foreign_tensors import Shapes, read_json, read_tensors
 from pipeline.training.models import Shape, build_model
 from pipeline.training.trained import Trained
@@ -65,7 +66,8 @@ def write_pipeline(trained: Trained, folder: Path) -> None:
     _write(folder / "model_index.json", index)
     _write(folder / "unet" / "config.json", unet)
     _write(folder / "scheduler" / "scheduler_config.json", scheduler)
-    save_file(tensors, folder / "unet" / f"{STEM}.safetensors", metadata={"format": "pt"})
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    write_atomically(folder / "unet" / f"{STEM}.safetensors", weights)
 
 
 def is_pipeline(folder: Path) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import StorageError
+from pipeline.storage.durable import write_atomically
 
 # Okabe and Ito's colours, told apart by colour-blind readers too; line styles tell on where they are used up
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
@@ -83,8 +84,12 @@ def draw_over_calls(axes: Any, curves: Sequence[Curve], title: str, ylabel: str)
 
 
 def save_figure(figure: Any, path: Path) -> None:
-    """Write a PNG; StorageError where it cannot be."""
-    try:
-        figure.savefig(path, dpi=_DPI, format="png")
-    except OSError as error:
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); give another file") from None
+    """Write a PNG; StorageError, and no part of a file, where it cannot be."""
+    write_atomically(path, png_of(figure))
+
+
+def png_of(figure: Any) -> bytes:
+    """Return a figure as the bytes of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, dpi=_DPI, format="png")
+    return content.getvalue()

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import UsageError
+from pipeline.storage.durable import write_atomically
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,15 @@ def save_grid(
     images: Pixels | Tensor, path: Path, columns: int | None = None, captions: Sequence[str] | None = None
 ) -> None:
     """Write one picture (format by the suffix of `path`) with images side by side, as `grid_picture` draws it."""
-    grid_picture(images, columns, captions).save(path)
+    write_picture(grid_picture(images, columns, captions), path)
+
+
+def write_picture(picture: Any, path: Path, **options: Any) -> None:
+    """Write a Pillow picture in the format of the path's suffix; StorageError, and no part of a file, where it cannot be."""
+    content = io.BytesIO()
+    content.name = str(path)  # Pillow reads its suffix
+    picture.save(content, **options)
+    write_atomically(path, content.getvalue())
 
 
 def grid_picture(images: Pixels | Tensor, columns: int | None = None, captions: Sequence[str] | None = None) -> Any:
@@ -113,7 +122,7 @@ def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[s
             sheet.write(labels[x], x, 0)
         for y, pixels in enumerate(array):
             sheet.draw(y, x, pixels)
-    sheet.image.save(path)
+    write_picture(sheet.image, path)
 
 
 def save_animation(frames: Sequence[Pixels | Tensor], path: Path, frame_ms: int = 80, rest_ms: int = 2000) -> None:
@@ -127,7 +136,8 @@ def save_animation(frames: Sequence[Pixels | Tensor], path: Path, frame_ms: int 
     """
     sheets = [_sheet_of(_array(frame)).image for frame in frames]
     times = [frame_ms] * (len(sheets) - 1) + [rest_ms]
-    sheets[0].save(path, format="GIF", save_all=True, append_images=sheets[1:], duration=times, loop=0)
+    options = {"format": "GIF", "save_all": True, "append_images": sheets[1:], "duration": times, "loop": 0}
+    write_picture(sheets[0], path, **options)
 
 
 def _sheet_of(pixels: Pixels) -> _Sheet:

@@ -19,7 +19,7 @@ from pipeline.config.yaml_files import validate
 from pipeline.console import Console
 from pipeline.data.labels import ClassNames, labels_of
 from pipeline.errors import StorageError, UsageError
-from pipeline.pictures.pictures import picture_of, save_grid
+from pipeline.pictures.pictures import picture_of, save_grid, write_picture
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.sampling.generated import SampleCache, digest
 from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler, settled
@@ -171,7 +171,7 @@ def write_samples(
         elif form == "png":
             paths = [out / f"{index:06d}.png" for index in range(len(images))]
             for path, image in zip(paths, images, strict=True):
-                picture_of(image).save(path)
+                write_picture(picture_of(image), path)
         else:
             paths = [out / "samples.parquet"]
             _write_parquet(images, sampler.sampling.labels, loaded.trained.class_names, paths[0])

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save_file
 from torch import nn
 
 from ddpm import GaussianDiffusion
@@ -19,6 +19,7 @@ from pipeline.config.yaml_files import validate
 from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.storage.checkpoint import Checkpoint
+from pipeline.storage.durable import write_atomically, write_json
 from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
@@ -107,8 +108,9 @@ class Trained:
     def save(self, folder: Path) -> Path:
         """Write weights and settings into a new folder, without pickle, and return it."""
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: t.contiguous() for name, t in weights_of(self.model).items()}, folder / WEIGHTS_FILE)
-        (folder / EXPERIMENT_FILE).write_text(json.dumps(self.about(), indent=1))
+        tensors = {name: tensor.contiguous() for name, tensor in weights_of(self.model).items()}
+        write_atomically(folder / WEIGHTS_FILE, safetensors.torch.save(tensors))
+        write_json(folder / EXPERIMENT_FILE, self.about())
         return folder
 
     def about(self) -> dict[str, Any]:

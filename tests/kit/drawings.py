@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from pipeline.pictures.charts import save_figure
+from pipeline.pictures.charts import png_of
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -35,8 +35,7 @@ def place_of(image: Pixels, sheet: Pixels, scale: int) -> tuple[int, int]:
 
 def holds(path: Path, figure: Any) -> bool:
     """Whether a PNG is this figure, pixel by pixel."""
-    drawn = io.BytesIO()
-    save_figure(figure, drawn)  # type: ignore[arg-type]
+    drawn = io.BytesIO(png_of(figure))
     with Image.open(path) as found, Image.open(drawn) as wanted:
         return np.array_equal(np.asarray(found), np.asarray(wanted))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.runs import Run
+from tests.hermetic import REPOSITORY
 from tests.kit import trainer
 from tests.kit.attempts import starts_of
 from tests.kit.commands import PROGRAM, Started
@@ -130,3 +133,71 @@ def test_a_disk_that_is_full_or_read_only_ends_the_training_with_6_and_room_ends
     calm = trainer.make_run(training.folder, **training.sections)
     to_the_end(calm)
     assert trainer.final_digests(Run(training.run())) == trainer.final_digests(calm)
+
+
+# every other command that writes, typed in one process that sees the disk
+TYPED = """
+import contextlib, io, json, sys
+
+from tests.kit.commands import run_command
+
+found = []
+for words in json.loads(sys.argv[1]):
+    stderr = io.StringIO()
+    sys.argv[1:] = words
+    with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+        code = run_command(words)
+    said = [line for line in stderr.getvalue().splitlines() if line.startswith("ddpm-pipe: ")]
+    found.append((code, len(said), said[-1] if said else stderr.getvalue()))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.fault(6, 7)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("state", ["full", "read-only"])
+def test_every_command_that_writes_says_in_one_line_that_the_disk_takes_nothing(
+    trained: Run, tmp_path: Path, user_environment: dict[str, str], state: str
+) -> None:
+    (tmp_path / "disk").mkdir()
+    writing = [
+        ["sample", trained.id, "-n", "2"],
+        ["sample", trained.id, "-n", "2", "--format", "png", "--out", "images"],
+        ["sample", trained.id, "-n", "2", "--format", "parquet"],
+        ["sample", trained.id, "-n", "2", "--format", "gif"],
+        ["export", trained.id, "e1", "--format", "safetensors"],
+        ["export", trained.id, "e2", "--format", "diffusers"],
+        ["import", "exported"],
+        ["ingest", "digits", "d2"],
+        ["inspect", "d1"],
+        ["schedule", "linear"],
+        ["resume", trained.id, "-s", "training.steps=40"],
+        ["train", "--data", "d1"],
+        ["sweep"],
+        ["init"],
+    ]
+    with small_disk(tmp_path / "disk", "size=32m") as disk:
+        environment = user_environment | {"DDPM_PIPE_HOME": str(disk.folder), "PYTHONPATH": str(REPOSITORY)}
+
+        def typed(*commands: list[str]) -> list[tuple[int, int, str]]:
+            done = disk.run(sys.executable, "-c", TYPED, json.dumps(commands), cwd=disk.folder, env=environment)
+            assert done.code == 0, done.stderr
+            return [tuple(entry) for entry in json.loads(done.stdout.splitlines()[-1])]
+
+        shutil.copytree(trained.home, disk.inside, dirs_exist_ok=True)
+        room = typed(["ingest", "digits", "d1"], ["export", trained.id, "exported", "--format", "diffusers"])
+        assert [code for code, _, _ in room] == [0, 0], room
+        before = {path for path in disk.inside.rglob("*") if path.is_file()}
+        if state == "full":
+            disk.fill()
+        else:
+            disk.mount("remount,ro")
+        for words, (code, lines, line) in zip(writing, typed(*writing), strict=True):
+            assert (code, lines) == (6, 1), (words, line)
+            assert "a file cannot be written" not in line, words  # it is named
+        if state == "full":
+            disk.empty()
+        after = {path for path in disk.inside.rglob("*") if path.is_file()}
+        assert before <= after
+        assert {path.name for path in after - before} <= {"lock"}  # no part of a file
