@@ -5,16 +5,15 @@
         state.json                       what else training needs, and what tells a reader which run this is
         MANIFEST.json                    sizes and SHA-256 of the others; its presence is the commit
 
-Every file is written through our own handle, flushed to the disk and hashed; the manifest follows under a temporary name, is flushed,
-renamed, and the folder flushed. A kill at any moment leaves the folder without a manifest, which no reader sees. Readers check sizes
-and hashes before parsing a byte, so that a damaged checkpoint is passed over for the one before it.
+Every file is written through our own handle, flushed to the disk and hashed. The manifest follows: it is written under a temporary name,
+flushed and renamed, and the folder is flushed. A kill at any moment leaves a folder without a manifest, which readers ignore. Readers check
+sizes and hashes before they parse a byte, so that a damaged checkpoint is skipped and the one before it is used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -27,14 +26,14 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.storage.durable import storage_errors
+from pipeline.storage.durable import flush_folder, storage_errors, write_flushed
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
 STATE = "state.json"
 GROUPS = ("model", "ema", "optimizer")
 NAME = re.compile(r"step-(\d{10})-(\d+)")
-ROOM = 2.2  # free space wanted before writing, in checkpoints
+ROOM = 2.2  # free space that must be there before a checkpoint is written, in sizes of a checkpoint
 
 Tensors = dict[str, dict[str, Tensor]]
 
@@ -48,13 +47,12 @@ class Checkpoint:
     attempt: int
 
     def state(self) -> dict[str, Any]:
-        """Return the JSON state."""
         content: dict[str, Any] = json.loads((self.folder / STATE).read_bytes())
         return content
 
     def tensors(self, *groups: str) -> Tensors:
-        """Return the named groups of tensors (all by default), on the CPU; CheckpointError if a file is not what was committed."""
-        manifest = _manifest(self.folder)
+        """Return the named groups of tensors (all by default), on the CPU. Raises CheckpointError if a file is not the committed one."""
+        manifest = self.manifest()
         return {
             group: parse_safetensors(_verified(self.folder, f"{group}.safetensors", manifest))
             for group in groups or self.groups()
@@ -62,34 +60,40 @@ class Checkpoint:
 
     def groups(self) -> list[str]:
         """Return the names of the groups of tensors."""
-        return [name.removesuffix(".safetensors") for name in _manifest(self.folder)["files"] if name != STATE]
+        return [name.removesuffix(".safetensors") for name in self.manifest()["files"] if name != STATE]
 
     def manifest(self) -> dict[str, Any]:
-        """Return the manifest: `files` has "bytes" and "sha256" of each file by name; CheckpointError where it is none."""
-        return _manifest(self.folder)
+        """Return the manifest: `files` has "bytes" and "sha256" of each file by name. Raises CheckpointError if it cannot be read."""
+        try:
+            content = (self.folder / MANIFEST).read_bytes()
+        except OSError as error:
+            raise CheckpointError(
+                f"checkpoint {self.folder.name}: its manifest cannot be read ({type(error).__name__})"
+            ) from None
+        return parse_manifest(content, self.folder)
 
-    def verify(self) -> None:
-        """Read every file against the manifest; CheckpointError names the first that differs."""
-        manifest = _manifest(self.folder)
+    def verify(self, manifest: dict[str, Any] | None = None) -> None:
+        """Compare every file with the manifest, or with one that is not in the folder yet. CheckpointError names the first that differs."""
+        manifest = manifest or self.manifest()
         for name in manifest["files"]:
             _verified(self.folder, name, manifest)
 
     @property
     def num_bytes(self) -> int:
         """Size of all files together."""
-        return sum(entry["bytes"] for entry in _manifest(self.folder)["files"].values())
+        return sum(entry["bytes"] for entry in self.manifest()["files"].values())
 
 
 @dataclass
 class Found:
-    """The newest checkpoint that verifies, and what was passed over on the way to it."""
+    """The newest checkpoint that verifies, and a warning for each damaged one that was skipped before it."""
 
     checkpoint: Checkpoint | None
     warnings: list[str] = field(default_factory=list)
 
 
 def name_of(step: int, attempt: int) -> str:
-    """Return the folder name of a checkpoint; later in step, then in attempt, sorts later."""
+    """Return the folder name of a checkpoint. Names sort by step, then by attempt."""
     return f"step-{step:010d}-{attempt}"
 
 
@@ -98,23 +102,25 @@ def save(
 ) -> Checkpoint:
     """Write and commit one checkpoint.
 
-    `may_commit` is asked just before the commit: a writer that has been replaced by a later attempt must not commit any more
-    (CheckpointError). StorageError says what was needed and what there was when the place is full or read-only; nothing that was
-    there before is touched.
+    `may_commit` is called just before the commit: a writer that a later attempt has replaced must not commit any more.
+
+    Raises:
+        CheckpointError: `may_commit` returned False.
+        StorageError: the place is full or read-only. Older checkpoints are untouched.
     """
     folder = root / name_of(step, attempt)
     with storage_errors(root):
         root.mkdir(parents=True, exist_ok=True)
         _require_room(root, tensors)
-        if folder.exists():  # the remains of a write that was cut off: a committed one is never written twice
+        if folder.exists():  # either committed, and never written twice, or left by a write that was killed
             if (folder / MANIFEST).exists():
                 return Checkpoint(folder, step, attempt)
             shutil.rmtree(folder)
         folder.mkdir()
         try:
-            with storage_errors(root):  # says what was left before the remains are removed
+            with storage_errors(root):  # measures the free space before the unfinished files are removed
                 _write_all(folder, step, attempt, tensors, state, may_commit)
-                _flush_folder(root)
+                flush_folder(root)
         except BaseException:
             if not (folder / MANIFEST).exists():
                 shutil.rmtree(folder, ignore_errors=True)
@@ -123,7 +129,6 @@ def save(
 
 
 def num_bytes(tensors: Tensors) -> int:
-    """Return the bytes of data in groups of tensors."""
     return sum(t.numel() * t.element_size() for group in tensors.values() for t in group.values())
 
 
@@ -131,12 +136,13 @@ class NewerFormatError(CheckpointError):
     """The checkpoint was written by a later version of this package."""
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
+def parse_manifest(content: bytes, folder: Path) -> dict[str, Any]:
+    """Return the manifest of the checkpoint in a folder. Raises CheckpointError if it is not a manifest of this format."""
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_bytes())
+        manifest: dict[str, Any] = json.loads(content)
         version = manifest["format"]
         entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"checkpoint {folder.name}: its manifest cannot be read ({type(error).__name__})"
         ) from None
@@ -152,7 +158,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _verified(folder: Path, name: str, manifest: dict[str, Any]) -> bytes:
-    """Return the bytes of one file, which are those that were committed."""
+    """Return the bytes of one file. Raises CheckpointError unless they are the committed ones."""
     entry = manifest["files"].get(name)
     if entry is None:
         raise CheckpointError(f"checkpoint {folder.name}: holds no {name}")
@@ -176,43 +182,31 @@ def _serialised(group: dict[str, Tensor]) -> bytes:
 def _write_all(
     folder: Path, step: int, attempt: int, tensors: Tensors, state: dict[str, Any], may_commit: Callable[[], bool]
 ) -> None:
-    """Write the files of a checkpoint into its folder and, where that is still allowed, commit it by its manifest."""
+    """Write the files of a checkpoint into its folder, and commit it by its manifest if that is still allowed."""
     files = {
         f"{group}.safetensors": _write(folder / f"{group}.safetensors", _serialised(tensors[group]))
         for group in tensors
     }
     files[STATE] = _write(folder / STATE, json.dumps(state).encode())
-    _flush_folder(folder)
+    flush_folder(folder)
     if not may_commit():
         raise CheckpointError(
             f"attempt {attempt} was replaced by a later one while it saved step {step}; nothing was committed"
         )
     manifest = {"format": FORMAT, "step": step, "attempt": attempt, "groups": sorted(tensors), "files": files}
     temporary = folder / (MANIFEST + ".tmp")
-    _write(temporary, json.dumps(manifest, indent=1).encode())
+    write_flushed(temporary, json.dumps(manifest, indent=1).encode())
     temporary.rename(folder / MANIFEST)
-    _flush_folder(folder)
+    flush_folder(folder)
 
 
 def _write(path: Path, data: bytes) -> dict[str, Any]:
-    """Write one file down to the disk, and return its entry for the manifest."""
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write one file, and return its entry for the manifest."""
+    write_flushed(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _require_room(root: Path, tensors: Tensors) -> None:
-    """Refuse to begin what will not fit."""
     need, have = int(num_bytes(tensors) * ROOM), shutil.disk_usage(root).free
     if have < need:
         raise StorageError(

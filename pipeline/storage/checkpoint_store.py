@@ -2,43 +2,39 @@
 
 A checkpoint is saved on disk first (checkpoint.py), then sent to the store, if there is one, under the names that it has on disk, its
 manifest last, by one request. Until its manifest is there, no reader sees it. Readers bring a checkpoint to their disk and verify every
-byte. One that misses a part, or differs, is skipped for the one before it; in a store it is also marked as damaged, for later readers.
+byte. They skip a checkpoint that lacks a part or differs, and use the one before it; in a store they also mark it as damaged.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import CheckpointError, StorageError
-from pipeline.storage.checkpoint import MANIFEST, NAME, STATE, Checkpoint, Found, NewerFormatError
-from pipeline.storage.durable import storage_errors
+from pipeline.storage.checkpoint import MANIFEST, NAME, STATE, Checkpoint, Found, NewerFormatError, parse_manifest
+from pipeline.storage.durable import locked, storage_errors, write_atomically
+from pipeline.storage.home import make_folder
 from pipeline.storage.local import LocalFolder
-from pipeline.storage.remote import RemoteFolder
+from pipeline.storage.remote import NotThereError, RemoteFolder
 
 DAMAGED = "DAMAGED.json"
 _AT_ONCE = 4
-_FORGOTTEN_S = 24 * 3600
 
 
 class CheckpointStore:
-    """The checkpoints in the folder `local`, which holds copies if `remote` is given: then they last there."""
+    """The checkpoints in the folder `local`. If `remote` is given, they are kept there, and `local` holds copies."""
 
     def __init__(self, local: Path, remote: RemoteFolder | None = None) -> None:
         self._local, self._remote = local, remote
         self._folder: RemoteFolder | LocalFolder = remote or LocalFolder(local)
 
     def committed(self) -> list[Checkpoint]:
-        """Return the committed checkpoints that are not known to be damaged, newest first; their files need not be here."""
-        return [checkpoint for checkpoint, _ in self._committed(self._sizes())]
+        """Return the committed checkpoints that are not marked as damaged, newest first; their files may be in the store alone."""
+        return _committed(self._local, self._sizes())
 
     def name_of(self, checkpoint: Checkpoint) -> str:
         """Return the path or address of a checkpoint, as `checkpoint_at` takes it."""
@@ -59,7 +55,7 @@ class CheckpointStore:
         return {}
 
     def commit(self, checkpoint: Checkpoint, may_commit: Callable[[], bool], keep: int) -> None:
-        """Make a checkpoint that is committed on disk the newest one, and remove all but the newest `keep`."""
+        """Send a checkpoint that is committed on disk to the store, if there is one, and remove all but the newest `keep`."""
         if self._remote is not None:
             self.push(checkpoint, may_commit)
         self.prune(keep)
@@ -69,8 +65,12 @@ class CheckpointStore:
     def push(self, checkpoint: Checkpoint, may_commit: Callable[[], bool]) -> None:
         """Send a checkpoint that is committed on disk, and commit it in the store.
 
-        `may_commit` is asked right before and right after: a writer that a later attempt has replaced does not commit, or takes it
-        back (CheckpointError). StorageError where the store refuses; what was there before is untouched.
+        `may_commit` is called right before and right after the commit: a writer that a later attempt has replaced does not commit, or
+        takes its commit back.
+
+        Raises:
+            CheckpointError: a later attempt has replaced this writer.
+            StorageError: the store refuses. Older checkpoints are untouched.
         """
         assert self._remote is not None
         there = self._remote.child(checkpoint.folder.name)
@@ -92,16 +92,16 @@ class CheckpointStore:
         )
 
     def newest_verified(self) -> Found:
-        """Bring the newest checkpoint that verifies to this machine, and remove copies of what is not in the store any more.
+        """Bring the newest checkpoint that verifies to this machine, and remove local copies of checkpoints that the store no longer has.
 
         Raises:
             NewerFormatError: a newer one is in a later format.
         """
         found = Found(None)
-        committed = self._committed(self._sizes())
-        for checkpoint, files in committed:
+        committed = self.committed()
+        for checkpoint in committed:
             try:
-                found.checkpoint = self.verified(checkpoint, files)
+                found.checkpoint = self.verified(checkpoint)
                 break
             except NewerFormatError:
                 raise
@@ -111,16 +111,15 @@ class CheckpointStore:
                     reason = json.dumps({"reason": str(error)}).encode()
                     self._remote.write(f"{checkpoint.folder.name}/{DAMAGED}", reason)
         if self._remote is not None:
-            kept = {checkpoint.folder for checkpoint, _ in committed}
             for copy in CheckpointStore(self._local).committed():
-                if copy.folder not in kept:
+                if copy not in committed:
                     shutil.rmtree(copy.folder, ignore_errors=True)
         return found
 
-    def verified(self, checkpoint: Checkpoint, files: dict[str, int] | None = None) -> Checkpoint:
-        """Bring one of `committed` to this machine, every byte verified; CheckpointError if it is damaged.
+    def verified(self, checkpoint: Checkpoint) -> Checkpoint:
+        """Bring one of `committed` to this machine and verify every byte. Raises CheckpointError if it is damaged.
 
-        A damaged copy is fetched once more before that is believed. `files` are the sizes in the store, where known.
+        A copy that differs from the manifest is fetched once more, since the download may have damaged it.
         """
         if self._remote is None:
             checkpoint.verify()
@@ -129,54 +128,35 @@ class CheckpointStore:
         committed = there.read(MANIFEST)
         if committed is None:
             raise CheckpointError(f"checkpoint {checkpoint.folder.name}: is not in {self._folder} any more")
-        if self._is_here(checkpoint, committed):
-            return checkpoint
-        for last in (False, True):
-            with self._partial(checkpoint) as partial:
-                (partial.folder / MANIFEST).write_bytes(committed)
-                self._require_all(checkpoint, partial, files)
-                with ThreadPoolExecutor(_AT_ONCE) as pool:
-                    list(
-                        pool.map(lambda name: there.download(name, partial.folder / name), partial.manifest()["files"])
-                    )
+        with locked(make_folder(self._local)):  # a second process waits for this one's copy
+            if not self._is_here(checkpoint, committed):
                 try:
-                    partial.verify()
+                    self._fetch(checkpoint, there, committed)
                 except CheckpointError:
-                    if last:
-                        raise
-                    continue
-                shutil.rmtree(checkpoint.folder, ignore_errors=True)
-                partial.folder.rename(checkpoint.folder)
-                return checkpoint
-        raise AssertionError("the last try returns or raises")
+                    self._fetch(checkpoint, there, committed)
+        return checkpoint
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints, once the newest is whole; and what older attempts left unfinished."""
+        """Remove all but the newest `keep` checkpoints once the newest is whole, and the unfinished ones of older attempts."""
         sizes = self._sizes()
-        committed = self._committed(sizes)
-        if not committed:
+        committed = _committed(self._local, sizes)
+        if not committed or not self._is_whole(committed[0], sizes[committed[0].folder.name]):
             return
-        newest, files = committed[0]
-        try:
-            if self._remote is None:
-                newest.verify()
-            else:  # sent from here, with the right bytes
-                self._require_all(newest, newest, files)
-        except CheckpointError:
-            return
-        kept = {checkpoint.folder.name for checkpoint, _ in committed[:keep]}
-        for name, files in sizes.items():
-            match = NAME.fullmatch(name)
-            unfinished = MANIFEST not in files and match is not None and int(match[2]) >= newest.attempt
-            if match is None or name in kept or unfinished:
-                continue
-            self._folder.delete(f"{name}/{MANIFEST}")  # without it, it is no checkpoint any more, whatever happens next
-            self._folder.delete_all(name)
+        kept = {checkpoint.folder.name for checkpoint in committed[:keep]}
+        with locked(self._local):  # another process may be fetching a checkpoint
+            for name, files in sizes.items():
+                match = NAME.fullmatch(name)
+                unfinished = MANIFEST not in files and match is not None and int(match[2]) >= committed[0].attempt
+                if match is None or name in kept or unfinished:
+                    continue
+                # without its manifest, the rest is no checkpoint, even if a kill comes next
+                self._folder.delete(f"{name}/{MANIFEST}")
+                self._folder.delete_all(name)
 
     # -- inner
 
     def _sizes(self) -> dict[str, dict[str, int]]:
-        """Return the objects of every checkpoint with their sizes."""
+        """Return the sizes of the files of every checkpoint."""
         sizes: dict[str, dict[str, int]] = {} if self._remote else {name: {} for name in self._folder.folders()}
         for entry in self._folder.objects():
             name, _, file = entry.name.partition("/")
@@ -184,13 +164,14 @@ class CheckpointStore:
                 sizes.setdefault(name, {})[file] = entry.num_bytes
         return sizes
 
-    def _committed(self, sizes: dict[str, dict[str, int]]) -> list[tuple[Checkpoint, dict[str, int]]]:
-        found = []
-        for name, files in sizes.items():
-            match = NAME.fullmatch(name)
-            if match and MANIFEST in files and DAMAGED not in files:
-                found.append((Checkpoint(self._local / name, int(match[1]), int(match[2])), files))
-        return sorted(found, key=lambda item: (item[0].step, item[0].attempt), reverse=True)
+    def _is_whole(self, checkpoint: Checkpoint, sizes: dict[str, int]) -> bool:
+        """Whether every byte on this disk, or every size in the store, is the committed one. What was sent was hashed on its way."""
+        try:
+            if self._remote is None:
+                checkpoint.verify()
+            return all(sizes.get(name) == entry["bytes"] for name, entry in checkpoint.manifest()["files"].items())
+        except CheckpointError:
+            return False
 
     def _is_here(self, checkpoint: Checkpoint, committed: bytes) -> bool:
         try:
@@ -202,29 +183,27 @@ class CheckpointStore:
         return True
 
     @staticmethod
-    def _require_all(checkpoint: Checkpoint, here: Checkpoint, files: dict[str, int] | None) -> None:
-        """Refuse what misses a part in the store, or has one of another size, before anything is fetched (CheckpointError)."""
-        if files is None:
-            return
-        for name, entry in here.manifest()["files"].items():
-            size = files.get(name)
-            if size != entry["bytes"]:
-                has = "is missing" if size is None else f"has {size} bytes"
-                raise CheckpointError(
-                    f"checkpoint {checkpoint.folder.name}: {name} {has} in the store, {entry['bytes']} bytes were committed"
-                )
-
-    @contextmanager
-    def _partial(self, checkpoint: Checkpoint) -> Iterator[Checkpoint]:
-        """Make a folder to fetch into, which no reader takes for a checkpoint, and which is gone afterwards."""
-        for old in self._local.glob(".partial-*"):  # of processes that were killed
-            if time.time() - old.stat().st_mtime > _FORGOTTEN_S:
-                shutil.rmtree(old, ignore_errors=True)
-        outer = self._local / f".partial-{os.getpid()}-{threading.get_ident()}"
-        folder = outer / checkpoint.folder.name
+    def _fetch(checkpoint: Checkpoint, there: RemoteFolder, committed: bytes) -> None:
+        """Copy a checkpoint from the store. The manifest is written last, once all files are verified, as `checkpoint.save` does."""
+        folder, manifest = checkpoint.folder, parse_manifest(committed, checkpoint.folder)
+        shutil.rmtree(folder, ignore_errors=True)
         try:
-            with storage_errors(self._local):
-                folder.mkdir(parents=True)
-                yield Checkpoint(folder, checkpoint.step, checkpoint.attempt)
+            with storage_errors(folder), ThreadPoolExecutor(_AT_ONCE) as pool:
+                folder.mkdir()
+                list(pool.map(lambda name: there.download(name, folder / name), manifest["files"]))
+            checkpoint.verify(manifest)
+            write_atomically(folder / MANIFEST, committed)
+        except NotThereError as error:
+            raise CheckpointError(f"checkpoint {folder.name}: {error}") from None
         finally:
-            shutil.rmtree(outer, ignore_errors=True)
+            if not (folder / MANIFEST).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def _committed(local: Path, sizes: dict[str, dict[str, int]]) -> list[Checkpoint]:
+    found = []
+    for name, files in sizes.items():
+        match = NAME.fullmatch(name)
+        if match and MANIFEST in files and DAMAGED not in files:
+            found.append(Checkpoint(local / name, int(match[1]), int(match[2])))
+    return sorted(found, key=lambda checkpoint: (checkpoint.step, checkpoint.attempt), reverse=True)

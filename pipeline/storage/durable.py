@@ -1,11 +1,13 @@
-"""Small files that survive a crash at any moment, written beside, flushed to disk, then renamed into place; and what a full disk says."""
+"""Files that survive a crash at any moment, locks between processes, and one-line errors for places that cannot be written."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
+import secrets
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -14,11 +16,11 @@ from typing import Any
 
 from pipeline.errors import StorageError
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk says that takes no more
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # a write fails with one of these if the disk is full
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file atomically; NaN is allowed, as figures may be."""
+    """Replace a JSON file atomically; NaN is allowed, because metrics may be NaN."""
     write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
@@ -43,29 +45,54 @@ def _crc(content: dict[str, Any]) -> int:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Replace a file; a reader, or a crash, sees the old content or the new one, which is on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    """Replace a file. A reader, or a crash, sees the old content or the new one, which is on disk when this returns.
+
+    Raises StorageError if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise StorageError(
-            f"{path}: cannot be written ({error.strerror}); free space or make the folder writable"
-        ) from error
+        with storage_errors(path):  # measures the free space before the temporary file is removed
+            write_flushed(temporary, content)
+            temporary.replace(path)
+            flush_folder(path.parent)
+    except StorageError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_flushed(path: Path, content: bytes) -> None:
+    """Write a file and flush it to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's list of names to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Let one thread of one process at a time into the context, for work of a short time. StorageError if the folder cannot be opened."""
+    with storage_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
 def storage_errors(place: Path) -> Iterator[None]:
-    """Turn what the operating system says about a place that is written into a StorageError of one line."""
+    """Turn the operating system's errors about a place that is written into a StorageError of one line."""
     try:
         yield
     except OSError as error:
@@ -73,7 +100,7 @@ def storage_errors(place: Path) -> Iterator[None]:
 
 
 def storage_error(place: Path, error: OSError) -> StorageError:
-    """Return what to tell a user of a place that could not be written."""
+    """Return the error for a place that cannot be written."""
     if error.errno not in FULL:
         return StorageError(
             f"{place}: cannot be written ({error.strerror}); make the folder writable or choose another"
@@ -88,7 +115,7 @@ def storage_error(place: Path, error: OSError) -> StorageError:
 
 
 def fault_of_storage(error: OSError) -> StorageError | None:
-    """Return what to tell a user where a disk was full or read-only at a place that nobody looked at; None where it was neither."""
+    """Return the StorageError for an OSError that says that a disk is full or read-only; None for any other OSError."""
     if error.errno not in {*FULL, errno.EROFS}:
         return None
     if error.filename is None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from contextlib import suppress
 from pathlib import Path
 
 from pipeline.errors import StorageError
-from pipeline.storage.durable import storage_errors
+from pipeline.storage.durable import storage_errors, write_flushed
 from pipeline.storage.remote import StoredObject
 
 
@@ -50,10 +49,8 @@ class LocalFolder:
 
     def write(self, name: str, content: bytes) -> None:
         """Create or replace a file, flushed to the disk."""
-        with storage_errors(self.path / name), (self.path / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        with storage_errors(self.path / name):
+            write_flushed(self.path / name, content)
 
     def delete(self, name: str) -> None:
         """Remove a file; one that is gone already is no error."""

@@ -159,7 +159,7 @@ class RemoteFolder:
         try:
             with self._errors(name):
                 found = obstore.head(self._store, self._path(name))
-        except _NotThereError:
+        except NotThereError:
             return None
         return StoredObject(name, found["size"], found["last_modified"].timestamp())
 
@@ -178,7 +178,7 @@ class RemoteFolder:
             with self._errors(name):
                 found = obstore.get(self._store, self._path(name))
                 content = bytes(found.bytes())
-        except _NotThereError:
+        except NotThereError:
             return None
         return Version(content, found.meta["last_modified"].timestamp(), found.meta["e_tag"] or "")
 
@@ -296,12 +296,12 @@ class RemoteFolder:
         except (BaseError, OSError) as error:
             code, said = _answer(error)
             if isinstance(error, FileNotFoundError) and code != "NoSuchBucket":
-                raise _NotThereError(f"{where}: is not there; it was removed, or never written") from None
+                raise NotThereError(f"{where}: is not there; it was removed, or never written") from None
             advice = _ADVICE.get(code, "try again, or read the store's log")
             raise StorageError(f"{where}: {said}; {advice}") from None
 
 
-class _NotThereError(StorageError):
+class NotThereError(StorageError):
     """There is no object of that name."""
 
 

@@ -10,8 +10,8 @@
 A record in the store names what lies in the same store relative to it (`store:datasets/x`), so that a store can be copied or moved; a
 machine's copy of the record has the addresses.
 
-Every machine that works on the run has a folder of its own for it. The files follow at each checkpoint and at the end. They go one
-way at a time, from the driver to rank 0 when an attempt begins and back when it ends, so that there is nothing to merge.
+Every machine that works on the run has a folder of its own for it. It sends the files at each checkpoint and at the end. Files move one
+way at a time, from the driver to rank 0 when an attempt begins and back when it ends, so that nothing has to be merged.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from pipeline.errors import StorageError, UsageError
+from pipeline.storage.durable import write_atomically
 from pipeline.storage.remote import RemoteFolder, is_remote
 from pipeline.storage.remote_lease import Lease
 
@@ -46,9 +47,9 @@ _NOT_FILES = {
     "checkpoints",
     "ray",
     "samples",
-}  # samples are for whoever asked for them; a job sends its own
+}  # samples stay on the machine that made them; a job sends its own
 _MLFLOW_RUN = "spool/mlflow.json"
-_SENDER = ".sender"  # names this machine's folder of the run
+_SENDER = ".sender"  # identifies this machine's folder of the run
 _AT_ONCE = 4
 
 
@@ -62,7 +63,6 @@ class RemoteRun:
         self.lease = Lease(folder.child("lease"), f"{kind} {self.id}")
         self._record = f"{kind}.json"
         self._records = ("attempt", "status.json", self._record)
-        self._sent: dict[str, tuple[int, int, str]] = {}  # size, time of change and SHA-256 of the files sent from here
 
     @classmethod
     def of(cls, storage: str | None, kind: str, run_id: str) -> Self | None:
@@ -84,28 +84,24 @@ class RemoteRun:
 
     def fetch_records(self, local: Path) -> bool:
         """Bring the small files that describe it into a folder; False if there is no such run or sweep."""
-        if not (local / self._record).is_file() and self.folder.stat(self._record) is None:
-            return False
-        local.mkdir(parents=True, exist_ok=True)
-        for name in self._records:
-            if name == "run.json" and self._is_record_of_this_store(local / name):
-                continue  # it never changes; a sweep's record does, when points are added
+        found = {}
+        for name in ("status.json", self._record, "attempt", _MLFLOW_RUN):
+            if self._is_known(name, local):
+                continue
             content = self.folder.read(name)
             if content is not None:
                 if name == self._record:
                     content = _change_places(content, lambda place: located_in_store(place, self.root))
-                _replace(local / name, content)
-            elif name != "attempt":  # there is none at first
+                found[name] = content
+            elif name in ("status.json", self._record):
                 return False
-        if not (local / _MLFLOW_RUN).is_file():  # it knows MLflow's name of the run
-            content = self.folder.read(_MLFLOW_RUN)
-            if content is not None:
-                (local / _MLFLOW_RUN).parent.mkdir(exist_ok=True)
-                _replace(local / _MLFLOW_RUN, content)
+        for name, content in found.items():
+            (local / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(local / name, content)
         return True
 
     def send_records(self, local: Path, *names: str) -> None:
-        """Send the small files, or those named; the record last, without which there is no run or sweep."""
+        """Send the small files, or those named. The record goes last: without it there is no run or sweep."""
         for name in names or self._records:
             if (local / name).is_file():
                 content = (local / name).read_bytes()
@@ -113,35 +109,34 @@ class RemoteRun:
                     content = _change_places(content, lambda place: portable_in_store(place, self.root))
                 self.folder.write(name, content)
 
-    def _is_record_of_this_store(self, path: Path) -> bool:
+    def _is_known(self, name: str, local: Path) -> bool:
+        """Whether a folder has a file of this store that never changes. A sweep's record does change, when points are added."""
+        if name != "run.json":
+            return name == _MLFLOW_RUN and (local / name).is_file()
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return portable_in_store(json.loads(path.read_bytes())["profile"]["storage"], self.root) == IN_STORE
+            return portable_in_store(json.loads((local / name).read_bytes())["profile"]["storage"], self.root) == IN_STORE
         return False
 
     # -- files
 
     def push(self, local: Path) -> None:
-        """Send the files that have changed, and the list of all of them last."""
-        sender = _sender(local)
+        """Send the files that differ from those in the store, and the list of all of them last."""
         before = self._index()
-        if not self._sent and before.get("sender") == sender:
-            self._sent = {name: (-1, -1, sha256) for name, sha256 in before["files"].items()}
-        paths = dict(_files(local))
+        known = before.get("files", {})
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            sent = pool.map(lambda item: (item[0], self._send(*item)), paths.items())
-            self._sent = {name: entry for name, entry in sent if entry is not None}
-        files = {name: sha256 for name, (_, _, sha256) in sorted(self._sent.items())}
-        index = {"sender": sender, "files": files}
+            sent = pool.map(lambda item: (item[0], self._send(*item, known.get(item[0]))), sorted(_files(local)))
+            files = {name: sha256 for name, sha256 in sent if sha256 is not None}
+        index = {"sender": _sender(local), "files": files}
         if index != before:
             self.folder.write(INDEX, json.dumps(index, indent=1).encode())
-        for name in before.get("files", {}):
+        for name in known:
             if name not in files:
                 self.folder.delete(name)
 
     def pull(self, local: Path, below: str = "") -> None:
-        """Bring the files as another machine sent them last, where they differ; nothing where this folder was the last to send.
+        """Bring the files that another machine sent and that differ from those here. Does nothing if this folder was the last to send.
 
-        What is here alone stays: it was made without the lock, such as an evaluation, and is sent with the rest.
+        Files that are here alone stay: they were made without the lock, as an evaluation's are, and are sent with the rest.
         """
         index = self._index()
         if not index or index.get("sender") == _sender(local):
@@ -157,21 +152,15 @@ class RemoteRun:
         return self.folder.child("samples").folders()
 
     def send_samples(self, folder: Path) -> None:
-        """Send a folder of samples under its name, from a machine whose own folder of the run does not last."""
+        """Send a folder of samples under its name, from a machine whose own folder of the run is temporary."""
         target = self.folder.child(f"samples/{folder.name}")
         with ThreadPoolExecutor(_AT_ONCE) as pool:
             list(pool.map(lambda path: target.upload(path.name, path), sorted(folder.iterdir())))
 
-    def _send(self, name: str, path: Path) -> tuple[int, int, str] | None:
-        """Send a file unless the store has it as it is; None where it has gone meanwhile."""
+    def _send(self, name: str, path: Path, known: str | None) -> str | None:
+        """Send a file unless the store has it (`known` is its SHA-256 there). Return its SHA-256, None if it has been removed."""
         try:
-            status = path.stat()
-            known = self._sent.get(name, (-1, -1, ""))
-            if known[:2] == (status.st_size, status.st_mtime_ns):
-                return known
-            if known[2] == _sha256(path):
-                return status.st_size, status.st_mtime_ns, known[2]
-            return status.st_size, status.st_mtime_ns, self.folder.upload(name, path)
+            return known if known == _sha256(path) else self.folder.upload(name, path)
         except FileNotFoundError:
             return None
 
@@ -231,18 +220,18 @@ def _change_places(content: bytes, change: Callable[[str], str]) -> bytes:
 
 
 def folder_here(folder: Path, uri: str) -> Path:
-    """Return this machine's folder of a run in an object store: the driver's own where that is here, else a scratch folder."""
+    """Return this machine's folder of a run in an object store: the driver's own if it is on this machine, else a temporary one."""
     if (folder / "run.json").is_file():
         return folder
-    scratch = own_folder("runs") / folder.name
+    temporary = own_folder("runs") / folder.name
     remote = RemoteRun(RemoteFolder(uri))
-    if not remote.fetch_records(scratch):
+    if not remote.fetch_records(temporary):
         raise StorageError(f"{remote.folder}: is no run; was it removed?")
-    return scratch
+    return temporary
 
 
 def own_folder(name: str) -> Path:
-    """Return a folder of this user below the machine's folder for temporary files, closed to others."""
+    """Return this user's folder of a name below the machine's folder for temporary files. Other users cannot open it."""
     root = Path(tempfile.gettempdir()) / f"ddpm-pipe-{os.getuid()}"
     try:
         root.mkdir(mode=0o700, exist_ok=True)
@@ -260,16 +249,16 @@ def own_folder(name: str) -> Path:
 
 
 def _sender(local: Path) -> str:
-    """Return what names a folder of a run among those of other machines; made when it is first asked for."""
+    """Return the random name that tells this folder of a run from those of other machines; the first call makes it."""
     path = local / _SENDER
     with suppress(FileNotFoundError):
         return path.read_text()
-    _replace(path, secrets.token_hex(8).encode())
+    write_atomically(path, secrets.token_hex(8).encode())
     return path.read_text()
 
 
 def _files(local: Path) -> Iterator[tuple[str, Path]]:
-    """Yield the files of a run that travel, by name."""
+    """Yield the files of a run that are sent, by name."""
     for top in sorted(local.iterdir()) if local.is_dir() else ():
         if top.name in _NOT_FILES or top.name.startswith(".") or top.is_symlink():
             continue
@@ -291,13 +280,3 @@ def _is_inside(name: str) -> bool:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"{path}: cannot be written ({error.strerror}); free space or make it writable") from None

@@ -1,10 +1,9 @@
-"""Arrays with a card that says what they are, in one safetensors file that notices damage and runs nothing."""
+"""Arrays with a card that describes them, in one safetensors file. Damage is noticed, and reading it runs no code."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,14 @@ _KEY = "ddpm-pipe"
 
 
 def pack(arrays: Mapping[str, npt.NDArray[Any]], card: Mapping[str, Any]) -> bytes:
-    """Return the bytes of a safetensors file; equal arrays and cards give equal bytes. The card must be JSON."""
+    """Return the bytes of a safetensors file. Equal arrays and cards give equal bytes. The card must be JSON."""
     whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     header = json.dumps({"card": card, "sha256": _digest(card, whole)}, sort_keys=True)
     return bytes(safetensors.numpy.save(whole, metadata={_KEY: header}))
 
 
 def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:
-    """Return card and arrays of what `pack` gave; ValueError for anything else, and where a bit of either flipped."""
+    """Return the card and the arrays that `pack` was given. Raises ValueError for anything else, and if a bit of either has flipped."""
     try:
         arrays: Arrays = safetensors.numpy.load(data)
         # The layout of safetensors: the length of a JSON header (8 bytes, little endian), the header, the arrays.
@@ -43,25 +42,15 @@ def unpack(data: bytes) -> tuple[dict[str, Any], Arrays]:
 
 
 def read_card(path: Path) -> dict[str, Any]:
-    """Return the card of a file that `pack` made, from its header alone: damage to the arrays goes unnoticed, a file cut short does not.
+    """Return the card of a file that `pack` made, from its header alone. Damage to the arrays goes unnoticed, a file cut short does not.
 
-    OSError where it cannot be read, ValueError for anything else than such a file.
+    Raises OSError if the file cannot be read, and ValueError if `pack` did not make it.
     """
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        whole = os.fstat(file.fileno()).st_size
-        if length > whole:
-            raise ValueError("not a file of arrays with a card")
-        try:
-            header = json.loads(file.read(length))
-            card: dict[str, Any] = json.loads(header["__metadata__"][_KEY])["card"]
-            end = max(
-                (tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"), default=0
-            )
-        except (KeyError, TypeError, ValueError):
-            raise ValueError("not a file of arrays with a card") from None
-    if whole != 8 + length + end:
-        raise ValueError("its content is damaged")
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            card: dict[str, Any] = json.loads(file.metadata()[_KEY])["card"]
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a file of arrays with a card ({str(error).splitlines()[0]})") from None
     return card
 
 

@@ -86,10 +86,7 @@ class ChunkStore:
     def put(self, number: int, num_items: int, arrays: Arrays) -> None:
         """Keep a chunk's first items; StorageError where they cannot be written."""
         make_folder(self.folder)
-        try:
-            write_atomically(self._path(number), pack(arrays, self._identity | {"items": num_items}))
-        except OSError as error:
-            raise StorageError(f"{self.folder}: cannot be written ({error.strerror}); free some space") from None
+        write_atomically(self._path(number), pack(arrays, self._identity | {"items": num_items}))
 
     def clear(self) -> None:
         """Remove everything that is kept."""
