@@ -1,8 +1,8 @@
 """Ends what Ray leaves behind when the process that started it is killed: `python -m pipeline.watchdog FOLDER`.
 
 Ray's workers notice that their driver is gone; some of its agents do not, and its folder stays. This process holds the reading end of a
-pipe whose other end is the driver's. When that end closes without a word, the driver is dead: every process that works in Ray's folder
-is ended, and the folder removed. (They are known by their files: the names that they give themselves overwrite their environment.)
+pipe whose other end is the driver's. When that end closes without a message, the driver is dead: the watchdog ends every process that works
+in Ray's folder, and removes the folder. (It knows them by their open files: they overwrite their command lines and environments.)
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 
 ALL_IS_WELL = b"."
-GRACE_S = 3.0  # Ray ends most of its processes by itself, and tells their peers
+GRACE_S = 3.0  # Ray ends most of its processes by itself
 
 
 class Watchdog:
-    """The driver's end: start it before Ray, tell it at the end that all is well."""
+    """The driver's end: start it before Ray, and dismiss it at the end."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -32,34 +32,25 @@ class Watchdog:
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
-            start_new_session=True,  # Ctrl-C in a terminal is not for it
+            start_new_session=True,  # Ctrl-C in a terminal must not end it
             cwd="/",
         )
 
-    def started(self) -> list[psutil.Process]:
-        """Return Ray's processes that are there now: those that this process has started in the folder, and all below them."""
-        found = []
-        for child in psutil.Process().children():
-            with contextlib.suppress(psutil.Error):  # gone meanwhile
-                if child.pid != self._process.pid and str(self._folder) in " ".join(child.cmdline()):
-                    found += [child, *child.children(recursive=True)]
-        return found
-
-    def sweep_out(self) -> None:
-        """End what works in Ray's folder now: the processes of a start that failed. This process and the watchdog stay."""
+    def end_all(self) -> None:
+        """End every process that works in Ray's folder now, except this one and the watchdog."""
         _end_all_in(self._folder, but=self._process.pid)
 
     def dismiss(self) -> None:
-        """End it: Ray was shut down in good order."""
+        """End the watchdog: Ray was shut down."""
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it is gone already
+        with contextlib.suppress(BrokenPipeError):  # it has ended already
             self._process.stdin.write(ALL_IS_WELL)
             self._process.stdin.close()
         self._process.wait()
 
 
 def main(folder: Path) -> None:
-    """Wait for the driver to end, and clean up if it did not say that all is well."""
+    """Wait for the driver to end, and clean up unless it dismissed the watchdog."""
     if sys.stdin.buffer.read() == ALL_IS_WELL:
         return
     time.sleep(GRACE_S)
@@ -68,7 +59,7 @@ def main(folder: Path) -> None:
 
 
 def end_all(processes: Iterable[psutil.Process]) -> None:
-    """End processes at once; some may be gone."""
+    """Kill processes; some may have ended already."""
     for process in processes:
         with contextlib.suppress(psutil.Error):
             process.kill()
@@ -89,7 +80,7 @@ def _working_in(folder: Path) -> Iterator[psutil.Process]:
         try:
             if prefix in " ".join(process.cmdline()) or any(f.path.startswith(prefix) for f in process.open_files()):
                 yield process
-        except (psutil.Error, OSError):  # another user's, or gone
+        except (psutil.Error, OSError):  # it belongs to another user, or has ended
             continue
 
 

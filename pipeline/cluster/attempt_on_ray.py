@@ -1,4 +1,4 @@
-"""An attempt in workers of Ray Train: a `fit()` in a thread, which this one watches; and why it ended."""
+"""An attempt in workers of Ray Train: a `fit()` in a thread, which this thread watches, and the reason why it ended."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.attempt import Attempt, Ended, Observer, time_left
+from pipeline.cluster.attempt import Attempt, Ended, Observer
 from pipeline.cluster.causes import cause_of, starved
-from pipeline.cluster.control_actor import NAMESPACE, ControlActor, WorkerInfo, actor_name, run_worker
-from pipeline.cluster.placement import mark_of
+from pipeline.cluster.control_actor import NAMESPACE, ControlActor, actor_name, run_worker
+from pipeline.cluster.placement import mark_of, release
 from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console
 from pipeline.planning.capacity import Growth, needs
@@ -26,10 +26,10 @@ from pipeline.training.stacks import STACKS, forget_empty
 from pipeline.worker.job import Job
 
 END_S = 30.0  # for Ray Train to end an attempt whose workers have been ended
-PEERS_S = 5.0  # for Ray Train to end the peers of a worker that failed; one that hangs it would wait for half a minute
+PEERS_S = 5.0  # for Ray Train to end the peers of a worker that failed; it would wait half a minute for one that hangs
 SILENCE_HERE_S = 5.0
-SILENCE_S = 30.0  # for a head that restarts; after a minute Ray ends the driver's process without a word
-# why the driver itself asks the workers to save and stop, in order to start them anew
+SILENCE_S = 30.0  # for a head that restarts; after a minute Ray ends the driver's process without a message
+# reasons of the driver's own to ask the workers to save and stop, in order to start them again
 DRAINED = "a node is about to be taken away"
 GROWN = "the cluster has room for more workers"
 CLUSTER_GONE = "the cluster's head did not answer"
@@ -40,9 +40,9 @@ class AttemptOnRay(Attempt):
 
     def __init__(self, job: Job, profile: Profile, console: Console, signals: Signals, counts: Sequence[int]) -> None:
         super().__init__(job, profile, console, signals)
-        self.name = actor_name(Path(job.run_folder).name, job.attempt)
-        self.members: dict[int, WorkerInfo] = {}
-        # one machine neither grows nor is taken away from under its own driver
+        self.run_id = Path(job.run_folder).name
+        self.name = actor_name(self.run_id, job.attempt)
+        # a single machine neither grows nor leaves its own driver
         watches = profile.kind != "local"
         self.growth = Growth(counts, job.num_workers, profile) if watches else None
         self.drains = watches and profile.preemption.watch
@@ -50,19 +50,17 @@ class AttemptOnRay(Attempt):
         self.failed_at: float | None = None
 
     def run(self, observe: Observer) -> Ended:
-        """Train until the end, a stop or a failure; a PipelineError of a worker is raised here."""
-
         self.control = start_control(self.name, self.profile)
         trainer = trainer_of(
             run_worker, {"job": self.job, "control": self.name}, self.profile, self.job.num_workers,
-            run_id=Path(self.job.run_folder).name, name=f"attempt-{self.job.attempt}", storage=_ray_storage(self.job, self.profile),
+            run_id=self.run_id, name=f"attempt-{self.job.attempt}", storage=_ray_storage(self.job, self.profile),
         )  # fmt: skip
         failure: list[BaseException] = []
 
         def fit() -> None:
             try:
                 trainer.fit()
-            except BaseException as error:  # passed on to the watching thread, which tells one kind from another
+            except BaseException as error:  # handled by the watching thread
                 failure.append(error)
 
         thread = threading.Thread(target=fit, name="fit", daemon=True)
@@ -72,68 +70,61 @@ class AttemptOnRay(Attempt):
             thread.join(timeout_s)
             return not thread.is_alive()
 
-        seen = self._watch(ended, observe)
-        self.members = seen.get("members") or self.members
-        if self._head_is_gone():
+        self._watch(ended, observe)
+        if self._is_lost():
             return Ended(None, CLUSTER_GONE)
         if thread.is_alive():  # a stop that took too long, or a second signal
             self._end_at_once(thread)
             return Ended(None, "stopped at once")
-        seen = self._hear() or seen
-        self.members = seen.get("members") or self.members
-        if seen.get("error") is not None:
-            raise seen["error"]
+        self._hear()
+        if self.seen.get("error") is not None:
+            raise self.seen["error"]
         if failure:
             return self._why(failure[0])
-        return Ended(seen.get("outcome"), "the cluster went away", self.planned)
+        return Ended(self.seen.get("outcome"), "the cluster went away", self.planned)
 
     def _is_lost(self) -> bool:
-        return self._head_is_gone()
-
-    def _head_is_gone(self) -> bool:
-        """Whether the cluster's head has taken no connection for long; the one of this machine does not come back."""
+        """Whether the cluster's head has accepted no connection for long. A head on this machine does not restart."""
         if cluster_nodes.head_answers():
             self.heard_at = time.monotonic()
         return time.monotonic() - self.heard_at > (SILENCE_HERE_S if self.profile.kind == "local" else SILENCE_S)
 
-    def _end_peers(self, seen: dict[str, Any]) -> None:
-        """End the other workers where one failed some seconds ago: one of them may hang."""
+    def _end_peers(self) -> None:
+        """End the other workers if one failed some seconds ago: one of them may hang."""
         now = time.monotonic()
-        if seen.get("worker_failed") and self.failed_at is None:
+        if self.seen.get("worker_failed") and self.failed_at is None:
             self.failed_at = now
         if self.failed_at is not None and now - self.failed_at > PEERS_S:
             self.failed_at = now
-            for group in {member.placement_group for member in seen["members"].values()}:
-                cluster_nodes.release(group)
+            release(self.run_id)
 
-    def _look_around(self, seen: dict[str, Any], begin: tuple[int, float] | None) -> None:
-        """End workers that wait for one that failed; ask for a stop where a node will be taken away, or where more workers could be had."""
-        self._end_peers(seen)
+    def _look_around(self) -> None:
+        """End workers that wait for one that failed. Ask for a stop if a node will be taken away, or if more workers fit."""
+        self._end_peers()
         now = time.monotonic()
-        progress = seen.get("progress")
-        if self.asked_at is not None or not progress or begin is None:
+        if self.asked_at is not None or self.begin is None:
             return  # workers that are not training yet have nothing to save
         if now - self.looked_at < self.profile.preemption.poll_s or not cluster_nodes.head_answers():
-            return  # a head that is gone would keep the questions below waiting for a minute
+            return  # without a head, the calls below would wait for a minute
         self.looked_at = now
-        mine = {member.node: member for member in seen["members"].values()}
-        with contextlib.suppress(Exception):  # the cluster does not answer: if that lasts, the attempt fails of it
+        mine = {member.node: member for member in self.seen["members"].values()}
+        with contextlib.suppress(Exception):  # the cluster does not answer: if that lasts, the attempt fails
             if self.drains:
                 leaving = cluster_nodes.draining() & mine.keys()
                 if leaving:
                     names = ", ".join(sorted({mine[node].node_name for node in leaving}))
-                    self._ask(DRAINED, f"node {names} is about to be taken away: saving, to go on elsewhere")
+                    self._ask(DRAINED, f"node {names} is about to be taken away: saving, to continue elsewhere")
                     return
             if self.growth is not None:
-                count = self.growth.after(cluster_nodes.nodes(), set(mine), time_left(progress, begin), now)
+                count = self.growth.after(cluster_nodes.nodes(), set(mine), self._time_left(), now)
                 if count is not None:
-                    self._ask(GROWN, f"the cluster has room for {count} workers now: saving, to go on with them")
+                    self._ask(GROWN, f"the cluster has room for {count} workers now: saving, to continue with them")
 
     def _stop(self) -> None:
         self.control.stop.remote(*([self.planned] if self.planned else []))
 
     def _read(self) -> dict[str, Any]:
-        """Return what the control actor says; {} where it is gone with its cluster, whose cause `fit()` tells."""
+        """Return the state of the control actor; {} if it is gone with its cluster: then `fit()` raises the cause."""
         import ray
 
         try:
@@ -143,35 +134,33 @@ class AttemptOnRay(Attempt):
         return seen
 
     def _end_at_once(self, thread: threading.Thread) -> None:
-        """End the workers, whatever they are doing; on this machine alone, the end of Ray does that."""
-        if self.profile.kind == "local":
-            return
-        for group in {member.placement_group for member in self.members.values()}:
-            cluster_nodes.release(group)
-        thread.join(END_S)
+        """End the workers, whatever they are doing. On this machine alone, shutting down Ray does that."""
+        if self.profile.kind != "local":
+            release(self.run_id)
+            thread.join(END_S)
 
     def _why(self, error: BaseException) -> Ended:
-        """Return why the attempt failed, having looked at the machines that its workers were on, and free what it held."""
+        """Return why the attempt failed, by the error and by the state of its workers' nodes; release what it held."""
         while not cluster_nodes.head_answers():
-            if self._head_is_gone():
+            if self._is_lost():
                 return Ended(None, CLUSTER_GONE)
             time.sleep(1.0)
-        mine = {member.node for member in self.members.values()}
+        members = self.seen.get("members", {}).values()
+        mine = {member.node for member in members}
         try:
-            for group in {member.placement_group for member in self.members.values()}:
-                cluster_nodes.release(group)
-            # this machine is there: a process of Ray's that is late to say so, because the machine is busy, would make it a lost node
+            release(self.run_id)
+            # this machine is not asked: if it is busy and Ray's process answers late, it would count as lost
             here = self.profile.kind == "local"
             answers = dict.fromkeys(mine, oom_kills()) if here else cluster_nodes.on_each(mine, oom_kills)
-        except Exception:  # the cluster is going
+        except Exception:  # the cluster ends
             return Ended(None, cause_of(error))
         lost = frozenset(mine - answers.keys())
-        for member in self.members.values():
+        for member in members:
             if member.node in lost:
                 cause = f"worker {member.rank}: its node {member.node_name} was lost"
                 return Ended(None, cause, lost=lost)
         cause = cause_of(error)
-        if any(answers[member.node] > member.oom_kills for member in self.members.values()):
+        if any(answers[member.node] > member.oom_kills for member in members):
             cause = starved(cause)
         stacks = Path(self.job.run_folder) / STACKS
         forget_empty(stacks)
@@ -181,7 +170,7 @@ class AttemptOnRay(Attempt):
 
 
 def start_control(name: str, profile: Profile) -> Any:
-    """Start the actor between this process and its workers, on this node; it has the variables that the profile forwards."""
+    """Start the actor between this process and its workers on this node, with the variables that the profile forwards."""
     import ray
 
     return (
@@ -210,10 +199,10 @@ def trainer_of(
 
     from pipeline.cluster.rendezvous import Rendezvous
 
-    # read by Ray Train at each `fit()`, and handed to its processes on other nodes
+    # Ray Train reads these at each `fit()`, and passes them to its processes on other nodes
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{profile.timeouts.start_s:g}"
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = f"{profile.timeouts.collective_s:g}"
-    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor for what is done here, too
+    os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # an actor that does what `_look_around` does
     return TorchTrainer(
         function,
         train_loop_config=config,
@@ -233,7 +222,7 @@ def trainer_of(
 
 
 def _ray_storage(job: Job, profile: Profile) -> dict[str, Any]:
-    """Return where Ray keeps its own few files of an attempt: on a cluster, a place that every node sees."""
+    """Return where Ray keeps its own few files of an attempt; on a cluster every node must see that place."""
     if job.run_address is None or not profile.is_remote:
         return {"storage_path": str(Path(job.run_folder) / "ray")}
     folder = RemoteFolder(job.run_address).child("ray")

@@ -1,12 +1,14 @@
-"""Between the driver and its workers: the control actor in the cluster, and what Ray Train starts in each worker.
+"""The control actor between the driver and its workers, and the functions that Ray Train calls in each worker.
 
-Ray's own processes import this module to know the two by name, so it imports nothing heavy: the control actor starts in a moment and costs
-little memory, and torch is loaded by the workers alone.
+Ray's own processes import this module to find both by name. So it imports nothing heavy: the control actor starts at once and takes little
+memory, and only the workers load torch.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,43 +23,38 @@ NAMESPACE = "ddpm-pipe"
 
 
 def actor_name(run_id: str, attempt: int) -> str:
-    """Return the name under which an attempt's control is found in the cluster."""
+    """Return the name of an attempt's control actor in the cluster."""
     return f"control-{run_id}-{attempt}"
 
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker of an attempt: where it runs, what Ray reserved for it and its peers, and how often memory had run out there before."""
+    """A worker of an attempt: the node where it runs, and how many processes the kernel had killed there for lack of memory."""
 
     rank: int
     node: str
     node_name: str
-    placement_group: str | None
     oom_kills: int
 
     @classmethod
     def of_this_process(cls) -> WorkerInfo:
-        """Return what this worker is."""
         import ray
         import ray.train
-        from ray.util import get_current_placement_group
 
         from pipeline.planning.memory import oom_kills
 
-        group = get_current_placement_group()
         return cls(
             ray.train.get_context().get_world_rank(),
             ray.get_runtime_context().get_node_id(),
             ray.util.get_node_ip_address(),
-            None if group is None else group.id.hex(),
             oom_kills(),
         )
 
 
 class ControlActor:
-    """The control actor: workers write how far they are, the driver writes that they should stop.
+    """Workers write their progress, the driver writes that they should stop.
 
-    An actor in the cluster, or an object of this process where the worker is here, too.
+    It is an actor in the cluster, or an object of this process if the worker runs in this process.
     """
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
@@ -72,15 +69,15 @@ class ControlActor:
         self._stop = ""
 
     def environment(self) -> dict[str, str]:
-        """Return variables for the workers that are secret: what Ray itself is told, it shows to anybody let in."""
+        """Return secret variables for the workers. Ray would show a runtime environment to every client."""
         return self._environment
 
     def join(self, member: WorkerInfo) -> None:
-        """Note a worker that has come up."""
+        """Record a worker that has started."""
         self._members[member.rank] = member
 
     def publish(self, progress: dict[str, Any]) -> bool:
-        """Take rank 0's progress, a warning, or what a score on the way was; return whether the workers should stop."""
+        """Record rank 0's progress, a warning or an early score; return whether the workers should stop."""
         if "warning" in progress:
             self._warnings.append(progress["warning"])
         elif "judgement" in progress:
@@ -95,11 +92,10 @@ class ControlActor:
         self._worker_failed = True
 
     def worker_failed(self) -> None:
-        """Note that a worker ended with an error, whatever it was: its peers may wait for it until their patience ends."""
+        """Record that a worker ended with any error: its peers may wait for it until their collective operation times out."""
         self._worker_failed = True
 
     def finish(self, outcome: str) -> None:
-        """Keep how training ended."""
         self._outcome = outcome
 
     def stop(self, reason: str = "asked to stop") -> None:
@@ -107,7 +103,8 @@ class ControlActor:
         self._stop = self._stop or reason
 
     def read(self) -> dict[str, Any]:
-        """Return everything, and forget the warnings; where the worker is in this process, it may add one meanwhile."""
+        """Return everything, and clear the warnings."""
+        # one by one: a worker in this process may add a warning meanwhile
         warnings = [self._warnings.pop(0) for _ in range(len(self._warnings))]
         return {
             "progress": self._progress,
@@ -122,7 +119,7 @@ class ControlActor:
 
 
 class ActorLink:
-    """A worker's line to the control actor. The answer to one message is read when the next one is due, so that nobody waits."""
+    """A worker's link to the control actor. It reads the answer to a message only when the next one is due, and so never waits."""
 
     def __init__(self, control: Any, stacks: Stacks) -> None:
         self._control, self._stacks = control, stacks
@@ -135,7 +132,7 @@ class ActorLink:
         self._answer = self._control.publish.remote(progress)
 
     def stop_requested(self) -> bool:
-        """Return whether an answer that has arrived said to stop. Every worker asks once a step."""
+        """Return whether the actor has answered that the workers should stop. Each worker calls this once a step."""
         import ray
 
         self._stacks.step()
@@ -146,7 +143,7 @@ class ActorLink:
 
 
 def run_worker(config: dict[str, Any]) -> None:
-    """Be one worker of an attempt: what Ray Train calls in each of its processes."""
+    """Train as one worker of an attempt. Ray Train calls this in each of its processes."""
     import ray
     import ray.train.torch
 
@@ -154,40 +151,42 @@ def run_worker(config: dict[str, Any]) -> None:
     from pipeline.training.team import Team
     from pipeline.worker.worker import Worker
 
-    control = ray.get_actor(config["control"], namespace=NAMESPACE)
-    os.environ.update(ray.get(control.environment.remote()))
-    control.join.remote(WorkerInfo.of_this_process())
-    try:
+    with _reporting_to(config["control"]) as control:
+        control.join.remote(WorkerInfo.of_this_process())
         job: Job = config["job"]
         collective_s = job.profile["timeouts"]["collective_s"]
         team = Team.join(collective_s)
-        gpu = ray.train.torch.get_device().index or 0  # of those that this process sees; 0 where it has none
+        gpu = ray.train.torch.get_device().index or 0  # of the GPUs that this process sees; 0 on a CPU
         path = path_of(Path(job.run_folder), job.attempt, team.rank)
         with Stacks(path, collective_s) as stacks:
             worker = Worker(job, team, ActorLink(control, stacks), gpu)
             outcome = worker.work()
-    except PipelineError as error:
-        ray.get(control.fail.remote(error))
-        raise
-    except BaseException:
-        control.worker_failed.remote()
-        raise
     if team.is_main:
         ray.get(control.finish.remote(outcome))
 
 
 def measure_in_worker(config: dict[str, Any]) -> Any:
-    """Return what the function of a probe finds in one worker: what Ray Train calls in each of its processes."""
-    import ray
-
+    """Return the result of a probe's function in one worker. Ray Train calls this in each of its processes."""
     from pipeline.import_path import allow_modules_in
     from pipeline.training.team import Team
 
-    control = ray.get_actor(config["control"], namespace=NAMESPACE)
-    os.environ.update(ray.get(control.environment.remote()))
-    allow_modules_in(config["code_folder"])
-    try:
+    with _reporting_to(config["control"]):
+        allow_modules_in(config["code_folder"])
         return config["function"](Team.join(config["collective_s"]), *config["arguments"])
+
+
+@contextmanager
+def _reporting_to(name: str) -> Iterator[Any]:
+    """Set the secret variables that the control actor has, and report an error of this worker to it."""
+    import ray
+
+    control = ray.get_actor(name, namespace=NAMESPACE)
+    os.environ.update(ray.get(control.environment.remote()))
+    try:
+        yield control
     except PipelineError as error:
         ray.get(control.fail.remote(error))
+        raise
+    except BaseException:
+        control.worker_failed.remote()
         raise

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster that others started, from one of its nodes: let in by token, and only where it holds what the profile asks."""
+"""Join a Ray cluster that others started, from one of its nodes, by token."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from pipeline.signals import keeping_sigterm
 from pipeline.storage.provenance import JOB_VARIABLE
 
 SETTLING_S = 4.0
-# Ray decides these from its environment when it is first imported or started
+# Ray reads these when it is first imported or started
 SETTINGS = {
-    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that still works as Ray is shut down would start another, open to the outside
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after its end would start another one, open to the outside
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # a process that keeps a state for other drivers to read
+    "RAY_TRAIN_ENABLE_STATE_ACTOR_RECONCILIATION": "0",  # a process that other drivers could read
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
 }
@@ -34,15 +34,17 @@ SETTINGS = {
 def joined_ray(profile: Profile) -> Iterator[None]:
     """Be a driver of the profile's cluster for the time of the context.
 
-    UsageError where the cluster lets anybody in, or not us; ClusterError where it is absent or this machine is none of its nodes.
+    Raises:
+        UsageError: the cluster requires no token, or refuses ours.
+        ClusterError: the cluster does not answer, or this machine is not one of its nodes.
     """
     if profile.kind == "job" and JOB_VARIABLE not in os.environ:
         raise UsageError(
             f"profile {profile.name!r} is of kind job, and this command runs here; name it with --cluster, and the command is sent there"
         )
     address = store_address(profile)
-    tls = os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}  # then certificates decide who is let in
-    token = None if tls else admission(profile, address, probe_store(address))
+    tls = os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}  # then certificates control access
+    token = None if tls else admission(profile, address, probe_store)
     os.environ.update(SETTINGS | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.timeouts.start_s:g}"})
     if "ray" not in sys.modules:  # afterwards Ray keeps what it has read
         os.environ["RAY_AUTH_MODE"] = "token" if token else os.environ.get("RAY_AUTH_MODE", "disabled")
@@ -56,7 +58,7 @@ def joined_ray(profile: Profile) -> Iterator[None]:
 
 
 def shut_down() -> None:
-    """Leave Ray, which resets SIGTERM to what ends this process without a word: the handler that was there is kept."""
+    """Leave Ray, and keep the handler of SIGTERM, which Ray would replace by one that ends this process without a message."""
     import ray
 
     with keeping_sigterm():
@@ -64,7 +66,7 @@ def shut_down() -> None:
 
 
 def store_address(profile: Profile) -> str:
-    """Return HOST:PORT of the control store: the profile's, or that of the cluster this machine is a node of."""
+    """Return HOST:PORT of the control store: the profile's, or that of the cluster of this machine."""
     if profile.kind == "connect" and profile.address not in {None, "auto"}:
         return str(profile.address)
     named = os.environ.get("RAY_ADDRESS", "")
@@ -81,7 +83,7 @@ def store_address(profile: Profile) -> str:
 
 
 def _folder_of_ray() -> Path:
-    """Return where a node's Ray keeps its files unless it is told, by the same variables as Ray."""
+    """Return where a node's Ray keeps its files by default, by the same variables as Ray."""
     of_system = os.environ.get("TMPDIR") if sys.platform == "linux" else None
     return Path(os.environ.get("RAY_TMPDIR") or of_system or "/tmp") / "ray"
 
@@ -95,7 +97,7 @@ def _init(profile: Profile, address: str) -> None:
         loopback = "lo0" if sys.platform == "darwin" else "lo"
         env = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | env
     try:
-        # in a folder without modules: Ray puts the current one first on its workers' path
+        # in a folder without modules: Ray puts the current folder first on its workers' import path
         with keeping_sigterm(), tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
             ray.init(
                 address=address,
@@ -104,7 +106,7 @@ def _init(profile: Profile, address: str) -> None:
                 configure_logging=True,
                 logging_level="ERROR",
             )
-    except Exception as error:  # Ray raises bare exceptions of many kinds
+    except Exception as error:  # Ray raises many kinds
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(
             f"profile {profile.name!r}: cannot join the cluster at {address}: {reason}; kind connect runs on one of its nodes, "
@@ -113,7 +115,7 @@ def _init(profile: Profile, address: str) -> None:
 
 
 def require_room(profile: Profile, num_workers: int) -> None:
-    """Refuse what the joined cluster would not hold if nothing else ran on it; nodes may be just joining (ClusterError)."""
+    """Raise ClusterError if the workers would not fit the joined cluster even if it were idle. Waits for nodes that are just joining."""
     need = needs(profile, num_workers)
     deadline = time.monotonic() + SETTLING_S
     while True:

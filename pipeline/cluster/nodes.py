@@ -1,4 +1,4 @@
-"""What this process's cluster consists of: its nodes, those that are about to be taken away, those that answer, and what they reserve."""
+"""The nodes of this process's cluster: which there are, which will be taken away, and which answer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,10 @@ from typing import Any
 from pipeline.planning.capacity import Node
 
 ANSWER_S = 10.0  # a worker process starts in two or three seconds
-REMOVAL_S = 10.0
 
 
 def nodes(without: Collection[str] = ()) -> list[Node]:
-    """Return the nodes that are alive and stay, but for some; what they have free may be a second old."""
+    """Return the nodes that are alive and will stay, except some. What they have free may be a second old."""
     import ray
     from ray._private.state import available_resources_per_node
 
@@ -30,7 +29,7 @@ def nodes(without: Collection[str] = ()) -> list[Node]:
 
 
 def head_answers(timeout_s: float = 2.0) -> bool:
-    """Whether the head of this process's cluster takes connections. Asks its port: Ray itself would wait for it a minute."""
+    """Whether the head of this process's cluster accepts connections. Connects to its port, because Ray itself would wait a minute."""
     import ray
 
     host, _, port = ray.get_runtime_context().gcs_address.rpartition(":")
@@ -42,7 +41,7 @@ def head_answers(timeout_s: float = 2.0) -> bool:
 
 
 def draining() -> set[str]:
-    """Return the nodes that Ray says will be taken away (spot machines, maintenance): nothing new is placed on them."""
+    """Return the nodes that Ray reports as draining (spot machines, maintenance): Ray places nothing new on them."""
     from ray._private.state import state
 
     return set(state.get_draining_nodes())
@@ -53,10 +52,10 @@ def answers(
     timeout_s: float = ANSWER_S,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """Call a function on each node, all at once, and give (node, answer) as they come; of those that come in time.
+    """Call a function on each node, all at once, and yield (node, answer) in the order of arrival until the time is over.
 
-    A node that does not answer may be lost: Ray notices that of a machine after half a minute, and waits for it until then.
-    `environment` are variables for the process there whose values are secret: arguments, which Ray shows nobody, unlike a function.
+    A node that does not answer may be lost: Ray notices a lost machine after half a minute, and waits for it until then. `environment`
+    holds variables for the process there whose values are secret. They are sent as arguments, which Ray does not show, unlike functions.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
@@ -79,11 +78,11 @@ def answers(
 
 
 def on_each(asked: Collection[str], question: Callable[[], Any], timeout_s: float = ANSWER_S) -> dict[str, Any]:
-    """Call a function on each node, and return the answers that came in time by node."""
+    """Call a function on each node, and return by node the answers that came in time."""
     return dict(answers(dict.fromkeys(asked, question), timeout_s))
 
 
-@functools.cache  # sent to the cluster once: Ray warns of a function that is sent for each of many nodes
+@functools.cache  # sent to the cluster once: Ray warns about a function that is sent for each of many nodes
 def _asking() -> Any:
     import ray
 
@@ -97,7 +96,7 @@ def _answer(question: Callable[[], Any], environment: Mapping[str, str]) -> Any:
 
 @contextlib.contextmanager
 def wanted() -> Iterator[Callable[[dict[str, float], int], None]]:
-    """Give a function that asks a cluster which scales itself for so many bundles of resources; taken back at the end."""
+    """Yield a function that requests bundles of resources from an autoscaling cluster. The request is withdrawn at the end."""
     asked: list[tuple[dict[str, float], int]] = []
 
     def want(bundle: dict[str, float], count: int) -> None:
@@ -113,12 +112,12 @@ def wanted() -> Iterator[Callable[[dict[str, float], int], None]]:
         if asked and head_answers():
             from ray.autoscaler.sdk import request_resources
 
-            with contextlib.suppress(Exception):  # a cluster that is going takes its wishes with it
+            with contextlib.suppress(Exception):  # a cluster that ends forgets its requests
                 request_resources(bundles=[])
 
 
 def this_node() -> Any:
-    """Return the placement of what must not be lost with another machine: the node where this process runs."""
+    """Return the scheduling strategy that places an actor on the node of this process, so that it is not lost with another machine."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy as On
 
@@ -126,25 +125,9 @@ def this_node() -> Any:
 
 
 def resource_of_this_node() -> str:
-    """Return the name of the resource that Ray gives this node alone, for what can be placed by its resources only."""
+    """Return the name of the resource that only this node has, for what can be placed by resources alone."""
     import ray
 
     here = ray.get_runtime_context().get_node_id()
     (names,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
     return next(str(name) for name in names if name.startswith("node:") and name != "node:__internal_head__")
-
-
-def release(placement_group: str | None) -> None:
-    """End a placement group with everything in it, and wait until its resources are free: Ray forgets it when its controller dies."""
-    import ray
-    from ray._raylet import PlacementGroupID
-    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
-
-    if placement_group is None:
-        return
-    group = PlacementGroup(PlacementGroupID(bytes.fromhex(placement_group)))
-    deadline = time.monotonic() + REMOVAL_S
-    with contextlib.suppress(ray.exceptions.RayError):
-        while placement_group_table(group).get("state") not in (None, "REMOVED") and time.monotonic() < deadline:
-            remove_placement_group(group)
-            time.sleep(0.1)

@@ -12,7 +12,7 @@ from typing import Any
 from pipeline.cluster.attempt_on_ray import start_control, trainer_of
 from pipeline.cluster.causes import cause_of
 from pipeline.cluster.control_actor import measure_in_worker
-from pipeline.cluster.placement import give_back
+from pipeline.cluster.placement import release
 from pipeline.config.cluster_profile import Profile
 from pipeline.errors import ClusterError
 from pipeline.limits import in_thread
@@ -50,7 +50,7 @@ def on_workers(
             raise ours or ClusterError(cause_of(error)) from None
         finally:
             with suppress(ray.exceptions.RayError):
-                give_back(name)
+                release(name)
                 ray.kill(control)
     if result is None:
         raise ClusterError(

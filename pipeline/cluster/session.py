@@ -1,4 +1,4 @@
-"""Ray as this package uses it: started here for one command, closed to the outside, and gone afterwards; or a cluster that is there."""
+"""Ray as this package uses it: started here for one command and closed to the outside, or a cluster that runs already."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from pipeline.gpus import usable_gpus
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
 from pipeline.signals import keeping_sigterm
-from pipeline.watchdog import Watchdog, end_all
+from pipeline.watchdog import Watchdog
 
 LOOPBACK = "127.0.0.1"
-STARTS, TOO_SLOW = 3, "timed out during startup"  # Ray's word for processes that did not come up in time
-OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: images are read from the shards by each worker
+STARTS, TOO_SLOW = 3, "timed out during startup"  # in Ray's message about processes that started too slowly
+OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: each worker reads images from the shards
 LOCAL_SETTINGS = SETTINGS | {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # one machine has no nodes that are taken away
-    "RAY_USAGE_STATS_REPORT_URL": "disabled",  # a dashboard reports even that statistics are off
-    "RAY_worker_niceness": "0",  # Ray's own 15 lets anything else on the machine go first
-    # on, Ray takes a loopback address for a mistake and listens on every interface instead
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node of a single machine is taken away
+    "RAY_USAGE_STATS_REPORT_URL": "disabled",  # otherwise a dashboard reports that statistics are off
+    "RAY_worker_niceness": "0",  # Ray's default of 15 gives every other process of the machine priority
+    # if it is on, Ray rejects a loopback address and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 
-# Ray reads mode and token when it is first imported and keeps them: one token for the life of this process
+# Ray reads mode and token when it is first imported, and keeps them: one token for the life of this process
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def require_resources(profile: Profile, num_workers: int) -> None:
-    """Refuse at once what this machine or the profile's cluster cannot hold: Ray itself would wait for it for ever (ClusterError).
+    """Raise ClusterError if the workers do not fit this machine or the profile's cluster: Ray itself would wait for ever.
 
-    A cluster that may grow is asked when the work begins, and waited for as long as its profile says.
+    A cluster that may grow (`wait_for_resources_s`) is checked when the work begins.
     """
     if profile.is_remote:
         with joined_ray(profile):
@@ -69,10 +69,10 @@ def require_resources(profile: Profile, num_workers: int) -> None:
 
 @contextlib.contextmanager
 def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
-    """Start Ray on this machine for the time of the context, bound to loopback and guarded by a token of its own.
+    """Run Ray on this machine for the time of the context, bound to loopback and protected by a token of its own.
 
-    The token lives in the environment of Ray's processes alone: no file, no argument list. Nothing that the user has set for other
-    clusters (an address file, RAY_ADDRESS) is looked at.
+    The token is in the environment of Ray's processes alone, in no file and in no argument list. Settings of the user's for other clusters
+    (an address file, RAY_ADDRESS) are ignored.
     """
     settings = LOCAL_SETTINGS | profile.env
     if "ray" not in sys.modules:
@@ -80,7 +80,6 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     # gloo and NCCL would otherwise listen on the network card
     loopback = "lo0" if sys.platform == "darwin" else "lo"
     settings = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | settings
-    # the folder's path goes into names of sockets, of which an operating system takes about a hundred characters
     settings |= environment_for_ray()
     folder = _folder_for_ray()
     watchdog = Watchdog(folder)
@@ -89,15 +88,15 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
             _start(profile, num_workers, folder, watchdog)
             yield
         finally:
-            processes = watchdog.started()
             shut_down()
-            end_all(processes)  # a worker that hangs as it ends is one that Ray has forgotten
+            watchdog.end_all()  # Ray does not wait for a worker that hangs as it ends
             shutil.rmtree(folder, ignore_errors=True)
             watchdog.dismiss()
 
 
 def _folder_for_ray() -> Path:
-    """Make the folder that Ray's processes meet in; ClusterError where that cannot be done."""
+    """Make the folder for the sockets of Ray's processes. Raises ClusterError if that fails."""
+    # the name of a socket has at most about a hundred characters
     parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp").absolute()
     try:
         parent.mkdir(parents=True, exist_ok=True)  # as Ray itself makes it
@@ -110,9 +109,9 @@ def _folder_for_ray() -> Path:
 
 @contextlib.contextmanager
 def ray_of(profile: Profile, num_workers: int) -> Iterator[None]:
-    """Drive the Ray of a profile for the time of the context: one started here, or the cluster it names.
+    """Be the driver of a profile's Ray for the time of the context: one started here, or the cluster that the profile names.
 
-    Ray tells what befell its processes on stdout, where a program that reads our results would stumble over it.
+    Ray prints about its processes to stdout, where programs read our results: these lines go to stderr.
     """
     with (
         contextlib.redirect_stdout(sys.stderr),
@@ -122,7 +121,7 @@ def ray_of(profile: Profile, num_workers: int) -> Iterator[None]:
 
 
 class Session:
-    """The Ray of a profile for several attempts: started or joined when it is first needed, and again should it have died."""
+    """The Ray of a profile for several attempts: started or joined when it is first needed, and again if it has died."""
 
     def __init__(self, profile: Profile, num_workers: int) -> None:
         self._profile, self._num_workers = profile, num_workers
@@ -142,24 +141,24 @@ class Session:
 
 
 def is_up() -> bool:
-    """Whether this process is part of a Ray that is alive."""
+    """Whether this process is connected to a Ray that is alive."""
     if "ray" not in sys.modules:  # importing it here would fix its settings before they are set
         return False
     import ray
 
     try:
         return ray.is_initialized() and any(node["Alive"] for node in ray.nodes())
-    except Exception:  # whatever a dead Ray answers
+    except Exception:  # a dead Ray raises many kinds
         return False
 
 
 def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog) -> None:
-    """Start Ray; again where its processes needed longer than the half of a minute it grants them, as on a machine that is busy."""
+    """Start Ray, again if its processes did not start within Ray's half minute, as on a busy machine."""
     import ray
 
     for left in reversed(range(STARTS)):
         try:
-            # in a folder without modules: Ray puts the current one first on its workers' path
+            # in a folder without modules: Ray puts the current folder first on its workers' import path
             with keeping_sigterm(), contextlib.chdir(folder):
                 ray.init(
                     address="local",
@@ -174,10 +173,10 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
                     _temp_dir=str(folder),
                 )
             return
-        except Exception as error:  # Ray raises bare ones
+        except Exception as error:  # Ray raises the base class
             reason = " ".join(str(error).split())[:300]
             shut_down()
-            watchdog.sweep_out()
+            watchdog.end_all()
             if "AF_UNIX" in reason:
                 raise ClusterError(
                     f"Ray did not start: the path of its temporary folder {folder} is too long for the names of sockets; set RAY_TMPDIR "

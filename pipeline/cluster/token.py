@@ -1,7 +1,7 @@
-"""Being let into somebody's Ray: who holds the token may run code there, so a cluster that asks nobody for one is refused.
+"""Access to a Ray cluster by token. Whoever reaches a cluster without a token may run code on it, so such a cluster is refused.
 
-The token comes from RAY_AUTH_TOKEN, else the file RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token, as Ray itself looks for it. It travels in
-request headers and in the environment of Ray's processes alone: never in arguments, profiles, records or logs.
+The token comes from RAY_AUTH_TOKEN, else from the file RAY_AUTH_TOKEN_PATH, else from ~/.ray/auth_token, as in Ray itself. It is sent in
+request headers and in the environment of Ray's processes alone, and appears in no arguments, profiles, records or logs.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from pipeline.errors import ClusterError, UsageError
 from pipeline.redaction import redact
 
 TIMEOUT_S = 10.0
-ANY_NODE_SERVICE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # the cheapest question that Ray's control store answers
+ANY_NODE_SERVICE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # the cheapest request to Ray's control store
 
 
 class Access(Enum):
-    """How a cluster answers."""
+    """A cluster's answer."""
 
-    OPEN = "lets in"
-    CLOSED = "asks for a token, or for another one"
+    OPEN = "accepts the request"
+    CLOSED = "requires a token, or another one"
     ABSENT = "does not answer"
 
 
-AuthProbe = Callable[[str | None], Access]
+AuthProbe = Callable[[str, str | None], Access]  # of address and token
 
 
 def find_token() -> tuple[str | None, str]:
-    """Return the user's token for clusters, and where it stands (or where it was looked for)."""
+    """Return the user's token for clusters, and the variable or file that has it or should have it."""
     if token := os.environ.get("RAY_AUTH_TOKEN", "").strip():
         return token, "RAY_AUTH_TOKEN"
     named = os.environ.get("RAY_AUTH_TOKEN_PATH")
@@ -50,11 +50,13 @@ def find_token() -> tuple[str | None, str]:
 
 
 def admission(profile: Profile, address: str, probe: AuthProbe) -> str | None:
-    """Return the token that opens the cluster at an address; None for one that needs none and whose profile accepts that.
+    """Return the token for the cluster at an address; None if it needs none and the profile accepts that.
 
-    UsageError where nobody is asked for a token, or where there is none or a wrong one; ClusterError where nothing answers.
+    Raises:
+        UsageError: the cluster requires no token, or the user has none or a wrong one.
+        ClusterError: no cluster answers.
     """
-    access = probe(None)
+    access = probe(address, None)
     if access is Access.ABSENT:
         raise ClusterError(
             f"profile {profile.name!r}: no Ray cluster answers at {address}; is it up, and is the address right?"
@@ -72,73 +74,64 @@ def admission(profile: Profile, address: str, probe: AuthProbe) -> str | None:
             f"profile {profile.name!r}: the cluster at {address} asks for a token, and there is none in {where}; "
             "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's"
         )
-    if probe(token) is not Access.OPEN:
+    if probe(address, token) is not Access.OPEN:
         raise UsageError(
             f"profile {profile.name!r}: the cluster at {address} refuses the token of {where}; set the cluster's own"
         )
     return token
 
 
-def probe_store(address: str) -> AuthProbe:
-    """Return how to ask a cluster's control store (HOST:PORT)."""
+def probe_store(address: str, token: str | None) -> Access:
+    """Ask a cluster's control store (HOST:PORT)."""
     import grpc
 
-    def probe(token: str | None) -> Access:
-        metadata = [("authorization", f"Bearer {token}")] if token else None
-        with grpc.insecure_channel(address) as channel:
-            try:
-                channel.unary_unary(ANY_NODE_SERVICE)(b"", timeout=TIMEOUT_S, metadata=metadata)
-            except grpc.RpcError as error:
-                asked = error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
-                return Access.CLOSED if asked else Access.ABSENT
-        return Access.OPEN
-
-    return probe
+    metadata = [("authorization", f"Bearer {token}")] if token else None
+    with grpc.insecure_channel(address) as channel:
+        try:
+            channel.unary_unary(ANY_NODE_SERVICE)(b"", timeout=TIMEOUT_S, metadata=metadata)
+        except grpc.RpcError as error:
+            refused = error.code() in {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.PERMISSION_DENIED}
+            return Access.CLOSED if refused else Access.ABSENT
+    return Access.OPEN
 
 
-def probe_dashboard(address: str) -> AuthProbe:
-    """Return how to ask a cluster's dashboard (http or https).
+def probe_dashboard(address: str, token: str | None) -> Access:
+    """Ask a cluster's dashboard (http or https).
 
-    ClusterError where something else than Ray answers, or its certificate is not trusted.
+    Raises ClusterError if something other than Ray answers, or if its certificate is not trusted.
     """
-
-    def probe(token: str | None) -> Access:
-        request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
-        if token:
-            request.add_header("Authorization", f"Bearer {token}")
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                body = answer.read(10_000)
-        except urllib.error.HTTPError as error:
-            error.close()
-            if error.code in {401, 403}:
-                return Access.CLOSED
+    request = urllib.request.Request(f"{address.rstrip('/')}/api/version")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            body = answer.read(10_000)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code in {401, 403}:
+            return Access.CLOSED
+        raise ClusterError(
+            f"{address}: answers {error.code} where Ray's dashboard would answer; is the address right?"
+        ) from None
+    except http.client.HTTPException:
+        raise ClusterError(f"{address}: what answers there does not speak HTTP; is the address right?") from None
+    except OSError as error:
+        reason = getattr(error, "reason", error)
+        if isinstance(reason, ssl.SSLError):
             raise ClusterError(
-                f"{address}: answers {error.code} where Ray's dashboard would answer; is the address right?"
+                f"{address}: no secure connection: {redact(str(reason))}; if an authority of your own signed the certificate, set "
+                "SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the authority's file; if the server speaks plain http, use http://"
             ) from None
-        except http.client.HTTPException:
-            raise ClusterError(f"{address}: what answers there does not speak HTTP; is the address right?") from None
-        except OSError as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, ssl.SSLError):
-                raise ClusterError(
-                    f"{address}: no secure connection: {redact(str(reason))}; where the certificate is by an authority of your own, set "
-                    "SSL_CERT_FILE and REQUESTS_CA_BUNDLE to the authority's file; where the server speaks plain http, say http://"
-                ) from None
-            return Access.ABSENT
-        try:
-            json.loads(body)["ray_version"]
-        except (ValueError, KeyError, TypeError):
-            raise ClusterError(
-                f"{address}: something answers that is not Ray's dashboard; is the address right?"
-            ) from None
-        return Access.OPEN
-
-    return probe
+        return Access.ABSENT
+    try:
+        json.loads(body)["ray_version"]
+    except (ValueError, KeyError, TypeError):
+        raise ClusterError(f"{address}: something answers that is not Ray's dashboard; is the address right?") from None
+    return Access.OPEN
 
 
 def travels_readable(address: str) -> bool:
-    """Whether what is sent to an address can be read on its way: plain http to another machine."""
+    """Whether others can read what is sent to an address: plain http to another machine."""
     parts = urlsplit(address)
     host = parts.hostname or ""
     return parts.scheme == "http" and not (host == "localhost" or host.startswith("127.") or host == "::1")

@@ -148,7 +148,7 @@ def auth_findings(profile: Profile) -> list[Finding]:
     """Return [] if the cluster of a job profile admits us, else all findings: the error, and the other checks as skipped."""
     address = str(profile.address)
     try:
-        admission(profile, address, probe_dashboard(address))
+        admission(profile, address, probe_dashboard)
     except PipelineError as error:
         names = [name for stage in STAGES for name, _, _ in stage] + ["mlflow"]
         return [red_of("cluster", error), *(skipped(name, "the cluster cannot be reached") for name in names)]

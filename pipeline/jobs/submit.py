@@ -45,7 +45,7 @@ class Jobs:
     def __init__(self, profile: Profile, console: Console) -> None:
         """Connect. UsageError or ClusterError as in `admission`."""
         address = str(profile.address).rstrip("/")
-        token = admission(profile, address, probe_dashboard(address))
+        token = admission(profile, address, probe_dashboard)
         if token and travels_readable(address):
             console.say(
                 f"warning: {address} is plain http to another machine: the token can be intercepted; use https or a tunnel"

@@ -1,11 +1,11 @@
-"""Copies of remote files on this machine's disk, shared by all its processes: fetched once, verified, the longest unused removed first.
+"""Copies of remote files on this machine's disk, shared by all its processes. Each is fetched once and verified.
 
-    <folder>/<first two of sha256>/<sha256>                    a whole file, whose bytes were verified; its time is that of its last use
-    <folder>/<first two of sha256>/<sha256>.<bytes>.part       one on its way, locked by who fetches it
-    <folder>/lock                                              held while room is made
+    <folder>/<first two of sha256>/<sha256>                    a whole, verified file; its modification time is that of its last use
+    <folder>/<first two of sha256>/<sha256>.<bytes>.part       a file that is being fetched, locked by the process that fetches it
 
-A file is named by its content, so that equal shards of several datasets, runs and users of one folder are kept once. Who reads one holds
-a shared lock on it; making room passes over files that are locked. The kernel frees the locks of a process that dies.
+A file is named by its content, so that equal shards of several datasets, runs and users of one folder are kept once. The least recently used
+are removed first. A reader holds a shared lock on its file, and locked files are not removed. What removes files locks the folder. The kernel
+frees the locks of a process that dies.
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ from pathlib import Path
 from typing import IO
 
 from pipeline.errors import DataError, StorageError
+from pipeline.storage.durable import locked
 
 PART = ".part"
 
 
 class NodeCache:
-    """A folder of at most `max_bytes`, but for what is in use at one time."""
+    """A folder of at most `max_bytes`, or more if more are in use at one time."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._folder, self._max_bytes = folder, max_bytes
 
     @contextmanager
     def use(self, sha256: str, num_bytes: int, where: str, fetch: Callable[[Path], str]) -> Iterator[Path]:
-        """Give the file of that content for the time of the context, in which it is not removed.
+        """Yield the path of the file with that content, which is not removed during the context.
 
         Args:
             sha256, num_bytes: of its content.
@@ -38,7 +39,7 @@ class NodeCache:
             fetch: writes it to a path and returns the SHA-256 of what it wrote.
 
         Raises:
-            DataError: what was fetched is not that content, twice.
+            DataError: the file was fetched twice, and has other content.
             StorageError: the folder cannot be written, or is full.
         """
         path = self._path(sha256)
@@ -50,45 +51,38 @@ class NodeCache:
             yield path
 
     def has(self, sha256: str) -> bool:
-        """Whether the file of that content is here now."""
         return self._path(sha256).is_file()
 
     def discard(self, sha256: str) -> None:
-        """Remove a file that turned out to be damaged on this disk."""
+        """Remove a file that is damaged on this disk."""
         self._path(sha256).unlink(missing_ok=True)
 
     def _path(self, sha256: str) -> Path:
         return self._folder / sha256[:2] / sha256
 
     def _opened(self, path: Path) -> IO[bytes] | None:
-        """Open a file with a shared lock, and note its use; None where it is not here."""
+        """Open a file with a shared lock, and record its use; None if it is not here."""
         try:
             file = path.open("rb")
         except FileNotFoundError:
             return None
         except OSError as error:
             raise self._unusable(error) from None
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            if _is_at(file, path):
-                os.utime(path)
-                return file
-        except FileNotFoundError:
-            pass
-        except BaseException:
-            file.close()
-            raise
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if _is_at(file, path):
+            os.utime(file.fileno())
+            return file
         file.close()  # removed between opening and locking
         return None
 
     def _get(self, path: Path, num_bytes: int, where: str, fetch: Callable[[Path], str]) -> None:
-        """Fetch a file unless another process does: then wait for that."""
+        """Fetch a file, or wait if another process fetches it."""
         part = path.with_name(f"{path.name}.{num_bytes}{PART}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with part.open("ab") as file:
                 fcntl.flock(file, fcntl.LOCK_EX)
-                if not _is_at(file, part):  # it became the file, or was given up, while this one waited
+                if not _is_at(file, part):  # while this one waited, the other process has fetched the file, or failed
                     return
                 if path.exists():
                     part.unlink()
@@ -99,17 +93,19 @@ class NodeCache:
                         raise DataError(
                             f"{where} is damaged (its sha256 differs from the manifest's, fetched twice): restore it or ingest again"
                         )
-                    with self._locked():  # whoever counts meanwhile might see it under neither name
+                    with locked(self._folder):  # a process that counts meanwhile might see it under neither name
                         part.rename(path)
                 except BaseException:
-                    part.unlink(missing_ok=True)  # still this one's: after the rename the name may be another's
+                    part.unlink(
+                        missing_ok=True
+                    )  # before the rename the name is this process's; afterwards it may be another's
                     raise
         except OSError as error:
             raise self._unusable(error) from None
 
     def _make_room(self) -> None:
-        """Remove what was unused longest until all on its way fits, as far as that is not in use."""
-        with self._locked():
+        """Remove the least recently used files that are not in use until the files that are being fetched fit."""
+        with locked(self._folder):
             whole, coming = self._contents()
             excess = sum(size for _, size, _ in whole) + coming - self._max_bytes
             for _, size, path in sorted(whole):
@@ -118,14 +114,8 @@ class NodeCache:
                 if _remove_unused(path):
                     excess -= size
 
-    @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with (self._folder / "lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
-
     def _contents(self) -> tuple[list[tuple[int, int, Path]], int]:
-        """Return the whole files with time of use and size, and the bytes of those on their way, one's own among them."""
+        """Return (time of use, size, path) of the whole files, and the bytes of those that are being fetched, this process's included."""
         whole: list[tuple[int, int, Path]] = []
         coming = 0
         for folder in self._folder.iterdir():
@@ -134,7 +124,7 @@ class NodeCache:
                     if path.suffix != PART:
                         status = path.stat()
                         whole.append((status.st_mtime_ns, status.st_size, path))
-                    elif not _remove_unused(path):  # its process lives
+                    elif not _remove_unused(path):  # the process that fetches it is alive
                         coming += int(path.name.split(".")[1])
         return whole, coming
 
@@ -154,7 +144,7 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 def _remove_unused(path: Path) -> bool:
-    """Remove a file that nobody has locked; return whether that was so."""
+    """Remove a file unless a process has locked it; return whether it is gone."""
     try:
         with path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

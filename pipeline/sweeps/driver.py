@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline.cluster import nodes as cluster_nodes
-from pipeline.cluster.placement import give_back
+from pipeline.cluster.placement import release
 from pipeline.config import presets
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment
@@ -165,7 +165,7 @@ class SweepDriver:
     def end(self, trial_id: str, result: dict[str, Any], died: str | None) -> None:
         """Write a trial that ended into the ledger, and print its line."""
         following, key, run = self.running.pop(trial_id)
-        give_back(run.id)
+        release(run.id)
         status: Literal["finished", "stopped", "failed", "interrupted"]
         status = "failed" if died is not None else result.get("status", "failed")
         reason = died or str(result.get("reason", ""))

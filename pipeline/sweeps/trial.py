@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.cluster.control_actor import actor_name
-from pipeline.cluster.placement import give_back
+from pipeline.cluster.placement import release
 from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.console import Console
 from pipeline.errors import InterruptedRunError
@@ -70,7 +70,7 @@ def run_trial(config: dict[str, Any], setup: ForTrials) -> None:
     # a cluster's processes stand elsewhere, and those of the training look where this one stands
     os.chdir(setup.code_folder)
     allow_modules_in(setup.code_folder)
-    give_back(run.id)  # of a former process of this trial that was killed
+    release(run.id)  # of a former process of this trial that was killed
     carry_out(run, setup, tune.report)
 
 

@@ -125,7 +125,7 @@ def test_a_training_on_two_workers_is_recorded_on_the_server_and_lives_in_the_st
 @pytest.mark.parametrize("where", ["store", "dashboard"])
 def test_who_is_let_in(cluster, open_cluster, where, monkeypatch):
     def probing(at: RayCluster) -> tuple[str, Any]:
-        return (at.gcs, probe_store(at.gcs)) if where == "store" else (at.dashboard, probe_dashboard(at.dashboard))
+        return (at.gcs, probe_store) if where == "store" else (at.dashboard, probe_dashboard)
 
     strict, lenient = Profile(), validate(Profile, {"insecure": True}, "p")
     monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
@@ -148,19 +148,19 @@ def test_a_token_may_stand_in_a_file(cluster, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(f"{cluster.token}\n")
-    assert admission(Profile(), cluster.gcs, probe_store(cluster.gcs)) == cluster.token
+    assert admission(Profile(), cluster.gcs, probe_store) == cluster.token
 
 
 def test_nobody_there_is_reported(monkeypatch):
     with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"):
-        admission(Profile(), "127.0.0.1:9", probe_store("127.0.0.1:9"))
+        admission(Profile(), "127.0.0.1:9", probe_store)
     with pytest.raises(ClusterError, match="no Ray cluster answers"):
-        admission(Profile(), "http://127.0.0.1:9", probe_dashboard("http://127.0.0.1:9"))
+        admission(Profile(), "http://127.0.0.1:9", probe_dashboard)
 
 
 def test_a_server_that_is_not_rays_is_reported(mlflow_server):
     with pytest.raises(ClusterError, match="is the address right"):
-        probe_dashboard(mlflow_server)(None)
+        probe_dashboard(mlflow_server, None)
 
 
 def test_an_open_cluster_is_refused_before_anything_is_made(cli, open_cluster, profile_of, tmp_path):

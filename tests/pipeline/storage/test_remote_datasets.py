@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import multiprocessing
 import os
@@ -25,6 +24,7 @@ from pipeline.data.shards import Dataset, read_batches
 from pipeline.errors import DataError, StorageError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested, ingest
 from pipeline.pictures.pictures import inspect_picture
+from pipeline.storage.durable import locked
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.remote_cache import NodeCache
 from tests.kit.object_store import objects
@@ -244,8 +244,7 @@ def test_processes_share_a_cache_that_stays_within_its_bound(tmp_path):
     largest = 0
     while any(process.is_alive() for process in processes):
         sizes = {}
-        with (tmp_path / "lock").open("ab") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # nothing is removed meanwhile, so nothing begins to come
+        with locked(tmp_path):  # nothing is removed meanwhile, so nothing begins to come
             for path in tmp_path.glob("??/*"):
                 with contextlib.suppress(FileNotFoundError):
                     status = path.stat()

@@ -327,7 +327,7 @@ def test_the_lock_on_a_full_or_read_only_disk(new_run: Callable[..., Run], tmp_p
                 pass
             Run(there).log("a line that is lost")
         assert not Run(there).is_locked()
-        with pytest.raises(StorageError, match="storage full: 0.0 MB left at"):
+        with pytest.raises(StorageError, match=r"storage full: 0\.0 MB left at"):
             Run(there).update(status="RUNNING")
         (there / "lock").unlink()
         disk.mount("remount,ro")
