@@ -45,10 +45,9 @@ COMMANDS = (
 
 
 class InOrder(click.Group):
-    """A group whose help lists the commands in the order in which a user meets them."""
+    """A group whose help lists the commands in the order of `COMMANDS`."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return the names in order of definition."""
         return list(self.commands)
 
 
@@ -73,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def in_home_folder(word: str) -> str:
-    """Expand `~/` where a shell does not: in `--data=~/x` and `-s data.source=~/x`."""
+    """Expand `~/` in `--data=~/x` and `-s data.source=~/x`, which a shell does not."""
     option, equals, value = word.partition("=")
     if equals and value.startswith("~/") and re.fullmatch(r"[\w.-]+", option):
         return f"{option}={os.path.expanduser(value)}"
@@ -81,6 +80,6 @@ def in_home_folder(word: str) -> str:
 
 
 def invoke(words: Sequence[str]) -> object:
-    """Run the command that the words name. Secrets among them are refused (UsageError)."""
+    """Run the command that the words name. Raises UsageError if a word is a secret."""
     refuse_secrets(words, "the command line")
     return cli.main(args=list(words), prog_name="ddpm-pipe", standalone_mode=False)

@@ -1,8 +1,8 @@
-"""What a submitted job runs: the command whose parameters were parsed where it was typed. `python -m pipeline.cli_in_job CALL`
+"""Runs a command in a submitted job, with the parameters that the sender has parsed: `python -m pipeline.cli_in_job CALL`
 
 CALL is JSON: `command` is the command's name, `parameters` are its values by name, `typed` the words that the run records.
 
-Its results on stdout are marked line by line, because Ray keeps one log for both streams and whoever follows wants them apart.
+Each line of its stdout gets a mark, because Ray keeps one log for both streams, and the sender separates them again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.jobs.job_log import RESULT_MARK
 
 
 class MarkedLines(io.TextIOBase):
-    """A text stream that opens each line with a mark."""
+    """A text stream that begins each line with a mark."""
 
     encoding, errors = "utf-8", "strict"
 
@@ -33,21 +33,19 @@ class MarkedLines(io.TextIOBase):
         self._at_start = True
 
     def write(self, text: str) -> int:
-        """Write text, marked."""
-        if not isinstance(text, str):  # whoever tries wants to know whether this stream takes bytes
-            raise TypeError("text is wanted")
+        if not isinstance(text, str):  # click writes bytes to find out whether a stream takes them
+            raise TypeError(f"text stream: got {type(text).__name__}, expected str")
         for line in re.findall(r"[^\n]*\n|[^\n]+", text):
             self._stream.write(f"{RESULT_MARK}{line}" if self._at_start else line)
             self._at_start = line.endswith("\n")
         return len(text)
 
     def flush(self) -> None:
-        """Flush the stream below."""
         self._stream.flush()
 
 
 def main() -> int:
-    """Run the command of this process's argument; return the exit code."""
+    """Run the command in this process's argument; return the exit code."""
     try:
         job_secrets.receive()
     except PipelineError as error:
@@ -62,7 +60,7 @@ def main() -> int:
 
 
 def invoke(group: click.Group, name: str, parameters: dict[str, Any]) -> object:
-    """Call a command with parameters that were parsed before; those that are missing have their defaults."""
+    """Call a command with parsed parameters; missing ones have their defaults."""
     command = group.commands[name]
     with click.Context(command, info_name=name, parent=click.Context(group, info_name="ddpm-pipe")) as context:
         kinds = {parameter.name: parameter.type for parameter in command.params}

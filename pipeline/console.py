@@ -1,4 +1,4 @@
-"""What the user watches while work goes on: lines, and a progress bar on a terminal or a plain line now and then in a log."""
+"""Output for people during work: lines, and progress as a bar on a terminal or as a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
     from tqdm.std import tqdm
 
 PLAIN_EVERY_S = 15.0
-QUIET_S = 1.0  # work that is done by then is not worth a bar
+QUIET_S = 1.0  # shorter work gets no bar
 
 
 def answer(line: str) -> None:
-    """Print a line of what was asked for on stdout, at once: a program may wait for it at the other end of a pipe."""
+    """Print a line of the result on stdout, and flush it: a program may wait for it at the other end of a pipe."""
     print(line, flush=True)
 
 
 class Console:
-    """Lines for people, on stderr so that results on stdout can be piped."""
+    """Lines for people, on stderr, so that results on stdout can be piped."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream if stream is not None else sys.stderr
@@ -36,7 +36,7 @@ class Console:
 class Bar:
     """Progress of countable work, with its rate and the time left.
 
-    It shows itself after `quiet_s` seconds even if nothing is done by then, so that nobody waits before an empty screen.
+    It appears after `quiet_s` seconds, even if nothing is done by then.
     """
 
     shown: ClassVar[set[Bar]] = set()
@@ -50,14 +50,14 @@ class Bar:
         self._drawn: tqdm[Any] | None = None
         self._begin = time.monotonic()
         self._quiet_until = self._begin + quiet_s
-        # a bar that an error leaves behind shows nothing any more: the timer does not keep it alive
+        # the timer does not keep a bar alive that an error has left behind
         left = weakref.ref(self)
         self._timer = threading.Timer(quiet_s, lambda: bar.refresh() if (bar := left()) is not None else None)
         self._timer.daemon = True
         self._timer.start()
 
     def __call__(self, count: int, beside: str = "", *, first: bool = False) -> None:
-        """Show that `count` of the total are done, and a word `beside` them; with `first` the rate is reckoned from here."""
+        """Show that `count` of the total are done, and the text `beside` it; with `first` the rate counts from here."""
         if first:
             self._first, self._begin = count, time.monotonic()
         self._count, self._beside = count, beside
@@ -67,18 +67,18 @@ class Bar:
             self.refresh()
 
     def refresh(self) -> None:
-        """Show how far it is, unless it is too early or was shown a moment ago."""
+        """Show the progress, unless it is too early or was shown a moment ago."""
         with self._lock:
             if time.monotonic() >= self._quiet_until:
                 self._show(done=False)
 
     def clear(self) -> None:
-        """Make room for a line; the next refresh draws the bar below it."""
+        """Clear the bar for a line; the next refresh draws it again, below the line."""
         if self._drawn is not None:
             self._drawn.clear()
 
     def close(self) -> None:
-        """Leave the bar as it is; nothing is shown of it any more."""
+        """Leave the bar as it is, and draw it no more."""
         self._timer.cancel()
         with self._lock:
             if self._drawn is not None or self._spoke >= 0 or time.monotonic() >= self._quiet_until:
@@ -114,7 +114,7 @@ class Bar:
         if self._drawn is None:
             from tqdm.auto import tqdm
 
-            tqdm.monitor_interval = 0  # no thread that looks after bars
+            tqdm.monitor_interval = 0  # no monitor thread
             tqdm.set_lock(threading.RLock())  # its own would be a semaphore of the system
             self._drawn = tqdm(
                 desc=self._what, total=self._total, unit=f" {self._unit}", file=self._stream, dynamic_ncols=True
@@ -124,12 +124,12 @@ class Bar:
 
 
 def rate(per_s: float) -> str:
-    """Return a rate as people say it: 0.042, 3.1, 1,020."""
+    """Return a rate as text: 0.042, 3.1, 1,020."""
     return f"{per_s:.2g}" if per_s < 10 else f"{per_s:,.0f}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time as people say it: 42 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
+    """Return a duration as text: 42 s, 3 min 05 s, 2 h 10 min, 3 d 4 h."""
     whole = max(0, round(seconds))
     if whole < 100:
         return f"{whole} s"
@@ -146,7 +146,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def size(num_bytes: float) -> str:
-    """Return a number of bytes as people say it: 571 MB."""
+    """Return a number of bytes as text: 571 MB."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.0f} {unit}" if unit == "bytes" or num_bytes >= 100 else f"{num_bytes:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use, and what memory is free: everything that sizes threads, workers, pools or batches asks here."""
+"""The CPUs that this process may use, and the free memory: threads, workers, pools and batches are sized by them."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Return the CPUs of this process's affinity mask (taskset, cpusets), fewer where its control group has a quota; at least 1."""
+    """Return the CPUs of this process's affinity mask (taskset, cpusets), or fewer by its control group's quota; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([allowed, *(int(quota) for quota in _quotas())]))
 
 
 def free_memory_bytes() -> int:
-    """Return the memory of this machine that is free, or can be freed."""
+    """Return the memory of this machine that is free or can be freed."""
     return int(psutil.virtual_memory().available)
 
 
@@ -34,7 +34,7 @@ def _quotas() -> Iterator[float]:
         if controllers == "" or "cpu" in controllers.split(","):
             top = CGROUPS / controllers if controllers else CGROUPS
             own = top / path.lstrip("/")
-            # in a container its own group is the root of what it sees, whatever its path says
+            # a container sees its own group as the root, whatever its path is
             for folder in [own, *(above for above in own.parents if above.is_relative_to(top))]:
                 yield from _quota(folder)
 

@@ -1,6 +1,7 @@
-"""The first module of the `ddpm-pipe` command, installed at the top level under this name, which no file of a user's has.
+"""The first module of the `ddpm-pipe` command, installed at the top level under a name that no file of a user's has.
 
-Folders of PYTHONPATH come before the installed packages: a pipeline.py or click.py in one of them would replace ours. They go last.
+Folders of PYTHONPATH come before the installed packages: a pipeline.py or click.py in one of them would replace ours. So they are moved to
+the end.
 """
 
 import os

@@ -7,14 +7,14 @@
     ├── DivergedError        5  loss or gradient became NaN or infinite
     ├── StorageError         6  a folder cannot be written, or is full
     ├── TrackingError        7  the tracking server refuses, and the user asked for strictness
-    ├── ClusterError         8  cluster unavailable or too small, or training failed and is not tried again
+    ├── ClusterError         8  cluster unavailable or too small, or training failed and is not retried
     ├── RunLockedError       9  another process holds the run
     ├── RefusedError        10  a comparison or a metric that would mislead, or a red doctor
     ├── FailedTrialsError   11  a sweep ended, and some of its trials failed
     └── InterruptedRunError 75  stopped by a signal with the state saved (130 for Ctrl-C, 143 if nothing was saved)
 
 Every message is one line: what was got, what was expected, what to do. `pipeline.cli.main` alone turns an error into that line and an
-exit code. Instances travel between processes, so each is built from its message alone and pickles.
+exit code. Errors are pickled and sent between processes, so each is made from its message alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PipelineError(Exception):
 
 
 class UsageError(PipelineError):
-    """The command line, an experiment or profile file, or a run reference is wrong."""
+    """The command line, an experiment or profile file, or the name of a run is wrong."""
 
     exit_code = 2
 
@@ -41,7 +41,7 @@ class DataError(PipelineError):
 
 
 class CheckpointError(PipelineError):
-    """No checkpoint verifies, or the one asked for belongs to another configuration or format."""
+    """No checkpoint verifies, or the requested one belongs to another configuration or format."""
 
     exit_code = 4
 
@@ -53,19 +53,19 @@ class DivergedError(PipelineError):
 
 
 class StorageError(PipelineError):
-    """A place that must be written cannot be: read-only, full, or not a folder."""
+    """A place cannot be written: it is read-only, full, or not a folder."""
 
     exit_code = 6
 
 
 class TrackingError(PipelineError):
-    """The tracking store cannot be used and the user asked to stop in that case."""
+    """The tracking store cannot be used, and the user has asked to stop in that case."""
 
     exit_code = 7
 
 
 class ClusterError(PipelineError):
-    """The cluster is absent or too small, or training failed and is not tried again."""
+    """The cluster is unavailable or too small, or training failed and is not retried."""
 
     exit_code = 8
 
@@ -77,7 +77,7 @@ class RunLockedError(PipelineError):
 
 
 class RefusedError(PipelineError):
-    """A number that would mislead was asked for (unlike metrics, an unfit extractor), or the doctor found something red."""
+    """The result would mislead (unlike metrics, an unsuitable extractor), or the doctor found something red."""
 
     exit_code = 10
 
@@ -89,7 +89,7 @@ class FailedTrialsError(PipelineError):
 
 
 class InterruptedRunError(PipelineError):
-    """The user or the system asked the work to stop; `exit_code` says how it ended."""
+    """A signal stopped the work; `exit_code` depends on the signal and on whether the state is saved."""
 
     exit_code = 75
 
@@ -108,7 +108,7 @@ def listing(names: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """Return " (did you mean 'x'?)" for the known name closest to `name`, or "" when none is close."""
+    """Return " (did you mean 'x'?)" for the known name closest to `name`, "" if none is close."""
     import difflib
 
     match = difflib.get_close_matches(name, known, n=1, cutoff=0.5)

@@ -1,10 +1,10 @@
-"""How many GPUs this process may use: the profile of a training, a scoring or a server is settled by it."""
+"""The GPUs that this process may use."""
 
 from __future__ import annotations
 
 
 def usable_gpus() -> int:
-    """Return the CUDA GPUs that this process sees; 0 where one of them is older than any that torch was built for."""
+    """Return the number of CUDA GPUs that this process sees; 0 if torch was not built for one that is as old as the oldest."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0

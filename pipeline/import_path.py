@@ -1,7 +1,7 @@
 """Where modules are imported from: the installed packages first, the user's folders (the current one, PYTHONPATH) after them.
 
-A network of the user's own may lie in any of them; a file there that is called like one of our modules or libraries, such as ray.py,
-replaces none of these.
+A user's own network may be in any of them. A file there with the name of one of our modules or libraries, such as ray.py, replaces none of
+these.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Iterable
 
-LATE_FOLDERS = "DDPM_PIPE_LATE_FOLDERS"  # of PYTHONPATH, for processes that Ray starts: they come last on their path
+LATE_FOLDERS = "DDPM_PIPE_LATE_FOLDERS"  # folders of PYTHONPATH that come last on the path of processes that Ray starts
 LIBRARIES = frozenset(
     {
         *("ddpm", "pipeline", "PIL", "click", "fsspec", "grpc", "matplotlib", "mlflow", "numpy", "optuna", "pandas"),
@@ -21,14 +21,14 @@ LIBRARIES = frozenset(
 
 
 def allow_modules_in(folder: str) -> None:
-    """Let `package.module:Class` name a file in a folder (the one the command was typed in), or in those of LATE_FOLDERS."""
+    """Let `package.module:Class` name a file in a folder (that of the command), or in those of LATE_FOLDERS."""
     for late in [folder, *filter(None, os.environ.get(LATE_FOLDERS, "").split(os.pathsep))]:
         if late not in sys.path:
             sys.path.append(late)
 
 
 def replacing(files: Iterable[str]) -> list[str]:
-    """Return those of a folder's files, by name relative to it, that would replace a library if the folder came first on the path."""
+    """Return the files, by name relative to their folder, that would replace a library if the folder came first on the path."""
     found = []
     for name in files:
         module = name.removesuffix("/__init__.py") if name.endswith("/__init__.py") else name.removesuffix(".py")
@@ -38,7 +38,7 @@ def replacing(files: Iterable[str]) -> list[str]:
 
 
 def environment_for_ray() -> dict[str, str]:
-    """Return PYTHONPATH without the folders that would replace a library in Ray's processes, which get those as LATE_FOLDERS."""
+    """Return PYTHONPATH without the folders that would replace a library, and LATE_FOLDERS with them, for processes that Ray starts."""
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     late = [folder for folder in folders if replacing(_top_files(folder))]
     if not late:
@@ -48,7 +48,7 @@ def environment_for_ray() -> dict[str, str]:
 
 
 def _top_files(folder: str) -> list[str]:
-    """Return the modules of a folder, as `replacing` takes them; none for a folder that cannot be read."""
+    """Return the modules of a folder for `replacing`; none if the folder cannot be read."""
     try:
         names = os.listdir(folder)
     except OSError:

@@ -1,4 +1,4 @@
-"""Work with a time limit: in a daemon thread, which nobody waits for once the limit is over."""
+"""Work with a time limit: in a daemon thread, which is left alone once the limit is over."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 def in_thread(work: Callable[[], T], name: str) -> Callable[[float], T | None]:
-    """Start work in a daemon thread. The returned function waits some seconds for its result: None if it is not ready by then.
+    """Start work in a daemon thread. The returned function waits some seconds for its result, and returns None if it is not ready.
 
-    An exception of the work is raised where its result is waited for.
+    It also raises the exception of the work, if there was one.
     """
     done: list[T] = []
     failed: list[Exception] = []

@@ -1,7 +1,7 @@
-"""Secrets: refused in settings and command lines, redacted in text that leaves a run.
+"""Secrets: refused in settings and command lines, redacted in exported text.
 
 A run's records have exact values, because they are read back. So `refuse_secrets` checks settings files and command lines before work
-starts. Text that leaves (logs, MLflow, a job's metadata, messages of libraries) passes through `redact`.
+starts. Exported text (logs, MLflow, a job's metadata, messages of libraries) passes through `redact`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ ASSIGNMENT = re.compile(
 
 
 def redact(text: str) -> str:
-    """Return the text with secrets, by form, name or environment, replaced by `<redacted>`; names that are not UTF-8 are escaped."""
+    """Return the text with secrets, known by form, name or environment, replaced by `<redacted>`; names that are not UTF-8 are escaped."""
     text = text.encode(errors="backslashreplace").decode()
     for value in environment_secrets().values():
         text = text.replace(value, HIDDEN)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as something to be read, while work goes on that has to be ended in good order."""
+"""Ctrl-C and SIGTERM as state to be read by work that must end in good order."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from types import FrameType
 
 
 class Terminated(BaseException):
-    """SIGTERM where nobody reads signals: as Ctrl-C's KeyboardInterrupt does, it passes what handles errors, up to who ends the work."""
+    """SIGTERM outside `listening`. Like KeyboardInterrupt, it is no Exception, so that handlers of errors do not catch it."""
 
 
 class StoppedAtOnce(BaseException):
-    """A second signal, where work goes on in the main thread: what it is doing is left as it is."""
+    """A second signal during work in the main thread, which ends at once."""
 
 
 @dataclass
 class Signals:
-    """What the user or the system has asked for since the context began: SIGINT or SIGTERM, and how often."""
+    """The signals since the context began, SIGINT or SIGTERM."""
 
     received: list[int]
     _ends_at_once: bool = False
 
     @contextmanager
     def ending_at_once(self) -> Iterator[None]:
-        """Let a second signal raise StoppedAtOnce in the main thread, which is busy here and looks at the first only now and then."""
+        """Let a second signal raise StoppedAtOnce in the main thread, which works here and checks for the first only from time to time."""
         self._ends_at_once = True
         try:
             if len(self.received) > 1:
@@ -37,20 +37,20 @@ class Signals:
             self._ends_at_once = False
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Take a signal: its handler."""
+        """Record a signal. This is its handler."""
         self.received.append(number)
         if self._ends_at_once and len(self.received) > 1:
             raise StoppedAtOnce
 
     @property
     def first(self) -> int | None:
-        """The first signal, which asks for saving and stopping; a second one stops at once."""
+        """The first signal, which asks to save and stop; a second one stops at once."""
         return self.received[0] if self.received else None
 
 
 @contextmanager
 def listening(*others: int) -> Iterator[Signals]:
-    """Collect SIGINT, SIGTERM and others instead of ending by them. They reach a process's main thread; another thread gets none."""
+    """Collect SIGINT, SIGTERM and others instead of ending the process. Only the main thread receives them."""
     signals = Signals([])
     if threading.current_thread() is not threading.main_thread():
         yield signals
@@ -66,7 +66,7 @@ def listening(*others: int) -> Iterator[Signals]:
 
 @contextmanager
 def raising() -> Iterator[None]:
-    """Let SIGTERM raise Terminated instead of ending the process; `listening` goes before, for its time."""
+    """Let SIGTERM raise Terminated instead of ending the process. Inside, `listening` takes precedence."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -83,14 +83,14 @@ def raising() -> Iterator[None]:
 
 @contextmanager
 def keeping_sigterm() -> Iterator[None]:
-    """Keep the handler of SIGTERM through what sets one of its own, as Ray's start does: that ends the process without a word."""
+    """Keep the handler of SIGTERM during calls that set their own, as Ray's start does: that one ends the process without a message."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
-    except SystemExit:  # by Ray's handler, which has been there for a moment
+    except SystemExit:  # raised by Ray's handler, if the signal comes before the old one is set again
         raise Terminated from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,4 +1,4 @@
-"""Why an attempt failed, in one line: which of several workers' errors came first, and what a killed process died of."""
+"""Why an attempt failed, in one line: which of several workers failed first, and why a process was killed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ KILLED = "its process was killed"
 
 
 def cause_of(error: BaseException) -> str:
-    """Return one line for why an attempt failed: of several workers' errors the one that came first, not its echoes."""
+    """Return one line for why an attempt failed: the first of several workers' errors, not the ones that it caused."""
     failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
     if not failures:
         return _one_line(error)
-    # a killed worker shows up as a failed health check; its peers only lose their connection to it
+    # a killed worker fails its health check; its peers lose their connection to it
     ranks = sorted(
         failures, key=lambda r: ("HealthCheck" not in type(failures[r]).__name__, "Connection" in str(failures[r]), r)
     )
@@ -23,7 +23,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def cause_here(error: BaseException, code_folder: str) -> str:
-    """Return one line for an error of this process: what it is, and where in the user's own folder it came from, if it did."""
+    """Return one line for an error of this process, with its file and line if it was raised in the user's own folder."""
     frames = traceback.extract_tb(error.__traceback__)
     paths = [(Path(frame.filename), frame.lineno) for frame in frames]
     mine = [
@@ -37,7 +37,7 @@ def cause_here(error: BaseException, code_folder: str) -> str:
 def _one_line(error: BaseException) -> str:
     text = str(error)
     if "worker process has died" in text:
-        return f"{KILLED}, by hand or for want of memory"
+        return f"{KILLED} (SIGKILL or out of memory)"
     if "HEALTH_CHECK_TIMEOUT" in text:
         return "it did not answer within timeouts.collective_s"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -50,6 +50,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def starved(cause: str) -> str:
-    """Return the cause as it is once the system is known to have ended a process there for want of memory."""
+    """Return the cause for a node where the system has killed a process because memory ran out."""
     worker, colon, what = cause.partition(": ")
-    return f"{worker}{colon}ended by the system for want of memory; {REMEDY}" if what.startswith(KILLED) else cause
+    return f"{worker}{colon}killed by the system: out of memory; {REMEDY}" if what.startswith(KILLED) else cause

@@ -1,4 +1,4 @@
-"""Waiting for the room that a cluster has yet to have for what is to run on it."""
+"""Wait until a cluster has room for the workers."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from pipeline.planning.capacity import largest, needs, shortage
 from pipeline.signals import Signals
 
 LOOK_S = 0.5
-GRACE_S = 20.0  # what dead workers held is free after some seconds, and a node that has just started takes as long to be counted
-STEADY_S = 3.0  # fewer workers than could be are taken once nothing has changed for so long
+GRACE_S = 20.0  # Ray takes some seconds to free what dead workers held, and to count a node that has just started
+STEADY_S = 3.0  # fewer workers than the most are taken once nothing has changed for so long
 ASK_AGAIN_S = 5.0  # a worker process starts in two or three seconds, and Ctrl-C waits for the answer
 
 
@@ -29,13 +29,16 @@ def gather(
     want: Callable[[dict[str, float], int], None],
     again: str,
 ) -> int:
-    """Return how many workers the next attempt takes: the largest of the counts that the cluster holds now, without `lost` nodes.
+    """Return how many workers the next attempt takes: the largest of the counts that fits the cluster now, without `lost` nodes.
 
-    Waits for the smallest of them as long as the profile says, says what is missing meanwhile, and tells a cluster that scales itself
-    what to `want`; ClusterError after that, InterruptedRunError on a signal, both with what to type `again`. Lost nodes that answer again
-    are taken back where nothing fits without them: one may have been too busy to answer in time.
+    Waits for the smallest count as long as the profile says. Meanwhile it prints what is missing, and calls `want`, which requests it from
+    an autoscaling cluster. Lost nodes that answer again are used if nothing fits without them: one may have been too busy to answer.
+
+    Raises:
+        ClusterError: the wait is over.
+        InterruptedRunError: a signal. The message of both ends with the command to type `again`.
     """
-    if profile.kind == "local":  # this machine was looked at before Ray was started on it
+    if profile.kind == "local":  # `require_resources` has checked this machine
         return counts[0]
     begin = changed = time.monotonic()
     spoke = begin - PLAIN_EVERY_S

@@ -1,4 +1,4 @@
-"""Chunks over the workers of a Ray cluster: each worker takes the next one that is missing, so that a slow one delays nobody."""
+"""Chunks over the workers of a Ray cluster: each worker takes the next missing chunk, so that a slow worker does not delay the others."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from pipeline.training.device import sampling_compute
 
 
 class ChunkWorker:
-    """One worker of the pool: a process with the task ready, once it is asked for.
+    """One worker of the pool.
 
-    Nothing that may fail is done as it is made: of an error there Ray tells the text alone, as of a death.
+    It prepares the task at the first call, not in its constructor: Ray reports an error in a constructor like a killed process.
     """
 
     def __init__(self, profile: Profile, code_folder: str, secrets: dict[str, str], task: list[Any]) -> None:
@@ -43,7 +43,7 @@ class ChunkWorker:
         return task
 
     def ready(self) -> None:
-        """Answer once the task is ready."""
+        """Return once the task is ready."""
         assert self._task
 
     def compute(self, indices: range) -> Arrays:
@@ -52,9 +52,9 @@ class ChunkWorker:
 
 
 def runner_of(profile: Profile) -> Runner:
-    """Return what computes chunks as a profile says: this process where it names one worker of this machine, else Ray's workers.
+    """Return what computes chunks: this process if the profile names one worker on this machine, else workers of Ray.
 
-    Where Ray is up here, this process is a sweep's trial, one of several: it holds no GPU, and Ray knows which one is free.
+    If Ray is up, this process is a sweep's trial, one of several: it holds no GPU, and Ray knows which GPU is free.
     """
     if profile.kind == "local" and profile.most_workers == 1 and not (profile.use_gpu and is_up()):
         return in_process(sampling_compute(profile))
@@ -68,7 +68,7 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
     if not profile.is_remote:
         most = max(held_here(range(profile.least_workers, most + 1), profile), default=most)
     count = min(most, len(chunks))
-    inside = is_up()  # as a sweep's trial, which waits for its turn
+    inside = is_up()  # in a sweep's trial, which waits until Ray has room
     with Session(profile, count) as session:
         session.ensure()
         if profile.is_remote and not inside:
@@ -87,12 +87,12 @@ def _over_workers(task: Task, chunks: Mapping[int, range], profile: Profile) -> 
         try:
             yield from _dealt(chunks, workers)
         finally:
-            for worker in workers:  # left to itself, each would take seconds to end, and may hang in doing so
+            for worker in workers:  # otherwise each would take seconds to end, and might hang
                 ray.kill(worker)
 
 
 def _wait_for_room(count: int, profile: Profile) -> None:
-    """Wait until the cluster has room for one worker at least: for an actor without room Ray waits for ever (ClusterError)."""
+    """Wait until the cluster has room for one worker. Raises ClusterError in the end; Ray itself would wait for ever."""
     with cluster_nodes.wanted() as want:
         gather(range(count, 0, -1), profile, Console(), Signals([]), (), want, "the same command")
 
@@ -102,7 +102,7 @@ def _dealt(chunks: Mapping[int, range], workers: list[Any]) -> Iterator[tuple[in
     import ray
 
     waiting, to_come = list(chunks.items())[::-1], len(chunks)
-    # a worker gets work once it is up: one for which the cluster has no room holds nobody up
+    # a worker gets work once it is up: one for which the cluster has no room does not delay the others
     running: dict[Any, tuple[int | None, Any]] = {worker.ready.remote(): (None, worker) for worker in workers}
     try:
         while to_come:
@@ -116,13 +116,13 @@ def _dealt(chunks: Mapping[int, range], workers: list[Any]) -> Iterator[tuple[in
                 to_come -= 1
                 yield number, result
     finally:
-        # else Ray prints to stdout that it will try again what a worker was doing as it was ended
+        # otherwise Ray prints to stdout that it will repeat what a worker was doing
         for reference in running:
             ray.cancel(reference)
 
 
 def _result(reference: Any) -> Arrays:
-    """Return a computed chunk; a worker's own error is raised as it was there, its death as a ClusterError."""
+    """Return a computed chunk. Raises a worker's own error, and ClusterError if the worker died."""
     import ray
 
     try:

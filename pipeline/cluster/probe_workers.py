@@ -1,4 +1,4 @@
-"""Measuring in workers that are started as those of a training are: by Ray Train, with the profile's resources and placement."""
+"""Measure in workers that are started as a training's are: by Ray Train, with the profile's resources and placement."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipeline.limits import in_thread
 def on_workers(
     function: Callable[..., Any], arguments: tuple[Any, ...], profile: Profile, num_workers: int, timeout_s: float
 ) -> Any:
-    """Call `function(team, *arguments)` in all workers at once, and return what it returns in that of rank 0.
+    """Call `function(team, *arguments)` in all workers at once, and return the result of rank 0.
 
     Raises a PipelineError of a worker, and ClusterError if the workers fail otherwise or take longer than `timeout_s` with their start.
     """
@@ -43,7 +43,7 @@ def on_workers(
                 storage={"storage_path": folder},
             )
             result = in_thread(trainer.fit, name)(timeout_s)
-        except Exception as error:  # of Ray Train, around that of a worker
+        except Exception as error:  # Ray Train's, which wraps that of a worker
             ours = None
             with suppress(ray.exceptions.RayError):
                 ours = ray.get(control.read.remote(), timeout=5)["error"]

@@ -17,7 +17,7 @@ SHUTDOWN_S = 30.0
 
 @dataclass
 class Rendezvous(TorchConfig):  # type: ignore[misc]
-    """Ray's settings of a process group, met as above."""
+    """Ray's settings of a process group that is made as above."""
 
     @property
     def backend_cls(self) -> type[Backend]:

@@ -1,13 +1,13 @@
 """The driver of a training: attempts, each from the newest checkpoint, until the last step is done.
 
-One worker on this machine trains in this process, without Ray (attempt_here.py). A second attempt in the same process would only fail
-again: what ends the first ends the run, or the process.
+One worker on this machine trains in this process, without Ray (attempt_here.py). A second attempt in the same process would fail in the
+same way, so there is only one.
 
-Others train on Ray Train (attempt_on_ray.py), whose own retries are off. An attempt is a new `fit()` under a new name, with as many
-workers as the profile allows and the cluster holds; our fencing number keeps a worker that was thought dead from committing a checkpoint
-later. Errors of ours (damaged data, divergence, full storage) end the run at once: another attempt would meet them again. Anything else,
-such as a killed worker or a lost node, is tried again while attempts last and checkpoints advance. A node that is taken away with notice,
-or one that came, is no failure.
+Others train on Ray Train (attempt_on_ray.py), whose own retries are off. An attempt is a new `fit()` under a new name, with as many workers
+as the profile allows and the cluster has room for. The attempt's number keeps a worker of an older attempt from committing a checkpoint
+later. Our own errors (damaged data, divergence, full storage) end the run at once, since another attempt would meet them again. After
+anything else, such as a killed worker or a lost node, another attempt starts, while attempts are left and checkpoints advance. A node that
+is taken away with notice, or a new one, is no failure.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from pipeline.worker.job import Job
 
 
 def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
-    """Train a run to its last step, holding its lock: in this process, in the Ray that it is part of, or in one of its own.
+    """Train a run to its last step, under its lock: in this process, in the Ray that it is connected to, or in a new one.
 
-    `observe` is given what the control actor says, each time it is read.
+    `observe` is called with the state of the control actor, each time it is read.
 
     Raises:
         PipelineError: the worker's own, where it raised one.
         ClusterError: the attempt in this process failed, attempts are exhausted, two in a row died without a new checkpoint, or the
-            cluster does not hold the workers.
-        InterruptedRunError: the user or the system asked to stop.
+            cluster has no room for the workers.
+        InterruptedRunError: a signal stopped it.
     """
     counts = fitting_counts(experiment_from(job.experiment), profile)
     again = typeable(f"resume {run.id}")
@@ -90,7 +90,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
             if in_process:
                 raise ClusterError(
                     f"run {run.id} failed after step {max(step, 0)}: {ended.cause}; its traceback is in {run.log_path}, "
-                    f"mend it, then: {again}"
+                    f"fix it, then: {again}"
                 )
             if causes and causes[-1][0] == step:
                 raise ClusterError(
@@ -98,10 +98,10 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                     f"see {run.log_path}, then: {again}"
                 )
             causes.append((step, ended.cause))
-            console.say(f"attempt {attempt} failed ({ended.cause}); going on from step {max(step, 0)}")
+            console.say(f"attempt {attempt} failed ({ended.cause}); continuing from step {max(step, 0)}")
     raise ClusterError(
         f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "
-        f"go on from step {max(causes[-1][0], 0)} with: {again}"
+        f"resume from step {max(causes[-1][0], 0)} with: {again}"
     )
 
 
@@ -116,7 +116,8 @@ def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> Inter
         if saved
         else f"the newest checkpoint is of step {step}"
         if step >= 0
-        else "nothing was saved yet, step 0 comes again"
+        else "nothing was saved yet"
     )
-    code = 130 if signals.first == signal.SIGINT else 75 if step >= 0 else 143  # another process may have asked, too
+    # without a signal here, another process has asked to stop
+    code = 130 if signals.first == signal.SIGINT else 75 if step >= 0 else 143
     return InterruptedRunError(f"stopped, {where}; resume with: {typeable(f'resume {run.id}')}", code)

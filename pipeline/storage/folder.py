@@ -1,11 +1,11 @@
 """What the folders of runs and sweeps have in common: a record, a status, a lock, a log, and a copy in an object store.
 
-<home>/<kind>s/<id>/<kind>.json  what was asked for (kind: run or sweep); a folder without it is none
+<home>/<kind>s/<id>/<kind>.json  the record (kind: run or sweep); a folder without it is ignored
 <home>/<kind>s/<id>/status.json  progress and status; replaced as a whole at each change
-<home>/<kind>s/<id>/lock         held (flock) by the process that works on it; the kernel frees it when that process dies
+<home>/<kind>s/<id>/lock         locked (flock) by the process that works on it; the kernel frees it when that process dies
 <home>/<kind>s/<id>/log.txt, spool/ ...
 
-If the profile's storage is an object store, all of it lasts there (pipeline/storage/remote_run.py) and the folder is this machine's
+If the profile's storage is an object store, all of it is kept there (pipeline/storage/remote_run.py), and the folder is this machine's
 copy: fetched when it is found and when its lock is taken, sent when something changes and when the lock is released.
 """
 
@@ -20,25 +20,25 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, TypeVar, cast
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 from pipeline.console import Console
 from pipeline.errors import RunLockedError, StorageError, UsageError, nearest
 from pipeline.redaction import redact
-from pipeline.storage.durable import storage_errors, write_json
+from pipeline.storage.durable import locked, storage_errors, write_json
 from pipeline.storage.home import located, make_folder, portable
 from pipeline.storage.next_command import typeable
 from pipeline.storage.remote_run import RemoteRun
 
 T = TypeVar("T")
-GONE = "its process is gone"  # killed or crashed, or its machine was
+GONE = "its process is gone"  # it, or its machine, was killed or crashed
 STATUS = "status.json"
 MOST_NAMED = 5  # in a message
 log = logging.getLogger(__name__)
@@ -50,7 +50,7 @@ NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RunStatus(StrEnum):
-    """What became of a run."""
+    """Status of a run or sweep."""
 
     CREATED = "CREATED"
     RUNNING = "RUNNING"
@@ -62,7 +62,7 @@ class RunStatus(StrEnum):
 
 @dataclass(frozen=True)
 class RunState:
-    """Progress and status: `summary` holds the final figures by name, `reason` why it ended as it did.
+    """Progress and status: `summary` holds the final metrics by name, `reason` explains the status.
 
     `overrides` are the `key=value` settings that resumes have changed since the record was written.
     """
@@ -76,21 +76,27 @@ class RunState:
     updated: str = ""
 
 
-class Record(Protocol):
-    """What the records of runs and sweeps have in common; `created` is UTC, ISO 8601."""
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """What the records of runs and sweeps have in common.
 
-    @property
-    def id(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def created(self) -> str: ...
-    @property
-    def profile(self) -> dict[str, Any]: ...
+    `dataset` holds at least `path` and `fingerprint`; `created` is UTC, ISO 8601; `command` is the command line as typed, secrets removed.
+    """
+
+    id: str
+    name: str
+    created: str
+    dataset: dict[str, Any]
+    profile: dict[str, Any]
+    command: list[str]
+    code_version: str
+
+    def __post_init__(self) -> None:
+        datetime.fromisoformat(self.created)  # raises ValueError if the record is damaged
 
 
 class Folder:
-    """One folder of a run or a sweep."""
+    """The folder of a run or a sweep."""
 
     KIND: ClassVar[str]
     PLACES: ClassVar[tuple[tuple[str, ...], ...]]  # keys of the record that hold paths or addresses
@@ -103,12 +109,12 @@ class Folder:
 
     @classmethod
     def all_in(cls, home: Path) -> Path:
-        """Return the folder that holds those of a home."""
+        """Return the folder of a home that holds them."""
         return home / f"{cls.KIND}s"
 
     @classmethod
     def new(cls, home: Path) -> Self:
-        """Make an empty folder with a new id; StorageError if it cannot be written."""
+        """Make an empty folder with a new id. Raises StorageError if it cannot be written."""
         root = make_folder(cls.all_in(home))
         while True:
             made = cls(root / new_id())
@@ -117,7 +123,7 @@ class Folder:
                 return made
 
     def write_first(self, record: Record) -> None:
-        """Write status and record into a new folder, and send them to its object store; nothing is left if that fails."""
+        """Write status and record into a new folder, and send them to its object store. If that fails, the folder is removed."""
         try:
             write_json(self.folder / STATUS, asdict(RunState(updated=record.created)))
             self._write_record(record)
@@ -128,7 +134,7 @@ class Folder:
             raise
 
     def _write_record(self, record: Record) -> None:
-        content = asdict(record)  # type: ignore[call-overload]
+        content = asdict(record)
         self._change_places(content, portable)
         write_json(self.folder / f"{self.KIND}.json", content)
 
@@ -144,7 +150,7 @@ class Folder:
     def all(cls, home: Path, storage: str | None = None) -> list[Self]:
         """Return all of them, oldest first, with those of an object store (a profile's `storage`).
 
-        Links are not followed. A folder without a record is none; one whose record is damaged is reported and left out.
+        Links are not followed. A folder without a record is ignored; one with a damaged record is reported and left out.
         """
         root = cls.all_in(home)
         if storage is not None:
@@ -171,10 +177,10 @@ class Folder:
         storage: str | None = None,
         why_not: Callable[[Self], str] = lambda _: "",
     ) -> Self:
-        """Return the one meant by our id, MLflow's id, a unique prefix of either, or `latest`; UsageError otherwise.
+        """Return the one with our id or MLflow's id, or a unique prefix of either, or `latest`. Raises UsageError if there is none.
 
-        `storage` as for `all`. One of an object store is brought up to date, whichever way it was found. `latest` is the newest one for
-        which `why_not` returns "", the newest of all if there is none; a line on stderr names it and the newer ones that were skipped.
+        `storage` as for `all`; a folder in an object store is brought up to date. `latest` is the newest one for which `why_not` returns
+        "", or the newest of all if there is none; a line on stderr names it and the newer ones that were skipped.
         """
         kind = cls.KIND
         if not NAME.fullmatch(reference):
@@ -224,54 +230,49 @@ class Folder:
             )
         return self
 
-    # -- what is known
+    # -- record and state
 
     @property
     def home(self) -> Path:
-        """The home that this folder is in."""
         return self.folder.parent.parent
 
     @cached_property
     def remote(self) -> RemoteRun | None:
-        """The same in its object store; None if this folder is all there is."""
+        """The same in its object store; None if it is on disk alone."""
         return RemoteRun.of(self.record.profile.get("storage"), self.KIND, self.id)
 
     @property
     def record(self) -> Record:
-        """What was asked for."""
         raise NotImplementedError
 
     def state(self) -> RunState:
-        """Return progress and status; one left RUNNING by a process that is gone is INTERRUPTED."""
-        state = self._written_state()
+        """Return progress and status. A status RUNNING that no live process stands for is returned as INTERRUPTED."""
+        state = self._read(STATUS, RunState)
         if state.status is RunStatus.RUNNING and not self.is_locked():
             return replace(state, status=RunStatus.INTERRUPTED, reason=state.reason or GONE)
         return state
 
     def update(self, **changes: Any) -> RunState:
-        """Change fields of the state (see RunState), replacing the file as a whole; StorageError if it cannot be."""
-        with self._folder_lock():
-            if self.remote is not None:  # a worker elsewhere may have gone on since
+        """Change fields of the state (see RunState). Raises StorageError if the file cannot be written."""
+        with locked(self.folder):
+            if self.remote is not None:  # a worker on another machine may have changed it
                 self.remote.fetch_records(self.folder)
-            state = replace(self._written_state(), **{**changes, "updated": now()})
+            state = replace(self._read(STATUS, RunState), **{**changes, "updated": now()})
             state = replace(state, status=RunStatus(state.status), reason=redact(state.reason))
             write_json(self.folder / STATUS, asdict(state))
             if self.remote is not None:
                 self.remote.send_records(self.folder, STATUS)
         return state
 
-    def _written_state(self) -> RunState:
-        return self._read(STATUS, RunState)
-
     def _read(self, name: str, kind: type[T]) -> T:
-        """Read one of the JSON files as a dataclass; StorageError if it is not what this program writes."""
+        """Read one of the JSON files as a dataclass. Raises StorageError if it is damaged."""
         from pydantic import ValidationError
 
         path = self.folder / name
         try:
             content = json.loads(path.read_bytes())
             self._change_places(content, located)
-            found: T = _reader(cast("Hashable", kind)).validate_python(content)
+            found: T = _reader(cast(Any, kind)).validate_python(content)
             return found
         except OSError as error:
             wrong = error.strerror or str(error)
@@ -285,7 +286,7 @@ class Folder:
 
     @property
     def mlflow_run_id(self) -> str | None:
-        """MLflow's id for this run, once the tracking server has made one."""
+        """MLflow's id for this run; None before the tracking server has made one."""
         try:
             delivered = json.loads((self.folder / "spool" / "mlflow.json").read_text())
         except (OSError, ValueError):
@@ -295,19 +296,18 @@ class Folder:
 
     @property
     def log_path(self) -> Path:
-        """File of the log lines."""
         return self.folder / "log.txt"
 
     def log(self, line: str) -> None:
-        """Append one line with the time to the log, secrets removed. A disk that is full costs the line, not the training."""
+        """Append one line with the time to the log, secrets removed. If the disk is full, the line is lost, and training continues."""
         with suppress(OSError), self.log_path.open("a", encoding="utf-8") as file:
             file.write(f"{now()} {redact(line)}\n")
 
-    # -- who works on it
+    # -- lock and copies
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold it for this process; RunLockedError (naming the holder) at once if another process holds it."""
+        """Lock it for this process. Raises RunLockedError, which names the holder, at once if another process has locked it."""
         path = self.folder / "lock"
         with storage_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -317,7 +317,7 @@ class Folder:
                     f"{self.KIND} {self.id} is being worked on by {_holder(path)}; wait for it, or stop that process first"
                 )
             about = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "since": now()})
-            with suppress(OSError):  # a full disk costs the note on who holds it, not the lock
+            with suppress(OSError):  # the lock works without this note, which a full disk may not take
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, about.encode())
             try:
@@ -331,7 +331,7 @@ class Folder:
 
     @contextmanager
     def _lock_in_store(self) -> Iterator[None]:
-        """Hold it in its object store too, with the files as they are there; and send them back in the end."""
+        """Lock it in its object store too. Fetch its files at the beginning, and send them back at the end."""
         if self.remote is None:
             yield
             return
@@ -340,22 +340,22 @@ class Folder:
             try:
                 yield
             finally:
-                self.remote.lease.require()  # what was taken over is the other one's to write
+                self.remote.lease.require()  # a process that has taken it over writes the files
                 self.send_files()
 
     def fetch_files(self, below: str = "") -> None:
-        """Bring log, spool and pictures, or one folder of these, from the object store, where another machine wrote them last."""
+        """Bring log, spool and pictures, or one folder of these, from the object store if another machine wrote them last."""
         if self.remote is not None:
             self.remote.fetch_records(self.folder)
             self.remote.pull(self.folder, below)
 
     def send_files(self) -> None:
-        """Send log, spool and pictures to the object store."""
+        """Send log, spool and pictures to the object store, if there is one."""
         if self.remote is not None:
             self.remote.push(self.folder)
 
     def is_locked(self) -> bool:
-        """Whether a live process holds it, here or elsewhere; if a store does not answer, it counts as held."""
+        """Whether a live process has locked it, here or elsewhere. If a store does not answer, it counts as locked."""
         if self._is_locked_here() or self.remote is None:
             return self._is_locked_here()
         try:
@@ -376,33 +376,22 @@ class Folder:
                 return True
             return False
 
-    @contextmanager
-    def _folder_lock(self) -> Iterator[None]:
-        """Serialise read-modify-write of the small files between processes; held for milliseconds."""
-        with storage_errors(self.folder):
-            descriptor = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(descriptor)
 
-
-@lru_cache(maxsize=4)
-def _reader(kind: Hashable) -> Any:
+@cache
+def _reader(kind: type[Any]) -> Any:
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cast("type[Any]", kind))
+    return TypeAdapter(kind)
 
 
 def new_id() -> str:
-    """Return a fresh run id: 8 characters, a letter first, none that is mistaken for another."""
+    """Return a new id: 8 characters, a letter first, none that looks like another."""
     source = random.SystemRandom()
     return source.choice(LETTERS) + "".join(source.choice(LETTERS + DIGITS) for _ in range(ID_LENGTH - 1))
 
 
 def now() -> str:
-    """Return the time, as records have it."""
+    """Return the time in the format of records."""
     return datetime.now(UTC).isoformat(timespec="microseconds")
 
 

@@ -85,9 +85,10 @@ def load_torch(data: bytes) -> dict[str, Tensor]:
 
 def _from_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
     try:
-        return parse_safetensors(data)
+        tensors: dict[str, Tensor] = parse_safetensors(data)
     except Exception as error:  # an error class of its own, or a KeyError for an unknown type
         raise ValueError(f"{where}: not a safetensors file ({_first_line(error)})") from None
+    return tensors
 
 
 def _from_torch(data: bytes, where: str) -> dict[str, Tensor]:

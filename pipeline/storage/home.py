@@ -1,4 +1,4 @@
-"""Where state lives: one folder, `$DDPM_PIPE_HOME` or the current directory, as MLflow itself does; on a cluster its profile's storage.
+"""The home, the one folder of all state: `$DDPM_PIPE_HOME` or the current directory; on a cluster its profile's storage.
 
     <home>/mlflow.db     runs, parameters, metrics     (a bare `mlflow ui` in the folder shows them)
     <home>/mlartifacts/  pictures, scores, models
@@ -6,8 +6,8 @@
     <home>/sweeps/<id>/  ledger and report of a sweep
     <home>/datasets/     ingested datasets
 
-Every path and address that a process works with is absolute: Ray's workers run in another directory. Records name what lies in the
-home relative to it (`home:datasets/x`), what lies elsewhere by its absolute path, and what is in a store by its address.
+Every path and address that a process works with is absolute, because Ray's workers run in another directory. Records name a place in the
+home relative to it (`home:datasets/x`), a place elsewhere by its absolute path, and a place in an object store by its address.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ IN_HOME = "home:"
 def home(storage: str | None = None) -> Path:
     """Return the absolute folder that holds all state; it need not exist yet.
 
-    `storage` is a profile's: where it is a folder it takes the place of `$DDPM_PIPE_HOME`; object storage (`s3://`) keeps a local
-    home beside it. StorageError where this user has no home directory, which MLflow, Ray and matplotlib write to.
+    `storage` is a profile's: a folder replaces `$DDPM_PIPE_HOME`; with object storage (`s3://`) there is a local home, too. Raises
+    StorageError if this user has no home directory, to which MLflow, Ray and matplotlib write.
     """
     try:
         Path.home()
@@ -49,13 +49,13 @@ def is_text(name: str) -> bool:
 
 
 def absolute_store(uri: str) -> str:
-    """Return the address of a tracking store, of a SQLite file with its absolute path."""
+    """Return the address of a tracking store; the path of a SQLite file is made absolute."""
     path = uri.removeprefix("sqlite:///")
     return uri if path == uri else f"sqlite:///{Path(path).absolute().as_posix()}"
 
 
 def portable(place: str, root: Path) -> str:
-    """Return a place as records keep it: `home:datasets/x` for one in the home, so that a home can be moved; others as they are."""
+    """Return a place in the form of records: `home:datasets/x` in the home, so that a home can be moved; others unchanged."""
     path = Path(place)
     return (
         f"{IN_HOME}{path.relative_to(root).as_posix()}" if path.is_absolute() and path.is_relative_to(root) else place
@@ -63,22 +63,21 @@ def portable(place: str, root: Path) -> str:
 
 
 def located(place: str, root: Path) -> str:
-    """Return the path or address of a place in a record."""
+    """Return the path or address of a place in a record: the inverse of `portable`."""
     return str(root / place.removeprefix(IN_HOME)) if place.startswith(IN_HOME) else place
 
 
 def datasets_dir(root: Path) -> Path:
-    """Return the folder of ingested datasets."""
     return root / "datasets"
 
 
 def features_dir(root: Path) -> Path:
-    """Return the folder of what is known of real images: it serves all runs of a home."""
+    """Return the folder of statistics and features of real images, which all runs of a home share."""
     return datasets_dir(root) / "features"
 
 
 def artifacts_dir(root: Path) -> Path:
-    """Return the folder of the artifacts that go with the default tracking store."""
+    """Return the folder of the default tracking store's artifacts."""
     return root / "mlartifacts"
 
 
@@ -93,7 +92,7 @@ def default_tracking_uri(root: Path) -> str:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create a folder and its parents, and return it; StorageError where that is impossible."""
+    """Create a folder and its parents, and return it. Raises StorageError if that is impossible."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

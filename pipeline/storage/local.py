@@ -12,7 +12,7 @@ from pipeline.storage.remote import StoredObject
 
 
 class LocalFolder:
-    """Files by their names below `path`, with slashes. What cannot be read or written is a StorageError."""
+    """Files below `path`, by names with slashes. Raises StorageError if one cannot be read or written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -28,7 +28,7 @@ class LocalFolder:
         """Return the files below this folder, or below a name in it, sorted by name."""
         found = []
         for path in (self.path / below).rglob("*"):
-            with suppress(FileNotFoundError):  # removed meanwhile
+            with suppress(FileNotFoundError):  # removed since the listing
                 if path.is_file():
                     name, status = path.relative_to(self.path).as_posix(), path.stat()
                     found.append(StoredObject(name, status.st_size, status.st_mtime))
@@ -53,10 +53,10 @@ class LocalFolder:
             write_flushed(self.path / name, content)
 
     def delete(self, name: str) -> None:
-        """Remove a file; one that is gone already is no error."""
+        """Remove a file, if there is one."""
         with storage_errors(self.path / name):
             (self.path / name).unlink(missing_ok=True)
 
     def delete_all(self, below: str) -> None:
-        """Remove a folder below this one, as far as that is possible."""
+        """Remove a folder below this one, as far as possible."""
         shutil.rmtree(self.path / below, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Which code made a run: the commit, where the package is a checkout, and the versions of the libraries."""
+"""Which code made a run: the commit, if the package is a checkout, and the versions of the libraries."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ LIBRARIES = (
 )
 
 
-# In a job they say of the sender's checkout what the code that was sent cannot tell itself.
-JOB_VARIABLE = "DDPM_PIPE_JOB"  # set in a submitted job: its id. The driver stands on a node of the cluster already
+# A submitted job's code has no git checkout: the sender passes what is known of its own.
+JOB_VARIABLE = "DDPM_PIPE_JOB"  # the id of a submitted job, whose driver runs on a node of the cluster
 CODE_VERSION_VARIABLE = "DDPM_PIPE_CODE_VERSION"
 LOCK_HASH_VARIABLE = "DDPM_PIPE_LOCK_HASH"
 
 
 def code_version() -> str:
-    """Return the package's version, with the commit (and `-dirty`) where it runs from a checkout: `0.1.0+1a2b3c...`."""
+    """Return the package's version, with the commit (and `-dirty`) if it is a checkout: `0.1.0+1a2b3c...`."""
     if sent := os.environ.get(CODE_VERSION_VARIABLE):
         return sent
     commit = _git("rev-parse", "HEAD") if _git("ls-files", "--error-unmatch", "__init__.py") else ""
@@ -42,7 +42,7 @@ def code_version() -> str:
 
 
 def lock_hash() -> str:
-    """Return the sha256 of the lock file that a checkout's environment is made from; "" without one."""
+    """Return the SHA-256 of the lock file from which a checkout's environment is made; "" without one."""
     sent = os.environ.get(LOCK_HASH_VARIABLE)
     lock = Path(pipeline.__file__).resolve().parent.parent / "requirements.lock"
     if sent is not None or not lock.is_file():
@@ -51,13 +51,13 @@ def lock_hash() -> str:
 
 
 def of_submission() -> dict[str, str]:
-    """Return what a run's record says of how it came here, as far as there is something to say: the lock file's hash, the job's id."""
+    """Return the lock file's hash and the job's id for a run's record, as far as there are any."""
     known = {"lock_hash": lock_hash(), "job": os.environ.get(JOB_VARIABLE, "")}
     return {name: value for name, value in known.items() if value}
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that decide results."""
+    """Return the versions of Python and of the libraries that determine results."""
     found = {"python": platform.python_version()}
     for name in LIBRARIES:
         try:
@@ -68,7 +68,7 @@ def library_versions() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    """Return what git prints, run in the package's folder; "" where it fails or is not installed."""
+    """Return git's output for the package's folder; "" if git fails or is not installed."""
     folder = Path(pipeline.__file__).parent
     try:
         done = subprocess.run(

@@ -1,13 +1,13 @@
-"""A folder in an object store: the one place that speaks S3, through obstore, with its errors in one line.
+"""A folder in an object store: the only module that uses S3, through obstore. Its errors have one line.
 
 An address is `s3://bucket/prefix`, with `?endpoint_override=HOST:PORT&scheme=http&region=NAME` for a store other than AWS; the
 variable AWS_ENDPOINT_URL does the same for all addresses. Credentials come from the variables AWS_ACCESS_KEY_ID,
 AWS_SECRET_ACCESS_KEY and AWS_SESSION_TOKEN, from the keys in `~/.aws/credentials`, or from the machine's role. An address must not
 contain any.
 
-The code relies on what S3 promises: an object appears whole or not at all, a read or a listing sees every write that was answered
-before it began, and a conditional write (create only, or replace one version) succeeds for one writer alone. obstore retries failures
-that may pass, such as a lost connection or a 5xx answer, with growing pauses, and aborts an upload that fails.
+The code relies on three guarantees of S3: an object appears whole or not at all; a read or a listing sees every write that was answered
+before it began; a conditional write (create only, or replace one version) succeeds for one writer alone. obstore retries temporary
+failures, such as a lost connection or a 5xx answer, with growing pauses, and aborts an upload that fails.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object below a folder: its name there, size, and when it was last written, in seconds by the store's clock."""
+    """An object in a folder: its name there, its size, and the time of its last write, in seconds by the store's clock."""
 
     name: str
     num_bytes: int
@@ -73,7 +73,7 @@ class StoredObject:
 
 @dataclass(frozen=True)
 class Version:
-    """One version of an object: its content, when it was written, by the store's clock, and the store's tag for it."""
+    """One version of an object: its content, the time of its write by the store's clock, and the store's tag."""
 
     content: bytes
     modified_s: float
@@ -81,7 +81,7 @@ class Version:
 
 
 def is_remote(place: str | Path | None) -> bool:
-    """Whether a place is an address in an object store rather than a path."""
+    """Whether a place is an address in an object store, not a path."""
     return isinstance(place, str) and place.startswith(SCHEME)
 
 
@@ -110,7 +110,7 @@ class RemoteFolder:
 
     @property
     def uri(self) -> str:
-        """The address, from which an equal folder can be made."""
+        """The address, with its options."""
         return str(self) + (f"?{self._query}" if self._query else "")
 
     def __str__(self) -> str:
@@ -227,7 +227,7 @@ class RemoteFolder:
         return True
 
     def upload(self, name: str, path: Path) -> str:
-        """Copy a file to an object, which appears once it is whole; return the SHA-256 of what was sent."""
+        """Copy a file to an object, which appears once it is whole; return the SHA-256 of the sent bytes."""
         import obstore
 
         digest = hashlib.sha256()
@@ -249,7 +249,7 @@ class RemoteFolder:
         return digest.hexdigest()
 
     def delete(self, name: str) -> None:
-        """Remove an object; one that is gone already is no error."""
+        """Remove an object, if there is one."""
         import obstore
 
         with self._errors(name):
@@ -261,7 +261,7 @@ class RemoteFolder:
             self.delete(entry.name)
 
     def for_ray(self) -> Any:
-        """Return pyarrow's file system of the same store, which Ray takes for its own files."""
+        """Return pyarrow's file system of the same store, for Ray's own files."""
         from pyarrow.fs import S3FileSystem
 
         endpoint, region = self._endpoint_and_region()
@@ -287,7 +287,7 @@ class RemoteFolder:
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
-        """Turn what the store answers into a StorageError of one line."""
+        """Turn an error of the store into a StorageError of one line."""
         from obstore.exceptions import BaseError
 
         where = f"{self}/{name}".rstrip("/")
@@ -306,7 +306,7 @@ class NotThereError(StorageError):
 
 
 def _answer(error: Exception) -> tuple[str, str]:
-    """Return the store's code for an error, or ours ("" if there is none), and words for it."""
+    """Return the store's code for an error, or one of our own ("" if there is none), and a description."""
     text = " ".join(str(error).partition("Debug source")[0].split())
     code, message = re.search(r"<Code>(\w+)</Code>", text), re.search(r"<Message>(.*?)</Message>", text)
     if code is not None:
@@ -341,7 +341,7 @@ def _store(bucket: str, endpoint: str | None, region: str | None) -> S3Store:
 
 
 def _keys_of_profile() -> dict[str, Any] | None:
-    """Return the keys of the AWS profile in use, read anew every five minutes; None if its file holds none."""
+    """Return the keys of the AWS profile in use, read again every five minutes; None if the file has none."""
     file = configparser.ConfigParser(interpolation=None)
     place = os.environ.get("AWS_SHARED_CREDENTIALS_FILE") or "~/.aws/credentials"
     try:

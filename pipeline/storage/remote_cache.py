@@ -3,9 +3,9 @@
     <folder>/<first two of sha256>/<sha256>                    a whole, verified file; its modification time is that of its last use
     <folder>/<first two of sha256>/<sha256>.<bytes>.part       a file that is being fetched, locked by the process that fetches it
 
-A file is named by its content, so that equal shards of several datasets, runs and users of one folder are kept once. The least recently used
-are removed first. A reader holds a shared lock on its file, and locked files are not removed. What removes files locks the folder. The kernel
-frees the locks of a process that dies.
+A file is named by its content, so that equal shards of several datasets, runs and users of one folder are kept once. The least recently
+used are removed first. A reader holds a shared lock on its file, and locked files are not removed. The kernel frees the locks of a process
+that dies.
 """
 
 from __future__ import annotations

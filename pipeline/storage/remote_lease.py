@@ -1,9 +1,9 @@
-"""Who works on something in an object store: one holder at a time, replaced when it stops renewing its lease.
+"""A lock in an object store: a lease with one holder at a time, which is replaced if it stops renewing the lease.
 
-The lease is one object, `lease.json`, that names its holder. Every write to it is conditional: one writer creates it, and one
-replaces the version that it read. The holder renews it every `BEAT_S` seconds; `{}` means that nobody holds it. A holder that has not
-renewed it for `MISSED_BEATS` beats, by the store's clock, counts as dead and may be replaced. If it was only stopped and comes back,
-its next renewal fails, and it has lost the lease.
+The lease is one object, `lease.json`, that names its holder; `{}` means that it is free. Every write to it is conditional: it creates the
+object, or replaces the version that the writer has read. The holder renews the lease every `BEAT_S` seconds. A holder that has not renewed
+it for `MISSED_BEATS` beats, by the store's clock, counts as dead and may be replaced. If that holder was only stopped and continues, its
+next renewal fails: it has lost the lease.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NAME = "lease.json"
 
 
 class Lease:
-    """The right to work on what `folder` belongs to; `what` names that in messages ("run k7m2abcd")."""
+    """The lease of what `folder` belongs to; `what` names that in messages ("run k7m2abcd")."""
 
     def __init__(self, folder: RemoteFolder, what: str, beat_s: float | None = None) -> None:
         self._folder, self._what = folder, what
@@ -53,15 +53,15 @@ class Lease:
         finally:
             self._closing.set()
             beating.join()
-            with suppress(StorageError), self._writing:  # then it is free once its beats are missed
+            with suppress(StorageError), self._writing:  # if the store fails, the lease expires by itself
                 if self._held is not None:
                     self._folder.replace(NAME, b"{}", self._held)
                 self._held = None
 
     def acquire(self) -> None:
-        """Take the lease without renewing it; RunLockedError, naming the holder, if another process holds it."""
+        """Take the lease, without a thread that renews it. Raises RunLockedError, which names the holder, if another process holds it."""
         self._since = datetime.now(UTC).isoformat(timespec="seconds")
-        while True:  # each round but the last is one that another process has won
+        while True:  # in each round but the last, another process has written between the read and the write
             found = self._folder.version(NAME)
             if found is not None and self._is_live(found):
                 raise RunLockedError(
@@ -73,7 +73,7 @@ class Lease:
                 return
 
     def require(self) -> None:
-        """Renew the lease; RunLockedError if it was lost to another holder."""
+        """Renew the lease. Raises RunLockedError if another process has it."""
         if not self._renew():
             raise RunLockedError(
                 f"{self._what} was taken over by another process, since this one did not answer for "
@@ -81,13 +81,13 @@ class Lease:
             )
 
     def holder(self) -> str | None:
-        """Return who holds the lease now, in words; None if nobody does."""
+        """Return a description of the current holder; None if there is none."""
         found = self._folder.version(NAME)
         return _words(found) if found is not None and self._is_live(found) else None
 
     def _beat_until_closed(self) -> None:
         while not self._closing.wait(self._beat_s):
-            with suppress(StorageError):  # the store may answer again; `require` raises what it says
+            with suppress(StorageError):  # the store may recover; if not, `require` raises its error
                 if not self._renew():
                     return
 
@@ -98,7 +98,7 @@ class Lease:
             return self._held is not None
 
     def _write(self, before: Version | None) -> bool:
-        """Write this holder where `before` is still the newest version (None: no object); return whether it was."""
+        """Write this holder if `before` is still the newest version (None: no object); return whether it was."""
         about = {
             "token": self._token,
             "beat": secrets.token_hex(8),  # no two versions are equal, and neither are their tags
@@ -113,7 +113,7 @@ class Lease:
             self._folder.create(NAME, content)
         else:
             self._folder.replace(NAME, content, before)
-        # Read back: for the tag, and because a write whose answer was lost is tried again and then refused.
+        # read back for the tag, and because obstore repeats a write whose answer was lost, which the store then refuses
         found = self._folder.version(NAME)
         if found is None or _about(found).get("token") != self._token:
             return False
@@ -126,11 +126,11 @@ class Lease:
         if not about.get("token"):
             return False
         if about.get("place") == _place() is not None and _started(about.get("pid") or 0) != about.get("started"):
-            return False  # a process of this very machine that is gone: nobody has to wait for its beats
+            return False  # a dead process of this machine: no need to wait for missed beats
         return self._now() - found.modified_s <= MISSED_BEATS * self._beat_s
 
     def _now(self) -> float:
-        """Return the store's time, which is that of an object just written."""
+        """Return the store's time: that of an object just written."""
         clock = f"clock-{self._token}"
         self._folder.write(clock, b"")
         entry = self._folder.stat(clock)
@@ -156,7 +156,7 @@ def _words(found: Version) -> str:
 
 
 def _place() -> str | None:
-    """Return what names this machine since it started, and the space of its process numbers; None where that cannot be told."""
+    """Return the ids of this machine's last boot and of this process's PID namespace; None on systems other than Linux."""
     if not sys.platform.startswith("linux"):
         return None
     try:
@@ -166,7 +166,7 @@ def _place() -> str | None:
 
 
 def _started(pid: int) -> str | None:
-    """Return when a process of this machine started, which tells it from a later one of its number; None where it is gone."""
+    """Return the start time of a process, which tells it from a later process with the same PID; None if it has ended."""
     try:
         after_name = Path(f"/proc/{int(pid)}/stat").read_text().rpartition(") ")[2].split()
     except (OSError, ValueError):

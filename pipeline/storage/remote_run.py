@@ -124,7 +124,9 @@ class RemoteRun:
         before = self._index()
         known = before.get("files", {})
         with ThreadPoolExecutor(_AT_ONCE) as pool:
-            sent = pool.map(lambda item: (item[0], self._send(*item, known.get(item[0]))), sorted(_files(local)))
+            sent = pool.map(
+                lambda item: (item[0], self._send(item[0], item[1], known.get(item[0]))), sorted(_files(local))
+            )
             files = {name: sha256 for name, sha256 in sent if sha256 is not None}
         index = {"sender": _sender(local), "files": files}
         if index != before:

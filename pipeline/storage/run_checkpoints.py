@@ -1,4 +1,4 @@
-"""The checkpoints of a run, wherever it lasts: in its folder, or in an object store with this machine's copies in the folder."""
+"""The checkpoints of a run: in its folder, or in an object store with this machine's copies in the folder."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from pipeline.storage.runs import Run
 
 
 class RunCheckpoints(CheckpointStore):
-    """What a run has saved."""
+    """The checkpoints of a run."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(run.checkpoints, None if run.remote is None else run.remote.folder.child("checkpoints"))
 
 
 def checkpoint_at(place: str) -> Checkpoint:
-    """Return the checkpoint that lasts at a path or address, verified, and brought here where it is far away.
+    """Return the checkpoint at a path or address, verified; one in an object store is fetched.
 
     Raises:
-        CheckpointError: it is gone or damaged.
+        CheckpointError: it was removed or is damaged.
     """
     folder = Path(place.partition("?")[0])
     name = checkpoints.NAME.fullmatch(folder.name)
@@ -42,10 +42,9 @@ def checkpoint_at(place: str) -> Checkpoint:
 
 
 class Saver:
-    """Saves the checkpoints of one attempt: on disk at once, and from there to an object store behind the back of training.
+    """Saves the checkpoints of one attempt: on disk at once, and from there to an object store in a thread, while training continues.
 
-    One is on its way at a time. A checkpoint counts (older ones are removed, the run's step goes up) once it is committed where the
-    run lasts.
+    One checkpoint is sent at a time. Older ones are removed, and the run's step goes up, once it is committed on disk or in the store.
     """
 
     def __init__(self, run: Run, attempt: int, keep: int) -> None:
@@ -55,16 +54,17 @@ class Saver:
         self._failure: BaseException | None = None
 
     def save(self, step: int, tensors: Tensors, state: dict[str, Any], *, wait: bool) -> None:
-        """Save a step, and wait until it is committed where the run lasts if `wait`.
+        """Save a step. With `wait`, return once it is committed in the store, too.
 
-        StorageError where that failed, or, unless `wait`, where the step before it failed on its way: this one is tried then too.
-        CheckpointError where a later attempt has replaced this one.
+        Raises:
+            StorageError: saving failed; without `wait` also if sending the checkpoint before this one failed. This one is sent anyway.
+            CheckpointError: a later attempt has replaced this one.
         """
         late = self._finished()
         if late is not None and not isinstance(late, StorageError):
             raise late
         checkpoint = checkpoints.save(
-            self._run.checkpoints, step, self._attempt, tensors, state, may_commit=self._may_commit
+            self._run.checkpoints, step, self._attempt, tensors, state, may_commit=self.may_commit
         )
         if self._run.remote is None:
             self._commit(checkpoint)
@@ -76,11 +76,11 @@ class Saver:
             raise failure
 
     def close(self) -> None:
-        """Wait for what is on its way; whether it arrived is told by what the store has."""
+        """Wait for the checkpoint that is being sent; a failure is not raised."""
         self._finished()
 
     def _finished(self) -> BaseException | None:
-        """Wait for the checkpoint on its way, and return why it did not arrive."""
+        """Wait for the checkpoint that is being sent, and return the error that stopped it."""
         if self._sending is not None:
             self._sending.join()
         self._sending, failure, self._failure = None, self._failure, None
@@ -90,12 +90,13 @@ class Saver:
         try:
             self._commit(checkpoint)
             self._run.send_files()
-        except BaseException as error:  # raised where training next asks
+        except BaseException as error:  # raised by the next `save`
             self._failure = error
 
     def _commit(self, checkpoint: Checkpoint) -> None:
-        self._checkpoints.commit(checkpoint, self._may_commit, self._keep)
+        self._checkpoints.commit(checkpoint, self.may_commit, self._keep)
         self._run.update(step=checkpoint.step)
 
-    def _may_commit(self) -> bool:
+    def may_commit(self) -> bool:
+        """Whether this attempt is still the newest, which alone may write."""
         return self._run.current_attempt() == self._attempt

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,35 +19,25 @@ from pipeline.config.cluster_profile import Profile, settled
 from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.config.yaml_files import validate
 from pipeline.runs.record import trial_of
-from pipeline.storage.folder import NAME, Folder, now
+from pipeline.storage.folder import NAME, Folder, Record, now
 from pipeline.storage.remote_run import RemoteRun
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import Sweep, sweep_from
 from pipeline.sweeps.ledger import Ledger, LedgerEntry
 
 
-@dataclass(frozen=True)
-class SweepRecord:
+@dataclass(frozen=True, kw_only=True)
+class SweepRecord(Record):
     """The sweep that was asked for.
 
     `base` is the resolved experiment that trials vary, and `plain_base` the same without the sweep's overrides: the winner is trained
     with it, even if the preset has changed. `command` began the sweep, `extensions` added to it.
     """
 
-    id: str
-    name: str
-    created: str
     sweep: dict[str, Any]
     base: dict[str, Any]
-    dataset: dict[str, Any]
-    profile: dict[str, Any]
-    command: list[str]
-    code_version: str
     plain_base: dict[str, Any]
     extensions: list[list[str]] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        datetime.fromisoformat(self.created)  # ValueError where a record is damaged
 
 
 SECONDS = "seconds"
@@ -86,16 +75,16 @@ class SweepFolder(Folder):
 
         made = cls.new(home)
         record = SweepRecord(
-            made.id,
-            sweep.name,
-            now(),
-            sweep.to_dict(),
-            base.to_dict(),
-            dataset,
-            profile,
-            command,
-            code_version(),
-            plain_base.to_dict(),
+            id=made.id,
+            name=sweep.name,
+            created=now(),
+            sweep=sweep.to_dict(),
+            base=base.to_dict(),
+            dataset=dataset,
+            profile=profile,
+            command=command,
+            code_version=code_version(),
+            plain_base=plain_base.to_dict(),
         )
         made.write_first(record)
         return made

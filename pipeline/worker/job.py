@@ -1,4 +1,4 @@
-"""What the workers of one attempt get."""
+"""The job of an attempt: the data that all its workers get."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from pipeline.tracking.tracker import TrackingSettings
 
 @dataclass(frozen=True)
 class Allowance:
-    """What a sweep's trial may spend, and where it is judged on the way.
+    """The budget of a sweep's trial, and the points at which it gets an early score.
 
     Attributes:
-        seconds: of training, after which the step that is being done is the last; None: the experiment's steps decide.
-        rungs: shares of the whole, ascending, at each of which a KID of few images is taken.
-        rung_images: how many.
+        seconds: of training; the step during which they are over is the last. None: the experiment's steps end the trial.
+        rungs: shares of the budget, ascending, at each of which a KID of few images is computed.
+        rung_images: the number of these images.
     """
 
     seconds: float | None = None
@@ -23,15 +23,15 @@ class Allowance:
     rung_images: int = 256
 
     def share(self, step: int, steps: int, elapsed_s: float) -> float:
-        """Return how much of the whole is spent after a step, 1 for all of it."""
+        """Return the share of the budget that is spent after a step, 1 for all of it."""
         return step / steps if self.seconds is None else max(elapsed_s / self.seconds, step / steps)
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the workers of one attempt get: plain data, the same for all of them.
+    """Plain data, the same for all workers of an attempt.
 
-    `run_folder` is the driver's; `run_address` is where the run lasts if that is an object store.
+    `run_folder` is the driver's; `run_address` is the run's address if it is kept in an object store.
     """
 
     run_folder: str

@@ -1,4 +1,4 @@
-"""What a worker measures beside the loop: the loss since the last report, and how fast training goes."""
+"""What a worker measures beside the loop: the loss since the last report, and the speed of training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LossMeter:
     sums: Tensor = field(default_factory=lambda: torch.zeros(2, 4, dtype=torch.float64))
 
     def add(self, result: StepResult) -> None:
-        """Count one step of this worker, on the device where its losses are."""
+        """Add one step of this worker, on the device of its losses."""
         quartile = result.timesteps * 4 // self.num_timesteps
         weights = result.weights.double()
         values = torch.stack([result.losses.double() * weights, weights])
@@ -47,12 +47,12 @@ class LossMeter:
 
 
 class Pace:
-    """How fast training goes: since the last report for the record, smoothed for the eye."""
+    """The speed of training: since the last report for the record, smoothed for the progress bar."""
 
     def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
         self._batches = batches
         self._reported = (step, time.monotonic(), 0.0)
-        self._spoke = 0.0
+        self._published = 0.0
         self._recent: list[tuple[int, float]] = [(step, time.monotonic())]
 
     def report(self, step: int, batch_size: int) -> dict[str, float]:
@@ -72,10 +72,9 @@ class Pace:
         (first_step, first), (last_step, last) = self._recent[0], self._recent[-1]
         return (last_step - first_step) * batch_size / max(last - first, 1e-9)
 
-    def speak(self, now_please: bool) -> bool:
-        """Return whether it is time to publish again."""
-        now = time.monotonic()
-        if not now_please and now - self._spoke < PUBLISH_EVERY_S:
-            return False
-        self._spoke = now
-        return True
+    def is_due(self) -> bool:
+        """Return whether it is time to publish progress again."""
+        due = time.monotonic() - self._published >= PUBLISH_EVERY_S
+        if due:
+            self._published = time.monotonic()
+        return due

@@ -1,4 +1,4 @@
-"""Images that a training shows of itself: from a copy of its averaged weights, the same noise every time."""
+"""Images of a model in training: from a copy of its averaged weights, with the same noise every time."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from pipeline.training.models import Shape
 
 
 class Preview:
-    """A second network, which is sampled while the first one is trained."""
+    """A second network, which is sampled while the first is trained."""
 
     def __init__(self, experiment: Experiment, shape: Shape, class_names: ClassNames) -> None:
         self._experiment, self._shape, self._class_names = experiment, shape, class_names
         self.model: nn.Module | None = None
 
     def copy(self, train_state: TrainState) -> None:
-        """Take the averaged weights as they are now."""
+        """Copy the current averaged weights."""
         if self.model is None:
             self.model = copy.deepcopy(train_state.model)
-        self.model.load_state_dict(train_state.model.state_dict())  # buffers, which are not averaged
+        self.model.load_state_dict(train_state.model.state_dict())  # for the buffers, which are not averaged
         train_state.ema.copy_to(self.model)
 
     def images(self, count: int, compute: Compute) -> tuple[Tensor, Generation]:
-        """Return uint8 images [count, C, H, W] from the weights that were copied, and how they were generated."""
+        """Return uint8 images [count, C, H, W] from the copied weights, and how they were generated."""
         assert self.model is not None
         experiment = self._experiment
         batch_size = min(count, experiment.sampling.batch_size)

@@ -1,4 +1,4 @@
-"""The body of one training worker: what happens around the loop of loop.py. No Ray: it runs in a test as it runs on a cluster."""
+"""The body of one training worker: what happens around the loop of loop.py. It knows no Ray, and runs in a test as on a cluster."""
 
 from __future__ import annotations
 
@@ -50,17 +50,17 @@ from pipeline.worker.meters import LossMeter, Pace
 from pipeline.worker.preview import Preview
 from pipeline.worker.transfer import load_everywhere
 
-MISSED_SAVES = 3  # storage may come back: so many intervals are waited for
+MISSED_SAVES = 3  # failed saves in a row that end the run: storage may recover before
 
 
 class DriverLink(Protocol):
-    """The worker's line to the driver."""
+    """The worker's link to the driver. Its methods must not wait."""
 
     def publish(self, progress: dict[str, Any]) -> None:
-        """Tell where training is; must not wait."""
+        """Send progress, a warning or an early score."""
 
     def stop_requested(self) -> bool:
-        """Return whether the driver asks to save and stop; must not wait."""
+        """Return whether the driver asks to save and stop."""
 
 
 class Worker:
@@ -102,14 +102,14 @@ class Worker:
         return TrainState.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
 
     def work(self) -> str:
-        """Train; return "finished", or "stopped" when a stop was asked for and the state is saved."""
+        """Train. Return "finished", or "stopped" if a stop was requested and the state is saved."""
         try:
             source = self._restore()
             if self.team.is_main:
                 self.run.log(f"attempt {self.job.attempt} starts at step {self.train_state.step} from {source}")
                 self._record_arithmetic()
             outcome = self._train()
-        except StoppedAtOnce:  # what is on its way is not waited for
+        except StoppedAtOnce:  # without waiting for uploads and tracking
             raise
         except BaseException as error:
             self._close()
@@ -119,12 +119,12 @@ class Worker:
         self._close()
         if self.team.is_main:
             self.run.send_files()
-            if self.run.folder != Path(self.job.run_folder):  # a scratch folder: all of it is in the store
+            if self.run.folder != Path(self.job.run_folder):  # a temporary folder: all of it is in the store
                 shutil.rmtree(self.run.folder, ignore_errors=True)
         return outcome
 
     def _record_arithmetic(self) -> None:
-        """Record what the experiment left to the machine: bf16, never "mixed"."""
+        """Record what was resolved for this machine: bf16, never "mixed"."""
         assert self.tracker is not None
         arithmetic = self.compute.arithmetic
         self.run.log(f"arithmetic: {', '.join(f'{name} {value}' for name, value in arithmetic.items())}")
@@ -137,7 +137,7 @@ class Worker:
             self.tracker.close(timeout=10.0)
 
     def _run_here(self) -> Run:
-        """Return the run as this machine has it; rank 0 alone writes to it."""
+        """Return this machine's copy of the run; only rank 0 writes to it."""
         if self.job.run_address is None or not self.team.is_main:
             return Run(Path(self.job.run_folder))
         run = Run(folder_here(Path(self.job.run_folder), self.job.run_address))
@@ -152,7 +152,7 @@ class Worker:
         self.train_state.model.train()
         done = self.train_state.step
         if done == 0:
-            self._copy_weights()  # for the grid of step 0, which the first step does not wait for
+            self._copy_weights()  # for the grid of step 0, which is drawn after the first step
         spent = self.job.allowance.share(self.train_state.step, total, self.elapsed_before_s)
         self.rungs = [rung for rung in self.rungs if rung > spent]
         if spent >= 1:
@@ -216,7 +216,7 @@ class Worker:
         return map(Batch.pin, batches) if self.compute.pin_memory else batches
 
     def _log(self, result: StepResult, pace: Pace) -> None:
-        """Record the means since the last report; rank 0 alone."""
+        """Record the means since the last report, on rank 0."""
         if self.tracker is None:
             return
         metrics = self.meter.report()
@@ -232,9 +232,9 @@ class Worker:
         )
 
     def _publish(self, result: StepResult, pace: Pace) -> None:
-        """Tell the driver, now and then."""
+        """Send progress to the driver if it is due."""
         total = self.experiment.training.steps
-        if self.team.is_main and pace.speak(result.step == total):
+        if self.team.is_main and (pace.is_due() or result.step == total):
             self.link.publish(
                 {
                     "step": result.step,
@@ -251,7 +251,7 @@ class Worker:
         return every is not None and (step % every == 0 or last)
 
     def _begin_records(self, done: int) -> None:
-        """Do what the first step of this process does not wait for: deliver to the tracking store, and draw the grid of step 0."""
+        """Do what can wait until this process has made its first step: start delivery to the tracking store, draw the grid of step 0."""
         begin = time.monotonic()
         if self.tracker is not None:
             self.tracker.deliver()
@@ -260,7 +260,7 @@ class Worker:
         self.aside_s += time.monotonic() - begin
 
     def _draw_grid(self, step: int) -> None:
-        """Draw images from the weights that were copied, the same noise every time; rank 0 alone, the others wait at the next step."""
+        """Draw images from the copied weights on rank 0, with the same noise every time; the others wait at the next step."""
         if self.tracker is None or self.preview is None or self.experiment.logging.grid_every_steps is None:
             return
         images, _ = self.preview.images(self.experiment.logging.grid_images, self.compute)
@@ -271,7 +271,7 @@ class Worker:
             self.tracker.image("samples", step, path)
 
     def _judge(self, spent: float) -> None:
-        """Take a KID of few images at each share of the whole that is reached: what a sweep stops hopeless trials by."""
+        """Compute a KID of few images at each rung that is reached, by which a sweep stops hopeless trials early."""
         reached = [rung for rung in self.rungs if rung <= spent]
         if not reached or self.tracker is None or self.preview is None:
             return
@@ -287,7 +287,7 @@ class Worker:
         self.aside_s += time.monotonic() - begin
 
     def _preview(self) -> Preview | None:
-        """Return what samples the weights meanwhile; None on other workers than rank 0, and where nothing is sampled."""
+        """Return the network to sample during training; None on workers other than rank 0, and if nothing is sampled."""
         sampled = self.experiment.logging.grid_every_steps is not None or bool(self.job.allowance.rungs)
         if not sampled or not self.team.is_main:
             return None
@@ -300,7 +300,7 @@ class Worker:
     # -- checkpoints ----------------------------------------------------------------------------------------------------------
 
     def _restore(self) -> str:
-        """Start from the newest checkpoint that verifies: rank 0 looks, all of them load the same. Return what the weights are from."""
+        """Start from the newest checkpoint that verifies: rank 0 finds it, all workers load it. Return the source of the weights."""
         found = RunCheckpoints(self.run).newest_verified() if self.team.is_main else checkpoints.Found(None)
         for warning in found.warnings:
             self.run.log(f"warning: {warning}")
@@ -318,7 +318,7 @@ class Worker:
             )
         self._keep_arithmetic(state, checkpoint.step)
         self.train_state.restore(tensors, checkpoint.step)
-        if state.get("loss_scale"):  # there is none where the training so far was on a device with bf16
+        if state.get("loss_scale"):  # empty if the run was trained in bf16 or fp32 so far
             self.train_state.scaler.load_state_dict(state["loss_scale"])
         self.elapsed_before_s = state["elapsed_s"]
         self.saved_step = checkpoint.step
@@ -329,9 +329,9 @@ class Worker:
         return f"checkpoint {checkpoint.folder.name}"
 
     def _keep_arithmetic(self, state: dict[str, Any], step: int) -> None:
-        """Resume with the arithmetic that the run has had, whatever this machine would choose, unless the user names another.
+        """Resume with the run's arithmetic, whatever this machine would choose, unless the user names another.
 
-        With another number of workers the bytes differ anyway, and threads are shared out anew.
+        With another number of workers the bytes differ anyway, and the number of threads is chosen again.
         """
         before = state["arithmetic"]
         named = {"threads"} if self.named_threads or state["num_workers"] != self.team.size else set()
@@ -345,7 +345,7 @@ class Worker:
                 self.run.log(f"{name}: {before[name]} until step {step}, {value} from there on")
 
     def _take_weights(self, place: str) -> None:
-        """Begin a new run from another run's weights; the average and the optimizer start afresh."""
+        """Begin a new run from another run's weights, with a new average and optimizer."""
         found = self.team.broadcast(checkpoint_at(place).tensors("model", "ema") if self.team.is_main else None)
         weights = found["model"] | found["ema"]  # buffers, of a network that has them, are not averaged
         if misfit := misfit_of(weights, self.train_state.model):
@@ -356,21 +356,17 @@ class Worker:
         load_weights(self.train_state.model, weights)
         self.train_state = self._new_train_state(self.train_state.model)
 
-    def _owns(self) -> bool:
-        """Return whether this attempt is still the one that may write."""
-        return self.run.current_attempt() == self.job.attempt
-
     def _store_averages(self, last: bool) -> None:
-        """Store the power-function averages where that is due."""
+        """Store the power-function averages if that is due."""
         every, step = self.experiment.training.ema_snapshot_every_steps, self.train_state.step
-        if self.tracker is None or every is None or not (step % every == 0 or last):
+        if self.saver is None or every is None or not (step % every == 0 or last):
             return
         with self._may_be_missing("the snapshot of the averages"):
-            save_snapshot(self.run.folder, step, self.job.attempt, self.train_state.averages, self._owns)
+            save_snapshot(self.run.folder, step, self.job.attempt, self.train_state.averages, self.saver.may_commit)
 
     @contextmanager
     def _may_be_missing(self, what: str) -> Iterator[None]:
-        """Go on training without something that a full place does not take; the user is told."""
+        """Continue training, with a warning, if storage has no room for something."""
         try:
             yield
         except StorageError as error:
@@ -384,7 +380,7 @@ class Worker:
         return due.every_minutes is not None and time.monotonic() - self.saved_at >= due.every_minutes * 60
 
     def _save(self, elapsed_s: float, *, must: bool) -> None:
-        """Save once per step; a place that is full is tried again at later intervals, `MISSED_SAVES` times."""
+        """Save once per step. If storage is full, try again at the next interval, up to `MISSED_SAVES` times."""
         self.saved_at = time.monotonic()
         if self.tracker is None or self.saver is None or self.saved_step == self.train_state.step:
             return

@@ -1,4 +1,4 @@
-"""A worker that the kernel ends for want of memory is told from one that was killed: a real limit, and the real OOM killer."""
+"""A worker that the kernel kills for lack of memory is told from one that was killed otherwise: a real limit, and the real OOM killer."""
 
 from __future__ import annotations
 
@@ -35,5 +35,5 @@ def test_a_worker_without_memory_is_reported_as_such_with_what_to_lower(home, sh
         code, _, stderr = shell.launch("sh", "-c", f"{join} && exec {PROGRAM} train greedy.yaml --isolated").end(300)
     assert code == 8, stderr
     last = told(stderr)
-    assert "ended by the system for want of memory" in last
+    assert "killed by the system: out of memory" in last
     assert "training.micro_batch_size" in last

@@ -55,9 +55,7 @@ def test_out_of_memory_says_what_to_lower():
 @pytest.mark.fault(17)
 def test_only_a_killed_process_can_have_been_starved():
     killed = cause_of(WorkerGroupError({1: WorkerHealthCheckFailedError(DIED)}))
-    assert starved(killed).startswith(
-        "worker 1: ended by the system for want of memory; lower training.micro_batch_size"
-    )
+    assert starved(killed).startswith("worker 1: killed by the system: out of memory; lower training.micro_batch_size")
     assert starved("worker 2: 3 is not 4") == "worker 2: 3 is not 4"
 
 
