@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
+
+Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class Terminated(BaseException):
@@ -52,45 +55,40 @@ class Signals:
 def listening(*others: int) -> Iterator[Signals]:
     """Collect SIGINT, SIGTERM and others instead of ending the process. Only the main thread receives them."""
     signals = Signals([])
-    if threading.current_thread() is not threading.main_thread():
+    with _handling(signals.note, signal.SIGINT, signal.SIGTERM, *others):
         yield signals
-        return
-
-    before = {number: signal.signal(number, signals.note) for number in (signal.SIGINT, signal.SIGTERM, *others)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
 def raising() -> Iterator[None]:
     """Let SIGTERM raise Terminated instead of ending the process. Inside, `listening` takes precedence."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def end(number: int, frame: FrameType | None) -> None:
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, end)
-    try:
+    with _handling(end, signal.SIGTERM):
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager
 def keeping_sigterm() -> Iterator[None]:
     """Keep the handler of SIGTERM during calls that set their own, as Ray's start does: that one ends the process without a message."""
+    with _handling(signal.getsignal(signal.SIGTERM), signal.SIGTERM):
+        try:
+            yield
+        except SystemExit:  # raised by Ray's handler, if the signal comes before the old one is set again
+            raise Terminated from None
+
+
+@contextmanager
+def _handling(handler: Handler, *numbers: int) -> Iterator[None]:
+    """Handle signals for the time of the context. Only the main thread can; in another thread this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.signal(number, handler) for number in numbers}
     try:
         yield
-    except SystemExit:  # raised by Ray's handler, if the signal comes before the old one is set again
-        raise Terminated from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, former in before.items():
+            signal.signal(number, former)

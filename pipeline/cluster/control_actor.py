@@ -59,14 +59,16 @@ class ControlActor:
 
     def __init__(self, environment: dict[str, str] | None = None) -> None:
         self._environment = environment or {}
-        self._progress: dict[str, Any] = {}
         self._warnings: list[str] = []
-        self._error: PipelineError | None = None
-        self._outcome: str | None = None
         self._judgements: list[dict[str, Any]] = []
         self._members: dict[int, WorkerInfo] = {}
-        self._worker_failed = False
-        self._stop = ""
+        self._state: dict[str, Any] = {
+            "progress": {},
+            "error": None,
+            "outcome": None,
+            "worker_failed": False,
+            "stop": "",
+        }
 
     def environment(self) -> dict[str, str]:
         """Return secret variables for the workers. Ray would show a runtime environment to every client."""
@@ -83,38 +85,34 @@ class ControlActor:
         elif "judgement" in progress:
             self._judgements.append(progress["judgement"])
         else:
-            self._progress = progress
-        return bool(self._stop)
+            self._state["progress"] = progress
+        return bool(self._state["stop"])
 
     def fail(self, error: PipelineError) -> None:
         """Keep the first error that a worker raised on purpose."""
-        self._error = self._error or error
-        self._worker_failed = True
+        self._state["error"] = self._state["error"] or error
+        self._state["worker_failed"] = True
 
     def worker_failed(self) -> None:
         """Record that a worker ended with any error: its peers may wait for it until their collective operation times out."""
-        self._worker_failed = True
+        self._state["worker_failed"] = True
 
     def finish(self, outcome: str) -> None:
-        self._outcome = outcome
+        self._state["outcome"] = outcome
 
     def stop(self, reason: str = "asked to stop") -> None:
         """Ask the workers to save and stop; the first reason is kept."""
-        self._stop = self._stop or reason
+        self._state["stop"] = self._state["stop"] or reason
 
     def read(self) -> dict[str, Any]:
         """Return everything, and clear the warnings."""
         # one by one: a worker in this process may add a warning meanwhile
         warnings = [self._warnings.pop(0) for _ in range(len(self._warnings))]
         return {
-            "progress": self._progress,
+            **self._state,
             "warnings": warnings,
             "judgements": list(self._judgements),
             "members": dict(self._members),
-            "error": self._error,
-            "outcome": self._outcome,
-            "worker_failed": self._worker_failed,
-            "stop": self._stop,
         }
 
 

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.token import admission, probe_store
@@ -19,6 +20,10 @@ from pipeline.signals import keeping_sigterm
 from pipeline.storage.provenance import JOB_VARIABLE
 
 SETTLING_S = 4.0
+# gloo and NCCL would otherwise listen on the network card
+LOOPBACK_SOCKETS = dict.fromkeys(
+    ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), "lo0" if sys.platform == "darwin" else "lo"
+)
 # Ray reads these when it is first imported or started
 SETTINGS = {
     "RAY_ENABLE_AUTO_CONNECT": "0",  # a thread that calls Ray after its end would start another one, open to the outside
@@ -57,6 +62,14 @@ def joined_ray(profile: Profile) -> Iterator[None]:
         shut_down()
 
 
+def start_ray(folder: str | Path, **settings: Any) -> None:
+    """Call `ray.init` in a folder without modules, because Ray puts the current folder first on its workers' import path."""
+    import ray
+
+    with keeping_sigterm(), contextlib.chdir(folder):
+        ray.init(log_to_driver=False, configure_logging=True, logging_level="ERROR", **settings)
+
+
 def shut_down() -> None:
     """Leave Ray, and keep the handler of SIGTERM, which Ray would replace by one that ends this process without a message."""
     import ray
@@ -89,23 +102,12 @@ def _folder_of_ray() -> Path:
 
 
 def _init(profile: Profile, address: str) -> None:
-    import ray
-
     env = {} if JOB_VARIABLE in os.environ else dict(profile.env)  # a job has its own from the start
     if address.startswith("127."):
-        # gloo and NCCL would otherwise listen on the network card
-        loopback = "lo0" if sys.platform == "darwin" else "lo"
-        env = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | env
+        env = LOOPBACK_SOCKETS | env
     try:
-        # in a folder without modules: Ray puts the current folder first on its workers' import path
-        with keeping_sigterm(), tempfile.TemporaryDirectory() as empty, contextlib.chdir(empty):
-            ray.init(
-                address=address,
-                runtime_env={"env_vars": env} if env else None,
-                log_to_driver=False,
-                configure_logging=True,
-                logging_level="ERROR",
-            )
+        with tempfile.TemporaryDirectory() as empty:
+            start_ray(empty, address=address, runtime_env={"env_vars": env} if env else None)
     except Exception as error:  # Ray raises many kinds
         reason = " ".join(str(error).split())[:300]
         raise ClusterError(

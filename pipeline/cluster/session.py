@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.cluster.join import SETTINGS, joined_ray, require_room, shut_down
+from pipeline.cluster.join import LOOPBACK_SOCKETS, SETTINGS, joined_ray, require_room, shut_down, start_ray
 from pipeline.config.cluster_profile import Profile
 from pipeline.console import plural
 from pipeline.cpus import usable_cpus
@@ -20,7 +20,6 @@ from pipeline.errors import ClusterError
 from pipeline.gpus import usable_gpus
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
-from pipeline.signals import keeping_sigterm
 from pipeline.watchdog import Watchdog
 
 LOOPBACK = "127.0.0.1"
@@ -74,16 +73,12 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     The token is in the environment of Ray's processes alone, in no file and in no argument list. Settings of the user's for other clusters
     (an address file, RAY_ADDRESS) are ignored.
     """
-    settings = LOCAL_SETTINGS | profile.env
+    settings = LOOPBACK_SOCKETS | LOCAL_SETTINGS | profile.env | environment_for_ray()
     if "ray" not in sys.modules:
         os.environ.update(TOKEN | {k: v for k, v in os.environ.items() if k == "RAY_AUTH_TOKEN" and v})
-    # gloo and NCCL would otherwise listen on the network card
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
-    settings = {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback} | settings
-    settings |= environment_for_ray()
     folder = _folder_for_ray()
     watchdog = Watchdog(folder)
-    with _environment(settings, without=["RAY_ADDRESS"]):
+    with _environment(settings | {"RAY_ADDRESS": None}):
         try:
             _start(profile, num_workers, folder, watchdog)
             yield
@@ -120,24 +115,18 @@ def ray_of(profile: Profile, num_workers: int) -> Iterator[None]:
         yield
 
 
-class Session:
+class Session(contextlib.ExitStack):
     """The Ray of a profile for several attempts: started or joined when it is first needed, and again if it has died."""
 
     def __init__(self, profile: Profile, num_workers: int) -> None:
+        super().__init__()
         self._profile, self._num_workers = profile, num_workers
-        self._started = contextlib.ExitStack()
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._started.close()
 
     def ensure(self) -> None:
         """Start or join Ray unless it is up."""
         if not is_up():
-            self._started.close()
-            self._started.enter_context(ray_of(self._profile, self._num_workers))
+            self.close()
+            self.enter_context(ray_of(self._profile, self._num_workers))
 
 
 def is_up() -> bool:
@@ -154,24 +143,18 @@ def is_up() -> bool:
 
 def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog) -> None:
     """Start Ray, again if its processes did not start within Ray's half minute, as on a busy machine."""
-    import ray
-
     for left in reversed(range(STARTS)):
         try:
-            # in a folder without modules: Ray puts the current folder first on its workers' import path
-            with keeping_sigterm(), contextlib.chdir(folder):
-                ray.init(
-                    address="local",
-                    num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
-                    num_gpus=whole_gpus(num_workers, profile.gpus_per_worker),
-                    include_dashboard=False,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    log_to_driver=False,
-                    configure_logging=True,
-                    logging_level="ERROR",
-                    _node_ip_address=LOOPBACK,
-                    _temp_dir=str(folder),
-                )
+            start_ray(
+                folder,
+                address="local",
+                num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
+                num_gpus=whole_gpus(num_workers, profile.gpus_per_worker),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address=LOOPBACK,
+                _temp_dir=str(folder),
+            )
             return
         except Exception as error:  # Ray raises the base class
             reason = " ".join(str(error).split())[:300]
@@ -189,18 +172,19 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
 
 
 @contextlib.contextmanager
-def _environment(settings: dict[str, str], without: list[str]) -> Iterator[None]:
-    """Set and unset variables for the time of the context."""
-    names = [*settings, *without]
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(settings)
-    for name in without:
-        os.environ.pop(name, None)
+def _environment(settings: dict[str, str | None]) -> Iterator[None]:
+    """Set variables for the time of the context; None unsets one."""
+    before = {name: os.environ.get(name) for name in settings}
+    _set(settings)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        _set(before)
+
+
+def _set(variables: dict[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
