@@ -36,8 +36,17 @@ class Watchdog:
             cwd="/",
         )
 
-    def end_all(self) -> None:
-        """End every process that works in Ray's folder now, except this one and the watchdog."""
+    def started(self) -> list[psutil.Process]:
+        """Return the processes that this process has started in Ray's folder, and all below them."""
+        found = []
+        for child in psutil.Process().children():
+            with contextlib.suppress(psutil.Error):  # it has ended already
+                if child.pid != self._process.pid and str(self._folder) in " ".join(child.cmdline()):
+                    found += [child, *child.children(recursive=True)]
+        return found
+
+    def sweep_out(self) -> None:
+        """End every process that works in Ray's folder now, except this one and the watchdog: those of a start that failed."""
         _end_all_in(self._folder, but=self._process.pid)
 
     def dismiss(self) -> None:

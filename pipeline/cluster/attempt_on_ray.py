@@ -121,7 +121,7 @@ class AttemptOnRay(Attempt):
                     self._ask(GROWN, f"the cluster has room for {count} workers now: saving, to continue with them")
 
     def _stop(self) -> None:
-        self.control.stop.remote(*([self.planned] if self.planned else []))
+        self.control.stop.remote(self.planned or "asked to stop")
 
     def _read(self) -> dict[str, Any]:
         """Return the state of the control actor; {} if it is gone with its cluster: then `fit()` raises the cause."""

@@ -100,7 +100,7 @@ class ControlActor:
     def finish(self, outcome: str) -> None:
         self._state["outcome"] = outcome
 
-    def stop(self, reason: str = "asked to stop") -> None:
+    def stop(self, reason: str) -> None:
         """Ask the workers to save and stop; the first reason is kept."""
         self._state["stop"] = self._state["stop"] or reason
 

@@ -50,7 +50,7 @@ def joined_ray(profile: Profile) -> Iterator[None]:
     address = store_address(profile)
     tls = os.environ.get("RAY_USE_TLS", "0").lower() in {"1", "true"}  # then certificates control access
     token = None if tls else admission(profile, address, probe_store)
-    os.environ.update(SETTINGS | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": f"{profile.timeouts.start_s:g}"})
+    os.environ.update(SETTINGS)
     if "ray" not in sys.modules:  # afterwards Ray keeps what it has read
         os.environ["RAY_AUTH_MODE"] = "token" if token else os.environ.get("RAY_AUTH_MODE", "disabled")
         if token:

@@ -128,6 +128,4 @@ def resource_of_this_node() -> str:
     """Return the name of the resource that only this node has, for what can be placed by resources alone."""
     import ray
 
-    here = ray.get_runtime_context().get_node_id()
-    (names,) = [node["Resources"] for node in ray.nodes() if node["NodeID"] == here]
-    return next(str(name) for name in names if name.startswith("node:") and name != "node:__internal_head__")
+    return f"node:{ray.util.get_node_ip_address()}"

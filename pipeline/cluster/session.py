@@ -20,14 +20,12 @@ from pipeline.errors import ClusterError
 from pipeline.gpus import usable_gpus
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
-from pipeline.watchdog import Watchdog
+from pipeline.watchdog import Watchdog, end_all
 
 LOOPBACK = "127.0.0.1"
 STARTS, TOO_SLOW = 3, "timed out during startup"  # in Ray's message about processes that started too slowly
 OBJECT_STORE_BYTES = 150_000_000  # nothing large passes through it: each worker reads images from the shards
 LOCAL_SETTINGS = SETTINGS | {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # no node of a single machine is taken away
     "RAY_USAGE_STATS_REPORT_URL": "disabled",  # otherwise a dashboard reports that statistics are off
     "RAY_worker_niceness": "0",  # Ray's default of 15 gives every other process of the machine priority
     # if it is on, Ray rejects a loopback address and listens on every interface instead
@@ -83,8 +81,9 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
             _start(profile, num_workers, folder, watchdog)
             yield
         finally:
+            processes = watchdog.started()
             shut_down()
-            watchdog.end_all()  # Ray does not wait for a worker that hangs as it ends
+            end_all(processes)  # Ray does not wait for a worker that hangs as it ends
             shutil.rmtree(folder, ignore_errors=True)
             watchdog.dismiss()
 
@@ -159,7 +158,7 @@ def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog)
         except Exception as error:  # Ray raises the base class
             reason = " ".join(str(error).split())[:300]
             shut_down()
-            watchdog.end_all()
+            watchdog.sweep_out()
             if "AF_UNIX" in reason:
                 raise ClusterError(
                     f"Ray did not start: the path of its temporary folder {folder} is too long for the names of sockets; set RAY_TMPDIR "

@@ -22,7 +22,7 @@ _LOOK_EVERY_S = 1.0
 def has_dataset(folder: RemoteFolder) -> bool:
     """Whether a folder of a store is a dataset; DataError if the store does not answer."""
     try:
-        return folder.stat(MANIFEST_FILE) is not None
+        return folder.read(MANIFEST_FILE) is not None
     except StorageError as error:
         raise DataError(str(error)) from None
 

@@ -2,7 +2,7 @@
 
     checkpoints/step-0000001000-1/       step, and the attempt that wrote it: never overwritten
         model.safetensors ema.safetensors optimizer.safetensors     one for each group; further ones as the experiment asks
-        state.json                       what else training needs, and what tells a reader which run this is
+        state.json                       the rest of what training needs, and what identifies the run
         MANIFEST.json                    sizes and SHA-256 of the others; its presence is the commit
 
 Every file is written through our own handle, flushed to the disk and hashed. The manifest follows: it is written under a temporary name,

@@ -30,8 +30,7 @@ class LocalFolder:
         for path in (self.path / below).rglob("*"):
             with suppress(FileNotFoundError):  # removed since the listing
                 if path.is_file():
-                    name, status = path.relative_to(self.path).as_posix(), path.stat()
-                    found.append(StoredObject(name, status.st_size, status.st_mtime))
+                    found.append(StoredObject(path.relative_to(self.path).as_posix(), path.stat().st_size))
         return sorted(found, key=lambda entry: entry.name)
 
     def folders(self) -> list[str]:

@@ -64,16 +64,15 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class StoredObject:
-    """An object in a folder: its name there, its size, and the time of its last write, in seconds by the store's clock."""
+    """An object in a folder: its name there, and its size."""
 
     name: str
     num_bytes: int
-    modified_s: float
 
 
 @dataclass(frozen=True)
 class Version:
-    """One version of an object: its content, the time of its write by the store's clock, and the store's tag."""
+    """One version of an object: its content, the time of its write in seconds by the store's clock, and the store's tag."""
 
     content: bytes
     modified_s: float
@@ -139,9 +138,7 @@ class RemoteFolder:
         with self._errors(below):
             found = obstore.list(self._store, self._path(below)).collect()
         start = len(self.prefix) + 1 if self.prefix else 0
-        entries = (
-            StoredObject(item["path"][start:], item["size"], item["last_modified"].timestamp()) for item in found
-        )
+        entries = (StoredObject(item["path"][start:], item["size"]) for item in found)
         return sorted(entries, key=lambda entry: entry.name)
 
     def folders(self) -> list[str]:
@@ -151,17 +148,6 @@ class RemoteFolder:
         with self._errors(""):
             found = obstore.list_with_delimiter(self._store, self.prefix)
         return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
-
-    def stat(self, name: str) -> StoredObject | None:
-        """Return size and time of an object; None if there is none."""
-        import obstore
-
-        try:
-            with self._errors(name):
-                found = obstore.head(self._store, self._path(name))
-        except NotThereError:
-            return None
-        return StoredObject(name, found["size"], found["last_modified"].timestamp())
 
     # -- read
 

@@ -43,7 +43,7 @@ class Lease:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold the lease for the time of the context; RunLockedError, naming the holder, if another process holds it."""
+        """Hold the lease for the time of the context. Raises RunLockedError, which names the holder, if another process holds it."""
         self.acquire()
         self._closing.clear()
         beating = threading.Thread(target=self._beat_until_closed, name="lease", daemon=True)
@@ -133,13 +133,13 @@ class Lease:
         """Return the store's time: that of an object just written."""
         clock = f"clock-{self._token}"
         self._folder.write(clock, b"")
-        entry = self._folder.stat(clock)
+        found = self._folder.version(clock)
         self._folder.delete(clock)
-        if entry is None:
+        if found is None:
             raise StorageError(
                 f"{self._folder}/{clock}: was removed right after it was written; is another tool cleaning up?"
             )
-        return entry.modified_s
+        return found.modified_s
 
 
 def _about(found: Version) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A run in an object store: the same names as in its folder on disk, and the only copy that lasts.
+"""A run in an object store: the same names as in its folder on disk, and the permanent copy.
 
     <storage>/runs/<id>/run.json, status.json, attempt     as on disk (pipeline/storage/runs.py)
     <storage>/runs/<id>/lease/                             who works on it (pipeline/storage/remote_lease.py)
@@ -114,7 +114,8 @@ class RemoteRun:
         if name != "run.json":
             return name == _MLFLOW_RUN and (local / name).is_file()
         with suppress(OSError, ValueError, KeyError, TypeError):
-            return portable_in_store(json.loads((local / name).read_bytes())["profile"]["storage"], self.root) == IN_STORE
+            record = json.loads((local / name).read_bytes())
+            return portable_in_store(record["profile"]["storage"], self.root) == IN_STORE
         return False
 
     # -- files
