@@ -112,8 +112,9 @@ def measure(experiment: Experiment, dataset: Dataset, cache: Path) -> dict[str, 
     denoiser = Denoiser(diffusion, model, dataset.manifest.shape, experiment.sampling, 0, compute)
     extractor = scoring.choose_extractor(dataset, cache, kind="classifier")
     reference = scoring.prepare_reference(dataset, extractor, experiment.evaluation.num_images, cache)
-    images = torch.cat(list(denoiser.generate(reference.num_images))).numpy()
-    scores = scoring.score(images, dataset, extractor, reference, denoiser.identity("ema"), metrics=("fid",))
+    found = extractor(torch.cat(list(denoiser.generate(reference.num_images))).numpy())
+    scorer = scoring.Scorer(dataset, extractor, reference)
+    scores = scoring.score(found, scorer, denoiser.identity("ema"), metrics=("fid",))
     rows = np.linspace(0, len(dataset) - 1, BOUND_IMAGES).round().astype(np.int64)
     generators = [image_generators(0, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
     x0 = to_float(torch.from_numpy(dataset.read(rows)))

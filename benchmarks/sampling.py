@@ -24,7 +24,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import DataConfig, Experiment
 from pipeline.ingest.ingest import ensure_ingested
 from pipeline.metrics.features import Extracted, concatenate
-from pipeline.metrics.scoring import choose_extractor, prepare_reference, score
+from pipeline.metrics.scoring import Scorer, choose_extractor, prepare_reference, score
 from pipeline.sampling.generated import GenerateTask
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.network import SamplingNetwork
@@ -130,8 +130,8 @@ def _scoring(stack: ExitStack) -> dict[str, Measure]:
     def measure() -> float:
         spent_s[0], begin = 0.0, time.perf_counter()
         parts = [task(indices) for indices in chunks_of(SCORED, denoiser.chunk_size)]
-        found = concatenate([Extracted(part["features"], part.get("logits")) for part in parts], extractor)
-        score(found, dataset, extractor, reference, denoiser.identity("ema"))
+        found = concatenate([Extracted.from_arrays(part) for part in parts], extractor)
+        score(found, Scorer(dataset, extractor, reference), denoiser.identity("ema"))
         return spent_s[0] / (time.perf_counter() - begin)
 
     measure()

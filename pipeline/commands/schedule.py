@@ -67,7 +67,7 @@ def schedule(
     if as_json:
         print_json({"schedules": [fact.to_dict() for fact in found], "picture": written})
         return
-    print_table([fact.row() for fact in found if fact.schedule is not None], COLUMNS)
+    print_table([fact.row() for fact in found if fact.schedule is not None], list(COLUMNS))
     for line in report_lines(found):
         click.echo(line)
     if written:

@@ -7,15 +7,16 @@ joined in the chunks' order: the same bytes for any number of workers. No row is
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import nn
 
-from ddpm import GaussianDiffusion, Model, bits_per_dim, conditioned
+from ddpm import BitsPerDim, Model, conditioned
 from ddpm.likelihood import rate_distortion
 from pipeline.data.image_set import ImageSet, Progress, Rows
 from pipeline.data.images import to_float
@@ -25,7 +26,6 @@ from pipeline.metrics.fit_rule import hash_rows
 from pipeline.storage.tensor_file import Arrays
 from pipeline.training.device import Compute
 from pipeline.training.randomness import image_generators
-from pipeline.training.vae import Vae, elbo
 
 Array = npt.NDArray[np.float64]
 
@@ -57,7 +57,10 @@ class Curve:
     @property
     def standard_error(self) -> Array:
         """Of the mean [T]; NaN for one image."""
-        return standard_errors(self.scatter, self.count)
+        if self.count == 1:
+            return np.full_like(self.scatter, math.nan)
+        errors: Array = np.sqrt(self.scatter / (self.count - 1) / self.count)
+        return errors
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,12 @@ def rows_to_measure(dataset: ImageSet, num_images: int | None, progress: Progres
 
 @dataclass(frozen=True)
 class Likelihood:
-    """A network with its process that measures images; if it knows classes, it gets those of the images."""
+    """A model that measures images; if it knows classes, it gets those of the images.
 
-    diffusion: GaussianDiffusion
+    `measure` is `ddpm.bits_per_dim` of its process, or `pipeline.training.vae.bits_per_dim`.
+    """
+
+    measure: Callable[..., BitsPerDim]
     model: nn.Module
     class_names: ClassNames  # of a network that knows classes
     compute: Compute
@@ -133,35 +139,15 @@ class Likelihood:
         if self.class_names:
             labels = torch.from_numpy(model_labels(dataset, rows, self.class_names))
             model = conditioned(self.model, self.compute.send(labels))
-        found = bits_per_dim(self.diffusion, model, x0, generator=generators)
+        found = self.measure(model, x0, generator=generators)
         prior, terms, x0_mse = (part.double().cpu().numpy() for part in (found.prior, found.terms, found.x0_mse))
         return Bound(prior, terms[:, 1:].sum(axis=1), terms[:, 0], Curve.of(terms), Curve.of(x0_mse))
-
-
-@dataclass(frozen=True)
-class VaeLikelihood:
-    """A VAE that measures images: its rate counts as the prior, its distortion as the decoder, and there are no steps between."""
-
-    model: Vae
-    compute: Compute
-
-    @torch.no_grad()
-    def bound(self, dataset: ImageSet, rows: Rows, seed: int) -> Bound:
-        """Return the bound of some rows of a dataset, with one draw of the code for each image."""
-        self.model.eval()
-        x0 = self.compute.send(to_float(torch.from_numpy(dataset.read(rows))))
-        generators = [image_generators(seed, range(row, row + 1), "likelihood")[0] for row in rows.tolist()]
-        noise = self.compute.send(torch.stack([torch.randn(self.model.latent_dim, generator=g) for g in generators]))
-        found, image = elbo(self.model, x0, noise), self.model(x0, noise)[0]
-        error = (image - x0).square().flatten(1).mean(1)
-        rate, distortion, x0_mse = (part.double().cpu().numpy() for part in (found.rate, found.distortion, error))
-        return Bound(rate, np.zeros_like(rate), distortion, Curve.of(distortion[:, None]), Curve.of(x0_mse[:, None]))
 
 
 class BoundTask:
     """The bound of a dataset's rows, one chunk at a time, in any worker; `indices` are places in `rows`."""
 
-    def __init__(self, likelihood: Likelihood | VaeLikelihood, dataset: Dataset, rows: Rows, seed: int) -> None:
+    def __init__(self, likelihood: Likelihood, dataset: Dataset, rows: Rows, seed: int) -> None:
         self._likelihood, self._place, self._rows, self._seed = likelihood, dataset.place, rows, seed
         self._dataset: Dataset | None = None
 
@@ -178,19 +164,8 @@ class BoundTask:
 
 
 def join(chunks: Iterable[Bound]) -> Bound:
-    """Return the bound of all chunks, which come in their canonical order. ValueError if there are none."""
-    joint: Bound | None = None
-    for chunk in chunks:
-        joint = chunk if joint is None else joint.merge(chunk)
-    if joint is None:
-        raise ValueError("no images to measure")
-    return joint
-
-
-def standard_errors(scatter: Array, count: int) -> Array:
-    """Return the standard error of each mean, from the sums of squared deviations; NaN for one image."""
-    errors: Array = np.sqrt(scatter / (count - 1) / count) if count > 1 else np.full_like(scatter, math.nan)
-    return errors
+    """Return the bound of all chunks, which come in their canonical order."""
+    return reduce(Bound.merge, chunks)
 
 
 def mean_and_error(values: Array) -> tuple[float, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ import numpy as np
 from pipeline.metrics.bound import PARTS, Bound, mean_and_error
 from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.metrics.score_table import aligned, with_spread
-from pipeline.metrics.scores import SCORES_FILE, Spread
+from pipeline.metrics.scores import SCORES_FILE, Figures, Spread
 from pipeline.pictures.charts import dress, line_style, new_figure, save_figure
-from pipeline.storage.durable import write_atomically
+from pipeline.storage.durable import write_atomically, write_json
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import pack
 
@@ -34,57 +33,35 @@ _FORMAT = 1
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A bound and its identity; `label` ends its tracked names unless it is that of the run's usual weights and seed."""
+class Measured(Figures):
+    """A bound: its mean over images, and those of its parts, in bits per dimension.
+
+    `label` ends its tracked names unless it is that of the run's usual weights and seed.
+    """
 
     bound: Bound
     identity: BoundIdentity
     label: str = ""
 
-    @property
-    def identities(self) -> dict[str, BoundIdentity]:
-        """Identities of the total and its parts, by name."""
-        metrics = [self.identity.metric, *(f"{self.identity.metric}_{part}" for part in PARTS)]
-        return {identity.key: identity for identity in map(self.identity.named, metrics)}
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Means over images, bits per dimension: the total and its parts, by name."""
-        return {key: mean for key, (mean, _) in self._figures().items()}
-
-    @property
-    def spreads(self) -> dict[str, Spread]:
-        """Standard errors of the means, by the same names; {} for one image."""
-        count = len(self.bound.prior)
-        if count == 1:
-            return {}
+    @classmethod
+    def of(cls, bound: Bound, identity: BoundIdentity, label: str = "") -> Measured:
+        count = len(bound.prior)
+        parts = {identity.metric: bound.total} | {f"{identity.metric}_{part}": getattr(bound, part) for part in PARTS}
+        identities = {named.key: named for named in map(identity.named, parts)}
+        figures = dict(zip(identities, map(mean_and_error, parts.values()), strict=True))
         over = f"{count} images (standard error)"
-        return {key: Spread(error, over, standard_error=error) for key, (_, error) in self._figures().items()}
-
-    def _figures(self) -> dict[str, tuple[float, float]]:
-        columns = [self.bound.total, *(getattr(self.bound, part) for part in PARTS)]
-        return {key: mean_and_error(values) for key, values in zip(self.identities, columns, strict=True)}
-
-    def flat(self) -> dict[str, float]:
-        """Return all numbers by the names that a tracking server gets."""
-        errors = {
-            self.identities[k].named(f"{self.identities[k].metric}_{s.suffix}").key: s.value
-            for k, s in self.spreads.items()
-        }
-        return self.values | errors
+        spreads = {key: Spread(error, over, standard_error=error) for key, (_, error) in figures.items() if count > 1}
+        return cls({key: mean for key, (mean, _) in figures.items()}, identities, spreads, bound, identity, label)
 
     def to_json(self) -> dict[str, Any]:
         """Return figures and identities as plain data, in the form of sample metrics' scores."""
-        return {
-            "format": _FORMAT,
-            "values": self.values,
-            "identities": {key: identity.to_json() for key, identity in self.identities.items()},
-            "spreads": {key: spread.to_json() for key, spread in self.spreads.items()},
-        }
+        return {"format": _FORMAT, **super().to_json()}
 
     def lines(self) -> list[str]:
-        values, spreads = self.values, self.spreads
-        rows = [["", "bits/dim"], *([key, with_spread(values[key], spreads.get(key))] for key in values)]
+        rows = [
+            ["", "bits/dim"],
+            *([key, with_spread(value, self.spreads.get(key))] for key, value in self.values.items()),
+        ]
         lines = [
             f"{line}  {note}".rstrip() for line, note in zip(aligned(rows), ["", "", *EXPLAINED.values()], strict=True)
         ]
@@ -101,13 +78,11 @@ class Measured:
         ]
 
 
-def write_measured(measured: Measured, folder: Path, about: Mapping[str, Any] | None = None) -> list[Path]:
+def write_measured(measured: Measured, folder: Path, about: Mapping[str, Any]) -> list[Path]:
     """Write figures (with `about` as further keys), bits per image, curves and a picture into a folder; return their paths."""
     make_folder(folder)
     paths = {name: folder / name for name in (SCORES_FILE, BOUND_FILE, CURVES_FILE, PICTURE_FILE)}
-    write_atomically(
-        paths[SCORES_FILE], (json.dumps({**(about or {}), **measured.to_json()}, indent=1) + "\n").encode()
-    )
+    write_json(paths[SCORES_FILE], {**about, **measured.to_json()})
     write_atomically(paths[BOUND_FILE], pack(measured.bound.to_arrays(), measured.identity.to_json()))
     write_atomically(paths[CURVES_FILE], curves_csv(measured.bound).encode())
     save_figure(curves_figure([(measured.identity.key, measured.bound)]), paths[PICTURE_FILE])

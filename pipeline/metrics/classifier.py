@@ -17,10 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from pipeline.data.image_set import Images
 from pipeline.data.images import to_float
 from pipeline.errors import DataError, RefusedError
-from pipeline.metrics.features import Extracted, check_images, extract_batches, in_batches
+from pipeline.metrics.features import Extracted, FeatureExtractor
 from pipeline.metrics.fit_rule import SALT, FitRule
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.tensor_file import pack, unpack
@@ -31,7 +30,6 @@ MIN_PER_FEATURE = 4
 """Fewest images per feature on each side of a comparison: below, FID is mostly the bias of two estimated covariances."""
 
 _FORMAT = 1
-_BATCH_SIZE = 128
 
 Labels = npt.NDArray[np.int64]
 
@@ -100,38 +98,19 @@ class SmallNetwork(nn.Module):
         return features, self.head(features)
 
 
-class Classifier:
-    """A fitted network as a `FeatureExtractor`: features are its last layer but one."""
+class Classifier(FeatureExtractor):
+    """A fitted network as a feature extractor: features are its last layer but one."""
 
     name = "classifier"
+    batch_size = 128
 
     def __init__(self, network: SmallNetwork, card: Card, sha256: str, device: torch.device | None = None) -> None:
+        super().__init__(network, sha256, device)
         self.card = card
-        self.sha256 = sha256
-        self._device = device or torch.device("cpu")
-        self._network = network.to(self._device).eval()
-
-    @property
-    def width(self) -> int:
-        return self.card.width
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.card.class_names)
-
-    @property
-    def min_images(self) -> int:
-        """Fewest images on each side of a comparison."""
-        return MIN_PER_FEATURE * self.width
-
-    @property
-    def fit_rule(self) -> FitRule:
-        """Which images it was fitted on, and must not judge."""
-        return self.card.rule
-
-    def to(self, device: torch.device) -> None:
-        self._device = device
-        self._network = self._network.to(device)
+        self.width = card.width
+        self.num_classes = len(card.class_names)
+        self.min_images = MIN_PER_FEATURE * card.width
+        self.fit_rule = card.rule
 
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Return "none": images are judged as they are; RefusedError for a shape that it was not fitted on."""
@@ -140,15 +119,6 @@ class Classifier:
                 f"the classifier was fitted on images of shape {self.card.shape}, got {shape}; evaluate with a dataset of that shape"
             )
         return "none"
-
-    def __call__(self, images: Images) -> Extracted:
-        """Extract from uint8 images [n, C, H, W] of the shape it was fitted on."""
-        check_images(images, (self.card.shape[0],))
-        return extract_batches(self._extract, in_batches(images, _BATCH_SIZE), self, self._device)
-
-    def _extract(self, images: Images) -> Extracted:
-        features, logits = self._network(torch.from_numpy(np.ascontiguousarray(images)).to(self._device))
-        return Extracted(features.cpu().numpy(), logits.cpu().numpy())
 
     @classmethod
     def load(cls, path: Path, *, sha256: str | None = None, device: torch.device | None = None) -> Classifier:
@@ -194,7 +164,6 @@ def _card(content: dict[str, Any]) -> Card:
 
 def decide(found: Extracted) -> tuple[Labels, npt.NDArray[np.float64]]:
     """Return each image's most likely class, int64 [n], and its probability, float64 [n]."""
-    assert found.logits is not None, "only a classifying network decides"
     logits = found.logits.astype(np.float64)
     odds = np.exp(logits - logits.max(axis=1, keepdims=True))
     return logits.argmax(axis=1), odds.max(axis=1) / odds.sum(axis=1)

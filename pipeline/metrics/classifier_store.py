@@ -60,15 +60,16 @@ def classifier_for(
     Raises:
         RefusedError: no labels, images of another size than 8 to 64, too few of them, or an accuracy below 0.95.
     """
-    suggested = Recipe.for_dataset(dataset)
+    suggested = Recipe.for_dataset(dataset)  # which refuses some datasets
     recipe = recipe or suggested
     hashes = hash_rows(dataset, progress=progress)
     shipped = _shipped(dataset, hashes, device)
     if shipped is not None:
         return shipped
     path = cache_dir / f"classifier-{recipe.key(dataset)}.safetensors"
-    classifier = _cached(path, device)
-    if classifier is None:
+    try:
+        classifier = Classifier.load(path, device=device)
+    except DataError:  # missing or damaged
         make_folder(cache_dir)
         command = f"python -m pipeline.metrics.classifier_store {shlex.quote(dataset.manifest.name)} {path.name}"
         fit_and_save(dataset, path, recipe=recipe, hashes=hashes, command=command, progress=progress)
@@ -181,7 +182,7 @@ def fit_and_save(
     held_out = held_out_rows(hashes, rule)
     held_out = held_out[np.isin(_labels(dataset, held_out), fitted)]
     accuracy, confident = _measure(Classifier(network, unmeasured, ""), dataset, held_out, fitted)
-    card = Card(**{**vars(unmeasured), "num_held_out": len(held_out), "accuracy": accuracy, "confident": confident})
+    card = replace(unmeasured, num_held_out=len(held_out), accuracy=accuracy, confident=confident)
     save(network, card, path)
     return card
 
@@ -202,14 +203,6 @@ def _shipped(dataset: ImageSet, hashes: Hashes, device: torch.device | None) -> 
             classifier.card = replace(card, class_names=names)
             return classifier
     return None
-
-
-def _cached(path: Path, device: torch.device | None) -> Classifier | None:
-    """Return the classifier of a cache file; None if it is missing or damaged, and has to be fitted again."""
-    try:
-        return Classifier.load(path, device=device)
-    except DataError:
-        return None
 
 
 def _measure(classifier: Classifier, dataset: ImageSet, rows: Rows, numbers: Labels) -> tuple[float, float]:

@@ -1,64 +1,86 @@
-"""The interface of a feature extractor, which `pipeline.metrics.inception` and `pipeline.metrics.classifier` implement."""
+"""Features of images: the interface of `pipeline.metrics.inception` and `pipeline.metrics.classifier`, and what both share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from pipeline.data.image_set import Images
 from pipeline.metrics.fit_rule import FitRule
+from pipeline.storage.tensor_file import Arrays
 from pipeline.training.device import exact_inference
 
 Floats = npt.NDArray[np.float32]
 
 
 class Extracted(NamedTuple):
-    """Features float32 [n, width] of n images and, from a network that classifies, its logits float32 [n, classes]."""
+    """Features float32 [n, width] of n images, and logits float32 [n, classes]."""
 
     features: Floats
-    logits: Floats | None
+    logits: Floats
 
     def part(self, which: slice | npt.NDArray[np.bool_] | npt.NDArray[np.int64]) -> Extracted:
-        return Extracted(self.features[which], None if self.logits is None else self.logits[which])
+        return Extracted(self.features[which], self.logits[which])
+
+    def to_arrays(self, prefix: str = "") -> Arrays:
+        """Return arrays for a file, which `from_arrays` reads under the same prefix."""
+        return {f"{prefix}{name}": array for name, array in self._asdict().items()}
+
+    @classmethod
+    def from_arrays(cls, arrays: Arrays, prefix: str = "") -> Extracted:
+        return cls(arrays[f"{prefix}features"], arrays[f"{prefix}logits"])
 
 
-class FeatureExtractor(Protocol):
-    """A fixed network that turns images into features. Equal `name` and `sha256` mean equal features up to rounding."""
+class FeatureExtractor(ABC):
+    """A fixed network that turns images into features. Equal `name` and `sha256` mean equal features up to rounding.
 
-    @property
-    def name(self) -> str:
-        """Short name, a part of every metric's name."""
+    Attributes:
+        name: a part of every metric's name.
+        sha256: hash of the file that holds the weights.
+        width: number of features.
+        num_classes: number of logits.
+        min_images: fewest images on each side of a comparison.
+        fit_rule: which images of the dataset the network was fitted on, and cannot judge; None if it was fitted on other data.
+        batch_size: images of one network call.
+    """
 
-    @property
-    def width(self) -> int: ...
+    name: str
+    width: int
+    num_classes: int
+    min_images: int
+    fit_rule: FitRule | None = None
+    batch_size: int
 
-    @property
-    def sha256(self) -> str:
-        """Hash of the file that holds the weights."""
+    def __init__(self, network: nn.Module, sha256: str, device: torch.device | None = None) -> None:
+        self.sha256 = sha256
+        self._device = device or torch.device("cpu")
+        self._network = network.to(self._device).eval()
 
-    @property
-    def num_classes(self) -> int | None:
-        """Number of logits, or None if the network gives none."""
+    def to(self, device: torch.device) -> None:
+        self._device = device
+        self._network = self._network.to(device)
 
-    @property
-    def min_images(self) -> int:
-        """Fewest images on each side of a comparison of its features."""
-
-    @property
-    def fit_rule(self) -> FitRule | None:
-        """Which images of the dataset it was fitted on, and cannot judge; None if it was fitted on other data."""
-
-    def to(self, device: torch.device) -> None: ...
-
+    @abstractmethod
     def resize_rule(self, shape: tuple[int, int, int]) -> str:
         """Return what is done to images of shape (C, H, W) first; RefusedError if the network cannot judge them."""
 
     def __call__(self, images: Images) -> Extracted:
-        """Extract from uint8 images [n, C, H, W], n >= 0, in evaluation mode and float32."""
+        """Extract from uint8 images [n, C, H, W], n >= 0: the same on any number of CPU cores, exact float32 on a GPU."""
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"expected uint8 images [n, C, H, W], got {images.dtype} {images.shape}")
+        self.resize_rule((images.shape[1], images.shape[2], images.shape[3]))
+        with exact_inference(self._device) as of_each:
+            return concatenate(list(of_each(self._extract, in_batches(images, self.batch_size))), self)
+
+    def _extract(self, images: Images) -> Extracted:
+        features, logits = self._network(torch.from_numpy(np.ascontiguousarray(images)).to(self._device))
+        return Extracted(features.cpu().numpy(), logits.cpu().numpy())
 
 
 def extract(
@@ -76,36 +98,13 @@ def extract(
     return concatenate(parts, extractor)
 
 
-def extract_batches(
-    function: Callable[[Images], Extracted],
-    batches: Iterable[Images],
-    extractor: FeatureExtractor,
-    device: torch.device,
-) -> Extracted:
-    """Return what a network's `function` gives for all batches: the same on any number of CPU cores, exact float32 on a GPU."""
-    with exact_inference(device) as of_each:
-        return concatenate(list(of_each(function, batches)), extractor)
-
-
 def concatenate(parts: list[Extracted], extractor: FeatureExtractor) -> Extracted:
     """Join the results of several calls of one extractor."""
-    if not parts:
-        classes = extractor.num_classes
-        logits = None if classes is None else np.empty((0, classes), np.float32)
-        return Extracted(np.empty((0, extractor.width), np.float32), logits)
-    with_logits = [p.logits for p in parts if p.logits is not None]
-    return Extracted(np.concatenate([p.features for p in parts]), np.concatenate(with_logits) if with_logits else None)
+    none = [np.empty((0, width), np.float32) for width in (extractor.width, extractor.num_classes)]
+    return Extracted(*(np.concatenate(column) for column in zip(*parts, strict=True))) if parts else Extracted(*none)
 
 
 def in_batches(images: Images, batch_size: int) -> Iterator[Images]:
     """Cut images [n, C, H, W] into consecutive batches; the last one may be smaller."""
     for start in range(0, len(images), batch_size):
         yield images[start : start + batch_size]
-
-
-def check_images(images: Images, channels: Iterable[int]) -> None:
-    """Raise ValueError for anything but uint8 images [n, C, H, W] of one of the channel counts."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1] not in set(channels):
-        raise ValueError(
-            f"expected uint8 images [n, C, H, W] with C in {sorted(channels)}, got {images.dtype} {images.shape}"
-        )

@@ -46,7 +46,7 @@ class _Block8(inception.InceptionE):  # type: ignore[misc]
 
 
 class InceptionV3(inception.Inception3):  # type: ignore[misc]
-    """Images [n, 3, H, W] of 0 .. 255 -> features [n, 2048] and logits [n, 1008], these without their bias."""
+    """Images [n, 1 or 3, H, W] of 0 .. 255 -> features [n, 2048] and logits [n, 1008], these without their bias."""
 
     def __init__(self) -> None:
         blocks = [
@@ -59,7 +59,7 @@ class InceptionV3(inception.Inception3):  # type: ignore[misc]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return features and logits of images of any size, uint8 or float."""
-        x = (resized(images.float(), SIDE) - 128) / 128
+        x = (resized(images.expand(-1, 3, -1, -1).float(), SIDE) - 128) / 128
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x)))
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(functional.max_pool2d(x, 3, stride=2)))
         x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(functional.max_pool2d(x, 3, stride=2))))

@@ -143,19 +143,17 @@ class BoundIdentity:
 
 
 LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk", "seed", "chunk"})
-"""What moves a value by chance alone: the noise, and how images are cut for the network. It makes no two values unlike."""
+"""Fields that change a value by chance alone: the noise, and how images are batched. Values that differ in them are comparable."""
 
 OF_THE_MODEL = frozenset({"process"})
-"""What an identity tells of the model itself, which is what values are compared for."""
-
-
-def differences(a: MetricIdentity, b: MetricIdentity, but: Collection[str] = ()) -> list[str]:
-    """Return one line "field: a's value, b's value" for each field that differs, except those named `but`."""
-    return differing(a.to_json(), b.to_json(), but)
+"""Fields that describe the model itself: values are compared to compare models."""
 
 
 def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] = ()) -> list[str]:
-    """Return `differences` of two identities of any kind, given as `to_json` returns them."""
+    """Return a line "field: a's value, b's value" for each field that differs between two identities, except those named `but`.
+
+    Identities are given as `to_json` returns them.
+    """
     left, right = flat_identity(a), flat_identity(b)
     names = [name for name in {**left, **right} if name not in but]
     return [f"{name}: {left.get(name)}, {right.get(name)}" for name in names if left.get(name) != right.get(name)]
@@ -164,8 +162,6 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any], but: Collection[str] =
 def flat_identity(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return an identity, as `to_json` gives it, as one level of dotted names."""
     flat: dict[str, Any] = {}
-    if "generation" in identity:
-        flat |= {"generation.precision": "fp32", "generation.compile": False}  # of scores that do not say
     for name, value in identity.items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, Mapping) else {name: value}
     return flat

@@ -89,7 +89,7 @@ def _radii(points: _Points, ks: Sequence[int]) -> list[Tensor]:
         own = torch.arange(len(part.x))
         squares[own, rows.start + own] = torch.inf  # a point is not its own neighbour
         nearest = squares.kthvalue(furthest, dim=1).values[:, None]
-        # all that may be among the nearest, whatever was rounded
+        # every candidate for the nearest, within the rounding error
         row, column = torch.nonzero(squares <= nearest + 2 * _doubt(part, points), as_tuple=True)
         exact = _exact(part, points, row, column)
         order = torch.from_numpy(np.lexsort((exact.numpy(), row.numpy())))

@@ -76,9 +76,9 @@ def prepare_reference(
 ) -> Reference:
     """Return the reference for a comparison with `num_images` generated images, or as many as the dataset allows.
 
-    The result has the count: with an extractor that was fitted on part of the dataset it is at most half of the rest. `split` says which
-    part of its source the dataset is. `runner` says where features of real images are extracted, and `computed_on` on which kind of
-    device, by default the CPU; the result depends on the kind of device, not on the number of workers or threads.
+    The result has the count: with an extractor that was fitted on part of the dataset it is at most half of the rest. `split` names
+    the part of its source that the dataset is. `runner` extracts the features of real images on `computed_on`, by default the
+    CPU; the result depends on the kind of device, not on the number of workers or threads.
 
     Raises:
         RefusedError: too few images for the extractor's features, or images that it cannot judge.
@@ -151,9 +151,7 @@ class FeaturesOfRows:
         self._extractor.to(here.device)
 
     def __call__(self, indices: range) -> Arrays:
-        """Return `features` and, as the extractor gives them, `logits`."""
-        found = self._extractor(self._dataset.read(self._rows[indices.start : indices.stop]))
-        return {"features": found.features} | ({} if found.logits is None else {"logits": found.logits})
+        return self._extractor(self._dataset.read(self._rows[indices.start : indices.stop])).to_arrays()
 
 
 def _compute(
@@ -175,7 +173,7 @@ def _compute(
     report = None if progress is None else lambda n: progress("features of real images", n, total)
     task = FeaturesOfRows(dataset, extractor, ascending)
     for part in compute(task, total, _ROWS_AT_ONCE, store, runner, report):
-        found = Extracted(part["features"], part.get("logits"))
+        found = Extracted.from_arrays(part)
         ranks = rank[done : done + len(found.features)]
         is_other = ranks >= first_other
         rest, last = rest.add(found.features[~is_other]), last.add(found.features[is_other])
@@ -184,18 +182,16 @@ def _compute(
         done += len(found.features)
     report = None if progress is None else lambda n: progress("features of noise", n, noisy)
     noise = extract(extractor, _noise(noisy, dataset.manifest.shape), report)
-    arrays = rest.to_arrays("rest") | last.to_arrays("last") | _as_arrays("noise", noise)
+    arrays = rest.to_arrays("rest") | last.to_arrays("last") | noise.to_arrays("noise.")
     for name, parts in kept.items():
         by_content = np.argsort(np.concatenate([ranks for ranks, _ in parts]))
-        arrays |= _as_arrays(name, concatenate([p for _, p in parts], extractor).part(by_content))
+        arrays |= concatenate([p for _, p in parts], extractor).part(by_content).to_arrays(f"{name}.")
     return arrays
 
 
 def _assemble(fingerprint: str, split: str, plan: _Plan, arrays: Arrays) -> Reference:
     rest, last = (Moments.from_arrays(arrays, name) for name in ("rest", "last"))
-    real, other, noise = (
-        Extracted(arrays[f"{name}.features"], arrays.get(f"{name}.logits")) for name in ("real", "other", "noise")
-    )
+    real, other, noise = (Extracted.from_arrays(arrays, f"{name}.") for name in ("real", "other", "noise"))
     moments = rest.merge(last) if plan.whole else rest
     return Reference(fingerprint, split, plan.num_images, plan.rule, moments, rest, real, other, noise)
 
@@ -214,8 +210,3 @@ def _noise(count: int, shape: tuple[int, int, int]) -> Iterator[Images]:
     rng = np.random.RandomState(NOISE_SEED)
     for start in range(0, count, _NOISE_BATCH):
         yield rng.randint(0, 256, size=(min(_NOISE_BATCH, count - start), *shape), dtype=np.uint8)
-
-
-def _as_arrays(name: str, found: Extracted) -> Arrays:
-    arrays: Arrays = {f"{name}.features": found.features}
-    return arrays if found.logits is None else arrays | {f"{name}.logits": found.logits}

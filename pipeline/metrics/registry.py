@@ -1,11 +1,11 @@
-"""The sample metrics by name: each takes two sets of features and returns its values and its settings."""
+"""The sample metrics by name: each takes two sets of features and the evaluation's settings, and returns its values."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from pipeline.config.experiment import EvaluationConfig
 from pipeline.errors import RefusedError
 from pipeline.metrics import fid
 from pipeline.metrics.features import Extracted
@@ -41,23 +41,11 @@ class MetricResult:
     over: str = ""
 
 
-@dataclass(frozen=True)
-class MetricSettings:
-    """Settings of the metrics themselves; they are part of the metrics' identities.
-
-    Attributes:
-        kid_subset_size: images of a KID's subset on each side; by default 1000, or half of the images if there are fewer.
-        inception_score_splits: parts that the Inception Score is taken over; 1 as in the code of Ho et al.
-    """
-
-    kid_subset_size: int | None = None
-    inception_score_splits: int = 10
+Metric = Callable[[Pair, EvaluationConfig], MetricResult]
+SEED = 0  # of KID's subsets and the Inception Score's parts
 
 
-USUAL = MetricSettings()
-
-
-def require_enough(metrics: Collection[str], chosen: MetricSettings, *, num_real: int, num_judged: int) -> None:
+def require_enough(metrics: Collection[str], chosen: EvaluationConfig, *, num_real: int, num_judged: int) -> None:
     """Raise RefusedError if the settings of these metrics need more images than will be compared."""
     size, smaller = chosen.kid_subset_size, min(num_real, num_judged)
     if "kid" in metrics and size is not None and size > smaller:
@@ -71,32 +59,30 @@ def require_enough(metrics: Collection[str], chosen: MetricSettings, *, num_real
         )
 
 
-def _fid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
+def _fid(pair: Pair, chosen: EvaluationConfig) -> MetricResult:
     return MetricResult({"fid": fid.frechet_distance(pair.real_moments, pair.judged_moments)})
 
 
-def _kid(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
+def _kid(pair: Pair, chosen: EvaluationConfig) -> MetricResult:
     smaller = min(len(pair.real.features), len(pair.judged.features))
     # Subsets of all images would be one and the same: half of fewer than 1000 leaves the deviation a meaning.
     size = chosen.kid_subset_size or (1000 if smaller >= 1000 else smaller // 2)
     size = min(size, smaller)  # a yardstick may have fewer images than `require_enough` looked at
-    result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=seed)
+    result = fid.kid(pair.real.features, pair.judged.features, subset_size=size, seed=SEED)
     subsets = f"{result.num_subsets} subsets of {result.subset_size}"
-    return MetricResult({"kid": result.mean}, f"{subsets}, seed {seed}", {"kid": result.std}, subsets)
+    return MetricResult({"kid": result.mean}, f"{subsets}, seed {SEED}", {"kid": result.std}, subsets)
 
 
-def _inception_score(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
-    if pair.judged.logits is None:
-        raise RefusedError("the Inception Score needs an extractor with logits; use inception or classifier")
-    splits = min(chosen.inception_score_splits, len(pair.judged.logits))  # fewer of a yardstick that has fewer images
-    mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=seed)
-    if splits == 1:  # of which there is no deviation
+def _inception_score(pair: Pair, chosen: EvaluationConfig) -> MetricResult:
+    splits = min(chosen.inception_score_splits, len(pair.judged.logits))  # a yardstick may have fewer images
+    mean, std = fid.inception_score(pair.judged.logits, num_splits=splits, seed=SEED)
+    if splits == 1:  # one value has no deviation
         return MetricResult({"inception_score": mean}, "1 split")
     parts = f"{splits} splits"
-    return MetricResult({"inception_score": mean}, f"{parts}, seed {seed}", {"inception_score": std}, parts)
+    return MetricResult({"inception_score": mean}, f"{parts}, seed {SEED}", {"inception_score": std}, parts)
 
 
-def _prdc(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult:
+def _prdc(pair: Pair, chosen: EvaluationConfig) -> MetricResult:
     # equal counts: these metrics depend on their ratio
     n = min(len(pair.real.features), len(pair.judged.features))
     found = prdc(pair.real.features[:n], pair.judged.features[:n], k_precision=3, k_density=5)
@@ -104,19 +90,8 @@ def _prdc(pair: Pair, seed: int, chosen: MetricSettings = USUAL) -> MetricResult
     return MetricResult(found._asdict(), settings)
 
 
-class Metric(Protocol):
-    """A function of two sets of features, the seed of what it draws, and its settings."""
-
-    def __call__(self, pair: Pair, seed: int, chosen: MetricSettings = USUAL, /) -> MetricResult: ...
-
-
-METRICS: dict[str, Metric] = {
-    "fid": _fid,
-    "kid": _kid,
-    "is": _inception_score,
-    "prdc": _prdc,
-}
-"""Functions of (pair, seed, settings) by the name a user asks for."""
+METRICS: dict[str, Metric] = {"fid": _fid, "kid": _kid, "is": _inception_score, "prdc": _prdc}
+"""The metrics by the name a user asks for."""
 
 HIGHER_IS_BETTER = frozenset({"inception_score", "precision", "recall", "density", "coverage"})
 """Metrics for which higher is better; for all others lower is better."""

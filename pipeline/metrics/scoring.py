@@ -1,8 +1,8 @@
 """Scores of generated images, each with its identity and beside what real images and noise get by the same code.
 
-extractor, reference = scorer.extractor, scorer.reference          # scorer = scorer_of(dataset, asked, home)
-images = ...                                            # reference.num_images of them
-scores = score(images, dataset, extractor, reference, Generation("ddim", steps=50))
+scorer = scorer_of(dataset, asked, home)
+images = ...                                            # scorer.reference.num_images of them
+scores = score(scorer.extractor(images), scorer, Generation("ddim", steps=50))
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config.experiment import EvaluationConfig
+from pipeline.config.experiment import EvaluationConfig, Experiment
 from pipeline.data.image_set import Images, ImageSet, Progress
 from pipeline.data.labels import class_counts, class_names
 from pipeline.data.shards import Dataset
@@ -24,14 +24,15 @@ from pipeline.metrics.classifier_store import MAX_SIZE, classifier_for
 from pipeline.metrics.features import Extracted, FeatureExtractor, extract, in_batches
 from pipeline.metrics.fid import Moments
 from pipeline.metrics.inception import Inception
-from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity
+from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity, recorded_split
 from pipeline.metrics.reference import Reference, prepare_reference
-from pipeline.metrics.registry import METRICS, USUAL, MetricSettings, Pair, require_enough
-from pipeline.metrics.scores import Scores, Spread
+from pipeline.metrics.registry import METRICS, Pair, require_enough
+from pipeline.metrics.scores import Figures, Scores, Spread
 from pipeline.storage.home import features_dir
 from pipeline.training.chunks import Runner, as_it_stands
+from pipeline.training.device import Compute
 
-YARDSTICKS = ("real_half", "uniform_noise")
+USUAL = EvaluationConfig()
 
 _BATCH = 1000
 
@@ -72,9 +73,28 @@ def choose_extractor(
 class Scorer:
     """The dataset of a model, the extractor for it, and the reference, which may be of another split."""
 
-    dataset: Dataset
+    dataset: ImageSet
     extractor: FeatureExtractor
     reference: Reference
+
+    def identity(self, metric: str, settings: str, generation: Generation, num_images: int) -> MetricIdentity:
+        """Return everything that a value of a metric of `num_images` generated images depends on besides the model."""
+        reference = self.reference
+        count = reference.moments.count if metric == "fid" else len(reference.real.features)
+        rule = reference.rule if count == reference.moments.count else f"first {count} by content of {reference.rule}"
+        return MetricIdentity(
+            metric=metric,
+            settings=settings,
+            extractor=self.extractor.name,
+            extractor_sha256=self.extractor.sha256,
+            resize=self.extractor.resize_rule(self.dataset.manifest.shape),
+            num_images=num_images,
+            num_reference=count,
+            reference=rule,
+            dataset=reference.dataset,
+            generation=generation,
+            split=reference.split,
+        )
 
 
 def scorer_of(
@@ -122,111 +142,88 @@ def scorer_of(
 
 
 def score(
-    generated: Images | Extracted,
-    dataset: ImageSet,
-    extractor: FeatureExtractor,
-    reference: Reference,
+    found: Extracted,
+    scorer: Scorer,
     generation: Generation,
     *,
     metrics: Sequence[str] = ("fid", "kid"),
-    settings: MetricSettings = USUAL,
-    seed: int = 0,
-    progress: Progress | None = None,
+    settings: EvaluationConfig = USUAL,
 ) -> Scores:
-    """Score `reference.num_images` generated images, uint8 [n, C, H, W] or their features.
-
-    `dataset` is the one that the extractor was chosen for, whose classes it may know; the reference may be of another split. `metrics`
-    are names of METRICS; `seed` draws KID's subsets and the Inception Score's splits.
+    """Score `reference.num_images` generated images by their features; `metrics` are names of METRICS.
 
     Raises:
-        RefusedError: another number of images than the reference is for, settings that need more of them, or a metric that this extractor
-            cannot give.
+        RefusedError: another number of images than the reference is for, or settings that need more of them.
     """
-    if unknown := sorted(set(metrics) - set(METRICS)):
-        raise RefusedError(f"metric {unknown[0]!r} is not known, expected some of {', '.join(METRICS)}")
+    reference = scorer.reference
     n = reference.num_images
     require_enough(metrics, settings, num_real=len(reference.real.features), num_judged=n)
-    found = generated if isinstance(generated, Extracted) else _extract(generated, extractor, progress)
     if len(found.features) != n:
         raise RefusedError(f"got {len(found.features)} generated images, expected {n}, as many as the reference is for")
-    pairs = _pairs(found, reference)
-    outcomes = {side: {name: METRICS[name](pair, seed, settings) for name in metrics} for side, pair in pairs.items()}
-    identities: dict[str, MetricIdentity] = {}
-    values: dict[str, float] = {}
-    spreads: dict[str, Spread] = {}
-    for name, outcome in outcomes["generated"].items():
-        identity = identity_of(name, outcome.settings, dataset, extractor, reference, generation, num_images=n)
-        for value_name, value in outcome.values.items():
-            named = identity.named(value_name)
-            identities[named.key], values[named.key] = named, value
-            if value_name in outcome.spreads:
-                spreads[named.key] = Spread(outcome.spreads[value_name], outcome.over)
+    generated = _pair(found, reference)
+    real = reference.real.part(slice(reference.rest.count))  # none of the first ones by content is in `other`
     yardsticks = {
-        side: {k: v for outcome in outcomes[side].values() for k, v in outcome.values.items()} for side in YARDSTICKS
+        "real_half": Pair(real, reference.other, reference.rest, Moments.of(reference.other.features)),
+        "uniform_noise": _pair(reference.noise, reference),
     }
-    confident, shares, unjudged = _judgement(pairs, dataset, extractor)
+    confident, shares, unjudged = _judgement({"generated": generated, **yardsticks}, scorer)
     return Scores(
-        values,
-        identities,
-        spreads,
-        yardsticks,
+        *_figures(generated, scorer, generation, metrics, settings),
+        {side: _values(pair, metrics, settings) for side, pair in yardsticks.items()},
         confident,
         shares,
-        pairs["generated"].judged_moments,
+        generated.judged_moments,
         reference.moments,
         unjudged,
     )
 
 
-def _extract(images: Images, extractor: FeatureExtractor, progress: Progress | None) -> Extracted:
-    total = len(images)
-    report = None if progress is None else lambda done: progress("features of generated images", done, total)
-    return extract(extractor, in_batches(images, _BATCH), report)
+def early_kid(
+    experiment: Experiment, dataset: Dataset, home: Path, images: Images, generation: Generation, compute: Compute
+) -> Figures:
+    """Return the KID of a few images, uint8 [n, C, H, W], against the experiment's reference, measured while a model trains.
+
+    KID is unbiased for any number of images, so it can show early that a trial is hopeless. Its spread is the standard deviation over
+    subsets, which share images: it gives no standard error. Features of real images are cached in `home`, as those of the evaluation.
+
+    Raises:
+        RefusedError, DataError: as the evaluation at the end.
+    """
+    split = recorded_split(experiment.data.split)
+    scorer = scorer_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
+    found = extract(scorer.extractor, in_batches(images, _BATCH))
+    return Figures(*_figures(_pair(found, scorer.reference), scorer, generation, ["kid"], USUAL))
 
 
-def _pairs(found: Extracted, reference: Reference) -> dict[str, Pair]:
-    """Return the sets that are compared: the generated images, and the yardsticks."""
-    real = reference.real.part(slice(reference.rest.count))  # none of the first ones by content is in `other`
-    return {
-        "generated": Pair(reference.real, found, reference.moments, Moments.of(found.features)),
-        "real_half": Pair(real, reference.other, reference.rest, Moments.of(reference.other.features)),
-        "uniform_noise": Pair(reference.real, reference.noise, reference.moments, Moments.of(reference.noise.features)),
-    }
+def _pair(found: Extracted, reference: Reference) -> Pair:
+    return Pair(reference.real, found, reference.moments, Moments.of(found.features))
 
 
-def identity_of(
-    metric: str,
-    settings: str,
-    dataset: ImageSet,
-    extractor: FeatureExtractor,
-    reference: Reference,
-    generation: Generation,
-    *,
-    num_images: int,
-) -> MetricIdentity:
-    """Return everything that a value of a metric of `num_images` generated images depends on besides the model."""
-    count = reference.moments.count if metric == "fid" else len(reference.real.features)
-    rule = reference.rule if count == reference.moments.count else f"first {count} by content of {reference.rule}"
-    return MetricIdentity(
-        metric=metric,
-        settings=settings,
-        extractor=extractor.name,
-        extractor_sha256=extractor.sha256,
-        resize=extractor.resize_rule(dataset.manifest.shape),
-        num_images=num_images,
-        num_reference=count,
-        reference=rule,
-        dataset=reference.dataset,
-        generation=generation,
-        split=reference.split,
-    )
+def _figures(
+    pair: Pair, scorer: Scorer, generation: Generation, metrics: Sequence[str], settings: EvaluationConfig
+) -> tuple[dict[str, float], dict[str, MetricIdentity], dict[str, Spread]]:
+    """Return values, identities and spreads by the values' names."""
+    identities: dict[str, MetricIdentity] = {}
+    values: dict[str, float] = {}
+    spreads: dict[str, Spread] = {}
+    for metric in metrics:
+        outcome = METRICS[metric](pair, settings)
+        identity = scorer.identity(metric, outcome.settings, generation, len(pair.judged.features))
+        for name, value in outcome.values.items():
+            named = identity.named(name)
+            identities[named.key], values[named.key] = named, value
+            if name in outcome.spreads:
+                spreads[named.key] = Spread(outcome.spreads[name], outcome.over)
+    return values, identities, spreads
 
 
-def _judgement(
-    pairs: Mapping[str, Pair], dataset: ImageSet, extractor: FeatureExtractor
-) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
-    """Return the share of confident decisions on each side and the share of each class among the generated images, and the classes
-    of the dataset that cannot be seen."""
+def _values(pair: Pair, metrics: Sequence[str], settings: EvaluationConfig) -> dict[str, float]:
+    return {name: value for metric in metrics for name, value in METRICS[metric](pair, settings).values.items()}
+
+
+def _judgement(pairs: Mapping[str, Pair], scorer: Scorer) -> tuple[dict[str, float], dict[str, float], tuple[str, ...]]:
+    """Return the share of confident decisions on each side, the share of each class among the generated images, and the classes of the
+    dataset that the classifier does not know."""
+    dataset, extractor = scorer.dataset, scorer.extractor
     if not isinstance(extractor, Classifier):  # its classes are not the dataset's
         return {}, {}, ()
     decisions = {side: decide(pair.judged) for side, pair in pairs.items()}

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.storage.durable import write_atomically
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; line styles tell on where they are used up
+# Okabe and Ito's colours, which colour-blind readers can distinguish; line styles follow after the last colour
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666", "#000000")
 STYLES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")

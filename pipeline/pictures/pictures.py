@@ -28,19 +28,7 @@ _BACKGROUND = (255, 255, 255)
 _INK = (0, 0, 0)
 _FONT_SIZE = 11
 _LINE = _FONT_SIZE + 4
-_DESCRIBED = (
-    "name",
-    "source",
-    "images",
-    "shape",
-    "classes",
-    "labels",
-    "mean",
-    "std",
-    "encoding",
-    "shards",
-    "fingerprint",
-)
+_ADDED = ("left out", "verified", "picture")  # to a card, by some datasets and options
 
 
 def save_grid(
@@ -67,16 +55,10 @@ def grid_picture(images: Pixels | Tensor, columns: int | None = None, captions: 
         captions: a text below each image.
     """
     pixels = _array(images)
-    if len(pixels) == 0:
-        raise ValueError("no images to draw")
-    if captions is not None and len(captions) != len(pixels):
-        raise ValueError(f"{len(captions)} captions for {len(pixels)} images")
-    columns = columns or math.ceil(math.sqrt(len(pixels)))
-    rows = [list(range(start, min(start + columns, len(pixels)))) for start in range(0, len(pixels), columns)]
-    sheet = _Sheet(pixels.shape[2:], len(rows), min(columns, len(pixels)), below=_LINE if captions else 0)
-    for y, row in enumerate(rows):
-        for x, i in enumerate(row):
-            sheet.draw(y, x, pixels[i], captions[i] if captions else "")
+    columns = min(columns or math.ceil(math.sqrt(len(pixels))), len(pixels))
+    sheet = _Sheet(pixels.shape[2:], math.ceil(len(pixels) / columns), columns, below=_LINE if captions else 0)
+    for i, (image, caption) in enumerate(zip(pixels, captions or [""] * len(pixels), strict=True)):
+        sheet.draw(i // columns, i % columns, image, caption)
     return sheet.image
 
 
@@ -103,7 +85,7 @@ def read_grid(path: Path, shape: tuple[int, int, int], count: int) -> Pixels:
     return np.stack(images)
 
 
-def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[str] | None = None) -> None:
+def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[str]) -> None:
     """Write a denoising strip: a row for each image, a column for each frame of time, its label above.
 
     Args:
@@ -111,15 +93,10 @@ def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[s
         path: file to write.
         labels: a text for each frame, such as "t = 500".
     """
-    arrays = [_array(frame) for frame in frames]
-    if not arrays or len({array.shape for array in arrays}) != 1 or len(arrays[0]) == 0:
-        raise ValueError(f"frames must be alike and not empty, got shapes {[array.shape for array in arrays]}")
-    if labels is not None and len(labels) != len(arrays):
-        raise ValueError(f"{len(labels)} labels for {len(arrays)} frames")
-    sheet = _Sheet(arrays[0].shape[2:], len(arrays[0]), len(arrays), above=_LINE if labels else 0)
-    for x, array in enumerate(arrays):
-        if labels:
-            sheet.write(labels[x], x, 0)
+    arrays = np.stack([_array(frame) for frame in frames])
+    sheet = _Sheet(arrays.shape[3:], arrays.shape[1], len(arrays), above=_LINE)
+    for x, (array, label) in enumerate(zip(arrays, labels, strict=True)):
+        sheet.write(label, x, 0)
         for y, pixels in enumerate(array):
             sheet.draw(y, x, pixels)
     write_picture(sheet.image, path)
@@ -134,23 +111,14 @@ def save_animation(frames: Sequence[Pixels | Tensor], path: Path, frame_ms: int 
         frame_ms: time that a frame is shown, in milliseconds; GIFs count in hundredths of a second.
         rest_ms: time that the last one is shown.
     """
-    sheets = [_sheet_of(_array(frame)).image for frame in frames]
+    sheets = [grid_picture(frame) for frame in frames]
     times = [frame_ms] * (len(sheets) - 1) + [rest_ms]
     options = {"format": "GIF", "save_all": True, "append_images": sheets[1:], "duration": times, "loop": 0}
     write_picture(sheets[0], path, **options)
 
 
-def _sheet_of(pixels: Pixels) -> _Sheet:
-    """Images on a sheet that is as square as possible."""
-    columns = math.ceil(math.sqrt(len(pixels)))
-    sheet = _Sheet(pixels.shape[2:], math.ceil(len(pixels) / columns), columns)
-    for i, image in enumerate(pixels):
-        sheet.draw(i // columns, i % columns, image)
-    return sheet
-
-
 def dataset_card(manifest: Manifest) -> dict[str, Any]:
-    """What `ddpm-pipe inspect` says of a dataset, as plain data."""
+    """Return the facts that `ddpm-pipe inspect` prints, as plain data."""
     channels, height, width = manifest.shape
     return {
         "name": manifest.name,
@@ -170,7 +138,7 @@ def dataset_card(manifest: Manifest) -> dict[str, Any]:
 
 
 def card_lines(card: dict[str, Any]) -> list[str]:
-    """A card for people, a line for each fact; facts added to it follow as they are."""
+    """A card for people, a line for each fact."""
     shape, classes = card["shape"], card["classes"]
     channels = "grey" if shape["channels"] == 1 else f"{shape['channels']} channels"
     named = "unnamed" if card["labels"] else "none"
@@ -187,7 +155,7 @@ def card_lines(card: dict[str, Any]) -> list[str]:
         f"{'s' if card['shards'] > 1 else ''}, {card['bytes_in_memory'] / 1e6:.2f} MB in memory",
         "fingerprint": card["fingerprint"],
     }
-    facts |= {name: str(value) for name, value in card.items() if name not in _DESCRIBED and "bytes" not in name}
+    facts |= {name: card[name] for name in _ADDED if name in card}
     return [f"{name:12} {value}" for name, value in facts.items()]
 
 

@@ -23,7 +23,7 @@ _LEAST_LOG_SNR, _LEAST_WEIGHT = -25.0, 1e-7  # the axes end here: some schedules
 
 
 def draw_schedules(schedules: Sequence[BetaSchedule], image: Tensor, variance: float, path: Path) -> None:
-    """Write `schedules_figure` as a PNG; StorageError where it cannot be written."""
+    """Write `schedules_figure` as a PNG; raises StorageError if that fails."""
     save_figure(schedules_figure(schedules, image, variance), path)
 
 

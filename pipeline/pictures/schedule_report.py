@@ -1,4 +1,4 @@
-"""What a noise schedule does to images, in figures: the numbers that tell schedules apart before anything is trained."""
+"""What a noise schedule does to images, in figures: the numbers that distinguish schedules before anything is trained."""
 
 from __future__ import annotations
 
@@ -14,7 +14,15 @@ from ddpm import SCHEDULES, BetaSchedule
 from pipeline.config.process import read_betas
 from pipeline.errors import UsageError, nearest
 
-COLUMNS = ("schedule", "T", "abar_T", "L_T (bits/dim)", "SNR at t = 0", "SNR at T-1")
+COLUMNS = {
+    "schedule": "schedule",
+    "T": "num_timesteps",
+    "abar_T": "abar_T",
+    "L_T (bits/dim)": "prior_bits_per_dim_at_most",
+    "SNR at t = 0": "snr_first",
+    "SNR at T-1": "snr_last",
+}
+"""The columns of a table, each with the key of `ScheduleFacts.to_dict` that it shows."""
 
 
 class Curves(NamedTuple):
@@ -63,9 +71,8 @@ class ScheduleFacts:
 
     def row(self) -> dict[str, object]:
         """Return the cells of a table with `COLUMNS`."""
-        values: dict[str, Any] = self.to_dict()
-        keys = ("schedule", "num_timesteps", "abar_T", "prior_bits_per_dim_at_most", "snr_first", "snr_last")
-        return {column: values.get(key) for column, key in zip(COLUMNS, keys, strict=True)}
+        values = self.to_dict()
+        return {column: values.get(key) for column, key in COLUMNS.items()}
 
 
 def facts(

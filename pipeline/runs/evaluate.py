@@ -23,7 +23,7 @@ from pipeline.data.labels import BALANCED, NONE
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.metrics.metric_identity import MetricIdentity
 from pipeline.metrics.neighbours import find_neighbours
-from pipeline.metrics.registry import METRICS, MetricSettings, require_enough
+from pipeline.metrics.registry import METRICS, require_enough
 from pipeline.metrics.scores import over_seeds
 from pipeline.metrics.scoring import Scorer, score
 from pipeline.runs.choose_scorer import choose_scorer, not_scorable, own_split
@@ -169,27 +169,15 @@ def _score_samples(loaded: LoadedRun, cache: SampleCache, scorer: Scorer, reques
     trained = loaded.trained
     asked = request.evaluation(trained.experiment)
     metrics = sample_metrics(asked)
-    settings = MetricSettings(asked.kid_subset_size, asked.inception_score_splits)
     num_real, num_images = len(scorer.reference.real.features), scorer.reference.num_images
-    require_enough(metrics, settings, num_real=num_real, num_judged=num_images)  # before any image is generated
+    require_enough(metrics, asked, num_real=num_real, num_judged=num_images)  # before any image is generated
     _, first = request.settings(trained.experiment)
     each, previews = [], []
     for seed in range(first, first + request.num_seeds):
         generator = loaded.sampler(replace(request, seed=seed))
-        made = cache.features(generator, scorer.extractor, num_images)
-        identity = generator.identity(trained.weights)
-        each.append(
-            score(
-                made.found,
-                scorer.dataset,
-                scorer.extractor,
-                scorer.reference,
-                identity,
-                metrics=metrics,
-                settings=settings,
-            )
-        )
-        previews.append(made.preview)
+        found, preview = cache.features(generator, scorer.extractor, num_images)
+        each.append(score(found, scorer, generator.identity(trained.weights), metrics=metrics, settings=asked))
+        previews.append(preview)
     scores = over_seeds(each)
     first_of_all = next(iter(scores.identities.values()))
     usual = settled(trained.experiment.sampling, loaded.profile)

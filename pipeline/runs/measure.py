@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
+from ddpm import BitsPerDim, bits_per_dim
 from pipeline.cluster.pool import runner_of
 from pipeline.console import Bar
 from pipeline.data.labels import model_labels
-from pipeline.metrics.bound import Bound, BoundTask, Likelihood, VaeLikelihood, join, rows_to_measure
+from pipeline.metrics.bound import Bound, BoundTask, Likelihood, join, rows_to_measure
 from pipeline.metrics.bound_report import Measured
 from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.runs.choose_scorer import open_images, open_split, own_split, progress_on
 from pipeline.runs.sample import LoadedRun
 from pipeline.sampling.generation import usual_generation
+from pipeline.training import vae
 from pipeline.training.chunks import ChunkStore, compute
 from pipeline.training.device import arithmetic_of
 from pipeline.training.trained import Trained
-from pipeline.training.vae import Vae
 
 METRIC = "bits_per_dim"
 
@@ -46,12 +50,10 @@ def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images
         chunk=chunk,
         labels="of the images" if trained.class_names else "",
     )
-    likelihood: Likelihood | VaeLikelihood
-    if isinstance(trained.model, Vae):
-        likelihood = VaeLikelihood(trained.model, loaded.compute)
-    else:
-        likelihood = Likelihood(trained.diffusion, trained.model, trained.class_names, loaded.compute)
-    task = BoundTask(likelihood, dataset, rows, seed)
+    measure: Callable[..., BitsPerDim] = vae.bits_per_dim
+    if not isinstance(trained.model, vae.Vae):
+        measure = partial(bits_per_dim, trained.diffusion)
+    task = BoundTask(Likelihood(measure, trained.model, trained.class_names, loaded.compute), dataset, rows, seed)
     kept = {
         "format": _FORMAT,
         "model": loaded.digest,
@@ -61,7 +63,7 @@ def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images
     store = ChunkStore(run.folder / "bound", kept)
     rate = Bar(console, "bits/dim", len(rows))
     chunks = compute(task, len(rows), chunk, store, runner_of(profile), rate)
-    return Measured(join(map(Bound.from_arrays, chunks)), identity, _label(identity, trained))
+    return Measured.of(join(map(Bound.from_arrays, chunks)), identity, _label(identity, trained))
 
 
 def _label(identity: BoundIdentity, trained: Trained) -> str:
@@ -73,7 +75,7 @@ def _label(identity: BoundIdentity, trained: Trained) -> str:
 
 
 def _process(trained: Trained) -> str:
-    if isinstance(trained.model, Vae):
+    if isinstance(trained.model, vae.Vae):
         return "vae: prior is the rate of the code, decoder the pixels given the code"
     process = trained.diffusion
     return f"T = {process.num_timesteps}, x0 {'clipped' if process.clip_x0 else 'not clipped'}"

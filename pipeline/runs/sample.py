@@ -22,7 +22,7 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.pictures.pictures import picture_of, save_grid, write_picture
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.sampling.generated import SampleCache, digest
-from pipeline.sampling.generation import Denoiser, VaeSampler, make_sampler, settled
+from pipeline.sampling.generation import Denoiser, ImageGenerator, make_sampler, settled
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.combinations import check_labels, check_sampling
@@ -110,7 +110,7 @@ class LoadedRun:
         compute.place(trained.model)
         return cls(run, trained, compute, profile, console)
 
-    def sampler(self, request: SampleRequest) -> Denoiser | VaeSampler:
+    def sampler(self, request: SampleRequest) -> ImageGenerator:
         """Return what generates images as asked."""
         return run_sampler(self.trained, request, self.compute, self.profile)
 
@@ -135,7 +135,7 @@ class LoadedRun:
         runner = runner_of(self.profile)
         return SampleCache(self.run.folder, self.digest, self.trained.weights, self.profile, runner, self.console)
 
-    def identity(self, sampler: Denoiser | VaeSampler, num_images: int) -> dict[str, Any]:
+    def identity(self, sampler: ImageGenerator, num_images: int) -> dict[str, Any]:
         """Return what decides the images, as plain data: equal identities give equal bytes on equal machines."""
         return {
             "checkpoint_step": self.trained.step,
@@ -147,7 +147,7 @@ class LoadedRun:
 
 def run_sampler(
     trained: Trained, request: SampleRequest, compute: Compute, where: Compute | Profile
-) -> Denoiser | VaeSampler:
+) -> ImageGenerator:
     """Return what generates images as asked from a loaded model; `where` says which machine generates."""
     sampling, seed = request.settings(trained.experiment)
     sampling = settled(sampling, where)

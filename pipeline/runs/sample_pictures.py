@@ -17,7 +17,7 @@ from pipeline.runs.sample import LoadedRun, SampleRequest, Written, new_folder, 
 from pipeline.sampling.motion import MOST_ERROR, draw_animation, draw_passage, draw_strip, interpolate, read_end
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
-from pipeline.training.models import has_process
+from pipeline.training.models import build_diffusion
 from pipeline.training.trained import experiment_of
 
 Picture = Literal["strip", "gif"]
@@ -47,11 +47,7 @@ def picture_from(
 def passage_request(run: Run, request: SampleRequest) -> SampleRequest:
     """Return the request as DDIM can be run backwards: unguided, and with one label for all frames; UsageError where it cannot be."""
     experiment, labels = experiment_of(run), request.labels or ""
-    if not has_process(experiment):
-        raise UsageError(
-            f"--interpolate: the way between images is a diffusion model's, and run {run.id} is a {experiment.model.type}; "
-            "leave it out, or name a run of a diffusion model"
-        )
+    build_diffusion(experiment)  # refuses a model without a diffusion process
     if request.guidance_scale not in (None, 1.0):
         raise UsageError("--guidance: a guided model cannot be run backwards; leave it out with --interpolate")
     if request.sampler not in (None, "ddim") or request.eta:

@@ -29,7 +29,7 @@ from pipeline.console import answer
 from pipeline.errors import PipelineError, UsageError
 from pipeline.pictures.pictures import as_png, grid_picture, picture_of
 from pipeline.runs.sample import SampleRequest, run_sampler
-from pipeline.sampling.generation import Denoiser, VaeSampler
+from pipeline.sampling.generation import ImageGenerator
 from pipeline.signals import listening
 from pipeline.storage.runs import Run
 from pipeline.training.device import serving_compute
@@ -70,7 +70,7 @@ class Gallery:
         """Return what makes the images these."""
         return asdict(self._sampler(replace(request, num_images=0)).identity(self.trained.weights))
 
-    def _make_sampler(self, request: SampleRequest) -> Denoiser | VaeSampler:
+    def _make_sampler(self, request: SampleRequest) -> ImageGenerator:
         return run_sampler(self.trained, request, self.compute, self.compute)
 
     def _make(self, request: SampleRequest, indices: range) -> Tensor:

@@ -12,17 +12,17 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.config.cluster_profile import Profile
 from pipeline.console import Bar, Console
 from pipeline.data.image_set import Images
 from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate
-from pipeline.metrics.metric_identity import Generation
+from pipeline.sampling.generation import ImageGenerator
 from pipeline.storage.tensor_file import Arrays
 from pipeline.training.chunks import ChunkStore, Runner, compute
 from pipeline.training.device import Compute, arithmetic_of
@@ -31,23 +31,6 @@ from pipeline.training.threads import THREADS
 PREVIEW_IMAGES = 100
 
 _FORMAT = 3
-
-
-class ImageGenerator(Protocol):
-    """Something that generates images by canonical chunk: `pipeline.sampling.generation.Denoiser`, or another trained model."""
-
-    @property
-    def chunk_size(self) -> int:
-        """Images that the network sees at once."""
-
-    def images(self, indices: range, /) -> Tensor:
-        """Return images of one canonical chunk, uint8 [n, C, H, W] on the CPU, whose bytes depend on their index alone."""
-
-    def on(self, compute: Compute, /) -> Self:
-        """Return this with its network on another device."""
-
-    def identity(self, weights: str, /) -> Generation:
-        """Return what, with the model, makes the images these."""
 
 
 class GenerateTask:
@@ -63,16 +46,14 @@ class GenerateTask:
             self._extractor.to(here.device)
 
     def __call__(self, indices: range) -> Arrays:
-        """Return `images` uint8 [k, C, H, W], and `features`, `logits` as the extractor gives them."""
+        """Return `images` uint8 [k, C, H, W], and `features` and `logits` if there is an extractor."""
         images = self._generator.images(indices).numpy()
         arrays: Arrays = {"images": images[: max(0, self._num_kept - indices.start)]}
         if self._extractor is not None:
             # always a whole chunk: the last bits of features may depend on how many images are looked at together
             padding = np.repeat(images[:1], self._generator.chunk_size - len(images), axis=0)
             found = self._extractor(np.concatenate([images, padding])).part(slice(len(images)))
-            arrays["features"] = found.features
-            if found.logits is not None:
-                arrays["logits"] = found.logits
+            arrays |= found.to_arrays()
         return arrays
 
 
@@ -87,15 +68,20 @@ class SampleCache:
     runner: Runner
     console: Console
 
-    def features(self, generator: ImageGenerator, extractor: FeatureExtractor, num_images: int) -> Generated:
-        """Return the features of images 0 .. num_images - 1 and the first images: those that are kept, the others made now."""
+    def features(
+        self, generator: ImageGenerator, extractor: FeatureExtractor, num_images: int
+    ) -> tuple[Extracted, Images]:
+        """Return the features of images 0 .. num_images - 1, and the first images, uint8 [at most PREVIEW_IMAGES, C, H, W].
+
+        What is stored is read, the others are generated now.
+        """
         store = ChunkStore(
             self.folder / "features", self._identity(generator, [extractor.name, extractor.sha256, THREADS])
         )
         task = GenerateTask(generator, PREVIEW_IMAGES, extractor)
         parts = self._computed(task, generator, num_images, store)
-        found = [Extracted(part["features"], part.get("logits")) for part in parts]
-        return Generated(concatenate(found, extractor), np.concatenate([part["images"] for part in parts]))
+        found = concatenate([Extracted.from_arrays(part) for part in parts], extractor)
+        return found, np.concatenate([part["images"] for part in parts])
 
     def images(self, generator: ImageGenerator, num_images: int) -> tuple[Images, ChunkStore]:
         """Return images 0 .. num_images - 1, and what keeps them until it is cleared."""
@@ -118,14 +104,6 @@ class SampleCache:
             "extractor": extractor,
             **arithmetic_of(self.profile),
         }
-
-
-@dataclass(frozen=True)
-class Generated:
-    """What generated images are judged by, and the first of them to look at."""
-
-    found: Extracted
-    preview: Images  # uint8 [at most PREVIEW_IMAGES, C, H, W]
 
 
 def digest(model: nn.Module, about: Any = None) -> str:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +40,8 @@ Shape = tuple[int, int, int]
 _PROBED_VALUES, _MOST_PROBES = 2**18, 16
 
 
-class ByChunk(ABC):
-    """What generates images by canonical chunk, whatever kind of model it has."""
+class ImageGenerator(ABC):
+    """Generates images by canonical chunk, whatever kind of model it has."""
 
     sampling: SamplingConfig
 
@@ -51,6 +53,14 @@ class ByChunk(ABC):
     @abstractmethod
     def images(self, indices: range) -> Tensor:
         """Return images of one canonical chunk, uint8 [len(indices), C, H, W] on the CPU, whose bytes depend on their index alone."""
+
+    @abstractmethod
+    def on(self, compute: Compute) -> Self:
+        """Return this with its network moved to another device."""
+
+    @abstractmethod
+    def identity(self, weights: str) -> Generation:
+        """Return what, with the checkpoint, makes the images these: equal identities give equal bytes on equal machines."""
 
     def generate(self, num_images: int) -> Iterator[Tensor]:
         """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time."""
@@ -65,7 +75,7 @@ class ByChunk(ABC):
 
 
 @dataclass(frozen=True)
-class Denoiser(ByChunk):
+class Denoiser(ImageGenerator):
     """A network with its process, and how it turns noise into images of a shape (C, H, W)."""
 
     diffusion: GaussianDiffusion
@@ -106,7 +116,7 @@ class Denoiser(ByChunk):
     def network(self, indices: range, *, exact: bool = False) -> Model:
         """Return (x_t, t) -> prediction for images of the given indices: with their labels and guided, where the model knows classes.
 
-        `exact` is float32, uncompiled, whatever the settings say.
+        `exact`: in float32 and uncompiled, whatever the settings.
         """
         model = self.model if exact else self._fast
         if not self.class_names:
@@ -118,11 +128,10 @@ class Denoiser(ByChunk):
     def images(self, indices: range) -> Tensor:
         """Return images of one canonical chunk, uint8 [len(indices), C, H, W] on the CPU.
 
-        Their bytes are those of the whole chunk, of which no more is computed than that takes.
+        Their bytes equal those in the whole chunk. As few images of the chunk are computed as that allows.
         """
-        batch, x = self._batch_for(indices), torch.empty(0)
-        for _, x in self.denoise(batch):  # noqa: B007 - the last x is the image
-            pass
+        batch = self._batch_for(indices)
+        _, x = deque(self.denoise(batch), maxlen=1).pop()
         return to_uint8(x[indices.start - batch.start :][: len(indices)]).cpu()
 
     def _batch_for(self, indices: range) -> range:
@@ -165,20 +174,18 @@ class Denoiser(ByChunk):
         return found
 
     def on(self, compute: Compute) -> Denoiser:
-        """Return this with its network moved to another device."""
         return replace(self, model=compute.place(self.model), compute=compute)
 
     def identity(self, weights: str) -> Generation:
-        """Return what, with the checkpoint, makes the images these: equal identities give equal bytes on equal machines."""
         return _denoised(self.sampling, self.diffusion.num_timesteps, self.seed, weights, self.class_names)
 
 
 @dataclass(frozen=True)
-class VaeSampler(ByChunk):
+class VaeSampler(ImageGenerator):
     """A VAE's decoder: image i is the mean of p(x | z) for the i-th code z ~ N(0, I)."""
 
     model: Vae
-    sampling: SamplingConfig  # of which it reads the chunk alone
+    sampling: SamplingConfig  # only batch_size is used
     seed: int
     compute: Compute
 
@@ -192,13 +199,11 @@ class VaeSampler(ByChunk):
         return images[indices.start - chunk.start :][: len(indices)]
 
     def on(self, compute: Compute) -> VaeSampler:
-        """Return this with its network moved to another device."""
         model = compute.place(self.model)
         assert isinstance(model, Vae)
         return replace(self, model=model, compute=compute)
 
     def identity(self, weights: str) -> Generation:
-        """Return what, with the checkpoint, makes the images these."""
         return _decoded(self.sampling, self.seed, weights)
 
 
@@ -210,7 +215,7 @@ def make_sampler(
     seed: int,
     compute: Compute,
     class_names: ClassNames = NO_CLASSES,
-) -> Denoiser | VaeSampler:
+) -> ImageGenerator:
     """Return what generates images of a shape (C, H, W) from the network of an experiment."""
     if isinstance(model, Vae):
         return VaeSampler(model, sampling, seed, compute)
@@ -225,9 +230,9 @@ def settled(sampling: SamplingConfig, where: Compute | Profile) -> SamplingConfi
 def usual_generation(
     experiment: Experiment, class_names: ClassNames = NO_CLASSES, *, mixed_is: str = "fp32"
 ) -> Generation:
-    """Return how a run generates images where nothing else is asked for: as its experiment says, from its averaged weights.
+    """Return how a run generates images by default: by its experiment's settings, from its averaged weights.
 
-    `mixed_is` is what the precision `mixed` comes to on the machines that generate.
+    `mixed_is` is the precision that `mixed` means on the machines that generate.
     """
     sampling, seed = experiment.sampling, experiment.seed
     if sampling.precision == "mixed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,7 +47,7 @@ def trajectory(
     kept = denoiser.timesteps
     last = len(kept) - 1
     picks = {round(i * last / (num_frames - 1)) for i in range(num_frames)}
-    states = enumerate(_told(denoiser.denoise(range(num_images)), progress))
+    states = enumerate(_reporting(denoiser.denoise(range(num_images)), progress))
     # the step from t leads to the next timestep, and the last one to the image
     drawn = [
         (to_uint8(x).cpu(), f"t = {kept[last - i - 1]}" if i < last else "image") for i, (_, x) in states if i in picks
@@ -79,12 +80,12 @@ def interpolate(denoiser: Denoiser, ends: Tensor, num_frames: int, progress: Pro
     denoiser.model.eval()
     x0 = denoiser.compute.send(to_float(ends))
     inverted = ddim_invert(diffusion, denoiser.network(range(2), exact=True), x0, timesteps=timesteps)
-    noise = _last(x for _, x in _told(inverted, progress))
+    _, noise = deque(_reporting(inverted, progress), maxlen=1).pop()
     weights = torch.linspace(0, 1, num_frames).tolist()
     between = torch.cat([slerp(noise[:1], noise[1:], weight) for weight in weights])
     network = denoiser.network(range(num_frames), exact=True)
     denoised = ddim(diffusion, network, between, timesteps=timesteps)
-    x = _last(x for _, x in _told(denoised, progress, len(timesteps)))
+    _, x = deque(_reporting(denoised, progress, len(timesteps)), maxlen=1).pop()
     frames = to_uint8(x).cpu()
     error = float((frames[[0, -1]].float() - ends.float()).square().mean().sqrt())
     return Passage(ends, frames, error)
@@ -122,16 +123,9 @@ def read_end(reference: str, shape: Shape, dataset: Dataset | None) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
-def _told(steps: Iterable[T], progress: Progress | None, before: int = 0) -> Iterator[T]:
-    """Yield the steps, and tell after each how many there were, with those of a part before."""
+def _reporting(steps: Iterable[T], progress: Progress | None, before: int = 0) -> Iterator[T]:
+    """Yield the steps, and report after each how many there were, with those of a part before."""
     for count, step in enumerate(steps, before + 1):
         yield step
         if progress is not None:
             progress(count)
-
-
-def _last(states: Iterator[Tensor]) -> Tensor:
-    x = torch.empty(0)
-    for x in states:  # noqa: B007 - the last one is the result
-        pass
-    return x

@@ -56,7 +56,7 @@ class Choice:
 
 
 def choose(asked: str, settings: TrainingConfig) -> Choice:
-    """Return what `ema`, `ema:DECAY`, `raw` or `posthoc:WIDTH` is of a training; UsageError where it has no such weights."""
+    """Return the weights that `ema`, `ema:DECAY`, `raw` or `posthoc:WIDTH` names; raises UsageError if the training kept none."""
     kind, _, text = asked.partition(":")
     if asked == "raw":
         return Choice(asked, "model")
@@ -115,7 +115,7 @@ def posthoc(
 ) -> tuple[dict[str, Tensor], int]:
     """Return the power-function average of a width after `step` updates (by default at the last snapshot), and that step.
 
-    CheckpointError where there is no snapshot, or where those there are cannot add up to it.
+    Raises CheckpointError if there is no snapshot, and UsageError if the snapshots give no such average.
     """
     stored = sorted(CheckpointStore(run_folder / SNAPSHOTS).committed(), key=lambda c: c.step)
     if not stored:

@@ -1,7 +1,8 @@
 """Work that comes out the same however it is shared out: canonical chunks of items, each computed once and kept until all are there.
 
 A task computes a chunk of consecutive indices; a runner computes the missing chunks, here or over the workers of a cluster, in any order;
-`compute` keeps each one as it comes, and hands all of them out in canonical order. Stopped half-way, the same call goes on where it was.
+`compute` stores each one as it comes, and yields all of them in canonical order. After a stop half-way the same call computes only those
+that are missing.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class ChunkStore:
         self.folder = root / digest
 
     def get(self, number: int, num_items: int) -> Arrays | None:
-        """Return the arrays of a chunk's first items; None where they are not there, or damaged."""
+        """Return the arrays of a chunk's first items; None if they are missing or damaged."""
         try:
             card, arrays = unpack(self._path(number).read_bytes())
         except (OSError, ValueError):
@@ -77,14 +78,14 @@ class ChunkStore:
         return {name: array[:num_items] for name, array in arrays.items()} if self._serves(card, num_items) else None
 
     def holds(self, number: int, num_items: int) -> bool:
-        """Whether so many of a chunk's items are there, by its header alone; `get` tells whether they are undamaged, too."""
+        """Whether a chunk's first items are stored, by its header alone; only `get` detects damage to the arrays."""
         try:
             return self._serves(read_card(self._path(number)), num_items)
         except (OSError, ValueError):
             return False
 
     def put(self, number: int, num_items: int, arrays: Arrays) -> None:
-        """Keep a chunk's first items; StorageError where they cannot be written."""
+        """Store a chunk's first items; raises StorageError if they cannot be written."""
         make_folder(self.folder)
         write_atomically(self._path(number), pack(arrays, self._identity | {"items": num_items}))
 
@@ -112,7 +113,7 @@ def compute(
 ) -> Iterator[Arrays]:
     """Yield the arrays of items 0 .. num_items - 1, a canonical chunk at a time and in order.
 
-    Chunks that the store holds undamaged are not computed again. `progress` is told how many items are there.
+    Chunks that the store holds undamaged are not computed again. `progress` gets the number of items that are there.
     """
     chunks = chunks_of(num_items, chunk_size)
     missing = {number: indices for number, indices in enumerate(chunks) if not store.holds(number, len(indices))}

@@ -1,4 +1,4 @@
-"""Which settings make sense together. What does not is refused with the reason, before anything is spent; what may disappoint is said."""
+"""Which settings make sense together. Others are refused with the reason before anything is computed; poor choices give warnings."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipeline.training.models import build_diffusion, build_objective, has_proce
 
 
 def check_training(experiment: Experiment) -> tuple[str, ...]:
-    """Refuse what cannot be trained or sampled as asked (UsageError); return warnings of what may disappoint."""
+    """Refuse what cannot be trained or sampled as asked (UsageError); return warnings."""
     build_objective(experiment)
     idle = _steps_without_learning(experiment.training)
     if not has_process(experiment):
@@ -25,7 +25,7 @@ def check_training(experiment: Experiment) -> tuple[str, ...]:
 
 
 def check_sampling(experiment: Experiment, sampling: SamplingConfig) -> tuple[str, ...]:
-    """Refuse what a model of this experiment cannot be sampled by (UsageError); return warnings of what may disappoint."""
+    """Refuse settings that a model of this experiment cannot be sampled with (UsageError); return warnings."""
     if not has_process(experiment):
         _refuse_changed("sampling", sampling, {"batch_size"}, "a vae draws an image in one call")
         return ()
@@ -55,7 +55,7 @@ def _steps_without_learning(training: TrainingConfig) -> tuple[str, ...]:
 
 
 def _check_no_process(experiment: Experiment) -> None:
-    """A vae reads nothing of diffusion: settings that say how are to be left out, not ignored."""
+    """Refuse settings of diffusion, which a vae would ignore."""
     _refuse_changed("diffusion", experiment.diffusion, set(), "a vae has no diffusion process")
     read = set(TrainingConfig.model_fields) - OF_PROCESS
     _refuse_changed("training", experiment.training, read, "a vae is trained by its own bound")
@@ -70,7 +70,7 @@ def _refuse_changed(name: str, section: Section, read: set[str], why: str) -> No
 
 
 def _check_unread_settings(training: TrainingConfig, model: ModelConfig) -> None:
-    """A setting that nothing would read is a misunderstanding."""
+    """Refuse settings that nothing would read (UsageError)."""
     default = TrainingConfig()
     if training.min_snr_gamma != default.min_snr_gamma and training.objective != "min_snr":
         raise UsageError(

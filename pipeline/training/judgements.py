@@ -1,7 +1,7 @@
-"""What a sweep's trial was judged by on the way: a line of its run folder for each rung, on disk before anybody is told.
+"""The early scores of a sweep's trial: a line in a file of its run for each rung, written before the driver learns of it.
 
-The driver that was told may be killed. The next one reads here what the trials that it goes on with have shown, since a worker that goes
-on from a later step passes those rungs no more.
+The driver may be killed. The next one reads the scores of resumed trials here, since a worker that resumes from a later step does not
+measure earlier rungs again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def note(run_folder: Path, judgement: dict[str, Any]) -> Path:
 
 
 def values_by_rung(run_folder: Path) -> dict[float, float]:
-    """Return the newest value at each rung. A line that a kill cut short is none."""
+    """Return the newest value at each rung; a line that a kill cut short is skipped."""
     path = run_folder / FILE
     found: dict[float, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():

@@ -16,6 +16,7 @@ from ddpm import (
     UNet,
 )
 from pipeline.config.experiment import Experiment
+from pipeline.config.process import settings_of
 from pipeline.errors import UsageError, nearest
 from pipeline.training.randomness import seed_of
 from pipeline.training.vae import Vae, VaeObjective
@@ -40,7 +41,7 @@ def has_process(experiment: Experiment) -> bool:
 
 
 def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
-    """Return the diffusion process of an experiment; UsageError where there is none, or it refuses the settings."""
+    """Return the diffusion process of an experiment; raises UsageError if there is none, or it refuses the settings."""
     if not has_process(experiment):
         raise UsageError(
             "a vae has no diffusion process; this needs a diffusion model, such as one of model.type 'unet'"
@@ -64,7 +65,7 @@ def build_diffusion(experiment: Experiment) -> GaussianDiffusion:
 
 
 def build_objective(experiment: Experiment) -> Loss:
-    """Return what training minimises; UsageError where that makes no sense for the process."""
+    """Return what training minimises; raises UsageError if that makes no sense for the process."""
     if not has_process(experiment):
         return VaeObjective()
     settings = experiment.training
@@ -80,17 +81,20 @@ def build_model(
     """Return the network of an experiment for images (C, H, W), with initial weights that are a function of the seed.
 
     `num_classes` is asked for by class-conditional ones. With device "meta" nothing is allocated: for counting parameters.
-    UsageError where the network cannot be built.
+    Raises UsageError if the network cannot be built.
     """
     out_channels = output_channels(experiment, shape)
     torch.manual_seed(seed_of("weights", experiment.seed))
-    # a network of the user's own may compute with numbers in its constructor, which a tensor without memory does not have
+    # the constructor of a user's own network may compute with values, which tensors on `meta` do not have
     with torch.device("cpu" if is_own_network(experiment) else device):
-        if experiment.model.type == "vae":
-            return _vae(experiment, shape)
-        if experiment.model.type == "unet":
+        if is_own_network(experiment):
+            return _own_network(experiment)
+        try:
+            if not has_process(experiment):
+                return Vae(shape, **experiment.model.model_dump(include=settings_of("vae")))
             return _unet(experiment, shape, out_channels, num_classes)
-        return _own_network(experiment)
+        except ValueError as error:
+            raise UsageError(f"model: {error}") from None
 
 
 def output_channels(experiment: Experiment, shape: Shape) -> int:
@@ -146,7 +150,7 @@ def num_parameters(model: nn.Module) -> int:
 
 
 def misfit_of(weights: Mapping[str, Tensor], model: nn.Module) -> str:
-    """Return what is the first tensor of these weights that is not as a network has it, in words; "" where all are."""
+    """Describe the first of these tensors that does not fit a network; "" if all fit."""
     wanted = weights_of(model)
     for name in [*wanted, *sorted(weights)]:
         if name not in weights:
@@ -159,46 +163,18 @@ def misfit_of(weights: Mapping[str, Tensor], model: nn.Module) -> str:
 
 
 def _unet(experiment: Experiment, shape: Shape, out_channels: int, num_classes: int | None) -> nn.Module:
-    settings = experiment.model
-    if settings.class_conditional and num_classes is None:
+    settings = experiment.model.model_dump(include=settings_of("unet"))
+    class_conditional = settings.pop("class_conditional")
+    if class_conditional and num_classes is None:
         raise ValueError("a class-conditional network needs the number of classes")
-    try:
-        return UNet(
-            in_channels=shape[0],
-            out_channels=out_channels,
-            channels=settings.channels,
-            channel_multipliers=settings.channel_multipliers,
-            num_res_blocks=settings.num_res_blocks,
-            attention_resolutions=settings.attention_resolutions,
-            image_size=(shape[1], shape[2]),
-            dropout=settings.dropout,
-            num_timesteps=experiment.diffusion.num_timesteps,
-            num_classes=num_classes if settings.class_conditional else None,
-            num_heads=settings.num_heads,
-            head_channels=settings.head_channels,
-            norm_groups=settings.norm_groups,
-            norm_eps=settings.norm_eps,
-            scale_shift_norm=settings.scale_shift_norm,
-            flip_sin_to_cos=settings.flip_sin_to_cos,
-            freq_shift=settings.freq_shift,
-            downsample_padding=settings.downsample_padding,
-        )
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from None
-
-
-def _vae(experiment: Experiment, shape: Shape) -> nn.Module:
-    settings = experiment.model
-    try:
-        return Vae(
-            shape,
-            channels=settings.channels,
-            channel_multipliers=settings.channel_multipliers,
-            latent_dim=settings.latent_dim,
-            norm_groups=settings.norm_groups,
-        )
-    except ValueError as error:
-        raise UsageError(f"model: {error}") from None
+    return UNet(
+        in_channels=shape[0],
+        out_channels=out_channels,
+        image_size=(shape[1], shape[2]),
+        num_timesteps=experiment.diffusion.num_timesteps,
+        num_classes=num_classes if class_conditional else None,
+        **settings,
+    )
 
 
 def _own_network(experiment: Experiment) -> nn.Module:

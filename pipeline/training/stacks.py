@@ -49,7 +49,7 @@ def path_of(run_folder: Path, attempt: int, rank: int) -> Path:
 
 
 def forget_empty(folder: Path) -> None:
-    """Remove the files of workers that had nothing to tell, and the folder if none is left."""
+    """Remove empty files, and the folder if none is left."""
     with contextlib.suppress(OSError):
         for path in folder.iterdir():
             if path.stat().st_size == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 from safetensors.torch import load as parse_safetensors
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion
 from pipeline.config.cluster_profile import Profile, settled, use_variables
@@ -44,12 +45,12 @@ class Trained:
 
     @cached_property
     def diffusion(self) -> GaussianDiffusion:
-        """The process that the network reverses; UsageError where the model has none."""
+        """The process that the network reverses; raises UsageError if the model has none."""
         return build_diffusion(self.experiment)
 
     @classmethod
     def from_run(cls, run: Run, step: int | None = None, weights: str = "ema") -> Trained:
-        """Load a run's newest checkpoint that verifies, or that of a step; CheckpointError where there is none.
+        """Load a run's newest checkpoint that verifies, or that of a step; raises CheckpointError if there is none.
 
         `weights` are as in pipeline/training/averages.py; those that are made after training are of a snapshot's step.
         """
@@ -67,19 +68,8 @@ class Trained:
             groups = checkpoint.tensors("model", choice.group or "model")
             averaged, at, tensors = groups[choice.group or "model"], checkpoint.step, groups["model"]
         state = checkpoint.state()
-        shape: Shape = tuple(state["shape"])
-        class_names = ClassNames.from_state(state)
-        model = build_model(experiment, shape, num_classes=len(class_names))
-        load_weights(model, tensors | averaged)
-        return cls(
-            model=model.eval(),
-            experiment=experiment,
-            shape=shape,
-            step=at,
-            weights=choice.name,
-            training_s=state["elapsed_s"],
-            class_names=class_names,
-        )
+        about = {**state, "step": at, "weights": choice.name, "training_s": state["elapsed_s"]}
+        return cls._built(experiment, about, tensors | averaged)
 
     @classmethod
     def load(cls, folder: Path | str) -> Trained:
@@ -90,20 +80,16 @@ class Trained:
             tensors = parse_safetensors((folder / WEIGHTS_FILE).read_bytes())
         except OSError as error:
             raise CheckpointError(f"{folder}: not a saved model ({error.filename} cannot be read)") from None
-        experiment = experiment_from(about["experiment"], EXPERIMENT_FILE)
+        return cls._built(experiment_from(about["experiment"], EXPERIMENT_FILE), about, tensors)
+
+    @classmethod
+    def _built(cls, experiment: Experiment, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Trained:
+        """Build the network of an experiment with these weights; `about` has the keys of the method of that name."""
         shape: Shape = tuple(about["shape"])
-        class_names = ClassNames.from_state(about)
-        model = build_model(experiment, shape, num_classes=len(class_names))
+        names = ClassNames.from_state(about)
+        model = build_model(experiment, shape, num_classes=len(names))
         load_weights(model, tensors)
-        return cls(
-            model.eval(),
-            experiment,
-            shape,
-            about["step"],
-            about["weights"],
-            about["training_s"],
-            class_names,
-        )
+        return cls(model.eval(), experiment, shape, about["step"], about["weights"], about["training_s"], names)
 
     def save(self, folder: Path) -> Path:
         """Write weights and settings into a new folder, without pickle, and return it."""

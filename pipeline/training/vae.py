@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ddpm import BitsPerDim
 from ddpm.gaussian import discretized_log_likelihood, normal_kl
 from ddpm.layers import ZERO_GAIN, Downsample, Upsample, conv, linear
 
@@ -24,7 +25,7 @@ NORM_EPS = 1e-6
 class Elbo(NamedTuple):
     """The negative evidence lower bound of each image, in bits/dim: total = rate + distortion, each [B].
 
-    `rate` is KL(q(z | x) || p(z)), what the code costs; `distortion` is -E log p(x | z), what is left to say once the code is known.
+    `rate` is KL(q(z | x) || p(z)), what the code costs; `distortion` is -E log p(x | z), what the pixels cost once the code is known.
     """
 
     rate: Tensor
@@ -98,7 +99,7 @@ class Vae(nn.Module):
 
 
 class VaeObjective:
-    """The loss of a VAE, where training expects that of a DDPM: objective(model, x0, t, eps) -> [B], bits/dim; t says nothing."""
+    """The loss of a VAE with the interface of a diffusion objective: objective(model, x0, t, eps) -> [B], bits/dim; t is ignored."""
 
     num_timesteps = 1
 
@@ -115,6 +116,18 @@ def elbo(model: nn.Module, x0: Tensor, noise: Tensor) -> Elbo:
     kl = normal_kl(z_mean.float(), z_log_variance.float(), zero, zero).sum(1)
     likelihood = discretized_log_likelihood(x0.float(), image.float(), log_variance.float()).flatten(1).sum(1)
     return Elbo(kl / bits, -likelihood.float() / bits)
+
+
+@torch.no_grad()
+def bits_per_dim(model: Vae, x0: Tensor, generator: Sequence[torch.Generator]) -> BitsPerDim:
+    """The bound of images x0 [B,C,H,W] as that of a diffusion model: the rate is the prior, the distortion the decoder, without steps.
+
+    One code is drawn for each image, from its own generator.
+    """
+    noise = torch.stack([torch.randn(model.latent_dim, generator=g) for g in generator]).to(x0.device)
+    found, image = elbo(model, x0, noise), model(x0, noise)[0]
+    error = (image - x0).square().flatten(1).mean(1)
+    return BitsPerDim(found.rate, found.distortion[:, None], error[:, None], (0,))
 
 
 class _Block(nn.Module):

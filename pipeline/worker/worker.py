@@ -21,7 +21,7 @@ from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.import_path import allow_modules_in
-from pipeline.metrics.early_kid import early_kid
+from pipeline.metrics.scoring import early_kid
 from pipeline.pictures.pictures import save_grid
 from pipeline.signals import StoppedAtOnce
 from pipeline.storage import checkpoint as checkpoints
@@ -280,7 +280,16 @@ class Worker:
         self._copy_weights()
         images, generation = self.preview.images(self.job.allowance.rung_images, self.compute)
         found = early_kid(self.experiment, self.dataset, self.run.home, images.numpy(), generation, self.compute)
-        judgement = {"rung": reached[-1], "step": self.train_state.step, **found.to_json()}
+        ((key, value),) = found.values.items()
+        judgement = {
+            "rung": reached[-1],
+            "step": self.train_state.step,
+            "metric": key,
+            "value": value,
+            "std": found.spreads[key].value,
+            "std_over": found.spreads[key].over,
+            "identity": found.identities[key].to_json(),
+        }
         self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
         self.tracker.metrics(self.train_state.step, found.flat(), family="result")
         self.link.publish({"judgement": judgement})

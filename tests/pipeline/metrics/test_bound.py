@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,9 @@ class Network(nn.Module):
 
 
 def likelihood(diffusion: GaussianDiffusion, model: Model) -> Likelihood:
-    return Likelihood(diffusion, Network(model), (), sampling_compute(Profile(threads_per_worker=1)))
+    return Likelihood(
+        partial(bits_per_dim, diffusion), Network(model), (), sampling_compute(Profile(threads_per_worker=1))
+    )
 
 
 def images(count: int, seed: int = 0) -> ArraySet:
@@ -169,7 +172,8 @@ class Told(nn.Module):
 def test_a_model_is_told_classes_by_name_whatever_numbers_they_have() -> None:
     """Another split's numbers are its own: of the same images the same bound, and not that of other classes."""
     compute = sampling_compute(Profile(threads_per_worker=1))
-    model = Likelihood(GaussianDiffusion(BetaSchedule.named("cosine", T)), Told(), ("cat", "dog", "owl"), compute)
+    measure = partial(bits_per_dim, GaussianDiffusion(BetaSchedule.named("cosine", T)))
+    model = Likelihood(measure, Told(), ("cat", "dog", "owl"), compute)
     pixels, classes = images(6).images, np.array([0, 1, 2, 2, 1, 0])
     rows = np.arange(6)
     own = model.bound(ArraySet(pixels, classes, class_names=("cat", "dog", "owl")), rows, 0)
@@ -214,8 +218,8 @@ def test_what_is_written_says_all_of_it(tmp_path: Path) -> None:
     diffusion = GaussianDiffusion(BetaSchedule.named("cosine", T), "eps")
     bound = likelihood(diffusion, ignorant()).bound(images(6), np.arange(6), 0)
     identity = BoundIdentity("bits_per_dim", "ab" * 32, "test", 6, 9, "ema", "T = 20, x0 clipped", 0, 6)
-    measured = Measured(bound, identity)
-    paths = {path.name: path for path in write_measured(measured, tmp_path / "bound")}
+    measured = Measured.of(bound, identity)
+    paths = {path.name: path for path in write_measured(measured, tmp_path / "bound", {})}
     told = json.loads(paths["scores.json"].read_text())
     assert told["values"]["bits_per_dim_test_n6"] == pytest.approx(bound.total.mean())
     parts = [told["values"][f"bits_per_dim_{part}_test_n6"] for part in ("prior", "divergences", "decoder")]

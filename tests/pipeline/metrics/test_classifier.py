@@ -192,7 +192,7 @@ def test_images_of_another_shape_cannot_be_judged(tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=r"shape \(1, 8, 8\), got \(1, 9, 9\)"):
         classifier.resize_rule((1, 9, 9))
     assert classifier.resize_rule((1, 8, 8)) == "none"
-    with pytest.raises(ValueError, match="uint8"):
+    with pytest.raises(RefusedError, match=r"got \(3, 8, 8\)"):
         classifier(np.zeros((2, 3, 8, 8), dtype=np.uint8))
 
 

@@ -199,18 +199,17 @@ class _QuietHandler(http.server.SimpleHTTPRequestHandler):
 
 def test_a_url_is_fetched_once(tmp_path: Path, server: str) -> None:
     (tmp_path / "served" / "w.pth").write_bytes(b"weights")
-    cache = tmp_path / "cache"
-    first = read_weights(f"{server}/w.pth", sha256=sha256(b"weights"), cache_dir=cache)
+    first = read_weights(f"{server}/w.pth", sha256=sha256(b"weights"))
     (tmp_path / "served" / "w.pth").unlink()
-    assert first == b"weights" == read_weights(f"{server}/w.pth", sha256=sha256(b"weights"), cache_dir=cache)
-    assert len(list(cache.iterdir())) == 1
+    assert first == b"weights" == read_weights(f"{server}/w.pth", sha256=sha256(b"weights"))
+    assert len(list((tmp_path / "torch" / "hub" / "checkpoints").iterdir())) == 1
 
 
 def test_a_url_that_serves_something_else_leaves_nothing_behind(tmp_path: Path, server: str) -> None:
     (tmp_path / "served" / "w.pth").write_bytes(b"something else")
     with pytest.raises(DataError, match="sha256 is"):
-        read_weights(f"{server}/w.pth", sha256=sha256(b"weights"), cache_dir=tmp_path / "cache")
-    assert not (tmp_path / "cache").exists()
+        read_weights(f"{server}/w.pth", sha256=sha256(b"weights"))
+    assert not (tmp_path / "torch").exists()
 
 
 @pytest.mark.parametrize(
@@ -218,13 +217,13 @@ def test_a_url_that_serves_something_else_leaves_nothing_behind(tmp_path: Path, 
 )
 def test_no_network_or_no_file_is_one_line_with_what_to_do(tmp_path: Path, server: str, url: str) -> None:
     with pytest.raises(DataError, match="Inception weights") as caught:
-        read_weights(url.format(server=server), sha256=sha256(b"weights"), cache_dir=tmp_path / "cache")
+        read_weights(url.format(server=server), sha256=sha256(b"weights"))
     assert "\n" not in str(caught.value)
 
 
 def test_without_weights_and_without_leave_to_download(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=f"no Inception weights here; .*{WEIGHTS_VARIABLE}"):
-        Inception.load(cache_dir=tmp_path / "cache", download=False)
+        Inception.load(download=False)
     with pytest.raises(DataError, match=r"absent\.pth: cannot be read"):
         Inception.load(str(tmp_path / "absent.pth"))
 

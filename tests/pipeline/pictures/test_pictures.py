@@ -53,8 +53,6 @@ def test_a_strip_has_images_down_and_time_across(tmp_path: Path) -> None:
     assert (np.diff(places[:, :, 0], axis=1) > 0).all()
     assert len(np.unique(places[:, 0, 0])) == len(np.unique(places[0, :, 1])) == 1
     assert (sheet[: places[0, 0, 0]] < 128).any()  # the labels
-    save_strip(frames, tmp_path / "plain.png")
-    assert pixels_of(tmp_path / "plain.png").shape[0] < sheet.shape[0]
 
 
 def test_images_of_two_and_four_channels_are_shown_too(tmp_path: Path) -> None:
@@ -68,14 +66,12 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
     images = some_images(2).transpose(0, 3, 1, 2)
     with pytest.raises(ValueError, match=r"expected uint8 images \[n, C, H, W\], got float64"):
         save_grid(images / 255, tmp_path / "g.png")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no images"):
-        save_grid(images[:0], tmp_path / "g.png")
-    with pytest.raises(ValueError, match="1 captions for 2 images"):
+    with pytest.raises(ValueError, match="shorter"):
         save_grid(images, tmp_path / "g.png", captions=["one"])
-    with pytest.raises(ValueError, match="1 labels for 2 frames"):
+    with pytest.raises(ValueError, match="shorter"):
         save_strip([images, images], tmp_path / "g.png", labels=["one"])
-    with pytest.raises(ValueError, match="must be alike"):
-        save_strip([images, images[:1]], tmp_path / "g.png")
+    with pytest.raises(ValueError, match="same shape"):
+        save_strip([images, images[:1]], tmp_path / "g.png", labels=["one", "two"])
     assert list(tmp_path.iterdir()) == []
 
 

@@ -65,7 +65,7 @@ def measured(run: Run, bits: np.ndarray[Any, Any], process: str = "T = 20, x0 cl
     bound = Bound(bits * 0, bits / 2, bits / 2, curve, curve)
     identity = BoundIdentity("bits_per_dim", "cd" * 32, "test", len(bits), len(bits), "ema", process, seed, 10)
     write_measured(
-        Measured(bound, identity), run.folder / "evaluations" / "bound", {"model": {"run": run.id, "step": 30}}
+        Measured.of(bound, identity), run.folder / "evaluations" / "bound", {"model": {"run": run.id, "step": 30}}
     )
 
 
@@ -125,17 +125,10 @@ def test_seed_and_chunk_are_chance_and_the_most_seeds_stand_for_a_model(new_run)
     assert [rank.entry.value for rank in ranking.ranks] == pytest.approx([0.6, 0.9])
 
 
-def test_scores_that_do_not_say_their_precision_are_of_fp32_not_compiled(new_run):
-    one, two = new_run(), new_run()
+def test_scores_of_two_precisions_are_ranked_together_only_where_asked(new_run):
+    one, three = new_run(), new_run()
     scored(one, 0.5)
-    (path,) = (one.folder / "evaluations").glob("*/scores.json")
-    older = json.loads(path.read_text())
-    for identity in older["identities"].values():
-        del identity["generation"]["precision"], identity["generation"]["compile"]
-    path.write_text(json.dumps(older))
-    scored(two, 0.4)
-    assert len(compare([one, two])[0].ranks) == 2
-    scored(three := new_run(), 0.3, replace(IDENTITY, generation=Generation("ddim", 50, precision="bf16")))
+    scored(three, 0.3, replace(IDENTITY, generation=Generation("ddim", 50, precision="bf16")))
     with pytest.raises(RefusedError, match=r"generation\.precision: fp32, bf16"):
         compare([one, three], "fid")
     (ranking,) = compare([one, three], across=["precision"])

@@ -19,9 +19,9 @@ from pipeline.config.presets import find
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.ingest.ingest import ensure_ingested
-from pipeline.metrics.early_kid import early_kid
 from pipeline.metrics.fid import kid
-from pipeline.metrics.scoring import scorer_of
+from pipeline.metrics.metric_identity import MetricIdentity
+from pipeline.metrics.scoring import early_kid, scorer_of
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.folder import RunStatus
@@ -241,9 +241,10 @@ def test_an_early_kid_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) ->
     found = early_kid(experiment, dataset, tmp_path, images, generation, compute)
     scorer = scorer_of(dataset, experiment.evaluation, tmp_path, download=False)
     expected = kid(scorer.reference.real.features, scorer.extractor(images).features, subset_size=32)
-    assert found.value == pytest.approx(expected.mean, rel=1e-6)
-    assert found.std == pytest.approx(expected.std, rel=1e-6)
-    assert found.over == "100 subsets of 32"
-    assert (found.identity.num_images, found.identity.generation) == (64, generation)
-    assert found.identity.extractor_sha256 == scorer.extractor.sha256
+    spread, identity = found.spreads["kid_classifier_n64"], found.identities["kid_classifier_n64"]
+    assert isinstance(identity, MetricIdentity)
+    assert found.values == {"kid_classifier_n64": pytest.approx(expected.mean, rel=1e-6)}
+    assert (spread.value, spread.over) == (pytest.approx(expected.std, rel=1e-6), "100 subsets of 32")
+    assert (identity.num_images, identity.generation) == (64, generation)
+    assert identity.extractor_sha256 == scorer.extractor.sha256
     assert set(found.flat()) == {"kid_classifier_n64", "kid_std_classifier_n64"}
