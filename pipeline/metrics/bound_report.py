@@ -85,7 +85,7 @@ def write_measured(measured: Measured, folder: Path, about: Mapping[str, Any]) -
     write_json(paths[SCORES_FILE], {**about, **measured.to_json()})
     write_atomically(paths[BOUND_FILE], pack(measured.bound.to_arrays(), measured.identity.to_json()))
     write_atomically(paths[CURVES_FILE], curves_csv(measured.bound).encode())
-    save_figure(curves_figure([(measured.identity.key, measured.bound)]), paths[PICTURE_FILE])
+    save_figure(curves_figure(measured.identity.key, measured.bound), paths[PICTURE_FILE])
     return list(paths.values())
 
 
@@ -102,22 +102,19 @@ def curves_csv(bound: Bound) -> str:
     return text.getvalue()
 
 
-def curves_figure(bounds: list[tuple[str, Bound]]) -> Any:
+def curves_figure(name: str, bound: Bound) -> Any:
     """Return a figure: the bound's terms over t (Nichol & Dhariwal 2021, fig. 2), and distortion against rate (Ho et al. 2020, fig. 5)."""
-    figure = new_figure(10.4, 4.2)
+    figure, style = new_figure(10.4, 4.2), line_style(0)
     over_t, trade = figure.subplots(1, 2)
-    for i, (name, bound) in enumerate(bounds):
-        style = line_style(i)
-        steps = np.arange(len(bound.terms.mean))
-        mean, error = bound.terms.mean, bound.terms.standard_error
-        over_t.plot(steps, mean, label=name, **style)
-        if np.isfinite(error).all():
-            over_t.fill_between(
-                steps, np.maximum(mean - error, mean / 10), mean + error, color=style["color"], alpha=0.25, lw=0
-            )
-        rate, distortion = bound.rate_distortion()
-        trade.plot(rate, distortion, label=name, **style)
-        trade.plot(rate[:1], distortion[:1], "o", color=style["color"], ms=4)
+    mean, error = bound.terms.mean, bound.terms.standard_error
+    steps = np.arange(len(mean))
+    over_t.plot(steps, mean, label=name, **style)
+    if np.isfinite(error).all():
+        lower = np.maximum(mean - error, mean / 10)
+        over_t.fill_between(steps, lower, mean + error, color=style["color"], alpha=0.25, lw=0)
+    rate, distortion = bound.rate_distortion()
+    trade.plot(rate, distortion, label=name, **style)
+    trade.plot(rate[:1], distortion[:1], "o", color=style["color"], ms=4)
     over_t.set_yscale("log")
     dress(over_t, "terms of the bound (t = 0: the decoder)", "bits/dim", "t")
     dress(trade, "rate and distortion (dot: t = 0)", "RMSE of the predicted image, of 255", "rate, bits/dim")

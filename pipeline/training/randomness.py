@@ -13,8 +13,6 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-__all__ = ["Draws", "concatenate", "image_generators", "seed_dropout", "seed_of", "training_draws"]
-
 
 def seed_of(purpose: str, *coordinates: int) -> int:
     """Return a 63-bit seed that is a function of the purpose and its integer coordinates."""

@@ -235,7 +235,7 @@ def test_what_is_written_says_all_of_it(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(row["t"]) for row in rows] == list(range(T))
     assert sum(float(row["bits_per_dim"]) for row in rows) + parts[0] == pytest.approx(bound.total.mean())
-    figure = curves_figure([(identity.key, bound)])
+    figure = curves_figure(identity.key, bound)
     over_t, trade = figure.axes
     (line,) = over_t.lines
     np.testing.assert_allclose(points_of(line), np.stack([np.arange(T), bound.terms.mean], axis=1))
