@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,7 +32,6 @@ MEMORISED_RATIO = 1 / 3  # nearest over second nearest, by pixel: below it a cop
 _ROWS_AT_ONCE = 1000
 _FLOATS_AT_ONCE = 1 << 24  # pixels of a chunk as float64: 128 MiB
 _FORMAT = 2
-_SPACES = ("feature", "pixel")
 
 
 class Nearest(NamedTuple):
@@ -57,22 +55,21 @@ class Nearest(NamedTuple):
         return Nearest(*(np.take_along_axis(array, which, axis=1) for array in (distances, rows, contents)))
 
 
-@dataclass(frozen=True)
-class Neighbours:
+class Neighbours(NamedTuple):
     """The closest training images of some generated ones.
 
     Attributes:
-        by_feature: by Euclidean distance of the extractor's features.
-        by_pixel: by root mean squared difference of pixels, on 0 .. 255.
+        feature: by Euclidean distance of the extractor's features.
+        pixel: by root mean squared difference of pixels, on 0 .. 255.
     """
 
-    by_feature: Nearest
-    by_pixel: Nearest
+    feature: Nearest
+    pixel: Nearest
 
     @property
     def ratios(self) -> npt.NDArray[np.float64]:
         """Pixel distance to the nearest training image over that to the second nearest [q]; 0 of a copy."""
-        nearest, second = self.by_pixel.distances[:, 0], self.by_pixel.distances[:, 1]
+        nearest, second = self.pixel.distances[:, 0], self.pixel.distances[:, 1]
         return np.divide(nearest, second, out=np.zeros_like(nearest), where=second > 0)
 
     @property
@@ -109,10 +106,10 @@ def find_neighbours(
     parts = compute(task, dataset.manifest.num_rows, at_once, store, runner, progress)
     found: dict[str, Nearest] = {}
     for part in parts:
-        for space in _SPACES:
+        for space in Neighbours._fields:
             nearest = Nearest(*(part[f"{space}.{name}"][0] for name in Nearest._fields))
             found[space] = found[space].closest(nearest, NUM_NEIGHBOURS) if space in found else nearest
-    return Neighbours(found["feature"], found["pixel"])
+    return Neighbours(**found)
 
 
 class NearestOfRows:
@@ -150,7 +147,7 @@ def write_neighbours(
     make_folder(folder)
     closest = np.argsort(found.ratios, kind="stable")[:shown]
     columns, labels = [generated[closest]], ["generated"]
-    for space, nearest in zip(_SPACES, (found.by_feature, found.by_pixel), strict=True):
+    for space, nearest in found._asdict().items():
         for i in range(nearest.rows.shape[1]):
             columns.append(_read(dataset, nearest.rows[closest, i]))
             labels.append(f"{space} {i + 1}")
@@ -162,7 +159,7 @@ def write_neighbours(
         "shown": closest.tolist(),
         **{
             f"by_{space}": {"distances": nearest.distances.tolist(), "rows": nearest.rows.tolist()}
-            for space, nearest in zip(_SPACES, (found.by_feature, found.by_pixel), strict=True)
+            for space, nearest in found._asdict().items()
         },
     }
     write_atomically(paths[1], json.dumps(about).encode())
@@ -171,7 +168,7 @@ def write_neighbours(
 
 def neighbour_lines(found: Neighbours) -> list[str]:
     """Return what the distances show, as lines of text."""
-    count, nearest = len(found.ratios), found.by_pixel.distances[:, 0]
+    count, nearest = len(found.ratios), found.pixel.distances[:, 0]
     return [
         f"{found.memorised:.0%} of {count} generated images are all but copies of a training image (less than a third as far, by pixel, "
         f"as the second nearest); the closest is {nearest.min():.1f} grey levels from one, half are within {np.median(nearest):.1f}"

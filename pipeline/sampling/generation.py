@@ -74,7 +74,7 @@ class ImageGenerator(ABC):
         return range(begin, begin + self.chunk_size)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Denoiser(ImageGenerator):
     """A network with its process, and how it turns noise into images of a shape (C, H, W)."""
 
@@ -89,9 +89,8 @@ class Denoiser(ImageGenerator):
 
     def __post_init__(self) -> None:
         """Take the network as it is now: weights that change later are not seen."""
-        object.__setattr__(self, "sampling", settled(self.sampling, self.compute))
-        fast = SamplingNetwork(self.model, self.diffusion.num_timesteps, self.sampling, self.compute)
-        object.__setattr__(self, "_fast", fast)
+        self.sampling = settled(self.sampling, self.compute)
+        self._fast = SamplingNetwork(self.model, self.diffusion.num_timesteps, self.sampling, self.compute)
 
     @property
     def timesteps(self) -> tuple[int, ...]:

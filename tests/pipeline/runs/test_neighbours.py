@@ -35,15 +35,15 @@ def test_neighbours_are_those_of_brute_force_and_copies_are_copies(
     apart = generated[:, None].astype(float) - data.images[None].astype(float)
     rmse = np.sqrt((apart**2).mean(axis=(2, 3, 4)))
     order = np.argsort(rmse, axis=1, kind="stable")[:, :NUM_NEIGHBOURS]
-    np.testing.assert_array_equal(found.by_pixel.rows, order)
-    np.testing.assert_allclose(found.by_pixel.distances, np.take_along_axis(rmse, order, axis=1), rtol=1e-12)
+    np.testing.assert_array_equal(found.pixel.rows, order)
+    np.testing.assert_allclose(found.pixel.distances, np.take_along_axis(rmse, order, axis=1), rtol=1e-12)
     ours, theirs = (extractor(images).features.astype(float) for images in (generated, data.images))
     between = np.linalg.norm(ours[:, None] - theirs[None], axis=2)
     np.testing.assert_allclose(
-        found.by_feature.distances, np.sort(between, axis=1)[:, :NUM_NEIGHBOURS], rtol=1e-4, atol=1e-5
+        found.feature.distances, np.sort(between, axis=1)[:, :NUM_NEIGHBOURS], rtol=1e-4, atol=1e-5
     )
 
-    assert (found.by_pixel.rows[3, 0], found.by_pixel.rows[7, 0]) == (12, 1796)
+    assert (found.pixel.rows[3, 0], found.pixel.rows[7, 0]) == (12, 1796)
     assert found.ratios[3] == found.ratios[7] == 0
     assert found.memorised == pytest.approx(2 / 20)  # noise of this size is no copy
     assert "10% of 20" in neighbour_lines(found)[0]
@@ -55,7 +55,7 @@ def test_neighbours_are_those_of_brute_force_and_copies_are_copies(
     shown = np.argsort(found.ratios, kind="stable")[:5]
     assert told["shown"] == shown.tolist()
     columns = [generated[shown]]
-    for nearest in (found.by_feature, found.by_pixel):
+    for nearest in (found.feature, found.pixel):
         columns += [data.images[nearest.rows[shown, i]] for i in range(NUM_NEIGHBOURS)]
     labels = [f"{space} {i + 1}" for space in ("feature", "pixel") for i in range(NUM_NEIGHBOURS)]
     save_strip(columns, tmp_path / "wanted.png", ["generated", *labels])
@@ -75,9 +75,9 @@ def test_an_image_that_is_there_twice_is_one_neighbour_of_the_smaller_row_whatev
     for size in (7, 60):
         monkeypatch.setattr("pipeline.metrics.neighbours._ROWS_AT_ONCE", size)
         found = find_neighbours(generated, ArraySet(images), extractor, tmp_path / str(size))
-        assert found.by_pixel.rows.tolist() == [order]
+        assert found.pixel.rows.tolist() == [order]
         assert order[0] == 5
-        np.testing.assert_allclose(found.by_pixel.distances, [apart[order]], rtol=1e-12)
+        np.testing.assert_allclose(found.pixel.distances, [apart[order]], rtol=1e-12)
         assert found.ratios[0] == pytest.approx(apart[order[0]] / apart[order[1]])
         assert found.memorised == 1
 
