@@ -27,6 +27,7 @@ _GAP = 2
 _BACKGROUND = (255, 255, 255)
 _INK = (0, 0, 0)
 _FONT_SIZE = 11
+_FRAME_MS, _LAST_FRAME_MS = 80, 2000  # of an animation
 _LINE = _FONT_SIZE + 4
 _ADDED = ("left out", "verified", "picture")  # to a card, by some datasets and options
 
@@ -102,17 +103,10 @@ def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[s
     write_picture(sheet.image, path)
 
 
-def save_animation(frames: Sequence[Pixels | Tensor], path: Path, frame_ms: int = 80, rest_ms: int = 2000) -> None:
-    """Write an animated GIF that repeats: each frame is a sheet of images side by side, and the last one rests.
-
-    Args:
-        frames: each uint8 [n, C, H, W], all alike.
-        path: file to write.
-        frame_ms: time that a frame is shown, in milliseconds; GIFs count in hundredths of a second.
-        rest_ms: time that the last one is shown.
-    """
+def save_animation(frames: Sequence[Pixels | Tensor], path: Path) -> None:
+    """Write an animated GIF that repeats: each frame, uint8 [n, C, H, W], is a sheet of images, and the last one is shown longer."""
     sheets = [grid_picture(frame) for frame in frames]
-    times = [frame_ms] * (len(sheets) - 1) + [rest_ms]
+    times = [_FRAME_MS] * (len(sheets) - 1) + [_LAST_FRAME_MS]
     options = {"format": "GIF", "save_all": True, "append_images": sheets[1:], "duration": times, "loop": 0}
     write_picture(sheets[0], path, **options)
 

@@ -145,9 +145,7 @@ class LoadedRun:
         }
 
 
-def run_sampler(
-    trained: Trained, request: SampleRequest, compute: Compute, where: Compute | Profile
-) -> ImageGenerator:
+def run_sampler(trained: Trained, request: SampleRequest, compute: Compute, where: Compute | Profile) -> ImageGenerator:
     """Return what generates images as asked from a loaded model; `where` says which machine generates."""
     sampling, seed = request.settings(trained.experiment)
     sampling = settled(sampling, where)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from pipeline.data.shards import Dataset, read_batches
 from pipeline.training.device import Compute
 from pipeline.training.randomness import Draws, concatenate, training_draws
 
-T = TypeVar("T")
 END_S = 5.0  # for a read that hangs; its thread ends with the process
 
 
@@ -100,20 +99,20 @@ class PlacedBatch:
         return model if self.labels is None else conditioned(model, self.labels[rows])
 
 
-class Prefetch(Generic[T]):
-    """Iterate over what another thread prepares ahead; `waited_s` sums the time the consumer had to wait.
+class Prefetch:
+    """Iterate over batches that another thread prepares ahead; `waited_s` sums the time that the consumer waited.
 
     An exception of the producer is raised in the consumer, at the item it belongs to. Use as a context manager: leaving it ends the
     thread.
     """
 
-    def __init__(self, items: Iterator[T], depth: int = 3) -> None:
+    def __init__(self, items: Iterator[Batch], depth: int = 3) -> None:
         self.waited_s = 0.0
-        self._queue: queue.Queue[T | BaseException | None] = queue.Queue(maxsize=depth)
+        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(maxsize=depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, args=(items,), name="prefetch", daemon=True)
 
-    def __enter__(self) -> Prefetch[T]:
+    def __enter__(self) -> Prefetch:
         self._thread.start()
         return self
 
@@ -121,7 +120,7 @@ class Prefetch(Generic[T]):
         self._closed.set()
         self._thread.join(END_S)
 
-    def __iter__(self) -> Iterator[T]:
+    def __iter__(self) -> Iterator[Batch]:
         while True:
             begin = time.perf_counter()
             item = self._queue.get()
@@ -132,7 +131,7 @@ class Prefetch(Generic[T]):
                 raise item
             yield item
 
-    def _produce(self, items: Iterator[T]) -> None:
+    def _produce(self, items: Iterator[Batch]) -> None:
         try:
             for item in items:
                 if not self._put(item):
@@ -141,7 +140,7 @@ class Prefetch(Generic[T]):
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: T | BaseException | None) -> bool:
+    def _put(self, item: Batch | BaseException | None) -> bool:
         """Put unless the consumer has left; return whether it was put."""
         while not self._closed.is_set():
             try:

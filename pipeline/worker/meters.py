@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pipeline.training.batches import Batch, Prefetch
+from pipeline.training.batches import Prefetch
 from pipeline.training.loop import StepResult
 from pipeline.training.team import Team
 
@@ -49,7 +49,7 @@ class LossMeter:
 class Pace:
     """The speed of training: since the last report for the record, smoothed for the progress bar."""
 
-    def __init__(self, step: int, batches: Prefetch[Batch]) -> None:
+    def __init__(self, step: int, batches: Prefetch) -> None:
         self._batches = batches
         self._reported = (step, time.monotonic(), 0.0)
         self._published = 0.0
