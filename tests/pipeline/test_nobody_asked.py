@@ -92,4 +92,4 @@ def test_no_command_without_ray_asks_another_machine(home: Path, user_environmen
         pytest.skip("this machine allows no network namespace")
     found = json.loads(done.stdout)
     assert found.pop("the probe") == [0, ["169.254.169.254:80"]]
-    assert found == {name: [130 if name == "ui" else 0, []] for name in ("train", "sample", "runs", "ui")}, done.stderr
+    assert found == {name: [0, []] for name in ("train", "sample", "runs", "ui")}, done.stderr
