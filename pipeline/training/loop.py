@@ -101,7 +101,7 @@ def _placed_like(value: Tensor, parameter: Tensor) -> Tensor:
     steps apart, which has no shape."""
     if value.shape != parameter.shape:
         return value.to(parameter.device, copy=True)
-    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+    return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
 
 @dataclass(frozen=True)

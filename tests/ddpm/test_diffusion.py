@@ -172,10 +172,12 @@ def test_refused_choices(arguments: dict[str, str], says: str) -> None:
 @pytest.mark.parametrize(("variance", "channels"), [("learned_range", 1), ("fixed_small", 2), ("fixed_large", 3)])
 def test_an_output_of_the_wrong_shape_is_refused(variance: str, channels: int) -> None:
     diffusion = GaussianDiffusion(BetaSchedule.named("linear", 50), variance=variance)
-    with pytest.raises(ValueError, match=rf"returned shape \(2, {channels}, 4, 4\) for x_t of shape \(2, 1, 4, 4\)"):
+    says = rf"returned shape \(2, {channels}, 4, 4\) for x_t of shape \(2, 1, 4, 4\)"
+    with pytest.raises(ValueError, match=says) as error:
         diffusion.p_mean_variance(
             lambda x, t: torch.zeros(2, channels, 4, 4), torch.zeros(2, 1, 4, 4), torch.tensor([1, 2])
         )
+    assert ("(prediction and variance)" in str(error.value)) == (variance == "learned_range")
 
 
 def test_noise_of_another_shape_is_refused_not_broadcast() -> None:

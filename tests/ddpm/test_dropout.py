@@ -9,7 +9,7 @@ from scipy import stats
 from torch import Tensor
 
 from ddpm import UNet
-from ddpm.dropout import Dropout, mixed, random_bits
+from ddpm.dropout import GAMMA, Dropout, mixed, random_bits
 
 SHAPE = torch.Size((8, 16, 16, 16))
 
@@ -32,6 +32,19 @@ def test_bits_are_those_of_splitmix64() -> None:
     states = keys(0, 1000)
     ours = mixed(states.clone()).numpy().view(np.uint64).tolist()
     assert ours == [splitmix64(state) for state in states.numpy().view(np.uint64).tolist()]
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2, 7])
+def test_the_bits_of_an_image_are_four_to_each_output_of_splitmix64(layer: int) -> None:
+    C, H, W = 3, 2, 5
+    of_images = keys(4, 3)
+    expected = []
+    for key in of_images.tolist():
+        start = splitmix64((key + layer * GAMMA) % 2**64)
+        outputs = [splitmix64((start + n * GAMMA) % 2**64) for n in range((C * H * W + 3) // 4)]
+        expected.append([output >> shift & 0xFFFF for output in outputs for shift in (0, 16, 32, 48)][: C * H * W])
+    ours = random_bits(of_images, layer, torch.Size((3, C, H, W))).permute(0, 2, 3, 1).reshape(3, -1)
+    assert ours.numpy().view(np.uint16).tolist() == expected
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9, 1e-3])

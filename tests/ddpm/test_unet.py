@@ -174,6 +174,7 @@ def test_any_size_that_fits_keeps_its_shape(size: int | tuple[int, int], channel
         ({"channel_multipliers": ()}, "channel_multipliers is empty"),
         ({"channel_multipliers": (1, 0)}, r"channel_multipliers\[1\]=0"),
         ({"num_res_blocks": 0}, "num_res_blocks=0"),
+        ({"num_timesteps": 0}, "num_timesteps=0"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"num_classes": 0}, "num_classes=0"),
     ],

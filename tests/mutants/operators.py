@@ -370,7 +370,8 @@ def _call(node: ast.Call) -> Iterator[Fault]:
         if keyword.arg != "device":
             yield _changed(node, keywords=_without(node.keywords, i))
     if len(node.args) >= 2:
-        if ast.unparse(node.func).rpartition(".")[2] not in SYMMETRIC:
+        alike = ast.dump(node.args[0]) == ast.dump(node.args[1])
+        if not alike and ast.unparse(node.func).rpartition(".")[2] not in SYMMETRIC:
             yield _changed(node, args=[node.args[1], node.args[0], *node.args[2:]])
         yield _changed(node, args=node.args[:-1])
     match node.func:

@@ -39,6 +39,14 @@ def moments_with(covariance: Array, mean: Array, count: int = 1001) -> Moments:
     return Moments(count, mean, (covariance + covariance.T) / 2 * (count - 1))
 
 
+def test_moments_are_read_back_from_their_arrays_as_they_were() -> None:
+    moments = Moments.of(gaussian(5, 3, seed=0))
+    read = Moments.from_arrays(moments.to_arrays("real"), "real")
+    assert (read.count, type(read.count)) == (5, int)
+    assert np.array_equal(read.mean, moments.mean)
+    assert np.array_equal(read.scatter, moments.scatter)
+
+
 @pytest.mark.oracle(9)
 @pytest.mark.parametrize(("width", "rank"), [(3, 3), (64, 64), (64, 10), (512, 100)])
 def test_oracle_9_commuting_covariances(width: int, rank: int) -> None:
