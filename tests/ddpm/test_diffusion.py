@@ -180,6 +180,15 @@ def test_an_output_of_the_wrong_shape_is_refused(variance: str, channels: int) -
     assert ("(prediction and variance)" in str(error.value)) == (variance == "learned_range")
 
 
+def test_a_learned_variance_is_the_second_half_of_the_channels() -> None:
+    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 50), variance="learned_range")
+    output = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0))
+    prediction, position = diffusion.split(output, torch.zeros(2, 3, 4, 4))
+    assert position is not None
+    torch.testing.assert_close(prediction, output[:, :3].to(prediction.dtype), rtol=0, atol=0)
+    torch.testing.assert_close(position, (output[:, 3:].to(position.dtype) + 1) / 2, rtol=0, atol=0)
+
+
 def test_noise_of_another_shape_is_refused_not_broadcast() -> None:
     diffusion = GaussianDiffusion(BetaSchedule.named("linear", 50))
     with pytest.raises(ValueError, match="eps has shape"):
