@@ -242,7 +242,8 @@ def test_an_exception_of_an_own_network_is_one_line_and_its_traceback_is_in_the_
 
 @pytest.mark.slow
 def test_it_samples_in_its_own_process_with_nothing_left_of_the_training_and_no_ray(acting, home):
-    ended = train(acting)
+    scored = ("-s", "evaluation.enabled=true", "-s", "evaluation.num_images=16")
+    ended = acting("train", "acting.yaml", "--cluster", "one.yaml", *scored)
     assert ended.code == 0, ended.stderr
     assert "40 steps in this process, on " in ended.stderr
     *_, after = (home / "calls").read_text().rpartition("step\n")
