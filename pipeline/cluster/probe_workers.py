@@ -17,6 +17,8 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.errors import ClusterError
 from pipeline.limits import in_thread
 
+LEAVE_S = 15.0  # for Ray Train to notice that its workers are gone
+
 
 def on_workers(
     function: Callable[..., Any], arguments: tuple[Any, ...], profile: Profile, num_workers: int, timeout_s: float
@@ -28,21 +30,22 @@ def on_workers(
     import ray
 
     name = f"probe-{secrets.token_hex(4)}"
-    control = start_control(name, profile)
     config = {"control": name, "code_folder": os.getcwd(), "function": function, "arguments": arguments,
               "collective_s": profile.timeouts.collective_s}  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="ddpm-pipe-probe-", ignore_cleanup_errors=True) as folder:
+        trainer = trainer_of(
+            measure_in_worker,
+            config,
+            profile,
+            num_workers,
+            run_id=name,
+            name=name,
+            storage={"storage_path": folder},
+        )
+        control = start_control(name, profile)
+        fitting = in_thread(trainer.fit, name)
         try:
-            trainer = trainer_of(
-                measure_in_worker,
-                config,
-                profile,
-                num_workers,
-                run_id=name,
-                name=name,
-                storage={"storage_path": folder},
-            )
-            result = in_thread(trainer.fit, name)(timeout_s)
+            result = fitting(timeout_s)
         except Exception as error:  # Ray Train's, which wraps that of a worker
             ours = None
             with suppress(ray.exceptions.RayError):
@@ -52,6 +55,10 @@ def on_workers(
             with suppress(ray.exceptions.RayError):
                 release(name)
                 ray.kill(control)
+            with suppress(
+                Exception
+            ):  # reported above, or late: Ray ends a process that shuts it down while a thread is inside it
+                fitting(LEAVE_S)
     if result is None:
         raise ClusterError(
             f"the workers did not answer within {timeout_s:g} s; see what else runs on the cluster with: ray status"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from pipeline.cluster.probe_workers import LEAVE_S
 from pipeline.cluster.session import ray_of
 from pipeline.cluster.token import admission, probe_dashboard
 from pipeline.config import presets
@@ -103,6 +105,15 @@ def examine(examination: Examination, report: Callable[[Finding], None] = lambda
     return findings
 
 
+def _wait_for_late_checks() -> None:
+    """Wait a while for checks that are over their limits: Ray ends a process that shuts it down while a thread is inside it."""
+    names = {f"doctor-{name}" for stage in STAGES for name, _, _ in stage}
+    deadline = time.monotonic() + LEAVE_S
+    for thread in threading.enumerate():
+        if thread.name in names:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+
 def begin(
     name: str, check: Callable[[Examination], Finding], limit_s: float, examination: Examination
 ) -> Callable[[], Finding]:
@@ -132,6 +143,7 @@ def _join(examination: Examination, stack: ExitStack) -> Finding:
     count = most if profile.is_remote else max(held_here(range(1, most + 1), profile), default=1)
     try:
         stack.enter_context(ray_of(profile, count))
+        stack.callback(_wait_for_late_checks)
     except PipelineError as error:
         return red_of("cluster", error)
     took = time.perf_counter() - before

@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,15 @@ import numpy as np
 import pytest
 import yaml
 
+from pipeline.cluster.probe_workers import on_workers
+from pipeline.cluster.session import ray_of
+from pipeline.config.cluster_profile import load_profile
+from pipeline.errors import ClusterError
 from pipeline.storage.remote import RemoteFolder
 from tests.kit.clusters import RayCluster, ray_cluster
 from tests.kit.commands import PROGRAM, Result
 from tests.kit.commands import run_command as run
+from tests.kit.forks import PROCESSES
 from tests.kit.object_store import CREDENTIALS
 from tests.kit.ports import free_port
 
@@ -248,6 +255,24 @@ def test_a_read_only_place_without_room(home, shell):
     seen = found(result)
     assert "Read-only file system" in seen["storage"]["says"]
     assert str(place) in seen["disk"]["says"]
+
+
+def ask_workers_that_are_late(home: str) -> None:
+    os.environ["DDPM_PIPE_HOME"] = home
+    os.chdir(home)
+    profile = load_profile("local")
+    with ray_of(profile, 1), suppress(ClusterError):
+        on_workers(lambda team: time.sleep(60), (), profile, 1, timeout_s=2.0)
+        raise AssertionError("not late")
+    Path("ended").touch()
+
+
+def test_workers_that_are_late_do_not_end_the_process_that_asks_them(home):
+    """Ray ends a process that shuts it down while another thread waits inside it."""
+    process = PROCESSES.Process(target=ask_workers_that_are_late, args=(str(home),))
+    process.start()
+    process.join()
+    assert (process.exitcode, (home / "ended").exists()) == (0, True)
 
 
 def test_a_dataset_that_hangs_is_red_and_ends_in_time(cli, home, tmp_path):
