@@ -65,7 +65,7 @@ def _ancestral(
         p = chain.reverse_step(denoised, x, _filled(i, x))
         x = p.mean
         if i > 0:
-            x = x + (p.log_variance / 2).exp() * next(noise)
+            x = x + (p.log_variance / 2).exp() * next(noise).to(x.dtype)
         yield Step(kept[i], x)
 
 
@@ -107,7 +107,7 @@ def _ddim(
         before, sigma = abar[i], sigmas[i]
         x = before**0.5 * denoised.x0 + max(1 - before - sigma**2, 0.0) ** 0.5 * denoised.eps
         if sigma > 0:
-            x = x + sigma * next(noise)
+            x = x + sigma * next(noise).to(x.dtype)
         yield Step(kept[i], x)
 
 
