@@ -17,7 +17,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.errors import ClusterError
 from pipeline.limits import in_thread
 
-LEAVE_S = 15.0  # for Ray Train to notice that its workers are gone
+LEAVE_S = 60.0  # for Ray Train to notice that its workers are gone: ten seconds, on a busy machine more
 
 
 def on_workers(
