@@ -55,9 +55,8 @@ def on_workers(
             with suppress(ray.exceptions.RayError):
                 release(name)
                 ray.kill(control)
-            with suppress(
-                Exception
-            ):  # reported above, or late: Ray ends a process that shuts it down while a thread is inside it
+            # Ray ends a process that shuts it down while a thread is inside it; an exception of that thread is reported above
+            with suppress(Exception):
                 fitting(LEAVE_S)
     if result is None:
         raise ClusterError(

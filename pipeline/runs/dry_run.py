@@ -48,7 +48,7 @@ class DryRun:
 
 
 def dry_run(asked: TrainRequest, *, measure: bool = True) -> DryRun:
-    """Plan a training, and measure it unless told not to. Nothing stays behind."""
+    """Plan a training, and measure it if `measure`. Nothing stays behind."""
     plan = plan_training(asked)
     warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure and not plan.missing else None])]
     if not measure:

@@ -30,7 +30,7 @@ def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images
 
     Raises:
         UsageError, DataError: the source has no such split, or is not there any more; images without the labels that the
-            model wants to be told.
+            model needs.
     """
     run, trained, profile, console = loaded.run, loaded.trained, loaded.profile, loaded.console
     dataset = open_images(run, "to measure") if split is None else open_split(run, split, console)

@@ -1,4 +1,4 @@
-"""`ddpm-pipe serve RUN`: a trained model that answers requests for images with PNGs, on this machine alone unless told otherwise.
+"""`ddpm-pipe serve RUN`: a trained model that answers requests for images with PNGs, on this machine alone by default.
 
 GET /images?n=4&seed=0&steps=50   JSON: the images as base64 PNGs, and what makes them these
 GET /images/7.png?seed=0          image 7 of a seed

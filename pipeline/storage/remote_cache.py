@@ -96,9 +96,8 @@ class NodeCache:
                     with locked(self._folder):  # a process that counts meanwhile might see it under neither name
                         part.rename(path)
                 except BaseException:
-                    part.unlink(
-                        missing_ok=True
-                    )  # before the rename the name is this process's; afterwards it may be another's
+                    # before the rename the name is this process's; afterwards it may be another's
+                    part.unlink(missing_ok=True)
                     raise
         except OSError as error:
             raise self._unusable(error) from None

@@ -70,7 +70,7 @@ def _run_trials(driver: SweepDriver) -> None:
         )
     if failure:
         raise ClusterError(
-            f"sweep {folder.id}: {' '.join(str(failure[0]).split())[:300]}; what is done is kept; resume with: "
+            f"sweep {folder.id}: {' '.join(str(failure[0]).split())[:300]}; finished trials are kept; resume with: "
             f"{typeable(f'resume {folder.id}')}"
         )
 

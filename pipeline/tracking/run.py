@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import StorageError
+from pipeline.storage.durable import locked
 from pipeline.tracking.spool import Event
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def require_schema(uri: str) -> None:
     path = sqlite_file(uri)
     if path is None or not path.is_file() or _schema_of(path) in (None, *_schemas()[-1:]):
         return
-    with _sole(path.parent):  # another process may be making the tables
+    with locked(path.parent):  # another process may be making the tables
         found = _schema_of(path)
     *older, newest = _schemas()
     if found in (None, newest):
@@ -143,17 +143,6 @@ def _schemas() -> list[str]:
     return sorted(known, key=lambda name: name not in followed)
 
 
-@contextmanager
-def _sole(folder: Path) -> Iterator[None]:
-    """Let one process at a time set up a store's tables."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def sqlite_file(uri: str) -> Path | None:
     """Return the file of a SQLite store, None for another kind."""
     prefix = "sqlite:///"
@@ -176,5 +165,5 @@ def prepare_store(uri: str) -> Iterator[None]:
         raise StorageError(
             f"{path}: cannot be written ({error.strerror}); make it writable, or set DDPM_PIPE_HOME"
         ) from error
-    with _sole(path.parent):
+    with locked(path.parent):
         yield

@@ -317,13 +317,13 @@ def kept_arithmetic(
     return replace(compute, **kept)
 
 
-def sampling_compute(profile: Profile, num_workers: int = 1, *, gpu: int = 0, here: bool = True) -> Compute:
+def sampling_compute(profile: Profile, num_workers: int = 1, *, here: bool = True) -> Compute:
     """Decide for generating images: float32 throughout; `Compute.for_sampling` then says how the network is called.
 
     In one of `num_workers` workers; with `here=False` for a process that prepares and sums up, whose machine may be without a GPU.
     """
     found = Capabilities.of_this_machine()
-    device = _device(found, profile, gpu) if here or found.num_gpus else torch.device("cpu")
+    device = _device(found, profile, 0) if here or found.num_gpus else torch.device("cpu")
     return Compute(device, backend_of(profile), profile.threads(num_workers), deterministic=device.type == "cuda")
 
 

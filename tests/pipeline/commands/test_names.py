@@ -37,7 +37,7 @@ def test_classes_and_images_of_any_name_are_taken_and_shown(typed: Typed, home: 
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["ingest", "images", LATIN], "got a name that is not UTF-8, expected one that is. Rename it."),
         (["ingest", "images", "z" * 300], f"{'z' * 80}...: got a name of 300 characters, expected a shorter one."),
@@ -45,11 +45,11 @@ def test_classes_and_images_of_any_name_are_taken_and_shown(typed: Typed, home: 
         (["train", "--data", "z" * 300], "got a name of 300 characters, expected a shorter one."),
     ],
 )
-def test_a_name_that_cannot_be_used_is_one_line(typed: Typed, home: Path, words: list[str], told: str) -> None:
+def test_a_name_that_cannot_be_used_is_one_line(typed: Typed, home: Path, words: list[str], message: str) -> None:
     folder_of_images(home / "images", "a", "b")
     code, out, err = typed(*words)
     assert (code, out) == (2, "")
-    assert err.endswith(f"{told}\n")
+    assert err.endswith(f"{message}\n")
 
 
 def test_an_experiment_has_its_files_name_in_letters_that_every_store_takes(tmp_path: Path) -> None:
