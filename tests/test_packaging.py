@@ -328,7 +328,7 @@ def test_mlflow_run_trains_samples_and_scores_in_the_runs_that_it_opened(home: P
     (ours,) = (home / "runs").iterdir()
     trained = found["train"]
     assert trained.data.tags["ddpm_pipe.run_id"] == ours.name
-    assert "loss" in trained.data.metrics
+    assert "train/loss" in trained.data.metrics
     assert trained.data.params["preset"] == "digits"  # MLflow's own parameters, beside ours
     assert trained.data.params["training.steps"] == "4"
     for entry in ("sample", "evaluate"):
@@ -336,7 +336,7 @@ def test_mlflow_run_trains_samples_and_scores_in_the_runs_that_it_opened(home: P
         assert found[entry].data.tags["ddpm_pipe.of_mlflow_run"] == trained.info.run_id
     assert [a.path for a in client.list_artifacts(found["sample"].info.run_id)]
     scores = found["evaluate"].data.metrics
-    assert any(name.startswith("fid_classifier") for name in scores)
+    assert any(name.startswith("score/fid_classifier") for name in scores)
     assert any(a.path.endswith("grid.png") for a in client.list_artifacts(found["evaluate"].info.run_id))
 
 

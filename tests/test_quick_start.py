@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from pipeline.pictures.pictures import read_grid
+from pipeline.tracking.names import Group
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -95,18 +96,26 @@ def tracked_as_a_reader_finds_it(home: Path, folder: Path) -> None:
         == json.loads((folder / "run.json").read_text())["experiment"]["diffusion"]["schedule"]
     )
     assert "ddpm-pipe train" in run.data.tags["mlflow.note.content"]
-    assert [m.step for m in client.get_metric_history(run.info.run_id, "loss")] == [5, 10, 15, 20]
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "train/loss")] == [5, 10, 15, 20]
     wanted = {
-        "grad_norm",
-        "learning_rate",
-        "images_per_s",
-        "data_wait_share",
-        "fid_classifier_n559",
-        "kid_classifier_n559",
+        "train/grad_norm",
+        "train/learning_rate",
+        "system/images_per_s",
+        "system/data_wait_share",
+        "system/training_s",
+        "score/fid_classifier_n559",
+        "score/kid_classifier_n559",
+        "score/confident",
     }
     assert wanted <= run.data.metrics.keys()
-    assert any(key.startswith("loss_t_quartile_") for key in run.data.metrics)
-    assert any(key.startswith("system/") for key in run.data.metrics)
+    assert any(key.startswith("train/loss_t_quartile_") for key in run.data.metrics)
+    assert {key.partition("/")[0] for key in run.data.metrics} <= set(get_args(Group))
+    # what does not change with the model is a tag, and no chart
+    assert {"yardstick_real_half_fid_classifier_n559", "yardstick_uniform_noise_confident"} <= run.data.tags.keys()
+    best = client.search_runs(
+        [experiment.experiment_id], "metrics.`score/fid_classifier_n559` < 1e9 AND metrics.`train/loss` > 0"
+    )
+    assert [found.info.run_id for found in best] == [run.info.run_id]
     (dataset,) = run.inputs.dataset_inputs
     assert dataset.dataset.name == "digits"
     pictures = [artifact.path for artifact in client.list_artifacts(run.info.run_id, "images")]

@@ -76,7 +76,7 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     for path in pictures.values():
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
-    tracker.metrics(trained.step, {"training_s": trained.training_s}, family="result")
+    tracker.metrics(trained.step, {"training_s": trained.training_s}, "system")
     tracker.describe(describe(run, summary, trained.step))
     tracker.finish("FINISHED")
     delivered = tracker.close()

@@ -13,6 +13,7 @@ from pipeline.metrics.bound_report import Measured, write_measured
 from pipeline.metrics.neighbours import Neighbours, write_neighbours
 from pipeline.metrics.scores import Scores, write_scores
 from pipeline.pictures.pictures import save_grid
+from pipeline.tracking.text import YARDSTICK
 from pipeline.tracking.tracker import Tracker
 
 
@@ -96,15 +97,22 @@ def write_evaluation(found: Evaluation, root: Path) -> list[Path]:
 
 
 def record(tracker: Tracker, found: Evaluation, written: list[Path]) -> dict[str, float]:
-    """Send figures to the tracking store, with the folders that hold them, and return the figures by their names."""
+    """Send figures to the tracking store, with the folders that hold them, and return the figures by their names.
+
+    Yardsticks become tags: they are figures of the images, and do not change while a model is trained.
+    """
     figures: dict[str, float] = {}
     if found.scored is not None:
         scores = found.scored.scores
-        sampled = scores.flat() | {f"confident_{k}": v for k, v in scores.confident.items()}
-        figures |= _labelled(sampled, found.scored.label)
+        sides = {"generated": "confident", **{side: f"{YARDSTICK}{side}_confident" for side in scores.yardsticks}}
+        confident = {sides[side]: share for side, share in scores.confident.items()}
+        figures |= _labelled(scores.flat() | confident, found.scored.label)
     if found.measured is not None:
         figures |= _labelled(found.measured.flat(), found.measured.label)
-    tracker.metrics(found.step, figures, family="result")
+    yardsticks = {name: str(value) for name, value in figures.items() if name.startswith(YARDSTICK)}
+    tracker.metrics(found.step, {name: value for name, value in figures.items() if name not in yardsticks}, "score")
+    if yardsticks:
+        tracker.tags(yardsticks)
     for folder in dict.fromkeys(path.parent for path in written):
         tracker.artifact(folder, f"evaluations/{folder.name}")
     return figures

@@ -118,7 +118,7 @@ def _chart_of_progress(folder: SweepFolder, result: Result, tracker: Tracker) ->
             so_far.setdefault(points[key], []).append(values[key])
         if so_far:
             drawn[f"best_{result.metric_name}"] = min(statistics.fmean(of_point) for of_point in so_far.values())
-        tracker.metrics(count, drawn, family="result")
+        tracker.metrics(count, drawn, "sweep")
 
 
 def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], tracking: SweepTracking) -> None:
@@ -141,7 +141,7 @@ def _tell_trials(folder: SweepFolder, result: Result, runs: dict[str, Run], trac
             tracker = Tracker(run.folder, tracking.settings)
             tracker.tags(tags)
             if point.mean is not None:
-                tracker.metrics(entry.steps, {"sweep_rank": rank}, family="result")
+                tracker.metrics(entry.steps, {"rank": rank}, "sweep")
             tracker.close(timeout=10.0)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.redaction import one_line, redact
+from pipeline.tracking.names import is_repeated
 from pipeline.tracking.run import RUN_ID_TAG, NoRunError, find_or_make, get_run, prepare_store
 from pipeline.tracking.spool import Event
 from pipeline.tracking.writer import FILE_KINDS, MAX_METRICS_PER_CALL
@@ -107,7 +108,7 @@ class Delivery:
         for event in events:
             step = event["step"]
             for key, value in event["values"].items():
-                if event["family"] != "train":
+                if not is_repeated(key):
                     if any(_same(metric, key, step, value) for metric in [*metrics, *self._history(key)]):
                         continue
                 elif step <= last.get(key, self._last_step(key)):

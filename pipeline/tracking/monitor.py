@@ -7,21 +7,21 @@ import sys
 
 import psutil
 
-MIB = 2**20
+MB = 1e6
 
 
 def sample_system() -> dict[str, float]:
-    """Return CPU, memory and, if this process uses one, GPU utilisation, with the names of MLflow's "System metrics" tab.
+    """Return CPU, memory and, if this process uses one, GPU utilisation and power, with the names of MLflow's own monitor.
 
-    `cpu_percent` is the mean since this thread's last call.
+    `cpu_utilization_percentage` is the mean since this thread's last call.
     """
     figures = {
-        "system/memory_percent": psutil.virtual_memory().percent,
-        "system/process_memory_mib": psutil.Process().memory_info().rss / MIB,
+        "system_memory_usage_percentage": psutil.virtual_memory().percent,
+        "process_memory_usage_megabytes": psutil.Process().memory_info().rss / MB,
     }
     # 0 where psutil has no earlier call to compare with
     if (cpu_percent := psutil.cpu_percent()) > 0:
-        figures["system/cpu_percent"] = cpu_percent
+        figures["cpu_utilization_percentage"] = cpu_percent
     return figures | _gpu()
 
 
@@ -32,9 +32,11 @@ def _gpu() -> dict[str, float]:
     index = torch.cuda.current_device()
     free, total = torch.cuda.mem_get_info(index)
     figures = {
-        f"system/gpu_{index}_memory_mib": (total - free) / MIB,
-        f"system/gpu_{index}_memory_percent": 100.0 * (total - free) / total,
+        f"gpu_{index}_memory_usage_megabytes": (total - free) / MB,
+        f"gpu_{index}_memory_usage_percentage": 100.0 * (total - free) / total,
     }
-    with contextlib.suppress(ImportError, RuntimeError):  # it needs NVIDIA's management library
-        figures[f"system/gpu_{index}_percent"] = float(torch.cuda.utilization(index))
+    # NVIDIA's management library may be missing, and some GPUs do not measure (its errors have no base but Exception)
+    with contextlib.suppress(Exception):
+        figures[f"gpu_{index}_power_usage_watts"] = torch.cuda.power_draw(index) / 1000
+        figures[f"gpu_{index}_utilization_percentage"] = float(torch.cuda.utilization(index))
     return figures

@@ -15,6 +15,7 @@ from pipeline.console import Console
 from pipeline.errors import UsageError
 from pipeline.redaction import one_line, public_uri
 from pipeline.storage.runs import Run
+from pipeline.tracking.names import metric_name
 from pipeline.tracking.run import RUN_ID_TAG, get_run, prepare_store
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.tracking.writer import prepare_environment
@@ -82,7 +83,7 @@ def copy_to_opened(
         if of.mlflow_run_id:
             client.set_tag(opened, "ddpm_pipe.of_mlflow_run", of.mlflow_run_id)
         for name, value in figures.items():
-            client.log_metric(opened, name, value)
+            client.log_metric(opened, metric_name("score", name), value)
         for path in files:
             log = client.log_artifacts if path.is_dir() else client.log_artifact
             log(opened, str(path))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config.experiment import Experiment, experiment_from, with_overrides
 from pipeline.storage.runs import Run, RunRecord
+from pipeline.tracking.names import metric_name
 
 YARDSTICK = "yardstick_"
 _SPACE = "&nbsp;" * 4
@@ -94,7 +95,7 @@ def _results(summary: Mapping[str, Any]) -> str:
     head = ["figure", "this model", *(kind.replace("_", " ") for kind in kinds)]
     rows = [
         [
-            f"`{name}`",
+            f"`{metric_name('score', name)}`",
             _figure(summary[name]),
             *(_figure(yardsticks.get(f"{YARDSTICK}{kind}_{name}", "")) for kind in kinds),
         ]

@@ -23,6 +23,7 @@ from pipeline.redaction import one_line, public_uri, redact, redact_value
 from pipeline.storage.home import absolute_store, artifacts_dir, default_tracking_uri
 from pipeline.storage.next_command import typeable
 from pipeline.tracking.moved import require_unmoved
+from pipeline.tracking.names import Group, clean_name, metric_name
 from pipeline.tracking.run import require_schema
 from pipeline.tracking.spool import Event, Spool
 from pipeline.tracking.writer import Writer
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Family = Literal["train", "result"]
 DEFAULT_EXPERIMENT = "ddpm"
 MAX_VALUE_LENGTH = 6000  # MLflow's limit for parameters
 
@@ -120,7 +120,7 @@ class Tracker:
             experiment=self._settings.experiment,
             run_name=run_name,
             tags={**_source_tags(tags.get("code_version", "")), **_clean_tags(tags)},
-            params={_clean_name(name): _clean_param(name, value) for name, value in params.items()},
+            params={clean_name(name): _clean_param(name, value) for name, value in params.items()},
             description=redact(description),
             dataset=None if dataset is None else {key: redact(value) for key, value in asdict(dataset).items()},
             mlflow_run_id=self._settings.mlflow_run_id,
@@ -128,20 +128,20 @@ class Tracker:
         if self._settings.strict and not self.flush(self._settings.start_timeout_s, patient=True):
             raise TrackingError(self._complaint("does not accept the run"))
 
-    def metrics(self, step: int, values: Mapping[str, float], family: Family = "train") -> None:
-        """Record metrics of one step.
+    def metrics(self, step: int, values: Mapping[str, float], group: Group = "train") -> None:
+        """Record metrics of one step under the names of a group.
 
-        Family `train` is logged again by a resumed training: steps that the store has are skipped. Family `result` is measured
+        Those that a resumed training logs again (`names.REPEATED`) are skipped at steps that the store has. The others are measured
         explicitly: another value at the same step is kept, too.
         """
         kept = {}
         for name, value in values.items():
             try:
-                kept[_clean_name(name)] = float(value)
+                kept[metric_name(group, name)] = float(value)
             except (TypeError, ValueError):
                 log.warning("tracking: %s = %r is not a number and is not recorded", name, value)
         if kept:
-            self._append("metrics", step=int(step), values=kept, family=family)
+            self._append("metrics", step=int(step), values=kept)
 
     def image(self, key: str, step: int, path: Path) -> None:
         """Record a picture for the step slider. The file must not move until it is delivered."""
@@ -278,12 +278,7 @@ def _source_tags(code_version: str) -> dict[str, str]:
 
 
 def _clean_tags(tags: Mapping[str, str]) -> dict[str, str]:
-    return {_clean_name(name): redact_value(name, str(value)) for name, value in tags.items()}
-
-
-def _clean_name(name: str) -> str:
-    """Replace characters that MLflow does not allow in names, and apply its length limit."""
-    return re.sub(r"[^A-Za-z0-9_\-. :/]", "_", name)[:250]
+    return {clean_name(name): redact_value(name, str(value)) for name, value in tags.items()}
 
 
 def _clean_param(name: str, value: Any) -> str:

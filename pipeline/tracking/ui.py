@@ -23,6 +23,7 @@ from pipeline.console import answer
 from pipeline.errors import TrackingError, UsageError
 from pipeline.signals import Signals, listening
 from pipeline.storage.home import artifacts_dir, make_folder
+from pipeline.tracking.names import metric_name
 from pipeline.tracking.run import RUN_ID_TAG
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 VIEW = "ddpm-pipe"
 PARAMETERS = ("diffusion.schedule", "diffusion.num_timesteps", "training.steps")
-SCORE = re.compile(r"(fid|kid|bits_per_dim)_[A-Za-z0-9_]*")
+SCORE = re.compile(r"score/(fid|kid|bits_per_dim)_[A-Za-z0-9_]*")
 PART = re.compile(r"_(std|prior|divergences|decoder)_")
 MAX_SCORES = 4
 
@@ -172,11 +173,12 @@ def choose_columns(client: MlflowClient, experiment_id: str) -> str:
     MLflow keeps such a view as JSON in a tag of the experiment; its Share button stores the same tag.
     """
     runs = client.search_runs([experiment_id], max_results=200)
-    scores = {name for run in runs for name in run.data.metrics if SCORE.fullmatch(name) and not PART.search(name)}
-    ordered = sorted(scores, key=lambda name: (("fid", "kid", "bit").index(name[:3]), name))[:MAX_SCORES]
+    found = [SCORE.fullmatch(name) for run in runs for name in run.data.metrics if not PART.search(name)]
+    scores = {(("fid", "kid", "bits_per_dim").index(score[1]), score[0]) for score in found if score}
+    ordered = [name for _, name in sorted(scores)][:MAX_SCORES]
     columns = [f"params.`{name}`" for name in PARAMETERS] + [f"metrics.`{name}`" for name in ordered]
     view = {
-        "selectedColumns": [f"tags.`{RUN_ID_TAG}`", *columns, "metrics.`sweep_rank`"],
+        "selectedColumns": [f"tags.`{RUN_ID_TAG}`", *columns, f"metrics.`{metric_name('sweep', 'rank')}`"],
         "runsExpanded": {run.info.run_id: True for run in runs if run.data.tags.get("kind") == "sweep"},
     }
     client.set_experiment_tag(experiment_id, f"mlflow.sharedViewState.{VIEW}", json.dumps(view))

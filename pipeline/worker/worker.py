@@ -223,12 +223,12 @@ class Worker:
         metrics |= {"grad_norm": float(result.grad_norm), "learning_rate": result.learning_rate}
         if result.scaler.is_enabled():
             metrics["loss_scale"] = result.scaler.get_scale()
-        metrics |= pace.report(result.step, self.experiment.training.batch_size)
-        metrics |= sample_system()
+        speed = pace.report(result.step, self.experiment.training.batch_size)
         self.tracker.metrics(result.step, metrics)
+        self.tracker.metrics(result.step, speed | sample_system(), "system")
         self.run.log(
             f"step {result.step}/{self.experiment.training.steps}  loss {metrics['loss']:.5f}  "
-            f"grad norm {metrics['grad_norm']:.3f}  {metrics['images_per_s']:.0f} images/s"
+            f"grad norm {metrics['grad_norm']:.3f}  {speed['images_per_s']:.0f} images/s"
         )
 
     def _publish(self, result: StepResult, pace: Pace) -> None:
@@ -291,7 +291,7 @@ class Worker:
             "identity": found.identities[key].to_json(),
         }
         self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
-        self.tracker.metrics(self.train_state.step, found.flat(), family="result")
+        self.tracker.metrics(self.train_state.step, found.flat(), "score")
         self.link.publish({"judgement": judgement})
         self.aside_s += time.monotonic() - begin
 

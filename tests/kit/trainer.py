@@ -200,7 +200,7 @@ def logged_losses(run: Run) -> dict[int, float]:
     losses: dict[int, float] = {}
     for line in (run.folder / "spool" / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event.get("kind") == "metrics":
-            loss = event["values"]["loss"]
+        if event.get("kind") == "metrics" and "train/loss" in event["values"]:
+            loss = event["values"]["train/loss"]
             assert losses.setdefault(event["step"], loss) == loss
     return losses

@@ -47,8 +47,8 @@ def losses(run: Path) -> dict[int, float]:
     found: dict[int, float] = {}
     for line in (run / "spool" / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
-        if event.get("kind") == "metrics" and "loss" in event["values"]:
-            found[event["step"]] = event["values"]["loss"]
+        if event.get("kind") == "metrics" and "train/loss" in event["values"]:
+            found[event["step"]] = event["values"]["train/loss"]
     return found
 
 

@@ -143,7 +143,7 @@ def test_a_run_tells_what_it_was_and_how_to_do_it_again(
 
     def found_further_down() -> bool:
         scroll_on(pages)
-        return "loss_t_quartile_1" in pages.text()
+        return "train/loss_t_quartile_1" in pages.text()
 
     pages.wait_for(found_further_down)
     pages.wait_for(lambda: len(pages.driver.find_elements("css selector", ".js-plotly-plot")) >= 2)

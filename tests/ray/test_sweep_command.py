@@ -75,9 +75,9 @@ def test_trials_are_nested_found_by_words_and_the_best_is_registered(swept_shell
     assert {run.info.status for run in [parent, *children]} == {"FINISHED"}
     best = swept["best"]
     (named,) = client.search_runs([experiment.experiment_id], f"attributes.run_name LIKE '{best['title']}, best FID%'")
-    assert named.data.metrics["fid_classifier_n128"] == best["mean"]
-    ranked = client.search_runs([experiment.experiment_id], "", order_by=["metrics.sweep_rank ASC"], max_results=4)
-    assert [run.data.metrics["sweep_rank"] for run in ranked] == [1, 2, 3, 4]
+    assert named.data.metrics["score/fid_classifier_n128"] == best["mean"]
+    ranked = client.search_runs([experiment.experiment_id], "", order_by=["metrics.`sweep/rank` ASC"], max_results=4)
+    assert [run.data.metrics["sweep/rank"] for run in ranked] == [1, 2, 3, 4]
     assert ranked[0].info.run_id == named.info.run_id
     assert "ddpm-pipe train" in named.data.tags["mlflow.note.content"]
     files = {item.path for item in client.list_artifacts(parent.info.run_id, "report")}

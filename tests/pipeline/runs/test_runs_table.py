@@ -141,7 +141,7 @@ def test_the_description_tells_a_reader_what_it_was_what_came_out_and_how_to_do_
     for part in (
         "`digits`", "linear, T = 1,000", "800,000 steps", "batch of 128", "128 channels x (1, 2, 2, 2)", "ddim, 50 steps",
         "| figure | this model | real half | noise |",
-        "| `fid_classifier_n500` | 12.35 | 1 | 300 |", "| `kid_classifier_n500` | 0.25 | | 4 |", "abababab",
+        "| `score/fid_classifier_n500` | 12.35 | 1 | 300 |", "| `score/kid_classifier_n500` | 0.25 | | 4 |", "abababab",
         "ddpm-pipe train --data '/my data' -s training.steps=5", f"ddpm-pipe resume {run.id}", run.record.code_version,
     ):  # fmt: skip
         assert part in text, part
@@ -201,7 +201,7 @@ def test_the_machine_is_sampled_in_the_kernels_figures(tmp_path: Path, monkeypat
         (tmp_path / "stat").write_text(f"cpu {' '.join(map(str, spent))}\n")
         found.append(sample_system())
     assert found[1] == {
-        "system/cpu_percent": pytest.approx(75),
-        "system/memory_percent": pytest.approx(60),
-        "system/process_memory_mib": pytest.approx(300),
+        "cpu_utilization_percentage": pytest.approx(75),
+        "system_memory_usage_percentage": pytest.approx(60),
+        "process_memory_usage_megabytes": pytest.approx(300 * 1.048576),
     }

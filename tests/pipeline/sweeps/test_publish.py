@@ -44,9 +44,9 @@ def test_the_lines_of_progress_are_of_what_is_ranked_alone(home: Path, migrated_
     _chart_of_progress(folder, result, tracker)
     assert tracker.close()
     run_id = folder.mlflow_run_id
-    assert history(settings, run_id, "trial_fid_new") == [(3, 3.0), (4, 2.0), (5, 4.0), (6, 3.5), (7, 2.1)]
+    assert history(settings, run_id, "sweep/trial_fid_new") == [(3, 3.0), (4, 2.0), (5, 4.0), (6, 3.5), (7, 2.1)]
     means = [(3, 3.0), (4, 2.0), (5, 2.0), (6, 2.75), (7, 2.55)]  # of sigmoid's lucky seed, of both, then of cosine
-    assert history(settings, run_id, "best_fid_new") == means
+    assert history(settings, run_id, "sweep/best_fid_new") == means
     assert result.best is not None
     assert result.best.mean == means[-1][1]  # the point that text and table name
-    assert history(settings, run_id, "trial_fid_old") == history(settings, run_id, "best_fid_old") == []
+    assert history(settings, run_id, "sweep/trial_fid_old") == history(settings, run_id, "sweep/best_fid_old") == []

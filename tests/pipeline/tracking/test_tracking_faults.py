@@ -84,9 +84,9 @@ def test_killed_at_random_steps_and_resumed_every_step_is_there_once(run: Run, s
     (found,) = runs_in(store)
     assert found.info.status == "FINISHED"
     steps = range(1, STEPS + 1)
-    assert history(store, found.info.run_id, "loss") == [(step, 1 / step) for step in steps]
-    assert history(store, found.info.run_id, "learning_rate") == [(step, step * 1e-6) for step in steps]
-    assert history(store, found.info.run_id, "rare") == [(step, float(step)) for step in steps if step % 7 == 0]
+    assert history(store, found.info.run_id, "train/loss") == [(step, 1 / step) for step in steps]
+    assert history(store, found.info.run_id, "train/learning_rate") == [(step, step * 1e-6) for step in steps]
+    assert history(store, found.info.run_id, "train/rare") == [(step, float(step)) for step in steps if step % 7 == 0]
 
 
 @pytest.mark.promise("P4")
@@ -100,7 +100,7 @@ def test_killed_between_the_store_and_the_receipt(run: Run, store: TrackingSetti
             forget_receipts(run.folder, last=1)  # the store has the record, the spool does not say so
             tracker = Tracker(run.folder, store)
     assert tracker.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 61)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(step, 1 / step) for step in range(1, 61)]
 
 
 @pytest.mark.promise("P4")
@@ -110,7 +110,7 @@ def test_a_process_that_ends_without_closing_loses_nothing(run: Run, store: Trac
         out, err = process.communicate(timeout=60)
     assert (process.returncode, out.split()[-1], err) == (0, "50", "")
     assert sync(run.folder, store) > 0
-    assert history(store, runs_in(store)[0].info.run_id, "loss") == [(step, 1 / step) for step in range(1, 51)]
+    assert history(store, runs_in(store)[0].info.run_id, "train/loss") == [(step, 1 / step) for step in range(1, 51)]
 
 
 @pytest.mark.fault(15)
@@ -131,7 +131,7 @@ def test_a_store_locked_by_a_process_that_is_killed(run: Run, store: TrackingSet
         assert len(tracker.undelivered()) > 1  # recording did not wait for the lock, which is held all the while
         holder.send_signal(signal.SIGKILL)
     assert tracker.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 201)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(step, 1 / step) for step in range(1, 201)]
 
 
 @pytest.mark.fault(15)
@@ -148,7 +148,7 @@ def test_a_store_locked_for_longer_than_mlflow_waits(run: Run, store: TrackingSe
         holder.wait(60)
     assert tracker.flush(60, patient=True)
     assert tracker.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 201)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(step, 1 / step) for step in range(1, 201)]
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_training_makes_no_call_to_a_server_that_is_away_for_ever_and_nothing_is
     assert sync(run.folder, remote) == 502
     (found,) = [item for item in runs_in(remote) if item.data.tags["ddpm_pipe.run_id"] == run.id]
     assert found.info.status == "FINISHED"
-    assert history(remote, found.info.run_id, "loss") == [(step, 1 / step) for step in range(1, 501)]
+    assert history(remote, found.info.run_id, "train/loss") == [(step, 1 / step) for step in range(1, 501)]
 
 
 @pytest.mark.fault(13)
@@ -227,8 +227,8 @@ def test_a_server_that_comes_and_goes_gets_every_step_once(run: Run, remote: Tra
     assert tracker.flush(60, patient=True)
     assert tracker.close()
     (found,) = [item for item in runs_in(remote) if item.data.tags["ddpm_pipe.run_id"] == run.id]
-    assert history(remote, found.info.run_id, "loss") == [(step, 1 / step) for step in range(1, 251)]
-    assert len(history(remote, found.info.run_id, "nan")) == 250
+    assert history(remote, found.info.run_id, "train/loss") == [(step, 1 / step) for step in range(1, 251)]
+    assert len(history(remote, found.info.run_id, "train/nan")) == 250
 
 
 def test_pictures_files_and_models_go_through_a_server(run: Run, remote: TrackingSettings, gate: Gate) -> None:

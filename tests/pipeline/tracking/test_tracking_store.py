@@ -59,7 +59,7 @@ def test_a_run_arrives_with_all_that_was_said_of_it(run: Run, store: TrackingSet
     assert found.info.status == "FINISHED"
     assert found.info.run_name == "first try"
     assert found.data.params == {"training.steps": "100", "data.source": "digits", "model.dropout": "0.1"}
-    assert found.data.metrics == {"loss": 0.5, "odd name_": 1.0}
+    assert found.data.metrics == {"train/loss": 0.5, "train/odd name_": 1.0}
     wanted = {
         "schedule": "cosine",
         "workers": "2",
@@ -95,7 +95,7 @@ def test_many_metrics_arrive_in_batches_complete_and_in_order(run: Run, store: T
         tracker.metrics(step, {f"m{k}": step + k / 10 for k in range(7)})
     assert tracker.close()
     for k in range(7):
-        assert history(store, run.mlflow_run_id, f"m{k}") == [(step, step + k / 10) for step in range(1, 1201)]
+        assert history(store, run.mlflow_run_id, f"train/m{k}") == [(step, step + k / 10) for step in range(1, 1201)]
 
 
 def test_the_columns_of_mlflows_list_are_filled(run: Run, store: TrackingSettings) -> None:
@@ -106,7 +106,7 @@ def test_the_columns_of_mlflows_list_are_filled(run: Run, store: TrackingSetting
     (found,) = runs_in(store)
     assert found.data.tags["mlflow.source.name"] == "ddpm-pipe"
     assert found.data.tags["mlflow.source.git.commit"] == commit
-    assert found.data.metrics == {"loss": 0.5}
+    assert found.data.metrics == {"train/loss": 0.5}
 
 
 def test_not_a_number_and_a_record_above_the_batch_limit_arrive(run: Run, store: TrackingSettings) -> None:
@@ -114,11 +114,11 @@ def test_not_a_number_and_a_record_above_the_batch_limit_arrive(run: Run, store:
     tracker.metrics(1, {"loss": float("nan")})
     tracker.metrics(2, {f"k{n}": float(n) for n in range(1500)})
     assert tracker.close()
-    ((step, value),) = history(store, run.mlflow_run_id, "loss")
+    ((step, value),) = history(store, run.mlflow_run_id, "train/loss")
     assert step == 1
     assert value != value
     metrics = runs_in(store)[0].data.metrics
-    assert all(metrics[f"k{n}"] == n for n in range(1500))
+    assert all(metrics[f"train/k{n}"] == n for n in range(1500))
 
 
 def test_steps_repeated_after_a_resume_are_logged_once(run: Run, store: TrackingSettings) -> None:
@@ -137,15 +137,17 @@ def test_steps_repeated_after_a_resume_are_logged_once(run: Run, store: Tracking
             second.metrics(step, {"loss_of_quartile": 2 / step})
     assert second.close()
     first.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 51)]
-    assert history(store, run.mlflow_run_id, "loss_of_quartile") == [(step, 2 / step) for step in range(10, 51, 10)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(step, 1 / step) for step in range(1, 51)]
+    assert history(store, run.mlflow_run_id, "train/loss_of_quartile") == [
+        (step, 2 / step) for step in range(10, 51, 10)
+    ]
 
 
 def test_lost_receipts_make_everything_be_sent_again_and_changes_nothing(run: Run, store: TrackingSettings) -> None:
     tracker = started(run, store)
     for step in range(1, 20):
         tracker.metrics(step, {"loss": 1 / step, "grad_norm": float("nan")})
-    tracker.metrics(19, {"fid": 12.5}, family="result")
+    tracker.metrics(19, {"fid": 12.5}, "score")
     tracker.image("samples", 19, picture(run.folder / "pictures" / "s.png"))
     (run.folder / "fid.json").write_text("{}")
     tracker.artifact(run.folder / "fid.json", "fid")
@@ -170,9 +172,19 @@ def test_lost_receipts_make_everything_be_sent_again_and_changes_nothing(run: Ru
 def test_a_result_measured_again_is_kept_only_if_it_differs(run: Run, store: TrackingSettings) -> None:
     tracker = started(run, store)
     for value in (12.5, 12.5, 11.0):
-        tracker.metrics(100, {"fid": value}, family="result")
+        tracker.metrics(100, {"fid": value}, "score")
     assert tracker.close()
-    assert sorted(value for _, value in history(store, run.mlflow_run_id, "fid")) == [11.0, 12.5]
+    assert sorted(value for _, value in history(store, run.mlflow_run_id, "score/fid")) == [11.0, 12.5]
+
+
+def test_a_grouped_metric_is_found_and_sorted_by_as_docs_tracking_says(run: Run, store: TrackingSettings) -> None:
+    tracker = started(run, store)
+    tracker.metrics(100, {"fid_classifier_n559": 0.5}, "score")
+    assert tracker.close()
+    client, name = client_of(store), "metrics.`score/fid_classifier_n559`"
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    found = [len(client.search_runs(experiments, f"{name} < {at}", order_by=[f"{name} ASC"])) for at in (0.4, 0.6)]
+    assert found == [0, 1]
 
 
 def test_undelivered_events_travel_in_a_checkpoint_to_another_machine(
@@ -194,7 +206,7 @@ def test_undelivered_events_travel_in_a_checkpoint_to_another_machine(
     assert tracker.close()
     (found,) = runs_in(store)
     assert found.data.params["training.steps"] == "100"
-    assert history(store, found.info.run_id, "loss") == [(step, float(step)) for step in range(1, 11)]
+    assert history(store, found.info.run_id, "train/loss") == [(step, float(step)) for step in range(1, 11)]
 
 
 def test_a_machine_that_starts_with_an_empty_spool_continues_the_same_run(
@@ -215,7 +227,7 @@ def test_a_machine_that_starts_with_an_empty_spool_continues_the_same_run(
     assert tracker.close()
     (found,) = runs_in(store)
     assert found.info.status == "FINISHED"  # what was restored opens nothing again
-    assert history(store, found.info.run_id, "loss") == [(step, float(step)) for step in range(1, 11)]
+    assert history(store, found.info.run_id, "train/loss") == [(step, float(step)) for step in range(1, 11)]
 
 
 def test_pictures_have_a_step_slider_and_come_once(run: Run, store: TrackingSettings) -> None:
@@ -244,7 +256,7 @@ def test_a_picture_that_is_gone_or_damaged_is_set_aside_and_holds_up_nothing(
     tracker.image("samples", 2, run.folder / "bad.png")
     tracker.metrics(3, {"loss": 1.0})
     assert tracker.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(3, 1.0)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(3, 1.0)]
     lines = map(json.loads, (run.folder / "spool" / "events.jsonl").read_text().splitlines())
     refused = [line["refused"] for line in lines if "refused" in line]
     assert ["gone.png" in refused[0], "bad.png" in refused[1]] == [True, True]
@@ -262,7 +274,7 @@ def test_files_that_cannot_be_stored_now_wait_while_metrics_are_sent(
         tracker.tags({"padding": "x" * 20_000})  # more than the writer reads at once
     tracker.finish("FINISHED")
     assert not tracker.close()
-    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 56)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(step, 1 / step) for step in range(1, 56)]
     assert runs_in(store)[0].info.status == "FINISHED"
     assert [event["kind"] for event in Tracker(run.folder, store).undelivered()] == ["start", "image"]
     with pytest.raises(TrackingError, match=rf"ddpm-pipe sync {run.id}"):
@@ -452,7 +464,7 @@ def test_a_run_deleted_by_its_owner_is_not_made_again(run: Run, store: TrackingS
         sync(run.folder, store)
     client_of(store).restore_run(run.mlflow_run_id)
     assert sync(run.folder, store) == 1
-    assert history(store, run.mlflow_run_id, "loss") == [(1, 1.0)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(1, 1.0)]
 
 
 def test_what_a_sweep_recorded_while_its_store_was_away_is_delivered_as_the_message_says(
@@ -485,7 +497,7 @@ def test_a_run_goes_to_another_store_whole(
     assert sync(run.folder, other) == 2
     assert runs_in(other)[0].data.params == runs_in(store)[0].data.params
     assert sync(run.folder, store) == 0  # and back: it is all there
-    assert history(store, runs_in(store)[0].info.run_id, "loss") == [(1, 1.0)]
+    assert history(store, runs_in(store)[0].info.run_id, "train/loss") == [(1, 1.0)]
 
 
 def test_two_runs_of_one_experiment_stay_apart(new_run: Callable[..., Run], store: TrackingSettings) -> None:
@@ -495,7 +507,7 @@ def test_two_runs_of_one_experiment_stay_apart(new_run: Callable[..., Run], stor
             tracker.metrics(step, {"loss": n + step / 100})
     assert [tracker.close() for tracker in trackers] == [True] * 3
     for n, tracker in enumerate(trackers):
-        assert history(store, tracker.mlflow_run_id, "loss") == [(step, n + step / 100) for step in range(1, 21)]
+        assert history(store, tracker.mlflow_run_id, "train/loss") == [(step, n + step / 100) for step in range(1, 21)]
 
 
 def test_driver_and_worker_may_record_at_the_same_time(run: Run, store: TrackingSettings) -> None:
@@ -506,8 +518,8 @@ def test_driver_and_worker_may_record_at_the_same_time(run: Run, store: Tracking
     assert worker.close()
     assert driver.close()
     assert len(runs_in(store)) == 1
-    assert history(store, run.mlflow_run_id, "loss") == [(step, 1 / step) for step in range(1, 101)]
-    assert history(store, run.mlflow_run_id, "driver") == [(step, float(step)) for step in range(1, 101)]
+    assert history(store, run.mlflow_run_id, "train/loss") == [(step, 1 / step) for step in range(1, 101)]
+    assert history(store, run.mlflow_run_id, "train/driver") == [(step, float(step)) for step in range(1, 101)]
 
 
 def test_where_tracking_goes(home: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

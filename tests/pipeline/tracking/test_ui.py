@@ -162,11 +162,12 @@ def test_the_list_of_runs_opens_with_settings_and_final_scores(store: TrackingSe
     experiment = client.create_experiment("ddpm")
     sweep = client.create_run(experiment, tags={"kind": "sweep"}).info.run_id
     for name in (
-        "kid_classifier_n9",
-        "fid_classifier_n9",
-        "fid_std_classifier_n9",
-        "loss",
-        "bits_per_dim_prior_train_n9",
+        "score/kid_classifier_n9",
+        "score/fid_classifier_n9",
+        "score/fid_std_classifier_n9",
+        "score/fid_classifier_n9/ddim50_eta0_ema_seed0",
+        "train/loss",
+        "score/bits_per_dim_prior_train_n9",
     ):
         client.log_metric(sweep, name, 1.0)
     key = choose_columns(client, experiment).removeprefix("&viewStateShareKey=")
@@ -175,9 +176,9 @@ def test_the_list_of_runs_opens_with_settings_and_final_scores(store: TrackingSe
     assert view["selectedColumns"][:5] == [
         "tags.`ddpm_pipe.run_id`",
         *("params.`diffusion.schedule`", "params.`diffusion.num_timesteps`", "params.`training.steps`"),
-        "metrics.`fid_classifier_n9`",
+        "metrics.`score/fid_classifier_n9`",
     ]
-    assert view["selectedColumns"][5:] == ["metrics.`kid_classifier_n9`", "metrics.`sweep_rank`"]
+    assert view["selectedColumns"][5:] == ["metrics.`score/kid_classifier_n9`", "metrics.`sweep/rank`"]
 
 
 def test_the_server_gets_its_store_by_environment_and_does_no_jobs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
