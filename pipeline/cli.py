@@ -15,6 +15,7 @@ from pipeline.commands.doctor import doctor
 from pipeline.commands.evaluate import compare, evaluate
 from pipeline.commands.exchange import export, import_
 from pipeline.commands.exit_code import exit_code_of
+from pipeline.commands.remove import prune, rm
 from pipeline.commands.results import runs, sample, sync, ui
 from pipeline.commands.schedule import schedule
 from pipeline.commands.submit import jobs
@@ -40,6 +41,8 @@ COMMANDS = (
     import_,
     serve,
     sync,
+    rm,
+    prune,
     doctor,
 )
 

@@ -6,10 +6,10 @@
     ├── CheckpointError      4  no checkpoint that verifies, or one of another configuration
     ├── DivergedError        5  loss or gradient became NaN or infinite
     ├── StorageError         6  a folder cannot be written, or is full
-    ├── TrackingError        7  the tracking server refuses, and the user asked for strictness
+    ├── TrackingError        7  the tracking server refuses, with strict tracking or where its answer is needed
     ├── ClusterError         8  cluster unavailable or too small, or training failed and is not retried
     ├── RunLockedError       9  another process holds the run
-    ├── RefusedError        10  a comparison or a metric that would mislead, or a red doctor
+    ├── RefusedError        10  a comparison or a metric that would mislead, a removal of what is needed, or a red doctor
     ├── FailedTrialsError   11  a sweep ended, and some of its trials failed
     └── InterruptedRunError 75  stopped by a signal with the state saved (130 for Ctrl-C, 143 if nothing was saved)
 
@@ -59,7 +59,7 @@ class StorageError(PipelineError):
 
 
 class TrackingError(PipelineError):
-    """The tracking store cannot be used, and the user has asked to stop in that case."""
+    """The tracking store cannot be used, and the user has asked to stop in that case, or nothing can be done without its answer."""
 
     exit_code = 7
 
@@ -77,7 +77,9 @@ class RunLockedError(PipelineError):
 
 
 class RefusedError(PipelineError):
-    """The result would mislead (unlike metrics, an unsuitable extractor), or the doctor found something red."""
+    """The result would mislead (unlike metrics, an unsuitable extractor), something depends on what is to be removed, or the doctor found
+    something red.
+    """
 
     exit_code = 10
 

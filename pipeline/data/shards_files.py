@@ -39,6 +39,12 @@ class LocalShards:
         return False
 
 
+def cached_shards(cache: Cache) -> NodeCache:
+    """Return this machine's copies of shards, as a profile says."""
+    own = own_folder("shards") if cache.folder is None else Path(cache.folder)
+    return NodeCache(own, int(cache.max_gb * 1e9))
+
+
 class RemoteShards:
     """Shards in an object store, downloaded when first read; their sizes are compared with the manifest when it is opened."""
 
@@ -47,8 +53,7 @@ class RemoteShards:
         self.cache: Cache | None = cache
         self.manifest = Manifest.load(folder)
         self._require_all()
-        own = own_folder("shards") if cache.folder is None else Path(cache.folder)
-        self._copies = NodeCache(own, int(cache.max_gb * 1e9))
+        self._copies = cached_shards(cache)
         self._footers: dict[int, Any] = {}
         self._ahead: ThreadPoolExecutor | None = None
         self._coming: dict[int, Future[None]] = {}

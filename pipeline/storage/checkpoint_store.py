@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -136,22 +136,33 @@ class CheckpointStore:
                     self._fetch(checkpoint, there, committed)
         return checkpoint
 
-    def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` checkpoints once the newest is whole, and the unfinished ones of older attempts."""
-        sizes = self._sizes()
-        committed = _committed(self._local, sizes)
-        if not committed or not self._is_whole(committed[0], sizes[committed[0].folder.name]):
+    def prune(self, keep: int, pinned: Collection[str] = ()) -> None:
+        """Remove what `unneeded` names."""
+        names = self.unneeded(keep, pinned)
+        if not names:
             return
-        kept = {checkpoint.folder.name for checkpoint in committed[:keep]}
-        with locked(self._local):  # another process may be fetching a checkpoint
-            for name, files in sizes.items():
-                match = NAME.fullmatch(name)
-                unfinished = MANIFEST not in files and match is not None and int(match[2]) >= committed[0].attempt
-                if match is None or name in kept or unfinished:
-                    continue
+        with locked(make_folder(self._local)):  # another process may be fetching a checkpoint
+            for name in names:
                 # without its manifest, the rest is no checkpoint, even if a kill comes next
                 self._folder.delete(f"{name}/{MANIFEST}")
                 self._folder.delete_all(name)
+
+    def unneeded(self, keep: int, pinned: Collection[str] = ()) -> dict[str, int]:
+        """Return names and bytes of all checkpoints but the newest `keep` and those `pinned` by name, and of the unfinished ones of older
+        attempts; {} unless the newest is whole.
+        """
+        sizes = self._sizes()
+        committed = _committed(self._local, sizes)
+        if not committed or not self._is_whole(committed[0], sizes[committed[0].folder.name]):
+            return {}
+        kept = {checkpoint.folder.name for checkpoint in committed[:keep]} | set(pinned)
+        found = {}
+        for name, files in sizes.items():
+            match = NAME.fullmatch(name)
+            unfinished = MANIFEST not in files and match is not None and int(match[2]) >= committed[0].attempt
+            if match is not None and name not in kept and not unfinished:
+                found[name] = sum(files.values())
+        return found
 
     # -- inner
 

@@ -38,6 +38,7 @@ from pipeline.storage.next_command import typeable
 from pipeline.storage.remote_run import RemoteRun
 
 T = TypeVar("T")
+F = TypeVar("F", bound="Folder")
 GONE = "its process is gone"  # it, or its machine, was killed or crashed
 STATUS = "status.json"
 MOST_NAMED = 5  # in a message
@@ -150,14 +151,16 @@ class Folder:
     def all(cls, home: Path, storage: str | None = None) -> list[Self]:
         """Return all of them, oldest first, with those of an object store (a profile's `storage`).
 
-        Links are not followed. A folder without a record is ignored; one with a damaged record is reported and left out.
+        Links are not followed. A folder without a record, or one that is being removed, is ignored; one with a damaged record is
+        reported and left out.
         """
         root = cls.all_in(home)
         if storage is not None:
             RemoteRun.fetch_all_records(storage, cls.KIND, root)
         if not root.is_dir():
             return []
-        folders = [entry for entry in root.iterdir() if NAME.fullmatch(entry.name) and not entry.is_symlink()]
+        named = [entry for entry in root.iterdir() if NAME.fullmatch(entry.name) and not entry.name.startswith(".")]
+        folders = [entry for entry in named if not entry.is_symlink()]
         found = [cls(folder) for folder in folders if (folder / f"{cls.KIND}.json").is_file()]
         return sorted((f for f in found if f._is_readable()), key=lambda f: (f.record.created, f.id))
 
@@ -194,8 +197,7 @@ class Folder:
             )
         if reference == "latest":
             return cls._latest(there, why_not)._refreshed()
-        found = [each for each in there if reference in {each.id, each.mlflow_run_id}]
-        found = found or [each for each in there if each.is_called(reference)]
+        found = fitting(reference, there)
         if len(found) == 1:
             return found[0]._refreshed()
         if found:
@@ -226,7 +228,8 @@ class Folder:
     def _refreshed(self) -> Self:
         if self.remote is not None and not self.remote.fetch_records(self.folder):
             raise UsageError(
-                f"{self.KIND} {self.id}: is not in {self.remote.folder} any more; its copy here is {self.folder}"
+                f"{self.KIND} {self.id}: is not in {self.remote.folder} any more; its copy here is {self.folder}, which "
+                f"`{typeable(f'rm {self.id}')}` removes"
             )
         return self
 
@@ -306,8 +309,11 @@ class Folder:
     # -- lock and copies
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock it for this process. Raises RunLockedError, which names the holder, at once if another process has locked it."""
+    def lock(self, *, copies: bool = True) -> Iterator[None]:
+        """Lock it for this process. Raises RunLockedError, which names the holder, at once if another process has locked it.
+
+        Without `copies`, its files are neither fetched from its object store nor sent there.
+        """
         path = self.folder / "lock"
         with storage_errors(path):
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -321,7 +327,7 @@ class Folder:
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, about.encode())
             try:
-                with self._lock_in_store():
+                with self._lock_in_store(copies=copies):
                     yield
             finally:
                 with suppress(OSError):
@@ -330,13 +336,17 @@ class Folder:
             os.close(descriptor)  # frees the lock
 
     @contextmanager
-    def _lock_in_store(self) -> Iterator[None]:
-        """Lock it in its object store too. Fetch its files at the beginning, and send them back at the end."""
+    def _lock_in_store(self, *, copies: bool) -> Iterator[None]:
+        """Lock it in its object store too. With `copies`, fetch its files at the beginning, and send them back at the end."""
         if self.remote is None:
             yield
             return
         with self.remote.lease.hold():
-            self.fetch_files()
+            if not copies:
+                yield
+                return
+            self._refreshed()  # another process may have removed it
+            self.remote.pull(self.folder)
             try:
                 yield
             finally:
@@ -375,6 +385,12 @@ class Folder:
             except BlockingIOError:
                 return True
             return False
+
+
+def fitting(reference: str, known: Sequence[F]) -> list[F]:
+    """Return those that a reference means: by a complete id, ours or MLflow's, else as `is_called` says."""
+    called = [each for each in known if each.is_called(reference)]
+    return [each for each in called if reference in (each.id, each.mlflow_run_id)] or called
 
 
 @cache

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -27,7 +28,7 @@ class NodeCache:
     """A folder of at most `max_bytes`, or more if more are in use at one time."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
-        self._folder, self._max_bytes = folder, max_bytes
+        self.folder, self._max_bytes = folder, max_bytes
 
     @contextmanager
     def use(self, sha256: str, num_bytes: int, where: str, fetch: Callable[[Path], str]) -> Iterator[Path]:
@@ -53,12 +54,27 @@ class NodeCache:
     def has(self, sha256: str) -> bool:
         return self._path(sha256).is_file()
 
+    def unused(self, idle_s: float) -> dict[Path, int]:
+        """Return the files that no process has opened or fetched for so many seconds, and their bytes."""
+        found: dict[Path, int] = {}
+        for path in self.folder.glob("??/*"):
+            with suppress(FileNotFoundError):
+                status = path.stat()
+                if time.time() - status.st_mtime > idle_s:
+                    found[path] = status.st_size
+        return found
+
+    def remove(self, paths: Iterable[Path]) -> None:
+        """Remove files, but for those in use."""
+        for path in paths:
+            _remove_unused(path)
+
     def discard(self, sha256: str) -> None:
         """Remove a file that is damaged on this disk."""
         self._path(sha256).unlink(missing_ok=True)
 
     def _path(self, sha256: str) -> Path:
-        return self._folder / sha256[:2] / sha256
+        return self.folder / sha256[:2] / sha256
 
     def _opened(self, path: Path) -> IO[bytes] | None:
         """Open a file with a shared lock, and record its use; None if it is not here."""
@@ -93,7 +109,7 @@ class NodeCache:
                         raise DataError(
                             f"{where} is damaged (its sha256 differs from the manifest's, fetched twice): restore it or ingest again"
                         )
-                    with locked(self._folder):  # a process that counts meanwhile might see it under neither name
+                    with locked(self.folder):  # a process that counts meanwhile might see it under neither name
                         part.rename(path)
                 except BaseException:
                     # before the rename the name is this process's; afterwards it may be another's
@@ -104,7 +120,7 @@ class NodeCache:
 
     def _make_room(self) -> None:
         """Remove the least recently used files that are not in use until the files that are being fetched fit."""
-        with locked(self._folder):
+        with locked(self.folder):
             whole, coming = self._contents()
             excess = sum(size for _, size, _ in whole) + coming - self._max_bytes
             for _, size, path in sorted(whole):
@@ -117,7 +133,7 @@ class NodeCache:
         """Return (time of use, size, path) of the whole files, and the bytes of those that are being fetched, this process's included."""
         whole: list[tuple[int, int, Path]] = []
         coming = 0
-        for folder in self._folder.iterdir():
+        for folder in self.folder.iterdir():
             for path in folder.iterdir() if folder.is_dir() else ():
                 with suppress(FileNotFoundError):
                     if path.suffix != PART:
@@ -129,7 +145,7 @@ class NodeCache:
 
     def _unusable(self, error: OSError) -> StorageError:
         return StorageError(
-            f"{self._folder}: cannot hold copies of remote shards ({error.strerror}); free space, lower cache.max_gb, or set "
+            f"{self.folder}: cannot hold copies of remote shards ({error.strerror}); free space, lower cache.max_gb, or set "
             "cache.folder to a folder on a disk of this machine"
         )
 

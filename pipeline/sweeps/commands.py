@@ -19,7 +19,7 @@ from pipeline.redaction import public_uri
 from pipeline.runs.choose_scorer import progress_on
 from pipeline.runs.record import origin_of, trial_of
 from pipeline.runs.train import TrainRequest
-from pipeline.storage.folder import RunStatus
+from pipeline.storage.folder import RunStatus, fitting
 from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import Sweep, axis_of, base_experiment, load_sweep, plain_base, sweep_from, with_settings
@@ -228,8 +228,7 @@ def sweep_meant(context: Context, reference: str) -> SweepFolder | None:
         found = [sweep for sweep in sweeps if trial is not None and sweep.id == trial.sweep]
         return found[0] if found and found[0].state().status is not RunStatus.FINISHED else None
     known: list[SweepFolder | Run] = [*sweeps, *runs]
-    called = [each for each in known if each.is_called(reference)]
-    fits = [each for each in called if reference in (each.id, each.mlflow_run_id)] or called  # a complete id decides
+    fits = fitting(reference, known)
     if not any(isinstance(each, SweepFolder) for each in fits):
         return None
     if len(fits) > 1:

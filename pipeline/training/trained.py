@@ -21,6 +21,7 @@ from pipeline.data.labels import NO_CLASSES, ClassNames
 from pipeline.errors import CheckpointError, UsageError
 from pipeline.storage.checkpoint import Checkpoint
 from pipeline.storage.durable import write_atomically, write_json
+from pipeline.storage.folder import Folder
 from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
@@ -121,11 +122,14 @@ def not_trained(run: Run) -> str:
     return "" if RunCheckpoints(run).committed() else "no checkpoint yet"
 
 
-def profile_of(run: Run, named: Profile | None = None) -> Profile:
-    """Return the profile that was named, or the one that the run was started with, whose `env` then holds here where nothing else does."""
+def profile_of(folder: Folder, named: Profile | None = None) -> Profile:
+    """Return the profile that was named, or the one that a run or sweep was started with.
+
+    Its `env` then holds here where nothing else does.
+    """
     if named is not None:
         return named
-    profile = settled(validate(Profile, run.record.profile, f"run {run.id}"))
+    profile = settled(validate(Profile, folder.record.profile, f"{folder.KIND} {folder.id}"))
     use_variables(profile, over_others=False)
     return profile
 

@@ -59,7 +59,7 @@ def test_runs_are_completed_newest_first(home: Path, monkeypatch: pytest.MonkeyP
     for command in ("sample", "evaluate", "export", "serve", "sync", "compare"):
         assert completed(command, "") == ["latest", "abd2", "abc1"]
     assert completed("compare", "abc1", "abd") == ["abd2"]
-    assert completed("resume", "ab") == ["abe3", "abd2", "abc1"]
+    assert completed("resume", "ab") == completed("rm", "abc1", "ab") == ["abe3", "abd2", "abc1"]
     assert completed("train", "--from", "a") == completed("sweep", "--extend", "a") == ["abe3"]
 
 
