@@ -162,8 +162,8 @@ def plan_prune(
         old = datetime.fromisoformat(state.updated or run.record.created) <= before
         if trial.sweep in orphans if trial is not None else state.status in statuses and old:
             going.append(run)
-    for run, why in there.drop_needed(going):
-        found.kept.append((_words(run), why))
+    for folder, why in there.drop_needed(going):
+        found.kept.append((_words(folder), why))
     for folder in going:
         tracked = there.tracked(folder)
         if why := _registered(tracked):
