@@ -6,12 +6,13 @@ With its defaults it is the paper's network for CIFAR-10, layer for layer: 35,74
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from ddpm.dropout import Dropout
 from ddpm.layers import ZERO_GAIN, Attention, Downsample, ResidualBlock, TimeEmbedding, UNetBlock, Upsample, conv
@@ -30,6 +31,9 @@ class UNet(nn.Module):
     networks need fewer than 32. `num_classes` adds a label embedding with a learned null class, of index `num_classes`,
     for guidance without a classifier. Nichol & Dhariwal's network has num_heads 4, scale_shift_norm True, norm_eps
     1e-5, flip_sin_to_cos True, freq_shift 0 and downsample_padding 1 (symmetric; 0 pads at right and bottom only).
+
+    Training keeps the inputs alone of the layers of the first `activation_checkpointing` levels, and computes these layers
+    again in the backward pass (Chen et al. 2016): less memory, more time, the same numbers.
     Raises ValueError for sizes that do not fit.
     """
 
@@ -54,6 +58,7 @@ class UNet(nn.Module):
         flip_sin_to_cos: bool = False,
         freq_shift: int = 1,
         downsample_padding: int = 0,
+        activation_checkpointing: int = 0,
     ) -> None:
         super().__init__()
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -65,6 +70,7 @@ class UNet(nn.Module):
             raise ValueError(f"dropout={dropout}, expected a number in [0, 1)")
         self.in_channels, self.num_classes = in_channels, num_classes
         self.size_multiple = 2 ** (len(channel_multipliers) - 1)
+        self.activation_checkpointing = activation_checkpointing
         self._check_size(height, width)
         sides = [max(height, width) >> level for level in range(len(channel_multipliers))]
         _check_attention(attention_resolutions, sides)
@@ -129,15 +135,41 @@ class UNet(nn.Module):
         self._check_size(x.shape[2], x.shape[3])
         activated = functional.silu(self._embed(t, y))
         h = self.conv_in(x)
-        skips = [h]
+        skips, level = [h], 0
         for layer in self.down:
-            h = layer(h) if isinstance(layer, Downsample) else layer(h, activated, keys)
+            if isinstance(layer, Downsample):
+                h = self._run(level, layer, h)
+                level += 1
+            else:
+                h = self._run(level, layer, h, activated, keys)
             skips.append(h)
         for layer in self.middle:
-            h = layer(h, activated, keys)
+            h = self._run(level, layer, h, activated, keys)
         for layer in self.up:
-            h = layer(h) if isinstance(layer, Upsample) else layer(torch.cat([h, skips.pop()], 1), activated, keys)
+            if isinstance(layer, Upsample):
+                level -= 1
+                h = self._run(level, layer, h)
+            else:
+                h = self._run(level, layer, (h, skips.pop()), activated, keys)
+        return self._run(level, self._last, h)
+
+    def _last(self, h: Tensor) -> Tensor:
         out: Tensor = self.conv_out(norm_silu(self.norm_out, h))
+        return out
+
+    def _run(
+        self, level: int, layer: Callable[..., Tensor], x: Tensor | tuple[Tensor, ...], *rest: Tensor | None
+    ) -> Tensor:
+        """Call a layer of a level with the channels of `x`; keep the inputs alone where the level is checkpointed."""
+
+        def call(x: Tensor | tuple[Tensor, ...], *rest: Tensor | None) -> Tensor:
+            return layer(torch.cat(x, 1) if isinstance(x, tuple) else x, *rest)
+
+        if level >= self.activation_checkpointing or not (self.training and torch.is_grad_enabled()):
+            return call(x, *rest)
+        # only dropout without keys takes random numbers of torch's generator
+        without_keys = bool(rest) and rest[-1] is None
+        out: Tensor = checkpoint(call, x, *rest, use_reentrant=False, preserve_rng_state=without_keys)
         return out
 
     def _embed(self, t: Tensor, y: Tensor | None) -> Tensor:

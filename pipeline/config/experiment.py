@@ -33,6 +33,7 @@ FREE_TO_CHANGE = (
     "training.steps",
     "training.precision",
     "training.micro_batch_size",
+    "training.activation_checkpointing",
     "training.channels_last",
     "training.compile",
     "checkpoint.",
@@ -44,7 +45,7 @@ FREE_TO_CHANGE = (
 
 
 # settings of training that a model without a diffusion process does not read
-OF_PROCESS = {"objective", "min_snr_gamma", "timestep_sampling", "label_dropout"}
+OF_PROCESS = {"objective", "min_snr_gamma", "timestep_sampling", "label_dropout", "activation_checkpointing"}
 
 
 class Precision(StrEnum):
@@ -104,6 +105,8 @@ class TrainingConfig(Section):
     """Slices of an epoch, which workers share equally; null is the largest power of two up to 16 that divides the batch."""
     micro_batch_size: PositiveInt | None = None
     """Images that a worker computes at once; null leaves it to the device."""
+    activation_checkpointing: Annotated[int, Field(ge=0)] = 0
+    """Levels of the U-Net, from the first on, that are computed again in the backward pass: less memory, more time, the same weights."""
     objective: Literal["simple", "vlb", "hybrid", "min_snr"] = "simple"
     """Loss: the paper's, the variational bound, both (with `variance: learned_range`), or Min-SNR weights."""
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0

@@ -77,6 +77,13 @@ def _check_unread_settings(training: TrainingConfig, model: ModelConfig) -> None
             f"training.min_snr_gamma: belongs to objective 'min_snr', and the objective is {training.objective!r}; "
             "set training.objective=min_snr, or leave it out"
         )
+    levels = len(model.channel_multipliers) if model.type == "unet" else 0
+    if training.activation_checkpointing > levels:
+        raise UsageError(
+            f"training.activation_checkpointing: got {training.activation_checkpointing}, expected at most {levels}, "
+            + ("the levels of this U-Net" if levels else "since only the U-Net has levels to compute again")
+            + f"; use -s training.activation_checkpointing={levels}"
+        )
     if model.class_conditional:
         if training.label_dropout == 1:
             raise UsageError(

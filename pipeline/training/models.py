@@ -173,6 +173,7 @@ def _unet(experiment: Experiment, shape: Shape, out_channels: int, num_classes: 
         image_size=(shape[1], shape[2]),
         num_timesteps=experiment.diffusion.num_timesteps,
         num_classes=num_classes if class_conditional else None,
+        activation_checkpointing=experiment.training.activation_checkpointing,
         **settings,
     )
 

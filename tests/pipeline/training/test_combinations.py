@@ -220,6 +220,23 @@ def test_a_degenerate_schedule_warns_and_runs() -> None:
     assert "abar_T = 0.60" in warning
 
 
+@pytest.mark.parametrize(
+    ("model", "told"),
+    [
+        (
+            {"channel_multipliers": [1, 2, 2]},
+            "got 4, expected at most 3, the levels of this U-Net; use -s training.act",
+        ),
+        ({"type": "a:B"}, "got 4, expected at most 0, since only the U-Net has levels to compute again"),
+        ({"type": "vae"}, "got 4, but a vae is trained by its own bound; leave it out"),
+    ],
+)
+def test_levels_that_a_network_does_not_have_are_not_computed_again(model: dict[str, Any], told: str) -> None:
+    experiment = experiment_from({"model": model, "training": {"activation_checkpointing": 4}})
+    with pytest.raises(UsageError, match=r"training\.activation_checkpointing: " + told):
+        check_training(experiment)
+
+
 def test_fixed_large_over_few_steps_warns() -> None:
     experiment = experiment_from({"sampling": {"sampler": "ancestral", "steps": 10}})
     (warning,) = check_training(experiment)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm import GaussianDiffusion, Objective
-from pipeline.config.experiment import Experiment, experiment_from
+from pipeline.config.experiment import Experiment, differences, experiment_from, with_overrides
 from pipeline.data.order import streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.training.batches import training_batches
@@ -102,6 +103,23 @@ def be_a_worker(rank: int, size: int, folder: str, data: str) -> None:
 @pytest.fixture(scope="module")
 def alone(dataset: Dataset) -> Trained:
     return train(dataset, experiment(), Team())
+
+
+def test_layers_computed_again_change_no_byte_of_the_weights(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, labels and loss-aware timesteps, in fp32."""
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 6)
+    plain = experiment()
+    plain = plain.model_copy(update={"model": plain.model.model_copy(update={"dropout": 0.1})})
+    kept = train(dataset, plain, Team())
+    for levels in (1, 2):
+        chosen = with_overrides(plain, [f"training.activation_checkpointing={levels}"])
+        assert (chosen.hash("images"), differences(plain, chosen)) == (plain.hash("images"), [])
+        again = train(dataset, chosen, Team())
+        for mine, theirs in zip(again.results, kept.results, strict=True):
+            assert torch.equal(mine.losses, theirs.losses)
+        tensors = kept.train_state.tensors()
+        for group, found in again.train_state.tensors().items():
+            assert all(torch.equal(tensor, tensors[group][name]) for name, tensor in found.items())
 
 
 @pytest.mark.slow
