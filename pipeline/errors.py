@@ -11,6 +11,7 @@
     ├── RunLockedError       9  another process holds the run
     ├── RefusedError        10  a comparison or a metric that would mislead, a removal of what is needed, or a red doctor
     ├── FailedTrialsError   11  a sweep ended, and some of its trials failed
+    ├── ReplayError         12  a replay of training steps ended with other bytes
     └── InterruptedRunError 75  stopped by a signal with the state saved (130 for Ctrl-C, 143 if nothing was saved)
 
 Every message is one line: what was got, what was expected, what to do. `pipeline.cli.main` alone turns an error into that line and an
@@ -88,6 +89,12 @@ class FailedTrialsError(PipelineError):
     """A sweep ended and reported, and some of its trials failed."""
 
     exit_code = 11
+
+
+class ReplayError(PipelineError):
+    """A replay of training steps ended with other bytes than the training did."""
+
+    exit_code = 12
 
 
 class InterruptedRunError(PipelineError):

@@ -139,6 +139,37 @@ def runs(limit: int | None, context: Context, as_json: bool) -> None:
 
 @click.command(
     epilog=options.example("""
+ddpm-pipe verify latest
+ddpm-pipe verify k7m2 --steps 100
+""")
+)
+@options.run
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Replay N steps: to a checkpoint N steps later, or twice if there is none. Default: to the newest checkpoint.",
+)
+@options.cluster
+@options.json
+def verify(run: str, steps: int | None, context: Context, as_json: bool) -> None:
+    """Replay steps of RUN's training and compare the bytes.
+
+    It starts from the last checkpoint but one, here, with the recorded settings and number of threads, and writes nothing into RUN.
+    Other bytes than the newest checkpoint's mean silent corruption: the exit code is 12, and one line names the file and the tensor.
+    """
+    from pipeline.runs.verify import verify_run
+
+    found = verify_run(context, run, steps)
+    equal = (
+        f"run {found.run}: the steps {found.from_step} to {found.to_step} ended with the bytes of {found.compared_with}"
+    )
+    print_result(found, as_json, lambda: [] if found.differences else [equal])
+    found.require_equal()
+
+
+@click.command(
+    epilog=options.example("""
 ddpm-pipe ui
 ddpm-pipe ui --port 5001
 """)

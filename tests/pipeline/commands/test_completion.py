@@ -56,7 +56,7 @@ def test_runs_are_completed_newest_first(home: Path, monkeypatch: pytest.MonkeyP
     for age, place in enumerate(["runs/abc1", "runs/abd2", "runs/.part", "sweeps/abe3"]):
         (home / place).mkdir(parents=True)
         os.utime(home / place, (1e9 + age, 1e9 + age))
-    for command in ("sample", "evaluate", "export", "serve", "sync", "compare"):
+    for command in ("sample", "evaluate", "export", "serve", "sync", "compare", "verify"):
         assert completed(command, "") == ["latest", "abd2", "abc1"]
     assert completed("compare", "abc1", "abd") == ["abd2"]
     assert completed("resume", "ab") == completed("rm", "abc1", "ab") == ["abe3", "abd2", "abc1"]
