@@ -12,6 +12,7 @@ from pipeline.commands.output import print_result
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
+    from pipeline.storage.retention import Which
 
 
 @click.command(
@@ -32,7 +33,7 @@ ddpm-pipe export k7m2 graph/ --format onnx
     help="diffusers: a DDPMPipeline; safetensors: what `import` reads; onnx: the network as a graph.",
 )
 @click.option("--weights", metavar="WHICH", default="ema", show_default=True, help="As in `ddpm-pipe sample`.")
-@click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest.")
+@options.checkpoint
 @options.cluster
 @options.json
 def export(
@@ -40,7 +41,7 @@ def export(
     folder: Path,
     form: Literal["diffusers", "safetensors", "onnx"],
     weights: str,
-    checkpoint: int | None,
+    checkpoint: Which,
     context: Context,
     as_json: bool,
 ) -> None:

@@ -49,6 +49,24 @@ overrides = click.option(
     help="Override one setting, such as training.steps=1000.",
 )
 isolated = click.option("--isolated", is_flag=True, help="Train in a process of its own, restarted if it dies.")
+
+
+def _which(context: click.Context, option: click.Parameter, value: str | None) -> Any:
+    """Read a step, `latest` or `best`."""
+    from pipeline.storage.retention import read_which
+
+    try:
+        return None if value is None else read_which(value)
+    except ValueError:
+        raise click.BadParameter(f"got {value!r}, expected a step, latest or best") from None
+
+
+checkpoint = click.option(
+    "--checkpoint",
+    callback=_which,
+    metavar="STEP|latest|best",
+    help="`best` by the scores while training. Default: latest.",
+)
 json = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 dry_run = click.option("--dry-run", is_flag=True, help="Say what would be done, and stop.")
 max_concurrent = click.option(
@@ -108,7 +126,7 @@ def sampling(command: F) -> F:
             show_default=True,
             help="`ema`, `ema:DECAY`, `raw`, or `posthoc:WIDTH` from stored snapshots.",
         ),
-        click.option("--checkpoint", type=click.IntRange(min=0), metavar="STEP", help="Default: the newest."),
+        checkpoint,
     )
     for option in reversed(options):
         command = option(command)

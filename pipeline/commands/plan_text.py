@@ -29,7 +29,7 @@ def _describe_plan(plan: Plan) -> dict[str, str]:
     epoch, checkpoint, parameters = plan.steps_per_epoch, plan.checkpoint_bytes, plan.num_parameters
     training = plan.experiment.training
     shape = "x".join(map(str, plan.shape)) if plan.shape else unknown
-    kept = plan.experiment.checkpoint.keep
+    kept = plan.experiment.checkpoint.retention.most
     return {
         "data": plan.data,
         "images": f"{plan.num_rows:,} of {shape}" if plan.num_rows else shape,

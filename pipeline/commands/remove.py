@@ -70,7 +70,7 @@ ddpm-pipe prune --runs failed --runs interrupted --older-than 30
     "--checkpoints",
     type=click.IntRange(min=1),
     metavar="N",
-    help="Keep each run's newest N checkpoints and those that forks start from; remove the others.",
+    help="Keep each run's newest N checkpoints, its best, its milestones, and those that forks start from; remove the others.",
 )
 @options.cluster
 @yes

@@ -13,6 +13,7 @@ from pipeline.errors import UsageError
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
+    from pipeline.storage.retention import Which
     from pipeline.sweeps.result import Result
 
 
@@ -144,8 +145,9 @@ ddpm-pipe serve k7m2 --port 8001
     show_default=True,
     help="Address to listen on; anything else can be reached from outside.",
 )
+@options.checkpoint
 @options.cluster
-def serve(run: str, port: int, host: str, context: Context) -> None:
+def serve(run: str, port: int, host: str, checkpoint: Which, context: Context) -> None:
     """Answer requests for images of RUN with PNGs, until Ctrl-C.
 
     GET /images?n=4&seed=1 gives four as JSON, /images/7.png?seed=1 one, /grid.png?n=16 a sheet; / is a page that shows some.
@@ -154,4 +156,4 @@ def serve(run: str, port: int, host: str, context: Context) -> None:
     from pipeline.storage.runs import Run
     from pipeline.training.trained import not_trained
 
-    serve_model(Run.find(context.home, run, context.store, not_trained), host, port, click.echo)
+    serve_model(Run.find(context.home, run, context.store, not_trained), host, port, click.echo, checkpoint)

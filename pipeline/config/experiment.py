@@ -23,6 +23,7 @@ from pipeline.config.process import ModelConfig as ModelConfig
 from pipeline.config.process import SamplingConfig as SamplingConfig
 from pipeline.config.yaml_files import Place, Section, flatten, parse_override, read_yaml_mapping, set_value, validate
 from pipeline.errors import UsageError
+from pipeline.storage.retention import Retention
 from pipeline.storage.runs import normalise_name
 
 DEFAULT_PRESET = "digits"
@@ -202,6 +203,15 @@ class TrainingConfig(Section):
         return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
 
+class KeepBestConfig(Section):
+    """Which checkpoints are kept for their scores while training, by `evaluation.every_steps`."""
+
+    metric: Literal["kid", "fid"] = "kid"
+    """The score; lower is better."""
+    n: PositiveInt = 1
+    """Number of best checkpoints that are kept."""
+
+
 class CheckpointConfig(Section):
     """When to save, and how many checkpoints to keep. The last step is always saved."""
 
@@ -211,6 +221,16 @@ class CheckpointConfig(Section):
     """Save every so many minutes; null does not."""
     keep: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints that are kept."""
+    keep_best: KeepBestConfig | None = None
+    """Keep the `n` checkpoints of the lowest `kid` or `fid` (`metric`), too; steps that `evaluation.every_steps` scores are saved."""
+    milestones: tuple[PositiveInt, ...] = ()
+    """Steps that are saved and kept for good."""
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        best = self.keep_best or KeepBestConfig()
+        return Retention(self.keep, self.milestones, best.n if self.keep_best else 0, best.metric)
 
 
 class LoggingConfig(Section):
@@ -225,7 +245,7 @@ class LoggingConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """The scores at the end of training."""
+    """The scores at the end of training, and of few images while training."""
 
     enabled: bool = True
     """Score the model and draw samples at the end of training."""
@@ -241,6 +261,10 @@ class EvaluationConfig(Section):
     """Images of each of KID's subsets; null is 1000, or half of fewer images."""
     inception_score_splits: PositiveInt = 10
     """Parts over which the Inception Score is averaged; 1 is as Ho et al. take it."""
+    every_steps: PositiveInt | None = None
+    """Steps between two scores of few images while training, by KID, and FID where so few allow it; null scores at the end alone."""
+    early_images: Annotated[int, Field(ge=3)] = 256
+    """Generated images of each score while training."""
 
 
 class Experiment(Section):
@@ -258,6 +282,14 @@ class Experiment(Section):
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplingConfig = SamplingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _the_best_is_scored(self) -> Experiment:
+        if self.checkpoint.keep_best is not None and self.evaluation.every_steps is None:
+            raise ValueError(
+                "checkpoint.keep_best: got a score to keep checkpoints by, but none is computed while training; set evaluation.every_steps"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sampler_steps_fit(self) -> Experiment:

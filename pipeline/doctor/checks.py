@@ -146,7 +146,7 @@ def disk(examination: Examination) -> Finding:
     free = examination.ask({node: partial(node_checks.free_bytes, places) for node in examination.names}, DISK_S)
     by_name = {examination.names[node]: there for node, there in free.items()}
     checkpoint = examination.num_parameters * BYTES_PER_PARAMETER * 4
-    return verdicts.judge_disk(by_name, checkpoint, examination.experiment.checkpoint.keep)
+    return verdicts.judge_disk(by_name, checkpoint, examination.experiment.checkpoint.retention.most)
 
 
 def storage(examination: Examination) -> Finding:

@@ -14,6 +14,7 @@ from pipeline.errors import StorageError, UsageError
 from pipeline.exchange.diffusers_folder import write_pipeline
 from pipeline.exchange.export_onnx import FILE as ONNX_FILE
 from pipeline.exchange.export_onnx import require_onnx, write_onnx
+from pipeline.storage.retention import Which
 from pipeline.storage.runs import Run
 from pipeline.training.trained import EXPERIMENT_FILE, Trained, not_trained
 
@@ -26,7 +27,7 @@ class ExportRequest:
 
     folder: Path
     form: Format
-    step: int | None = None
+    checkpoint: Which = None
     weights: str = "ema"
 
 
@@ -63,7 +64,7 @@ def export_run(context: Context, reference: str, request: ExportRequest) -> Expo
         raise UsageError(f"{folder}: exists and is not an empty folder; give another one")
     if form == "onnx":
         require_onnx()
-    trained = Trained.from_run(run, request.step, request.weights)
+    trained = Trained.from_run(run, request.checkpoint, request.weights)
     folder = folder.absolute()
     partial = folder.with_name(f".{folder.name}.partial")
     try:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pipeline.metrics.bound import PARTS, Bound, mean_and_error
 from pipeline.metrics.metric_identity import BoundIdentity
-from pipeline.metrics.score_table import aligned, with_spread
+from pipeline.metrics.score_table import aligned, bias_lines, with_spread
 from pipeline.metrics.scores import SCORES_FILE, Figures, Spread
 from pipeline.pictures.charts import dress, line_style, new_figure, save_figure
 from pipeline.storage.durable import write_atomically, write_json
@@ -75,6 +75,7 @@ class Measured(Figures):
             *lines,
             "",
             f"±: standard error of the mean; {scope} of the {identity.split} split, {identity.weights} weights, {identity.process}",
+            *bias_lines(identity.selection),
         ]
 
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.ingest.choice import split_of
+from pipeline.storage.retention import LAST
 
 TRAIN = "train"  # the split of images whose source names none
 
@@ -33,6 +34,7 @@ class Generation:
         labels: "#balanced", "#none" or a class's name; "" for a model that knows no classes.
         precision: of the network, "bf16" or "fp32".
         compile: whether the network was compiled.
+        selection: how the checkpoint was chosen: LAST, or "best of 12 by kid_classifier_n256", which is biased by its choice.
     """
 
     sampler: str
@@ -47,6 +49,7 @@ class Generation:
     labels: str = ""
     precision: str = "fp32"
     compile: bool = False
+    selection: str = LAST
 
     @property
     def nfe(self) -> int:
@@ -115,6 +118,7 @@ class BoundIdentity:
         seed: of the noise.
         chunk: images per network call.
         labels: "of the images" if the network gets each image's class, which makes it a bound on p(x | y); else "".
+        selection: how the checkpoint was chosen, as of generated images.
     """
 
     metric: str
@@ -127,6 +131,7 @@ class BoundIdentity:
     seed: int
     chunk: int
     labels: str = ""
+    selection: str = LAST
 
     @property
     def key(self) -> str:
@@ -138,8 +143,9 @@ class BoundIdentity:
         return replace(self, metric=metric)
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data; without `labels` for a model that knows no classes."""
-        return {name: value for name, value in asdict(self).items() if name != "labels" or value}
+        """Return plain data; without `labels` for a model that knows no classes, and `selection` for a checkpoint that was not chosen."""
+        usual = {"labels": "", "selection": LAST}
+        return {name: value for name, value in asdict(self).items() if value != usual.get(name)}
 
 
 LUCK = frozenset({"generation.seed", "generation.num_seeds", "generation.chunk", "seed", "chunk"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pipeline.metrics.scores import Scores, Spread
+from pipeline.storage.retention import LAST
 
 YARDSTICK_NAMES = {"real_half": "real half against real half", "uniform_noise": "uniform noise"}
 
@@ -28,11 +29,23 @@ def score_lines(scores: Scores) -> list[str]:
             f"{share:.1%} of the generated images get a classifier confidence above 0.9 (real images: {real:.1%}); "
             f"the rarest class, {rarest!r}, is {scores.class_shares[rarest]:.1%} of them",
         ]
+    lines += bias_lines(next(iter(scores.identities.values())).generation.selection)
     if scores.unjudged:
         lines.append(
             f"the classifier was fitted on no image of class {', '.join(map(repr, scores.unjudged))}, and cannot see it"
         )
     return lines
+
+
+def bias_lines(selection: str) -> list[str]:
+    """Return what to know of the scores of a checkpoint that was chosen by earlier ones, nothing if it was not."""
+    if selection == LAST:
+        return []
+    return [
+        "",
+        f"biased: this checkpoint is the {selection}, chosen because its score was low, though by images of other seeds;",
+        "`compare` does not rank it beside last checkpoints unless --across selection asks for it",
+    ]
 
 
 def with_spread(value: float, spread: Spread | None) -> str:

@@ -8,7 +8,7 @@ scores = score(scorer.extractor(images), scorer, Generation("ddim", steps=50))
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from pipeline.errors import DataError, RefusedError
 from pipeline.metrics.classifier import CONFIDENT, Classifier, decide
 from pipeline.metrics.classifier_store import MAX_SIZE, classifier_for
 from pipeline.metrics.features import Extracted, FeatureExtractor, extract, in_batches
-from pipeline.metrics.fid import Moments
+from pipeline.metrics.fid import Moments, kid_with_error
 from pipeline.metrics.inception import Inception
 from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity, recorded_split
 from pipeline.metrics.reference import Reference, prepare_reference
@@ -35,6 +35,7 @@ from pipeline.training.device import Compute
 USUAL = EvaluationConfig()
 
 _BATCH = 1000
+_EARLY_REAL = 1000  # real images that a score while training compares with, or as many as are generated
 
 
 def choose_extractor(
@@ -177,21 +178,42 @@ def score(
     )
 
 
-def early_kid(
-    experiment: Experiment, dataset: Dataset, home: Path, images: Images, generation: Generation, compute: Compute
-) -> Figures:
-    """Return the KID of a few images, uint8 [n, C, H, W], against the experiment's reference, measured while a model trains.
+def early_scorer(experiment: Experiment, dataset: Dataset, home: Path, num_images: int, compute: Compute) -> Scorer:
+    """Return what scores a few images while a model trains, against some of the images that the evaluation at the end compares with.
 
-    KID is unbiased for any number of images, so it can show early that a trial is hopeless. Its spread is the standard deviation over
-    subsets, which share images: it gives no standard error. Features of real images are cached in `home`, as those of the evaluation.
+    Features of real images are cached in `home`, as those of the evaluation.
 
     Raises:
-        RefusedError, DataError: as the evaluation at the end.
+        RefusedError, DataError: as the evaluation at the end; RefusedError if the best checkpoints cannot be chosen by so few images.
     """
     split = recorded_split(experiment.data.split)
     scorer = scorer_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
+    best, least = experiment.checkpoint.keep_best, scorer.extractor.min_images
+    if best is not None and best.metric == "fid" and num_images < least:
+        raise RefusedError(
+            f"checkpoint.keep_best.metric: got fid, which needs {least} images, and {num_images} are scored while training; "
+            "take kid, or more evaluation.early_images"
+        )
+    few = scorer.reference.real.part(slice(max(num_images, _EARLY_REAL)))
+    return replace(scorer, reference=replace(scorer.reference, real=few))
+
+
+def early_score(scorer: Scorer, images: Images, generation: Generation) -> Figures:
+    """Return the KID of a few images, uint8 [n, C, H, W], with its standard error, and their FID if n is enough for the extractor.
+
+    This KID is unbiased for any number of images, so it shows early whether a model learns, and whether a trial is hopeless.
+    """
     found = extract(scorer.extractor, in_batches(images, _BATCH))
-    return Figures(*_figures(_pair(found, scorer.reference), scorer, generation, ["kid"], USUAL))
+    pair = _pair(found, scorer.reference)
+    value, error = kid_with_error(pair.real.features, pair.judged.features)
+    kid = scorer.identity("kid", "all pairs", generation, len(images))
+    values, identities = {kid.key: value}, {kid.key: kid}
+    if len(images) >= scorer.extractor.min_images:
+        (fid, distance), *_ = METRICS["fid"](pair, USUAL).values.items()
+        named = scorer.identity(fid, "", generation, len(images))
+        values[named.key], identities[named.key] = distance, named
+    spread = Spread(error, "images left out one by one (jackknife)", standard_error=error)
+    return Figures(values, identities, {kid.key: spread})
 
 
 def _pair(found: Extracted, reference: Reference) -> Pair:

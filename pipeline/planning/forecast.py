@@ -69,6 +69,8 @@ def _checkpoints(plan: Plan, step: float, stops_for: float, training_s: float) -
     due, each = plan.experiment.checkpoint, plan.checkpoint_bytes or 0
     intervals = [due.every_steps * step] if due.every_steps else []
     intervals += [due.every_minutes * 60] if due.every_minutes else []
+    scored = plan.experiment.evaluation.every_steps
+    intervals += [scored * step] if due.keep_best and scored else []
     interval = min([*intervals, training_s])
     count = max(1, math.ceil(training_s / interval))
     return Checkpoints(
@@ -76,7 +78,7 @@ def _checkpoints(plan: Plan, step: float, stops_for: float, training_s: float) -
         interval_s=interval,
         count=count,
         written_bytes=count * each,
-        kept_bytes=min(count, due.keep) * each,
+        kept_bytes=min(count, due.retention.most) * each,
     )
 
 

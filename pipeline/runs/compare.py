@@ -175,6 +175,6 @@ def _refusal(chosen: dict[str, list[MetricValue]], wanted: str, fields: list[str
             worst = apart, f"runs {one} and {two} have no {wanted!r} of the same kind ({what})"
     assert worst is not None, "one run alone is always a group"
     names = [line.partition(":")[0] for line in worst[0]]
-    may_differ = names and all(name.startswith("generation.") for name in names)
+    may_differ = names and all(name.startswith("generation.") or name == "selection" for name in names)
     across = ",".join(name.removeprefix("generation.") for name in names)
     return f"{worst[1]}; evaluate them alike" + (f", or compare them with --across {across}" if may_differ else "")

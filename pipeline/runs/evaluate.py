@@ -34,6 +34,7 @@ from pipeline.runs.runs_table import with_newest
 from pipeline.runs.sample import LoadedRun, RequestPlan, SampleRequest
 from pipeline.sampling.generated import SampleCache
 from pipeline.sampling.generation import settled, usual_generation
+from pipeline.storage.retention import BEST
 from pipeline.storage.runs import Run
 from pipeline.tracking.opened import copy_to_opened
 from pipeline.tracking.text import describe
@@ -176,7 +177,7 @@ def _score_samples(loaded: LoadedRun, cache: SampleCache, scorer: Scorer, reques
     for seed in range(first, first + request.num_seeds):
         generator = loaded.sampler(replace(request, seed=seed))
         found, preview = cache.features(generator, scorer.extractor, num_images)
-        each.append(score(found, scorer, generator.identity(trained.weights), metrics=metrics, settings=asked))
+        each.append(score(found, scorer, loaded.generation(generator), metrics=metrics, settings=asked))
         previews.append(preview)
     scores = over_seeds(each)
     first_of_all = next(iter(scores.identities.values()))
@@ -199,7 +200,8 @@ def evaluate_run(
         if tracker is not None:
             figures = record(tracker, found, written)
             state = run.state()
-            if request.checkpoint is None or found.step >= state.step:  # not of a model that was left behind
+            # not of a model that was left behind, or chosen among many
+            if request.checkpoint is None or (request.checkpoint != BEST and found.step >= state.step):
                 run.update(summary=with_newest(state.summary, figures))
             tracker.describe(describe(run, run.state().summary, run.state().step))
     return EvaluationResult(found, written)
@@ -239,6 +241,8 @@ def _label(identity: MetricIdentity, trained: Trained, mixed_is: str) -> str:
         label += f"_{made.precision}"
     if made.compile != usual.compile:
         label += "_compiled" if made.compile else "_not_compiled"
+    if made.selection != usual.selection:
+        label += "_best"
     if identity.split != split:
         label += "_against_" + re.sub(r"\W", "_", identity.split)
     return label

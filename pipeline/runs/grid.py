@@ -24,6 +24,7 @@ from pipeline.runs.evaluation import Evaluation
 from pipeline.runs.sample import SampleRequest
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
+from pipeline.storage.retention import read_which
 
 TABLE_FILE, CSV_FILE, PICTURE_FILE = "table.json", "grid.csv", "grid.png"
 CALLS = "network_calls"
@@ -61,6 +62,11 @@ def parse_grid(text: str, base: ScoreRequest) -> tuple[list[str], list[ScoreRequ
 
 def _value(key: str, text: str) -> Any:
     """Return a value as the type that the request's field asks for."""
+    if key == "checkpoint":
+        try:
+            return read_which(text)
+        except ValueError:
+            raise UsageError(f"--grid: {key}={text!r}, expected a step, latest or best") from None
     hint = get_type_hints(SampleRequest)[key]
     kind = (get_args(hint) or (hint,))[0]  # of `int | None`, int
     convert = {"true": True, "false": False}.__getitem__ if kind is bool else kind

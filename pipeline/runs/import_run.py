@@ -21,6 +21,7 @@ from pipeline.metrics.bound import rows_to_measure
 from pipeline.runs.record import create_run
 from pipeline.runs.tracked import start_tracking
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.retention import Retention
 from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.tracking.tracker import Tracker, TrackingSettings
@@ -139,7 +140,7 @@ def _save(run: Run, experiment: Experiment, foreign: ForeignModel, dataset: Data
         "elapsed_s": 0.0,
     }
     tensors = {"model": foreign.model, "ema": foreign.ema, "optimizer": {}}
-    Saver(run, run.next_attempt(), keep=1).save(0, tensors, state, wait=True)
+    Saver(run, run.next_attempt(), Retention(newest=1)).save(0, tensors, state, wait=True)
 
 
 def _track(run: Run, experiment: Experiment, dataset: Dataset | None, profile: Profile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from ddpm import BitsPerDim, bits_per_dim
@@ -15,6 +16,7 @@ from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.runs.choose_scorer import open_images, open_split, own_split, progress_on
 from pipeline.runs.sample import LoadedRun
 from pipeline.sampling.generation import usual_generation
+from pipeline.storage.retention import LAST
 from pipeline.training import vae
 from pipeline.training.chunks import ChunkStore, compute
 from pipeline.training.device import arithmetic_of
@@ -49,6 +51,7 @@ def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images
         seed=seed,
         chunk=chunk,
         labels="of the images" if trained.class_names else "",
+        selection=trained.selection,
     )
     measure: Callable[..., BitsPerDim] = vae.bits_per_dim
     if not isinstance(trained.model, vae.Vae):
@@ -57,7 +60,7 @@ def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images
     kept = {
         "format": _FORMAT,
         "model": loaded.digest,
-        "bound": identity.to_json(),
+        "bound": replace(identity, selection=LAST).to_json(),
         **arithmetic_of(profile),
     }
     store = ChunkStore(run.folder / "bound", kept)
@@ -69,9 +72,10 @@ def measure_bound(loaded: LoadedRun, *, seed: int, split: str | None, num_images
 def _label(identity: BoundIdentity, trained: Trained) -> str:
     """Return how the figure's name in MLflow ends where it is not by the run's own weights and seed; the name has split and count."""
     usual = usual_generation(trained.experiment, trained.class_names)
-    if (identity.weights, identity.seed) == (usual.weights, usual.seed):
+    best = "" if identity.selection == usual.selection else "_best"
+    if (identity.weights, identity.seed, best) == (usual.weights, usual.seed, ""):
         return ""
-    return f"{identity.weights}_seed{identity.seed}"
+    return f"{identity.weights}_seed{identity.seed}{best}"
 
 
 def _process(trained: Trained) -> str:

@@ -22,6 +22,7 @@ from pipeline.runs.record import trial_of
 from pipeline.storage.durable import storage_errors
 from pipeline.storage.folder import Folder, fitting
 from pipeline.storage.home import datasets_dir, features_dir
+from pipeline.storage.judgements import FILE
 from pipeline.storage.next_command import typeable
 from pipeline.storage.remote_run import own_folder
 from pipeline.storage.removal import Remains, hide, left_over, num_bytes
@@ -29,7 +30,7 @@ from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.tracking.removal import TrackedRun, tracked_run
 from pipeline.tracking.tracker import TrackingSettings
-from pipeline.training.trained import profile_of
+from pipeline.training.trained import experiment_of, profile_of
 
 IDLE_S = 3600.0  # what was written to since may be in use
 CHUNKS = ("features", "generated")  # folders of a run; `pipeline.sampling.generated` computes them again
@@ -245,8 +246,10 @@ class _There:
         return tracked_run(settings, folder.mlflow_run_id)
 
     def pinned(self, run: Run) -> list[str]:
-        """Return the names of a run's checkpoints that forks start from."""
-        return [name for origin, name in map(_origin_of, self.runs) if origin == run.id]
+        """Return the names of a run's checkpoints that forks start from, and of those that its experiment keeps beside the newest."""
+        run.fetch_files(FILE)
+        own = experiment_of(run).checkpoint.retention.pinned(run.folder, run.current_attempt())
+        return [*own, *(name for origin, name in map(_origin_of, self.runs) if origin == run.id)]
 
 
 def _origin_of(run: Run) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,10 +19,12 @@ from pipeline.config.yaml_files import validate
 from pipeline.console import Console
 from pipeline.data.labels import ClassNames, labels_of
 from pipeline.errors import StorageError, UsageError
+from pipeline.metrics.metric_identity import Generation
 from pipeline.pictures.pictures import picture_of, save_grid, write_picture
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.sampling.generated import SampleCache, digest
 from pipeline.sampling.generation import Denoiser, ImageGenerator, make_sampler, settled
+from pipeline.storage.retention import Which
 from pipeline.storage.runs import Run
 from pipeline.training import averages
 from pipeline.training.combinations import check_labels, check_sampling
@@ -51,7 +53,7 @@ class SampleRequest:
     compile: bool | None = None
     seed: int | None = None
     weights: str = "ema"
-    checkpoint: int | None = None
+    checkpoint: Which = None
 
     def settings(self, experiment: Experiment) -> tuple[SamplingConfig, int]:
         """Return the sampling settings and the seed, checked; UsageError where they do not fit the process."""
@@ -135,11 +137,15 @@ class LoadedRun:
         runner = runner_of(self.profile)
         return SampleCache(self.run.folder, self.digest, self.trained.weights, self.profile, runner, self.console)
 
+    def generation(self, sampler: ImageGenerator) -> Generation:
+        """Return how images are generated, and how the checkpoint was chosen."""
+        return replace(sampler.identity(self.trained.weights), selection=self.trained.selection)
+
     def identity(self, sampler: ImageGenerator, num_images: int) -> dict[str, Any]:
         """Return what decides the images, as plain data: equal identities give equal bytes on equal machines."""
         return {
             "checkpoint_step": self.trained.step,
-            **asdict(sampler.identity(self.trained.weights)),
+            **asdict(self.generation(sampler)),
             "num_images": num_images,
             "arithmetic": arithmetic_of(self.profile),
         }

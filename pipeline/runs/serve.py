@@ -31,6 +31,7 @@ from pipeline.pictures.pictures import as_png, grid_picture, picture_of
 from pipeline.runs.sample import SampleRequest, run_sampler
 from pipeline.sampling.generation import ImageGenerator
 from pipeline.signals import listening
+from pipeline.storage.retention import Which
 from pipeline.storage.runs import Run
 from pipeline.training.device import serving_compute
 from pipeline.training.trained import Trained
@@ -48,10 +49,10 @@ img{{max-width:100%;image-rendering:pixelated}}code{{background:#f1f3f4;padding:
 class Gallery:
     """A trained model as a source of images; one request at a time uses it."""
 
-    def __init__(self, run: Run, weights: str = "ema") -> None:
+    def __init__(self, run: Run, weights: str = "ema", checkpoint: Which = None) -> None:
         self.run = run
         self.compute = serving_compute()
-        self.trained = Trained.from_run(run, weights=weights)
+        self.trained = Trained.from_run(run, checkpoint, weights)
         self.compute.place(self.trained.model)
         self._lock = threading.Lock()
         self._sampler = lru_cache(maxsize=4)(self._make_sampler)
@@ -78,9 +79,9 @@ class Gallery:
         return self._sampler(request).images(indices)
 
 
-def serve_model(run: Run, host: str, port: int, say: Callable[[str], None] = answer) -> None:
+def serve_model(run: Run, host: str, port: int, say: Callable[[str], None] = answer, checkpoint: Which = None) -> None:
     """Answer requests until Ctrl-C or SIGTERM. UsageError where the port is taken."""
-    gallery = Gallery(run)
+    gallery = Gallery(run, checkpoint=checkpoint)
     try:
         server = ThreadingHTTPServer((host, port), _handler(gallery, host))
     except OSError as error:

@@ -36,6 +36,7 @@ from pipeline.training.randomness import image_generators
 from pipeline.training.vae import Vae
 
 Shape = tuple[int, int, int]
+EARLY_STEPS = 50
 
 _PROBED_VALUES, _MOST_PROBES = 2**18, 16
 
@@ -224,6 +225,20 @@ def make_sampler(
 def settled(sampling: SamplingConfig, where: Compute | Profile) -> SamplingConfig:
     """Return the settings with the precision `mixed` replaced by what it is where images are generated."""
     return sampling.model_copy(update={"precision": sampling_precision(sampling.precision, where)})
+
+
+def early_sampling(experiment: Experiment, num_images: int) -> SamplingConfig:
+    """Return how few images are generated for a score while training: as the run samples, but in 50 steps of DDIM where that takes more."""
+    sampling = experiment.sampling
+    changes: dict[str, object] = {"batch_size": min(num_images, sampling.batch_size)}
+    if sampling.num_steps(experiment.diffusion.num_timesteps) > EARLY_STEPS:
+        changes |= {"sampler": "ddim", "steps": EARLY_STEPS, "eta": 0.0}
+    return sampling.model_copy(update=changes)
+
+
+def early_seed(experiment: Experiment) -> int:
+    """Return the seed of these images, which no score at the end uses: what a checkpoint is chosen by must not judge it again."""
+    return experiment.seed ^ 1 << 62
 
 
 def usual_generation(

@@ -54,13 +54,15 @@ class CheckpointStore:
             return state
         return {}
 
-    def commit(self, checkpoint: Checkpoint, may_commit: Callable[[], bool], keep: int) -> None:
-        """Send a checkpoint that is committed on disk to the store, if there is one, and remove all but the newest `keep`."""
+    def commit(
+        self, checkpoint: Checkpoint, may_commit: Callable[[], bool], keep: int, pinned: Collection[str] = ()
+    ) -> None:
+        """Send a checkpoint that is committed on disk to the store, if there is one, and remove others as `prune` does."""
         if self._remote is not None:
             self.push(checkpoint, may_commit)
-        self.prune(keep)
+        self.prune(keep, pinned)
         if self._remote is not None:
-            CheckpointStore(self._local).prune(keep)
+            CheckpointStore(self._local).prune(keep, pinned)
 
     def push(self, checkpoint: Checkpoint, may_commit: Callable[[], bool]) -> None:
         """Send a checkpoint that is committed on disk, and commit it in the store.

@@ -12,6 +12,7 @@ from pipeline.storage.checkpoint import Checkpoint, Tensors
 from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.remote import RemoteFolder, is_remote
 from pipeline.storage.remote_run import own_folder
+from pipeline.storage.retention import Retention
 from pipeline.storage.runs import Run
 
 
@@ -47,8 +48,8 @@ class Saver:
     One checkpoint is sent at a time. Older ones are removed, and the run's step goes up, once it is committed on disk or in the store.
     """
 
-    def __init__(self, run: Run, attempt: int, keep: int) -> None:
-        self._run, self._attempt, self._keep = run, attempt, keep
+    def __init__(self, run: Run, attempt: int, retention: Retention) -> None:
+        self._run, self._attempt, self._retention = run, attempt, retention
         self._checkpoints = RunCheckpoints(run)
         self._sending: threading.Thread | None = None
         self._failure: BaseException | None = None
@@ -88,14 +89,22 @@ class Saver:
 
     def _send(self, checkpoint: Checkpoint) -> None:
         try:
+            self._run.send_files()  # first, since the scores among them decide which checkpoints the commit removes
             self._commit(checkpoint)
-            self._run.send_files()
         except BaseException as error:  # raised by the next `save`
             self._failure = error
 
+    def remove_others(self) -> None:
+        """Remove checkpoints that the scores since the last save leave behind, once training is over."""
+        if self._retention.best and self.may_commit():
+            self._checkpoints.prune(self._retention.newest, self._pinned())
+
     def _commit(self, checkpoint: Checkpoint) -> None:
-        self._checkpoints.commit(checkpoint, self.may_commit, self._keep)
+        self._checkpoints.commit(checkpoint, self.may_commit, self._retention.newest, self._pinned())
         self._run.update(step=checkpoint.step)
+
+    def _pinned(self) -> set[str]:
+        return self._retention.pinned(self._run.folder, self._attempt)
 
     def may_commit(self) -> bool:
         """Whether this attempt is still the newest, which alone may write."""

@@ -16,6 +16,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.console import Console, duration
 from pipeline.planning.capacity import needs
 from pipeline.runs.record import Trial, trial_of
+from pipeline.storage.judgements import values_by_rung
 from pipeline.storage.runs import Run, normalise_name
 from pipeline.sweeps.config import trial_experiment
 from pipeline.sweeps.entry import entry_of
@@ -26,7 +27,6 @@ from pipeline.sweeps.plan import SweepPlan, SweepRequest, drawing
 from pipeline.sweeps.points import key_of, title
 from pipeline.sweeps.search import Next, Trials
 from pipeline.sweeps.trial import ForTrials
-from pipeline.training.judgements import values_by_rung
 from pipeline.worker.job import Allowance
 
 LOOK_S = 5.0

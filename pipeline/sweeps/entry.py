@@ -114,6 +114,7 @@ def _but_steps(generation: Generation) -> Generation:
 
 
 def _of_all_images(identity: Mapping[str, Any], experiment: Experiment) -> bool:
-    """Whether a bound is that of the averaged weights over all images of the training data."""
+    """Whether a bound is that of the newest averaged weights over all images of the training data."""
     asked = ("ema", recorded_split(experiment.data.split), experiment.seed, identity["of_images"])
-    return tuple(identity[name] for name in ("weights", "split", "seed", "num_images")) == asked
+    found = tuple(identity[name] for name in ("weights", "split", "seed", "num_images"))
+    return found == asked and "selection" not in identity

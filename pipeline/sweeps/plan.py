@@ -52,7 +52,7 @@ class SweepPlan:
     @property
     def disk_bytes(self) -> int | None:
         """Disk space of all trials: their checkpoints and the model that each logs."""
-        one, keep = self.trial.checkpoint_bytes, self.trial.experiment.checkpoint.keep
+        one, keep = self.trial.checkpoint_bytes, self.trial.experiment.checkpoint.retention.most
         return None if one is None else self.num_trials * (one * keep + one // 2)
 
     def to_dict(self) -> dict[str, Any]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from pipeline.errors import CheckpointError, UsageError
 from pipeline.storage.checkpoint import Checkpoint
 from pipeline.storage.durable import write_atomically, write_json
 from pipeline.storage.folder import Folder
+from pipeline.storage.judgements import FILE, best_first
 from pipeline.storage.next_command import typeable
+from pipeline.storage.retention import LAST, Which
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
 from pipeline.training import averages
@@ -43,6 +45,7 @@ class Trained:
     weights: str  # "ema", "ema:0.999", "raw", "posthoc:0.1"
     training_s: float
     class_names: ClassNames = NO_CLASSES  # of a class-conditional network
+    selection: str = LAST  # how the checkpoint was chosen, as in a score's identity
 
     @cached_property
     def diffusion(self) -> GaussianDiffusion:
@@ -50,12 +53,16 @@ class Trained:
         return build_diffusion(self.experiment)
 
     @classmethod
-    def from_run(cls, run: Run, step: int | None = None, weights: str = "ema") -> Trained:
-        """Load a run's newest checkpoint that verifies, or that of a step; raises CheckpointError if there is none.
+    def from_run(cls, run: Run, which: Which = None, weights: str = "ema") -> Trained:
+        """Load a run's newest checkpoint that verifies, or another one; raises CheckpointError if there is none.
 
         `weights` are as in pipeline/training/averages.py; those that are made after training are of a snapshot's step.
         """
         experiment = experiment_of(run)
+        if which == "best":
+            best, selection = best_step(run, experiment)
+            return replace(cls.from_run(run, best, weights), selection=selection)
+        step = which
         choice = averages.choose(weights, experiment.training)
         # buffers, of a network that has them, are not averaged: they come from the model itself
         if choice.sigma_rel is not None:
@@ -117,6 +124,30 @@ def experiment_of(run: Run) -> Experiment:
     return with_overrides(experiment_from(run.record.experiment, f"run {run.id}"), run.state().overrides)
 
 
+def best_step(run: Run, experiment: Experiment) -> tuple[int, str]:
+    """Return the step of the best checkpoint by the scores while training, and how it was chosen; UsageError if there is none."""
+    run.fetch_files(FILE)
+    metric = experiment.checkpoint.retention.metric
+    ranked = best_first(run.folder, metric)
+    if not ranked:
+        raise UsageError(
+            f"run {run.id} has no best checkpoint: got no {metric} of a step, expected some while training; train with -s "
+            "evaluation.every_steps=STEPS -s checkpoint.keep_best.n=1, or name a step or latest"
+        )
+    best, saved = ranked[0], RunCheckpoints(run).committed()
+    if best.checkpoint not in [checkpoint.folder.name for checkpoint in saved]:
+        why = (
+            "checkpoint.keep_best is not set"
+            if experiment.checkpoint.keep_best is None
+            else "it was removed or is damaged"
+        )
+        raise UsageError(
+            f"run {run.id}: step {best.step} is the best by {best.name}, but its checkpoint is not kept ({why}); "
+            f"name one of: {_steps(saved)}"
+        )
+    return best.step, f"best of {len(ranked)} by {best.name}"
+
+
 def not_trained(run: Run) -> str:
     """Return why a run's model cannot be used yet, "" if it can."""
     return "" if RunCheckpoints(run).committed() else "no checkpoint yet"
@@ -148,5 +179,8 @@ def _choose(run: Run, step: int | None) -> Checkpoint:
     for checkpoint in committed:
         if checkpoint.step == step:
             return saved.verified(checkpoint)
-    steps = ", ".join(str(s) for s in sorted({c.step for c in committed})) or "none"
-    raise UsageError(f"run {run.id} has no checkpoint of step {step}; there are: {steps}")
+    raise UsageError(f"run {run.id} has no checkpoint of step {step}; there are: {_steps(committed)}")
+
+
+def _steps(committed: Sequence[Checkpoint]) -> str:
+    return ", ".join(str(step) for step in sorted({checkpoint.step for checkpoint in committed})) or "none"

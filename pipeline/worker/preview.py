@@ -7,13 +7,15 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from pipeline.config.experiment import Experiment
+from pipeline.config.experiment import Experiment, SamplingConfig
 from pipeline.data.labels import ClassNames
 from pipeline.metrics.metric_identity import Generation
-from pipeline.sampling.generation import make_sampler
+from pipeline.sampling.generation import ImageGenerator, early_sampling, early_seed, make_sampler
+from pipeline.training.chunks import chunks_of
 from pipeline.training.device import Compute
 from pipeline.training.loop import TrainState
 from pipeline.training.models import Shape
+from pipeline.training.team import Team
 
 
 class Preview:
@@ -30,13 +32,20 @@ class Preview:
         self.model.load_state_dict(train_state.model.state_dict())  # for the buffers, which are not averaged
         train_state.ema.copy_to(self.model)
 
-    def images(self, count: int, compute: Compute) -> tuple[Tensor, Generation]:
-        """Return uint8 images [count, C, H, W] from the copied weights, and how they were generated."""
+    def images(self, count: int, compute: Compute) -> Tensor:
+        """Return uint8 images [count, C, H, W] from the copied weights, sampled as the run's own."""
+        sampling = self._experiment.sampling
+        sampling = sampling.model_copy(update={"batch_size": min(count, sampling.batch_size)})
+        return torch.cat(list(self._sampler(sampling, self._experiment.seed, compute).generate(count)))
+
+    def scored_images(self, count: int, compute: Compute, team: Team) -> tuple[Tensor, Generation]:
+        """Return the images that are scored while training, and how they were generated; each worker generates a share of the chunks."""
+        sampler = self._sampler(early_sampling(self._experiment, count), early_seed(self._experiment), compute)
+        images = torch.zeros(count, *self._shape, dtype=torch.uint8)
+        for indices in chunks_of(count, sampler.chunk_size)[team.rank :: team.size]:
+            images[indices.start : indices.stop] = sampler.images(indices)
+        return team.all_reduce(images), sampler.identity("ema")
+
+    def _sampler(self, sampling: SamplingConfig, seed: int, compute: Compute) -> ImageGenerator:
         assert self.model is not None
-        experiment = self._experiment
-        batch_size = min(count, experiment.sampling.batch_size)
-        sampling = experiment.sampling.model_copy(update={"batch_size": batch_size})
-        sampler = make_sampler(
-            experiment, self.model, self._shape, sampling, experiment.seed, compute, self._class_names
-        )
-        return torch.cat(list(sampler.generate(count))), sampler.identity("ema")
+        return make_sampler(self._experiment, self.model, self._shape, sampling, seed, compute, self._class_names)

@@ -21,11 +21,12 @@ from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, StorageError
 from pipeline.import_path import allow_modules_in
-from pipeline.metrics.scoring import early_kid
+from pipeline.metrics.scoring import Scorer, early_score, early_scorer
 from pipeline.pictures.pictures import save_grid
 from pipeline.signals import StoppedAtOnce
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.durable import fault_of_storage, storage_errors
+from pipeline.storage.judgements import is_scored, note
 from pipeline.storage.remote_run import folder_here
 from pipeline.storage.run_checkpoints import RunCheckpoints, Saver, checkpoint_at
 from pipeline.storage.runs import Run
@@ -34,7 +35,6 @@ from pipeline.tracking.tracker import Tracker
 from pipeline.training.averages import save_snapshot
 from pipeline.training.batches import Batch, Prefetch, training_batches
 from pipeline.training.device import Compute, kept_arithmetic, training_compute
-from pipeline.training.judgements import note
 from pipeline.training.loop import StepResult, TrainState, fit
 from pipeline.training.models import (
     build_model,
@@ -90,13 +90,17 @@ class Worker:
         self.meter = LossMeter(self.objective.num_timesteps)
         self.elapsed_before_s = 0.0
         self.missed_saves = 0
-        self.saved_step = -1
+        self.saved_step, self.saved_attempt = -1, 0
         self.saved_at = time.monotonic()
-        self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.keep) if team.is_main else None
+        self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.retention) if team.is_main else None
         self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.is_main else None
         self.preview = self._preview()
         self.aside_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.is_main else []
+        self.scorer: Scorer | None = None
+        self.unscored: dict[str, Any] | None = (
+            None  # the point of the curve at which training resumes, if it was saved and not scored
+        )
 
     def _new_train_state(self, model: nn.Module) -> TrainState:
         return TrainState.create(model, self.experiment.training, self.objective.num_timesteps, self.compute)
@@ -117,8 +121,9 @@ class Worker:
                 raise fault from None
             raise
         self._close()
-        if self.team.is_main:
+        if self.saver is not None:
             self.run.send_files()
+            self.saver.remove_others()
             if self.run.folder != Path(self.job.run_folder):  # a temporary folder: all of it is in the store
                 shutil.rmtree(self.run.folder, ignore_errors=True)
         return outcome
@@ -155,9 +160,10 @@ class Worker:
             self._copy_weights()  # for the grid of step 0, which is drawn after the first step
         spent = self.job.allowance.share(self.train_state.step, total, self.elapsed_before_s)
         self.rungs = [rung for rung in self.rungs if rung > spent]
+        self._begin_scores()
         if spent >= 1:
             return "finished"
-        begin = time.monotonic()
+        begin, self.aside_s = time.monotonic(), 0.0
         with Prefetch(self._batches()) as batches:
             pace = Pace(self.train_state.step, batches)
             steps = fit(
@@ -180,8 +186,10 @@ class Worker:
                 self.meter.add(result)
                 elapsed_s = self.elapsed_before_s + time.monotonic() - begin - self.aside_s
                 spent = self.job.allowance.share(result.step, total, elapsed_s)
-                stop, save, last = self.team.decide(
-                    self.link.stop_requested(), self._save_is_due(result.step), spent >= 1
+                rung = self._reached(spent)
+                due = self._score_is_due(result.step, rung, spent >= 1)
+                stop, save, last, due = self.team.decide(
+                    self.link.stop_requested(), self._save_is_due(result.step, due), spent >= 1, due
                 )
                 if save or stop or last or result.step % self.experiment.logging.every_steps == 0:
                     result.require_finite()
@@ -191,10 +199,11 @@ class Worker:
                 if self._grid_is_due(result.step, last):
                     self._copy_weights()
                     self._draw_grid(result.step)
-                self._judge(spent)
                 self._store_averages(last)
                 if save or stop or last:
-                    self._save(elapsed_s, must=stop or last)
+                    self._save(elapsed_s, {"rung": rung} if due else None, must=stop or last)
+                if due and (last or not stop):  # a run that is to stop is scored when it resumes
+                    self._score(rung)
                 self._publish(result, pace)
                 if last:
                     return "finished"
@@ -263,42 +272,64 @@ class Worker:
         """Draw images from the copied weights on rank 0, with the same noise every time; the others wait at the next step."""
         if self.tracker is None or self.preview is None or self.experiment.logging.grid_every_steps is None:
             return
-        images, _ = self.preview.images(self.experiment.logging.grid_images, self.compute)
+        images = self.preview.images(self.experiment.logging.grid_images, self.compute)
         path = self.run.folder / "pictures" / f"samples-step-{step:010d}.png"
         with self._may_be_missing("the picture"), storage_errors(path.parent):
             path.parent.mkdir(exist_ok=True)
             save_grid(images, path)
             self.tracker.image("samples", step, path)
 
-    def _judge(self, spent: float) -> None:
-        """Compute a KID of few images at each rung that is reached, by which a sweep stops hopeless trials early."""
+    # -- scores while training ------------------------------------------------------------------------------------------------
+
+    def _score_is_due(self, step: int, rung: float | None, last: bool) -> bool:
+        every = self.experiment.evaluation.every_steps
+        return rung is not None or (every is not None and (step % every == 0 or last))
+
+    def _reached(self, spent: float) -> float | None:
+        """Return the highest rung that is newly reached, at which a sweep may stop a hopeless trial."""
         reached = [rung for rung in self.rungs if rung <= spent]
-        if not reached or self.tracker is None or self.preview is None:
-            return
-        begin = time.monotonic()
         self.rungs = self.rungs[len(reached) :]
+        return reached[-1] if reached else None
+
+    @property
+    def scores(self) -> bool:
+        """Whether the model is scored while it trains."""
+        return bool(self.job.allowance.rungs) or self.experiment.evaluation.every_steps is not None
+
+    @property
+    def early_images(self) -> int:
+        """Images of each of these scores."""
+        allowance = self.job.allowance
+        return allowance.rung_images if allowance.rungs else self.experiment.evaluation.early_images
+
+    def _begin_scores(self) -> None:
+        """Load on rank 0 what scores, so that what is missing is reported before the first step; score the step that waits for it."""
+        if self.scores and self.team.is_main:
+            self.scorer = early_scorer(self.experiment, self.dataset, self.run.home, self.early_images, self.compute)
+        if self.scores and self.unscored is not None:
+            self._score(self.unscored["rung"])
+
+    def _score(self, rung: float | None) -> None:
+        """Score a few images of the averaged weights, each worker a share of them, and write the figures into the run's curve."""
+        assert self.preview is not None
+        begin = time.monotonic()
         self._copy_weights()
-        images, generation = self.preview.images(self.job.allowance.rung_images, self.compute)
-        found = early_kid(self.experiment, self.dataset, self.run.home, images.numpy(), generation, self.compute)
-        ((key, value),) = found.values.items()
-        judgement = {
-            "rung": reached[-1],
-            "step": self.train_state.step,
-            "metric": key,
-            "value": value,
-            "std": found.spreads[key].value,
-            "std_over": found.spreads[key].over,
-            "identity": found.identities[key].to_json(),
-        }
-        self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
-        self.tracker.metrics(self.train_state.step, found.flat(), "score")
-        self.link.publish({"judgement": judgement})
+        images, generation = self.preview.scored_images(self.early_images, self.compute, self.team)
+        if self.scorer is not None and self.tracker is not None:
+            step, found = self.train_state.step, early_score(self.scorer, images.numpy(), generation)
+            saved = checkpoints.name_of(step, self.saved_attempt) if self.saved_step == step else ""
+            judgement = {"rung": rung, "step": step, "checkpoint": saved, **found.to_json()}
+            with self._may_be_missing("the score"), storage_errors(self.run.folder):
+                self.tracker.artifact(note(self.run.folder, judgement), "evaluations")
+                self.tracker.metrics(step, found.flat(), "score")
+            if rung is not None:
+                self.link.publish({"judgement": {"rung": rung, "value": next(iter(found.values.values()))}})
         self.aside_s += time.monotonic() - begin
 
     def _preview(self) -> Preview | None:
-        """Return the network to sample during training; None on workers other than rank 0, and if nothing is sampled."""
-        sampled = self.experiment.logging.grid_every_steps is not None or bool(self.job.allowance.rungs)
-        if not sampled or not self.team.is_main:
+        """Return the network to sample during training; None on workers other than rank 0 without scores, and if nothing is sampled."""
+        drawn = self.experiment.logging.grid_every_steps is not None and self.team.is_main
+        if not (drawn or self.scores):
             return None
         return Preview(self.experiment, self.dataset.manifest.shape, self.class_names)
 
@@ -330,7 +361,10 @@ class Worker:
         if state.get("loss_scale"):  # empty if the run was trained in bf16 or fp32 so far
             self.train_state.scaler.load_state_dict(state["loss_scale"])
         self.elapsed_before_s = state["elapsed_s"]
-        self.saved_step = checkpoint.step
+        self.saved_step, self.saved_attempt = checkpoint.step, checkpoint.attempt
+        scored = self.team.is_main and is_scored(self.run.folder, checkpoint.folder.name)
+        (scored,) = self.team.decide(scored)
+        self.unscored = None if scored else state.get("unscored")  # without it if imported
         if self.team.is_main:
             self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64)
             assert self.tracker is not None
@@ -382,14 +416,19 @@ class Worker:
             self.run.log(f"warning: {error}")
             self.link.publish({"warning": f"{error}; {what} of step {self.train_state.step} is not stored"})
 
-    def _save_is_due(self, step: int) -> bool:
+    def _save_is_due(self, step: int, scored: bool) -> bool:
         due = self.experiment.checkpoint
         if due.every_steps is not None and step % due.every_steps == 0:
             return True
+        if step in due.milestones or (scored and due.keep_best is not None):
+            return True
         return due.every_minutes is not None and time.monotonic() - self.saved_at >= due.every_minutes * 60
 
-    def _save(self, elapsed_s: float, *, must: bool) -> None:
-        """Save once per step. If storage is full, try again at the next interval, up to `MISSED_SAVES` times."""
+    def _save(self, elapsed_s: float, unscored: dict[str, Any] | None, *, must: bool) -> None:
+        """Save once per step. If storage is full, try again at the next interval, up to `MISSED_SAVES` times.
+
+        `unscored` is the point of the curve that this step is and that is scored next: a kill in between leaves it to the resumed run.
+        """
         self.saved_at = time.monotonic()
         if self.tracker is None or self.saver is None or self.saved_step == self.train_state.step:
             return
@@ -401,6 +440,7 @@ class Worker:
             "shape": list(self.dataset.manifest.shape),
             **self.class_names.to_state(),
             "elapsed_s": elapsed_s,
+            "unscored": unscored,
             "loss_scale": self.train_state.scaler.state_dict(),
             "meter": self.meter.sums.cpu().tolist(),
             "undelivered": self.tracker.undelivered(),
@@ -418,4 +458,4 @@ class Worker:
             self.link.publish({"warning": f"{error}; trying again at the next interval"})
             return
         self.missed_saves = 0
-        self.saved_step = self.train_state.step
+        self.saved_step, self.saved_attempt = self.train_state.step, self.job.attempt

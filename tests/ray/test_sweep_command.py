@@ -201,9 +201,10 @@ def test_the_worse_trials_are_stopped_early_and_one_that_fails_does_not_end_the_
         assert 120 <= status["step"] < 240
         assert point["early_kid"]["0"]["0.5"] > by_rate[3e-3]["early_kid"]["0"]["0.5"]
         noted = json.loads((elsewhere.home / "runs" / run / "judgements.jsonl").read_text())
-        assert (noted["rung"], noted["value"]) == (0.5, point["early_kid"]["0"]["0.5"])
-        assert noted["std"] > 0
-        assert noted["identity"]["num_images"] == 64
+        (name,) = noted["values"]
+        assert (noted["rung"], noted["values"][name]) == (0.5, point["early_kid"]["0"]["0.5"])
+        assert noted["spreads"][name]["value"] > 0
+        assert noted["identities"][name]["num_images"] == 64
 
 
 def trial_processes(pid: int) -> list[psutil.Process]:

@@ -17,6 +17,7 @@ from pipeline.metrics.fid import (
     frechet_distance,
     inception_score,
     kid,
+    kid_with_error,
 )
 
 Array = npt.NDArray[np.float64]
@@ -187,6 +188,24 @@ def test_kid_is_unbiased_so_it_falls_below_zero_for_equal_distributions() -> Non
     assert (means < 0).any()
     assert (means > 0).any()
     assert abs(means.mean()) < 3 * means.std() / np.sqrt(len(means))
+
+
+def test_the_kid_of_all_pairs_and_its_error_are_those_of_leaving_each_image_out() -> None:
+    x, y = gaussian(9, 3, seed=18), gaussian(12, 3, seed=19, mean=0.3)
+
+    def mmd2(x: Array, y: Array) -> float:
+        within = [((a @ a.T / 3 + 1) ** 3)[~np.eye(len(a), dtype=bool)].mean() for a in (x, y)]
+        return float(sum(within) - 2 * ((x @ y.T / 3 + 1) ** 3).mean())
+
+    without = ([mmd2(np.delete(x, i, 0), y) for i in range(9)], [mmd2(x, np.delete(y, i, 0)) for i in range(12)])
+    expected = np.sqrt(sum((len(values) - 1) * np.var(values) for values in without))
+    assert kid_with_error(x, y) == pytest.approx((mmd2(x, y), expected), rel=1e-10)
+
+
+def test_the_error_of_kid_is_how_far_it_scatters() -> None:
+    pairs = [kid_with_error(gaussian(100, 32, seed=s), gaussian(150, 32, seed=5000 + s, mean=0.3)) for s in range(80)]
+    values, errors = np.array(pairs).T
+    assert errors.mean() == pytest.approx(values.std(ddof=1), rel=0.25)
 
 
 def test_kid_depends_on_its_seed_alone() -> None:

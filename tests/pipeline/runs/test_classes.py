@@ -22,6 +22,7 @@ from pipeline.metrics import scoring
 from pipeline.runs.evaluate import ScoreRequest
 from pipeline.runs.grid import parse_grid
 from pipeline.sampling.generation import Denoiser
+from pipeline.storage.retention import Retention
 from pipeline.storage.run_checkpoints import Saver
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import axis_of, load_sweep
@@ -167,7 +168,7 @@ def test_a_fork_onto_classes_that_have_other_numbers_is_refused(typed, home, kno
     """The rows of an embedding are classes by number: a folder's are sorted by name, those of other sets are not."""
     run = trainer.make_run(home, model=TINY["model"] | {"class_conditional": True})
     state = {"step": 0, "class_names": list(known)}
-    Saver(run, run.next_attempt(), keep=1).save(0, {"model": {}, "ema": {}}, state, wait=True)
+    Saver(run, run.next_attempt(), Retention(newest=1)).save(0, {"model": {}, "ema": {}}, state, wait=True)
     code, out, err = typed("resume", run.id, "--fork")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert re.search(told, err)

@@ -14,17 +14,19 @@ import pytest
 from pipeline.cluster.nodes import resource_of_this_node
 from pipeline.cluster.pool import runner_of
 from pipeline.config.cluster_profile import Profile, Resources
-from pipeline.config.experiment import DataConfig, load_experiment
+from pipeline.config.experiment import DataConfig, KeepBestConfig, load_experiment
 from pipeline.config.presets import find
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
+from pipeline.errors import RefusedError
 from pipeline.ingest.ingest import ensure_ingested
-from pipeline.metrics.fid import kid
+from pipeline.metrics.fid import Moments, frechet_distance, kid_with_error
 from pipeline.metrics.metric_identity import MetricIdentity
-from pipeline.metrics.scoring import early_kid, scorer_of
+from pipeline.metrics.scoring import early_score, early_scorer, scorer_of
 from pipeline.runs.record import Trial
 from pipeline.sampling.generation import usual_generation
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.judgements import FILE, note, values_by_rung
 from pipeline.storage.runs import Run
 from pipeline.sweeps.config import EarlyStopping, plain_base, sweep_from, trial_experiment
 from pipeline.sweeps.driver import Room, SweepDriver
@@ -36,7 +38,6 @@ from pipeline.sweeps.trial import VERDICT_FILE, ForTrials, carry_out, stop_early
 from pipeline.sweeps.tune import _scheduler
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.device import sampling_compute
-from pipeline.training.judgements import FILE, note, values_by_rung
 from tests.pipeline.sweeps.swept_entries import entry
 
 POINTS = [{"diffusion.schedule": name} for name in ("linear", "cosine", "sigmoid")]
@@ -224,27 +225,45 @@ def test_the_time_of_all_drivers_counts(folder: SweepFolder) -> None:
 
 def test_judgements_on_the_way_survive_a_kill(tmp_path: Path) -> None:
     assert values_by_rung(tmp_path) == {}
-    note(tmp_path, {"rung": 0.25, "value": 0.5})
-    note(tmp_path, {"rung": 0.5, "value": 0.4})
-    note(tmp_path, {"rung": 0.25, "value": 0.3})  # taken again, from an earlier checkpoint
+    for rung, value in (
+        (0.25, 0.5),
+        (0.5, 0.4),
+        (0.25, 0.3),
+        (None, 0.2),
+    ):  # taken again, from an earlier checkpoint; for the curve alone
+        values = {"kid_x": value, "fid_x": 9.0}
+        note(tmp_path, {"rung": rung, "values": values, "identities": {name: {"metric": name[:3]} for name in values}})
     with (tmp_path / FILE).open("a") as file:
         file.write('{"rung": 0.75, "val')
     assert values_by_rung(tmp_path) == {0.25: 0.3, 0.5: 0.4}
 
 
-def test_an_early_kid_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) -> None:
+def test_an_early_score_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) -> None:
     experiment = load_experiment(find("experiments", "digits"))
     location = ensure_ingested(DataConfig(), tmp_path / "datasets").location
     dataset, compute = Dataset.open(location), sampling_compute(Profile(threads_per_worker=1))
-    images = np.random.RandomState(0).randint(0, 256, (64, 1, 8, 8), dtype=np.uint8)
+    images = np.random.RandomState(0).randint(0, 256, (256, 1, 8, 8), dtype=np.uint8)
     generation = usual_generation(experiment)
-    found = early_kid(experiment, dataset, tmp_path, images, generation, compute)
+    early = early_scorer(experiment, dataset, tmp_path, 256, compute)
+    found = early_score(early, images, generation)
     scorer = scorer_of(dataset, experiment.evaluation, tmp_path, download=False)
-    expected = kid(scorer.reference.real.features, scorer.extractor(images).features, subset_size=32)
-    spread, identity = found.spreads["kid_classifier_n64"], found.identities["kid_classifier_n64"]
+    judged = scorer.extractor(images)
+    value, error = kid_with_error(scorer.reference.real.features, judged.features)
+    fid = frechet_distance(scorer.reference.moments, Moments.of(judged.features))
+    assert found.values == pytest.approx({"kid_classifier_n256": value, "fid_classifier_n256": fid}, rel=1e-6)
+    spread, identity = found.spreads["kid_classifier_n256"], found.identities["kid_classifier_n256"]
     assert isinstance(identity, MetricIdentity)
-    assert found.values == {"kid_classifier_n64": pytest.approx(expected.mean, rel=1e-6)}
-    assert (spread.value, spread.over) == (pytest.approx(expected.std, rel=1e-6), "100 subsets of 32")
-    assert (identity.num_images, identity.generation) == (64, generation)
+    assert spread.standard_error == pytest.approx(error, rel=1e-6)
+    assert (identity.num_images, identity.generation) == (256, generation)
     assert identity.extractor_sha256 == scorer.extractor.sha256
-    assert set(found.flat()) == {"kid_classifier_n64", "kid_std_classifier_n64"}
+    assert set(found.flat()) == {"kid_classifier_n256", "kid_se_classifier_n256", "fid_classifier_n256"}
+    assert set(early_score(early, images[:20], generation).values) == {"kid_classifier_n20"}  # FID would be mostly bias
+
+
+def test_the_best_by_fid_needs_enough_images(tmp_path: Path) -> None:
+    experiment = load_experiment(find("experiments", "digits"))
+    keep = experiment.checkpoint.model_copy(update={"keep_best": KeepBestConfig(metric="fid")})
+    experiment = experiment.model_copy(update={"checkpoint": keep})
+    dataset = Dataset.open(ensure_ingested(DataConfig(), tmp_path / "datasets").location)
+    with pytest.raises(RefusedError, match=r"keep_best.metric: got fid, which needs \d+ images, and 20 are scored"):
+        early_scorer(experiment, dataset, tmp_path, 20, sampling_compute(Profile(threads_per_worker=1)))

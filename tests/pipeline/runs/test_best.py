@@ -1,0 +1,170 @@
+"""Scores while training, and the best checkpoint by them: what is kept is what the recorded curve says, wherever a kill falls."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from pipeline.config.experiment import experiment_from
+from pipeline.errors import UsageError
+from pipeline.storage import judgements
+from pipeline.storage.judgements import FILE, best_first, curve
+from pipeline.storage.retention import read_which
+from pipeline.storage.run_checkpoints import RunCheckpoints, Saver
+from pipeline.storage.runs import Run
+from pipeline.training.team import Team
+from pipeline.training.trained import Trained
+from pipeline.worker import worker as worker_module
+from pipeline.worker.worker import Worker
+from tests.kit.experiments import TINY
+from tests.kit.trainer import Alone, copied, final_digests, job_of, make_run, train
+
+STEPS, EVERY, MILESTONE = 10, 2, 5
+SMALL: dict[str, Any] = {
+    "model": TINY["model"] | {"channels": 8, "channel_multipliers": [1], "attention_resolutions": []},
+    "training": {"steps": STEPS, "batch_size": 16, "warmup_steps": 2, "ema_decay": 0.5, "learning_rate": 0.01},
+    "sampling": {"steps": 2, "batch_size": 4},
+}
+SCORED: dict[str, Any] = SMALL | {
+    "checkpoint": {"every_steps": 3, "every_minutes": None, "keep_best": {"n": 2}, "milestones": [MILESTONE]},
+    "evaluation": {"every_steps": EVERY, "early_images": 12},
+}
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = make_run(tmp_path_factory.mktemp("calm"), **SCORED)
+    assert train(str(run.folder)) == "finished"
+    return run
+
+
+def kept_steps(run: Run) -> set[int]:
+    return {checkpoint.step for checkpoint in RunCheckpoints(run).committed()}
+
+
+def expected_steps(run: Run) -> set[int]:
+    """Return what is to be kept, from the lines of the file alone: the newest two, the best two, the milestone."""
+    lines = [json.loads(line) for line in (run.folder / FILE).read_text().splitlines()]
+    values = {line["step"]: line["values"]["kid_classifier_n12"] for line in lines}
+    assert sorted(values) == [2, 4, 6, 8, 10]
+    return {9, STEPS, MILESTONE, *sorted(values, key=lambda step: values[step])[:2]}
+
+
+def test_the_best_the_milestones_and_the_newest_are_kept_and_the_weights_are_those_without_scores(calm, tmp_path):
+    assert kept_steps(calm) == expected_steps(calm)
+    plain = make_run(tmp_path, **SMALL, checkpoint={"every_steps": 3, "every_minutes": None})
+    assert train(str(plain.folder)) == "finished"
+    assert final_digests(plain) == final_digests(calm)
+    assert kept_steps(plain) == {9, STEPS}
+    with pytest.raises(UsageError, match=r"has no best checkpoint: got no kid of a step, .*; train with -s evaluation"):
+        Trained.from_run(plain, "best")
+
+
+def test_the_best_is_the_lowest_recorded_value_and_says_of_how_many(calm):
+    first, *_ = best_first(calm.folder, "kid")
+    trained = Trained.from_run(calm, "best")
+    assert (trained.step, trained.selection) == (first.step, "best of 5 by kid_classifier_n12")
+    assert first.value == min(scored.value for scored in curve(calm.folder, "kid"))
+    assert Trained.from_run(calm).selection == Trained.from_run(calm, MILESTONE).selection == "last"
+
+
+class Killed(BaseException):
+    """The end of a process, at one point of its code."""
+
+
+def before(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    raise Killed
+
+
+def after(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    original(*args, **kwargs)
+    raise Killed
+
+
+@pytest.fixture
+def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function: let a call number `count` of a function end the process, before or after it did its work."""
+
+    def arm(owner: Any, name: str, when: Callable[..., Any], count: int) -> None:
+        original, calls = getattr(owner, name), []
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            calls.append(1)
+            return when(original, *args, **kwargs) if len(calls) == count else original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    return arm
+
+
+@pytest.mark.parametrize("when", [before, after])
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(Saver, "save"), (worker_module, "early_score"), (worker_module, "note"), (RunCheckpoints, "prune")],
+    ids=["save", "score", "record", "prune"],
+)
+def test_what_is_kept_is_what_the_curve_says_wherever_a_kill_falls(
+    calm, tmp_path, killed_at, monkeypatch, owner, name, when
+):
+    run = make_run(tmp_path, **SCORED)
+    killed_at(owner, name, when, 3)
+    with pytest.raises(Killed):
+        Worker(job_of(run), Team(), Alone()).work()
+    monkeypatch.undo()
+    assert train(str(run.folder)) == "finished"
+    assert [(s.step, s.value) for s in curve(run.folder, "kid")] == [
+        (s.step, s.value) for s in curve(calm.folder, "kid")
+    ]
+    assert kept_steps(run) == expected_steps(run)
+    assert final_digests(run) == final_digests(calm)
+
+
+def test_a_stop_leaves_the_score_of_its_step_to_the_resumed_run(calm, tmp_path):
+    run = make_run(tmp_path, **SCORED)
+    assert train(str(run.folder), stop_after=4) == "stopped"
+    assert [scored.step for scored in curve(run.folder, "kid")] == [2]
+    assert train(str(run.folder)) == "finished"
+    assert [(s.step, s.value) for s in curve(run.folder, "kid")] == [
+        (s.step, s.value) for s in curve(calm.folder, "kid")
+    ]
+
+
+def test_scores_of_another_kind_do_not_choose_and_a_line_cut_short_is_none(tmp_path):
+    def note(step: int, value: float, kind: str = "a") -> None:
+        identity = {"metric": "kid", "extractor": kind}
+        line = {"rung": None, "step": step, "checkpoint": f"step-{step}", "values": {"kid_x": value}}
+        judgements.note(tmp_path, line | {"identities": {"kid_x": identity}})
+
+    note(1, 0.1, kind="b")
+    note(2, 0.5)
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"rung": null, "st')
+    note(3, 0.7)
+    note(2, 0.6)  # made again, from an earlier checkpoint
+    note(4, float("nan"))
+    assert [(scored.step, scored.value) for scored in best_first(tmp_path, "kid")] == [(2, 0.6), (3, 0.7)]
+    assert best_first(tmp_path, "fid") == []
+
+
+def test_a_best_that_is_not_kept_is_one_clear_line(calm, tmp_path):
+    run = copied(calm, tmp_path)
+    best = Trained.from_run(run, "best").step
+    for checkpoint in RunCheckpoints(run).committed():
+        if checkpoint.step == best:
+            (checkpoint.folder / "MANIFEST.json").unlink()
+    with pytest.raises(
+        UsageError, match=rf"step {best} is the best by kid_classifier_n12, but its checkpoint is not kept"
+    ):
+        Trained.from_run(run, "best")
+
+
+def test_a_score_to_keep_by_needs_scores_and_a_checkpoint_is_named_by_step_or_word():
+    with pytest.raises(UsageError, match=r"checkpoint.keep_best: got a score .*; set evaluation.every_steps"):
+        experiment_from(TINY | {"checkpoint": {"keep_best": {"n": 1}}})
+    assert [read_which(text) for text in ("latest", "best", "12")] == [None, "best", 12]
+    for text in ("newest", "-1", "1.5"):
+        with pytest.raises(ValueError, match=text):
+            read_which(text)
