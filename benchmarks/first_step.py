@@ -6,12 +6,15 @@ it is measured to the line after that import, and has no model, data or tracking
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -69,30 +72,42 @@ def _bare_ray_train(home: Path) -> float:
 
 def _ddpm_pipe(home: Path, *more: str) -> float:
     program = str(Path(sys.executable).with_name("ddpm-pipe"))
-    step = re.compile(r"^step \d+/", re.MULTILINE)
+    step = re.compile(r"training: .* [1-9]\d*/\d+ ")
     return _until([program, "train", *more], home, lambda said: bool(step.search(said)), ending=signal.SIGTERM)
 
 
 def _until(command: list[str], folder: Path, reached: Callable[[str], bool], ending: signal.Signals | None) -> float:
-    """Run a command until it has reached what it is measured by, then let it end, by a signal if one is named."""
+    """Run a command until it has reached what it is measured by, then let it end, by a signal if one is named.
+
+    It writes to a terminal, where progress is drawn at once.
+    """
     environment = os.environ | {"DDPM_PIPE_HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
-    log = folder / "log"
-    with log.open("w+b") as output:
-        begin = time.monotonic()
-        process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-        try:
-            while not reached(log.read_text()):
-                if process.poll() is not None or time.monotonic() - begin > LIMIT_S:
-                    raise SystemExit(
-                        f"{' '.join(command[:3])}: did not reach its first step:\n{log.read_text()[-3000:]}"
-                    )
-                time.sleep(0.01)
-            took_s = time.monotonic() - begin
-            if ending is not None:
-                process.send_signal(ending)
-            process.wait(LIMIT_S)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
+    ours, its = pty.openpty()
+    begin = time.monotonic()
+    process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=its, stderr=its)
+    os.close(its)
+    said = [""]
+    reader = threading.Thread(target=_read, args=(ours, said))
+    reader.start()
+    try:
+        while not reached(said[0]):
+            if process.poll() is not None or time.monotonic() - begin > LIMIT_S:
+                raise SystemExit(f"{' '.join(command[:3])}: did not reach its first step:\n{said[0][-3000:]}")
+            time.sleep(0.01)
+        took_s = time.monotonic() - begin
+        if ending is not None:
+            process.send_signal(ending)
+        process.wait(LIMIT_S)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            process.wait()
+        reader.join()
+        os.close(ours)
     return took_s
+
+
+def _read(terminal: int, said: list[str]) -> None:
+    with contextlib.suppress(OSError):  # raised at the end, when nobody has the terminal open for writing
+        while found := os.read(terminal, 2**16):
+            said[0] += found.decode(errors="replace")

@@ -24,6 +24,7 @@ from pipeline.data.labels import ClassNames, model_labels
 from pipeline.data.shards import Dataset
 from pipeline.metrics.fit_rule import hash_rows
 from pipeline.storage.tensor_file import Arrays
+from pipeline.training.chunks import Task
 from pipeline.training.device import Compute
 from pipeline.training.randomness import image_generators
 
@@ -144,7 +145,7 @@ class Likelihood:
         return Bound(prior, terms[:, 1:].sum(axis=1), terms[:, 0], Curve.of(terms), Curve.of(x0_mse))
 
 
-class BoundTask:
+class BoundTask(Task):
     """The bound of a dataset's rows, one chunk at a time, in any worker; `indices` are places in `rows`."""
 
     def __init__(self, likelihood: Likelihood, dataset: Dataset, rows: Rows, seed: int) -> None:

@@ -22,7 +22,7 @@ from pipeline.pictures.pictures import save_strip
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays
-from pipeline.training.chunks import ChunkStore, Runner, as_it_stands, compute
+from pipeline.training.chunks import ChunkStore, Runner, Task, as_it_stands, compute
 from pipeline.training.device import Compute, shared_arithmetic
 
 PICTURE_FILE, JSON_FILE = "neighbours.png", "neighbours.json"
@@ -112,7 +112,7 @@ def find_neighbours(
     return Neighbours(**found)
 
 
-class NearestOfRows:
+class NearestOfRows(Task):
     """The closest of a dataset's images to some others, a chunk of rows at a time, in any worker."""
 
     def __init__(

@@ -26,7 +26,7 @@ from pipeline.metrics.metric_identity import TRAIN
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays, pack, unpack
-from pipeline.training.chunks import ChunkStore, Runner, as_it_stands, compute
+from pipeline.training.chunks import ChunkStore, Runner, Task, as_it_stands, compute
 from pipeline.training.device import Compute, shared_arithmetic
 
 NOISE_SEED = 0
@@ -141,7 +141,7 @@ class _Plan:
         return plan
 
 
-class FeaturesOfRows:
+class FeaturesOfRows(Task):
     """Features of a dataset's images, a chunk of positions in `rows` at a time, in any worker."""
 
     def __init__(self, dataset: ImageSet, extractor: FeatureExtractor, rows: Rows) -> None:

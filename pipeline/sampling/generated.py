@@ -24,7 +24,7 @@ from pipeline.data.image_set import Images
 from pipeline.metrics.features import Extracted, FeatureExtractor, concatenate
 from pipeline.sampling.generation import ImageGenerator
 from pipeline.storage.tensor_file import Arrays
-from pipeline.training.chunks import ChunkStore, Runner, compute
+from pipeline.training.chunks import ChunkStore, Runner, Task, compute
 from pipeline.training.device import Compute, arithmetic_of
 from pipeline.training.threads import THREADS
 
@@ -33,7 +33,7 @@ PREVIEW_IMAGES = 100
 _FORMAT = 3
 
 
-class GenerateTask:
+class GenerateTask(Task):
     """The first `num_kept` images and, given an extractor, the features of all: one chunk at a time, in any worker."""
 
     def __init__(self, generator: ImageGenerator, num_kept: int, extractor: FeatureExtractor | None) -> None:
@@ -44,6 +44,9 @@ class GenerateTask:
         self._generator = self._generator.on(here)
         if self._extractor is not None:
             self._extractor.to(here.device)
+
+    def split_threads(self, num_chunks: int) -> tuple[int, int]:
+        return self._generator.split_threads(num_chunks)
 
     def __call__(self, indices: range) -> Arrays:
         """Return `images` uint8 [k, C, H, W], and `features` and `logits` if there is an extractor."""

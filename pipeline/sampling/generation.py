@@ -33,12 +33,14 @@ from pipeline.training.chunks import chunks_of
 from pipeline.training.device import Compute, sampling_precision
 from pipeline.training.models import build_diffusion, has_process
 from pipeline.training.randomness import image_generators
+from pipeline.training.threads import num_threads, side_by_side
 from pipeline.training.vae import Vae
 
 Shape = tuple[int, int, int]
 EARLY_STEPS = 50
 
 _PROBED_VALUES, _MOST_PROBES = 2**18, 16
+_WORTH_TRYING = 4  # calls to come for each probe
 
 
 class ImageGenerator(ABC):
@@ -65,8 +67,12 @@ class ImageGenerator(ABC):
 
     def generate(self, num_images: int) -> Iterator[Tensor]:
         """Yield images 0 .. num_images - 1 as uint8 [n, C, H, W] on the CPU, a canonical chunk at a time."""
-        for indices in chunks_of(num_images, self.chunk_size):
-            yield self.images(indices)
+        chunks = chunks_of(num_images, self.chunk_size)
+        yield from side_by_side(self.images, chunks, *self.split_threads(len(chunks)))
+
+    def split_threads(self, num_chunks: int) -> tuple[int, int]:
+        """Return how many chunks to compute at a time, and with how many threads each."""
+        return 1, torch.get_num_threads()
 
     def _chunk_around(self, indices: range) -> range:
         begin = indices.start // self.chunk_size * self.chunk_size
@@ -134,6 +140,27 @@ class Denoiser(ImageGenerator):
         _, x = deque(self.denoise(batch), maxlen=1).pop()
         return to_uint8(x[indices.start - batch.start :][: len(indices)]).cpu()
 
+    def split_threads(self, num_chunks: int) -> tuple[int, int]:
+        """Return one chunk for each thread where that changes no byte: threads that share a small operation wait for each other.
+
+        Whether it does depends on processor, precision and sizes, and is tried.
+        """
+        threads = torch.get_num_threads()
+        at_once = min(threads, num_chunks)
+        each = threads // max(at_once, 1)
+        calls = num_chunks * len(self.timesteps)
+        if at_once < 2 or self.compute.on_gpu or self.sampling.compile or calls < _WORTH_TRYING * self._num_probes:
+            return 1, threads
+        chunk = range(self.chunk_size)
+
+        def same() -> bool:
+            shared = self._probe(chunk)
+            with num_threads(each):
+                return all(map(torch.equal, self._probe(chunk), shared))
+
+        fits = self._fast.fits(torch.empty(at_once * self.chunk_size, *self.shape))
+        return (at_once, each) if fits and self._fast.same_with(each, same) else (1, threads)
+
     def _batch_for(self, indices: range) -> range:
         """Return the fewest images that the network can see at once so that those asked for are as in their whole chunk.
 
@@ -164,14 +191,17 @@ class Denoiser(ImageGenerator):
         """Return what the network gives for noise: small networks are asked several times, since sums rarely differ in a rounded bit."""
         self.model.eval()
         network, generators = self.network(indices), image_generators(self.seed, indices, "probe")
-        total, size = self.diffusion.num_timesteps, self.chunk_size * math.prod(self.shape)
-        probes = min(_MOST_PROBES, -(-_PROBED_VALUES // size))
+        total, probes = self.diffusion.num_timesteps, self._num_probes
         found = []
         for probe in range(probes):
             x = self.compute.send(normal_noise((len(indices), *self.shape), generators))
             t = torch.full((len(indices),), probe * total // probes, dtype=torch.int64, device=x.device)
             found.append(network(x, t))
         return found
+
+    @property
+    def _num_probes(self) -> int:
+        return min(_MOST_PROBES, -(-_PROBED_VALUES // (self.chunk_size * math.prod(self.shape))))
 
     def on(self, compute: Compute) -> Denoiser:
         return replace(self, model=compute.place(self.model), compute=compute)

@@ -18,18 +18,25 @@ _LAYERS = 64
 
 def require_memory(free: int, network: nn.Module, x: Tensor, *labels: Tensor) -> None:
     """Refuse a batch like `x` [B,C,H,W] that does not fit into `free` bytes, with one that does (UsageError)."""
-    if _at_most(network, x) <= free:
+    if fits(free, network, x, *labels):
         return
     need = call_bytes(network, x, *labels)
-    if need is None or OVERHEAD * need <= free:
-        return
-    fits = len(x)
-    while fits > 1 and OVERHEAD * need * fits / len(x) > free:
-        fits //= 2
+    assert need is not None
+    fitting = len(x)
+    while fitting > 1 and OVERHEAD * need * fitting / len(x) > free:
+        fitting //= 2
     raise UsageError(
         f"sampling.batch_size: got {len(x)}, whose network call takes about {_gib(OVERHEAD * need)}, expected one that fits into "
-        f"{_gib(free)} of free memory. Use --batch-size {fits}, or -s sampling.batch_size={fits}."
+        f"{_gib(free)} of free memory. Use --batch-size {fitting}, or -s sampling.batch_size={fitting}."
     )
+
+
+def fits(free: int, network: nn.Module, x: Tensor, *labels: Tensor) -> bool:
+    """Whether a call with a batch like `x` [B,C,H,W] fits into `free` bytes, as far as can be told."""
+    if _at_most(network, x) <= free:
+        return True
+    need = call_bytes(network, x, *labels)
+    return need is None or OVERHEAD * need <= free
 
 
 def call_bytes(network: nn.Module, x: Tensor, *labels: Tensor) -> int | None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from ddpm import UNet
 from pipeline.config.experiment import SamplingConfig
-from pipeline.sampling.memory import require_memory
+from pipeline.sampling.memory import fits, require_memory
 from pipeline.training.device import Compute
+from pipeline.training.threads import leave_if_ended
 
 
 class SamplingNetwork:
@@ -31,28 +32,43 @@ class SamplingNetwork:
         self._compute = compute.for_sampling(sampling.precision, compiled=sampling.compile, channels=channels)
         self._dtype = self._compute.autocast_dtype or torch.float32
         self._prepared: tuple[Callable[..., Tensor], nn.Module] | None = None
-        self._same_rows: dict[tuple[int, int], bool] = {}
+        self._same: dict[tuple[int, ...], bool] = {}  # what was found by trying
         self._most_images = 0  # that are known to fit into memory
 
     def __call__(self, x: Tensor, t: Tensor, *labels: Tensor) -> Tensor:
         """Return the network's output in float32."""
-        if self._prepared is None:
-            self._prepared = self._prepare()
-        call, network = self._prepared
+        leave_if_ended()
+        call, network = self._ready()
         if len(x) > self._most_images:
             require_memory(self._compute.free_bytes(), network, x.to(self._dtype), *labels)
             self._most_images = len(x)
         return call(x, t, *labels)
 
+    def fits(self, x: Tensor, *labels: Tensor) -> bool:
+        """Whether there is memory for a call with a batch like x."""
+        return fits(self._compute.free_bytes(), self._ready()[1], x.to(self._dtype), *labels)
+
     def same_alone(self, first: int, last: int, compare: Callable[[], bool]) -> bool:
         """Return whether rows `first` .. `last` of a chunk have the same bytes in a batch of their own; `compare` is asked once."""
-        if (first, last) not in self._same_rows:
-            self._same_rows[first, last] = compare()
-        return self._same_rows[first, last]
+        return self._tried((torch.get_num_threads(), first, last), compare)
+
+    def same_with(self, threads: int, compare: Callable[[], bool]) -> bool:
+        """Return whether a chunk has the same bytes with another number of threads; `compare` is asked once."""
+        return self._tried((torch.get_num_threads(), threads), compare)
+
+    def _tried(self, what: tuple[int, ...], compare: Callable[[], bool]) -> bool:
+        if what not in self._same:
+            self._same[what] = compare()
+        return self._same[what]
+
+    def _ready(self) -> tuple[Callable[..., Tensor], nn.Module]:
+        if self._prepared is None:
+            self._prepared = self._prepare()
+        return self._prepared
 
     def __getstate__(self) -> dict[str, Any]:
         """What other processes get: the network as it was trained."""
-        return self.__dict__ | {"_prepared": None, "_same_rows": {}, "_most_images": 0}
+        return self.__dict__ | {"_prepared": None, "_same": {}, "_most_images": 0}
 
     def _prepare(self) -> tuple[Callable[..., Tensor], nn.Module]:
         if isinstance(self._model, UNet):

@@ -15,11 +15,14 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+
 from pipeline.errors import StorageError
 from pipeline.storage.durable import write_atomically
 from pipeline.storage.home import make_folder
 from pipeline.storage.tensor_file import Arrays, pack, read_card, unpack
 from pipeline.training.device import Compute
+from pipeline.training.threads import side_by_side
 
 
 class Task(Protocol):
@@ -31,6 +34,10 @@ class Task(Protocol):
     def __call__(self, indices: range, /) -> Arrays:
         """Return the arrays of a chunk, or of its first items; all have len(indices) rows or fewer, each row a function of its index."""
 
+    def split_threads(self, num_chunks: int) -> tuple[int, int]:
+        """Return how many of the chunks to compute at a time, and with how many threads each: one by one, unless a task overrides it."""
+        return 1, torch.get_num_threads()
+
 
 Runner = Callable[[Task, Mapping[int, range]], Iterator[tuple[int, Arrays]]]
 
@@ -41,9 +48,8 @@ def chunks_of(num_items: int, size: int) -> list[range]:
 
 
 def as_it_stands(task: Task, chunks: Mapping[int, range]) -> Iterator[tuple[int, Arrays]]:
-    """Compute chunks one after the other with a task that is ready."""
-    for number, indices in chunks.items():
-        yield number, task(indices)
+    """Compute chunks in this process with a task that is ready."""
+    yield from zip(chunks, side_by_side(task, chunks.values(), *task.split_threads(len(chunks))), strict=True)
 
 
 def in_process(here: Compute) -> Runner:

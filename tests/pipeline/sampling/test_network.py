@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import pickle
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +23,10 @@ from pipeline.sampling.generated import GenerateTask
 from pipeline.sampling.generation import Denoiser
 from pipeline.sampling.motion import interpolate
 from pipeline.storage.tensor_file import Arrays
-from pipeline.training import device
+from pipeline.training import device, threads
 from pipeline.training.chunks import ChunkStore, Task, as_it_stands, chunks_of, compute
 from pipeline.training.device import Capabilities, sampling_precision
+from pipeline.training.threads import num_threads
 from tests.kit.forks import run_team
 from tests.pipeline.worker.steps import CPU
 
@@ -147,6 +149,59 @@ def test_the_smallest_batch_is_computed_whose_rows_are_those_of_the_whole_chunk(
     network.seen.clear()
     made.images(range(6, 7))  # what was found out is known
     assert network.seen == {seen}
+
+
+def module(forward: Callable[[Tensor, Tensor], Tensor]) -> nn.Module:
+    made = nn.Module()
+    made.forward = forward  # type: ignore[method-assign]
+    return made
+
+
+class OfTheThreads(nn.Module):
+    """A network whose last bits depend on the number of threads, if `odd`; it records them, and waits for others at chunks of noise."""
+
+    def __init__(self, odd: bool) -> None:
+        super().__init__()
+        self.odd, self.threads, self.meeting = odd, list[int](), threading.Barrier(2)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        count = torch.get_num_threads()
+        self.threads.append(count)
+        if threading.current_thread() is not threading.main_thread() and not self.meeting.broken:
+            self.meeting.wait(timeout=60)  # broken unless two compute at once
+        return x * (1 + 1e-6 * self.odd * count)
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_chunks_are_computed_side_by_side_where_no_byte_depends_on_the_threads(odd):
+    network = OfTheThreads(odd)
+    made = denoiser(network, precision="fp32", steps=20)
+    with num_threads(2):
+        one_by_one = torch.cat([made.images(range(begin, begin + 8)) for begin in range(0, 48, 8)])
+        assert set(network.threads) == {2}
+        assert torch.equal(torch.cat(list(made.generate(48))), one_by_one)
+        assert torch.get_num_threads() == 2
+        assert network.threads[-1] == (2 if odd else 1)
+        assert made.split_threads(6) == ((1, 2) if odd else (2, 1))
+        assert made.split_threads(1) == (1, 2)
+
+
+def test_chunks_whose_images_nobody_waits_for_are_given_up_at_the_next_step():
+    calls = []
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        if threading.current_thread() is not threading.main_thread():
+            calls.append(int(t[0]))
+            if len(calls) > 60:
+                threads._this_thread.ended.wait(60)
+        return x
+
+    made = denoiser(module(network), precision="fp32", steps=20)
+    with num_threads(2):
+        images = made.generate(80)
+        next(images)
+        images.close()
+    assert len(calls) <= 62  # of 80: each of the two threads ends the call that it is in
 
 
 def test_an_index_of_another_chunk_is_refused():
