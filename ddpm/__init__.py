@@ -4,7 +4,15 @@ from ddpm.betas import SCHEDULES
 from ddpm.diffusion import GaussianDiffusion, Model, Prediction, ReverseStep, Variance
 from ddpm.ema import ExponentialMovingAverage, WeightAverage
 from ddpm.guidance import conditioned, drop_labels, guided
-from ddpm.likelihood import BitsPerDim, bits_per_dim
+from ddpm.likelihood import (
+    BitsPerDim,
+    BoundEstimate,
+    bits_per_dim,
+    estimate_bound,
+    range_midpoints,
+    simple_losses,
+    term_probabilities,
+)
 from ddpm.noise import normal_noise
 from ddpm.objective import Objective, ObjectiveKind
 from ddpm.posthoc_ema import EMAProfile, PowerFunctionEMA, posthoc_error, posthoc_weights, reconstruct
@@ -19,6 +27,7 @@ __all__ = [
     "TIMESTEP_SPACINGS",
     "BetaSchedule",
     "BitsPerDim",
+    "BoundEstimate",
     "Draw",
     "EMAProfile",
     "ExponentialMovingAverage",
@@ -43,13 +52,17 @@ __all__ = [
     "ddim_invert",
     "dpm_solver",
     "drop_labels",
+    "estimate_bound",
     "few_steps_warning",
     "guided",
     "late_start_warning",
     "normal_noise",
     "posthoc_error",
     "posthoc_weights",
+    "range_midpoints",
     "reconstruct",
+    "simple_losses",
     "slerp",
+    "term_probabilities",
     "timestep_subset",
 ]

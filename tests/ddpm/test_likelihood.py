@@ -10,7 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm import BetaSchedule, BitsPerDim, GaussianDiffusion, bits_per_dim, normal_noise
+from ddpm import (
+    BetaSchedule,
+    BitsPerDim,
+    GaussianDiffusion,
+    bits_per_dim,
+    estimate_bound,
+    normal_noise,
+    range_midpoints,
+    simple_losses,
+    term_probabilities,
+)
 from ddpm.gaussian import discretized_log_likelihood, log_phi, normal_kl
 from ddpm.likelihood import decoder_bits, divergence_bits, prior_bits, vlb_term
 from tests.kit.closed_forms import ignorant, images, normal_data, point_mass, randn, seeded
@@ -266,3 +276,96 @@ def test_the_decoder_of_those_that_need_it_is_the_decoder_of_all(variance: str, 
         found.append((bits.detach(), gradient))
     for some, everyone in zip(*found, strict=True):
         assert torch.equal(some, everyone)
+
+
+def test_terms_are_drawn_as_the_optimal_network_on_normal_data_needs_them() -> None:
+    """Half of the chances are the closed form's: the KL of each step, whose mean over the four signs is exact."""
+    diffusion = GaussianDiffusion(BetaSchedule.named("linear", 40), clip_x0=False)
+    signs = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=2)), dtype=torch.float64)
+    x0, eps, model = signs[:, 0].view(4, 1, 1, 1), signs[:, 1].view(4, 1, 1, 1), normal_data(diffusion)
+    terms = []
+    for step in range(1, 40):
+        t = torch.full((4,), step)
+        x_t = diffusion.q_sample(x0, t, eps)
+        terms.append(float(divergence_bits(diffusion, x0, x_t, t, diffusion.p_mean_variance(model, x_t, t)).mean()))
+    optimal, p = torch.tensor(terms, dtype=torch.float64), term_probabilities(diffusion.schedule)
+    torch.testing.assert_close(2 * p - 1 / 39, optimal / optimal.sum(), rtol=1e-9, atol=1e-12)
+    assert float(p.sum()) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("num_terms", [1, 4])
+def test_the_estimate_of_the_bound_has_the_mean_of_the_closed_form(num_terms: int) -> None:
+    """The terms between are quadratic in the noise, without a linear part in its mean over signs: that mean is exact."""
+    diffusion, T, seeds = GaussianDiffusion(BetaSchedule.named("linear", 50), clip_x0=False), 50, 4000
+    x0, model = images(1, side=4), normal_data(diffusion)
+    exact = 0.0
+    for step in range(1, T):
+        t, pair = torch.full((2,), step), x0.expand(2, -1, -1, -1)
+        x_t = diffusion.q_sample(
+            pair, t, torch.tensor([-1.0, 1.0], dtype=torch.float64).view(2, 1, 1, 1).expand_as(pair)
+        )
+        exact += float(divergence_bits(diffusion, pair, x_t, t, diffusion.p_mean_variance(model, x_t, t)).mean())
+    many = x0.expand(seeds, -1, -1, -1)
+    found = estimate_bound(diffusion, model, many, generator=seeded(1), num_terms=num_terms)
+    error = float(found.divergences.std()) / math.sqrt(seeds)
+    assert float(found.divergences.mean()) == pytest.approx(exact, abs=4 * error)
+    assert error < 0.02 * exact  # an estimate that says nothing would agree with anything
+    assert torch.equal(found.prior, prior_bits(diffusion, many))
+    torch.testing.assert_close(found.total, found.prior + found.divergences + found.decoder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "prediction", "variance", "clip"),
+    [
+        (BetaSchedule.named("linear", 25), "eps", "learned_range", True),
+        (BetaSchedule.named("cosine", 25), "x_prev", "fixed_small", True),
+        (BetaSchedule.named("cosine", 25).with_zero_terminal_snr(), "v", "fixed_large", False),
+        (BetaSchedule.from_betas([0.3, 0.6]), "x0", "fixed_small", False),
+    ],
+)
+def test_the_estimate_of_the_bound_is_unbiased(
+    schedule: BetaSchedule, prediction: str, variance: str, clip: bool
+) -> None:
+    """Beside the whole bound of a network that knows nothing, both over many seeds; a chain of two steps too."""
+    diffusion, seeds = GaussianDiffusion(schedule, prediction, variance, clip), 3000
+    model = ignorant(1, 2 if variance == "learned_range" else 1)
+    x0 = images(1, side=4).expand(seeds, -1, -1, -1)
+    whole = bits_per_dim(diffusion, model, x0, generator=seeded(1)).total
+    found = estimate_bound(diffusion, model, x0, generator=seeded(2), num_terms=3).total
+    assert bool(torch.isfinite(found).all())
+    error = math.sqrt((float(whole.var()) + float(found.var())) / seeds)
+    assert float(found.mean()) == pytest.approx(float(whole.mean()), abs=4 * error)
+    assert error < 0.05 * float(whole.mean())
+
+
+def test_the_simple_loss_is_the_error_of_the_noise_whatever_is_predicted() -> None:
+    """Networks that all say x0 = mu: the error of the noise is (abar / (1 - abar)) (x0 - mu)^2, for any noise."""
+    schedule, x0, timesteps = BetaSchedule.named("cosine", 40), images(3), (0, 7, 38)
+    abar = schedule.alphas_cumprod[list(timesteps)]
+    expected = abar / (1 - abar) * ((x0 - 0.25) ** 2).mean((1, 2, 3))[:, None]
+    for prediction in ("eps", "x0", "v", "x_prev"):
+        diffusion = GaussianDiffusion(schedule, prediction)
+        found = simple_losses(diffusion, point_mass(diffusion, 0.25), x0, timesteps, generator=seeded(3))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_an_images_estimates_do_not_depend_on_its_batch() -> None:
+    diffusion, x0 = GaussianDiffusion(BetaSchedule.named("linear", 25)), images(5)
+    model = point_mass(diffusion, 0.25)
+    batches = [(0, 5), (0, 2), (2, 5)]
+    bound, loss = (
+        [ask(x0[a:b], [seeded(i) for i in range(a, b)]) for a, b in batches]
+        for ask in (
+            lambda x, g: estimate_bound(diffusion, model, x, generator=g, num_terms=4).total,
+            lambda x, g: simple_losses(diffusion, model, x, (3, 20), generator=g),
+        )
+    )
+    for together, *parts in (bound, loss):
+        torch.testing.assert_close(torch.cat(parts), together, rtol=1e-12, atol=1e-12)
+
+
+def test_the_midpoints_of_eight_ranges_of_t() -> None:
+    assert range_midpoints(1000) == (62, 187, 312, 437, 562, 687, 812, 937)
+    assert range_midpoints(8) == tuple(range(8))
+    assert range_midpoints(3) == (0, 1, 2)
+    assert range_midpoints(1) == (0,)
