@@ -80,7 +80,9 @@ class Attempt(ABC):
             progress = self.seen.get("progress")
             if progress and progress != shown:
                 shown = progress
-                beside = f"loss {progress['loss']:.4f}, {progress['images_per_s']:,.0f} images/s"
+                validation = progress.get("validation_loss")
+                losses = f"loss {progress['loss']:.4f}" + ("" if validation is None else f", val loss {validation:.4f}")
+                beside = f"{losses}, {progress['images_per_s']:,.0f} images/s"
                 bar(progress["step"], beside, first=self.begin is None)
                 self.begin = self.begin or (progress["step"], time.monotonic())
             bar.refresh()

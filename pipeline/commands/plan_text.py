@@ -39,9 +39,28 @@ def _describe_plan(plan: Plan) -> dict[str, str]:
         "checkpoint": f"{size(checkpoint)}, {kept} kept" if checkpoint is not None else unknown,
         "workers": f"{plan.num_workers} ({plan.profile.name}), {plan.num_streams} streams, "
         f"{training.batch_size // plan.num_workers} images each",
+        "validation": _describe_validation(plan),
         "runs": plan.place,
         **({"missing": "; ".join(plan.missing)} if plan.missing else {}),
     }
+
+
+def _describe_validation(plan: Plan) -> str:
+    asked, settings = plan.validation, plan.experiment.validation
+    if asked is None:
+        return (
+            f"none: {plan.no_validation}" if plan.no_validation else "none; validation.split or .holdout names images"
+        )
+    if asked.every_steps is None:
+        return (
+            f"none: one with {asked.num_images} images costs {asked.calls:,} network calls, more than 2 % of so short a training's; "
+            "set validation.every_steps, or fewer validation.num_images"
+        )
+    which = f"of split {settings.split!r}" if settings.split else f"held out ({settings.holdout:.3g} of all)"
+    return (
+        f"every {asked.every_steps:,} steps, {asked.times:,} in all, with {asked.num_images:,} images {which} and as many trained on: "
+        f"{asked.times * asked.calls:,} network calls, {asked.share:.2%} of the training's"
+    )
 
 
 def describe_forecast(plan: Plan, probe: Probe, seen: Forecast) -> dict[str, str]:

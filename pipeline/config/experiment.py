@@ -42,6 +42,9 @@ FREE_TO_CHANGE = (
     "sampling.",
     "evaluation.",
     "diffusion.betas_file",
+    "validation.split",
+    "validation.every_steps",
+    "validation.num_images",
 )
 
 
@@ -244,6 +247,27 @@ class LoggingConfig(Section):
     """Images in a picture of samples."""
 
 
+class ValidationConfig(Section):
+    """Losses while training, on images that are not trained on; none without `split` or `holdout`."""
+
+    split: str | None = None
+    """Split of the source that validates, such as `test`."""
+    holdout: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    """Share of the images that is not trained on but validates, chosen by content when they are ingested."""
+    every_steps: PositiveInt | None = None
+    """Steps between two validations; null is as often as costs 2 % of the training's network calls."""
+    num_images: PositiveInt = 256
+    """Images that validate; as many training images are measured beside them."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ValidationConfig:
+        if self.split is not None and self.holdout:
+            raise ValueError(
+                f"split and holdout: got {self.split!r} and {self.holdout}, expected one of them; leave the other out"
+            )
+        return self
+
+
 class EvaluationConfig(Section):
     """The scores at the end of training, and of few images while training."""
 
@@ -281,6 +305,7 @@ class Experiment(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     sampling: SamplingConfig = SamplingConfig()
+    validation: ValidationConfig = ValidationConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @model_validator(mode="after")
@@ -301,6 +326,16 @@ class Experiment(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _validation_is_not_trained_on(self) -> Experiment:
+        split, trained = self.validation.split, self.data.split or "train"
+        if split is not None and trained in (split, "all"):
+            raise ValueError(
+                f"validation.split: got {split!r}, whose images are trained on (data.split {trained!r}); choose another split, or a "
+                "validation.holdout"
+            )
+        return self
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain nested data that `experiment_from` reads back to an equal experiment."""
         return self.model_dump(mode="json")
@@ -318,6 +353,8 @@ class Experiment(Section):
         kept = {
             key: value for key, value in self.flat().items() if not key.startswith((*FREE_TO_CHANGE, "data.source"))
         }
+        if not self.validation.holdout:
+            del kept["validation.holdout"]  # as if there were no such setting
         kept["dataset"] = fingerprint
         return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -412,7 +449,7 @@ def read_by(kind: str) -> dict[str, set[str]]:
     """Return the settings that a type of network reads, for each section of which it does not read all."""
     read = {"model": settings_of(kind)}
     if kind == "vae":
-        read |= {"diffusion": set(), "sampling": {"batch_size"}}
+        read |= {"diffusion": set(), "validation": set(), "sampling": {"batch_size"}}
         read["training"] = set(TrainingConfig.model_fields) - OF_PROCESS
     return read
 

@@ -7,7 +7,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,12 @@ from pipeline.ingest.pool import all_rows, default_num_workers
 from pipeline.ingest.remote import contents, has_dataset, new_remote_folder, sole_remote_writer
 from pipeline.ingest.resolve import BUILT_IN, TO_FETCH, how_to_fetch, is_dataset, resolve_source
 from pipeline.ingest.rows import Treatment, make_rows
-from pipeline.ingest.sources import Source
+from pipeline.ingest.sources import Source, ingested
 from pipeline.ingest.write import ShardWriter, new_folder, sole_writer
 from pipeline.storage.home import datasets_dir, home
 from pipeline.storage.remote import RemoteFolder, is_remote
 
+HELD_OUT = "-holdout"  # ends the name of the dataset of images held out of another one
 MAX_LISTED = 20  # damaged images in one message
 _LAST_CLAUSE = re.compile(r"(, expected a PNG or JPEG image)?: [^:]*$")  # the remedy for a single damaged image
 
@@ -85,7 +86,9 @@ def ingest(
     if found.note:
         say(found.note)
     with sole_remote_writer(place) if isinstance(place, RemoteFolder) else sole_writer(place):
-        return _write(found, place, data, num_workers, rows_per_shard, progress, summary)
+        return _write(
+            found, place, data, Treatment(data.mode, data.size), num_workers, rows_per_shard, progress, summary
+        )
 
 
 def ensure_ingested(
@@ -93,6 +96,7 @@ def ensure_ingested(
     datasets: Path | str,
     say: Say = lambda _: None,
     *,
+    holdout: float = 0.0,
     offline: bool = False,
     num_workers: int | None = None,
     progress: Progress | None = None,
@@ -102,20 +106,45 @@ def ensure_ingested(
 
     Args:
         datasets: a folder, or the address of one in an object store.
+        holdout: share of the images that is left out; a dataset of them is made at `held_out_location`.
         cache: as in `Dataset.open`.
 
     Raises:
         UsageError, DataError, StorageError: as in `ingest` and `Dataset.open`.
     """
-    source = data.source
-    if is_dataset(source):
-        dataset = Dataset.open(source, cache)
-        _refuse_settings(data, dataset.manifest)
-        return dataset
-    found = resolve_source(data, downloads=_downloads(datasets), offline=offline, say=say)
+    if is_dataset(data.source):
+        if not holdout:
+            dataset = Dataset.open(data.source, cache)
+            _refuse_settings(data, dataset.manifest)
+            return dataset
+        found = ingested(data.source, cache)
+        _refuse_settings(data, manifest_of(data.source))
+    else:
+        found = resolve_source(data, downloads=_downloads(datasets), offline=offline, say=say)
     if found.note:
         say(found.note)
-    dest = dataset_folder(found, data, datasets)
+    dest = dataset_folder(found, data, datasets, holdout)
+    treatment = Treatment(data.mode, data.size, holdout)
+    if holdout:
+        held_out = held_out_location(str(_place(dest)))
+        beside = RemoteFolder(held_out) if is_remote(held_out) else Path(held_out)
+        named = replace(found, name=f"{found.name}{HELD_OUT}")
+        _ensure(named, beside, data, replace(treatment, held_out=True), num_workers, progress, say, cache)
+    return _ensure(found, dest, data, treatment, num_workers, progress, say, cache)
+
+
+def _ensure(
+    found: Source,
+    dest: Path | RemoteFolder,
+    data: DataConfig,
+    treatment: Treatment,
+    num_workers: int | None,
+    progress: Progress | None,
+    say: Say,
+    cache: Cache | None,
+) -> Dataset:
+    """Open the cached dataset in `dest`, which is created if missing."""
+    source = data.source
     ready = _open_cached(dest, say, cache)
     if ready is not None:
         return ready
@@ -130,12 +159,20 @@ def ensure_ingested(
         if isinstance(dest, Path):
             shutil.rmtree(dest, ignore_errors=True)
         say(f"ingesting {source} into {dest}, once")
-        _write(found, dest, data, num_workers, None, progress, say)
+        _write(found, dest, data, treatment, num_workers, None, progress, say)
     return Dataset.open(_place(dest), cache)
 
 
-def availability(data: DataConfig, datasets: Path | str) -> Availability:
+def held_out_location(location: str) -> str:
+    """Return where the images held out of a dataset that `ensure_ingested` made are, from the dataset's own path or address."""
+    folder, mark, options = location.partition("?") if is_remote(location) else (location, "", "")
+    return f"{folder}{HELD_OUT}{mark}{options}"
+
+
+def availability(data: DataConfig, datasets: Path | str, holdout: float = 0.0) -> Availability:
     """Return whether the source of `data` is ready, needs ingest or needs a download, without doing either.
+
+    With a `holdout` the number of rows is an estimate until the images are ingested.
 
     Raises:
         UsageError, DataError: it is not a built-in name and does not exist.
@@ -144,20 +181,24 @@ def availability(data: DataConfig, datasets: Path | str) -> Availability:
     if is_dataset(source):
         manifest = manifest_of(source)
         _refuse_settings(data, manifest)
-        return _there("ingested", f"{source} is ingested", manifest)
-    if source in TO_FETCH and not Path(source).exists():
+        if not holdout:
+            return _there("ingested", f"{source} is ingested", manifest)
+        found = ingested(source, None)
+    elif source in TO_FETCH and not Path(source).exists():
         shape = (CHANNELS[data.mode], *data.size) if data.mode and data.size else None
         return Availability("missing", f"{source} is not here: {how_to_fetch(data)}", shape=shape)
-    found = resolve_source(data, downloads=_downloads(datasets), offline=True)
-    dest = dataset_folder(found, data, datasets)
+    else:
+        found = resolve_source(data, downloads=_downloads(datasets), offline=True)
+    dest = dataset_folder(found, data, datasets, holdout)
     if is_dataset(_place(dest)):
         manifest = manifest_of(_place(dest))
         return _there("cached", f"{source} is ingested in {dest}", manifest)
+    num_rows = None if found.num_rows is None else found.num_rows - round(holdout * found.num_rows)
     if found.download:
         text = f"{source} is not here: it will be downloaded ({found.download}) and ingested"
-        return Availability("download", text, found.num_rows, _shape_to_be(found, data))
+        return Availability("download", text, num_rows, _shape_to_be(found, data))
     text = f"{source} will be ingested into {dest}"
-    return Availability("here", text, found.num_rows, _shape_to_be(found, data))
+    return Availability("here", text, num_rows, _shape_to_be(found, data))
 
 
 def _there(state: str, text: str, manifest: Manifest) -> Availability:
@@ -176,9 +217,9 @@ def _shape_to_be(source: Source, data: DataConfig) -> tuple[int, int, int] | Non
     return (channels, *(data.size or source.shape[1:]))
 
 
-def dataset_folder(source: Source, data: DataConfig, datasets: Path | str) -> Path | RemoteFolder:
+def dataset_folder(source: Source, data: DataConfig, datasets: Path | str, holdout: float = 0.0) -> Path | RemoteFolder:
     """Return the folder of the cached dataset of `source`; reads the source to compute its key."""
-    name = f"{source.name}-{_key(source, data)[:12]}"
+    name = f"{source.name}-{_key(source, data, holdout)[:12]}"
     return datasets / name if isinstance(datasets, Path) else RemoteFolder(datasets).child(name)
 
 
@@ -190,8 +231,9 @@ def _place(folder: Path | RemoteFolder) -> Path | str:
     return folder.uri if isinstance(folder, RemoteFolder) else folder
 
 
-def _key(source: Source, data: DataConfig) -> str:
-    return hashlib.sha256(repr(("ingest 2", source.key(), data.size, data.mode)).encode()).hexdigest()
+def _key(source: Source, data: DataConfig, holdout: float) -> str:
+    parts = ("ingest 2", source.key(), data.size, data.mode, *([holdout] if holdout else []))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _check_dest(source: str, dest: Path | RemoteFolder) -> None:
@@ -233,12 +275,12 @@ def _write(
     source: Source,
     dest: Path | RemoteFolder,
     data: DataConfig,
+    treatment: Treatment,
     num_workers: int | None,
     rows_per_shard: int | None,
     progress: Progress | None,
     summary: Say,
 ) -> Manifest:
-    treatment = Treatment(data.mode, data.size)
     workers = default_num_workers(source.num_bytes) if num_workers is None else num_workers
     done, damaged, counts = 0, list[str](), Counter[int]()
     with (
@@ -250,11 +292,16 @@ def _write(
             if len(damaged) <= data.skip_damaged:
                 writer.add(rows)
                 counts.update(rows.labels.tolist())
-            done += len(rows.images) + len(rows.damaged)
+            done += rows.num_read
             if progress:
                 progress(done, source.num_rows)
         if len(damaged) > data.skip_damaged:
             raise DataError(_too_damaged(damaged, done, data.skip_damaged))
+        if treatment.holdout and not counts:
+            raise UsageError(
+                f"validation.holdout: got {treatment.holdout}, of which {done} images leave none to "
+                f"{'validate' if treatment.held_out else 'train on'}; choose another share, or give more images"
+            )
         manifest = writer.finish(source.name, source.origin, source.class_names, tuple(map(_short, damaged)))
     for line in (*source.lines, *_class_lines(manifest, counts), *_skipped_lines(damaged)):
         summary(line)

@@ -5,6 +5,7 @@ Pool processes import this module, so it imports neither torch nor pyarrow.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zlib
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from pipeline.data.images import (
 from pipeline.data.manifest import RAW_LIMIT, ContentHash
 from pipeline.errors import DataError
 
+HOLDOUT_SALT = b"ddpm-pipe holdout 1"
 _TOGETHER_BYTES = 2**22  # of pixels per histogram; one histogram per small image would be slow
 
 Pixels = npt.NDArray[np.uint8]
@@ -41,18 +43,29 @@ class Item:
 
 @dataclass(frozen=True)
 class Treatment:
-    """Conversions after decoding; none by default."""
+    """Conversions after decoding, and which part of the images is kept; by default all are, as they are.
+
+    An image is held out if a salted hash of its content lies below `holdout` of the range of hashes: equal images fall on the same side
+    in any dataset, and a larger share holds out those of a smaller one, too.
+    """
 
     mode: str | None = None
     image_size: tuple[int, int] | None = None  # H, W
+    holdout: float = 0.0
+    held_out: bool = False  # the images held out are kept, not the others
+
+    def keeps(self, digest: bytes) -> bool:
+        """Return whether the image with this digest is kept."""
+        hashed = int.from_bytes(hashlib.sha256(HOLDOUT_SALT + digest).digest()[:8], "big")
+        return (hashed < self.holdout * 2**64) is self.held_out
 
 
 @dataclass(frozen=True)
 class Rows:
     """Consecutive rows: stored images, digests, labels, and per channel the count of each of the 256 values, int64 [C, 256].
 
-    `first` is the name and shape of the dataset's first row, None before there is one. `damaged` has a message for each image that is left
-    out.
+    `first` is the name and shape of the source's first image, None before there is one. `damaged` has a message for each image that is left
+    out. `num_read` counts all images that were read.
     """
 
     first: tuple[str, Shape] | None
@@ -60,7 +73,8 @@ class Rows:
     digests: bytes
     labels: npt.NDArray[np.int64]
     histogram: npt.NDArray[np.int64]
-    damaged: tuple[str, ...] = ()
+    damaged: tuple[str, ...]
+    num_read: int
 
     @property
     def shape(self) -> Shape | None:
@@ -69,7 +83,7 @@ class Rows:
 
 
 def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] | None) -> Rows:
-    """Convert items to rows, all with the shape of `first` (the dataset's first row), or of the first item if None.
+    """Convert items to rows, all with the shape of `first` (the source's first image), or of the first item if None.
 
     Raises:
         DataError: an image is refused, or shapes differ; names the item. Damaged images do not raise.
@@ -87,7 +101,10 @@ def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] 
         first = first or (item.where, shape)
         _check_shape(item.where, shape, *first)
         chw = np.ascontiguousarray(pixels.transpose(2, 0, 1))
-        digests.append(ContentHash.of_row(chw.data))
+        digest = ContentHash.of_row(chw.data)
+        if not treatment.keeps(digest):
+            continue
+        digests.append(digest)
         images.append(chw.tobytes() if stored_raw(shape) else encode_png(pixels))
         labels.append(item.label)
         recent.append(chw)
@@ -97,7 +114,7 @@ def make_rows(items: list[Item], treatment: Treatment, first: tuple[str, Shape] 
     if recent:
         histogram = _histogram(recent) + (0 if histogram is None else histogram)
     total = np.zeros((0, 256), np.int64) if histogram is None else histogram
-    return Rows(first, images, b"".join(digests), np.array(labels, dtype=np.int64), total, tuple(damaged))
+    return Rows(first, images, b"".join(digests), np.array(labels, dtype=np.int64), total, tuple(damaged), len(items))
 
 
 def _histogram(images: list[Pixels]) -> npt.NDArray[np.int64]:

@@ -1,6 +1,6 @@
 """Sources of images: items in a fixed order, and a key of the content.
 
-This file has the built-in digits; layout, npz, parquet and sets have the other sources.
+This file has the built-in digits and ingested datasets; layout, npz, parquet and sets have the other sources.
 """
 
 from __future__ import annotations
@@ -16,11 +16,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from pipeline.config.cluster_profile import Cache
+from pipeline.data.shards import Dataset
+from pipeline.data.shards_files import manifest_of
 from pipeline.errors import DataError, UsageError
 from pipeline.ingest.choice import ALL_SPLITS
 from pipeline.ingest.rows import Item
 
 FloatArray = NDArray[np.float64]
+
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,30 @@ def digits(split: str | None = None) -> Source:
 
     names = tuple(str(digit) for digit in range(10))
     return Source("digits", "digits (scikit-learn)", items, lambda: "digits 1", names, True, 1797)
+
+
+def ingested(location: str, cache: Cache | None) -> Source:
+    """Return the images of an ingested dataset as a source, to make datasets of its parts."""
+    manifest = manifest_of(location)
+
+    def items() -> Iterator[Item]:
+        dataset = Dataset.open(location, cache)
+        for start in range(0, len(dataset), _ROWS_AT_ONCE):
+            rows = np.arange(start, min(start + _ROWS_AT_ONCE, len(dataset)))
+            labels = dataset.labels(rows)
+            for i, (row, image) in enumerate(zip(rows.tolist(), dataset.read(rows), strict=True)):
+                yield Item(dataset.locate(row), image.transpose(1, 2, 0), 0 if labels is None else int(labels[i]))
+
+    return Source(
+        manifest.name,
+        manifest.source,
+        items,
+        lambda: manifest.fingerprint,
+        manifest.class_names,
+        manifest.has_labels,
+        manifest.num_rows,
+        manifest.shape,
+    )
 
 
 def _digits_table() -> FloatArray:

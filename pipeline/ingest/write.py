@@ -66,7 +66,7 @@ class ShardWriter:
 
     def add(self, rows: Rows) -> None:
         """Add consecutive rows, all of one shape."""
-        if rows.shape is None:
+        if rows.shape is None or not rows.images:
             return
         self._shape = rows.shape
         self._content.add(rows.digests, rows.labels.astype("<i8").tobytes() if self._has_labels else b"")

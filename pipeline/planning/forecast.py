@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan, advice_to_isolate
 from pipeline.sampling.generation import usual_generation
 from pipeline.training.models import build_objective
+from pipeline.training.validation import STEP_CALLS
 
 if TYPE_CHECKING:
     from pipeline.planning.probe import Probe
 
-STEP_CALLS = 3  # network calls that cost what training does to an image: forwards once, backwards twice as much
 # Assumed between nodes: 400 Gb/s for each GPU, 10 Gb/s for machines without.
 GPU_NETWORK_BYTES_PER_S, CPU_NETWORK_BYTES_PER_S = 50e9, 1.25e9
 
@@ -35,7 +35,7 @@ class Forecast:
     step_s: float
     training_s: float
     scoring_s: float
-    total_s: float  # with what saving takes
+    total_s: float  # with what saving and validation take
     cost: float
     currency: str
     checkpoints: Checkpoints | None
@@ -48,8 +48,9 @@ def forecast(plan: Plan, probe: Probe) -> Forecast:
     training, profile = plan.experiment.training, plan.profile
     seconds = training.steps * probe.step_s
     scoring = calls_s(scoring_calls(plan), plan, probe)
+    validation = 0.0 if plan.validation is None else calls_s(plan.validation.times * plan.validation.calls, plan, probe)
     saving = None if probe.checkpoint_s is None else _checkpoints(plan, probe.step_s, probe.checkpoint_s, seconds)
-    total = seconds + scoring + (saving.count * saving.stops_for_s if saving else 0.0)
+    total = seconds + validation + scoring + (saving.count * saving.stops_for_s if saving else 0.0)
     isolate = advice_to_isolate(profile, plan.num_workers, seconds)
     return Forecast(
         images_per_s=training.batch_size / probe.step_s,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
@@ -16,6 +16,7 @@ from pipeline.planning.capacity import fitting_counts, whole_gpus
 from pipeline.training.combinations import check_training
 from pipeline.training.device import require_permission, training_compute
 from pipeline.training.models import Shape, build_model, num_parameters
+from pipeline.training.validation import ValidationPlan, plan_validation
 
 BYTES_PER_PARAMETER = 4  # float32
 LONG_S = 3600.0  # from which on a training had better survive the death of its process
@@ -36,6 +37,12 @@ class Plan:
     warnings: tuple[str, ...] = ()  # what may disappoint
     missing: tuple[str, ...] = ()  # without which it cannot start here
     fingerprint: str | None = None  # of the dataset
+    no_validation: str = ""  # why there are no images to validate with, though the experiment names some
+
+    @property
+    def validation(self) -> ValidationPlan | None:
+        """How the training validates; None if it does not."""
+        return None if self.no_validation else plan_validation(self.experiment)
 
     @property
     def place(self) -> str:
@@ -85,6 +92,8 @@ class Plan:
             "steps_per_epoch": self.steps_per_epoch,
             "checkpoint_bytes": self.checkpoint_bytes,
             "config_hash": None if self.fingerprint is None else self.experiment.hash(self.fingerprint),
+            "validation": None if self.validation is None else asdict(self.validation),
+            "no_validation": self.no_validation,
             "warnings": list(self.warnings),
             "missing": list(self.missing),
         }

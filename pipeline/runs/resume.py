@@ -56,12 +56,15 @@ def resume_training(context: Context, reference: str, asked: ResumeRequest) -> O
     if asked.isolated:
         profile = profile.isolating()
     use_variables(profile)
-    if asked.data is None:
+    holdout = new.validation.holdout
+    if asked.data is None and (not asked.fork or holdout == old.validation.holdout):
         dataset = dataset_of(run, profile)
     else:
-        source = absolute_source(asked.data)
-        new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
-        dataset = ensure_ingested(new.data, profile.datasets(), context.console.say, cache=profile.cache)
+        if asked.data is not None:
+            source = absolute_source(asked.data)
+            new = new.model_copy(update={"data": new.data.model_copy(update={"source": source})})
+        say = context.console.say
+        dataset = ensure_ingested(new.data, profile.datasets(), say, holdout=holdout, cache=profile.cache)
     plan = with_dataset(plan_of(new, profile), dataset)
     ours = None if asked.fork else run.id
     tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), ours, context.console.say)

@@ -13,7 +13,7 @@ from pipeline.config.context import Context
 from pipeline.config.experiment import DEFAULT_PRESET, EvaluationConfig, Experiment, load_experiment
 from pipeline.console import plural
 from pipeline.data.shards import Dataset
-from pipeline.errors import ClusterError, RefusedError, UsageError
+from pipeline.errors import ClusterError, DataError, RefusedError, UsageError
 from pipeline.ingest.ingest import availability, ensure_ingested
 from pipeline.ingest.resolve import absolute_source
 from pipeline.metrics.classifier_store import Recipe
@@ -66,7 +66,8 @@ def plan_training(asked: TrainRequest) -> Plan:
             missing.append(str(error))
     source = asked.experiment.data.source
     datasets = datasets_dir(asked.profile.home()) if away else asked.profile.datasets()
-    found = availability(asked.experiment.data, datasets)
+    validation = asked.experiment.validation
+    found = availability(asked.experiment.data, datasets, validation.holdout)
     if found.state == "missing" and not away:
         missing.append("the images")
     plan = make_plan(
@@ -81,6 +82,11 @@ def plan_training(asked: TrainRequest) -> Plan:
     )
     few = _too_few_images(asked.experiment.evaluation, found.num_rows, found.shape)
     plan = replace(plan, fingerprint=found.fingerprint)
+    if validation.split is not None and not away:
+        try:
+            availability(asked.experiment.data.model_copy(update={"split": validation.split}), datasets)
+        except (UsageError, DataError) as error:
+            plan = replace(plan, no_validation=str(error))
     return replace(plan, warnings=(*plan.warnings, f"the images will not be scored: {few}")) if few else plan
 
 
@@ -90,7 +96,8 @@ def start_training(context: Context, asked: TrainRequest) -> Outcome:
     # what can be refused without the images is refused before they are fetched
     plan = plan_of(asked.experiment, profile)
     tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None, console.say)
-    dataset = ensure_ingested(asked.experiment.data, profile.datasets(), console.say, cache=profile.cache)
+    data, holdout = asked.experiment.data, asked.experiment.validation.holdout
+    dataset = ensure_ingested(data, profile.datasets(), console.say, holdout=holdout, cache=profile.cache)
     plan = with_dataset(plan, dataset)
     if unscored := _cannot_be_scored(asked.experiment, dataset):
         console.say(f"warning: the images will not be scored: {unscored}")

@@ -13,10 +13,12 @@ from pipeline.cluster.train import run_attempts
 from pipeline.config.cluster_profile import Profile, use_variables
 from pipeline.config.experiment import Experiment
 from pipeline.console import Console
-from pipeline.data.labels import NO_CLASSES, class_names_of
+from pipeline.data.labels import NO_CLASSES, class_names_of, model_labels
 from pipeline.data.shards import Dataset
-from pipeline.errors import CheckpointError, DataError, InterruptedRunError, StorageError
+from pipeline.errors import CheckpointError, DataError, InterruptedRunError, StorageError, UsageError
+from pipeline.ingest.ingest import held_out_location
 from pipeline.planning.plan import Plan, choose_workers, make_plan
+from pipeline.runs.choose_scorer import open_split
 from pipeline.runs.conclude import Outcome, conclude
 from pipeline.runs.record import allowance_of
 from pipeline.runs.tracked import start_tracking
@@ -30,6 +32,7 @@ from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.combinations import check_labels
 from pipeline.training.models import build_diffusion, has_process
 from pipeline.training.trained import experiment_of
+from pipeline.training.validation import rows_to_validate
 from pipeline.worker.job import Job
 
 Observer = Callable[[dict[str, Any]], None]
@@ -70,7 +73,9 @@ def train_run(
         run_address=None if run.remote is None else run.remote.folder.uri,
     )
     with run.lock(), _open_tracking(run, plan, dataset, tracking, overrides) as tracker:
-        for warning in plan.warnings:
+        folder, missing = _validation_folder(run, plan.experiment, dataset, profile, console)
+        job = replace(job, validation_folder=folder)
+        for warning in (*plan.warnings, *([f"no validation: {missing}"] if missing else [])):
             console.say(f"warning: {warning}")
             run.log(f"warning: {warning}")
         console.say(
@@ -113,6 +118,31 @@ def _open_tracking(
         yield tracker
     finally:
         tracker.close(timeout=10.0)
+
+
+def _validation_folder(
+    run: Run, experiment: Experiment, dataset: Dataset, profile: Profile, console: Console
+) -> tuple[str | None, str]:
+    """Return where the images that validate are, or None and why there are none, "" if none are asked for.
+
+    Training goes on without them: they do not change its result.
+    """
+    settings, conditional = experiment.validation, experiment.model.class_conditional
+    if settings.split is None and not settings.holdout:
+        return None, ""
+    try:
+        if settings.split is None:
+            found = Dataset.open(held_out_location(dataset.location), profile.cache)
+        else:
+            found = open_split(run, settings.split, console)
+        if found.manifest.shape != dataset.manifest.shape:
+            return None, f"its images are {found.manifest.shape}, those trained on {dataset.manifest.shape}"
+        if conditional:
+            rows = rows_to_validate(len(found), settings.num_images)
+            model_labels(found, rows, class_names_of(dataset))
+    except (UsageError, DataError) as error:
+        return None, str(error)
+    return found.location, ""
 
 
 def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: Tracker) -> None:

@@ -53,7 +53,7 @@ def sweep_request(
 
 def plan_sweep(asked: SweepRequest) -> SweepPlan:
     """Plan and check a sweep without downloading, ingesting or writing anything."""
-    found = availability(asked.base.data, asked.profile.datasets())
+    found = availability(asked.base.data, asked.profile.datasets(), asked.base.validation.holdout)
     return make_sweep_plan(asked, found.text, found.num_rows, found.shape, found.num_classes)
 
 
@@ -157,7 +157,8 @@ def require_all_finished(result: Result) -> None:
 
 
 def _ingested(asked: SweepRequest, console: Console) -> Dataset:
-    return ensure_ingested(asked.base.data, asked.profile.datasets(), console.say, cache=asked.profile.cache)
+    data, holdout, profile = asked.base.data, asked.base.validation.holdout, asked.profile
+    return ensure_ingested(data, profile.datasets(), console.say, holdout=holdout, cache=profile.cache)
 
 
 def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, dataset: Dataset, console: Console) -> Result:

@@ -172,7 +172,9 @@ class Sweep(Section):
         if self.search != "grid" and self.num_points is None:
             raise ValueError(f"search {self.search} needs num_points: how many points to try")
         for key, axis in self.space.items():
-            if key == "seed" or key.startswith(("training.steps", "logging.", "checkpoint.", "evaluation.", "name")):
+            if key == "seed" or key.startswith(
+                ("training.steps", "logging.", "checkpoint.", "evaluation.", "validation.", "name")
+            ):
                 remedy = "use 'seeds'" if key == "seed" else "it is the same for all trials; set it under 'overrides'"
                 raise ValueError(f"space.{key}: cannot be varied; {remedy}")
             if key.startswith("data.") and key not in VARIED_DATA:

@@ -57,6 +57,7 @@ def _steps_without_learning(training: TrainingConfig) -> tuple[str, ...]:
 def _check_no_process(experiment: Experiment) -> None:
     """Refuse settings of diffusion, which a vae would ignore."""
     _refuse_changed("diffusion", experiment.diffusion, set(), "a vae has no diffusion process")
+    _refuse_changed("validation", experiment.validation, set(), "a vae has no t to be validated at")
     read = set(TrainingConfig.model_fields) - OF_PROCESS
     _refuse_changed("training", experiment.training, read, "a vae is trained by its own bound")
     check_sampling(experiment, experiment.sampling)

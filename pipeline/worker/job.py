@@ -31,7 +31,8 @@ class Allowance:
 class Job:
     """Plain data, the same for all workers of an attempt.
 
-    `run_folder` is the driver's; `run_address` is the run's address if it is kept in an object store.
+    `run_folder` is the driver's; `run_address` is the run's address if it is kept in an object store. `validation_folder` holds the images
+    that validate; None without any.
     """
 
     run_folder: str
@@ -45,4 +46,5 @@ class Job:
     tracking: TrackingSettings
     initial_weights: str | None = None
     run_address: str | None = None
+    validation_folder: str | None = None
     allowance: Allowance = Allowance()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -45,6 +46,7 @@ from pipeline.training.models import (
     misfit_of,
 )
 from pipeline.training.team import Team
+from pipeline.training.validation import Validation, plan_validation
 from pipeline.worker.job import Job
 from pipeline.worker.meters import LossMeter, Pace
 from pipeline.worker.preview import Preview
@@ -94,6 +96,9 @@ class Worker:
         self.saved_at = time.monotonic()
         self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.retention) if team.is_main else None
         self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.is_main else None
+        self.validation = self._validation(profile)
+        self.validated_step = -1
+        self.validation_loss: float | None = None
         self.preview = self._preview()
         self.aside_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.is_main else []
@@ -163,6 +168,7 @@ class Worker:
         self._begin_scores()
         if spent >= 1:
             return "finished"
+        self._validate(last=False, stop=False)  # if a stop came before it was done
         begin, self.aside_s = time.monotonic(), 0.0
         with Prefetch(self._batches()) as batches:
             pace = Pace(self.train_state.step, batches)
@@ -191,14 +197,16 @@ class Worker:
                 stop, save, last, due = self.team.decide(
                     self.link.stop_requested(), self._save_is_due(result.step, due), spent >= 1, due
                 )
-                if save or stop or last or result.step % self.experiment.logging.every_steps == 0:
+                logged = result.step % self.experiment.logging.every_steps == 0 or last
+                if save or stop or logged:
                     result.require_finite()
                     self.meter.gather(self.team)
-                if result.step % self.experiment.logging.every_steps == 0 or last:
+                if logged:
                     self._log(result, pace)
                 if self._grid_is_due(result.step, last):
                     self._copy_weights()
                     self._draw_grid(result.step)
+                stop = self._validate(last, stop)
                 self._store_averages(last)
                 if save or stop or last:
                     self._save(elapsed_s, {"rung": rung} if due else None, must=stop or last)
@@ -250,8 +258,47 @@ class Worker:
                     "steps": total,
                     "loss": float((result.losses * result.weights).mean()),
                     "images_per_s": pace.images_per_s(result.step, self.experiment.training.batch_size),
+                    "validation_loss": self.validation_loss,
                 }
             )
+
+    # -- validation -----------------------------------------------------------------------------------------------------------
+
+    def _validation(self, profile: Profile) -> Validation | None:
+        """Return the images that validate, with training images beside them; None if there are none."""
+        if self.job.validation_folder is None:
+            return None
+        images = Dataset.open(self.job.validation_folder, profile.cache)
+        return Validation(self.experiment, images, self.dataset, self.class_names)
+
+    def _validation_is_due(self, last: bool) -> bool:
+        plan, step = plan_validation(self.experiment), self.train_state.step
+        if self.validation is None or plan is None or step in (0, self.validated_step):
+            return False
+        return plan.is_due(step, last)
+
+    def _validate(self, last: bool, stop: bool) -> bool:
+        """Measure the averaged weights if that is due, and record the figures. Return whether to stop.
+
+        A stop does not wait for it: the training that resumes here measures first.
+        """
+        if stop or not self._validation_is_due(last):
+            return stop
+        begin, step = time.monotonic(), self.train_state.step
+        self._copy_weights()
+        assert self.validation is not None
+        assert self.preview is not None
+        assert self.preview.model is not None
+        figures = self.validation.measure(self.preview.model, self.compute, self.team, self.link.stop_requested)
+        self.aside_s += time.monotonic() - begin
+        if figures is None:
+            return True
+        self.validated_step, self.validation_loss = step, figures["val/loss"]
+        if self.tracker is not None:
+            self.tracker.metrics(step, {name: value for name, value in figures.items() if math.isfinite(value)})
+            shown = ("val/loss", "val/train_loss", "val/bound_estimate", "val/train_bound_estimate")
+            self.run.log(f"validation at step {step}: {', '.join(f'{name} {figures[name]:.5f}' for name in shown)}")
+        return False
 
     # -- pictures -------------------------------------------------------------------------------------------------------------
 
@@ -327,9 +374,9 @@ class Worker:
         self.aside_s += time.monotonic() - begin
 
     def _preview(self) -> Preview | None:
-        """Return the network to sample during training; None on workers other than rank 0 without scores, and if nothing is sampled."""
+        """Return the network that is drawn, scored or validated during training; None on workers where nothing of that is done."""
         drawn = self.experiment.logging.grid_every_steps is not None and self.team.is_main
-        if not (drawn or self.scores):
+        if not (drawn or self.scores or self.validation):
             return None
         return Preview(self.experiment, self.dataset.manifest.shape, self.class_names)
 
@@ -365,6 +412,7 @@ class Worker:
         scored = self.team.is_main and is_scored(self.run.folder, checkpoint.folder.name)
         (scored,) = self.team.decide(scored)
         self.unscored = None if scored else state.get("unscored")  # without it if imported
+        self.validated_step = state.get("validated_step", -1)  # only where there is validation
         if self.team.is_main:
             self.meter.sums = torch.tensor(state["meter"], dtype=torch.float64)
             assert self.tracker is not None
@@ -447,6 +495,7 @@ class Worker:
             "num_workers": self.team.size,
             "arithmetic": self.compute.arithmetic,
             "torch": torch.__version__,
+            **({} if self.validation is None else {"validated_step": self.validated_step}),
         }
         try:
             self.saver.save(self.train_state.step, self.train_state.tensors(), state, wait=must)
