@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -69,7 +68,8 @@ def plan_validation(experiment: Experiment) -> ValidationPlan | None:
 def rows_to_validate(num_rows: int, num_images: int) -> Rows:
     """Return equidistant rows: of images in the order of their classes, about as many of each."""
     count = min(num_rows, num_images)
-    return np.arange(count) * num_rows // count
+    rows: Rows = (torch.arange(count) * num_rows // count).numpy()
+    return rows
 
 
 class Validation:
