@@ -103,11 +103,7 @@ class Validation:
                 part, indices = self._chunks[mine]
                 values[part, indices.start : indices.stop] = self._measure(mine, model, compute)
         values = team.all_reduce(values)  # what others measure is 0 here
-        return {
-            f"val/{name}": value
-            for prefix, of_set in zip(("", "train_"), values, strict=True)
-            for name, value in self._figures(prefix, of_set).items()
-        }
+        return self._figures("", values[0]) | self._figures("train_", values[1])
 
     def _measure(self, chunk: int, model: nn.Module, compute: Compute) -> Tensor:
         """Return the losses at each t and the bound of the images of a chunk [n, num_t + 1], float64 on the CPU."""

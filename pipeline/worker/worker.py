@@ -293,10 +293,10 @@ class Worker:
         self.aside_s += time.monotonic() - begin
         if figures is None:
             return True
-        self.validated_step, self.validation_loss = step, figures["val/loss"]
+        self.validated_step, self.validation_loss = step, figures["loss"]
         if self.tracker is not None:
-            self.tracker.metrics(step, {name: value for name, value in figures.items() if math.isfinite(value)})
-            shown = ("val/loss", "val/train_loss", "val/bound_estimate", "val/train_bound_estimate")
+            self.tracker.metrics(step, {name: x for name, x in figures.items() if math.isfinite(x)}, "val")
+            shown = ("loss", "train_loss", "bound_estimate", "train_bound_estimate")
             self.run.log(f"validation at step {step}: {', '.join(f'{name} {figures[name]:.5f}' for name in shown)}")
         return False
 

@@ -175,7 +175,7 @@ def test_several_workers_find_the_same_bytes(tmp_path: Path, parts: tuple[Datase
     found = [path.read_bytes() for path in tmp_path.glob("*-*.json")]
     assert len(found) == 1 + size
     assert len(set(found)) == 1
-    assert json.loads(found[0])["val/bound_estimate"] > 0
+    assert json.loads(found[0])["bound_estimate"] > 0
 
 
 class Listening(nn.Module):
@@ -261,7 +261,7 @@ def test_commands_validate_on_what_the_source_has_and_say_so(home: Path, typed: 
     assert forked.code == 0, forked.stderr
     (run,) = (run for run in Run.all(home) if run.id != first.id)
     assert sorted(recorded(run)) == [2]
-    assert "validation at step 2: val/loss " in run.log_path.read_text()
+    assert "validation at step 2: loss " in run.log_path.read_text()
     assert Dataset.open(held_out_location(run.record.dataset["path"])).manifest.name == "digits-holdout"
     refused = typed("resume", run.id, "-s", "validation.holdout=0.2", "-s", "training.steps=9")
     assert refused.code != 0
