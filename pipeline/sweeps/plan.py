@@ -15,13 +15,14 @@ from pipeline.cpus import usable_cpus
 from pipeline.errors import UsageError
 from pipeline.gpus import usable_gpus
 from pipeline.planning.capacity import fitting_counts
-from pipeline.planning.forecast import STEP_CALLS, scoring_calls
+from pipeline.planning.forecast import scoring_calls
 from pipeline.planning.plan import Plan, make_plan
 from pipeline.sampling.generation import usual_generation
 from pipeline.sweeps.config import Axis, Sweep, trial_experiment
 from pipeline.sweeps.points import Checker, Point, check_all, grid, title
 from pipeline.sweeps.search import TPE
 from pipeline.training.models import build_diffusion, has_process
+from pipeline.training.validation import STEP_CALLS
 
 MOST_ENDS = 64  # points at the ends of ranges that are looked at for the largest
 MOST_AT_ONCE = 4  # trials on one machine whose profile says nothing of CPUs: each takes several processes
