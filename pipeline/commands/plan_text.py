@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pipeline.commands.output import named_lines
 from pipeline.config.yaml_files import to_yaml
 from pipeline.console import duration, rate, size
-from pipeline.planning.forecast import Forecast
+from pipeline.planning.forecast import Forecast, early_scores
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import Probe
 from pipeline.runs.dry_run import DryRun
@@ -40,6 +40,7 @@ def _describe_plan(plan: Plan) -> dict[str, str]:
         "workers": f"{plan.num_workers} ({plan.profile.name}), {plan.num_streams} streams, "
         f"{training.batch_size // plan.num_workers} images each",
         "validation": _describe_validation(plan),
+        "scores": _describe_scores(plan),
         "runs": plan.place,
         **({"missing": "; ".join(plan.missing)} if plan.missing else {}),
     }
@@ -60,6 +61,17 @@ def _describe_validation(plan: Plan) -> str:
     return (
         f"every {asked.every_steps:,} steps, {asked.times:,} in all, with {asked.num_images:,} images {which} and as many trained on: "
         f"{asked.times * asked.calls:,} network calls, {asked.share:.2%} of the training's"
+    )
+
+
+def _describe_scores(plan: Plan) -> str:
+    asked, early = plan.experiment.evaluation, early_scores(plan)
+    if early is None:
+        return "at the end" if asked.enabled else "none"
+    against = "those trained on" if plan.validation is None else "those that validate, if there are enough"
+    return (
+        f"every {asked.every_steps:,} steps, {early.times:,} in all, by {asked.early_images:,} images each, against {against}: "
+        f"{early.times * early.calls:,} network calls, {early.share:.2%} of the training's{'; and at the end' * asked.enabled}"
     )
 
 

@@ -8,7 +8,9 @@ scores = score(scorer.extractor(images), scorer, Generation("ddim", steps=50))
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -178,16 +180,30 @@ def score(
     )
 
 
-def early_scorer(experiment: Experiment, dataset: Dataset, home: Path, num_images: int, compute: Compute) -> Scorer:
-    """Return what scores a few images while a model trains, against some of the images that the evaluation at the end compares with.
+def early_scorer(
+    experiment: Experiment,
+    dataset: Dataset,
+    home: Path,
+    num_images: int,
+    compute: Compute,
+    held_out: Dataset | None = None,
+) -> Scorer:
+    """Return what scores a few images while a model trains: against the images that validate, if there are enough, else those trained on.
 
-    Features of real images are cached in `home`, as those of the evaluation.
+    A training reference rewards memorising. Features of real images are cached in `home`, as those of the evaluation.
 
     Raises:
         RefusedError, DataError: as the evaluation at the end; RefusedError if the best checkpoints cannot be chosen by so few images.
     """
-    split = recorded_split(experiment.data.split)
-    scorer = scorer_of(dataset, experiment.evaluation, home, split=split, download=False, device=compute.device)
+    against = partial(scorer_of, dataset, experiment.evaluation, home, download=False, device=compute.device)
+    split, validation = recorded_split(experiment.data.split), experiment.validation.split
+    scorer = None
+    if held_out is not None:
+        with suppress(RefusedError):  # too few
+            scorer = against(
+                split=recorded_split(validation) if validation else f"held out of {split}", against=held_out
+            )
+    scorer = scorer or against(split=split)
     best, least = experiment.checkpoint.keep_best, scorer.extractor.min_images
     if best is not None and best.metric == "fid" and num_images < least:
         raise RefusedError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan, advice_to_isolate
-from pipeline.sampling.generation import usual_generation
+from pipeline.sampling.generation import early_calls, usual_generation
 from pipeline.training.models import build_objective
 from pipeline.training.validation import STEP_CALLS
 
@@ -25,6 +25,24 @@ class Checkpoints:
     count: int
     written_bytes: int
     kept_bytes: int
+
+
+@dataclass(frozen=True)
+class EarlyScores:
+    """The scores while training: how many, the network calls of each (for one image, forwards only), and their share of the training's."""
+
+    times: int
+    calls: int
+    share: float
+
+
+def early_scores(plan: Plan) -> EarlyScores | None:
+    """Return what `evaluation.every_steps` costs; None if nothing is scored while training."""
+    training, asked = plan.experiment.training, plan.experiment.evaluation
+    if asked.every_steps is None:
+        return None
+    times, calls = math.ceil(training.steps / asked.every_steps), early_calls(plan.experiment, asked.early_images)
+    return EarlyScores(times, calls, times * calls / (training.steps * training.batch_size * STEP_CALLS))
 
 
 @dataclass(frozen=True)
@@ -101,12 +119,13 @@ def scoring_calls(plan: Plan) -> int:
 
     0 if nothing is scored. The network that extracts features is left out.
     """
-    experiment, asked = plan.experiment, plan.experiment.evaluation
+    experiment, asked, early = plan.experiment, plan.experiment.evaluation, early_scores(plan)
+    calls = 0 if early is None else early.times * early.calls
     if not asked.enabled:
-        return 0
+        return calls
     measured = (plan.num_rows or 0) if "bpd" in asked.metrics else 0
     generated = min(asked.num_images, plan.num_rows or asked.num_images) if set(asked.metrics) != {"bpd"} else 0
-    return generated * usual_generation(experiment).nfe + measured * build_objective(experiment).num_timesteps
+    return calls + generated * usual_generation(experiment).nfe + measured * build_objective(experiment).num_timesteps
 
 
 def calls_s(calls: int, plan: Plan, probe: Probe) -> float:

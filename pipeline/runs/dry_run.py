@@ -14,7 +14,7 @@ from pipeline.cluster.session import Session
 from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
 from pipeline.planning.capacity import fitting_counts
-from pipeline.planning.forecast import Forecast, forecast
+from pipeline.planning.forecast import Forecast, early_scores, forecast
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import PROBE_S, Probe, probe_training
 from pipeline.runs.train import TrainRequest, plan_training
@@ -39,7 +39,9 @@ class DryRun:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, for `--json`."""
+        early = early_scores(self.plan)
         return self.plan.to_dict() | {
+            "early_scores": None if early is None else asdict(early),
             "probe": None if self.probe is None else asdict(self.probe),
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "unmeasured": self.unmeasured,

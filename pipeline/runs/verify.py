@@ -142,10 +142,12 @@ class _Replay:
         self.console, self.run, self.end, self.arithmetic = context.console, run, end, arithmetic
         self.profile = profile.model_copy(update={"storage": None, "threads_per_worker": None})
         self.dataset = dataset_of(run, profile)
-        # neither decides the weights
+        # none of them decides the weights
+        never = {"every_steps": None, "every_minutes": None, "keep_best": None, "milestones": ()}
         quiet = {
             "logging": experiment.logging.model_copy(update={"grid_every_steps": None}),
-            "checkpoint": experiment.checkpoint.model_copy(update={"every_steps": None, "every_minutes": None}),
+            "checkpoint": experiment.checkpoint.model_copy(update=never),
+            "evaluation": experiment.evaluation.model_copy(update={"every_steps": None}),
         }
         self.experiment = experiment.model_copy(update=quiet)
 

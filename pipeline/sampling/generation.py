@@ -266,6 +266,15 @@ def early_sampling(experiment: Experiment, num_images: int) -> SamplingConfig:
     return sampling.model_copy(update=changes)
 
 
+def early_calls(experiment: Experiment, num_images: int) -> int:
+    """Return the network calls of such a score, each for one image."""
+    if not has_process(experiment):
+        return num_images
+    sampling = early_sampling(experiment, num_images)
+    steps = sampling.num_steps(experiment.diffusion.num_timesteps)
+    return num_images * steps * (1 if sampling.guidance_scale == 1 else 2)
+
+
 def early_seed(experiment: Experiment) -> int:
     """Return the seed of these images, which no score at the end uses: what a checkpoint is chosen by must not judge it again."""
     return experiment.seed ^ 1 << 62

@@ -16,6 +16,7 @@ from pipeline.training.device import Compute
 from pipeline.training.loop import TrainState
 from pipeline.training.models import Shape
 from pipeline.training.team import Team
+from pipeline.training.threads import side_by_side
 
 
 class Preview:
@@ -42,8 +43,10 @@ class Preview:
         """Return the images that are scored while training, and how they were generated; each worker generates a share of the chunks."""
         sampler = self._sampler(early_sampling(self._experiment, count), early_seed(self._experiment), compute)
         images = torch.zeros(count, *self._shape, dtype=torch.uint8)
-        for indices in chunks_of(count, sampler.chunk_size)[team.rank :: team.size]:
-            images[indices.start : indices.stop] = sampler.images(indices)
+        mine = chunks_of(count, sampler.chunk_size)[team.rank :: team.size]
+        found = side_by_side(sampler.images, mine, *sampler.split_threads(len(mine)))
+        for indices, part in zip(mine, found, strict=True):
+            images[indices.start : indices.stop] = part
         return team.all_reduce(images), sampler.identity("ema")
 
     def _sampler(self, sampling: SamplingConfig, seed: int, compute: Compute) -> ImageGenerator:

@@ -96,7 +96,9 @@ class Worker:
         self.saved_at = time.monotonic()
         self.saver = Saver(self.run, job.attempt, self.experiment.checkpoint.retention) if team.is_main else None
         self.tracker = Tracker(self.run.folder, job.tracking, later=True) if team.is_main else None
-        self.validation = self._validation(profile)
+        place = job.validation_folder
+        self.held_out = None if place is None else Dataset.open(place, profile.cache)
+        self.validation = self._validation()
         self.validated_step = -1
         self.validation_loss: float | None = None
         self.preview = self._preview()
@@ -264,12 +266,11 @@ class Worker:
 
     # -- validation -----------------------------------------------------------------------------------------------------------
 
-    def _validation(self, profile: Profile) -> Validation | None:
+    def _validation(self) -> Validation | None:
         """Return the images that validate, with training images beside them; None if there are none."""
-        if self.job.validation_folder is None:
+        if self.held_out is None:
             return None
-        images = Dataset.open(self.job.validation_folder, profile.cache)
-        return Validation(self.experiment, images, self.dataset, self.class_names)
+        return Validation(self.experiment, self.held_out, self.dataset, self.class_names)
 
     def _validation_is_due(self, last: bool) -> bool:
         plan, step = plan_validation(self.experiment), self.train_state.step
@@ -352,7 +353,11 @@ class Worker:
     def _begin_scores(self) -> None:
         """Load on rank 0 what scores, so that what is missing is reported before the first step; score the step that waits for it."""
         if self.scores and self.team.is_main:
-            self.scorer = early_scorer(self.experiment, self.dataset, self.run.home, self.early_images, self.compute)
+            self.scorer = early_scorer(
+                self.experiment, self.dataset, self.run.home, self.early_images, self.compute, self.held_out
+            )
+            reference = self.scorer.reference
+            self.run.log(f"scores while training compare with split {reference.split!r}: {reference.rule}")
         if self.scores and self.unscored is not None:
             self._score(self.unscored["rung"])
 

@@ -17,7 +17,7 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import experiment_from
 from pipeline.config.yaml_files import validate
 from pipeline.planning import probe as probes
-from pipeline.planning.forecast import forecast
+from pipeline.planning.forecast import early_scores, forecast
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import Probe, _line, probe_all_reduce, probe_training
 from pipeline.runs.dry_run import DryRun, _large_window
@@ -263,3 +263,23 @@ def test_an_all_reduce_is_timed_with_the_threads_that_a_worker_of_the_profile_ha
         torch.set_num_threads(threads)
     assert seen.right
     assert seen.seconds > 0
+
+
+def test_scores_while_training_cost_their_network_calls():
+    few = plan(
+        training={"steps": 1000, "batch_size": 100},
+        sampling={"sampler": "ancestral", "steps": 1000},
+        evaluation={"every_steps": 300, "early_images": 30, "enabled": False},
+    )
+    found = early_scores(few)
+    assert found is not None
+    assert found.times == 4  # 300, 600, 900 and the last step
+    assert found.calls == 30 * 50  # by DDIM instead of a thousand steps
+    assert found.share == pytest.approx(4 * 1500 / (1000 * 100 * 3))
+    assert forecast(few, probe(0.03)).scoring_s == pytest.approx(4 * 1500 * 0.01)
+    text = "\n".join(dry_run_lines(DryRun(few, None, None, "not asked for", ())))
+    assert (
+        "every 300 steps, 4 in all, by 30 images each, against those trained on: 6,000 network calls, 2.00% of the training's"
+        in text
+    )
+    assert early_scores(plan()) is None

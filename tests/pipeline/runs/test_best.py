@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from pipeline.config.experiment import experiment_from
+from pipeline.data.labels import NO_CLASSES
 from pipeline.errors import UsageError
 from pipeline.storage import judgements
 from pipeline.storage.judgements import FILE, best_first, curve
 from pipeline.storage.retention import read_which
 from pipeline.storage.run_checkpoints import RunCheckpoints, Saver
 from pipeline.storage.runs import Run
+from pipeline.training.device import Compute
+from pipeline.training.loop import TrainState
+from pipeline.training.models import build_model
 from pipeline.training.team import Team
 from pipeline.training.trained import Trained
 from pipeline.worker import worker as worker_module
+from pipeline.worker.preview import Preview
 from pipeline.worker.worker import Worker
 from tests.kit.experiments import TINY
+from tests.kit.forks import PROCESSES, run_team
 from tests.kit.trainer import Alone, copied, final_digests, job_of, make_run, train
 
 STEPS, EVERY, MILESTONE = 10, 2, 5
@@ -43,6 +53,10 @@ def calm(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def kept_steps(run: Run) -> set[int]:
     return {checkpoint.step for checkpoint in RunCheckpoints(run).committed()}
+
+
+def curve_of(run: Run) -> list[tuple[int, float]]:
+    return [(scored.step, scored.value) for scored in curve(run.folder, "kid")]
 
 
 def expected_steps(run: Run) -> set[int]:
@@ -100,11 +114,16 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return arm
 
 
-@pytest.mark.parametrize("when", [before, after])
 @pytest.mark.parametrize(
-    ("owner", "name"),
-    [(Saver, "save"), (worker_module, "early_score"), (worker_module, "note"), (RunCheckpoints, "prune")],
-    ids=["save", "score", "record", "prune"],
+    ("owner", "name", "when"),
+    [
+        (Saver, "save", after),
+        (worker_module, "early_score", before),
+        (worker_module, "note", before),
+        (worker_module, "note", after),
+        (RunCheckpoints, "prune", before),
+    ],
+    ids=["saved", "unscored", "unrecorded", "recorded", "unpruned"],
 )
 def test_what_is_kept_is_what_the_curve_says_wherever_a_kill_falls(
     calm, tmp_path, killed_at, monkeypatch, owner, name, when
@@ -115,11 +134,55 @@ def test_what_is_kept_is_what_the_curve_says_wherever_a_kill_falls(
         Worker(job_of(run), Team(), Alone()).work()
     monkeypatch.undo()
     assert train(str(run.folder)) == "finished"
-    assert [(s.step, s.value) for s in curve(run.folder, "kid")] == [
-        (s.step, s.value) for s in curve(calm.folder, "kid")
-    ]
+    assert curve_of(run) == curve_of(calm)
     assert kept_steps(run) == expected_steps(run)
     assert final_digests(run) == final_digests(calm)
+
+
+@pytest.mark.all
+@pytest.mark.parametrize("seed", range(3))
+def test_what_is_kept_is_what_the_curve_says_after_real_kills(calm: Run, tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    run = make_run(tmp_path, **SCORED)
+    for _ in range(6):
+        process = PROCESSES.Process(target=train, args=(str(run.folder),))
+        process.start()
+        process.join(chance.uniform(0.5, 4))
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    assert train(str(run.folder)) == "finished"
+    assert curve_of(run) == curve_of(calm), f"seed {seed}"
+    assert kept_steps(run) == expected_steps(run), f"seed {seed}"
+    assert final_digests(run) == final_digests(calm), f"seed {seed}"
+
+
+def generated(team: Team) -> torch.Tensor:
+    """Return the images of a score by new weights, as one of the workers of a team has them."""
+    experiment = experiment_from(SCORED)
+    compute = Compute(torch.device("cpu"), "gloo", threads=1)
+    compute.start()
+    model = build_model(experiment, (1, 8, 8))
+    train_state = TrainState.create(model, experiment.training, experiment.diffusion.num_timesteps, compute)
+    preview = Preview(experiment, (1, 8, 8), NO_CLASSES)
+    preview.copy(train_state)
+    images, _ = preview.scored_images(10, compute, team)
+    return images
+
+
+def be_a_worker(rank: int, size: int, folder: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
+    torch.save(generated(Team.join(60)), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_workers_share_the_images_of_a_score_and_have_those_of_one(tmp_path: Path) -> None:
+    run_team(be_a_worker, (2, str(tmp_path)), 2)
+    alone = generated(Team())
+    assert len({image.numpy().tobytes() for image in alone}) == 10
+    for rank in range(2):
+        assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)
 
 
 def test_a_stop_leaves_the_score_of_its_step_to_the_resumed_run(calm, tmp_path):
@@ -127,9 +190,7 @@ def test_a_stop_leaves_the_score_of_its_step_to_the_resumed_run(calm, tmp_path):
     assert train(str(run.folder), stop_after=4) == "stopped"
     assert [scored.step for scored in curve(run.folder, "kid")] == [2]
     assert train(str(run.folder)) == "finished"
-    assert [(s.step, s.value) for s in curve(run.folder, "kid")] == [
-        (s.step, s.value) for s in curve(calm.folder, "kid")
-    ]
+    assert curve_of(run) == curve_of(calm)
 
 
 def test_scores_of_another_kind_do_not_choose_and_a_line_cut_short_is_none(tmp_path):

@@ -17,9 +17,11 @@ from pipeline.config.cluster_profile import Profile
 from pipeline.errors import RunLockedError, UsageError
 from pipeline.storage.checkpoint import MANIFEST
 from pipeline.storage.folder import RunStatus
+from pipeline.storage.judgements import curve
 from pipeline.storage.remote import RemoteFolder
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
+from pipeline.training.trained import Trained
 from tests.kit import trainer
 from tests.kit.experiments import TINY
 from tests.kit.forks import PROCESSES
@@ -40,11 +42,11 @@ def undisturbed(tmp_path_factory) -> tuple[dict[str, str], dict[int, float]]:
 class Site:
     """A run in a store, and processes that work on it from this machine or that."""
 
-    def __init__(self, root: Path, storage: str, store) -> None:
+    def __init__(self, root: Path, storage: str, store, **changes) -> None:
         self.root, self.storage, self.store = root, storage, store
         (root / "first").mkdir()
         profile = Profile(threads_per_worker=1, storage=storage)
-        self.run = trainer.make_run(root / "first", profile=profile, datasets=root / "datasets")
+        self.run = trainer.make_run(root / "first", profile=profile, datasets=root / "datasets", **changes)
 
     def start(
         self,
@@ -115,6 +117,21 @@ class Site:
 @pytest.fixture
 def site(tmp_path, bucket, object_store):
     return Site(tmp_path, f"{bucket}/ddpm", object_store)
+
+
+@pytest.mark.all
+def test_the_best_in_a_store_is_what_the_curve_says_on_every_machine_through_a_kill(tmp_path, bucket, object_store):
+    keep = {"every_steps": 4, "every_minutes": None, "keep_best": {"n": 1}, "milestones": [10]}
+    changes = {"checkpoint": keep, "evaluation": {"every_steps": 6, "early_images": 12}, "sampling": {"steps": 2}}
+    site = Site(tmp_path, f"{bucket}/ddpm", object_store, **changes)
+    site.killed_at_request(14)
+    site.to_the_end("second", "third")
+    run = Run.find(site.root / "fourth", site.run.id, site.storage)  # a machine that has seen nothing of it yet
+    trained = Trained.from_run(run, "best")
+    values = {scored.step: scored.value for scored in curve(run.folder, "kid")}
+    assert list(values) == [6, 12, 18, 24, 30]
+    assert (trained.step, trained.selection) == (min(values, key=values.__getitem__), "best of 5 by kid_classifier_n12")
+    assert {c.step for c in RunCheckpoints(run).committed()} == {10, 28, 30, trained.step}
 
 
 @pytest.mark.fault(5)

@@ -19,7 +19,7 @@ from pipeline.config.presets import find
 from pipeline.console import Console
 from pipeline.data.shards import Dataset
 from pipeline.errors import RefusedError
-from pipeline.ingest.ingest import ensure_ingested
+from pipeline.ingest.ingest import ensure_ingested, held_out_location
 from pipeline.metrics.fid import Moments, frechet_distance, kid_with_error
 from pipeline.metrics.metric_identity import MetricIdentity
 from pipeline.metrics.scoring import early_score, early_scorer, scorer_of
@@ -258,6 +258,18 @@ def test_an_early_score_says_what_it_is_and_how_far_it_scatters(tmp_path: Path) 
     assert identity.extractor_sha256 == scorer.extractor.sha256
     assert set(found.flat()) == {"kid_classifier_n256", "kid_se_classifier_n256", "fid_classifier_n256"}
     assert set(early_score(early, images[:20], generation).values) == {"kid_classifier_n20"}  # FID would be mostly bias
+
+
+def test_an_early_score_compares_with_images_that_validate_where_there_are_enough(tmp_path: Path) -> None:
+    digits = load_experiment(find("experiments", "digits"), ["validation.holdout=0.5"])
+    dataset = Dataset.open(ensure_ingested(DataConfig(), tmp_path / "datasets").location)
+    compute = sampling_compute(Profile(threads_per_worker=1))
+    for holdout, split in ((0.5, "held out of train"), (0.02, "train")):
+        trained = ensure_ingested(DataConfig(), tmp_path / "datasets", holdout=holdout)
+        held_out = Dataset.open(held_out_location(trained.location))
+        early = early_scorer(digits, dataset, tmp_path, 20, compute, held_out)
+        of = held_out if holdout == 0.5 else dataset
+        assert (early.reference.split, early.reference.dataset) == (split, of.manifest.fingerprint)
 
 
 def test_the_best_by_fid_needs_enough_images(tmp_path: Path) -> None:
