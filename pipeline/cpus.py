@@ -13,9 +13,11 @@ OWN_GROUPS = Path("/proc/self/cgroup")
 
 
 def usable_cpus() -> int:
-    """Return the CPUs of this process's affinity mask (taskset, cpusets), or fewer by its control group's quota; at least 1."""
+    """Return the CPUs of this process's affinity mask (taskset, cpusets), or fewer by its control group's quota or by Slurm; at least 1."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([allowed, *(int(quota) for quota in _quotas())]))
+    by_slurm = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    granted = [int(by_slurm)] if by_slurm.isdigit() else []
+    return max(1, min([allowed, *granted, *(int(quota) for quota in _quotas())]))
 
 
 def free_memory_bytes() -> int:

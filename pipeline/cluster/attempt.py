@@ -86,7 +86,7 @@ class Attempt(ABC):
                 bar(progress["step"], beside, first=self.begin is None)
                 self.begin = self.begin or (progress["step"], time.monotonic())
             bar.refresh()
-            if len(self.signals.received) > 1 or self._stop_is_overdue():
+            if self.signals.again or self._stop_is_overdue():
                 break
             if self.signals.first is not None and (self.asked_at is None or self.planned):
                 self._ask("", "stopping after this step, and saving; once more to stop at once")

@@ -57,6 +57,7 @@ class AttemptHere(Attempt):
     def _watch_over(self, over: threading.Event, observe: Observer) -> None:
         self._watch(over.wait, observe)
         if self._stop_is_overdue() and not over.is_set():
+            self.signals.overdue = True
             # acts as a second signal of the user's: it ends whatever waits, such as a write to storage that hangs
             signal.pthread_kill(threading.main_thread().ident or 0, self.signals.first or signal.SIGTERM)
 

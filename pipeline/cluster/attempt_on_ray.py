@@ -43,7 +43,7 @@ class AttemptOnRay(Attempt):
         self.run_id = Path(job.run_folder).name
         self.name = actor_name(self.run_id, job.attempt)
         # a single machine neither grows nor leaves its own driver
-        watches = profile.kind != "local"
+        watches = profile.is_remote
         self.growth = Growth(counts, job.num_workers, profile) if watches else None
         self.drains = watches and profile.preemption.watch
         self.looked_at = self.heard_at = time.monotonic()
@@ -87,7 +87,7 @@ class AttemptOnRay(Attempt):
         """Whether the cluster's head has accepted no connection for long. A head on this machine does not restart."""
         if cluster_nodes.head_answers():
             self.heard_at = time.monotonic()
-        return time.monotonic() - self.heard_at > (SILENCE_HERE_S if self.profile.kind == "local" else SILENCE_S)
+        return time.monotonic() - self.heard_at > (SILENCE_HERE_S if not self.profile.is_remote else SILENCE_S)
 
     def _end_peers(self) -> None:
         """End the other workers if one failed some seconds ago: one of them may hang."""
@@ -135,7 +135,7 @@ class AttemptOnRay(Attempt):
 
     def _end_at_once(self, thread: threading.Thread) -> None:
         """End the workers, whatever they are doing. On this machine alone, shutting down Ray does that."""
-        if self.profile.kind != "local":
+        if self.profile.is_remote:
             release(self.run_id)
             thread.join(END_S)
 
@@ -150,7 +150,7 @@ class AttemptOnRay(Attempt):
         try:
             release(self.run_id)
             # this machine is not asked: if it is busy and Ray's process answers late, it would count as lost
-            here = self.profile.kind == "local"
+            here = not self.profile.is_remote
             answers = dict.fromkeys(mine, oom_kills()) if here else cluster_nodes.on_each(mine, oom_kills)
         except Exception:  # the cluster ends
             return Ended(None, cause_of(error))

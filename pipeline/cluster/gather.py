@@ -38,7 +38,7 @@ def gather(
         ClusterError: the wait is over.
         InterruptedRunError: a signal. The message of both ends with the command to type `again`.
     """
-    if profile.kind == "local":  # `require_resources` has checked this machine
+    if not profile.is_remote:  # `require_resources` has checked this machine
         return counts[0]
     begin = changed = time.monotonic()
     spoke = begin - PLAIN_EVERY_S

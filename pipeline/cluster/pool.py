@@ -56,7 +56,7 @@ def runner_of(profile: Profile) -> Runner:
 
     If Ray is up, this process is a sweep's trial, one of several: it holds no GPU, and Ray knows which GPU is free.
     """
-    if profile.kind == "local" and profile.most_workers == 1 and not (profile.use_gpu and is_up()):
+    if not profile.is_remote and profile.most_workers == 1 and not (profile.use_gpu and is_up()):
         return in_process(sampling_compute(profile))
     return lambda task, chunks: _over_workers(task, chunks, profile)
 

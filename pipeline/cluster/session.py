@@ -12,14 +12,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from pipeline.cluster.allocation import joined_by_nodes
 from pipeline.cluster.join import LOOPBACK_SOCKETS, SETTINGS, joined_ray, require_room, shut_down, start_ray
 from pipeline.config.cluster_profile import Profile
 from pipeline.console import plural
 from pipeline.cpus import usable_cpus
-from pipeline.errors import ClusterError
+from pipeline.errors import ClusterError, UsageError
 from pipeline.gpus import usable_gpus
 from pipeline.import_path import environment_for_ray
 from pipeline.planning.capacity import whole_gpus
+from pipeline.signals import in_slurm_job
 from pipeline.watchdog import Watchdog, end_all
 
 LOOPBACK = "127.0.0.1"
@@ -31,6 +33,7 @@ LOCAL_SETTINGS = SETTINGS | {
     # if it is on, Ray rejects a loopback address and listens on every interface instead
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+SEVERAL_NODES = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
 
 # Ray reads mode and token when it is first imported, and keeps them: one token for the life of this process
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -41,6 +44,13 @@ def require_resources(profile: Profile, num_workers: int) -> None:
 
     A cluster that may grow (`wait_for_resources_s`) is checked when the work begins.
     """
+    if profile.kind == "slurm" and not in_slurm_job():
+        raise UsageError(
+            f"profile {profile.name!r} is of kind slurm, and this command runs outside of a job; name it with --cluster to submit one, or "
+            "name another"
+        )
+    if profile.kind == "slurm" and profile.is_remote:
+        return  # the job's nodes were asked for by the profile
     if profile.is_remote:
         with joined_ray(profile):
             if not profile.wait_for_resources_s:
@@ -66,12 +76,13 @@ def require_resources(profile: Profile, num_workers: int) -> None:
 
 @contextlib.contextmanager
 def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
-    """Run Ray on this machine for the time of the context, bound to loopback and protected by a token of its own.
+    """Run Ray for the time of the context, protected by a token of its own: on this machine, bound to loopback, or on a Slurm job's nodes.
 
     The token is in the environment of Ray's processes alone, in no file and in no argument list. Settings of the user's for other clusters
     (an address file, RAY_ADDRESS) are ignored.
     """
-    settings = LOOPBACK_SOCKETS | LOCAL_SETTINGS | profile.env | environment_for_ray()
+    bound = SEVERAL_NODES if profile.is_remote else LOOPBACK_SOCKETS
+    settings = LOCAL_SETTINGS | bound | profile.env | environment_for_ray()
     if "ray" not in sys.modules:
         os.environ.update(TOKEN | {k: v for k, v in os.environ.items() if k == "RAY_AUTH_TOKEN" and v})
     folder = _folder_for_ray()
@@ -79,7 +90,8 @@ def local_ray(profile: Profile, num_workers: int) -> Iterator[None]:
     with _environment(settings | {"RAY_ADDRESS": None}):
         try:
             _start(profile, num_workers, folder, watchdog)
-            yield
+            with joined_by_nodes(profile, folder) if profile.is_remote else contextlib.nullcontext():
+                yield
         finally:
             processes = watchdog.started()
             shut_down()
@@ -109,7 +121,7 @@ def ray_of(profile: Profile, num_workers: int) -> Iterator[None]:
     """
     with (
         contextlib.redirect_stdout(sys.stderr),
-        joined_ray(profile) if profile.is_remote else local_ray(profile, num_workers),
+        local_ray(profile, num_workers) if profile.kind in {"local", "slurm"} else joined_ray(profile),
     ):
         yield
 
@@ -142,17 +154,19 @@ def is_up() -> bool:
 
 def _start(profile: Profile, num_workers: int, folder: Path, watchdog: Watchdog) -> None:
     """Start Ray, again if its processes did not start within Ray's half minute, as on a busy machine."""
+    here = profile.most_workers // profile.slurm.nodes if profile.is_remote else num_workers
+    place = {} if profile.is_remote else {"_node_ip_address": LOOPBACK}
     for left in reversed(range(STARTS)):
         try:
             start_ray(
                 folder,
                 address="local",
-                num_cpus=max(1, math.ceil(profile.cpus_per_worker(num_workers) * num_workers)),
-                num_gpus=whole_gpus(num_workers, profile.gpus_per_worker),
+                num_cpus=max(1, math.ceil(profile.cpus_per_worker(here) * here)),
+                num_gpus=whole_gpus(here, profile.gpus_per_worker),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address=LOOPBACK,
                 _temp_dir=str(folder),
+                **place,
             )
             return
         except Exception as error:  # Ray raises the base class

@@ -79,7 +79,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 continue
             if ended.cause.startswith(CLUSTER_GONE):
                 run.log(f"attempt {attempt} failed: {ended.cause}")
-                once = "" if profile.kind == "local" else " once the cluster is back"
+                once = "" if not profile.is_remote else " once the cluster is back"
                 raise ClusterError(
                     f"run {run.id}: {ended.cause}; the newest checkpoint is of step {max(step, 0)}, resume{once} "
                     f"with: {again}"
@@ -117,6 +117,8 @@ def _interrupted(run: Run, signals: Signals, step: int, *, saved: bool) -> Inter
         else f"the newest checkpoint is of step {step}"
         if step >= 0
         else "nothing was saved yet"
+        if signals.first != signal.SIGUSR1
+        else "nothing was saved yet, and the time limit of the job is near: raise slurm.time"
     )
     # without a signal here, another process has asked to stop
     code = 130 if signals.first == signal.SIGINT else 75 if step >= 0 else 143

@@ -32,8 +32,8 @@ def exit_code_of(call: Callable[[], object]) -> int:
         return _fail(_explain(error), 2)
     except (KeyboardInterrupt, click.Abort):
         return _fail("stopped", 130)
-    except Terminated:
-        return _fail("stopped", 143)
+    except Terminated as stop:
+        return _fail(str(stop) or "stopped", 143)
     except BrokenPipeError:
         # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

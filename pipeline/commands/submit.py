@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,11 +15,12 @@ from click.core import ParameterSource
 
 from pipeline.commands import completion, options
 from pipeline.commands.output import print_json, print_table
+from pipeline.signals import in_slurm_job
 from pipeline.storage.next_command import typeable
 
 if TYPE_CHECKING:
     from pipeline.config.context import Context
-    from pipeline.jobs.submit import Jobs
+    from pipeline.jobs.sent_jobs import SentJobs
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -29,7 +32,7 @@ def runs_on_cluster(
     plans_here: bool = False,
     first: Callable[[Context, dict[str, Any]], None] | None = None,
 ) -> Callable[[F], F]:
-    """Add `--cluster` and `--detach`: with a profile of kind job, the command is sent there instead of being run here.
+    """Add `--cluster` and `--detach`: with a profile of kind job or slurm, the command is sent there instead of being run here.
 
     `files` name the parameters whose values may be files (they are sent along); of these `data` may be a folder, too (it must be seen by
     every node). `outputs` are those that name where results go. With `plans_here`, `--dry-run --no-probe` needs nothing of a cluster.
@@ -43,23 +46,26 @@ def runs_on_cluster(
             from pipeline.storage.provenance import JOB_VARIABLE
 
             profile = context.profile
+            by_slurm = profile.kind == "slurm" and not in_slurm_job()
             plans_only = plans_here and given["dry_run"] and not given["probe"]
             if profile.kind == "job" and JOB_VARIABLE not in os.environ and not plans_only:
                 if first is not None:
                     first(context, given)
                 click.get_current_context().exit(_send(context, [*files, "cluster"], outputs, detach=detach))
+            if by_slurm and not plans_only:
+                click.get_current_context().exit(_send_to_slurm(context, given, detach=detach))
             if detach and plans_only:
                 raise UsageError(
                     "--detach leaves a job to a cluster; --dry-run --no-probe needs none, and answers at once"
                 )
-            if detach and profile.kind != "job":
+            if detach and profile.kind != "job" and not by_slurm:
                 raise UsageError(
                     f"--detach leaves a job to a cluster; profile {profile.name!r} is of kind {profile.kind}, and the work runs here"
                 )
             return command(context=context, **given)
 
         detach = click.option(
-            "--detach", is_flag=True, help="With a profile of kind job: send it, and don't wait for its end."
+            "--detach", is_flag=True, help="With a profile of kind job or slurm: send it, and don't wait for its end."
         )
         return options.cluster(detach(here_or_there))  # type: ignore[return-value]
 
@@ -91,11 +97,54 @@ def _send(context: Context, files: Sequence[str], outputs: Sequence[str], *, det
         return typed
 
     job = jobs.submit(str(asked.info_name), parameters_of, context.command[1:], sources, _own_module(asked))
-    if detach:
-        click.echo(job)
-        context.console.say(jobs.detach_hint(job))
+    return _follow_unless(detach, jobs, job)
+
+
+def _send_to_slurm(context: Context, given: Mapping[str, Any], *, detach: bool) -> int:
+    """Submit the command that click runs to Slurm, and follow it unless `detach`; with `--dry-run` print the script."""
+    from pipeline.config.cluster_profile import forwarded
+    from pipeline.jobs.sent_jobs import PREFIX
+    from pipeline.jobs.slurm import SlurmJobs
+    from pipeline.jobs.slurm_script import script_of
+    from pipeline.storage.folder import new_id
+
+    asked = click.get_current_context()
+    _own_module(asked)  # refuses a wrong experiment here, before it waits in the queue
+    forwarded(context.profile)  # Slurm takes the environment along
+    words = [word for word in context.command[1:] if word not in ("--detach", "--dry-run")]
+    known = _folder_meant(context, asked)
+    if known is not None:
+        words = [known.name if word in (given.get("run"), given.get("extend")) else word for word in words]
+    makes = new_id() if known is None or given.get("fork") else ""
+    folder = known or context.home / ("sweeps" if asked.info_name == "sweep" else "runs") / makes
+    job = f"{PREFIX}{new_id() if known else makes}"
+    programs = Path(sys.executable).parent
+    script = script_of(context.profile, job, words, folder, context.home, Path.cwd(), programs, makes)
+    if given.get("dry_run"):
+        click.echo(script, nl=False)
+        context.console.say(f"save it and submit it with: mkdir -p {shlex.quote(str(folder))}; sbatch FILE")
         return 0
-    return _follow(jobs, job)
+    jobs = SlurmJobs(context.profile, context.console)
+    jobs.submit(job, folder, script)
+    return _follow_unless(detach, jobs, job)
+
+
+def _folder_meant(context: Context, asked: click.Context) -> Path | None:
+    """Return the folder of the run or sweep that a command is about, None if it makes one. UsageError if there is none."""
+    from pipeline.storage.folder import RunStatus
+    from pipeline.storage.runs import Run
+    from pipeline.sweeps.commands import sweep_meant
+
+    reference = asked.params.get("run") or asked.params.get("extend")
+    if reference is None:
+        return None
+    resumes = asked.info_name == "resume" and not asked.params["overrides"]
+
+    def why_not(run: Run) -> str:
+        return "finished" if resumes and run.state().status is RunStatus.FINISHED else ""
+
+    sweep = sweep_meant(context, reference) if asked.info_name in ("resume", "sweep") else None
+    return (sweep or Run.find(context.home, reference, context.store, why_not)).folder
 
 
 def _require_shared(name: str, value: object, context: Context) -> None:
@@ -123,7 +172,15 @@ def typed_parameters(asked: click.Context) -> dict[str, Any]:
     }
 
 
-def _follow(jobs: Jobs, job: str) -> int:
+def _follow_unless(detach: bool, jobs: SentJobs, job: str) -> int:
+    if not detach:
+        return _follow(jobs, job)
+    click.echo(job)
+    click.echo(jobs.detach_hint(job), err=True)
+    return 0
+
+
+def _follow(jobs: SentJobs, job: str) -> int:
     try:
         return jobs.follow(job, click.echo, lambda line: click.echo(line, err=True))
     except KeyboardInterrupt:
@@ -153,15 +210,18 @@ def _own_module(context: click.Context) -> str | None:
     return module if colon else None
 
 
-def _jobs_of(cluster: str) -> Jobs:
+def _jobs_of(cluster: str) -> SentJobs:
     from pipeline.config.context import Context
     from pipeline.errors import UsageError
+    from pipeline.jobs.slurm import SlurmJobs
     from pipeline.jobs.submit import Jobs
 
     context = Context.load(cluster)
+    if context.profile.kind == "slurm":
+        return SlurmJobs(context.profile, context.console)
     if context.profile.kind != "job":
         raise UsageError(
-            f"profile {context.profile.name!r} is of kind {context.profile.kind}: it has no jobs; name one of kind job"
+            f"profile {context.profile.name!r} is of kind {context.profile.kind}: it has no jobs; name one of kind job or slurm"
         )
     return Jobs(context.profile, context.console)
 
@@ -171,7 +231,7 @@ where = click.option(
     metavar="PROFILE",
     required=True,
     shell_complete=completion.shipped("cluster"),
-    help="The profile whose cluster is asked: of kind job.",
+    help="The profile whose cluster is asked: of kind job or slurm.",
 )
 
 

@@ -36,6 +36,8 @@ NonNegative = Annotated[float, Field(ge=0, le=1e9)]
 Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 VariableName = Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")]
+SlurmWord = Annotated[str, Field(pattern=r"^[^\s'\"]+$")]
+Line = Annotated[str, Field(pattern=r"^[^\n]+$")]
 Arithmetic = Literal[Precision.FP32, Precision.BF16, Precision.FP16]  # `mixed` chooses among these
 
 HOST_PORT = re.compile(r"(?:[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\]):[0-9]{1,5}")
@@ -157,13 +159,36 @@ class RuntimeEnv(Section):
     """Megabytes above which sending is refused."""
 
 
+class Slurm(Section):
+    """What a job asks Slurm for; its CPUs and GPUs come from `workers` and `resources_per_worker`."""
+
+    partition: SlurmWord | None = None
+    """Partition; null is the cluster's default."""
+    account: SlurmWord | None = None
+    """Account that is charged; null is yours by default."""
+    qos: SlurmWord | None = None
+    """Quality of service; null is the account's default."""
+    time: Annotated[str, Field(pattern=r"^[0-9]+(-[0-9]+)?(:[0-9]+){0,2}$")] | None = None
+    """Time limit in quotes, such as `"4:00:00"` or `"2-0"`; null is the partition's default."""
+    nodes: PositiveInt = 1
+    """Number of nodes, among which the workers are divided equally."""
+    setup: tuple[Line, ...] = ()
+    """Lines of shell before the command, such as `module load cuda`."""
+    options: tuple[Annotated[str, Field(pattern=r"^-[^\n]+$")], ...] = ()
+    """Further options of `sbatch`, such as `--constraint=a100`."""
+    signal_before_s: Annotated[int, Field(ge=1, le=65535)] = 120
+    """Seconds before the time limit at which the command saves and stops; Slurm may be up to a minute early."""
+    max_requeues: Annotated[int, Field(ge=0, le=100_000)] = 20
+    """How often a job that was stopped with its state saved is put back into the queue."""
+
+
 class Profile(Section):
     """Where a run takes place."""
 
     name: Name = DEFAULT_PROFILE
     """Name of the profile. Default: the file's name."""
-    kind: Literal["local", "connect", "job"] = "local"
-    """`local`: this machine. `connect`: a Ray cluster, from one of its nodes. `job`: a Ray cluster, as a submitted job."""
+    kind: Literal["local", "connect", "job", "slurm"] = "local"
+    """`local`: this machine. `connect`: a Ray cluster, from one of its nodes. `job`: a Ray cluster, as a job. `slurm`: a job of Slurm."""
     address: str | None = None
     """Of the cluster: `auto` or HOST:PORT for `connect`, the dashboard's http(s) address for `job`."""
     workers: NumWorkers = 1
@@ -191,6 +216,7 @@ class Profile(Section):
     preemption: Preemption = Preemption()
     price: Price = Price()
     runtime_env: RuntimeEnv = RuntimeEnv()
+    slurm: Slurm = Slurm()
     env: dict[VariableName, str] = Field(default_factory=dict)
     """Environment variables of the workers; no secrets."""
     forward_env: tuple[VariableName, ...] = ()
@@ -223,8 +249,8 @@ class Profile(Section):
 
     @property
     def is_remote(self) -> bool:
-        """Whether the work runs on a cluster that others started."""
-        return self.kind != "local"
+        """Whether the work runs on several machines, rather than on the one that the command runs on."""
+        return self.kind in {"connect", "job"} or self.slurm.nodes > 1
 
     def trains_here(self, num_workers: int) -> bool:
         """Whether training runs in the command's own process: with one worker on this machine that is not isolated."""
@@ -272,8 +298,8 @@ def _address_faults(profile: Profile) -> Iterator[str]:
             f"address: got {address!r}: Ray Client (ray://) cannot run Ray Train; use kind: job with http://HEAD:8265, or kind: connect "
             "on a node"
         )
-    if kind == "local" and address is not None:
-        yield f"address: got {address!r}: kind local starts its own Ray; leave address out, or use kind: connect or job"
+    if kind in {"local", "slurm"} and address is not None:
+        yield f"address: got {address!r}: kind {kind} starts its own Ray; leave address out, or use kind: connect or job"
     if kind == "connect" and not _is_cluster(address):
         yield f"address: got {address!r}: kind connect needs auto (this node's cluster) or the head's HOST:PORT, such as 10.0.0.4:6379"
     if kind == "job" and not _is_http(address):
@@ -282,7 +308,7 @@ def _address_faults(profile: Profile) -> Iterator[str]:
 
 def _place_faults(profile: Profile) -> Iterator[str]:
     kind, storage, uri = profile.kind, profile.storage, profile.mlflow.tracking_uri
-    if storage is None and profile.is_remote:
+    if storage is None and kind in {"connect", "job"}:
         yield f"storage is missing: with kind {kind} every node must see the runs; give a shared folder or s3://BUCKET/PREFIX"
     if storage is not None and "://" in storage:
         try:
@@ -294,15 +320,15 @@ def _place_faults(profile: Profile) -> Iterator[str]:
     for name, place in (("storage", storage), ("cache.folder", profile.cache.folder)):
         if place is not None and "://" not in place and not Path(place).is_absolute():
             yield f"{name}: got {place!r}: workers run in other folders, so it must be absolute, such as /mnt/ddpm"
-    if profile.is_remote and uri is not None and not _is_http(uri):
+    if kind in {"connect", "job"} and uri is not None and not _is_http(uri):
         yield f"mlflow.tracking_uri: got {uri!r}: with kind {kind} other machines write to it; give a server's http(s) address"
 
 
 def _kind_faults(profile: Profile) -> Iterator[str]:
     kind, each = profile.kind, profile.resources_per_worker.GPU
-    if profile.is_remote and profile.resources_per_worker.CPU is None:
+    if kind != "local" and profile.resources_per_worker.CPU is None:
         yield f"resources_per_worker.CPU is missing: with kind {kind} there is no machine to share equally; give a number"
-    if profile.is_remote and (profile.workers == "all" or profile.gpu != "auto"):
+    if kind != "local" and (profile.workers == "all" or profile.gpu != "auto"):
         yield "workers: all and gpu are for kind local alone: give a number of workers, and what each takes in resources_per_worker.GPU"
     if (profile.gpu == "never" and each) or (profile.gpu == "required" and each == 0):
         yield f"gpu: got {profile.gpu}, but resources_per_worker.GPU is {each:g}; leave one of them out"
@@ -312,6 +338,10 @@ def _kind_faults(profile: Profile) -> Iterator[str]:
         yield "placement: strict_spread puts each worker on another node, and kind local has one; use pack"
     if kind != "job" and profile.runtime_env != RuntimeEnv():
         yield f"runtime_env is for kind job alone: with kind {kind} the code is run where it lies"
+    if kind != "slurm" and profile.slurm != Slurm():
+        yield f"slurm is for kind slurm alone: got kind {kind}; leave it out"
+    if profile.most_workers % profile.slurm.nodes:
+        yield f"slurm.nodes: got {profile.slurm.nodes}, expected a number that divides the {profile.most_workers} workers"
 
 
 def _env_faults(profile: Profile) -> Iterator[str]:
@@ -343,7 +373,7 @@ def settled(profile: Profile, count_gpus: Callable[[], int] = usable_gpus) -> Pr
     A profile of a cluster stays as it is. Fewer GPUs than workers are shared equally.
     """
     each = profile.resources_per_worker.GPU
-    if profile.is_remote:
+    if profile.kind != "local":
         return profile
     gpus = 0 if profile.gpu == "never" or each == 0 else count_gpus()
     workers, most = profile.workers, profile.most_workers
@@ -380,7 +410,7 @@ def forwarded(profile: Profile) -> dict[str, str]:
 
 def require_tracking(profile: Profile) -> None:
     """Raise UsageError for a cluster without a tracking server that its nodes can write to."""
-    if not profile.is_remote or profile.mlflow.tracking_uri is not None:
+    if profile.kind not in {"connect", "job"} or profile.mlflow.tracking_uri is not None:
         return
     uri = profile.env.get("MLFLOW_TRACKING_URI", os.environ.get("MLFLOW_TRACKING_URI"))
     if not _is_http(uri):

@@ -147,7 +147,8 @@ def _join(examination: Examination, stack: ExitStack) -> Finding:
     except PipelineError as error:
         return red_of("cluster", error)
     took = time.perf_counter() - before
-    where = f"{profile.address} joined" if profile.is_remote else "Ray started on this machine, for itself"
+    place = "the nodes of this job" if profile.is_remote else "this machine"
+    where = f"{profile.address} joined" if profile.address else f"Ray started on {place}, for itself"
     if profile.is_remote and profile.insecure:
         return yellow(
             "cluster", f"{where} in {took:.1f} s; its profile allows a cluster without a token",

@@ -18,18 +18,17 @@ from typing import Any, TypeVar
 from pipeline.cluster.token import admission, probe_dashboard, travels_readable
 from pipeline.config.cluster_profile import Profile, forwarded
 from pipeline.console import Console, duration, size
-from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError, nearest
+from pipeline.errors import ClusterError, InterruptedRunError, PipelineError, UsageError
 from pipeline.import_path import replacing
 from pipeline.jobs import job_secrets, packing
 from pipeline.jobs.job_log import LogLines
+from pipeline.jobs.sent_jobs import AFTER_STOP_S, PREFIX, SentJobs
 from pipeline.redaction import HIDDEN, USERINFO, redact
 from pipeline.storage.folder import new_id
 from pipeline.storage.next_command import typeable
 from pipeline.storage.provenance import CODE_VERSION_VARIABLE, JOB_VARIABLE, LOCK_HASH_VARIABLE, code_version, lock_hash
 
-PREFIX = "ddpm-"
 ENTRY = ("python", "-P", "-m", "pipeline.cli_in_job")  # -P: do not import from the current folder
-AFTER_STOP_S = 20.0  # after saving, to close tracking and disconnect from Ray
 RECONNECT_S = 300.0
 OWN_SIGNALS = {130, 143}  # exit codes above 128 of our own commands
 # Ray reads these when it is first imported, in the job possibly before this package is
@@ -39,8 +38,8 @@ DRIVER = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "PYTHONUNBUFFER
 T = TypeVar("T")
 
 
-class Jobs:
-    """The jobs of a profile's cluster."""
+class Jobs(SentJobs):
+    """The jobs of a profile's Ray cluster."""
 
     def __init__(self, profile: Profile, console: Console) -> None:
         """Connect. UsageError or ClusterError as in `admission`."""
@@ -50,7 +49,7 @@ class Jobs:
             console.say(
                 f"warning: {address} is plain http to another machine: the token can be intercepted; use https or a tunnel"
             )
-        self._profile, self._console = profile, console
+        super().__init__(profile, console, address)
         self._client = _client(address, token)
 
     # -- sending
@@ -258,14 +257,6 @@ class Jobs:
             f"{typeable('runs')}, then {typeable('resume RUN')}"
         )
 
-    def detach_hint(self, job: str) -> str:
-        """Return the lines for a user who stops following the job."""
-        stop = typeable(f"jobs stop {job}")
-        return f"no longer following: {job} goes on\nfollow again: {self._how_to_follow(job)}\nstop it:      {stop}"
-
-    def _how_to_follow(self, job: str) -> str:
-        return typeable(f"jobs follow {job}")
-
     # -- knowing and stopping
 
     def listed(self) -> list[dict[str, Any]]:
@@ -273,21 +264,6 @@ class Jobs:
         jobs = self._ask("list its jobs", self._client.list_jobs)
         found = [info for info in jobs if (info.submission_id or "").startswith(PREFIX)]
         return [_row(info) for info in sorted(found, key=lambda info: info.start_time or 0, reverse=True)]
-
-    def find(self, reference: str) -> str:
-        """Return the job id for an id, a unique prefix (with or without `ddpm-`), or `latest`; UsageError otherwise."""
-        ids = [row["job"] for row in self.listed()]
-        if reference == "latest" and ids:
-            return str(ids[0])
-        found = [job for job in ids if reference in (job, job.removeprefix(PREFIX))] or [
-            job for job in ids if job.startswith(reference) or job.removeprefix(PREFIX).startswith(reference)
-        ]
-        if len(found) == 1:
-            return str(found[0])
-        if found:
-            raise UsageError(f"job {reference!r} is ambiguous: it fits {', '.join(found)}; give more characters")
-        known = f"there are {', '.join(ids[:5])}" if ids else "there are none"
-        raise UsageError(f"job {reference!r}: no such job on {self._profile.address}{nearest(reference, ids)}; {known}")
 
     def stop(self, job: str) -> str:
         """Ask a job to stop, wait until it has (training saves first), and return a line about it."""

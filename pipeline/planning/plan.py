@@ -119,7 +119,7 @@ def make_plan(
     streams = experiment.training.num_streams or default_num_streams(experiment.training.batch_size)
     streams_of_worker(0, num_workers, streams)  # refuses a number that does not divide the streams
     warnings = check_training(experiment)
-    if profile.kind == "local" and not missing:
+    if not profile.is_remote and not missing:
         training_compute(experiment, profile, num_workers, shape)
         if profile.use_gpu and (idle := usable_gpus() - whole_gpus(num_workers, profile.gpus_per_worker)) > 0:
             warnings = (

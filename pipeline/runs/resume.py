@@ -45,6 +45,8 @@ class ResumeRequest:
 
 def resume_training(context: Context, reference: str, asked: ResumeRequest) -> Outcome:
     """Continue a run from its newest checkpoint that verifies, or fork it."""
+    if asked.fork and (begun := Run.begun(context.home, context.store)) is not None:
+        reference, asked = begun.id, ResumeRequest(isolated=asked.isolated)
     run = Run.find(context.home, reference, context.store, lambda run: _cannot_go_on(run, asked))
     if not asked.fork and asked.data is not None:
         raise UsageError(f"--data: run {run.id} goes on with its own images; train on others as a new run with --fork")

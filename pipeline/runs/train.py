@@ -21,9 +21,12 @@ from pipeline.metrics.inception import Inception
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.runs.conclude import Outcome
 from pipeline.runs.record import create_run
+from pipeline.runs.resume import ResumeRequest, resume_training
 from pipeline.runs.train_run import plan_of, train_run, with_dataset
+from pipeline.signals import in_slurm_job
 from pipeline.storage.home import datasets_dir
 from pipeline.storage.provenance import JOB_VARIABLE
+from pipeline.storage.runs import Run
 from pipeline.tracking.opened import checked_run
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.training.models import Shape
@@ -57,7 +60,8 @@ def plan_training(asked: TrainRequest) -> Plan:
     of the images comes from the source alone.
     """
     num_workers = choose_workers(asked.experiment, asked.profile)
-    away = asked.profile.kind == "job" and JOB_VARIABLE not in os.environ
+    kind = asked.profile.kind
+    away = (kind == "job" and JOB_VARIABLE not in os.environ) or (kind == "slurm" and not in_slurm_job())
     missing = []
     if not away:
         try:
@@ -91,8 +95,10 @@ def plan_training(asked: TrainRequest) -> Plan:
 
 
 def start_training(context: Context, asked: TrainRequest) -> Outcome:
-    """Train a new run to its end and evaluate it."""
+    """Train a new run to its end and evaluate it; resume the run of $DDPM_PIPE_RUN if a job of Slurm has begun it."""
     profile, console = asked.profile, context.console
+    if (begun := Run.begun(profile.home(), profile.storage)) is not None:
+        return resume_training(context, begun.id, ResumeRequest(isolated=profile.isolated))
     # what can be refused without the images is refused before they are fetched
     plan = plan_of(asked.experiment, profile)
     tracking = checked_run(TrackingSettings.of_profile(profile.home(), profile), None, console.say)

@@ -47,6 +47,9 @@ log = logging.getLogger(__name__)
 ID_LENGTH = 8
 LETTERS = "abcdefghjkmnpqrstuvwxyz"  # no i, l, o: they look like 1 and 0
 DIGITS = "23456789"
+ID_VARIABLE = (
+    "DDPM_PIPE_RUN"  # the id of the run or sweep that a job of Slurm begins, and resumes when it is started again
+)
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
@@ -115,13 +118,27 @@ class Folder:
 
     @classmethod
     def new(cls, home: Path) -> Self:
-        """Make an empty folder with a new id. Raises StorageError if it cannot be written."""
+        """Make a folder with a new id, or with that of $DDPM_PIPE_RUN. Raises StorageError if it cannot be written."""
         root = make_folder(cls.all_in(home))
+        given = os.environ.pop(ID_VARIABLE, "")  # a sweep's trials get others
         while True:
-            made = cls(root / new_id())
+            made = cls(root / (given or new_id()))
             with suppress(FileExistsError), storage_errors(root):
-                made.folder.mkdir()
+                made.folder.mkdir(exist_ok=bool(given))  # the job's script and log are in it
                 return made
+
+    @classmethod
+    def begun(cls, home: Path, storage: str | None = None) -> Self | None:
+        """Return the one that $DDPM_PIPE_RUN names, None if there is none yet: a job that Slurm starts again resumes it."""
+        given = os.environ.get(ID_VARIABLE)
+        if given is None:
+            return None
+        if not NAME.fullmatch(given):
+            raise UsageError(f"{ID_VARIABLE}: got {given!r}, expected letters, digits, '.', '_' or '-'. Change it.")
+        found = next((each for each in cls.all(home, storage) if each.id == given), None)
+        if found is not None:
+            del os.environ[ID_VARIABLE]
+        return found
 
     def write_first(self, record: Record) -> None:
         """Write status and record into a new folder, and send them to its object store. If that fails, the folder is removed."""

@@ -52,7 +52,7 @@ def lock_hash() -> str:
 
 def of_submission() -> dict[str, str]:
     """Return the lock file's hash and the job's id for a run's record, as far as there are any."""
-    known = {"lock_hash": lock_hash(), "job": os.environ.get(JOB_VARIABLE, "")}
+    known = {"lock_hash": lock_hash(), "job": os.environ.get(JOB_VARIABLE) or os.environ.get("SLURM_JOB_ID", "")}
     return {name: value for name, value in known.items() if value}
 
 

@@ -58,7 +58,13 @@ def plan_sweep(asked: SweepRequest) -> SweepPlan:
 
 
 def start_sweep(context: Context, asked: SweepRequest) -> Result:
-    """Run a new sweep to its end and report it. The result lists the trials that failed."""
+    """Run a new sweep to its end and report it; resume that of $DDPM_PIPE_RUN if a job of Slurm has begun it.
+
+    The result lists the trials that failed.
+    """
+    begun = SweepFolder.begun(asked.profile.home(), asked.profile.storage)
+    if begun is not None:
+        return resume_sweep(context, begun, asked.max_concurrent)
     make_sweep_plan(asked, "", None, None)  # what can be refused without the images is refused before they are fetched
     dataset = _ingested(asked, context.console)
     manifest = dataset.manifest

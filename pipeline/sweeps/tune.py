@@ -80,7 +80,7 @@ def _watch(thread: threading.Thread, driver: SweepDriver, signals: Signals) -> N
     stop_s, asked_at = driver.for_trials.profile.timeouts.stop_s, math.inf
     while thread.is_alive():
         thread.join(POLL_S)
-        if len(signals.received) > 1 or time.monotonic() - asked_at > stop_s:
+        if signals.again or time.monotonic() - asked_at > stop_s:
             return
         if signals.first is not None and not driver.interrupted:
             asked_at = time.monotonic()

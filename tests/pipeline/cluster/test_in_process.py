@@ -159,6 +159,19 @@ def test_a_signal_ends_it_after_the_step_saved_and_loses_none(acting, home, undi
     resumed(acting, home, 7, undisturbed)
 
 
+@pytest.mark.fault(20)
+@pytest.mark.promise("P2")
+@pytest.mark.parametrize(
+    "numbers",
+    [[signal.SIGUSR1, signal.SIGTERM], pytest.param([signal.SIGTERM, signal.SIGUSR1], marks=pytest.mark.slow)],
+)
+def test_in_a_job_of_slurm_sigusr1_asks_to_save_and_is_no_second_signal_beside_sigterm(acting, home, numbers):
+    ended = train(acting, init=["os.environ['SLURM_JOB_ID'] = '17'"], _7=[int(number) for number in numbers])
+    assert ended.code == 75, ended.stderr
+    assert "stopped, saved at step 7" in ended.stderr
+    assert (steps_made(home), newest_step(home)) == (7, 7)
+
+
 @pytest.mark.fault(21)
 @pytest.mark.promise("P1", "P5")
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ JOB: dict[str, Any] = {
     "storage": "/mnt/ddpm",
     "mlflow": {"tracking_uri": "http://mlflow:5000"},
 }
+SLURM: dict[str, Any] = {"kind": "slurm", "resources_per_worker": {"CPU": 4}}
 CONNECT = JOB | {"kind": "connect", "address": "auto"}
 
 
@@ -106,6 +107,19 @@ def test_connect_takes_the_heads_address(address):
         ({"workers": {"min": 2}}, "workers.max is missing"),
         ({"workers": {"min": 2, "mx": 3}}, "did you mean 'max'"),
         ({"runtime_env": {"py_modules": ["x"]}}, "runtime_env is for kind job alone"),
+        ({"slurm": {"partition": "gpu"}}, "slurm is for kind slurm alone: got kind local"),
+        ({"kind": "slurm"}, "resources_per_worker.CPU is missing"),
+        (SLURM | {"workers": "all"}, "workers: all and gpu are for kind local alone"),
+        (SLURM | {"address": "auto"}, "kind slurm starts its own Ray"),
+        (
+            SLURM | {"workers": 6, "slurm": {"nodes": 4}},
+            "slurm.nodes: got 4, expected a number that divides the 6 workers",
+        ),
+        (SLURM | {"slurm": {"time": "4 hours"}}, "slurm.time: got '4 hours'"),
+        (SLURM | {"slurm": {"partition": "a b"}}, "slurm.partition: got 'a b'"),
+        (SLURM | {"slurm": {"options": ["mem=4G"]}}, "slurm.options"),
+        (SLURM | {"slurm": {"setup": ["a\nb"]}}, "slurm.setup"),
+        (SLURM | {"slurm": {"max_requeue": 3}}, "did you mean 'max_requeues'"),
         ({"env": {"HF_TOKEN": "hf_abcdef1234567890"}}, "name it in forward_env"),
         ({"env": {"NOT A NAME": "1"}}, "env"),
         ({"env": {"A": "1"}, "forward_env": ["A"]}, "also in forward_env"),
