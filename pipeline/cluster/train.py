@@ -51,6 +51,7 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
     causes: list[tuple[int, str]] = []
     lost: Collection[str] = ()
     in_process = profile.trains_here(job.num_workers)
+    run.log("training begins")  # for pipeline/runs/goodput.py, too
     with contextlib.ExitStack() as open_until_the_end:
         session = None if in_process else open_until_the_end.enter_context(Session(profile, job.num_workers))
         want = open_until_the_end.enter_context(cluster_nodes.wanted())
@@ -69,8 +70,12 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                     this = AttemptHere(here, profile, console, signals)
                 else:
                     this = AttemptOnRay(here, profile, console, signals, counts)
-                ended = this.run(observe or (lambda seen: None))
-                run.fetch_files()
+                try:
+                    ended = this.run(observe or (lambda seen: None))
+                    run.fetch_files()
+                finally:  # for pipeline/runs/goodput.py
+                    made = this.seen.get("progress", {}).get("step", 0)
+                    run.log(f"attempt {attempt} ended at step {made}")
             if ended.outcome == "finished" and signals.first is None:
                 return
             step, lost = _newest_step(run), ended.lost

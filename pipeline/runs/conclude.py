@@ -13,6 +13,7 @@ from pipeline.pictures.pictures import save_grid
 from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics
 from pipeline.runs.evaluation import Evaluation, record, write_evaluation
+from pipeline.runs.goodput import goodput_line, goodput_of
 from pipeline.runs.runs_table import with_newest
 from pipeline.runs.sample import LoadedRun
 from pipeline.sampling.generated import PREVIEW_IMAGES
@@ -33,6 +34,7 @@ class Outcome:
     step: int
     training_s: float
     pictures: dict[str, Path]
+    goodput: dict[str, float]
     found: Evaluation | None = None
     skipped: str = ""
     notes: list[str] = field(default_factory=list)
@@ -44,6 +46,7 @@ class Outcome:
             "name": self.name,
             "step": self.step,
             "training_s": round(self.training_s, 3),
+            **{name: round(value, 3) for name, value in self.goodput.items()},
             "pictures": {name: str(path) for name, path in self.pictures.items()},
             "scores": None if self.found is None else self.found.to_json(),
             "skipped": self.skipped,
@@ -72,16 +75,19 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
             draw_strip(generator, pictures["strip"], progress=bar)
     tracker = Tracker(run.folder, settings)
     summary = {} if found is None else record(tracker, found, write_evaluation(found, run.folder / "evaluations"))
-    run.update(summary=with_newest(run.state().summary, summary))
+    goodput = goodput_of(run)
+    run.update(summary=with_newest(run.state().summary, summary), goodput=goodput)
     for path in pictures.values():
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
-    tracker.metrics(trained.step, {"training_s": trained.training_s}, "system")
+    tracker.metrics(trained.step, {"training_s": trained.training_s, **goodput}, "system")
     tracker.describe(describe(run, summary, trained.step))
     tracker.finish("FINISHED")
     delivered = tracker.close()
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: {typeable(f'sync {run.id}')}"]
-    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, found, skipped, notes)
+    if goodput["restarts"]:
+        notes.append(goodput_line(goodput))
+    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, goodput, found, skipped, notes)
 
 
 def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | None, str]:

@@ -49,6 +49,7 @@ def _row(run: Run) -> dict[str, Any]:
         "status": str(state.status),
         "reason": state.reason,
         "created": record.created[:16].replace("T", " "),
+        "goodput": state.goodput.get("goodput"),
         "mlflow_run_id": run.mlflow_run_id,
     }
 

@@ -68,7 +68,8 @@ class RunStatus(StrEnum):
 class RunState:
     """Progress and status: `summary` holds the final metrics by name, `reason` explains the status.
 
-    `overrides` are the `key=value` settings that resumes have changed since the record was written.
+    `overrides` are the `key=value` settings that resumes have changed since the record was written. `goodput` is how the time of a training
+    that ended was spent (pipeline/runs/goodput.py).
     """
 
     status: RunStatus = RunStatus.CREATED
@@ -77,6 +78,7 @@ class RunState:
     reason: str = ""
     summary: dict[str, float] = field(default_factory=dict)
     overrides: list[str] = field(default_factory=list)
+    goodput: dict[str, float] = field(default_factory=dict)
     updated: str = ""
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.training.batches import Prefetch
 from pipeline.training.loop import StepResult
@@ -44,6 +47,62 @@ class LossMeter:
                 metrics[f"loss_t_quartile_{i + 1}"] = float(sums[i] / counts[i])
         self.sums = torch.zeros_like(self.sums)
         return metrics
+
+
+class OwnTime:
+    """The time that this worker spends on its own part of a step: waiting for its data, and in the forward pass, where no worker waits for
+    another. `seconds` are those of all workers for a step, by rank, as of the last `gather`; a worker alone has none.
+    """
+
+    def __init__(self, network: nn.Module, batches: Prefetch, team: Team, step: int, *, on_gpu: bool) -> None:
+        self.seconds: list[float] = []
+        self._batches, self._team, self._step, self._on_gpu = batches, team, step, on_gpu
+        self._begin: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+        self._waited_s = 0.0
+        self._suspect: int | None = None
+        self._named: set[int] = set()
+        if team.size > 1:
+            network.register_forward_pre_hook(self._before)
+            network.register_forward_hook(self._after)
+
+    def gather(self, step: int) -> None:
+        """Bring the seconds of all workers together: one small collective call."""
+        if self._team.size == 1:
+            return
+        spent = sum(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in self._spans)
+        spent += self._batches.waited_s - self._waited_s
+        mine = torch.zeros(self._team.size, dtype=torch.float64)
+        mine[self._team.rank] = spent / max(step - self._step, 1)
+        self._spans, self._waited_s, self._step = [], self._batches.waited_s, step
+        self.seconds = self._team.all_reduce(mine).tolist()
+
+    def straggler(self) -> int | None:
+        """Return the rank that has been slow since the last two calls, the first time that it has; None if there is none."""
+        before, self._suspect = self._suspect, slowest_of(self.seconds) if self.seconds else None
+        if self._suspect is None or self._suspect != before or self._suspect in self._named:
+            return None
+        self._named.add(self._suspect)
+        return self._suspect
+
+    def _before(self, *_: Any) -> None:
+        self._begin = self._now()
+
+    def _after(self, *_: Any) -> None:
+        self._spans.append((self._begin, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def slowest_of(seconds: Sequence[float]) -> int | None:
+    """Return the rank that takes the longest if that is 20 % more than the median (of two workers, than the other); else None."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    return slowest if seconds[slowest] > 1.2 * statistics.median_low(seconds) else None
 
 
 class Pace:

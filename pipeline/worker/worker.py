@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from statistics import median_low
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ from pipeline.training.models import (
 from pipeline.training.team import Team
 from pipeline.training.validation import Validation, plan_validation
 from pipeline.worker.job import Job
-from pipeline.worker.meters import LossMeter, Pace
+from pipeline.worker.meters import LossMeter, OwnTime, Pace
 from pipeline.worker.preview import Preview
 from pipeline.worker.transfer import load_everywhere
 
@@ -103,6 +104,7 @@ class Worker:
         self.validation_loss: float | None = None
         self.preview = self._preview()
         self.aside_s = 0.0
+        self.paused_s = self.useful_s = self.useful_before_s = 0.0
         self.rungs = list(job.allowance.rungs) if team.is_main else []
         self.scorer: Scorer | None = None
         self.unscored: dict[str, Any] | None = (
@@ -174,6 +176,7 @@ class Worker:
         begin, self.aside_s = time.monotonic(), 0.0
         with Prefetch(self._batches()) as batches:
             pace = Pace(self.train_state.step, batches)
+            own = OwnTime(network, batches, self.team, self.train_state.step, on_gpu=self.compute.on_gpu)
             steps = fit(
                 self.train_state,
                 network,
@@ -193,6 +196,8 @@ class Worker:
                     self._begin_records(done)
                 self.meter.add(result)
                 elapsed_s = self.elapsed_before_s + time.monotonic() - begin - self.aside_s
+                trained_s = elapsed_s - self.elapsed_before_s - self.paused_s - batches.waited_s
+                self.useful_s = self.useful_before_s + trained_s
                 spent = self.job.allowance.share(result.step, total, elapsed_s)
                 rung = self._reached(spent)
                 due = self._score_is_due(result.step, rung, spent >= 1)
@@ -203,15 +208,19 @@ class Worker:
                 if save or stop or logged:
                     result.require_finite()
                     self.meter.gather(self.team)
+                    own.gather(result.step)
                 if logged:
                     self._log(result, pace)
-                if self._grid_is_due(result.step, last):
-                    self._copy_weights()
-                    self._draw_grid(result.step)
+                    self._name_straggler(own)
+                with self._pause():
+                    if self._grid_is_due(result.step, last):
+                        self._copy_weights()
+                        self._draw_grid(result.step)
                 stop = self._validate(last, stop)
                 self._store_averages(last)
                 if save or stop or last:
-                    self._save(elapsed_s, {"rung": rung} if due else None, must=stop or last)
+                    with self._pause():
+                        self._save(elapsed_s, {"rung": rung} if due else None, must=stop or last)
                 if due and (last or not stop):  # a run that is to stop is scored when it resumes
                     self._score(rung)
                 self._publish(result, pace)
@@ -220,6 +229,23 @@ class Worker:
                 if stop:
                     return "stopped"
         raise AssertionError("the batches never end")
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        """Count the time of the context as one without steps."""
+        begin = time.monotonic()
+        yield
+        self.paused_s += time.monotonic() - begin
+
+    def _name_straggler(self, own: OwnTime) -> None:
+        """Report the slowest worker once if all others wait for it."""
+        if (rank := own.straggler()) is not None and self.team.is_main:
+            line = (
+                f"worker {rank} is slow: its own part of a step (data and forward pass) takes {own.seconds[rank]:.3f} s, the median is "
+                f"{median_low(own.seconds):.3f} s; the others wait for it at every step"
+            )
+            self.run.log(f"warning: {line}")
+            self.link.publish({"warning": line})
 
     def _batches(self) -> Any:
         job, data = self.job, self.experiment.data
@@ -413,6 +439,7 @@ class Worker:
         if state.get("loss_scale"):  # empty if the run was trained in bf16 or fp32 so far
             self.train_state.scaler.load_state_dict(state["loss_scale"])
         self.elapsed_before_s = state["elapsed_s"]
+        self.useful_before_s = state.get("useful_s", 0.0)
         self.saved_step, self.saved_attempt = checkpoint.step, checkpoint.attempt
         scored = self.team.is_main and is_scored(self.run.folder, checkpoint.folder.name)
         (scored,) = self.team.decide(scored)
@@ -493,6 +520,7 @@ class Worker:
             "shape": list(self.dataset.manifest.shape),
             **self.class_names.to_state(),
             "elapsed_s": elapsed_s,
+            "useful_s": self.useful_s,
             "unscored": unscored,
             "loss_scale": self.train_state.scaler.state_dict(),
             "meter": self.meter.sums.cpu().tolist(),

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from pipeline.config.experiment import Experiment, experiment_from
 from pipeline.data.order import Order, streams_of_worker
 from pipeline.data.shards import Dataset
 from pipeline.errors import DivergedError
-from pipeline.training.batches import Batch, training_batches
+from pipeline.training.batches import Batch, Prefetch, training_batches
 from pipeline.training.device import Compute
 from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
+from pipeline.worker.meters import OwnTime
 from tests.kit.experiments import TINY
 
 STEPS = 20
@@ -110,3 +114,32 @@ def overflow_until_it_stops(dataset: Dataset, compute: Compute) -> tuple[TrainSt
     # halved once a step: 65,536 = 2^16 is below 1 after 17 steps, and that is noticed in the step that follows
     assert done == list(range(1, 18))
     return train_state, others
+
+
+class SlowOn(nn.Module):
+    """A network whose forward pass takes long on one rank."""
+
+    def __init__(self, is_slow: bool) -> None:
+        super().__init__()
+        self.layer, self.is_slow = nn.Linear(2, 2), is_slow
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.1 * self.is_slow)
+        return self.layer(x)
+
+
+def be_slow_on_one_rank(rank: int, size: int, folder: str) -> None:
+    """Make steps in a team whose rank 1 is slow; write which straggler is named after each of three intervals."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
+    team = Team.join(60)
+    network = team.share_gradients(SlowOn(is_slow=rank == 1), CPU)
+    named = []
+    with Prefetch(iter(())) as batches:
+        own = OwnTime(network, batches, team, 0, on_gpu=False)
+        for step in (2, 4, 6):
+            for _ in range(2):
+                network(torch.ones(1, 2)).sum().backward()  # where the fast ones wait
+            own.gather(step)
+            named.append(own.straggler())
+    Path(folder, f"{rank}.json").write_text(json.dumps([named, own.seconds]))
+    dist.destroy_process_group()

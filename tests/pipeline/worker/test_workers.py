@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from dataclasses import replace
@@ -17,12 +18,14 @@ from pipeline.training.batches import training_batches
 from pipeline.training.loop import TrainState, fit
 from pipeline.training.models import build_model, build_objective
 from pipeline.training.team import Team
+from pipeline.worker.meters import slowest_of
 from tests.kit.forks import run_team
 from tests.pipeline.worker.steps import (
     CPU,
     STEPS,
     STREAMS,
     be_a_worker,
+    be_slow_on_one_rank,
     by_stream,
     experiment,
     gathered,
@@ -74,6 +77,23 @@ def be_one_who_waits(rank: int, folder: str) -> None:
 
 @pytest.mark.fault(25)
 @pytest.mark.slow
+def test_the_slowest_worker_is_named_once_it_is_slow_twice(tmp_path):
+    run_team(be_slow_on_one_rank, (3, str(tmp_path)), 3)
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
+    assert [named for named, _ in told] == [[None, 1, None]] * 3
+    seconds = told[0][1]
+    assert told[1][1] == told[2][1] == seconds
+    # the others waited for it in the backward pass, which is not their own time
+    assert seconds[1] > 0.1 > max(seconds[0], seconds[2])
+
+
+def test_slow_is_20_percent_behind_the_median():
+    assert slowest_of([1.0, 1.0, 1.21, 1.0]) == 2
+    assert slowest_of([1.0, 1.0, 1.19, 1.0]) is None
+    assert slowest_of([1.0, 1.3]) == 1  # the median of two is the faster one
+    assert slowest_of([2.0, 2.0, 1.0]) is None
+
+
 def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
     run_team(be_one_who_waits, (str(tmp_path),), 2)
     assert (tmp_path / "given-up").exists()
