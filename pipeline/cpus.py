@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,24 +22,42 @@ def usable_cpus() -> int:
 
 
 def free_memory_bytes() -> int:
-    """Return the memory of this machine that is free or can be freed."""
-    return int(psutil.virtual_memory().available)
+    """Return the memory of this machine that is free or can be freed, or less by a control group's limit."""
+    return int(min([psutil.virtual_memory().available, *map(_free_of_group, _groups("memory"))]))
 
 
 def _quotas() -> Iterator[float]:
     """Yield the CPUs that each control group above this process grants; version 2 (`cpu.max`) and 1 (`cpu.cfs_quota_us`)."""
+    for folder in _groups("cpu"):
+        yield from _quota(folder)
+
+
+def _groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups above this process that limit something; of version 2 and 1."""
     try:
         lines = OWN_GROUPS.read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers == "" or "cpu" in controllers.split(","):
+        if controllers == "" or controller in controllers.split(","):
             top = CGROUPS / controllers if controllers else CGROUPS
             own = top / path.lstrip("/")
             # a container sees its own group as the root, whatever its path is
-            for folder in [own, *(above for above in own.parents if above.is_relative_to(top))]:
-                yield from _quota(folder)
+            yield from [own, *(above for above in own.parents if above.is_relative_to(top))]
+
+
+def _free_of_group(folder: Path) -> float:
+    """Return the bytes that a group has left, with those of files that it can drop; infinity without a limit."""
+    for limit, usage in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            most = float((folder / limit).read_text().replace("max", "inf"))
+            used = int((folder / usage).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        except (OSError, ValueError):
+            continue
+        return max(0.0, most - used + int(stat.get("inactive_file", 0)))
+    return math.inf
 
 
 def _quota(folder: Path) -> Iterator[float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import traceback
 from pathlib import Path
 
-from pipeline.planning.memory import REMEDY, SAID
+from pipeline.planning.memory import SAID
 
 KILLED = "its process was killed"
+STARVED = "out of memory"
 
 
 def cause_of(error: BaseException) -> str:
@@ -31,7 +32,7 @@ def cause_here(error: BaseException, code_folder: str) -> str:
     ]
     where = f" ({mine[-1][0].name}, line {mine[-1][1]})" if mine else ""
     text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    return (f"out of memory ({text}); {REMEDY}" if SAID.search(text) else text.rstrip(": ")) + where
+    return (f"{STARVED} ({text})" if SAID.search(text) else text.rstrip(": ")) + where
 
 
 def _one_line(error: BaseException) -> str:
@@ -43,7 +44,7 @@ def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     last = (lines[-1] if lines else type(error).__name__)[:300]
     if SAID.search(text):
-        return f"out of memory ({last}); {REMEDY}"
+        return f"{STARVED} ({last})"
     if "Timed out waiting" in text or "collective operation timeout" in text:
         return "another worker did not answer within timeouts.collective_s"
     return last
@@ -52,4 +53,4 @@ def _one_line(error: BaseException) -> str:
 def starved(cause: str) -> str:
     """Return the cause for a node where the system has killed a process because memory ran out."""
     worker, colon, what = cause.partition(": ")
-    return f"{worker}{colon}killed by the system: out of memory; {REMEDY}" if what.startswith(KILLED) else cause
+    return f"{worker}{colon}killed by the system: {STARVED}" if what.startswith(KILLED) else cause

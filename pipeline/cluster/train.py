@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 
 from pipeline.cluster import nodes as cluster_nodes
 from pipeline.cluster.attempt import Attempt, Observer
 from pipeline.cluster.attempt_here import AttemptHere
 from pipeline.cluster.attempt_on_ray import CLUSTER_GONE, AttemptOnRay
+from pipeline.cluster.causes import STARVED
 from pipeline.cluster.gather import gather
 from pipeline.cluster.session import Session
 from pipeline.config.cluster_profile import Profile
@@ -28,6 +29,7 @@ from pipeline.config.experiment import experiment_from
 from pipeline.console import Console
 from pipeline.errors import ClusterError, InterruptedRunError
 from pipeline.planning.capacity import fitting_counts
+from pipeline.planning.memory import REMEDY
 from pipeline.signals import Signals, listening
 from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
@@ -35,10 +37,17 @@ from pipeline.storage.runs import Run
 from pipeline.worker.job import Job
 
 
-def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe: Observer | None = None) -> None:
+def run_attempts(
+    run: Run,
+    job: Job,
+    profile: Profile,
+    console: Console,
+    observe: Observer | None = None,
+    advise: Callable[[], str] = lambda: REMEDY,
+) -> None:
     """Train a run to its last step, under its lock: in this process, in the Ray that it is connected to, or in a new one.
 
-    `observe` is called with the state of the control actor, each time it is read.
+    `observe` is called with the state of the control actor, each time it is read. `advise` says what to do where memory ran out.
 
     Raises:
         PipelineError: the worker's own, where it raised one.
@@ -79,6 +88,8 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
             if ended.outcome == "finished" and signals.first is None:
                 return
             step, lost = _newest_step(run), ended.lost
+            if STARVED in ended.cause:
+                ended = replace(ended, cause=f"{ended.cause}; {advise()}")
             if ended.outcome == "stopped" and ended.planned and signals.first is None:
                 run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
                 continue
@@ -93,9 +104,10 @@ def run_attempts(run: Run, job: Job, profile: Profile, console: Console, observe
                 raise _interrupted(run, signals, step, saved=ended.outcome is not None)
             run.log("\n".join(filter(None, [f"attempt {attempt} failed: {ended.cause}", ended.details])))
             if in_process:
+                fix = "" if STARVED in ended.cause else "fix it, "
                 raise ClusterError(
                     f"run {run.id} failed after step {max(step, 0)}: {ended.cause}; its traceback is in {run.log_path}, "
-                    f"fix it, then: {again}"
+                    f"{fix}then: {again}"
                 )
             if causes and causes[-1][0] == step:
                 raise ClusterError(

@@ -10,7 +10,8 @@ from collections.abc import Callable
 
 import click
 
-from pipeline.errors import PipelineError, UsageError
+from pipeline.errors import ClusterError, PipelineError, UsageError
+from pipeline.planning.memory import SAID
 from pipeline.signals import Terminated, raising
 from pipeline.storage.durable import fault_of_storage
 from pipeline.storage.home import is_text
@@ -38,6 +39,13 @@ def exit_code_of(call: Callable[[], object]) -> int:
         # the reader of our output has closed it, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (MemoryError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+        if not SAID.search(text):
+            raise
+        return _fail(
+            f"out of memory ({text[:300]}); use smaller batches, or a device with more memory", ClusterError.exit_code
+        )
     except (OSError, UnicodeEncodeError) as error:
         if (fault := _fault_of_name(error)) is None:
             raise

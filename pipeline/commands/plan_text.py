@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from pipeline.commands.output import named_lines
 from pipeline.config.yaml_files import to_yaml
-from pipeline.console import duration, rate, size
+from pipeline.console import duration, plural, rate, size
 from pipeline.planning.forecast import Forecast, early_scores
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import Probe
-from pipeline.runs.dry_run import DryRun
+from pipeline.runs.dry_run import DryRun, Memory
 
 
 def dry_run_lines(found: DryRun) -> Iterator[str]:
@@ -19,7 +19,8 @@ def dry_run_lines(found: DryRun) -> Iterator[str]:
     measured = {"measured": f"no: {found.unmeasured}"}
     if found.probe is not None and found.forecast is not None:
         measured = describe_forecast(found.plan, found.probe, found.forecast)
-    yield from named_lines(_describe_plan(found.plan) | measured)
+    memory = {} if found.memory is None else {"memory": _describe_memory(found.memory)}
+    yield from named_lines(_describe_plan(found.plan) | memory | measured)
     for warning in found.warnings:
         yield f"warning: {warning}"
 
@@ -73,6 +74,14 @@ def _describe_scores(plan: Plan) -> str:
         f"every {asked.every_steps:,} steps, {early.times:,} in all, by {asked.early_images:,} images each, against {against}: "
         f"{early.times * early.calls:,} network calls, {early.share:.2%} of the training's{'; and at the end' * asked.enabled}"
     )
+
+
+def _describe_memory(memory: Memory) -> str:
+    known = "unknown" if memory.estimated_bytes is None else f"about {size(memory.estimated_bytes)} (estimated)"
+    text = f"{known} of a worker for {plural(memory.images, 'image')} at once"
+    if memory.measured_bytes is not None:
+        text += f", {size(memory.measured_bytes)} measured with {memory.measured_images}"
+    return text if memory.free_bytes is None else f"{text}; {size(memory.free_bytes)} are free"
 
 
 def describe_forecast(plan: Plan, probe: Probe, seen: Forecast) -> dict[str, str]:

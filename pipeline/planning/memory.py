@@ -8,7 +8,10 @@ from pathlib import Path
 CGROUPS = Path("/sys/fs/cgroup")
 # what torch, Python and CUDA say when an allocation fails
 SAID = re.compile(r"out of memory|can't allocate memory|MemoryError|cannot allocate memory", re.IGNORECASE)
-REMEDY = "lower training.micro_batch_size, give the machine fewer workers, or use one with more memory"
+REMEDY = (
+    "lower training.micro_batch_size, raise training.activation_checkpointing, give the machine fewer workers, "
+    "or use one with more memory"
+)
 
 
 def oom_kills() -> int:

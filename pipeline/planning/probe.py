@@ -21,6 +21,7 @@ import torch.distributed as dist
 from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import Experiment
 from pipeline.errors import StorageError
+from pipeline.planning.footprint import NUM_CLASSES
 from pipeline.storage import checkpoint as checkpoints
 from pipeline.storage.remote import is_remote
 from pipeline.storage.remote_run import own_folder
@@ -35,7 +36,6 @@ PROBE_S = 6.0
 BUCKET_BYTES = 25 * 2**20  # DistributedDataParallel's own
 ALL_REDUCES = 6  # the first of which makes the connections
 MOST_STEPS = 20  # timed at one batch size
-NUM_CLASSES = 10  # of a class-conditional network: their number hardly changes its speed
 TRIED_BYTES = 100_000_000  # of a checkpoint: what a larger one takes is worked out
 
 
@@ -50,6 +50,7 @@ class Probe:
     batch: int  # the worker's part
     checkpoint_s: float | None  # None: not tried, or it could not be written
     device: str
+    peak_bytes: int | None = None  # of this process, with `measured_batch` images at once or a micro-batch
 
 
 def probe_training(
@@ -71,6 +72,7 @@ def probe_training(
     compute = training_compute(experiment, profile, num_workers, shape)
     with _threads_kept():
         compute.start()
+        compute.forget_peak()
         steps = _Steps(experiment, shape, compute, team)
         return _probe(steps, experiment.training.batch_size // num_workers, budget_s, profile, folder)
 
@@ -100,8 +102,9 @@ def _probe(steps: _Steps, batch: int, budget_s: float, profile: Profile, folder:
         shared_s = statistics.median(steps.time(large, MOST_STEPS, within_s=budget_s / 3))
     image_s, fixed_s = _line(alone_s, large, full_s)
     step_s = shared_s + (batch - large) * image_s
+    peak = steps.compute.peak_bytes()
     saving_s = _checkpoint_s(steps.train_state, steps.team, profile, folder)
-    return Probe(image_s, fixed_s, step_s, large, batch, saving_s, steps.compute.name)
+    return Probe(image_s, fixed_s, step_s, large, batch, saving_s, steps.compute.name, peak)
 
 
 class _Steps:

@@ -14,7 +14,9 @@ from pipeline.cluster.session import Session
 from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
 from pipeline.planning.capacity import fitting_counts
+from pipeline.planning.footprint import Worker, memory_advice
 from pipeline.planning.forecast import Forecast, early_scores, forecast
+from pipeline.planning.memory import SAID
 from pipeline.planning.plan import Plan
 from pipeline.planning.probe import PROBE_S, Probe, probe_training
 from pipeline.runs.train import TrainRequest, plan_training
@@ -36,6 +38,7 @@ class DryRun:
     forecast: Forecast | None
     unmeasured: str
     warnings: tuple[str, ...]
+    memory: Memory | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data, for `--json`."""
@@ -45,28 +48,69 @@ class DryRun:
             "probe": None if self.probe is None else asdict(self.probe),
             "forecast": None if self.forecast is None else asdict(self.forecast),
             "unmeasured": self.unmeasured,
+            "memory": None if self.memory is None else asdict(self.memory),
             "warnings": list(self.warnings),
         }
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a worker takes at its peak, and what it may use; None where that is unknown here.
+
+    Attributes:
+        images: computed at once.
+        estimated_bytes: by the sizes of what a step computes.
+        measured_bytes: by the probe, with `measured_images` at once.
+        free_bytes: of the worker's device.
+    """
+
+    images: int
+    estimated_bytes: int | None
+    measured_bytes: int | None
+    measured_images: int
+    free_bytes: int | None
 
 
 def dry_run(asked: TrainRequest, *, measure: bool = True) -> DryRun:
     """Plan a training, and measure it if `measure`. Nothing stays behind."""
     plan = plan_training(asked)
     warnings = [*plan.warnings, *filter(None, [_large_window(plan), _busy() if measure and not plan.missing else None])]
+    memory, advice = _memory(plan)
+    warnings += advice
     if not measure:
-        return DryRun(plan, None, None, "--no-probe was given", tuple(warnings))
+        return DryRun(plan, None, None, "--no-probe was given", tuple(warnings), memory)
     if plan.missing:
-        return DryRun(plan, None, None, "something is missing", tuple(warnings))
+        return DryRun(plan, None, None, "something is missing", tuple(warnings), memory)
     if plan.shape is None:
-        return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings))
-    now, probe = _probe(plan, plan.shape)
+        return DryRun(plan, None, None, "the images' shape is unknown until the data is here", tuple(warnings), memory)
+    try:
+        now, probe = _probe(plan, plan.shape)
+    except (RuntimeError, MemoryError) as error:
+        if not SAID.search(f"{type(error).__name__}: {error}"):
+            raise
+        advice = advice or [memory_advice(plan)]
+        return DryRun(plan, None, None, "memory ran out", tuple(dict.fromkeys([*warnings, *advice])), memory)
+    if memory is not None:
+        at_once = min(probe.measured_batch, memory.images)
+        memory = replace(memory, measured_bytes=probe.peak_bytes, measured_images=at_once)
     if now.num_workers < plan.num_workers:
         warnings.append(
             f"the cluster has room for {now.num_workers} workers at the moment: measured and reckoned with them, not with "
             f"{plan.num_workers}"
         )
     seen = forecast(now, probe)
-    return DryRun(now, probe, seen, "", (*warnings, *seen.warnings))
+    return DryRun(now, probe, seen, "", (*warnings, *seen.warnings), memory)
+
+
+def _memory(plan: Plan) -> tuple[Memory | None, list[str]]:
+    """Return what a worker takes, and what lowers it if that is more than is free."""
+    worker = Worker.of(plan)
+    if worker is None:
+        return None, []
+    found = worker.footprint()
+    peak = None if found is None else found.peak_bytes
+    advice = [worker.advice()] if peak is not None and worker.is_short(peak) else []
+    return Memory(worker.images, peak, None, 0, worker.free_bytes), advice
 
 
 def _probe(plan: Plan, shape: tuple[int, int, int]) -> tuple[Plan, Probe]:

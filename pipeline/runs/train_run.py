@@ -17,6 +17,7 @@ from pipeline.data.labels import NO_CLASSES, class_names_of, model_labels
 from pipeline.data.shards import Dataset
 from pipeline.errors import CheckpointError, DataError, InterruptedRunError, StorageError, UsageError
 from pipeline.ingest.ingest import held_out_location
+from pipeline.planning.footprint import memory_advice, memory_warnings
 from pipeline.planning.plan import Plan, choose_workers, make_plan
 from pipeline.runs.choose_scorer import open_split
 from pipeline.runs.conclude import Outcome, conclude
@@ -82,7 +83,7 @@ def train_run(
             f"run {run.id}: {run.record.name}, {plan.experiment.training.steps} steps {plan.place}, in {run.folder}"
         )
         try:
-            run_attempts(run, job, profile, console, observe)
+            run_attempts(run, job, profile, console, observe, lambda: memory_advice(plan))
             _draw_schedule(run, plan.experiment, dataset, tracker)
             outcome = conclude(run, profile, tracking, console)
         except InterruptedRunError as error:
@@ -178,7 +179,7 @@ def with_dataset(plan: Plan, dataset: Dataset) -> Plan:
     class_names = class_names_of(dataset) if experiment.model.class_conditional else NO_CLASSES
     check_labels(experiment, experiment.sampling, class_names)
     fitted = plan.with_images(dataset.location, manifest.num_rows, manifest.shape, len(class_names))
-    return replace(fitted, fingerprint=manifest.fingerprint)
+    return replace(fitted, fingerprint=manifest.fingerprint, warnings=(*fitted.warnings, *memory_warnings(fitted)))
 
 
 def dataset_of(run: Run, profile: Profile) -> Dataset:

@@ -48,7 +48,7 @@ def call_bytes(network: nn.Module, x: Tensor, *labels: Tensor) -> int | None:
     sizes = [torch.empty_like(x, device="meta"), torch.empty(len(x), dtype=torch.int64, device="meta")]
     sizes += [torch.empty_like(y, device="meta") for y in labels]
     try:
-        with torch.no_grad(), _Alive() as alive:
+        with torch.no_grad(), Alive() as alive:
             meta = {
                 name: torch.empty_like(tensor, device="meta", dtype=x.dtype if tensor.is_floating_point() else None)
                 for name, tensor in tensors.items()
@@ -67,7 +67,7 @@ def _at_most(network: nn.Module, x: Tensor) -> int:
     return _LAYERS * widest * (x.numel() // x.shape[1]) * x.element_size()
 
 
-class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the bytes of tensors that operations return, for as long as these live; views of one memory count once."""
 
     def __init__(self) -> None:

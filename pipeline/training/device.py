@@ -153,6 +153,24 @@ class Compute:
             return int(torch.cuda.mem_get_info(self.device)[0])
         return free_memory_bytes()
 
+    def forget_peak(self) -> None:
+        """Let `peak_bytes` count from here on, where the system can do that."""
+        if self.on_gpu:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            with contextlib.suppress(OSError):  # Linux alone
+                Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_bytes(self) -> int | None:
+        """Return the most memory that this process has taken on the device; None where the system does not tell."""
+        if self.on_gpu:
+            return torch.cuda.max_memory_reserved(self.device)
+        try:
+            lines = Path("/proc/self/status").read_text().splitlines()
+        except OSError:
+            return None
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
     def send(self, tensor: Tensor) -> Tensor:
         """Copy a host tensor to the device without waiting where that is possible (from pinned memory)."""
         return tensor.to(self.device, non_blocking=self.on_gpu)

@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from pipeline import cpus
@@ -53,3 +55,37 @@ def test_a_quota_of_the_control_group_counts(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     assert cpus.usable_cpus() == expected
     assert Profile().threads(1) == expected
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "left"),
+    [
+        (
+            "0::/a/b\n",
+            {"a/memory.max": "5000", "a/memory.current": "4000", "a/memory.stat": "anon 9\ninactive_file 600"},
+            1600,
+        ),
+        ("0::/a\n", {"a/memory.max": "max", "a/memory.current": "4000", "a/memory.stat": ""}, 9000),
+        (
+            "4:memory:/a\n",
+            {
+                "memory/a/memory.limit_in_bytes": "5000",
+                "memory/a/memory.usage_in_bytes": "7000",
+                "memory/a/memory.stat": "cache 0",
+            },
+            0,
+        ),
+        ("0::/a\n", {"a/memory.max": "damaged"}, 9000),
+    ],
+)
+def test_a_memory_limit_of_the_control_group_counts(
+    own: str, files: dict[str, str], left: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, content in files.items():
+        (tmp_path / "groups" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "groups" / name).write_text(content + "\n")
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(cpus, "CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr(cpus, "OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=9000))
+    assert cpus.free_memory_bytes() == left
