@@ -75,8 +75,6 @@ def be_one_who_waits(rank: int, folder: str) -> None:
     os._exit(0)  # a group that has failed would be waited for
 
 
-@pytest.mark.fault(25)
-@pytest.mark.slow
 def test_the_slowest_worker_is_named_once_it_is_slow_twice(tmp_path):
     run_team(be_slow_on_one_rank, (3, str(tmp_path)), 3)
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
@@ -94,6 +92,8 @@ def test_slow_is_20_percent_behind_the_median():
     assert slowest_of([2.0, 2.0, 1.0]) is None
 
 
+@pytest.mark.fault(25)
+@pytest.mark.slow
 def test_a_decision_is_waited_for_no_longer_than_the_profile_says(tmp_path):
     run_team(be_one_who_waits, (str(tmp_path),), 2)
     assert (tmp_path / "given-up").exists()
