@@ -16,7 +16,7 @@ from pipeline.commands.evaluate import compare, evaluate
 from pipeline.commands.exchange import export, import_
 from pipeline.commands.exit_code import exit_code_of
 from pipeline.commands.remove import prune, rm
-from pipeline.commands.results import runs, sample, sync, ui, verify
+from pipeline.commands.results import curves, report, runs, sample, sync, ui, verify
 from pipeline.commands.schedule import schedule
 from pipeline.commands.submit import jobs
 from pipeline.commands.sweep import serve, sweep
@@ -31,6 +31,8 @@ COMMANDS = (
     sample,
     evaluate,
     compare,
+    report,
+    curves,
     verify,
     runs,
     jobs,

@@ -59,6 +59,7 @@ def test_a_run_is_found_listed_sampled_scored_and_tracked(typed, home):
         "real half against real half",
         "uniform noise",
         f"ddpm-pipe sample {folder.name}",
+        f"report:  {folder / 'report.html'}",
     ):
         assert said in stdout
     (row,) = json.loads(typed("runs", "--json")[1])
@@ -126,6 +127,8 @@ def tracked_as_a_reader_finds_it(home: Path, folder: Path) -> None:
         "pictures/denoising.png",
         "pictures/schedule.png",
     }
+    assert "report.html" in {a.path for a in client.list_artifacts(run.info.run_id)}
+    assert "fid_classifier_n559" in (folder / "report.html").read_text()
     scores = client.list_artifacts(run.info.run_id, "evaluations")
     assert len(scores) == 2
     files = {Path(a.path).name for a in client.list_artifacts(run.info.run_id, scores[0].path)}

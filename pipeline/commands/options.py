@@ -20,6 +20,7 @@ def example(text: str) -> str:
 
 
 run = click.argument("run", shell_complete=completion.folders("runs"))
+runs = click.argument("runs", metavar="RUN...", nargs=-1, required=True, shell_complete=completion.folders("runs"))
 
 
 def cluster(command: F) -> F:

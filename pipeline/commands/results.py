@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from pipeline.commands import completion, options
-from pipeline.commands.output import print_json, print_result, print_table
+from pipeline.commands.output import print_json, print_result, print_table, unused
 from pipeline.commands.submit import runs_on_cluster
 from pipeline.console import plural
 from pipeline.storage.next_command import typeable
@@ -166,6 +166,55 @@ def verify(run: str, steps: int | None, context: Context, as_json: bool) -> None
     )
     print_result(found, as_json, lambda: [] if found.differences else [equal])
     found.require_equal()
+
+
+@click.command(
+    epilog=options.example("""
+ddpm-pipe report latest
+ddpm-pipe report k7m2 p3xw --out linear-or-cosine.html
+""")
+)
+@options.runs
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Default: report.html, of one RUN in its folder, of several here."
+)
+@options.cluster
+@options.json
+def report(runs: tuple[str, ...], out: Path | None, context: Context, as_json: bool) -> None:
+    """Write one HTML page about RUN, or several side by side.
+
+    Curves, samples by step, scores, settings, data, noise schedule and cost, and the commands that repeat them. The page needs no network.
+    """
+    from pipeline.runs.report import REPORT_FILE, make_report
+
+    made = make_report(context, runs, out, unused(Path.cwd() / REPORT_FILE))
+    print_result(made, as_json, lambda: [str(made.path)])
+
+
+@click.command(
+    epilog=options.example("""
+ddpm-pipe curves latest
+ddpm-pipe curves k7m2 p3xw --csv > curves.csv
+""")
+)
+@options.runs
+@click.option("--csv", "as_csv", is_flag=True, help="Print every value: run, metric, step, value, time.")
+@options.cluster
+@options.json
+def curves(runs: tuple[str, ...], as_csv: bool, context: Context, as_json: bool) -> None:
+    """Print the metrics that RUN recorded, or every value.
+
+    Of each metric its first, last and lowest value; with --csv or --json all of them.
+    """
+    from pipeline.tracking.curves import curves_of, summary_rows, to_csv
+
+    points = curves_of(context.home, runs, context.store)
+    if as_csv:
+        click.echo(to_csv(points), nl=False)
+    elif as_json:
+        print_json([point._asdict() for point in points])
+    else:
+        print_table(summary_rows(points))
 
 
 @click.command(

@@ -205,7 +205,7 @@ def summary(outcome: Outcome) -> Iterator[str]:
     if outcome.skipped:
         yield outcome.skipped
     yield ""
-    for name, path in outcome.pictures.items():
+    for name, path in {**outcome.pictures, "report": outcome.report}.items():
         yield f"{name + ':':<9}{path}"
     yield from outcome.notes
     yield ""

@@ -84,8 +84,8 @@ class Ranking:
             )
         return {"metric": self.metric, "common": self.common, "ranking": rows, "statement": self.statement}
 
-    def lines(self) -> list[str]:
-        """Return the table as lines of text, best first, and what it rests on."""
+    def rows(self) -> list[list[str]]:
+        """Return the table, its head first, then the models, best first."""
         rows = [
             ["", "run", "name", "step", *(a.removeprefix("generation.") for a in self.across), self.metric, "behind"]
         ]
@@ -101,9 +101,17 @@ class Ranking:
                     with_spread(entry.value, entry.spread), behind,
                 ]
             )  # fmt: skip
+        return rows
+
+    def notes(self) -> list[str]:
+        """Return what the table rests on: the spreads, whether the first is shown to be better, and what is the same for all."""
         over = dict.fromkeys(r.entry.spread.over for r in self.ranks if r.entry.spread is not None)
         notes = [f"±: over {', '.join(over)}"] if over else []
-        return [*aligned(rows), "", *notes, self.statement, f"same for all: {_circumstances(self.common)}"]
+        return [*notes, self.statement, f"same for all: {_circumstances(self.common)}"]
+
+    def lines(self) -> list[str]:
+        """Return table and notes as lines of text."""
+        return [*aligned(self.rows()), "", *self.notes()]
 
     @property
     def statement(self) -> str:

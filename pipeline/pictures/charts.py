@@ -61,8 +61,13 @@ def dress(axes: Any, title: str, ylabel: str, xlabel: str = "") -> None:
 
 def log_scale(axes: Any, values: Sequence[float], which: str) -> None:
     """Make the x or y axis logarithmic if the values span much; KID may be negative, and stays linear."""
-    if min(values) > 0 and max(values) > 8 * min(values):
+    if spans_much(values):
         getattr(axes, f"set_{which}scale")("log")
+
+
+def spans_much(values: Sequence[float]) -> bool:
+    """Return whether a logarithmic axis suits the values."""
+    return min(values) > 0 and max(values) > 8 * min(values)
 
 
 def draw_over_calls(axes: Any, curves: Sequence[Curve], title: str, ylabel: str) -> None:

@@ -86,6 +86,20 @@ def read_grid(path: Path, shape: tuple[int, int, int], count: int) -> Pixels:
     return np.stack(images)
 
 
+def grid_preview(path: Path, shape: tuple[int, int, int] | None, count: int, most_pixels: int) -> Any:
+    """Return a Pillow picture of the first `count` images of a stored grid, or of all if their shape is not known, in at most so many
+    pixels each way."""
+    from PIL import Image
+
+    if shape is None:
+        with Image.open(path) as stored:
+            picture = stored.convert("RGB")
+    else:
+        picture = grid_picture(read_grid(path, shape, count))
+    picture.thumbnail((most_pixels, most_pixels))
+    return picture
+
+
 def save_strip(frames: Sequence[Pixels | Tensor], path: Path, labels: Sequence[str]) -> None:
     """Write a denoising strip: a row for each image, a column for each frame of time, its label above.
 

@@ -14,6 +14,7 @@ from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics
 from pipeline.runs.evaluation import Evaluation, record, write_evaluation
 from pipeline.runs.goodput import goodput_line, goodput_of
+from pipeline.runs.report import REPORT_FILE, write_report
 from pipeline.runs.runs_table import with_newest
 from pipeline.runs.sample import LoadedRun
 from pipeline.sampling.generated import PREVIEW_IMAGES
@@ -34,6 +35,7 @@ class Outcome:
     step: int
     training_s: float
     pictures: dict[str, Path]
+    report: Path
     goodput: dict[str, float]
     found: Evaluation | None = None
     skipped: str = ""
@@ -48,6 +50,7 @@ class Outcome:
             "training_s": round(self.training_s, 3),
             **{name: round(value, 3) for name, value in self.goodput.items()},
             "pictures": {name: str(path) for name, path in self.pictures.items()},
+            "report": str(self.report),
             "scores": None if self.found is None else self.found.to_json(),
             "skipped": self.skipped,
         }
@@ -81,13 +84,15 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
         tracker.artifact(path, "pictures")
     tracker.model(trained.save(run.folder / "model"), trained.step)
     tracker.metrics(trained.step, {"training_s": trained.training_s, **goodput}, "system")
+    report = write_report([run], run.folder / REPORT_FILE)
+    tracker.artifact(report)
     tracker.describe(describe(run, summary, trained.step))
     tracker.finish("FINISHED")
     delivered = tracker.close()
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: {typeable(f'sync {run.id}')}"]
     if goodput["restarts"]:
         notes.append(goodput_line(goodput))
-    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, goodput, found, skipped, notes)
+    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, report, goodput, found, skipped, notes)
 
 
 def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | None, str]:

@@ -19,10 +19,8 @@ def describe(run: Run, summary: Mapping[str, Any], steps: int = 0) -> str:
 
     `steps` is the number of training steps taken, 0 if unknown; for a trial with a time limit the settings do not say.
     """
-    record, overrides = run.record, run.state().overrides
-    experiment = with_overrides(experiment_from(record.experiment), overrides)
-    # of each key the last value
-    changed = list({assignment.partition("=")[0]: assignment for assignment in overrides}.values())
+    record, changed = run.record, _changed(run)
+    experiment = with_overrides(experiment_from(record.experiment), changed)
     parts = [
         _opening(record, experiment, steps),
         _settings(record, experiment),
@@ -30,7 +28,7 @@ def describe(run: Run, summary: Mapping[str, Any], steps: int = 0) -> str:
         "### Results",
         _results(summary),
         "### Repeat it",
-        _again(record, changed),
+        _again(run),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -110,13 +108,24 @@ def _kind(name: str, figures: list[str]) -> str:
     return name.removeprefix(YARDSTICK).removesuffix(f"_{max(fits, key=len)}") if fits else ""
 
 
-def _again(record: RunRecord, changed: Sequence[str]) -> str:
-    words = [*record.command, *(word for assignment in changed for word in ("-s", assignment))]
+def repeat_command(run: Run) -> str:
+    """Return the command that trains a run as it is now."""
+    words = [*run.record.command, *(word for assignment in _changed(run) for word in ("-s", assignment))]
     if words and not words[0].endswith("ddpm-pipe"):
         words.insert(0, "ddpm-pipe")
+    return shlex.join(words)
+
+
+def _changed(run: Run) -> list[str]:
+    """Return the settings that resumes have changed, of each key the last value."""
+    return list({assignment.partition("=")[0]: assignment for assignment in run.state().overrides}.values())
+
+
+def _again(run: Run) -> str:
+    record = run.record
     libraries = ", ".join(f"{name} {record.libraries[name]}" for name in ("torch", "ray") if name in record.libraries)
     return (
-        f"```\n{shlex.join(words)}\n```\n\n"
+        f"```\n{repeat_command(run)}\n```\n\n"
         f"Code {record.code_version}; {libraries}; settings `{record.config_hash}`. "
         f"More: `ddpm-pipe sample {record.id}`, `ddpm-pipe evaluate {record.id}`, `ddpm-pipe resume {record.id}`."
     )

@@ -7,7 +7,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -22,24 +21,13 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
+from tests.kit.browser import chromium
 from tests.kit.commands import Shell
 from tests.kit.ports import free_port
 from tests.kit.tracking import answers
 from tests.kit.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
-    "--window-size=1900,1100",
-)
 WAIT_S = 90
 
 
@@ -79,25 +67,11 @@ def scroll_on(pages: Pages) -> None:
 
 @pytest.fixture(scope="module")
 def pages(swept_shell: Shell, swept: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pages]:
-    chromium, chromedriver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or chromedriver is None:
-        pytest.skip("no chromium and chromium-driver here: `apt-get install chromium-driver` brings both")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in FLAGS:
-        options.add_argument(flag)
-    with swept_shell.start("ui", "--port", str(free_port())) as server:
+    with chromium() as driver, swept_shell.start("ui", "--port", str(free_port())) as server:
         address = server.wait_for(lambda: re.search(r"http://\S+(?=\s)", server.stdout))
-        driver = webdriver.Chrome(options=options, service=Service(chromedriver))
-        try:
-            yield Pages(driver, address[0], tmp_path_factory.mktemp("pictures"))
-        finally:
-            driver.quit()
-            server.send(signal.SIGINT)
-            server.end(60)
+        yield Pages(driver, address[0], tmp_path_factory.mktemp("pictures"))
+        server.send(signal.SIGINT)
+        server.end(60)
 
 
 @pytest.fixture(scope="module")
