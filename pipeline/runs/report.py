@@ -40,8 +40,8 @@ from pipeline.training.trained import experiment_of
 REPORT_FILE = "report.html"
 PREVIEWS, PREVIEW_IMAGES, PREVIEW_PIXELS = 8, 16, 520  # steps of a run, images of a step, pixels at most
 CHART_GROUPS = ("score", "val", "train")
-_SPREAD = re.compile(r"_(std|se)(?=_|$)")  # in the name of the spread of another metric
-_NUMBERED = re.compile(r"(.+)_(\d+)$")  # of which each is a part of one range, such as quartiles of t
+_SPREAD = re.compile(r"_(std|se|error)(?=_|$)")  # in the name of the spread of another metric
+_NUMBERED = re.compile(r"(.+)_(\d+)$")  # one part of a range, such as a quartile of t
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def _yardsticks(entry: MetricValue) -> dict[str, float]:
 
 
 def _charts(told: Sequence[_Told]) -> list[str]:
-    """Return a chart for each recorded curve; of one run its numbered ones (quartiles of t) share a chart."""
+    """Return a chart for each recorded curve; of one run those that belong together share a chart."""
     curves: dict[str, dict[str, list[Point]]] = {}
     for each in told:
         for point in each.points:
@@ -198,23 +198,31 @@ def _charts(told: Sequence[_Told]) -> list[str]:
     ]
     charts: dict[str, list[Line]] = {}
     for name in sorted(shown, key=_order):
-        numbered = _NUMBERED.match(name) if len(told) == 1 else None
-        drawn = charts.setdefault(numbered[1] if numbered else name, [])
+        chart, label = _place(name) if len(told) == 1 else (name, "")
+        drawn = charts.setdefault(chart, [])
         for number, each in enumerate(told):
-            if points := curves[name].get(each.run.id):
-                errors = {
-                    point.step: point.value for point in curves.get(spreads.get(name, ""), {}).get(each.run.id, [])
-                }
-                drawn.append(
-                    Line(
-                        numbered[2] if numbered else each.name if len(told) > 1 else "last",
-                        [point.step for point in points],
-                        [point.value for point in points],
-                        [errors.get(point.step, 0.0) for point in points] if errors else (),
-                        int(numbered[2]) - 1 if numbered else number,
-                    )
+            points = curves[name].get(each.run.id, [])
+            errors = {point.step: point.value for point in curves.get(spreads.get(name, ""), {}).get(each.run.id, [])}
+            drawn.append(
+                Line(
+                    label or each.name,
+                    [point.step for point in points],
+                    [point.value for point in points],
+                    [errors.get(point.step, 0.0) for point in points] if errors else (),
+                    len(drawn) if label else number,
                 )
+            )
     return [line_chart(name, drawn) for name, drawn in charts.items()]
+
+
+def _place(name: str) -> tuple[str, str]:
+    """Return the chart that a curve of one run is drawn in, and what it is called there: what belongs together shares one."""
+    if numbered := _NUMBERED.match(name):
+        return numbered[1], numbered[2]
+    if name.startswith("val/"):
+        of_training = name.startswith("val/train_")
+        return name.replace("/train_", "/"), "training images" if of_training else "validation images"
+    return name, "last"
 
 
 def _order(name: str) -> tuple[Any, ...]:

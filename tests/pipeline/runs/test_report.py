@@ -41,6 +41,12 @@ def finished(home: Path, worse: float = 1.0, **changes: Any) -> Run:
         quartiles = {f"loss_t_quartile_{i}": worse * i / step for i in range(1, 5)}
         tracker.metrics(step, {"loss": worse / step, "learning_rate": 1e-4} | quartiles)
         tracker.metrics(step, {"images_per_s": 100.0, "gpu_0_power_usage_watts": 60.0}, "system")
+        tracker.metrics(
+            step,
+            {"loss": worse / step, "train_loss": 0.9 * worse / step, "loss_t_62": worse, "loss_t_187": worse},
+            "val",
+        )
+        tracker.metrics(step, {"bound_estimate": worse, "bound_estimate_error": 0.1}, "val")
     for step in (10, 20):
         tracker.metrics(step, {"kid_classifier_n64": worse / step, "kid_std_classifier_n64": 0.01}, "score")
     tracker.metrics(30, {"training_s": 120.0}, "system")
@@ -78,15 +84,18 @@ def test_the_page_of_a_run_holds_its_recorded_numbers_and_needs_nothing_from_els
         "<td>4.321 ± 0.25</td><td>0.2936</td><td>60.28</td>",
         "<h3>train/loss</h3>", f"last: {1 / 30:.4g} at step 30",
         "<h3>train/loss_t_quartile</h3>", f"4: {4 / 30:.4g} at step 30",
+        "<h3>val/loss</h3>", f"validation images: {1 / 30:.4g} at step 30", f"training images: {0.9 / 30:.4g} at step 30",
+        "<h3>val/loss_t</h3>", "62: 1 at step 30", "187: 1 at step 30", "<h3>val/bound_estimate</h3>",
         "<h3>score/kid_classifier_n64</h3>", f"last: {1 / 20:.4g} at step 20",
         "step 15</figcaption>", "images       1,797 of 8x8, grey",
         "<td>images seen</td><td>480 (0.3 epochs)</td>", "<td>training time</td><td>2 min 00 s</td>",
         "2 Wh (mean of 10 readings: 60 W)", "<td>model.channels</td><td>16</td><td>128</td>", "ddpm-pipe test",
     ):  # fmt: skip
         assert part in page, part
-    assert page.count("<svg") == 4
-    assert page.count("stroke-opacity") == 2  # an error bar for each KID
+    assert page.count("<svg") == 7
+    assert page.count("stroke-opacity") == 2 + 10  # an error bar for each KID and each bound
     assert "kid_std" not in page
+    assert "bound_estimate_error" not in page
     assert "system/" not in page
 
 
