@@ -92,7 +92,9 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: {typeable(f'sync {run.id}')}"]
     if goodput["restarts"]:
         notes.append(goodput_line(goodput))
-    return Outcome(run.id, run.record.name, trained.step, trained.training_s, pictures, report, goodput, found, skipped, notes)
+    return Outcome(
+        run.id, run.record.name, trained.step, trained.training_s, pictures, report, goodput, found, skipped, notes
+    )
 
 
 def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | None, str]:

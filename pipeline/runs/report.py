@@ -314,6 +314,8 @@ def _facts(told: _Told) -> dict[str, str]:
     seconds = told.values("system/training_s")
     if seconds:
         facts["training time"] = duration(seconds[-1])
+    if goodput := told.values("system/goodput"):
+        facts["time spent in steps that lasted"] = f"{goodput[-1]:.1%}"
     if speed := told.values("system/images_per_s"):
         facts["images/s (median)"] = f"{statistics.median(speed):,.0f}"
     power = [p.value for p in told.points if re.fullmatch(r"system/gpu_\d+_power_usage_watts", p.metric)]
