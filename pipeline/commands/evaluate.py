@@ -57,7 +57,9 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
     help="Score as many sets of images, of consecutive seeds: mean and deviation.",
 )
 @click.option(
-    "--extractor", type=click.Choice(["auto", "classifier", "inception"]), help="Default: as the experiment says."
+    "--extractor",
+    metavar="NAME|FILE",
+    help="auto, classifier, inception, or a network in an .onnx file. Default: as the experiment says.",
 )
 @click.option(
     "-n",
@@ -78,7 +80,7 @@ ddpm-pipe evaluate k7m2 --extractor inception --inception-weights weights-incept
     help='Score every combination of settings, such as "sampler=ancestral,ddim steps=10,50": a table and a picture.',
 )
 @options.sampling
-@runs_on_cluster(files=["inception_weights"])
+@runs_on_cluster(files=["inception_weights", "extractor"])
 @options.dry_run
 @options.json
 def evaluate(run: str, grid: str | None, context: Context, dry_run: bool, as_json: bool, **asked: Any) -> None:

@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import presets
 from pipeline.config.process import DiffusionConfig as DiffusionConfig
@@ -27,6 +27,7 @@ from pipeline.storage.retention import Retention
 from pipeline.storage.runs import normalise_name
 
 DEFAULT_PRESET = "digits"
+EXTRACTORS = ("auto", "classifier", "inception")  # or a file
 # settings that a resumed run may change: those that do not change the weights at any step, and those of the arithmetic, which change the
 # last bits of the weights from the step on that the run's log names
 FREE_TO_CHANGE = (
@@ -268,13 +269,28 @@ class ValidationConfig(Section):
         return self
 
 
+class OnnxConfig(Section):
+    """How images become the input of an extractor in ONNX form."""
+
+    size: PositiveInt | None = None
+    """Side in pixels that images are resized to; null is what the file says."""
+    resize: Literal["bilinear", "bicubic"] = "bicubic"
+    """Interpolation, with antialias."""
+    mean: tuple[float, ...] = Field(default=(0.485, 0.456, 0.406), min_length=1)
+    """Subtracted from values in [0, 1], for each channel; by default ImageNet's."""
+    std: tuple[Annotated[float, Field(gt=0)], ...] = Field(default=(0.229, 0.224, 0.225), min_length=1)
+    """What these are then divided by."""
+
+
 class EvaluationConfig(Section):
     """The scores at the end of training, and of few images while training."""
 
     enabled: bool = True
     """Score the model and draw samples at the end of training."""
-    extractor: Literal["auto", "classifier", "inception"] = "auto"
-    """Features of the scores; `auto` is the classifier for small labelled gray images, else Inception."""
+    extractor: Place = "auto"
+    """`classifier`, `inception`, the path of an .onnx file, or `auto`: the classifier for small labelled gray images, else Inception."""
+    onnx: OnnxConfig | None = None
+    """How images become the input of a network from a file, where ImageNet's usual way is not meant (docs/metrics.md)."""
     num_images: PositiveInt = 10_000
     """Generated images that are scored."""
     metrics: tuple[Literal["fid", "kid", "is", "prdc", "bpd"], ...] = Field(default=("fid", "kid"), min_length=1)
@@ -289,6 +305,13 @@ class EvaluationConfig(Section):
     """Steps between two scores of few images while training, by KID, and FID where so few allow it; null scores at the end alone."""
     early_images: Annotated[int, Field(ge=3)] = 256
     """Generated images of each score while training."""
+
+    @field_validator("extractor")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in EXTRACTORS and not value.lower().endswith(".onnx"):
+            raise ValueError(f"got {value!r}, expected {', '.join(EXTRACTORS)}, or the path of an .onnx file")
+        return value
 
 
 class Experiment(Section):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config.experiment import EvaluationConfig, Experiment
+from pipeline.config.experiment import EXTRACTORS, EvaluationConfig, Experiment, OnnxConfig
 from pipeline.data.image_set import Images, ImageSet, Progress
 from pipeline.data.labels import class_counts, class_names
 from pipeline.data.shards import Dataset
@@ -27,6 +27,7 @@ from pipeline.metrics.features import Extracted, FeatureExtractor, extract, in_b
 from pipeline.metrics.fid import Moments, kid_with_error
 from pipeline.metrics.inception import Inception
 from pipeline.metrics.metric_identity import TRAIN, Generation, MetricIdentity, recorded_split
+from pipeline.metrics.onnx_extractor import OnnxExtractor
 from pipeline.metrics.reference import Reference, prepare_reference
 from pipeline.metrics.registry import METRICS, Pair, require_enough
 from pipeline.metrics.scores import Figures, Scores, Spread
@@ -46,11 +47,12 @@ def choose_extractor(
     *,
     kind: str = "auto",
     inception_weights: str | None = None,
+    onnx: OnnxConfig | None = None,
     download: bool = True,
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> FeatureExtractor:
-    """Return the extractor of this kind: "classifier", "inception", or "auto".
+    """Return the extractor of this kind: "classifier", "inception", "auto", or the path of an ONNX file, used as `onnx` says.
 
     `auto` is the classifier for small gray images of two classes or more, on which Inception means nothing. For all others it is
     Inception, or the classifier if Inception's weights are not available and the dataset allows one. Classifiers are cached in
@@ -60,6 +62,8 @@ def choose_extractor(
         RefusedError: no classifier can judge this dataset.
         DataError: Inception's weights are missing and may not or cannot be downloaded, or the named file is another one.
     """
+    if kind not in EXTRACTORS:
+        return OnnxExtractor(Path(kind), onnx or OnnxConfig())
     manifest = dataset.manifest
     channels, height, width = manifest.shape
     small = manifest.has_labels and max(height, width) <= MAX_SIZE and np.count_nonzero(class_counts(dataset)) > 1
@@ -127,10 +131,15 @@ def scorer_of(
         cache,
         kind=asked.extractor,
         inception_weights=asked.inception_weights,
+        onnx=asked.onnx,
         download=download,
         device=device,
         progress=progress,
     )
+    if "is" in asked.metrics and not extractor.num_classes:
+        raise RefusedError(
+            f"evaluation.metrics: got is, which needs logits, but {extractor.name} has none; leave it out"
+        )
     reference = prepare_reference(
         against or dataset,
         extractor,
