@@ -182,7 +182,12 @@ class CheckpointStore:
         try:
             if self._remote is None:
                 checkpoint.verify()
-            return all(sizes.get(name) == entry["bytes"] for name, entry in checkpoint.manifest()["files"].items())
+            if self._remote is None or (checkpoint.folder / MANIFEST).exists():
+                manifest = checkpoint.manifest()
+            else:  # this machine has no copy
+                content = self._folder.read(f"{checkpoint.folder.name}/{MANIFEST}")
+                manifest = parse_manifest(content or b"", checkpoint.folder)
+            return all(sizes.get(name) == entry["bytes"] for name, entry in manifest["files"].items())
         except CheckpointError:
             return False
 

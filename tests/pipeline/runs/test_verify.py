@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from pipeline.storage.checkpoint import MANIFEST, Checkpoint
 from pipeline.storage.checkpoint_store import CheckpointStore
 from pipeline.storage.runs import Run
 from tests.kit.commands import Typed
+from tests.kit.object_store import objects
 
 
 def content(folder: Path) -> dict[str, str]:
@@ -70,6 +72,22 @@ def test_without_a_second_checkpoint_steps_are_replayed_twice(trained: Run, type
     (newest.folder / MANIFEST).unlink()
     code, _, stderr = typed("verify", trained.id)
     assert (code, f"got one checkpoint ({older.step}), expected two" in stderr) == (2, True)
+
+
+def test_a_run_of_a_store_is_fetched_into_a_temporary_folder(trained: Run, typed: Typed, bucket: str) -> None:
+    record = json.loads((trained.folder / "run.json").read_text())
+    (trained.folder / "run.json").write_text(json.dumps(record | {"profile": record["profile"] | {"storage": bucket}}))
+    run = Run(trained.folder)
+    assert run.remote is not None
+    run.remote.send_records(run.folder)
+    stored = CheckpointStore(run.checkpoints, run.remote.folder.child("checkpoints"))
+    for checkpoint in CheckpointStore(run.checkpoints).committed():
+        stored.push(checkpoint, lambda: True)
+    shutil.rmtree(run.checkpoints)
+    before = objects(bucket)
+    code, stdout, stderr = typed("verify", run.id, "--json")
+    assert code == 0, stderr
+    assert (json.loads(stdout)["equal"], objects(bucket), run.checkpoints.exists()) == (True, before, False)
 
 
 def test_what_cannot_be_compared_is_refused(trained: Run, typed: Typed) -> None:

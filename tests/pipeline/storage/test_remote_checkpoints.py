@@ -50,6 +50,17 @@ def place(bucket, tmp_path):
     return Place(bucket, tmp_path)
 
 
+def test_a_machine_without_copies_removes_old_ones_unless_the_newest_is_short(place):
+    older, newest = place.push(1), place.push(2)
+    model = place.folder.read(f"{newest.folder.name}/model.safetensors")
+    place.folder.write(f"{newest.folder.name}/model.safetensors", model[:-1])
+    assert place.other.unneeded(1) == {}
+    place.folder.write(f"{newest.folder.name}/model.safetensors", model)
+    assert place.other.unneeded(1) == {older.folder.name: older.num_bytes + (older.folder / MANIFEST).stat().st_size}
+    place.other.prune(1)
+    assert [found.step for found in place.mine.committed()] == [2]
+
+
 @pytest.mark.promise("P5")
 def test_another_machine_finds_the_newest_with_equal_bytes(place, object_store):
     for step in (1, 2):
