@@ -78,6 +78,16 @@ def test_time_cost_and_checkpoints_follow_from_the_step():
     assert f"{seen.cost:,.2f} EUR" in describe_forecast(asked, probe(), seen)["cost"]
 
 
+def test_validation_takes_its_network_calls():
+    """Ten validations of 2 x 100 images, 13 forward passes each, which take a third of an image's step; four workers share them."""
+    sections = {"training": {"steps": 10_000, "batch_size": 128}, "evaluation": {"enabled": False}}
+    seen, without = (
+        forecast(plan(gpus(4), num_workers=4, **sections, **validation), probe(batch=32, image_s=0.01)).total_s
+        for validation in ({"validation": {"split": "test", "every_steps": 1000, "num_images": 100}}, {})
+    )
+    assert seen - without == pytest.approx(10 * 2 * 100 * 13 * 0.01 / 3 / 4)
+
+
 @pytest.mark.parametrize(
     ("profile", "num_workers", "step_s", "advised"),
     [

@@ -22,7 +22,7 @@ from pipeline.data.manifest import MANIFEST_FILE, Manifest
 from pipeline.data.order import Order
 from pipeline.data.shards import Dataset, read_batches
 from pipeline.errors import DataError, StorageError, UsageError
-from pipeline.ingest.ingest import availability, ensure_ingested, ingest
+from pipeline.ingest.ingest import availability, ensure_ingested, held_out_location, ingest
 from pipeline.pictures.pictures import inspect_picture
 from pipeline.storage.durable import locked
 from pipeline.storage.remote import RemoteFolder
@@ -361,3 +361,15 @@ def test_inspect_and_a_dry_run_fetch_no_shard(in_store, on_disk, cli, object_sto
     RemoteFolder(in_store).write("shard-00000.parquet", b"?")
     refused = cli("inspect", in_store, env=environment)
     assert (refused.code, refused.stderr.count("\n")) == (3, 1)
+
+
+def test_images_are_held_out_of_a_dataset_in_a_store(bucket, cache, dataset) -> None:
+    """Both parts are in the store; the address of the one follows from that of the other, which has options."""
+    rest = ensure_ingested(DataConfig(), f"{bucket}/datasets", holdout=0.1, cache=cache)
+    held_out = Dataset.open(held_out_location(rest.location), cache)
+    assert len(rest) + len(held_out) == len(dataset)
+    assert held_out.manifest.name == "digits-holdout"
+    assert held_out_location("s3://b/d?endpoint=x") == "s3://b/d-holdout?endpoint=x"
+    assert held_out_location("/home/me/a?b") == "/home/me/a?b-holdout"
+    again = ensure_ingested(DataConfig(source=rest.location), f"{bucket}/datasets", holdout=0.2, cache=cache)
+    assert len(again) < len(rest)

@@ -152,6 +152,17 @@ def test_a_stop_does_not_wait_for_validation_and_the_resume_measures_what_it_lef
     assert final_digests(run) == final_digests(validated)
 
 
+def test_a_training_that_goes_on_measures_no_step_twice(
+    tmp_path: Path, validated: Run, parts: tuple[Dataset, Dataset]
+) -> None:
+    """Its last step was measured and saved; lengthened, it resumes there."""
+    run = run_on(parts, tmp_path, **SHORT | {"training": STEPS["training"] | {"steps": 3}})
+    assert train(run, parts[1])[0] == "finished"
+    longer = replace(job_of(run), experiment=validated.record.experiment, validation_folder=parts[1].location)
+    assert Worker(longer, Team(), StopsAt(None)).work() == "finished"
+    assert recorded(run) == recorded(validated)
+
+
 def validate_as(rank: int, size: int, folder: str, rest: str, held_out: str) -> None:
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet-{size}", rank=rank, world_size=size)
