@@ -20,7 +20,7 @@ LEAST_EQUAL = 12  # of a setting that is refused because it equals one; shorter 
 
 # `key` counts only with a companion, since many harmless names contain it
 _WORDS = r"(?:passw(?:or)?d|passphrase|secret|credentials?|token|(?:api|access|private|signing)[_-]?key)"
-SECRET_NAME = re.compile(rf"(?i){_WORDS}")
+SECRET_NAME = re.compile(rf"(?i){_WORDS}|webhook")
 # the last word of a setting's name marks a secret: `hub_token`, not `token_mixer`; numbers are not secrets
 _SECRET_SETTING = re.compile(rf"(?i)[\w-]*{_WORDS}")
 _PLAIN_VALUE = re.compile(r"(?i)[-+.\de]*|true|false|null|none")

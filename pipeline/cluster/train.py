@@ -34,6 +34,7 @@ from pipeline.signals import Signals, listening
 from pipeline.storage.next_command import typeable
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
+from pipeline.tracking.notices import notify
 from pipeline.worker.job import Job
 
 
@@ -92,6 +93,7 @@ def run_attempts(
                 ended = replace(ended, cause=f"{ended.cause}; {advise()}")
             if ended.outcome == "stopped" and ended.planned and signals.first is None:
                 run.log(f"attempt {attempt} stopped at step {step}: {ended.planned}")
+                notify(run, profile, "restarted", ended.planned, step=max(step, 0))
                 continue
             if ended.cause.startswith(CLUSTER_GONE):
                 run.log(f"attempt {attempt} failed: {ended.cause}")
@@ -115,6 +117,8 @@ def run_attempts(
                     f"see {run.log_path}, then: {again}"
                 )
             causes.append((step, ended.cause))
+            if len(causes) < profile.retries.max_attempts:
+                notify(run, profile, "restarted", ended.cause, step=max(step, 0))
             console.say(f"attempt {attempt} failed ({ended.cause}); continuing from step {max(step, 0)}")
     raise ClusterError(
         f"run {run.id}: {profile.retries.max_attempts} attempts failed, the last one with: {causes[-1][1]}; "

@@ -101,6 +101,15 @@ class MLflowConfig(Section):
     """Refuse to train while the store is away, instead of delivering later."""
 
 
+class Notify(Section):
+    """Who gets a JSON message when a run or a sweep ends, fails, is interrupted or restarts."""
+
+    command: Annotated[str | None, Field(min_length=1)] = None
+    """Command line that gets the message on its stdin; null is DDPM_PIPE_NOTIFY_COMMAND."""
+    webhook: str | None = None
+    """Address that gets the message by POST; null is DDPM_PIPE_NOTIFY_WEBHOOK, the place for an address that is secret."""
+
+
 class Retries(Section):
     """How often a run is started again after a failure that is not the experiment's fault."""
 
@@ -212,6 +221,7 @@ class Profile(Section):
     """Absolute folder that every node sees, or s3://BUCKET/PREFIX; null is the home folder."""
     cache: Cache = Cache()
     mlflow: MLflowConfig = MLflowConfig()
+    notify: Notify = Notify()
     retries: Retries = Retries()
     preemption: Preemption = Preemption()
     price: Price = Price()
@@ -320,6 +330,8 @@ def _place_faults(profile: Profile) -> Iterator[str]:
     for name, place in (("storage", storage), ("cache.folder", profile.cache.folder)):
         if place is not None and "://" not in place and not Path(place).is_absolute():
             yield f"{name}: got {place!r}: workers run in other folders, so it must be absolute, such as /mnt/ddpm"
+    if profile.notify.webhook is not None and not _is_http(profile.notify.webhook):  # which may be a secret
+        yield "notify.webhook: got another address, expected http(s)://HOST/..."
     if kind in {"connect", "job"} and uri is not None and not _is_http(uri):
         yield f"mlflow.tracking_uri: got {uri!r}: with kind {kind} other machines write to it; give a server's http(s) address"
 

@@ -29,6 +29,7 @@ from pipeline.storage.next_command import typeable
 from pipeline.storage.provenance import of_submission
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
+from pipeline.tracking.notices import notify
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from pipeline.training.combinations import check_labels
 from pipeline.training.models import build_diffusion, has_process
@@ -87,17 +88,18 @@ def train_run(
             _draw_schedule(run, plan.experiment, dataset, tracker)
             outcome = conclude(run, profile, tracking, console)
         except InterruptedRunError as error:
-            _close(run, tracking, RunStatus.INTERRUPTED, str(error))
+            _close(run, profile, tracking, RunStatus.INTERRUPTED, str(error))
             raise
         except (KeyboardInterrupt, Terminated) as stop:
             by_user = isinstance(stop, KeyboardInterrupt)
-            _close(run, tracking, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
+            _close(run, profile, tracking, RunStatus.INTERRUPTED, f"stopped by {'the user' if by_user else 'SIGTERM'}")
             code = 130 if by_user else 75 if RunCheckpoints(run).committed() else 143
             raise InterruptedRunError(f"stopped; resume with: {typeable(f'resume {run.id}')}", code) from None
         except Exception as error:
-            _close(run, tracking, RunStatus.FAILED, str(error))
+            _close(run, profile, tracking, RunStatus.FAILED, str(error))
             raise
-        run.update(status=RunStatus.FINISHED, reason="", step=outcome.step)
+        state = run.update(status=RunStatus.FINISHED, reason="", step=outcome.step)
+        notify(run, profile, "finished", step=state.step, summary=state.summary)
     return outcome
 
 
@@ -157,10 +159,11 @@ def _draw_schedule(run: Run, experiment: Experiment, dataset: Dataset, tracker: 
         tracker.artifact(picture, "pictures")
 
 
-def _close(run: Run, settings: TrackingSettings, status: RunStatus, reason: str) -> None:
+def _close(run: Run, profile: Profile, settings: TrackingSettings, status: RunStatus, reason: str) -> None:
     # the user must read the reason, not this error; a run that nobody holds counts as INTERRUPTED anyway
     with suppress(StorageError):
         run.update(status=status, reason=reason)
+    notify(run, profile, "failed" if status is RunStatus.FAILED else "interrupted", reason, step=run.state().step)
     tracker = Tracker(run.folder, settings)
     tracker.finish("FAILED" if status is RunStatus.FAILED else "KILLED")
     tracker.close(timeout=10.0)

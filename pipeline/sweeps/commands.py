@@ -33,6 +33,7 @@ from pipeline.sweeps.report import REPORT_FILE
 from pipeline.sweeps.result import Result, result_of
 from pipeline.sweeps.trial import ForTrials
 from pipeline.sweeps.tune import run_missing
+from pipeline.tracking.notices import notify, send_pending
 from pipeline.tracking.tracker import TrackingSettings
 from pipeline.tracking.tracker import sync as deliver
 from pipeline.training.trained import profile_of
@@ -188,12 +189,14 @@ def _carry_out(folder: SweepFolder, asked: SweepRequest, plan: SweepPlan, datase
         interrupted = getattr(error, "exit_code", 0) in (75, 130, 143)
         folder.tick()
         folder.update(status=RunStatus.INTERRUPTED if interrupted else RunStatus.FAILED, reason=str(error))
+        notify(folder, asked.profile, "interrupted" if interrupted else "failed", str(error))
         tracking.close("KILLED" if interrupted else "FAILED")
         raise
     result = replace(_result(folder, plan.checked), seconds=folder.seconds, report=str(folder.report / REPORT_FILE))
     publish(folder, result, tracking, console)
     best = {} if result.best is None or result.best.mean is None else {f"best_{result.metric_name}": result.best.mean}
     folder.update(status=RunStatus.FINISHED, reason="", summary={**best, SECONDS: folder.seconds})
+    notify(folder, asked.profile, "finished", summary=best)
     return result
 
 
@@ -266,4 +269,5 @@ def sync(context: Context, reference: str) -> SyncResult:
     settings = TrackingSettings.of_profile(context.home, profile)
     with folder.lock():
         num_records = deliver(folder.folder, settings)
+    send_pending(folder.folder, profile)
     return SyncResult(f"{folder.KIND} {folder.id}", num_records, public_uri(settings.uri))
