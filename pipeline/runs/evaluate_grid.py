@@ -15,7 +15,7 @@ from pipeline.console import Console
 from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, check_requests, evaluate_model, sample_metrics, tracked
 from pipeline.runs.evaluation import write_evaluation
-from pipeline.runs.grid import TABLE_FILE, Grid, Point, parse_grid, write_grid
+from pipeline.runs.grid import TABLE_FILE, Grid, Point, parse_grid, setting_of, write_grid
 from pipeline.runs.interruption import kept_when_stopped
 from pipeline.runs.sample import LoadedRun, RequestPlan
 from pipeline.storage.runs import Run
@@ -68,7 +68,7 @@ def _check(
 
 
 def _name(point: ScoreRequest, keys: Sequence[str]) -> str:
-    return ", ".join(f"{key} {getattr(point, key)}" for key in keys)
+    return ", ".join(f"{key} {value}" for key, value in setting_of(point, keys).items())
 
 
 def _evaluate_points(

@@ -77,6 +77,12 @@ def _value(key: str, text: str) -> Any:
         raise UsageError(f"--grid: {key}={text!r}, expected {expected}") from None
 
 
+def setting_of(request: ScoreRequest, keys: Sequence[str]) -> dict[str, Any]:
+    """Return what a grid varies, at one point, as the user names it."""
+    values = {key: getattr(request, key) for key in keys}
+    return {key: "latest" if value is None else value for key, value in values.items()}
+
+
 @dataclass(frozen=True)
 class Point:
     """One setting and what came of it."""
@@ -101,7 +107,7 @@ class Point:
         if found.scored is not None:
             generation = next(iter(found.scored.scores.identities.values())).generation
             calls = generation.nfe
-        return cls({key: getattr(request, key) for key in keys}, calls, values, spreads)
+        return cls(setting_of(request, keys), calls, values, spreads)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 from collections.abc import Callable
@@ -12,9 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from pipeline.config.cluster_profile import Profile
 from pipeline.config.experiment import experiment_from
+from pipeline.console import Console
 from pipeline.data.labels import NO_CLASSES
 from pipeline.errors import UsageError
+from pipeline.metrics.score_table import score_lines
+from pipeline.runs.evaluate import ScoreRequest, score_run
 from pipeline.storage import judgements
 from pipeline.storage.judgements import FILE, best_first, curve
 from pipeline.storage.retention import read_which
@@ -36,6 +41,7 @@ STEPS, EVERY, MILESTONE = 10, 2, 5
 SMALL: dict[str, Any] = {
     "model": TINY["model"] | {"channels": 8, "channel_multipliers": [1], "attention_resolutions": []},
     "training": {"steps": STEPS, "batch_size": 16, "warmup_steps": 2, "ema_decay": 0.5, "learning_rate": 0.01},
+    "diffusion": {"num_timesteps": 30},
     "sampling": {"steps": 2, "batch_size": 4},
 }
 SCORED: dict[str, Any] = SMALL | {
@@ -119,11 +125,10 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     [
         (Saver, "save", after),
         (worker_module, "early_score", before),
-        (worker_module, "note", before),
         (worker_module, "note", after),
         (RunCheckpoints, "prune", before),
     ],
-    ids=["saved", "unscored", "unrecorded", "recorded", "unpruned"],
+    ids=["saved", "unscored", "recorded", "unpruned"],
 )
 def test_what_is_kept_is_what_the_curve_says_wherever_a_kill_falls(
     calm, tmp_path, killed_at, monkeypatch, owner, name, when
@@ -191,6 +196,27 @@ def test_a_stop_leaves_the_score_of_its_step_to_the_resumed_run(calm, tmp_path):
     assert [scored.step for scored in curve(run.folder, "kid")] == [2]
     assert train(str(run.folder)) == "finished"
     assert curve_of(run) == curve_of(calm)
+
+
+def test_scores_of_the_best_say_how_it_was_chosen_and_have_other_seeds(calm: Run) -> None:
+    profile, quiet = Profile(threads_per_worker=1), Console(io.StringIO())
+    found = score_run(calm, ScoreRequest(checkpoint="best", metrics=("kid", "bpd"), num_images=130), profile, quiet)
+    assert found.scored is not None
+    assert found.measured is not None
+    (identity,) = found.scored.scores.identities.values()
+    chosen = "best of 5 by kid_classifier_n12"
+    assert identity.generation.selection == found.measured.identity.to_json()["selection"] == chosen
+    assert found.scored.label.endswith("_best")
+    assert found.measured.label.endswith("_best")
+    line = json.loads((calm.folder / FILE).read_text().splitlines()[0])
+    (curve_identity,) = line["identities"].values()
+    assert curve_identity["generation"]["seed"] != identity.generation.seed == 0
+    for lines in (score_lines(found.scored.scores), found.measured.lines()):
+        assert f"biased: this checkpoint is the {chosen}" in "\n".join(lines)
+    last = score_run(calm, ScoreRequest(metrics=("kid",), num_images=130), profile, quiet)
+    assert last.scored is not None
+    assert last.scored.label == ""
+    assert "biased" not in "\n".join(score_lines(last.scored.scores))
 
 
 def test_scores_of_another_kind_do_not_choose_and_a_line_cut_short_is_none(tmp_path):

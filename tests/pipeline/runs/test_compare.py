@@ -252,6 +252,19 @@ def test_the_command_tells_and_refuses_with_its_code(new_run, home, monkeypatch,
     assert run_command(["compare", two.id, one.id]) == 2  # a damaged file is no score
 
 
+def test_a_best_of_many_ranks_beside_a_last_one_only_if_asked(new_run: Callable[[], Run]) -> None:
+    one, two = new_run(), new_run()
+    best = replace(IDENTITY, generation=replace(IDENTITY.generation, selection="best of 9 by kid_classifier_n256"))
+    scored(one, 0.4, best)
+    scored(two, 0.5)
+    assert [len(ranking.ranks) for ranking in compare([one, two])] == [1, 1]
+    with pytest.raises(RefusedError, match=r"selection: best of 9 by kid_classifier_n256, last\).*--across selection"):
+        compare([one, two], "fid")
+    (ranking,) = compare([one, two], "fid", ["selection"])
+    assert [rank.entry.run for rank in ranking.ranks] == [one.id, two.id]
+    assert "best of 9 by kid_classifier_n256" in "\n".join(ranking.lines())
+
+
 def test_an_evaluation_by_fewer_metrics_leaves_the_values_of_one_by_more(new_run: Callable[[], Run]) -> None:
     one, two = new_run(), new_run()
 

@@ -14,7 +14,7 @@ from pipeline.commands.output import table_lines
 from pipeline.errors import UsageError
 from pipeline.metrics.scores import Spread
 from pipeline.runs.evaluate import ScoreRequest
-from pipeline.runs.grid import Grid, Point, grid_figure, parse_grid, write_grid
+from pipeline.runs.grid import Grid, Point, grid_figure, parse_grid, setting_of, write_grid
 from pipeline.storage.runs import Run
 from pipeline.tracking.tracker import Tracker, TrackingSettings
 from tests.kit import trainer
@@ -31,6 +31,9 @@ def test_points_are_every_combination_the_last_key_fastest():
     ]
     assert [p.compile for p in parse_grid("compile=true,false", ScoreRequest())[1]] == [True, False]
     assert len(parse_grid("steps=5,5,5", ScoreRequest())[1]) == 1
+    keys, points = parse_grid("checkpoint=20,best,latest", ScoreRequest())
+    assert [p.checkpoint for p in points] == [20, "best", None]
+    assert [setting_of(p, keys)["checkpoint"] for p in points] == [20, "best", "latest"]
 
 
 @pytest.mark.parametrize(
@@ -43,6 +46,7 @@ def test_points_are_every_combination_the_last_key_fastest():
         ("steps=,", "expected key=value"),
         ("steps=five", "expected a number"),
         ("compile=yes", "expected true or false"),
+        ("checkpoint=newest", "expected a step, latest or best"),
         ("steps=5 steps=6", "appears twice"),
         ("seed=1,2", "its own option"),
         ("  ", "nothing to vary"),
