@@ -30,7 +30,19 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 MARKER = "DDPM_PIPE_TEST_RUN"  # in the environment of every process that the tests start
 NETWORK_LOG = "DDPM_PIPE_TEST_NETWORK_LOG"
 _KEPT = {"DDPM_PIPE_TEST_DATA", "DDPM_PIPE_TEST_SCHEMAS"}
-_SCRUBBED_PREFIXES = ("RAY_", "MLFLOW_", "AWS_", "DDPM_PIPE_", "XDG_", "HF_", "GOOGLE_", "OTEL_", "PYTEST_")
+_SCRUBBED_PREFIXES = (
+    "RAY_",
+    "MLFLOW_",
+    "AWS_",
+    "DDPM_PIPE_",
+    "XDG_",
+    "HF_",
+    "GOOGLE_",
+    "OTEL_",
+    "PYTEST_",
+    "SLURM_",
+    "SBATCH_",
+)
 _SCRUBBED = {
     "PYTHONPATH",
     "PYTHONSTARTUP",

@@ -26,6 +26,14 @@ def test_an_affinity_mask_counts() -> None:
     assert done.stdout.split() == ["1", "1"]
 
 
+def test_those_that_slurm_gave_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without control groups a job would otherwise take the whole machine."""
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "1")
+    assert cpus.usable_cpus() == 1
+    monkeypatch.setenv("SLURM_CPUS_ON_NODE", "100000")
+    assert cpus.usable_cpus() < 100000
+
+
 @pytest.mark.parametrize(
     ("own", "files", "expected"),
     [

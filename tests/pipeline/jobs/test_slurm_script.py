@@ -5,6 +5,7 @@ Write the files anew with: REWRITE=1 .venv/bin/python tests/hermetic.py -n 0 -q 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -198,3 +199,55 @@ def test_a_run_of_slurm_is_not_resumed_on_a_login_node_by_accident(home, typed):
     code, _, told = typed("resume", "mine", "-s", "training.steps=4")
     assert code == 2
     assert "is of kind slurm, and this command runs outside of a job; name it with --cluster to submit one" in told
+
+
+@pytest.fixture
+def answering(home, monkeypatch):
+    """Let a command of Slurm's print a text."""
+    programs = home / "bin"
+    programs.mkdir()
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+
+    def answer(name: str, text: str) -> None:
+        (programs / name).write_text(f"#!/bin/bash\necho '{text}'\n")
+        (programs / name).chmod(0o755)
+
+    return answer
+
+
+def test_a_submitted_resume_names_the_run_that_latest_meant(home, typed, answering):
+    write_yaml(home / "mine.yaml", ONE)
+    write_yaml(home / "tiny.yaml", tiny_experiment(training={"steps": 2}))
+    assert typed("train", "tiny.yaml", env={"DDPM_PIPE_RUN": "mine"}).code == 0
+    answering("sbatch", "5")
+    words = ("--cluster", "mine.yaml", "-s", "training.steps=4")
+    code, job, told = typed("resume", "latest", *words, "--detach")
+    assert code == 0, told
+    written = (home / "runs" / "mine" / f"{job.strip()}.sh").read_text()
+    assert "\nddpm-pipe resume mine --cluster mine.yaml -s training.steps=4 &\n" in written
+    assert "DDPM_PIPE_RUN" not in written
+    answering("squeue", f"{job.strip()}|5|PENDING|Priority|N/A|0:00")
+    (row,) = json.loads(typed("jobs", "list", "--cluster", "mine.yaml", "--json").stdout)
+    assert (row["status"], row["reason"], row["slurm_job"], row["exit"]) == ("PENDING", "Priority", "5", None)
+    assert row["command"] == "ddpm-pipe resume mine --cluster mine.yaml -s training.steps=4"
+    assert typed("resume", "another", *words, "--detach").code == 2
+
+
+def test_a_job_that_ended_without_an_exit_code_is_explained(home, typed, answering, monkeypatch):
+    write_yaml(home / "mine.yaml", ONE)
+    answering("sbatch", "5")
+    answering("squeue", "")
+    monkeypatch.setattr("pipeline.jobs.slurm.GONE_S", 0.0)
+    words = ("--cluster", "mine.yaml", "-s", "training.steps=4")
+    code, _, told = typed("train", *words)
+    assert code == 8
+    assert "ended without a log: got Slurm's state unknown, expected that compute nodes see" in told
+    (script,) = home.glob("runs/*/*.sh")
+    script.with_suffix(".log").write_text("a line\nhalf a line")
+    code, _, told = typed("jobs", "follow", "latest", "--cluster", "mine.yaml")
+    assert code == 8
+    assert "a line\n" in told
+    assert "was ended by Slurm: got its state unknown, expected an exit code." in told
+    script.with_suffix(".exit").write_text("75\n")
+    code, _, told = typed("jobs", "follow", "latest", "--cluster", "mine.yaml")
+    assert (code, told) == (75, "a line\nhalf a line\n")
