@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config.cluster_profile import Profile
+from pipeline.config.experiment import Experiment
 from pipeline.console import Bar, Console
-from pipeline.errors import DataError, RefusedError
+from pipeline.errors import DataError, RefusedError, UsageError
 from pipeline.pictures.pictures import save_grid
 from pipeline.runs.choose_scorer import choose_scorer
 from pipeline.runs.evaluate import ScoreRequest, evaluate_model, sample_metrics
@@ -24,6 +25,7 @@ from pipeline.storage.next_command import typeable
 from pipeline.storage.runs import Run
 from pipeline.tracking.text import describe
 from pipeline.tracking.tracker import Tracker, TrackingSettings
+from pipeline.training.trained import best_step
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,21 @@ def conclude(run: Run, profile: Profile, settings: TrackingSettings, console: Co
     notes = [] if delivered else [f"tracking: {tracker.problem}; deliver it later with: {typeable(f'sync {run.id}')}"]
     if goodput["restarts"]:
         notes.append(goodput_line(goodput))
+    notes += best_lines(run, trained.experiment)
     return Outcome(
         run.id, run.record.name, trained.step, trained.training_s, pictures, report, goodput, found, skipped, notes
     )
+
+
+def best_lines(run: Run, experiment: Experiment) -> list[str]:
+    """Return a line on the best checkpoint, with the command that scores it; nothing if none is kept."""
+    if experiment.checkpoint.keep_best is None:
+        return []
+    try:
+        step, how = best_step(run, experiment)
+    except UsageError as error:
+        return [str(error)]
+    return [f"step {step} is the {how}; score it with: {typeable(f'evaluate {run.id} --checkpoint best')}"]
 
 
 def _evaluate(loaded: LoadedRun, request: ScoreRequest) -> tuple[Evaluation | None, str]:

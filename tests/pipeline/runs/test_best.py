@@ -19,6 +19,7 @@ from pipeline.console import Console
 from pipeline.data.labels import NO_CLASSES
 from pipeline.errors import UsageError
 from pipeline.metrics.score_table import score_lines
+from pipeline.runs.conclude import best_lines
 from pipeline.runs.evaluate import ScoreRequest, score_run
 from pipeline.storage import judgements
 from pipeline.storage.judgements import FILE, best_first, curve
@@ -29,7 +30,7 @@ from pipeline.training.device import Compute
 from pipeline.training.loop import TrainState
 from pipeline.training.models import build_model
 from pipeline.training.team import Team
-from pipeline.training.trained import Trained
+from pipeline.training.trained import Trained, experiment_of
 from pipeline.worker import worker as worker_module
 from pipeline.worker.preview import Preview
 from pipeline.worker.worker import Worker
@@ -87,6 +88,9 @@ def test_the_best_is_the_lowest_recorded_value_and_says_of_how_many(calm):
     first, *_ = best_first(calm.folder, "kid")
     trained = Trained.from_run(calm, "best")
     assert (trained.step, trained.selection) == (first.step, "best of 5 by kid_classifier_n12")
+    (line,) = best_lines(calm, experiment_of(calm))
+    assert f"step {first.step} is the best of 5 by kid_classifier_n12; score it with: " in line
+    assert f"ddpm-pipe evaluate {calm.id} --checkpoint best" in line
     assert first.value == min(scored.value for scored in curve(calm.folder, "kid"))
     assert Trained.from_run(calm).selection == Trained.from_run(calm, MILESTONE).selection == "last"
 
