@@ -80,6 +80,24 @@ def test_a_command_is_told_how_a_run_failed_and_that_it_finished(
     wait_for(lambda: not undelivered(home))
 
 
+def test_an_interruption_is_told_before_a_job_ends_the_sender(
+    home: Path, typed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_yaml(home / "tiny.yaml", tiny_experiment(training={"steps": 6}, checkpoint={"every_steps": 2}))
+    monkeypatch.setenv(notices.COMMAND_VARIABLE, listing(home))
+    monkeypatch.setattr(notices, "IN_A_JOB", {notices.COMMAND_VARIABLE})
+    monkeypatch.setattr(notices, "JOB_WAITS_S", 60.0)
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UNet, "forward", stop)
+    assert typed("train", "tiny.yaml")[0] == 130
+    assert [sender.returncode for sender in notices._senders] == [0]
+    (message,) = told(home, 1)
+    assert (message["event"], message["reason"]) == ("interrupted", "stopped by the user")
+
+
 def test_a_webhook_that_hangs_costs_a_run_nothing_and_its_message_is_kept(
     home: Path, typed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
