@@ -53,11 +53,8 @@ def _describe_validation(plan: Plan) -> str:
         return (
             f"none: {plan.no_validation}" if plan.no_validation else "none; validation.split or .holdout names images"
         )
-    if asked.every_steps is None:
-        return (
-            f"none: one with {asked.num_images} images costs {asked.calls:,} network calls, more than 2 % of so short a training's; "
-            "set validation.every_steps, or fewer validation.num_images"
-        )
+    if asked.why_never:
+        return f"none: {asked.why_never}"
     which = f"of split {settings.split!r}" if settings.split else f"held out ({settings.holdout:.3g} of all)"
     return (
         f"every {asked.every_steps:,} steps, {asked.times:,} in all, with {asked.num_images:,} images {which} and as many trained on: "

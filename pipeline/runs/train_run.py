@@ -77,6 +77,7 @@ def train_run(
     with run.lock(), _open_tracking(run, plan, dataset, tracking, overrides) as tracker:
         folder, missing = _validation_folder(run, plan.experiment, dataset, profile, console)
         job = replace(job, validation_folder=folder)
+        missing = missing or (plan.validation.why_never if plan.validation else "")
         for warning in (*plan.warnings, *([f"no validation: {missing}"] if missing else [])):
             console.say(f"warning: {warning}")
             run.log(f"warning: {warning}")

@@ -45,6 +45,16 @@ class ValidationPlan:
     times: int
     share: float
 
+    @property
+    def why_never(self) -> str:
+        """Why no step is due, in words; "" where some are."""
+        if self.every_steps is not None:
+            return ""
+        return (
+            f"one with {self.num_images} images costs {self.calls:,} network calls, more than {SHARE:.0%} of so short a training's; "
+            "set validation.every_steps, or fewer validation.num_images"
+        )
+
     def is_due(self, step: int, last: bool) -> bool:
         """Return whether to validate after a step: every so many, and after the last one."""
         return self.every_steps is not None and (step % self.every_steps == 0 or last)
