@@ -25,7 +25,7 @@ from pipeline.metrics.bound import Bound, Curve, Likelihood, join, mean_and_erro
 from pipeline.metrics.bound_report import Measured, curves_figure, write_measured
 from pipeline.metrics.metric_identity import BoundIdentity
 from pipeline.storage.tensor_file import Arrays, unpack
-from pipeline.training.chunks import ChunkStore, compute
+from pipeline.training.chunks import ChunkStore, Task, compute
 from pipeline.training.device import sampling_compute
 from pipeline.training.randomness import image_generators
 from tests.kit import trainer
@@ -122,7 +122,7 @@ def test_oracle_10_moments_of_parts_are_those_of_the_whole(cut: int, seed: int, 
     assert error == pytest.approx(values[:, 0].std(ddof=1) / math.sqrt(20), rel=1e-9)
 
 
-class Measuring:
+class Measuring(Task):
     """Chunks of five rows of 13."""
 
     def __init__(self, measure: Likelihood, data: ArraySet) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from pipeline.storage.tensor_file import Arrays, pack, read_card, unpack
 from pipeline.training import chunks
-from pipeline.training.chunks import ChunkStore, compute
+from pipeline.training.chunks import ChunkStore, Task, compute
 
 
-class Squares:
+class Squares(Task):
     """The squares of indices, and which chunks were computed."""
 
     def __init__(self) -> None:
