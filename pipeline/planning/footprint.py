@@ -19,7 +19,7 @@ from pipeline.console import plural, size
 from pipeline.planning.memory import REMEDY
 from pipeline.planning.plan import BYTES_PER_PARAMETER, Plan
 from pipeline.sampling.memory import Alive
-from pipeline.training.device import Capabilities, training_compute
+from pipeline.training.device import Capabilities, Compute, training_compute
 from pipeline.training.models import Shape, build_model, build_objective, num_parameters
 
 NUM_CLASSES = 10  # of a class-conditional network: their number hardly changes its speed and its size
@@ -48,7 +48,7 @@ class Worker:
     shape: Shape
     images: int  # computed at once
     precision: Precision
-    on_gpu: bool
+    gpu: bool
     free_bytes: int | None = None
 
     @classmethod
@@ -60,10 +60,10 @@ class Worker:
         part = training.batch_size // plan.num_workers
         if plan.profile.kind == "local" and not plan.missing:
             compute = training_compute(plan.experiment, plan.profile, plan.num_workers, plan.shape)
-            sharing = plan.num_workers if not compute.on_gpu else 1 / min(1, plan.profile.gpus_per_worker)
+            sharing = plan.num_workers if not plan.profile.use_gpu else 1 / min(1, plan.profile.gpus_per_worker)
             images = min(part, compute.micro_batch_size or part)
             free = int(compute.free_bytes() / sharing)
-            return cls(plan.experiment, plan.shape, images, compute.precision, compute.on_gpu, free)
+            return cls(plan.experiment, plan.shape, images, compute.precision, plan.profile.use_gpu, free)
         precision = Precision.BF16 if training.precision is Precision.MIXED else training.precision
         images = min(part, training.micro_batch_size or part)
         return cls(plan.experiment, plan.shape, images, precision, plan.profile.use_gpu)
@@ -83,7 +83,7 @@ class Worker:
         copies = (
             2 + len(training.ema_decays) + len(training.ema_widths) + (experiment.logging.grid_every_steps is not None)
         )
-        step *= KERNELS * (HALF_ON_GPU if half and self.on_gpu else 1)
+        step *= KERNELS * (HALF_ON_GPU if half and self.gpu else 1)
         return Footprint(int(RUNTIME_BYTES + copies * parameters * BYTES_PER_PARAMETER + step), flops)
 
     def may_be_short(self) -> bool:
@@ -121,7 +121,7 @@ class Worker:
             images = self.images // 2
             while images > 1 and self.is_short(one.peak_bytes + (images - 1) * each):
                 images //= 2
-            cost = "slower if so few leave the GPU idle" if self.on_gpu else "about as fast"
+            cost = "slower if so few leave the GPU idle" if self.gpu else "about as fast"
             yield _Way(f"training.micro_batch_size={images}", one.peak_bytes + (images - 1) * each, cost)
         current = self.experiment.training.activation_checkpointing
         all_levels = len(self.experiment.model.channel_multipliers) if self.experiment.model.type == "unet" else 0
@@ -131,7 +131,7 @@ class Worker:
                 more = f"{round(100 * (found.flops / now.flops - 1))} % more arithmetic"
                 yield _Way(f"training.activation_checkpointing={levels}", found.peak_bytes, more)
                 break
-        able = Capabilities.of_this_machine().fast_precisions(self.on_gpu) if self.free_bytes is not None else ()
+        able = Capabilities.of_this_machine().fast_precisions(self.gpu) if self.free_bytes is not None else ()
         if (
             self.precision is Precision.FP32
             and Precision.BF16 in able
@@ -171,6 +171,7 @@ def _fake_step(experiment: Experiment, shape: Shape, images: int, half: bool) ->
     num_classes = NUM_CLASSES if experiment.model.class_conditional else None
     model = build_model(experiment, shape, device="meta", num_classes=num_classes)
     objective = build_objective(experiment)
+    compute = Compute(torch.device("cpu"), "gloo", threads=1, precision=Precision.BF16 if half else Precision.FP32)
     with FakeTensorMode(allow_non_fake_inputs=True), _Counted() as counted:
         model = model.to_empty(device="cpu").train()
         x0, eps = torch.empty(images, *shape), torch.empty(images, *shape)
@@ -178,9 +179,9 @@ def _fake_step(experiment: Experiment, shape: Shape, images: int, half: bool) ->
         given: dict[str, Any] = {"keys": numbers} if isinstance(model, UNet) else {}
         if num_classes is not None:
             given["y"] = numbers
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with compute.autocast():
             losses = objective(partial(model, **given), x0, numbers, eps)
-            with torch.autocast("cpu", enabled=False):
+            with compute.no_autocast():
                 losses.sum().backward()  # type: ignore[no-untyped-call]
     return counted.most, counted.flops, num_parameters(model)
 

@@ -145,12 +145,11 @@ class Denoiser(ImageGenerator):
 
         Whether it does depends on processor, precision and sizes, and is tried.
         """
-        threads = torch.get_num_threads()
-        at_once = min(threads, num_chunks)
-        each = threads // max(at_once, 1)
+        at_once, each = self.compute.split_threads(num_chunks)
+        one_by_one = 1, torch.get_num_threads()
         calls = num_chunks * len(self.timesteps)
-        if at_once < 2 or self.compute.on_gpu or self.sampling.compile or calls < _WORTH_TRYING * self._num_probes:
-            return 1, threads
+        if at_once == 1 or self.sampling.compile or calls < _WORTH_TRYING * self._num_probes:
+            return one_by_one
         chunk = range(self.chunk_size)
 
         def same() -> bool:
@@ -159,7 +158,7 @@ class Denoiser(ImageGenerator):
                 return all(map(torch.equal, self._probe(chunk), shared))
 
         fits = self._fast.fits(torch.empty(at_once * self.chunk_size, *self.shape))
-        return (at_once, each) if fits and self._fast.same_with(each, same) else (1, threads)
+        return (at_once, each) if fits and self._fast.same_with(each, same) else one_by_one
 
     def _batch_for(self, indices: range) -> range:
         """Return the fewest images that the network can see at once so that those asked for are as in their whole chunk.

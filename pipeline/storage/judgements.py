@@ -6,13 +6,14 @@ between any two writes changes none of it.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pipeline.storage.durable import checked_line, read_line
 
 FILE = "judgements.jsonl"
 
@@ -33,7 +34,7 @@ def note(run_folder: Path, judgement: dict[str, Any]) -> Path:
     with path.open("a+b") as file:
         if file.tell() and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
             file.write(b"\n")  # after a line that a kill cut short
-        file.write(json.dumps(judgement).encode() + b"\n")
+        file.write(checked_line(judgement))
         file.flush()
         os.fsync(file.fileno())
     return path
@@ -80,11 +81,11 @@ def _of_metric(judgement: dict[str, Any], metric: str) -> Iterator[tuple[str, fl
 
 
 def _read(run_folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the judgements, oldest first; a line that a kill cut short is skipped."""
+    """Yield the judgements, oldest first; a line that is damaged, or that a kill cut short, is skipped."""
     path = run_folder / FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
-            judgement = json.loads(line)
+            judgement = read_line(line)
         except ValueError:
             continue
         yield judgement

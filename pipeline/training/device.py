@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import time
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,6 +209,24 @@ class Compute:
     def loss_scaler(self) -> LossScaler:
         """Return what keeps small fp16 gradients from vanishing; it does nothing in other precisions."""
         return LossScaler(self.device.type, enabled=self.precision is Precision.FP16)
+
+    def split_threads(self, num_parts: int) -> tuple[int, int]:
+        """Return how many parts of some work could be computed at a time, and with how many threads each; one by one on a GPU."""
+        threads = torch.get_num_threads()
+        at_once = 1 if self.on_gpu else max(1, min(threads, num_parts))
+        return at_once, threads // at_once
+
+    def mark(self) -> Any:
+        """Return a mark in the device's time, which a GPU reaches once it has done what was asked of it so far."""
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def seconds_between(self, begin: Any, end: Any) -> float:
+        """Return the seconds between two marks."""
+        return float(begin.elapsed_time(end) / 1000 if self.on_gpu else end - begin)
 
     def compiled(self, network: nn.Module) -> nn.Module:
         """Return the network as it is to be called: compiled where asked, its kernels replayed as CUDA graphs where permitted."""

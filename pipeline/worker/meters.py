@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.training.batches import Prefetch
+from pipeline.training.device import Compute
 from pipeline.training.loop import StepResult
 from pipeline.training.team import Team
 
@@ -54,9 +55,9 @@ class OwnTime:
     another. `seconds` are those of all workers for a step, by rank, as of the last `gather`; a worker alone has none.
     """
 
-    def __init__(self, network: nn.Module, batches: Prefetch, team: Team, step: int, *, on_gpu: bool) -> None:
+    def __init__(self, network: nn.Module, batches: Prefetch, team: Team, step: int, compute: Compute) -> None:
         self.seconds: list[float] = []
-        self._batches, self._team, self._step, self._on_gpu = batches, team, step, on_gpu
+        self._batches, self._team, self._step, self._compute = batches, team, step, compute
         self._begin: Any = None
         self._spans: list[tuple[Any, Any]] = []
         self._waited_s = 0.0
@@ -70,7 +71,7 @@ class OwnTime:
         """Bring the seconds of all workers together: one small collective call."""
         if self._team.size == 1:
             return
-        spent = sum(begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin for begin, end in self._spans)
+        spent = sum(self._compute.seconds_between(begin, end) for begin, end in self._spans)
         spent += self._batches.waited_s - self._waited_s
         mine = torch.zeros(self._team.size, dtype=torch.float64)
         mine[self._team.rank] = spent / max(step - self._step, 1)
@@ -86,17 +87,10 @@ class OwnTime:
         return self._suspect
 
     def _before(self, *_: Any) -> None:
-        self._begin = self._now()
+        self._begin = self._compute.mark()
 
     def _after(self, *_: Any) -> None:
-        self._spans.append((self._begin, self._now()))
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
+        self._spans.append((self._begin, self._compute.mark()))
 
 
 def slowest_of(seconds: Sequence[float]) -> int | None:

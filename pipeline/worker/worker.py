@@ -176,7 +176,7 @@ class Worker:
         begin, self.aside_s = time.monotonic(), 0.0
         with Prefetch(self._batches()) as batches:
             pace = Pace(self.train_state.step, batches)
-            own = OwnTime(network, batches, self.team, self.train_state.step, on_gpu=self.compute.on_gpu)
+            own = OwnTime(network, batches, self.team, self.train_state.step, self.compute)
             steps = fit(
                 self.train_state,
                 network,

@@ -27,7 +27,7 @@ from tests.kit.ports import free_port
 from tests.kit.tracking import answers
 from tests.kit.waiting import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.all, pytest.mark.timeout(1800)]
 WAIT_S = 90
 
 
@@ -97,14 +97,12 @@ def test_the_list_shows_what_matters_and_trials_under_their_sweep(pages: Pages, 
     assert f"{swept['best']['title']}, best FID, seed 0" in pages.text()
 
 
-@pytest.mark.all
 def test_the_best_trial_is_found_by_its_words(pages: Pages, ids: dict[str, str], swept: dict[str, Any]) -> None:
     words = quote(f"attributes.run_name LIKE '%{swept['best']['title']}, best FID%'")
     address = f"{pages.root}/experiments/{ids['experiment']}/runs?workflowType=machine_learning&searchFilter={words}"
     pages.open("search", address, "2 matching runs")  # it, under its sweep
 
 
-@pytest.mark.all
 def test_a_run_tells_what_it_was_and_how_to_do_it_again(
     pages: Pages, ids: dict[str, str], swept: dict[str, Any]
 ) -> None:
@@ -124,7 +122,6 @@ def test_a_run_tells_what_it_was_and_how_to_do_it_again(
     pages.driver.save_screenshot(str(pages.pictures / "charts.png"))
 
 
-@pytest.mark.all
 def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dict[str, str]) -> None:
     artifacts = f"{pages.root}/experiments/{ids['experiment']}/runs/{{}}/artifacts/{{}}"
     pages.open(
@@ -142,7 +139,6 @@ def test_pictures_and_reports_are_shown_beside_the_scores(pages: Pages, ids: dic
     pages.driver.save_screenshot(str(pages.pictures / "samples.png"))
 
 
-@pytest.mark.all
 def test_a_training_shows_its_dataset_schedule_and_scored_images(
     pages: Pages, ids: dict[str, str], swept_shell: Shell, winner: dict[str, Any]
 ) -> None:
@@ -158,7 +154,6 @@ def test_a_training_shows_its_dataset_schedule_and_scored_images(
     pages.wait_for(lambda: widest_picture(pages) > 200)
 
 
-@pytest.mark.all
 def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winner: dict[str, Any]) -> None:
     from selenium.webdriver.common.keys import Keys
 
@@ -183,7 +178,6 @@ def test_image_grids_have_a_step_slider(pages: Pages, ids: dict[str, str], winne
     pages.driver.save_screenshot(str(pages.pictures / "grids.png"))
 
 
-@pytest.mark.all
 def test_the_best_model_has_a_page_with_its_alias(pages: Pages, swept: dict[str, Any]) -> None:
     said = pages.open("model", f"{pages.root}/models/ddpm-digits", "ddpm-digits", "Version 1", "best-fid")
     assert swept["best"]["title"] in said
@@ -234,7 +228,6 @@ def test_the_best_model_answers_requests_with_pngs(swept_shell: Shell, swept: di
     assert "Traceback" not in stderr
 
 
-@pytest.mark.all
 def test_the_logged_model_is_served_by_mlflow_and_answers_with_the_same_pngs(
     swept_shell: Shell, swept: dict[str, Any]
 ) -> None:

@@ -187,7 +187,7 @@ def test_what_a_trial_showed_before_its_process_was_killed_counts(folder: SweepF
     driver, _ = driver_of(folder, room=3, early_stopping=True)
     run = driver.suggest("a")
     assert isinstance(run, Run)
-    note(run.folder, {"rung": 0.5, "value": 0.25})
+    note(run.folder, {"rung": 0.5, "values": {"kid_x": 0.25}, "identities": {"kid_x": {"metric": "kid"}}})
     driver.end("a", {}, "its process was killed")
     (entry,) = folder.ledger.entries().values()
     assert entry.rungs == {0.5: 0.25}

@@ -135,7 +135,7 @@ def be_slow_on_one_rank(rank: int, size: int, folder: str) -> None:
     network = team.share_gradients(SlowOn(is_slow=rank == 1), CPU)
     named = []
     with Prefetch(iter(())) as batches:
-        own = OwnTime(network, batches, team, 0, on_gpu=False)
+        own = OwnTime(network, batches, team, 0, CPU)
         for step in (2, 4, 6):
             for _ in range(2):
                 network(torch.ones(1, 2)).sum().backward()  # where the fast ones wait

@@ -275,7 +275,9 @@ def test_commands_validate_on_what_the_source_has_and_say_so(home: Path, typed: 
     assert "validation at step 2: loss " in run.log_path.read_text()
     assert Dataset.open(held_out_location(run.record.dataset["path"])).manifest.name == "digits-holdout"
     short = typed("resume", run.id, "-s", "training.steps=3", "-s", "validation.every_steps=null")
-    assert "warning: no validation: one with 20 images costs 520 network calls, more than 2% of so short" in short.stderr
+    assert (
+        "warning: no validation: one with 20 images costs 520 network calls, more than 2% of so short" in short.stderr
+    )
     refused = typed("resume", run.id, "-s", "validation.holdout=0.2", "-s", "training.steps=9")
     assert refused.code != 0
     assert "validation.holdout: 0.1 -> 0.2" in refused.stderr

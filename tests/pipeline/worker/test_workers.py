@@ -150,7 +150,7 @@ def test_half_precision_keeps_weights_average_and_moments_in_float32(dataset, pr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp16", marks=pytest.mark.all), "bf16"])
 def test_half_precision_learns_what_fp32_learns(dataset, alone, precision):
     """Losses of 20 steps agree to rounding: in fp16 the scale is taken off the gradient again, and the clip sees the true norm."""
     compute = replace(CPU, precision=Precision(precision), micro_batch_size=16)
