@@ -190,6 +190,13 @@ class Slurm(Section):
     max_requeues: Annotated[int, Field(ge=0, le=100_000)] = 20
     """How often a job that was stopped with its state saved is put back into the queue."""
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError(f'got {value}, which YAML reads as a number, expected text. Put it in quotes: "4:00:00".')
+        return value
+
 
 class Profile(Section):
     """Where a run takes place."""

@@ -67,7 +67,7 @@ def digits(split: str | None = None) -> Source:
     Level v of 0..16 becomes round(255 v / 16): 0 is black, 16 is white, and the levels can be recovered.
     """
     if split not in (None, ALL_SPLITS):
-        raise UsageError(f"digits has no split {split!r}: leave out --split")
+        raise UsageError(f"digits has no split {split!r}: leave the split out")
 
     def items() -> Iterator[Item]:
         table = _digits_table()

@@ -116,6 +116,10 @@ def test_connect_takes_the_heads_address(address):
             "slurm.nodes: got 4, expected a number that divides the 6 workers",
         ),
         (SLURM | {"slurm": {"time": "4 hours"}}, "slurm.time: got '4 hours'"),
+        (
+            SLURM | {"slurm": {"time": 14400}},
+            "slurm.time: got 14400, which YAML reads as a number, expected text. Put it in quotes",
+        ),
         (SLURM | {"slurm": {"partition": "a b"}}, "slurm.partition: got 'a b'"),
         (SLURM | {"slurm": {"options": ["mem=4G"]}}, "slurm.options"),
         (SLURM | {"slurm": {"setup": ["a\nb"]}}, "slurm.setup"),

@@ -303,7 +303,7 @@ def test_a_first_row_of_another_shape_is_named_by_the_pool_too(tmp_path: Path) -
         ({"image_size": (20_000, 20_000)}, "image_size.*: got 20000, expected at most 8192"),
         ({"skip_damaged": -1}, "skip_damaged: got -1, expected at least 0"),
         ({"imagesize": 8}, r"unknown key 'imagesize' \(did you mean 'image_size'\?\)"),
-        ({"split": "holdout"}, "digits has no split 'holdout': leave out --split"),
+        ({"split": "holdout"}, "digits has no split 'holdout': leave the split out"),
     ],
 )
 def test_options_out_of_range_are_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:

@@ -259,7 +259,7 @@ def test_commands_validate_on_what_the_source_has_and_say_so(home: Path, typed: 
     asked = {"split": "test", "every_steps": 2, "num_images": 20}
     file = write_yaml(home / "e.yaml", tiny_experiment(training={"steps": 2}) | {"validation": asked})
     plan = json.loads(typed("train", file, "--dry-run", "--no-probe", "--json").stdout)
-    assert (plan["validation"], plan["no_validation"]) == (None, "digits has no split 'test': leave out --split")
+    assert (plan["validation"], plan["no_validation"]) == (None, "digits has no split 'test': leave the split out")
     done = typed("train", file)
     assert done.code == 0, done.stderr
     assert "warning: no validation: digits has no split 'test'" in done.stderr
