@@ -319,7 +319,7 @@ def test_oracle_11_moments_come_back_in_the_weights_memory_format(tmp_path):
 @pytest.mark.slow
 def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
     """The scale doubles after 2000 steps without an overflow: a resume that began to count anew would double it later."""
-    training = TINY["training"] | {"precision": "fp16"}
+    training = TINY["training"] | {"precision": "fp16", "steps": 14}  # CPUs only emulate it
     calm, struck = (trainer.make_run(tmp_path, training=training) for _ in range(2))
     to_the_end(calm)
     killed_after(struck, 10)
@@ -329,4 +329,4 @@ def test_oracle_11_fp16_takes_its_loss_scale_along(tmp_path):
         CheckpointStore(run.checkpoints).newest_verified().checkpoint.state()["loss_scale"] for run in (calm, struck)
     ]
     assert ends[0] == ends[1]
-    assert ends[0]["_growth_tracker"] == 30
+    assert ends[0]["_growth_tracker"] == 14
