@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from collections.abc import Callable
@@ -83,6 +84,7 @@ def _until(command: list[str], folder: Path, reached: Callable[[str], bool], end
     """
     environment = os.environ | {"DDPM_PIPE_HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0"}
     ours, its = pty.openpty()
+    termios.tcsetwinsize(ours, (24, 120))  # no bar is drawn on one without columns
     begin = time.monotonic()
     process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=its, stderr=its)
     os.close(its)
