@@ -106,7 +106,7 @@ def test_a_training_longer_than_its_limit_is_requeued_and_ends_with_the_bytes_of
     rows = json.loads(shell.run("jobs", "list", "--cluster", "slurm.yaml", "--json").stdout)
     assert [(row["job"], row["status"], row["exit"]) for row in rows] == [(f"ddpm-{run.id}", "ENDED", 0)]
     events = [json.loads(line) for line in (run.folder / "spool" / "events.jsonl").read_text().splitlines()]
-    steps = [event["step"] for event in events if event.get("kind") == "metrics" and "loss" in event["values"]]
+    steps = [event["step"] for event in events if event.get("kind") == "metrics" and "train/loss" in event["values"]]
     assert sorted(steps) == list(range(1, 281))
 
 
