@@ -41,7 +41,7 @@ class Footprint:
 
 
 @dataclass(frozen=True)
-class Worker:
+class WorkerMemory:
     """What the memory of a worker depends on, and the bytes that it may use (None if that is unknown here)."""
 
     experiment: Experiment
@@ -52,7 +52,7 @@ class Worker:
     free_bytes: int | None = None
 
     @classmethod
-    def of(cls, plan: Plan) -> Worker | None:
+    def of(cls, plan: Plan) -> WorkerMemory | None:
         """Return one worker of a plan; None until the shape of the images is known."""
         if plan.shape is None:
             return None
@@ -151,13 +151,13 @@ class _Way:
 
 def memory_advice(plan: Plan) -> str:
     """Return what a worker of the plan takes and what lowers it, in one line."""
-    worker = Worker.of(plan)
+    worker = WorkerMemory.of(plan)
     return REMEDY if worker is None else worker.advice()
 
 
 def memory_warnings(plan: Plan) -> tuple[str, ...]:
     """Return the advice as a warning if a worker of the plan probably takes more than is free; nothing if that is unknown."""
-    worker = Worker.of(plan)
+    worker = WorkerMemory.of(plan)
     if worker is None or not worker.may_be_short():
         return ()
     found = worker.footprint()

@@ -14,7 +14,7 @@ from pipeline.cluster.session import Session
 from pipeline.console import Console, size
 from pipeline.data.shard_batches import MEMORY_BUDGET_BYTES
 from pipeline.planning.capacity import fitting_counts
-from pipeline.planning.footprint import Worker, memory_advice
+from pipeline.planning.footprint import WorkerMemory, memory_advice
 from pipeline.planning.forecast import Forecast, early_scores, forecast
 from pipeline.planning.memory import SAID
 from pipeline.planning.plan import Plan
@@ -104,7 +104,7 @@ def dry_run(asked: TrainRequest, *, measure: bool = True) -> DryRun:
 
 def _memory(plan: Plan) -> tuple[Memory | None, list[str]]:
     """Return what a worker takes, and what lowers it if that is more than is free."""
-    worker = Worker.of(plan)
+    worker = WorkerMemory.of(plan)
     if worker is None:
         return None, []
     found = worker.footprint()

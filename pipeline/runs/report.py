@@ -69,14 +69,14 @@ def make_report(context: Context, references: Sequence[str], out: Path | None, s
 
 def write_report(runs: Sequence[Run], path: Path) -> Path:
     """Write the report of runs, at least one, to a file; raises StorageError if that fails."""
-    told = [_Told.of(run) for run in runs]
-    write_atomically(path, page(_title(told), _about(told), _parts(told)))
+    contents = [_Content.of(run) for run in runs]
+    write_atomically(path, page(_title(contents), _about(contents), _parts(contents)))
     return path
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What a run's folder tells; `manifest` is None if its images are not there any more."""
+class _Content:
+    """What the report shows of a run, read from its folder; `manifest` is None if its images are not there any more."""
 
     run: Run
     experiment: Experiment
@@ -85,7 +85,7 @@ class _Told:
     manifest: Manifest | None
 
     @classmethod
-    def of(cls, run: Run) -> _Told:
+    def of(cls, run: Run) -> _Content:
         manifest, place = None, run.record.dataset["path"]
         with suppress(PipelineError):
             manifest = Dataset.open(place).manifest if place else None
@@ -104,58 +104,60 @@ class _Told:
         return [point.value for point in self.points if point.metric == metric]
 
 
-def _title(told: Sequence[_Told]) -> str:
-    return told[0].name if len(told) == 1 else f"{len(told)} runs: {', '.join(each.name for each in told)}"
+def _title(contents: Sequence[_Content]) -> str:
+    return (
+        contents[0].name if len(contents) == 1 else f"{len(contents)} runs: {', '.join(each.name for each in contents)}"
+    )
 
 
-def _about(told: Sequence[_Told]) -> str:
+def _about(contents: Sequence[_Content]) -> str:
     each = [
         f"{one.run.id}: {one.step:,} of {one.experiment.training.steps:,} steps on {one.run.record.dataset['name']}"
-        for one in told
+        for one in contents
     ]
-    return f"Run {'; '.join(each)}." if len(told) == 1 else f"{'; '.join(each)}."
+    return f"Run {'; '.join(each)}." if len(contents) == 1 else f"{'; '.join(each)}."
 
 
-def _parts(told: Sequence[_Told]) -> list[str]:
-    verdict, comparison = _compared(told)
+def _parts(contents: Sequence[_Content]) -> list[str]:
+    verdict, comparison = _compared(contents)
     return [
         f"<div class=answer>{text(verdict)}</div>",
         section("Comparison, best first", *comparison),
-        section("Scores", _scores(told)),
-        section("Curves", _many(_charts(told))),
-        section("Samples by step, each from equal noise", *_samples(told)),
+        section("Scores", _scores(contents)),
+        section("Curves", _many(_charts(contents))),
+        section("Samples by step, each from equal noise", *_samples(contents)),
         section(
-            "Settings that differ" + (" from the defaults" if len(told) == 1 else ""),
-            table(_settings(told)),
+            "Settings that differ" + (" from the defaults" if len(contents) == 1 else ""),
+            table(_settings(contents)),
         ),
-        section("Images trained on", *_cards(told)),
-        section("Noise schedule", *_schedules(told)),
-        section("Cost", table(_cost(told))),
-        section("Repeat it", *map(_repeated, told)),
+        section("Images trained on", *_cards(contents)),
+        section("Noise schedule", *_schedules(contents)),
+        section("Cost", table(_cost(contents))),
+        section("Repeat it", *map(_repeated, contents)),
     ]
 
 
 # -- scores
 
 
-def _compared(told: Sequence[_Told]) -> tuple[str, list[str]]:
+def _compared(contents: Sequence[_Content]) -> tuple[str, list[str]]:
     """Return the verdict in a sentence or two, and for several runs the rankings that it rests on."""
-    scored = [each for each in told if each.scores]
+    scored = [each for each in contents if each.scores]
     if not scored:
         return "Not scored yet.", []
-    if len(told) == 1:
-        summary = told[0].run.state().summary
+    if len(contents) == 1:
+        summary = contents[0].run.state().summary
         name = headline(summary)
         return ("Scored; its figures are below." if name is None else f"{name}: {summary[name]:.4g}"), []
     rankings = compare([each.run for each in scored])
-    lacking = [each.run.id for each in told if not each.scores]
+    lacking = [each.run.id for each in contents if not each.scores]
     verdict = rankings[0].statement + (f". Not scored: {', '.join(lacking)}" if lacking else "")
     return verdict, [table(ranking.rows()) + lines(ranking.notes()) for ranking in rankings]
 
 
-def _scores(told: Sequence[_Told]) -> str:
+def _scores(contents: Sequence[_Content]) -> str:
     rows = [["run", "score", "of this model", *YARDSTICK_NAMES.values(), "step", "images by"]]
-    for entry in itertools.chain.from_iterable(each.scores for each in told):
+    for entry in itertools.chain.from_iterable(each.scores for each in contents):
         beside = _yardsticks(entry)
         made = flat_identity(entry.identity)
         words = [f"{made[f'generation.{key}']}" for key in ("sampler", "steps") if f"generation.{key}" in made]
@@ -167,7 +169,7 @@ def _scores(told: Sequence[_Told]) -> str:
                 f"{entry.step:,}", " ".join(words) + seed,
             ]
         )  # fmt: skip
-    over = dict.fromkeys(e.spread.over for each in told for e in each.scores if e.spread is not None)
+    over = dict.fromkeys(e.spread.over for each in contents for e in each.scores if e.spread is not None)
     return table(rows) + (f"<p>&plusmn;: over {text(', '.join(over))}.</p>" if over else "")
 
 
@@ -180,10 +182,10 @@ def _yardsticks(entry: MetricValue) -> dict[str, float]:
 # -- curves
 
 
-def _charts(told: Sequence[_Told]) -> list[str]:
+def _charts(contents: Sequence[_Content]) -> list[str]:
     """Return a chart for each recorded curve; of one run those that belong together share a chart."""
     curves: dict[str, dict[str, list[Point]]] = {}
-    for each in told:
+    for each in contents:
         for point in each.points:
             curves.setdefault(point.metric, {}).setdefault(each.run.id, []).append(point)
     spreads = {
@@ -198,9 +200,9 @@ def _charts(told: Sequence[_Told]) -> list[str]:
     ]
     charts: dict[str, list[Line]] = {}
     for name in sorted(shown, key=_order):
-        chart, label = _place(name) if len(told) == 1 else (name, "")
+        chart, label = _place(name) if len(contents) == 1 else (name, "")
         drawn = charts.setdefault(chart, [])
-        for number, each in enumerate(told):
+        for number, each in enumerate(contents):
             points = curves[name].get(each.run.id, [])
             errors = {point.step: point.value for point in curves.get(spreads.get(name, ""), {}).get(each.run.id, [])}
             drawn.append(
@@ -235,15 +237,15 @@ def _order(name: str) -> tuple[Any, ...]:
 # -- pictures
 
 
-def _samples(told: Sequence[_Told]) -> list[str]:
+def _samples(contents: Sequence[_Content]) -> list[str]:
     parts = []
-    for each in told:
+    for each in contents:
         stored = sorted((each.run.folder / "pictures").glob("samples-step-*.png"))
         if stored:
             last = len(stored) - 1
             chosen = dict.fromkeys(round(i * last / (PREVIEWS - 1)) for i in range(PREVIEWS))
             figures = [_preview(stored[i], each.manifest) for i in chosen]
-            parts += [f"<h3>{text(each.name)}</h3>" * (len(told) > 1), f"<div class=steps>{''.join(figures)}</div>"]
+            parts += [f"<h3>{text(each.name)}</h3>" * (len(contents) > 1), f"<div class=steps>{''.join(figures)}</div>"]
     return parts
 
 
@@ -256,9 +258,9 @@ def _preview(path: Path, manifest: Manifest | None) -> str:
     return picture(as_png(sheet), f"samples of step {step}", f"step {step:,}")
 
 
-def _schedules(told: Sequence[_Told]) -> list[str]:
-    by_schedule: dict[str, list[_Told]] = {}
-    for each in told:
+def _schedules(contents: Sequence[_Content]) -> list[str]:
+    by_schedule: dict[str, list[_Content]] = {}
+    for each in contents:
         if (each.run.folder / "pictures" / "schedule.png").is_file():
             settings = json.dumps(each.experiment.diffusion.model_dump(mode="json"))
             by_schedule.setdefault(settings, []).append(each)
@@ -266,7 +268,7 @@ def _schedules(told: Sequence[_Told]) -> list[str]:
         picture(
             (alike[0].run.folder / "pictures" / "schedule.png").read_bytes(),
             "noise schedule",
-            ", ".join(each.name for each in alike) if len(told) > 1 else "",
+            ", ".join(each.name for each in alike) if len(contents) > 1 else "",
         )
         for alike in by_schedule.values()
     ]
@@ -275,11 +277,11 @@ def _schedules(told: Sequence[_Told]) -> list[str]:
 # -- settings, data, cost
 
 
-def _settings(told: Sequence[_Told]) -> list[list[object]]:
+def _settings(contents: Sequence[_Content]) -> list[list[object]]:
     """Return the settings that differ between runs; of one run those that differ from the defaults."""
-    columns = [each.experiment.flat() for each in told]
-    head: list[object] = ["setting", *(each.name for each in told)]
-    if len(told) == 1:
+    columns = [each.experiment.flat() for each in contents]
+    head: list[object] = ["setting", *(each.name for each in contents)]
+    if len(contents) == 1:
         columns, head = [*columns, Experiment().flat()], ["setting", "this run", "default"]
     rows: list[list[object]] = [head]
     for key in dict.fromkeys(itertools.chain.from_iterable(columns)):
@@ -289,9 +291,9 @@ def _settings(told: Sequence[_Told]) -> list[list[object]]:
     return rows
 
 
-def _cards(told: Sequence[_Told]) -> Iterable[str]:
+def _cards(contents: Sequence[_Content]) -> Iterable[str]:
     """Yield the card of each dataset; its name and fingerprint if its folder is gone."""
-    datasets = {each.run.record.dataset["fingerprint"]: each for each in told}
+    datasets = {each.run.record.dataset["fingerprint"]: each for each in contents}
     for fingerprint, each in datasets.items():
         if each.manifest is not None:
             yield lines(card_lines(dataset_card(each.manifest)))
@@ -299,46 +301,46 @@ def _cards(told: Sequence[_Told]) -> Iterable[str]:
             yield lines([f"dataset      {each.run.record.dataset['name']}", f"fingerprint  {fingerprint}"])
 
 
-def _cost(told: Sequence[_Told]) -> list[list[str]]:
-    facts = [_facts(each) for each in told]
+def _cost(contents: Sequence[_Content]) -> list[list[str]]:
+    facts = [_facts(each) for each in contents]
     names = dict.fromkeys(name for fact in facts for name in fact)
-    head = ["", *(each.name for each in told)]
+    head = ["", *(each.name for each in contents)]
     return [head, *([name, *(fact.get(name, "") for fact in facts)] for name in names)]
 
 
-def _facts(told: _Told) -> dict[str, str]:
-    """Return what a training took, as far as the machine has told."""
-    images = told.step * told.experiment.training.batch_size
-    epochs = f" ({images / told.manifest.num_rows:,.1f} epochs)" if told.manifest is not None else ""
+def _facts(content: _Content) -> dict[str, str]:
+    """Return what a training took, as far as the machine measures it."""
+    images = content.step * content.experiment.training.batch_size
+    epochs = f" ({images / content.manifest.num_rows:,.1f} epochs)" if content.manifest is not None else ""
     facts = {"images seen": f"{images:,}{epochs}"}
-    seconds = told.values("system/training_s")
+    seconds = content.values("system/training_s")
     if seconds:
         facts["training time"] = duration(seconds[-1])
-    if goodput := told.values("system/goodput"):
+    if goodput := content.values("system/goodput"):
         facts["time spent in steps that lasted"] = f"{goodput[-1]:.1%}"
-    if speed := told.values("system/images_per_s"):
+    if speed := content.values("system/images_per_s"):
         facts["images/s (median)"] = f"{statistics.median(speed):,.0f}"
-    power = [p.value for p in told.points if re.fullmatch(r"system/gpu_\d+_power_usage_watts", p.metric)]
+    power = [p.value for p in content.points if re.fullmatch(r"system/gpu_\d+_power_usage_watts", p.metric)]
     if power and seconds:
         mean = statistics.fmean(power)
         facts["energy of worker 0's GPU"] = (
             f"{mean * seconds[-1] / 3600:,.3g} Wh (mean of {len(power)} readings: {mean:.0f} W)"
         )
-    return facts | {"profile": str(told.run.record.profile.get("name", ""))}
+    return facts | {"profile": str(content.run.record.profile.get("name", ""))}
 
 
-def _repeated(told: _Told) -> str:
-    record = told.run.record
+def _repeated(content: _Content) -> str:
+    record = content.run.record
     libraries = ", ".join(f"{name} {version}" for name, version in record.libraries.items())
-    return lines([repeat_command(told.run)]) + details(
-        f"What run {told.run.id} was made with",
+    return lines([repeat_command(content.run)]) + details(
+        f"What run {content.run.id} was made with",
         lines(
             [
                 f"code {record.code_version}", f"libraries {libraries}", f"settings {record.config_hash}",
                 f"dataset fingerprint {record.dataset['fingerprint']}", f"created {record.created}",
             ]
         ),
-        lines([json.dumps(told.experiment.to_dict(), indent=1)]),
+        lines([json.dumps(content.experiment.to_dict(), indent=1)]),
     )  # fmt: skip
 
 

@@ -100,6 +100,7 @@ class Worker:
         place = job.validation_folder
         self.held_out = None if place is None else Dataset.open(place, profile.cache)
         self.validation = self._validation()
+        self.validation_plan = plan_validation(self.experiment)
         self.validated_step = -1
         self.validation_loss: float | None = None
         self.preview = self._preview()
@@ -299,7 +300,7 @@ class Worker:
         return Validation(self.experiment, self.held_out, self.dataset, self.class_names)
 
     def _validation_is_due(self, last: bool) -> bool:
-        plan, step = plan_validation(self.experiment), self.train_state.step
+        plan, step = self.validation_plan, self.train_state.step
         if self.validation is None or plan is None or step in (0, self.validated_step):
             return False
         return plan.is_due(step, last)

@@ -12,7 +12,7 @@ import torch
 from ddpm import UNet
 from pipeline.config.experiment import Experiment, Precision, experiment_from
 from pipeline.planning import footprint
-from pipeline.planning.footprint import Worker, _fake_step
+from pipeline.planning.footprint import WorkerMemory, _fake_step
 from pipeline.sampling.memory import Alive
 from pipeline.storage.run_checkpoints import RunCheckpoints
 from pipeline.storage.runs import Run
@@ -53,7 +53,7 @@ def test_a_step_without_content_takes_the_bytes_of_a_real_one(levels: int, half:
 
 def test_each_setting_that_lowers_the_memory_is_advised_as_far_as_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(footprint, "RUNTIME_BYTES", 0)
-    asked = Worker(experiment(), SHAPE, 64, Precision.FP32, gpu=True)
+    asked = WorkerMemory(experiment(), SHAPE, 64, Precision.FP32, gpu=True)
     now, again, fewer = asked.footprint(), asked.footprint(levels=2), asked.footprint(images=16)
     assert now is not None
     assert again is not None
@@ -62,13 +62,13 @@ def test_each_setting_that_lowers_the_memory_is_advised_as_far_as_it_is_needed(m
     # all but the last layer of each block, which nothing needs again: between a tenth of a step and a third
     assert 1.1 < again.flops / now.flops < 4 / 3
     free = int(fewer.peak_bytes / footprint.NEARLY_ALL) + 1000
-    short = Worker(experiment(), SHAPE, 64, Precision.FP32, gpu=True, free_bytes=free)
+    short = WorkerMemory(experiment(), SHAPE, 64, Precision.FP32, gpu=True, free_bytes=free)
     told = short.advice()
     assert "for 64 images at once and has" in told
     assert "-s training.micro_batch_size=16 (" in told
     assert "images at once; use -s training.micro_batch_size=32 (" in asked.advice()
     assert "-s training.activation_checkpointing=1 (" in asked.advice()
-    hopeless = Worker(experiment(), SHAPE, 64, Precision.FP32, gpu=True, free_bytes=1000)
+    hopeless = WorkerMemory(experiment(), SHAPE, 64, Precision.FP32, gpu=True, free_bytes=1000)
     assert "use several of -s training.micro_batch_size=1, -s training.activation_checkpointing=2" in hopeless.advice()
 
 
